@@ -1,0 +1,39 @@
+# `make help` lists what there is. Everything installs itself into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# DALI and faiss come for a CPU, or for the CUDA version that the driver reports.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
+EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
+DEMO ?=
+TESTS ?= tests
+
+.PHONY: help install demo test check bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: $(VENV)/.installed  ## create .venv and install (EXTRA=cpu|cu13|cu12)
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),demo,dev]"
+	touch $@
+
+demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: fewer epochs)
+	$(BIN)/python -m launchers.demo $(DEMO)
+
+test: install  ## all tests (TESTS=tests/unit for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+check: install  ## format, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: install  ## speed of this machine: loading and a training step
+	$(BIN)/moce bench
+
+clean:  ## remove .venv and caches (not runs/)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

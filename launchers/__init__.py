@@ -1,0 +1,1 @@
+"""Start `moce` verbs in several processes."""

@@ -1,0 +1,89 @@
+"""Run a `moce` verb in several processes on this machine.
+
+    python -m launchers.local --nproc 2 pretrain configs/demo/mae.yaml
+
+One Ctrl-C (or SIGTERM) asks every process to stop at the next step boundary. When a process fails, the others are
+ended and the failed one is named. Under `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher has no
+other dependency, prints no traceback of its own, and passes signals on once.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from torch.distributed import TCPStore
+
+_GRACE_SECONDS = 20.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the processes, wait for them, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launchers.local", description=__doc__.split("\n")[0])
+    parser.add_argument("--nproc", type=int, default=2, help="processes to start (default: 2)")
+    parser.add_argument("verb", help="a moce verb, such as pretrain")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments")
+    given = parser.parse_args(arguments)
+    if given.nproc < 1:
+        parser.error(f"--nproc: got {given.nproc}; expected at least 1")
+    return run_processes([sys.executable, "-m", "moce_ds", given.verb, *given.rest], given.nproc)
+
+
+def run_processes(command: Sequence[str], nproc: int) -> int:
+    """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure."""
+    # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+    }
+    # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True
+        )
+        for r in range(nproc)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    return _wait(processes)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Wait until all have ended; once one fails, the others get a little time and are then killed."""
+    failed: tuple[int, int] | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in processes):
+        for rank, process in enumerate(processes):
+            status = process.poll()
+            if failed is None and status:
+                failed, deadline = (rank, status), time.monotonic() + _GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    failed = failed or next(((rank, p.returncode) for rank, p in enumerate(processes) if p.returncode), None)
+    if failed is None:
+        return 0
+    rank, status = failed
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    if status != 1 or rank != 0:  # an error of rank 0 has explained itself
+        print(f"Process {rank} {how}.", file=sys.stderr)
+    return 1 if status < 0 else status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

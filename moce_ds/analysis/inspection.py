@@ -1,0 +1,167 @@
+"""What a path of ours is and what it holds, for `moce inspect`."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.table import Table
+
+from moce_ds.analysis.run_folder import read_metrics, read_results
+from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.store import FeatureSet
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError
+from moce_ds.files import read_json
+
+Rows = dict[str, str]
+
+
+def describe(path: Path) -> Table:
+    """What `path` is and holds, as a table. Raises ArtefactError when it is nothing of ours, or damaged."""
+    kind, rows = _recognised(path)
+    table = Table(title=f"{path}: {kind}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows(path).items():
+        table.add_row(name, value)
+    return table
+
+
+def faults(path: Path) -> list[str]:
+    """Everything that is not as it was written, one line each; reads all of it. Raises ArtefactError as `describe`."""
+    kind, rows = _recognised(path)
+    if kind == "shard set":
+        return ShardSet.open(path).verify()
+    if kind == "checkpoint":
+        return Checkpoint.open(path).faults()
+    if kind == "run":
+        return [
+            f"{step}: {fault}"
+            for step in steps_of(path)
+            for fault in Checkpoint.open(path / "checkpoints" / f"step-{step:08d}").faults()
+        ]
+    rows(path)  # the others are checked when they are read
+    return []
+
+
+def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
+    """Kind and reader of an artefact, by the file that marks it."""
+    marks: list[tuple[str, str, Callable[[Path], Rows]]] = [
+        ("shards.json", "shard set", _shards),
+        ("features.json", "features", _features),
+        ("clusters.json", "clusters", _clusters),
+        ("manifest.json", "checkpoint", _checkpoint),
+        ("model.safetensors", "encoder", _encoder),
+        ("config.yaml", "run", _run),
+        ("results.json", "study", _study),
+    ]
+    for mark, kind, rows in marks:
+        if (path / mark).exists():
+            return kind, rows
+    if path.name == "results.json" and path.exists():
+        return "results", lambda p: _study(p.parent)
+    if not path.exists():
+        raise ArtefactError(f"{path} not found.")
+    known = ", ".join(f"{kind} ({mark})" for mark, kind, _ in marks)
+    raise ArtefactError(f"{path} is nothing that moce writes. Known by a file in them: {known}.")
+
+
+def _shards(path: Path) -> Rows:
+    shards = ShardSet.open(path)
+    sizes = shards.samples
+    rejected = read_json(path / "shards.json", "a shard set", "moce shards")["rejected"]
+    return {
+        "images": f"{shards.count} in {len(shards.shards)} shards, {_mebibytes(s.bytes for s in shards.shards)}",
+        "width": f"{sizes['width'].min()} to {sizes['width'].max()} pixels",
+        "height": f"{sizes['height'].min()} to {sizes['height'].max()} pixels",
+        "classes": f"{len(shards.classes)}: {_some(shards.classes)}" if shards.classes else "none",
+        "rejected": ", ".join(f"{count} {reason}" for reason, count in rejected.items()) or "none",
+        "fingerprint": shards.fingerprint,
+    }
+
+
+def _features(path: Path) -> Rows:
+    features = FeatureSet.open(path)
+    return {
+        "features": f"{features.count} of width {features.dim}, float16",
+        "images": f"shard set {features.identity['shards_fingerprint']}",
+        "encoder": features.identity["encoder_fingerprint"],
+        "input": str(features.identity["encoder_input"]),
+    }
+
+
+def _clusters(path: Path) -> Rows:
+    clusters = Clusters.load(path)
+    relative_M = clusters.sizes_M / clusters.sizes_M.mean()
+    return {
+        "clusters": f"{clusters.num_clusters} of width {clusters.embeddings_MD.shape[1]}, by {clusters.method}",
+        "sizes": "min/median/max over mean "
+        f"{relative_M.min():.2f} / {np.median(relative_M):.2f} / {relative_M.max():.2f}",
+        "cosine": f"{np.average(clusters.cosine_M, weights=clusters.sizes_M):.3f} to the centroid, mean over images",
+        "images": f"shard set {clusters.shards_fingerprint}",
+        "encoder": clusters.encoder_fingerprint,
+        "hash": clusters.hash,
+    }
+
+
+def _checkpoint(path: Path) -> Rows:
+    checkpoint = Checkpoint.open(path)
+    manifest, shapes = checkpoint.manifest, checkpoint.shapes()
+    experts = manifest["model"]["experts"]
+    rows = {
+        "step": f"{checkpoint.step} ({manifest['images_read']} images read)",
+        "encoder": _shape(manifest["model"]["shape"]),
+        "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
+        "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
+    }
+    if experts:
+        table = manifest["routing"]["expert_ML"]
+        rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
+        rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
+    return rows
+
+
+def _run(path: Path) -> Rows:
+    config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    rows = {"arch": config["model"]["arch"], "shards": config["data"]["shards"]}
+    metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+    if metrics:
+        rows["last record"] = f"step {metrics[-1]['step']}, loss {metrics[-1]['loss']:.4f}"
+    steps = steps_of(path)
+    rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
+    return rows | {f"  {name}": value for name, value in (_checkpoint(find(path).folder) if steps else {}).items()}
+
+
+def _encoder(path: Path) -> Rows:
+    config = read_json(path / "config.json", "an encoder folder", "moce export")
+    provenance = read_json(path / "provenance.json", "an encoder folder", "moce export")
+    return {
+        "shape": _shape(config["shape"]),
+        "input": str(config["input"]),
+        **{name: str(value) for name, value in provenance.items() if not isinstance(value, dict)},
+    }
+
+
+def _study(path: Path) -> Rows:
+    records = read_results(path / "results.json")
+    return {
+        f"{r['verb']} {r['task']} {r.get('model', '')}".strip(): f"top-1 {r['top1']:.4f}"
+        if "top1" in r
+        else f"route {'-'.join(map(str, r['route']))}, {r['share']:.1%} of {r['n_images']} images"
+        for r in records
+    }
+
+
+def _shape(shape: dict[str, Any]) -> str:
+    return f"{shape['depth']} blocks, width {shape['width']}, patch {shape['patch_size']}, {shape['image_size']} px"
+
+
+def _mebibytes(sizes: Iterable[int]) -> str:
+    return f"{sum(sizes) / 2**20:.1f} MiB"
+
+
+def _some(names: list[str], shown: int = 12) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

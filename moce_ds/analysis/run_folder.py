@@ -1,0 +1,164 @@
+"""Read what training and transfer left on disk: runs, and a study of several runs with its results.
+
+Axes: S logged steps.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from moce_ds.analysis.routing import Routing
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.errors import ArtefactError
+from moce_ds.files import read_json
+
+PRETRAIN = "moce pretrain"
+CLUSTERS = "clusters"
+"""Folder inside a run folder with the clusters that it was trained on."""
+
+_RESULT_KEYS = {
+    "knn": ("model", "top1", "mean_per_class", "n_train", "n_test"),
+    "probe": ("model", "top1", "mean_per_class", "n_train", "n_test"),
+    "select": ("route", "share"),
+}
+_RESULT_VERBS = "moce knn, moce probe or moce select"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `metrics` holds one record per logged step, in order of steps."""
+
+    path: Path
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    reconstruction: Path | None = None
+    routing: Routing | None = None
+    clusters: Clusters | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def arch(self) -> str:
+        return str(self.config.get("model", {}).get("arch", "mae"))
+
+    @property
+    def shards(self) -> Path | None:
+        """Path of the shard set that the run was trained on, as its settings name it."""
+        named = self.config.get("data", {}).get("shards")
+        return Path(named) if named else None
+
+    def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps, float64 [S], and the values under nested `keys`, float64 [S] or [S, ...].
+
+        Steps without such a value are left out, and so are those at which it is NaN or infinite.
+        """
+        found = [(record["step"], value) for record in self.metrics if (value := _dig(record, keys)) is not None]
+        steps_S = np.array([step for step, _ in found], np.float64)
+        values_S = np.array([value for _, value in found], np.float64)
+        finite_S = np.isfinite(values_S).reshape(len(found), -1).all(axis=1) if found else np.ones(0, bool)
+        return steps_S[finite_S], values_S[finite_S]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that belong together, dense ones first, and the records of `results.json`."""
+
+    path: Path
+    runs: list[Run]
+    results: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+
+def read_study(folder: Path) -> Study:
+    """Read a run folder, or a folder of run folders.
+
+    Raises:
+        ArtefactError: `folder` is neither, or a file in it is damaged.
+    """
+    if (folder / "config.yaml").is_file():
+        paths = [folder]
+    else:
+        paths = [config.parent for config in folder.glob("*/config.yaml")]
+    if not paths:
+        raise ArtefactError(
+            f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."
+        )
+    runs = sorted((read_run(path) for path in paths), key=lambda run: (run.arch != "mae", _natural(run.name)))
+    return Study(folder, runs, read_results(folder / "results.json"))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Records of `results.json`, none where there is no such file. Raises ArtefactError where one is incomplete."""
+    if not path.is_file():
+        return []
+    records = read_json(path, "the results", _RESULT_VERBS)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ArtefactError(f"{path} holds no list of records: write it again with `{_RESULT_VERBS}`.")
+    for number, record in enumerate(records):
+        expected = {"verb", "task", *_RESULT_KEYS.get(record.get("verb", ""), ())}
+        if missing := sorted(expected - record.keys()):
+            raise ArtefactError(
+                f"{path}, record {number} lacks {', '.join(missing)}: write it again with `{_RESULT_VERBS}`."
+            )
+    return records
+
+
+def read_run(path: Path) -> Run:
+    """Read one run folder; parts that are not there are empty or None. Raises ArtefactError for damaged ones."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path / 'config.yaml'} is not valid YAML: {error}") from None
+    if not isinstance(config, dict):
+        raise ArtefactError(f"{path / 'config.yaml'} holds no settings; expected the file that `{PRETRAIN}` wrote.")
+    pictures = sorted((path / "reconstructions").glob("step-*.png"))
+    routing, clusters = path / "routing.json", path / CLUSTERS
+    return Run(
+        path=path,
+        config=config,
+        metrics=read_metrics(path / "metrics.jsonl"),
+        reconstruction=pictures[-1] if pictures else None,
+        routing=Routing.read(routing) if routing.is_file() else None,
+        clusters=Clusters.load(clusters) if clusters.is_dir() else None,
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl` by step; of a step that occurs twice, in a resumed run, the later line counts.
+
+    Lines that are no record are ignored: a kill leaves half a line, at the end or where the run was resumed.
+    """
+    if not path.is_file():
+        return []
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _dig(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts run-2 before run-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,196 @@
+"""The clusters artefact: all that it takes to label an image, and what it was made from.
+
+    clusters/
+      clusters.safetensors   embeddings, duals, mean, sizes, cosines
+      ids.npy                int32, the cluster of every image of the shard set
+      encoder/               the encoder whose features are clustered
+      clusters.json          written last: method, eps, fingerprints, provenance
+
+Axes: N images, M clusters, D feature width.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.files import atomic_file, read_json, write_json
+
+VERSION = 1
+MADE_BY = "moce cluster"
+_TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine_M": 1}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Clusters:
+    """Clusters of a shard set's images, as METHOD.md's C and g.
+
+    Attributes:
+        embeddings_MD: float32, C: L2-normalised centroids.
+        duals_M: float32, g; 0 for k-means.
+        mean_D: float32, subtracted from features before they are normalised.
+        sizes_M: int64, images of the shard set in each cluster (hard assignment).
+        cosine_M: float32, mean cosine of a cluster's images to its centroid; 0 where there are none.
+        eps: weight of the entropy, in the units of a cosine.
+        method: "sinkhorn" or "kmeans".
+        shards_fingerprint: of the shard set that was clustered.
+        encoder_fingerprint: of the encoder whose features are clustered.
+        encoder_input: what images looked like to it (size, mean, std, interpolation, crop).
+        provenance: settings, features and how the solver ended.
+    """
+
+    embeddings_MD: np.ndarray
+    duals_M: np.ndarray
+    mean_D: np.ndarray
+    sizes_M: np.ndarray
+    cosine_M: np.ndarray
+    eps: float
+    method: str
+    shards_fingerprint: str
+    encoder_fingerprint: str
+    encoder_input: dict[str, Any]
+    provenance: dict[str, Any]
+
+    @property
+    def num_clusters(self) -> int:
+        return len(self.embeddings_MD)
+
+    @property
+    def share_M(self) -> np.ndarray:
+        """float64, each cluster's share of the images; sums to 1."""
+        return self.sizes_M / self.sizes_M.sum()
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of what decides labels: equal hashes label every image alike."""
+        digest = hashlib.sha256(repr((self.embeddings_MD.shape, float(self.eps))).encode())
+        for tensor in (self.embeddings_MD, self.duals_M, self.mean_D):
+            digest.update(tensor.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+    def assign(self, features_ND: np.ndarray) -> np.ndarray:
+        """Cluster of each feature as the encoder gives it (not centred, not normalised): int64 [N].
+
+        Raises:
+            DataError: features of another width, or not finite.
+        """
+        return self.assign_with_cosine(features_ND)[0]
+
+    def assign_with_cosine(self, features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `assign`, and the float32 cosine of each feature to the centroid it went to."""
+        if features_ND.ndim != 2 or features_ND.shape[1] != len(self.mean_D):
+            raise DataError(f"Features have shape {features_ND.shape}, these clusters need [N, {len(self.mean_D)}].")
+        cosine_NM = normalised(features_ND, self.mean_D) @ self.embeddings_MD.T
+        if not np.isfinite(cosine_NM).all():
+            first = int(np.argmin(np.isfinite(cosine_NM).all(axis=1)))
+            raise DataError(f"Feature {first} of those to be labelled is not finite: is the encoder the right one?")
+        ids_N = (cosine_NM / np.float32(self.eps) + self.duals_M).argmax(axis=1)
+        return ids_N, np.take_along_axis(cosine_NM, ids_N[:, None], axis=1)[:, 0]
+
+    def save(self, folder: Path) -> None:
+        """Write clusters.safetensors, then clusters.json."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
+        with atomic_file(folder / "clusters.safetensors") as temporary:
+            save_file(tensors, temporary)
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
+        header = {"format": "moce clusters", "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
+        write_json(folder / "clusters.json", header | record)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Clusters":
+        """Read a clusters folder.
+
+        Raises:
+            ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
+        """
+        record = read_json(folder / "clusters.json", "a record of clusters", MADE_BY)
+        if record.get("format") != "moce clusters" or record.get("version") != VERSION:
+            raise ArtefactError(
+                f"{folder / 'clusters.json'} says {record.get('format')!r} version {record.get('version')!r}; "
+                f"this program reads 'moce clusters' version {VERSION}."
+            )
+        tensors = _load_tensors(folder / "clusters.safetensors")
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in record and name not in tensors]
+        if missing:
+            raise ArtefactError(f"{folder} is damaged, without {', '.join(missing)}: write it again with `{MADE_BY}`.")
+        clusters = cls(**{name: tensors.get(name, record.get(name)) for name in names})
+        clusters._check(folder / "clusters.safetensors")
+        if clusters.hash != record.get("hash"):
+            raise ArtefactError(f"{folder}: clusters.json and clusters.safetensors are not of the same clusters.")
+        return clusters
+
+    def _check(self, path: Path) -> None:
+        """Refuse tensors that do not fit together."""
+        m, d = self.embeddings_MD.shape
+        expected = {"embeddings_MD": (m, d), "duals_M": (m,), "mean_D": (d,), "sizes_M": (m,), "cosine_M": (m,)}
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape:
+                raise ArtefactError(f"{path}: {name} has shape {tensor.shape}, expected {shape}.")
+            if not np.isfinite(tensor).all():
+                raise ArtefactError(f"{path}: {name} holds numbers that are not finite.")
+        if not np.allclose(np.linalg.norm(self.embeddings_MD, axis=1), 1, atol=1e-3):
+            raise ArtefactError(f"{path}: embeddings_MD has rows that are not of norm 1.")
+
+
+def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
+    """Centred, then L2-normalised features, float32 [N, D]; a feature equal to the mean stays 0."""
+    centred_ND = features_ND.astype(np.float32) - mean_D
+    norms_N1 = np.linalg.norm(centred_ND, axis=1, keepdims=True)
+    return centred_ND / np.maximum(norms_N1, np.finfo(np.float32).tiny)
+
+
+def save_ids(folder: Path, ids_N: np.ndarray) -> None:
+    """Write the cluster of every image of the shard set, as int32, beside the clusters."""
+    with atomic_file(folder / "ids.npy") as temporary, open(temporary, "wb") as opened:
+        np.save(opened, ids_N.astype(np.int32), allow_pickle=False)
+
+
+def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
+    """The cluster of every image of this shard set, int64 [count], in image order.
+
+    Raises:
+        ArtefactError: the folder is damaged, or was made from another shard set.
+    """
+    clusters = Clusters.load(folder)
+    if clusters.shards_fingerprint != shards_fingerprint:
+        raise ArtefactError(
+            f"{folder} labels another shard set ({clusters.shards_fingerprint[:12]}) than the one in use "
+            f"({shards_fingerprint[:12]}): run `moce features` and `{MADE_BY}` on this one."
+        )
+    path = folder / "ids.npy"
+    again = f"write the clusters again with `{MADE_BY}`."
+    try:
+        ids_N = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing: {again}") from None
+    except (ValueError, EOFError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
+    if ids_N.shape != (count,) or ids_N.dtype != np.int32:
+        raise ArtefactError(f"{path} holds {ids_N.dtype} {ids_N.shape}, expected int32 {(count,)}: {again}")
+    if (ids_N < 0).any() or not np.array_equal(np.bincount(ids_N, minlength=len(clusters.sizes_M)), clusters.sizes_M):
+        raise ArtefactError(f"{path} does not have the cluster sizes that {folder} states: {again}")
+    return ids_N.astype(np.int64)
+
+
+def _load_tensors(path: Path) -> dict[str, np.ndarray]:
+    again = f"write the clusters again with `{MADE_BY}`."
+    try:
+        tensors: dict[str, np.ndarray] = load_file(path)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} is missing: {again}") from None
+    except SafetensorError as error:
+        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
+    for name, axes in _TENSORS.items():
+        if name not in tensors:
+            raise ArtefactError(f"{path} is damaged, without {name}: {again}")
+        if tensors[name].ndim != axes:
+            raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {again}")
+    return tensors

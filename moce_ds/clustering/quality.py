@@ -1,0 +1,142 @@
+"""How good clusters are: balance of their hard sizes, tightness, and agreement with labels where labels exist.
+
+Class names are paths ("digits/3"); the first part is the domain ("digits"), reported beside the classes.
+
+Axes: N images, M clusters, L classes or domains.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+
+_SHARES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of clusters with one labelling, over the labelled images.
+
+    Attributes:
+        nmi: normalised mutual information (arithmetic mean), 0 to 1.
+        purity: share of images whose label is the commonest one of their cluster.
+        majority_share: per label, the share of its images in clusters of which it has more than half.
+    """
+
+    nmi: float
+    purity: float
+    majority_share: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClusterReport:
+    """Quality of a clustering; sizes are hard (argmax) sizes divided by their mean.
+
+    Attributes:
+        smallest, median, largest: over all clusters, the empty ones included.
+        cosine: mean over images of the cosine to the centroid.
+        classes, domains: None where no image has a label.
+    """
+
+    num_images: int
+    num_clusters: int
+    empty_clusters: int
+    smallest: float
+    median: float
+    largest: float
+    cosine: float
+    classes: Agreement | None
+    domains: Agreement | None
+
+
+def cluster_report(
+    ids_N: np.ndarray,
+    num_clusters: int,
+    cosine_N: np.ndarray,
+    labels_N: np.ndarray | None = None,
+    classes: Sequence[str] = (),
+) -> ClusterReport:
+    """Measure a clustering.
+
+    Args:
+        ids_N: cluster of each image, int.
+        cosine_N: cosine of each image to its centroid.
+        labels_N: index into `classes`; negative for an image without a label.
+        classes: class names, paths with "/".
+    """
+    sizes_M = np.bincount(ids_N, minlength=num_clusters)
+    relative_M = sizes_M / sizes_M.mean()
+    by_class = by_domain = None
+    if labels_N is not None and (labels_N >= 0).any():
+        labelled_N = labels_N >= 0
+        ids, labels = ids_N[labelled_N], labels_N[labelled_N]
+        domain_of = [name.split("/")[0] for name in classes]
+        domains = sorted(set(domain_of))
+        domain_of_L = np.array([domains.index(name) for name in domain_of])
+        by_class = agreement(ids, labels, classes)
+        by_domain = agreement(ids, domain_of_L[labels], domains)
+    return ClusterReport(
+        num_images=len(ids_N),
+        num_clusters=num_clusters,
+        empty_clusters=int((sizes_M == 0).sum()),
+        smallest=float(relative_M.min()),
+        median=float(np.median(relative_M)),
+        largest=float(relative_M.max()),
+        cosine=float(np.mean(cosine_N)),
+        classes=by_class,
+        domains=by_domain,
+    )
+
+
+def agreement(ids_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> Agreement:
+    """Compare cluster ids with labels 0 to len(names) - 1; a name that no image has is left out."""
+    from sklearn.metrics import normalized_mutual_info_score  # Slow to import.
+
+    counts_ML = np.zeros((ids_N.max() + 1, len(names)), dtype=np.int64)
+    np.add.at(counts_ML, (ids_N, labels_N), 1)
+    majority_ML = 2 * counts_ML > counts_ML.sum(axis=1, keepdims=True)
+    in_majority_L = (counts_ML * majority_ML).sum(axis=0)
+    images_L = counts_ML.sum(axis=0)
+    return Agreement(
+        nmi=float(normalized_mutual_info_score(labels_N, ids_N)),
+        purity=float(counts_ML.max(axis=1).sum() / len(ids_N)),
+        majority_share={name: float(in_majority_L[i] / images_L[i]) for i, name in enumerate(names) if images_L[i]},
+    )
+
+
+def report_table(report: ClusterReport) -> Table:
+    """The report for a terminal: at most 100 columns."""
+    table = Table(title=f"{report.num_images:,} images in {report.num_clusters:,} clusters", width=100)
+    table.add_column("quantity", ratio=4)
+    table.add_column("value", justify="right", no_wrap=True, min_width=18)
+    table.add_column("meaning", ratio=5, style="dim")
+    sizes = f"{report.smallest:.2f} / {report.median:.2f} / {report.largest:.2f}"
+    table.add_row("hard sizes min / median / max", sizes, "over the mean size; 1 is balanced")
+    table.add_row("empty clusters", f"{report.empty_clusters}", "clusters that no image falls in")
+    table.add_row("cosine to centroid", f"{report.cosine:.3f}", "mean over images; 1 is a single point")
+    by_name = {"classes": report.classes}
+    if (
+        report.domains
+        and report.classes
+        and report.domains.majority_share.keys() != report.classes.majority_share.keys()
+    ):
+        by_name["domains"] = report.domains
+    for name, found in by_name.items():
+        if found is None:
+            table.add_row("agreement with labels", "-", "these images have no labels")
+        else:
+            _add_agreement(table, name, found)
+    return table
+
+
+def _add_agreement(table: Table, name: str, found: Agreement) -> None:
+    table.add_section()
+    table.add_row(f"NMI with {name}", f"{found.nmi:.3f}", "mutual information, 0 to 1")
+    table.add_row(f"purity by {name}", f"{found.purity:.3f}", "share in its cluster's commonest label")
+    ordered = sorted(found.majority_share.items(), key=lambda item: item[1])
+    for rank, (label, share) in enumerate(ordered[:_SHARES_SHOWN]):
+        meaning = "in clusters mostly its own; lowest" if rank == 0 else ""
+        table.add_row(f"  {label}", f"{100 * share:.1f}%", meaning)
+    if len(ordered) > _SHARES_SHOWN:
+        table.add_row(f"  {len(ordered) - _SHARES_SHOWN} more {name}", f"≥ {100 * ordered[_SHARES_SHOWN][1]:.1f}%", "")

@@ -1,0 +1,153 @@
+"""Balanced assignment of points to clusters by Sinkhorn-Knopp, in the log domain, streamed and distributed.
+
+Maximise `Tr(Q^T F C^T) + eps H(Q)` over Q >= 0 whose rows sum to 1/n and whose columns sum to 1/m (METHOD.md,
+"Clustering"; SeLa, Asano 2020; SwAV, Caron 2020). The optimum is `Q = softmax_M(F C^T / eps + g) / n`: the rows
+are met by the softmax, and one vector g is all the state. It is moved by `g -= log(m * column sums)` until the
+columns are met too. So Q is never stored: features pass in blocks, and several processes that each hold a part of
+the points sum one M-vector per iteration.
+
+Axes: N points (of one block), M clusters, D feature width.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from moce_ds.errors import DataError
+
+Blocks = Callable[[], Iterable[torch.Tensor]]
+"""Starts a pass over this process's points: blocks [N, D] of L2-normalised features."""
+
+AllReduce = Callable[[torch.Tensor], object]
+"""Sums a tensor over the processes in place and leaves the same bits on all (`torch.distributed.all_reduce`)."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the solver reached.
+
+    Attributes:
+        duals_M: float64, g with mean 0 (a constant added to g changes nothing); `label = argmax(f.C / eps + g)`.
+        iterations: how often g was moved.
+        marginal_error: largest `|m * column sum - 1|` at `duals_M`, 0 being perfect balance.
+        converged: whether `marginal_error` is within the tolerance.
+    """
+
+    duals_M: torch.Tensor
+    iterations: int
+    marginal_error: float
+    converged: bool
+
+
+def alone(tensor: torch.Tensor) -> None:
+    """The all-reduce of a single process."""
+
+
+def unwatched(marginal_error: float) -> None:
+    """The watcher of a solve that nobody looks at."""
+
+
+def soft_assignment(
+    features_ND: torch.Tensor, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """n Q for these points, [N, M]: rows sum to 1. Dtype and device are those of `embeddings_MD`."""
+    logits_NM = features_ND.to(embeddings_MD) @ embeddings_MD.T / eps + duals_M.to(embeddings_MD)
+    return logits_NM.softmax(dim=1)
+
+
+def solve_duals(
+    blocks: Blocks,
+    embeddings_MD: torch.Tensor,
+    eps: float,
+    tolerance: float,
+    max_iterations: int,
+    duals_M: torch.Tensor | None = None,
+    all_reduce: AllReduce = alone,
+    watch: Callable[[float], None] = unwatched,
+) -> Solution:
+    """Find g for fixed clusters.
+
+    Not to converge within `max_iterations` is not an error: look at `Solution.converged`.
+
+    Args:
+        blocks: this process's points; called once per iteration.
+        embeddings_MD: L2-normalised. The arithmetic runs in its dtype and on its device; sums are float64.
+        eps: weight of the entropy, in the units of a cosine. Smaller is closer to balanced *hard* sizes, and slower.
+        tolerance: on `Solution.marginal_error`.
+        duals_M: where to start; zero when not given.
+        watch: called after each pass with the marginal error there.
+
+    Raises:
+        DataError: there are no points, or a feature is not finite. Every process raises it.
+    """
+    num_clusters, device = embeddings_MD.shape[0], embeddings_MD.device
+    g_M = torch.zeros(num_clusters) if duals_M is None else duals_M
+    g_M = g_M.to(device, torch.float64)
+    # A column that no point reaches sums to 0 in this arithmetic; its logarithm is cut here and g goes on rising.
+    smallest = torch.finfo(embeddings_MD.dtype).tiny
+    for iteration in range(max_iterations + 1):
+        balance_M = num_clusters * _column_sums(blocks, embeddings_MD, g_M, eps, all_reduce)
+        error = float((balance_M - 1).abs().max())
+        if not math.isfinite(error):
+            raise DataError("Cannot balance clusters: there are no features, or some are not finite numbers.")
+        watch(error)
+        if error <= tolerance or iteration == max_iterations:
+            break
+        g_M = g_M - balance_M.clamp_min(smallest).log()
+        g_M = g_M - g_M.mean()
+    return Solution(g_M - g_M.mean(), iteration, error, error <= tolerance)
+
+
+def soft_centroids(
+    blocks: Blocks,
+    embeddings_MD: torch.Tensor,
+    duals_M: torch.Tensor,
+    eps: float,
+    all_reduce: AllReduce = alone,
+) -> torch.Tensor:
+    """C from Q: the mean of the points weighted by Q's columns, L2-normalised; [M, D], as `embeddings_MD`."""
+    sums_MD = torch.zeros_like(embeddings_MD, dtype=torch.float64)
+    for features_ND in blocks():
+        probs_NM = soft_assignment(features_ND, embeddings_MD, duals_M, eps)
+        sums_MD += probs_NM.T @ features_ND.to(embeddings_MD)
+    all_reduce(sums_MD)
+    norms_M1 = sums_MD.norm(dim=1, keepdim=True)
+    # Points that cancel exactly have no direction: such a cluster stays where it was.
+    return torch.where(norms_M1 > 0, sums_MD / norms_M1, embeddings_MD.double()).to(embeddings_MD)
+
+
+def balance(
+    blocks: Blocks,
+    embeddings_MD: torch.Tensor,
+    eps: float,
+    tolerance: float,
+    max_iterations: int,
+    rounds: int,
+    all_reduce: AllReduce = alone,
+    watch: Callable[[float], None] = unwatched,
+) -> tuple[torch.Tensor, Solution]:
+    """Solve for g, then `rounds` times re-estimate C from Q and solve again from the g before.
+
+    Returns:
+        embeddings_MD and the solution for them. Arguments and errors as `solve_duals`.
+    """
+    solution = solve_duals(blocks, embeddings_MD, eps, tolerance, max_iterations, all_reduce=all_reduce, watch=watch)
+    for _ in range(rounds):
+        embeddings_MD = soft_centroids(blocks, embeddings_MD, solution.duals_M, eps, all_reduce)
+        solution = solve_duals(
+            blocks, embeddings_MD, eps, tolerance, max_iterations, solution.duals_M, all_reduce, watch
+        )
+    return embeddings_MD, solution
+
+
+def _column_sums(
+    blocks: Blocks, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float, all_reduce: AllReduce
+) -> torch.Tensor:
+    """Q's column sums over all processes, float64 [M]. Rows of n Q sum to 1, so the total is the number of points."""
+    sums_M = torch.zeros_like(duals_M)
+    for features_ND in blocks():
+        sums_M += soft_assignment(features_ND, embeddings_MD, duals_M, eps).sum(0, dtype=torch.float64)
+    all_reduce(sums_M)
+    return sums_M / sums_M.sum()

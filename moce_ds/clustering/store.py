@@ -1,0 +1,197 @@
+"""Features on disk: one row per image of a shard set, in image order, written in blocks by any number of processes.
+
+    features/
+      block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
+      encoder/           the encoder that made them, put there by whoever makes the features
+      features.json      written last: where it is, the features are whole
+      begun.json         the same content while they are being made
+
+Axes: N images asked for or in a block, D feature width.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from moce_ds.config import differences
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.files import atomic_file, read_json, write_json
+
+VERSION = 1
+ENCODER = "encoder"
+"""Folder inside a features folder, and inside a clusters folder, with the encoder's weights and configuration."""
+
+
+class Identity(TypedDict):
+    """What the features were made of. Features of another identity are other features."""
+
+    shards_fingerprint: str
+    encoder_fingerprint: str
+    encoder_input: dict[str, Any]
+    """size, mean, std, interpolation, crop."""
+
+
+class FeatureWriter:
+    """Begins a features folder or takes up one that was left unfinished.
+
+    Args:
+        path: the folder.
+        count: images of the shard set, at least 1.
+        dim: D.
+        block_rows: images per block.
+
+    Raises:
+        ArtefactError: the folder holds features of another identity or shape, or is damaged.
+    """
+
+    def __init__(self, path: Path, count: int, dim: int, identity: Identity, block_rows: int = 4096) -> None:
+        self.path = path
+        self.count = count
+        self.dim = dim
+        self.block_rows = block_rows
+        description = {
+            "format": "moce features",
+            "version": VERSION,
+            "count": count,
+            "dim": dim,
+            "block_rows": block_rows,
+            "identity": dict(identity),
+        }
+        self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
+        recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
+        if recorded:
+            self._check_same(read_json(recorded[0], "a record of features", "moce features"))
+        else:
+            write_json(path / "begun.json", self._description)
+
+    def missing_blocks(self) -> list[int]:
+        """Numbers of the blocks that are not on disk yet."""
+        return [k for k in range(self._num_blocks) if not _block_path(self.path, k).is_file()]
+
+    def block_ids(self, k: int) -> range:
+        """Image ids of block k."""
+        return range(k * self.block_rows, min((k + 1) * self.block_rows, self.count))
+
+    def write_block(self, k: int, features_ND: np.ndarray) -> None:
+        """Write the features of the images `block_ids(k)`, stored as float16. Raises DataError on a wrong shape."""
+        expected = (len(self.block_ids(k)), self.dim)
+        if features_ND.shape != expected:
+            raise DataError(f"Block {k} of {self.path} has shape {features_ND.shape}, expected {expected}.")
+        with np.errstate(over="ignore"):  # Beyond float16 is infinite from here on, and `finish` names the image.
+            half_ND = features_ND.astype(np.float16)
+        with atomic_file(_block_path(self.path, k)) as temporary, open(temporary, "wb") as opened:
+            np.save(opened, half_ND, allow_pickle=False)
+
+    def finish(self) -> None:
+        """Declare the features whole; one process calls it, after all blocks are written.
+
+        Raises:
+            ArtefactError: a block is missing or has the wrong shape.
+            DataError: a feature is NaN or infinite (float16 ends at 65504).
+        """
+        for k in range(self._num_blocks):
+            block_ND = _open_block(self.path, k, (len(self.block_ids(k)), self.dim))
+            finite_N = np.isfinite(block_ND).all(axis=1)
+            if not finite_N.all():
+                image = self.block_ids(k)[int(np.argmin(finite_N))]
+                raise DataError(
+                    f"The features of image {image} are NaN or beyond float16 ({_block_path(self.path, k)}): "
+                    f"look whether the encoder's training diverged, then delete {self.path} and make them again."
+                )
+        write_json(self.path / "features.json", self._description)
+        (self.path / "begun.json").unlink(missing_ok=True)
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.count // self.block_rows)
+
+    def _check_same(self, recorded: dict[str, Any]) -> None:
+        different = differences(recorded, self._description)
+        if different:
+            lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
+            raise ArtefactError(
+                f"{self.path} holds features that were begun differently; give another folder or delete it:{lines}"
+            )
+
+
+class FeatureSet:
+    """Finished features, read through memory maps.
+
+    Attributes:
+        count: images.
+        dim: D.
+        identity: what the features were made of.
+    """
+
+    def __init__(self, path: Path, count: int, dim: int, block_rows: int, identity: Identity) -> None:
+        self.path = path
+        self.count = count
+        self.dim = dim
+        self.identity = identity
+        self._block_rows = block_rows
+        starts = range(0, count, block_rows)
+        self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
+
+    @classmethod
+    def open(cls, path: Path) -> "FeatureSet":
+        """Open a features folder.
+
+        Raises:
+            ArtefactError: it is missing, unfinished, damaged or of an unknown version.
+        """
+        if (path / "begun.json").is_file() and not (path / "features.json").is_file():
+            raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
+        recorded = read_json(path / "features.json", "a record of features", "moce features")
+        if recorded.get("format") != "moce features" or recorded.get("version") != VERSION:
+            raise ArtefactError(
+                f"{path / 'features.json'} says {recorded.get('format')!r} version {recorded.get('version')!r}; "
+                f"this program reads 'moce features' version {VERSION}."
+            )
+        names = ("count", "dim", "block_rows", "identity")
+        missing = [name for name in names if name not in recorded]
+        missing += [key for key in Identity.__annotations__ if key not in recorded.get("identity", {})]
+        if missing:
+            raise ArtefactError(f"{path / 'features.json'} is damaged, without {', '.join(missing)}: make it again.")
+        return cls(path, **{name: recorded[name] for name in names})
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All features in image order, float32 [N, D] at a time."""
+        for block_ND in self._blocks:
+            yield block_ND.astype(np.float32)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Features of these images in this order, float32 [N, D]. Raises DataError on an id outside the set."""
+        ids_N = np.asarray(ids, dtype=np.int64)
+        outside_N = (ids_N < 0) | (ids_N >= self.count)
+        if outside_N.any():
+            raise DataError(f"{self.path} has images 0 to {self.count - 1}, not {ids_N[outside_N][0]}.")
+        features_ND = np.empty((len(ids_N), self.dim), dtype=np.float32)
+        block_N, row_N = np.divmod(ids_N, self._block_rows)
+        for k in np.unique(block_N):
+            features_ND[block_N == k] = self._blocks[k][row_N[block_N == k]]
+        return features_ND
+
+    def all(self) -> np.ndarray:
+        """All features, float32 [count, D]: 4 count D bytes of memory."""
+        return np.concatenate(list(self.blocks()))
+
+
+def _block_path(path: Path, k: int) -> Path:
+    return path / f"block-{k:06d}.npy"
+
+
+def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
+    block_path = _block_path(path, k)
+    again = f"delete {path / 'features.json'} and this block, and run the same `moce features` again."
+    try:
+        block_ND = np.load(block_path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ArtefactError(f"{block_path} is missing: {again}") from None
+    except (ValueError, EOFError) as error:
+        raise ArtefactError(f"{block_path} is damaged ({error}): {again}") from None
+    if block_ND.shape != shape or block_ND.dtype != np.float16:
+        raise ArtefactError(f"{block_path} holds {block_ND.dtype} {block_ND.shape}, expected float16 {shape}: {again}")
+    return np.asarray(block_ND)

@@ -1,0 +1,217 @@
+"""The DALI pipeline: image files in, normalised crops out. The only file that imports DALI.
+
+One pipeline for CPU and GPU. It is fed by our own callback, so the order of reading, the crops and the flips are
+those of the sampler and the transform, and a run resumes at any batch exactly.
+
+Axes: B images, H, W pixels.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+
+from moce_ds.data.sampler import ReadList
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import ImageInput, Windows
+from moce_ds.errors import DataError
+
+# Other images tried in the place of a bad one before the shard set as a whole is called damaged.
+_REPLACEMENTS = 100
+# A shard with this many bad images, and this share of those read from it, is damaged as a whole.
+_ALTERED_COUNT, _ALTERED_SHARE = 3, 0.1
+
+
+class Crop(Protocol):
+    """Chooses the window of each image; see `transform`."""
+
+    def windows(
+        self,
+        ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        heights_B: NDArray[np.int32],
+        widths_B: NDArray[np.int32],
+    ) -> Windows: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with what is known of them.
+
+    Attributes:
+        images_BCHW: float32, normalised, on the loader's device.
+        ids_B, epochs_B: which image, and in which epoch it is read; int64 on the host.
+        wanted_B: the ids that the sampler asked for; they differ from `ids_B` where a bad image was replaced.
+    """
+
+    images_BCHW: Tensor
+    ids_B: NDArray[np.int64]
+    epochs_B: NDArray[np.int64]
+    wanted_B: NDArray[np.int64]
+
+
+class _Source:
+    """DALI's callback: the files of batch `first + iteration`, with their windows."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        read_list: Callable[[int], ReadList],
+        first: int,
+        last: int,
+        crop: Crop,
+        replacements: int,
+    ) -> None:
+        self.shards, self.read_list, self.first, self.last = shards, read_list, first, last
+        self.crop, self.replacements = crop, replacements
+
+    def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
+        index = self.first + iteration
+        if index >= self.last:
+            raise StopIteration
+        wanted = self.read_list(index)
+        files, ids = zip(*(self._read_intact(int(i)) for i in wanted.ids), strict=True)
+        ids_B = np.array(ids, dtype=np.int64)
+        rows = self.shards.samples[ids_B]
+        windows = self.crop.windows(ids_B, wanted.epochs, rows["height"], rows["width"])
+        return (
+            list(files),
+            list(windows.start_B2),
+            list(windows.shape_B2),
+            list(windows.mirror_B),
+            list(np.stack([ids_B, wanted.epochs, wanted.ids], axis=1)),
+        )
+
+    def _read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
+        """The bytes of an image, or of the next one that is as it was written."""
+        for offset in range(min(self.replacements + 1, self.shards.count)):
+            image_id = (wanted + offset) % self.shards.count
+            data = self.shards.read(image_id)
+            if self.shards.is_intact(image_id, data):
+                return np.frombuffer(data, dtype=np.uint8), image_id
+        after = f" and the {self.replacements} after it are" if self.replacements else " is"
+        raise DataError(
+            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written; look at the "
+            "set with `moce inspect --verify`, then write it again with `moce shards`."
+        )
+
+
+@pipeline_def(enable_conditionals=False)
+def _pipeline(source: _Source, input: ImageInput, on_gpu: bool) -> tuple[Any, ...]:
+    files, start, shape, mirror, numbers = fn.external_source(
+        source=source,
+        num_outputs=5,
+        batch=True,
+        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
+        ndim=[1, 1, 1, 0, 1],
+    )
+    images = fn.decoders.image_slice(
+        files,
+        start,
+        shape,
+        axes=[0, 1],
+        normalized_anchor=False,
+        normalized_shape=False,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+    )
+    images = fn.resize(images, size=[input.size, input.size], interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.crop_mirror_normalize(
+        images,
+        mirror=mirror,
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * m for m in input.mean],
+        std=[255 * s for s in input.std],
+    )
+    return images, numbers
+
+
+class Loader:
+    """Iterates over the batches `first` to `last` (exclusive) of a sampler's part.
+
+    Args:
+        shards: where the images are.
+        read_list: batch index -> what this process reads; a pure function.
+        crop: windows of the images.
+        input: size and normalisation.
+        batch_size: the longest batch.
+        threads: decoding threads.
+        device: where the images go; decoding happens there too.
+        replace_damaged: read the next image in the place of one that is not as it was written; else that is an error.
+
+    Raises (while iterating):
+        DataError: a shard has been altered, or cannot be read. Single bad images are replaced and counted in
+            `replaced` (id -> times).
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        read_list: Callable[[int], ReadList],
+        crop: Crop,
+        input: ImageInput,
+        *,
+        first: int,
+        last: int,
+        batch_size: int,
+        threads: int,
+        device: torch.device,
+        replace_damaged: bool = True,
+    ) -> None:
+        self.shards = shards
+        self.replaced: dict[int, int] = {}
+        self._read_from_shard = np.zeros(len(shards.shards), dtype=np.int64)
+        self._bad_in_shard = np.zeros(len(shards.shards), dtype=np.int64)
+        self._num_batches = last - first
+        self._pipeline = _pipeline(
+            source=_Source(shards, read_list, first, last, crop, _REPLACEMENTS if replace_damaged else 0),
+            input=input,
+            on_gpu=device.type == "cuda",
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device.index if device.type == "cuda" else None,
+            prefetch_queue_depth=2,
+        )
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._pipeline.build()
+        for _ in range(self._num_batches):
+            images, numbers = self._pipeline.run()
+            numbers_B3 = np.asarray(numbers.as_tensor())
+            ids_B, epochs_B, wanted_B = (numbers_B3[:, k].copy() for k in range(3))
+            self._count_replaced(ids_B, wanted_B)
+            # The pipeline writes its buffers again: the copy is what makes the tensor ours.
+            yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
+
+    def _count_replaced(self, ids_B: NDArray[np.int64], wanted_B: NDArray[np.int64]) -> None:
+        shard_B = self.shards.samples["shard"][wanted_B]
+        bad_B = ids_B != wanted_B
+        np.add.at(self._read_from_shard, shard_B, 1)
+        np.add.at(self._bad_in_shard, shard_B[bad_B], 1)
+        for image_id in wanted_B[bad_B].tolist():
+            self.replaced[image_id] = self.replaced.get(image_id, 0) + 1
+        altered = (self._bad_in_shard >= _ALTERED_COUNT) & (self._bad_in_shard > _ALTERED_SHARE * self._read_from_shard)
+        if altered.any():
+            k = int(altered.argmax())
+            raise DataError(
+                f"{self.shards.path / self.shards.shards[k].name} was altered after it was written: "
+                f"{self._bad_in_shard[k]} of {self._read_from_shard[k]} images read from it do not have their "
+                "checksum. Copy the shard again from its source, or write the set again with `moce shards`."
+            )
+
+    def replaced_sources(self) -> list[str]:
+        """One line an image that was replaced: its id, source and shard."""
+        names = self.shards.shards
+        return [
+            f"image {i} ({self.shards.source(i)}) in {names[int(self.shards.samples['shard'][i])].name}"
+            for i in sorted(self.replaced)
+        ]

@@ -1,0 +1,75 @@
+"""Which images are read when: a pure function of (seed, batch index), whatever the number of ranks.
+
+Epochs follow one another as one endless stream of permutations, cut into batches of equal size. So every image
+is read exactly once an epoch, no batch is short, and nothing is dropped or repeated where an epoch ends.
+
+Axes: G global batch, B one rank's part of it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.randomness import SHUFFLE, hashed
+
+
+@dataclass(frozen=True)
+class ReadList:
+    """Images to read, in order: their ids and the epoch that each read belongs to. Both int64, same length."""
+
+    ids: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+
+    def part(self, rank: int, world_size: int) -> "ReadList":
+        """The consecutive part of one rank: [G] -> [G / world_size]."""
+        size = len(self.ids) // world_size
+        window = slice(rank * size, (rank + 1) * size)
+        return ReadList(self.ids[window], self.epochs[window])
+
+
+@dataclass(frozen=True)
+class ShuffledSampler:
+    """Global batches of a shuffled, endless stream over `count` images, `batch_size` at a time."""
+
+    count: int
+    batch_size: int
+    seed: int
+
+    def batch(self, index: int) -> ReadList:
+        """The global batch with this index, [G]: positions index * G to (index + 1) * G of the stream."""
+        positions = np.arange(index * self.batch_size, (index + 1) * self.batch_size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.count)
+        ids = np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            ids[here] = permutation(self.count, self.seed, int(epoch))[offsets[here]]
+        return ReadList(ids, epochs)
+
+
+@dataclass(frozen=True)
+class SequentialSampler:
+    """One pass in the order of the ids, from `first` up to `last` (exclusive); the last batch may be short."""
+
+    first: int
+    last: int
+    batch_size: int
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the pass has."""
+        return -(-(self.last - self.first) // self.batch_size)
+
+    def batch(self, index: int) -> ReadList:
+        """The batch with this index, its length at most `batch_size`; epoch 0."""
+        start = self.first + index * self.batch_size
+        ids = np.arange(start, min(start + self.batch_size, self.last), dtype=np.int64)
+        return ReadList(ids, np.zeros_like(ids))
+
+
+@lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the set is smaller than the batch
+def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch, [count]."""
+    key = int(hashed(SHUFFLE, seed, epoch)[()])
+    return np.random.Generator(np.random.Philox(key=key)).permutation(count)

@@ -1,0 +1,283 @@
+"""`moce shards`: a folder of images becomes a shard set (docs/data-format.md).
+
+Worker processes read, decode and where needed re-encode the files; one process takes their results in the order of
+the sorted paths, gives out ids and writes. So the bytes on disk depend neither on the number of workers nor on how
+often the work was interrupted: a finished shard leaves a record that says at which file the next one begins.
+"""
+
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import PositiveInt
+from tqdm import tqdm
+
+from moce_ds.config import differences, option, settings
+from moce_ds.data.image_file import Accepted, Rejected
+from moce_ds.data.image_folder import SourceFile, examined, list_files
+from moce_ds.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST,
+    PROGRESS,
+    REJECTED,
+    SAMPLE,
+    SAMPLES,
+    SOURCES,
+    ShardFile,
+    ShardSet,
+    fingerprint_of,
+    index_name,
+    index_text,
+    key_of,
+    shard_name,
+)
+from moce_ds.errors import DataError
+from moce_ds.files import atomic_file, read_json, sha256_of, write_json
+
+
+@settings
+class ShardSettings:
+    """How a folder of images is cut into shards."""
+
+    images_per_shard: PositiveInt = option(10_000, help="images in one tar file; the last may hold fewer")
+    max_pixels: PositiveInt = option(100_000_000, help="a larger image is refused: it may be a decompression bomb")
+    workers: PositiveInt | None = option(None, help="processes that decode; null: one per available core")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardReport:
+    """What was written, or had been (`already_complete`). `rejected` counts by reason; see rejected.jsonl."""
+
+    path: Path
+    count: int
+    shards: int
+    bytes: int
+    classes: int
+    rejected: dict[str, int]
+    fingerprint: str
+    already_complete: bool
+
+
+@dataclasses.dataclass
+class _Record:
+    """What a shard adds to the set, kept in a file until the set is whole. One without images has no shard."""
+
+    next_file: int  # the first file of the source that is not accounted for yet
+    shard: dict[str, Any] | None = None
+    rows: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of SAMPLE, without the label
+    sources: list[str] = dataclasses.field(default_factory=list)
+    rejected: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+
+def write_shards(source: Path, out: Path, config: ShardSettings) -> ShardReport:
+    """Write the images below `source` as a shard set in `out`; continue where an earlier attempt was stopped.
+
+    A set that is complete already is left alone. Files that are no images, damaged, empty or too large are counted
+    and listed in rejected.jsonl with their reason.
+
+    Raises:
+        DataError: no image can be decoded; `out` lies in `source`, holds other files, or was begun from other
+            files or with other settings; or a worker process died.
+    """
+    source, out = Path(source).absolute(), Path(out).absolute()
+    if out.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{out} lies in the source folder {source}: choose a folder outside of it.")
+    files = list_files(source)
+    plan = _plan(files, config)
+    if (out / MANIFEST).exists():
+        return _complete(out, source, plan)
+    _begin(out, source, plan)
+    records = _finished_records(out)
+    _write_missing(source, out, files, records, config)
+    manifest = _write_tables(out, records) | {"source": str(source), "made_from": plan}
+    write_json(out / MANIFEST, manifest)
+    shutil.rmtree(out / PROGRESS)
+    return _report(out, manifest, already_complete=False)
+
+
+def _plan(files: Sequence[SourceFile], config: ShardSettings) -> dict[str, Any]:
+    """Everything that decides what is written."""
+    listing = sha256()
+    for file in files:
+        listing.update(json.dumps(file).encode() + b"\n")
+    return {
+        "files": len(files),
+        "listing_sha256": listing.hexdigest(),  # of paths and sizes
+        "images_per_shard": config.images_per_shard,
+        "max_pixels": config.max_pixels,
+    }
+
+
+def _complete(out: Path, source: Path, plan: dict[str, Any]) -> ShardReport:
+    ShardSet.open(out)
+    manifest = read_json(out / MANIFEST, "a shard set", "moce shards")
+    _refuse_other_plan(out, source, manifest["made_from"], plan)
+    shutil.rmtree(out / PROGRESS, ignore_errors=True)  # left by a kill just after the manifest was written
+    return _report(out, manifest, already_complete=True)
+
+
+def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
+    plan_file = out / PROGRESS / "plan.json"
+    if plan_file.exists():
+        _refuse_other_plan(out, source, read_json(plan_file, "the plan of a shard set", "moce shards"), plan)
+        for unfinished in [*out.glob(".*.tmp"), *(out / PROGRESS).glob(".*.tmp")]:
+            unfinished.unlink()
+        return
+    if out.exists() and (not out.is_dir() or any(entry.name != PROGRESS for entry in out.iterdir())):
+        raise DataError(f"{out} is not an empty folder and holds no shard set: choose another one, or empty it.")
+    write_json(plan_file, plan)
+
+
+def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = differences(old, new)
+    if "listing_sha256" in changed:
+        before, now = old["files"], new["files"]
+        what = f"{source} had other files or file sizes then ({before} files then, {now} now)"
+    elif changed:
+        what = ", ".join(f"{key} was {before}, now {now}" for key, (before, now) in changed.items())
+    else:
+        return
+    raise DataError(
+        f"{out} was begun from something else: {what}. Use the same files and settings, choose another folder, "
+        f"or delete {out} to start afresh."
+    )
+
+
+def _finished_records(out: Path) -> list[_Record]:
+    records: list[_Record] = []
+    while (path := _record_path(out, len(records))).exists():
+        records.append(_Record(**read_json(path, "the record of a shard", "moce shards")))
+    return records
+
+
+def _record_path(out: Path, number: int) -> Path:
+    return out / PROGRESS / f"{number:06d}.json"
+
+
+def _write_missing(
+    source: Path, out: Path, files: Sequence[SourceFile], records: list[_Record], config: ShardSettings
+) -> None:
+    """Write the shards that have no record yet, and append theirs to `records`."""
+    next_file = records[-1].next_file if records else 0
+    first_id = sum(len(record.rows) for record in records)
+    bar = tqdm(total=len(files), initial=next_file, desc="shards", unit="file", disable=None)
+    with bar, closing(examined(source, files[next_file:], config.max_pixels, config.workers)) as results:
+        while next_file < len(files):
+            record = _write_shard(out, len(records), first_id, next_file, results, config.images_per_shard, bar)
+            write_json(_record_path(out, len(records)), dataclasses.asdict(record))
+            records.append(record)
+            next_file, first_id = record.next_file, first_id + len(record.rows)
+
+
+def _write_shard(
+    out: Path,
+    number: int,
+    first_id: int,
+    next_file: int,
+    results: Iterable[tuple[SourceFile, Accepted | Rejected]],
+    capacity: int,
+    bar: "tqdm[Any]",
+) -> _Record:
+    record = _Record(next_file)
+    path = out / shard_name(number)
+    with atomic_file(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for file, result in results:
+                bar.update()
+                record.next_file += 1
+                if isinstance(result, Rejected):
+                    record.rejected.append({"path": file.path, **result._asdict()})
+                    continue
+                offset = _add_sample(tar, first_id + len(record.rows), result.data)
+                size = len(result.data), result.height, result.width
+                record.rows.append((number, offset, *size, zlib.crc32(result.data)))
+                record.sources.append(file.path)
+                if len(record.rows) == capacity:
+                    break
+        digest, count = sha256_of(temporary), len(record.rows)
+        record.shard = dataclasses.asdict(ShardFile(path.name, temporary.stat().st_size, digest, count))
+    if not record.rows:  # the last files of the source were all refused
+        path.unlink()
+        record.shard = None
+        return record
+    with atomic_file(out / index_name(path.name)) as temporary:
+        temporary.write_text(index_text(_samples(record.rows), first_id), encoding="ascii")
+    return record
+
+
+def _add_sample(tar: tarfile.TarFile, image_id: int, data: bytes) -> int:
+    """Append an image and its id; the offset of the image's bytes."""
+    offset = tar.offset + tarfile.BLOCKSIZE
+    for extension, content in (("jpg", data), ("idx", image_id.to_bytes(8, "little", signed=True))):
+        member = tarfile.TarInfo(f"{key_of(image_id)}.{extension}")  # its mtime, uid and gid are 0
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    return offset
+
+
+def _samples(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[n] of SAMPLE from `rows` without labels; labels are -1."""
+    samples = np.empty(len(rows), SAMPLE)
+    columns = ("shard", "offset", "size", "height", "width", "crc32")
+    for name, column in zip(columns, zip(*rows, strict=True), strict=True):
+        samples[name] = column
+    samples["label"] = -1
+    return samples
+
+
+def _write_tables(out: Path, records: Sequence[_Record]) -> dict[str, Any]:
+    """Merge the shards' records into the set's tables; the manifest's part that follows from them."""
+    rejected = [entry for record in records for entry in record.rejected]
+    if not any(record.rows for record in records):
+        _refuse_empty(out, rejected)
+    sources = [path for record in records for path in record.sources]
+    folders = [path.rpartition("/")[0] for path in sources]
+    classes = sorted(set(folders) - {""})
+    label_of = {"": -1} | {name: label for label, name in enumerate(classes)}
+    samples = np.concatenate([_samples(record.rows) for record in records if record.rows])
+    samples["label"] = [label_of[folder] for folder in folders]
+    with atomic_file(out / SAMPLES) as temporary, open(temporary, "wb") as file:
+        np.save(file, samples, allow_pickle=False)
+    for name, entries in ((SOURCES, sources), (REJECTED, rejected)):
+        with atomic_file(out / name) as temporary, open(temporary, "w", encoding="ascii") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    return {
+        "version": FORMAT_VERSION,
+        "count": len(samples),
+        "fingerprint": fingerprint_of(samples),
+        "rejected": dict(sorted(Counter(entry["reason"] for entry in rejected).items())),
+        "classes": classes,
+        "shards": [record.shard for record in records if record.shard],
+    }
+
+
+def _refuse_empty(out: Path, rejected: Sequence[dict[str, str]]) -> None:
+    shutil.rmtree(out / PROGRESS)
+    out.rmdir()
+    listed = "".join(f"\n  {entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5])
+    more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
+    raise DataError(f"No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
+
+
+def _report(out: Path, manifest: dict[str, Any], already_complete: bool) -> ShardReport:
+    shards = manifest["shards"]
+    return ShardReport(
+        path=out,
+        count=manifest["count"],
+        shards=len(shards),
+        bytes=sum(shard["bytes"] for shard in shards),
+        classes=len(manifest["classes"]),
+        rejected=manifest["rejected"],
+        fingerprint=manifest["fingerprint"],
+        already_complete=already_complete,
+    )

@@ -1,0 +1,126 @@
+"""Which window of an image the model sees, as a function of (seed, epoch, image id).
+
+The windows are worked out on the host from the sizes in the shard index, so the decoder reads only the part that is
+needed and the result depends neither on ranks nor on threads.
+
+Axes: B images, K tries; a window is (top, left) and (height, width) in pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.randomness import CROP, FLIP, uniform
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """What a model's input is: side in pixels, normalisation, and the share of the shorter side that the centre
+    crop of evaluation keeps. It travels with every exported encoder and with the clusters."""
+
+    size: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    center_crop: float = 0.875
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"size": self.size, "mean": list(self.mean), "std": list(self.std), "center_crop": self.center_crop}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "ImageInput":
+        """Rebuild from JSON, where tuples are lists."""
+        return cls(tree["size"], tuple(tree["mean"]), tuple(tree["std"]), tree["center_crop"])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """For each image: `start_B2` (top, left) and `shape_B2` (height, width), int32, and `mirror_B` (0 or 1), int32."""
+
+    start_B2: NDArray[np.int32]
+    shape_B2: NDArray[np.int32]
+    mirror_B: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The training crop of MAE: an area share in `scale`, an aspect ratio in `ratio` (log-uniform), and a flip.
+
+    Ten tries a window that fits inside the image, then the largest centred one of an allowed ratio, as torchvision's
+    RandomResizedCrop does.
+    """
+
+    seed: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def windows(
+        self,
+        ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        heights_B: NDArray[np.int32],
+        widths_B: NDArray[np.int32],
+    ) -> Windows:
+        """The windows of a batch."""
+        tries = np.arange(_TRIES)
+
+        def draw(what: int) -> NDArray[np.float64]:
+            return uniform(CROP, self.seed, epochs_B[:, None], ids_B[:, None], tries, what)
+
+        h_B, w_B = heights_B.astype(np.float64), widths_B.astype(np.float64)
+        area_BK = (h_B * w_B)[:, None] * (self.scale[0] + draw(0) * (self.scale[1] - self.scale[0]))
+        low, high = np.log(self.ratio)
+        ratio_BK = np.exp(low + draw(1) * (high - low))
+        width_BK = np.round(np.sqrt(area_BK * ratio_BK))
+        height_BK = np.round(np.sqrt(area_BK / ratio_BK))
+        fits_BK = (width_BK >= 1) & (height_BK >= 1) & (width_BK <= w_B[:, None]) & (height_BK <= h_B[:, None])
+        first_B = fits_BK.argmax(axis=1)
+        rows = np.arange(len(ids_B))
+        fallback = _largest_window(h_B, w_B, self.ratio)
+        found_B = fits_BK.any(axis=1)
+        height_B = np.where(found_B, height_BK[rows, first_B], fallback[0])
+        width_B = np.where(found_B, width_BK[rows, first_B], fallback[1])
+        place_B2 = np.stack([draw(2)[rows, first_B], draw(3)[rows, first_B]], axis=1)
+        place_B2[~found_B] = 0.5
+        shape_B2 = np.stack([height_B, width_B], axis=1)
+        room_B2 = np.stack([h_B, w_B], axis=1) - shape_B2
+        start_B2 = np.minimum(np.floor(place_B2 * (room_B2 + 1)), room_B2)
+        mirror_B = (uniform(FLIP, self.seed, epochs_B, ids_B) < 0.5) & self.flip
+        return Windows(start_B2.astype(np.int32), shape_B2.astype(np.int32), mirror_B.astype(np.int32))
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The crop of evaluation: the centred square whose side is `share` of the shorter side; no flip."""
+
+    share: float
+
+    def windows(
+        self,
+        ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int64],
+        heights_B: NDArray[np.int32],
+        widths_B: NDArray[np.int32],
+    ) -> Windows:
+        """The windows of a batch; ids and epochs do not matter."""
+        side_B = np.maximum(1, np.round(np.minimum(heights_B, widths_B) * self.share))
+        shape_B2 = np.stack([side_B, side_B], axis=1)
+        start_B2 = np.floor((np.stack([heights_B, widths_B], axis=1) - shape_B2) / 2)
+        return Windows(start_B2.astype(np.int32), shape_B2.astype(np.int32), np.zeros(len(ids_B), np.int32))
+
+
+def _largest_window(
+    h_B: NDArray[np.float64], w_B: NDArray[np.float64], ratio: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Height and width of the largest window whose width/height is within `ratio`."""
+    height_B = np.maximum(1, np.minimum(h_B, np.round(w_B / ratio[0])))
+    width_B = np.maximum(1, np.minimum(w_B, np.round(h_B * ratio[1])))
+    return height_B, width_B

@@ -1,0 +1,1 @@
+"""The dense masked autoencoder and the one with experts."""

@@ -1,0 +1,128 @@
+"""Encoder features of images: to memory for a task, to disk for a pre-training set.
+
+Axes: N images, D width.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Never
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moce_ds.checkpoint_files import find
+from moce_ds.clustering.store import ENCODER, FeatureWriter, Identity
+from moce_ds.config import option, settings
+from moce_ds.data.loader import Loader
+from moce_ds.data.sampler import SequentialSampler
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import CenterCrop
+from moce_ds.errors import ArtefactError
+from moce_ds.files import atomic_folder
+from moce_ds.models.dense import dense_encoder
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.runtime import Runtime
+
+
+@settings
+class EncodeSettings:
+    """How images are run through an encoder."""
+
+    batch_size: int = option(256, "images at a time in each process")
+    threads: int = option(2, "decoding threads of each process")
+    block_rows: int = option(4096, "images in a file of features; what is lost at most by a kill")
+
+
+def open_encoder(path: Path, device: torch.device) -> Encoder:
+    """The encoder that `path` names: an encoder folder, or a run folder or checkpoint of a dense MAE.
+
+    Raises:
+        ArtefactError: it is neither.
+    """
+    if not path.is_dir():
+        raise ArtefactError(f"{path} not found: expected an encoder folder, or the run of a dense MAE.")
+    if (path / "model.safetensors").exists():
+        return load_encoder(path, device)
+    encoder = dense_encoder(find(path))
+    encoder.model.to(device)
+    return encoder
+
+
+def encode(
+    encoder: Encoder, shards: ShardSet, ids: range, config: EncodeSettings, device: torch.device
+) -> Iterator[Tensor]:
+    """Features of the images `ids`, in order, batch after batch, [<= batch_size, D] float32 on the host.
+
+    A damaged image would be replaced by another one and get its features; here that is an error, since a feature
+    stands for its image.
+
+    Raises:
+        DataError: an image is not as it was written.
+    """
+    sampler = SequentialSampler(ids.start, ids.stop, config.batch_size)
+    loader = Loader(
+        shards,
+        sampler.batch,
+        CenterCrop(encoder.input.center_crop),
+        encoder.input,
+        first=0,
+        last=sampler.num_batches,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        device=device,
+        replace_damaged=False,
+    )
+    for batch in loader:
+        yield encoder.features(batch.images_BCHW).cpu()
+
+
+def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
+    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar."""
+    with _bar(shards.count, f"encoding {shards.path.name}", visible=True) as bar:
+        parts = []
+        for part_ND in encode(encoder, shards, range(shards.count), config, device):
+            parts.append(part_ND)
+            bar.update(len(part_ND))
+    return torch.cat(parts)
+
+
+def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: EncodeSettings, runtime: Runtime) -> None:
+    """Write the features of a shard set; the processes share the blocks, and blocks that are there are kept.
+
+    Raises:
+        ArtefactError: `out` holds features of other images or of another encoder.
+        DataError: an image is damaged, or a feature is not finite.
+    """
+    identity = Identity(
+        shards_fingerprint=shards.fingerprint,
+        encoder_fingerprint=encoder.fingerprint,
+        encoder_input=encoder.input.to_tree(),
+    )
+    writer = None
+    if runtime.is_main:  # one process begins the folder, the others find it begun
+        writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
+        if not (out / ENCODER).exists():
+            with atomic_folder(out / ENCODER) as draft:
+                save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    runtime.barrier()
+    writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
+    missing = writer.missing_blocks()
+    runtime.barrier()  # all have looked before anyone adds a block
+    mine = missing[runtime.rank :: runtime.world_size]
+    with _bar(sum(len(writer.block_ids(k)) for k in mine), "features", visible=runtime.is_main) as bar:
+        for k in mine:
+            parts = []
+            for part_ND in encode(encoder, shards, writer.block_ids(k), config, runtime.device):
+                parts.append(part_ND.numpy())
+                bar.update(len(part_ND))
+            writer.write_block(k, np.concatenate(parts))
+    runtime.barrier()
+    if runtime.is_main:
+        writer.finish()
+
+
+def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":
+    return tqdm(total=total, desc=what, unit="img", file=sys.stderr, disable=not visible, delay=2, dynamic_ncols=True)

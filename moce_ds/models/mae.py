@@ -1,0 +1,180 @@
+"""The masked autoencoder (He et al., 2022), with timm's blocks and the parameter names of the public code.
+
+Axes: B images, N patches, V visible patches, T tokens (visible patches and cls), D width, P pixels of a patch x 3.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moce_ds.models.vit import ViTShape
+from moce_ds.randomness import MASK, uniform
+
+from timm.layers import Mlp, PatchEmbed  # isort: skip  (after models.vit, which repairs torchvision)
+from timm.models.vision_transformer import Block  # isort: skip
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The size of the decoder, which only pre-training uses."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which patches are visible: `visible_BV` indices of those kept, `restore_BN` the inverse of the shuffle that put
+    them first, `mask_BN` 1 where a patch is hidden."""
+
+    visible_BV: Tensor
+    restore_BN: Tensor
+    mask_BN: Tensor
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the decoder made of the masked images: the loss (scalar) and the predicted patches [B, N, P]."""
+
+    loss: Tensor
+    patches_BNP: Tensor
+    mask_BN: Tensor
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder on the visible patches, decoder on all, mean squared error on the hidden ones."""
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(self, shape: ViTShape, decoder: DecoderShape, mask_ratio: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.mask_ratio = mask_ratio
+        D, pixels = shape.width, shape.patch_size**2 * 3
+        self.patch_embed = PatchEmbed(shape.image_size, shape.patch_size, 3, D)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_buffer("pos_embed", sincos_positions(shape, D))
+        self.blocks = nn.ModuleList(make_block(D, shape.heads, shape.mlp_ratio) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(D, eps=NORM_EPS)
+        self.decoder_embed = nn.Linear(D, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
+        self.register_buffer("decoder_pos_embed", sincos_positions(shape, decoder.width))
+        self.decoder_blocks = nn.ModuleList(make_block(decoder.width, decoder.heads, 4.0) for _ in range(decoder.depth))
+        self.decoder_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
+        self.decoder_pred = nn.Linear(decoder.width, pixels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """The public MAE's start: Xavier for matrices, normal(0.02) for the tokens."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.shape.width, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Reconstruction:
+        """Reconstruct masked images; the patches with the lowest noise stay visible."""
+        return self.reconstruct(images_BCHW, noise_BN, lambda _, block, x_BTD: block(x_BTD))
+
+    def reconstruct(
+        self, images_BCHW: Tensor, noise_BN: Tensor, run_block: Callable[[int, Block, Tensor], Tensor]
+    ) -> Reconstruction:
+        """As `forward`, each encoder block run by `run_block(index, block, tokens)`."""
+        masking = random_masking(noise_BN, self.mask_ratio)
+        x_BTD = self.visible_tokens(images_BCHW, masking)
+        for index, block in enumerate(self.blocks):
+            x_BTD = run_block(index, block, x_BTD)
+        patches_BNP = self.decode(self.norm(x_BTD), masking)
+        target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
+        error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
+        loss = (error_BN * masking.mask_BN).sum() / masking.mask_BN.sum()
+        return Reconstruction(loss, patches_BNP, masking.mask_BN)
+
+    def visible_tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
+        """Tokens that enter the encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
+        x_BND = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:]
+        index_BVD = masking.visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1])
+        x_BVD = x_BND.gather(1, index_BVD)
+        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BVD), -1, -1)
+        return torch.cat([cls_B1D.to(x_BVD.dtype), x_BVD], dim=1)
+
+    def decode(self, x_BTD: Tensor, masking: Masking) -> Tensor:
+        """Predicted patches [B, N, P] from the encoder's output."""
+        x_BTD = self.decoder_embed(x_BTD)
+        B, T, D = x_BTD.shape
+        hidden = masking.restore_BN.shape[1] + 1 - T
+        x_BND = torch.cat([x_BTD[:, 1:], self.mask_token.to(x_BTD.dtype).expand(B, hidden, -1)], dim=1)
+        x_BND = x_BND.gather(1, masking.restore_BN[:, :, None].expand(-1, -1, D))
+        x_BTD = torch.cat([x_BTD[:, :1], x_BND], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x_BTD = block(x_BTD)
+        return self.decoder_pred(self.decoder_norm(x_BTD))[:, 1:]
+
+
+def make_block(width: int, heads: int, mlp_ratio: float) -> Block:
+    """One of timm's pre-norm blocks with MAE's settings."""
+    return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=NORM_EPS))
+
+
+def make_mlp(width: int, mlp_ratio: float) -> Mlp:
+    """The MLP of such a block."""
+    return Mlp(width, int(width * mlp_ratio))
+
+
+def mask_noise(seed: int, ids_B: np.ndarray, epochs_B: np.ndarray, num_patches: int) -> Tensor:
+    """Uniform noise that decides which patches are hidden, [B, N] float32: a function of (seed, epoch, image id)."""
+    noise_BN = uniform(MASK, seed, epochs_B[:, None], ids_B[:, None], np.arange(num_patches))
+    return torch.from_numpy(noise_BN.astype(np.float32))
+
+
+def random_masking(noise_BN: Tensor, mask_ratio: float) -> Masking:
+    """Keep the patches with the lowest noise, int(N (1 - mask_ratio)) of them."""
+    N = noise_BN.shape[1]
+    keep = int(N * (1 - mask_ratio))
+    shuffle_BN = noise_BN.argsort(dim=1, stable=True)
+    restore_BN = shuffle_BN.argsort(dim=1)
+    return Masking(shuffle_BN[:, :keep], restore_BN, (restore_BN >= keep).float())
+
+
+def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
+    """Cut images into patches, [B, N, P]; P runs over (row, column, channel) as in the public MAE."""
+    B, C, H, W = images_BCHW.shape
+    x = images_BCHW.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size**2 * C)
+
+
+def unpatchify(patches_BNP: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify` for square images: [B, N, P] -> [B, 3, H, W]."""
+    B, N, _ = patches_BNP.shape
+    side = int(N**0.5)
+    x = patches_BNP.reshape(B, side, side, patch_size, patch_size, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, 3, side * patch_size, side * patch_size)
+
+
+def normalised_patches(patches_BNP: Tensor) -> Tensor:
+    """Zero mean and unit (unbiased) variance per patch, eps 1e-6: the target of MAE."""
+    mean = patches_BNP.mean(dim=-1, keepdim=True)
+    variance = patches_BNP.var(dim=-1, keepdim=True)
+    return (patches_BNP - mean) / (variance + 1e-6).sqrt()
+
+
+def sincos_positions(shape: ViTShape, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embeddings, [1, N + 1, width] float32, zeros for cls, as in the public MAE."""
+    side = shape.image_size // shape.patch_size
+    row, column = np.meshgrid(np.arange(side, dtype=np.float64), np.arange(side, dtype=np.float64), indexing="ij")
+    frequency = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
+    # The public code puts the column in the first half of the channels.
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    patches = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
+    table = np.concatenate([np.zeros((1, width)), patches])
+    return torch.from_numpy(table).float()[None]

@@ -1,0 +1,160 @@
+"""MoCE: a masked autoencoder in which some MLPs are layers of experts, chosen by the cluster of the image.
+
+Axes: B images, N patches, T tokens, D width, L expert layers, M clusters, E experts, C width of an embedding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, make_mlp, random_masking
+from moce_ds.models.vit import ViTShape
+from moce_ds.moe.gate import ClusterGate, GateLosses, combine_weight, gate_losses
+from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
+from moce_ds.randomness import INIT, hashed
+
+MakeLayer = Callable[[Callable[[], nn.Module], int], nn.Module]
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """How many experts, in which blocks (counted from 0), and how the gate works."""
+
+    num_experts: int
+    layers: tuple[int, ...]
+    temperature: float
+    combine: str
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "ExpertShape":
+        """Rebuild from JSON, where tuples are lists."""
+        return cls(tree["num_experts"], tuple(tree["layers"]), tree["temperature"], tree["combine"])
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a forward pass must be told about the images' routes.
+
+    Attributes:
+        clusters_B: cluster of each image, int64.
+        plan: who computes what.
+        noise_LME: gate noise of this step, or None.
+    """
+
+    clusters_B: Tensor
+    plan: Plan
+    noise_LME: Tensor | None
+
+
+@dataclass(frozen=True)
+class MoceOutput:
+    """Reconstruction and the gate's losses, not yet weighted."""
+
+    reconstruction: Reconstruction
+    gate: GateLosses
+
+
+class Moce(MaskedAutoencoder):
+    """A MaskedAutoencoder whose blocks in `experts.layers` hold `make_layer(make_mlp, num_experts)` as `mlp`.
+
+    `make_layer` is `ClusterMoE` in training and `ReferenceMoE` where one process holds everything; the names of the
+    parameters are the same.
+    """
+
+    share_M: Tensor
+
+    def __init__(
+        self,
+        shape: ViTShape,
+        decoder: DecoderShape,
+        mask_ratio: float,
+        experts: ExpertShape,
+        embeddings_MC: Tensor,
+        share_M: Tensor,
+        make_layer: MakeLayer,
+    ) -> None:
+        super().__init__(shape, decoder, mask_ratio)
+        self.experts = experts
+        self.gate = ClusterGate(embeddings_MC, len(experts.layers), experts.num_experts, experts.temperature)
+        self.register_buffer("share_M", share_M.float())
+        self.layer_of_block = {block: layer for layer, block in enumerate(experts.layers)}
+        for block in experts.layers:
+            self.blocks[block].mlp = make_layer(lambda: make_mlp(shape.width, shape.mlp_ratio), experts.num_experts)
+
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> MoceOutput:  # type: ignore[override]
+        """Reconstruct masked images, each on the route of its cluster."""
+        probs_LME = self.gate(routing.noise_LME)
+
+        def run_block(index: int, block: Block, x_BTD: Tensor) -> Tensor:
+            layer = self.layer_of_block.get(index)
+            if layer is None:
+                return block(x_BTD)
+            plan = routing.plan.layers[layer]
+            weight_B = combine_weight(probs_LME, layer, routing.clusters_B, plan.experts_B, self.experts.combine)
+            return expert_block(block, x_BTD, plan, weight_B)
+
+        reconstruction = self.reconstruct(images_BCHW, noise_BN, run_block)
+        return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
+
+    def tokens_on_route(self, images_BCHW: Tensor, experts: Sequence[int], weights: Sequence[float]) -> Tensor:
+        """Tokens after the final norm, nothing masked, [B, T, D], all images on one route with given combine weights.
+
+        For one process that holds all experts; the export is checked against it.
+        """
+        B = len(images_BCHW)
+        everything = random_masking(torch.arange(self.shape.num_patches).expand(B, -1).float(), 0.0)
+        x_BTD = self.visible_tokens(images_BCHW, everything)
+        for index, block in enumerate(self.blocks):
+            layer = self.layer_of_block.get(index)
+            if layer is None:
+                x_BTD = block(x_BTD)
+            else:
+                plan = plan_layer(np.full((1, B), experts[layer]), 0, 1, self.experts.num_experts)
+                x_BTD = expert_block(block, x_BTD, plan, torch.full((B,), weights[layer]))
+        return self.norm(x_BTD)
+
+
+def expert_block(block: Block, x_BTD: Tensor, plan: LayerPlan, weight_B: Tensor) -> Tensor:
+    """timm's block with experts for its MLP; drop path and layer scale are identities in MAE."""
+    x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
+    return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_B)
+
+
+def expert_key(block: int, expert: int, rest: str) -> str:
+    """The name of one expert's parameter, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
+    return f"blocks.{block}.mlp.experts.{expert}.{rest}"
+
+
+def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
+    """Weights of a MoCE from those of a dense MAE: every expert is the dense MLP with a small perturbation.
+
+    A weight matrix W of an expert becomes `W + perturbation * rms(W) * n`, n standard normal; biases stay. The noise
+    of an expert depends on (seed, layer, expert) only, not on where the expert lives. The gate is not included.
+
+    Args:
+        dense: state of a dense MAE.
+        experts: the layers to turn.
+        perturbation: relative size; 0 makes exact copies.
+        seed: of the perturbation.
+    """
+    state = {}
+    for name, tensor in dense.items():
+        parts = name.split(".")
+        is_expert = parts[0] == "blocks" and int(parts[1]) in experts.layers and parts[2] == "mlp"
+        if not is_expert:
+            state[name] = tensor
+            continue
+        block, rest = int(parts[1]), ".".join(parts[3:])
+        for expert in range(experts.num_experts):
+            copy = tensor.clone()
+            if tensor.ndim > 1 and perturbation > 0:
+                number = hashed(INIT, seed, block, expert, int(rest.startswith("fc2")))[()]
+                generator = torch.Generator().manual_seed(int(number >> np.uint64(1)))
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+                copy += perturbation * tensor.square().mean().sqrt() * noise.to(tensor.dtype)
+            state[expert_key(block, expert, rest)] = copy
+    return state

@@ -1,0 +1,77 @@
+"""A model on paper: what a checkpoint's manifest says of it, and how to build it from that."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.transform import ImageInput
+from moce_ds.errors import ArtefactError
+from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
+from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
+from moce_ds.models.vit import ViTShape
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Sizes of a masked autoencoder, dense (`experts` is None) or with experts, and its images."""
+
+    shape: ViTShape
+    decoder: DecoderShape
+    mask_ratio: float
+    input: ImageInput
+    experts: ExpertShape | None
+
+    def to_tree(self) -> dict[str, Any]:
+        """Plain data for a manifest; `from_tree` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "ModelSpec":
+        """Rebuild from a manifest."""
+        return cls(
+            ViTShape(**tree["shape"]),
+            DecoderShape(**tree["decoder"]),
+            tree["mask_ratio"],
+            ImageInput.from_tree(tree["input"]),
+            ExpertShape.from_tree(tree["experts"]) if tree["experts"] else None,
+        )
+
+
+def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
+    """The model of a spec; `clusters` are needed for one with experts, whose layers `make_layer` makes."""
+    if spec.experts is None:
+        return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    assert clusters is not None, "a model with experts is built from clusters"
+    return Moce(
+        spec.shape,
+        spec.decoder,
+        spec.mask_ratio,
+        spec.experts,
+        torch.from_numpy(clusters.embeddings_MD),
+        torch.from_numpy(clusters.share_M),
+        make_layer,
+    )
+
+
+def give_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into parameters of the same names, refusing what is missing or of another shape.
+
+    Raises:
+        ArtefactError: lists what does not fit; `source` is named.
+    """
+    faults = [f"missing {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in weights]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(p.shape)}"
+        for name, p in parameters.items()
+        if name in weights and weights[name].shape != p.shape
+    ]
+    if faults:
+        more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
+        raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *faults[:12], *more]))
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])

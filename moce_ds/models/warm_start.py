@@ -1,0 +1,77 @@
+"""Weights to start a run from: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth`."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moce_ds.checkpoint_files import WEIGHTS, find
+from moce_ds.errors import ArtefactError
+
+# Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
+_NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
+_DECODER = ("decoder_", "mask_token")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Weights by the names of the public MAE (those of this program), without fixed tables and classifier.
+
+    Args:
+        path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file, which is
+            read with `weights_only=True`, so that nothing in it is executed.
+
+    Raises:
+        ArtefactError: there is nothing to read at `path`, or it holds something else.
+    """
+    if not path.exists():
+        raise ArtefactError(f"run.init_from: {path} not found.")
+    if path.is_dir():
+        state = load_file(path / "model.safetensors") if (path / "model.safetensors").exists() else None
+        state = state or find(path).load(WEIGHTS)
+    elif path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    elif path.suffix in (".pth", ".pt"):
+        state = _read_torch(path)
+    else:
+        raise ArtefactError(f"run.init_from: {path}: expected a folder of ours, .safetensors, .pth or .pt.")
+    return {name: tensor.float() for name, tensor in state.items() if name not in _NOT_NEEDED}
+
+
+def has_experts(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are those of a model with experts."""
+    return any(".mlp.experts." in name for name in weights)
+
+
+def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the weights are those of an encoder alone, as the public MAE's files named "pretrain" are."""
+    return not any(name.startswith(_DECODER) for name in weights)
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a parameter belongs to the decoder, which an encoder-only file does not have."""
+    return name.startswith(_DECODER)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArtefactError(f"run.init_from: {path} is no safetensors file ({error}).") from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtefactError(
+            f"run.init_from: {path} refused: more than tensors in it, or damaged; nothing was run ({reason})."
+        ) from None
+    state = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ArtefactError(f"run.init_from: {path} holds no weights: expected tensors by name, maybe under 'model'.")
+    return state

@@ -1,0 +1,1 @@
+"""The cluster-conditional expert layer: gate, plan, exchange, layer."""

@@ -1,0 +1,120 @@
+"""Where a process stands among its peers, and how they agree to stop.
+
+A process learns its place from the variables that torchrun, `launchers/` and SLURM set (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from moce_ds.errors import MoceError
+
+_PEER_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A process's place: global rank, number of processes, rank on its machine, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes what needs one writer."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print to standard error, once for all processes, clear of a progress bar."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all processes, in float64 on the host; every process gets the same result."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over all processes, in float64 on the host; every process gets the same result."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def texts(self, text: str) -> list[str]:
+        """The texts of all processes, by rank."""
+        gathered = [text] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, text)
+        return gathered
+
+
+@contextmanager
+def started() -> Iterator[Runtime]:
+    """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block."""
+    rank = int(os.environ.setdefault("RANK", "0"))
+    world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if world_size == 1:
+        # DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise MoceError(
+                f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start several processes "
+                "with torchrun or `python -m launchers.local --nproc N`."
+            )
+        dist.init_process_group(backend, timeout=_PEER_TIMEOUT)
+    try:
+        yield Runtime(rank, world_size, local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Remembers that a signal asked for a stop; the loop looks at it between steps.
+
+    A second Ctrl-C ends the process at once, as an impatient user expects.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous = {number: signal.signal(number, self._remember) for number in self.signals}
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Engine, schedule, loop, checkpoints and metrics of pre-training."""

@@ -1,0 +1,72 @@
+"""The model under DeepSpeed: its configuration, the optimizer's groups, and setting the learning rate.
+
+DeepSpeed gives process groups, ZeRO 1/2, mixed precision, accumulation, clipping, and the reduction of expert and
+shared gradients.
+"""
+
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+from moce_ds.compat import quiet_deepspeed
+from moce_ds.training.settings import BatchArithmetic, PretrainSettings
+
+
+def deepspeed_config(config: PretrainSettings, batches: BatchArithmetic) -> dict[str, Any]:
+    """DeepSpeed's settings from ours."""
+    optim, engine = config.optim, config.engine
+    adam = {"lr": 0.0, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay, "torch_adam": True}
+    return {
+        "train_batch_size": batches.global_batch,
+        "train_micro_batch_size_per_gpu": batches.micro,
+        "gradient_accumulation_steps": batches.accumulation,
+        "gradient_clipping": optim.clip,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": {"stage": engine.zero_stage},
+        # Autocast rather than DeepSpeed's bf16 mode: weights, gates and position tables stay fp32, so the routes and
+        # the exported expert are exactly those of training.
+        "torch_autocast": {"enabled": engine.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay on matrices only, none on tokens, norms, biases; gates with their own rate.
+
+    DeepSpeed splits the experts off each group itself; it needs the groups' names to differ.
+    """
+    decay, plain, gates = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith("gate."):
+            gates.append(parameter)
+        elif parameter.ndim < 2 or name in ("cls_token", "mask_token"):
+            plain.append(parameter)
+        else:
+            decay.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": decay, "weight_decay": config.optim.weight_decay, "lr_scale": 1.0},
+        {"name": "plain", "params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+    if gates:
+        gate_scale = config.experts.gate_lr_scale
+        groups.append({"name": "gates", "params": gates, "weight_decay": 0.0, "lr_scale": gate_scale})
+    return groups
+
+
+def start_engine(model: nn.Module, config: PretrainSettings, batches: BatchArithmetic) -> "deepspeed.DeepSpeedEngine":
+    """Wrap the model; it is moved to the process's device and its experts find their groups."""
+    quiet_deepspeed()
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=parameter_groups(model, config),
+        config=deepspeed_config(config, batches),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def set_lr(engine: "deepspeed.DeepSpeedEngine", lr: float) -> None:
+    """Give every group its learning rate for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,121 @@
+"""What a run tells while it runs: the progress line, `metrics.jsonl` (the record), and TensorBoard (a mirror).
+
+Only the main process tells; an inactive teller does nothing.
+"""
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Meter:
+    """Images a second and the share of time spent waiting for data, over the last steps."""
+
+    def __init__(self, window: int = 20) -> None:
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=window)
+        self._last = time.perf_counter()
+
+    def step(self, images: int, waited: float) -> None:
+        """Count a step of so many images, of which `waited` seconds were spent waiting for data."""
+        now = time.perf_counter()
+        self._steps.append((images, now - self._last, waited))
+        self._last = now
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second of all processes together."""
+        return sum(s[0] for s in self._steps) / max(1e-9, sum(s[1] for s in self._steps))
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time, 0 to 1."""
+        return sum(s[2] for s in self._steps) / max(1e-9, sum(s[1] for s in self._steps))
+
+
+class Teller:
+    """Progress line, metrics.jsonl and TensorBoard of one run; use it as a context."""
+
+    def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
+        self._active = active
+        if not active:
+            return
+        self._record = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._bar = tqdm(
+            initial=first_step,
+            total=steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} {postfix} eta {remaining}",
+        )
+
+    def __enter__(self) -> "Teller":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._active:
+            self._bar.close()
+            self._board.close()
+            self._record.close()
+
+    def step(self) -> None:
+        """Move the progress line on by one step."""
+        if self._active:
+            self._bar.update()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write one record; numbers in nested dictionaries become TensorBoard scalars under a/b/c."""
+        if not self._active:
+            return
+        self._record.write(json.dumps(record) + "\n")
+        self._record.flush()
+        for tag, value in _flat(record):
+            self._board.add_scalar(tag, value, record["step"])
+        line = progress_line(record)
+        self._bar.set_postfix_str(line, refresh=True)
+        if self._bar.disable:  # not a terminal: a log file wants whole lines
+            print(f"step {record['step']}/{self._bar.total} {line}", file=sys.stderr, flush=True)
+
+    def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
+        """Show a picture in TensorBoard."""
+        if self._active:
+            self._board.add_image(tag, picture_HWC, step, dataformats="HWC")
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """The record in under 100 columns: loss, speed, waiting, rate, expert load."""
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"{record['images_per_second']:.0f} img/s",
+        f"wait {record['data_wait']:.0%}",
+        f"lr {record['lr']:.1e}",
+    ]
+    layers = record.get("layers")
+    if layers:
+        loads = [share for layer in layers.values() for share in layer["load"]]
+        parts.append(f"load {min(loads):.0%}-{max(loads):.0%}")
+    return " ".join(parts)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found += [(f"{prefix}{key}/{i}", float(item)) for i, item in enumerate(value)]
+        elif key != "step":
+            found.append((f"{prefix}{key}", float(value)))
+    return found

@@ -1,0 +1,236 @@
+"""The settings of `moce pretrain`, and what of them may change when a run is resumed.
+
+Everything in `model`, `experts`, `data` and `optim` defines the experiment: a resumed run must have the same, except
+for the keys marked `may_change`. All of `engine` and `run` may change, except `run.seed`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moce_ds.config import keys, option, settings
+from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
+from moce_ds.errors import ConfigError
+from moce_ds.models.mae import DecoderShape
+from moce_ds.models.moce import ExpertShape
+from moce_ds.models.spec import ModelSpec
+from moce_ds.models.vit import ViTShape, shape_of
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
+
+
+@settings
+class ModelSettings:
+    arch: Literal["mae", "moce"] = option("mae", "mae (dense) or moce (experts by cluster)")
+    vit: str = option("vit_base_patch16_224", "encoder size by timm's name; the next five replace parts of it")
+    patch_size: Positive | None = option(None, "side of a patch, pixels")
+    width: Positive | None = option(None, "width of the encoder")
+    depth: Positive | None = option(None, "blocks of the encoder")
+    heads: Positive | None = option(None, "attention heads")
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = option(None, "hidden width of an MLP over the width")
+    decoder_width: Positive = option(512, "width of the decoder")
+    decoder_depth: Positive = option(8, "blocks of the decoder")
+    decoder_heads: Positive = option(16, "attention heads of the decoder")
+    mask_ratio: OpenShare = option(0.75, "share of the patches that is hidden")
+
+    @property
+    def decoder(self) -> DecoderShape:
+        """The decoder's size."""
+        return DecoderShape(self.decoder_width, self.decoder_depth, self.decoder_heads)
+
+
+@settings
+class ExpertSettings:
+    clusters: Path | None = option(None, "clusters folder from `moce cluster` (required for arch moce)")
+    num: Positive = option(8, "experts in each expert layer, E")
+    layers: list[Annotated[int, Field(ge=0)]] | None = option(
+        None, "blocks whose MLP becomes experts, from 0; null: the last and the last but two"
+    )
+    ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
+    combine: Literal["prob", "straight_through"] = option("straight_through", "prob: y = p E(x)")
+    gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits")
+    gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E")
+    gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate")
+    perturbation: NonNegative = option(0.02, "relative noise on the experts' first weights")
+    imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident")
+    imbalance_start: Share = option(0.2, "share of the training after which that loss is fully phased in")
+    balance_weight: NonNegative = option(0.1, "weight of the loss that keeps every expert used")
+
+
+@settings
+class DataSettings:
+    shards: Path = option(help="shard set from `moce shards`")
+    image_size: Positive | None = option(None, "side of an input image; null: that of model.vit")
+    crop_scale: tuple[CropShare, CropShare] = option((0.2, 1.0), "area of a random crop")
+    flip: bool = option(True, "flip images at random")
+    center_crop: CropShare = option(0.875, "share of the shorter side kept in evaluation")
+    mean: tuple[float, float, float] = option(IMAGENET_MEAN, "subtracted from each channel (0-1)")
+    std: tuple[float, float, float] = option(IMAGENET_STD, "divides each channel")
+    threads: Positive = option(2, "decoding threads of each process", may_change=True)
+
+
+@settings
+class OptimSettings:
+    epochs: Annotated[float, Field(gt=0)] = option(200, "passes over the shard set")
+    batch_size: Positive = option(4096, "images in a step, over all processes")
+    accumulation: Positive = option(1, "parts in which a process computes its share of a step", may_change=True)
+    base_lr: Annotated[float, Field(gt=0)] = option(1.5e-4, "learning rate per 256 images")
+    min_lr: NonNegative = option(0.0, "learning rate at the end")
+    warmup_epochs: NonNegative = option(40, "epochs of linear warm-up")
+    weight_decay: NonNegative = option(0.05, "AdamW weight decay, on matrices only")
+    betas: tuple[Share, Share] = option((0.9, 0.95), "AdamW betas")
+    clip: NonNegative = option(1.0, "largest gradient norm; 0: no clipping")
+
+
+@settings
+class EngineSettings:
+    precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, weights stay fp32")
+    zero_stage: Literal[1, 2] = option(1, "what DeepSpeed shards: 1 optimizer state, 2 gradients too")
+
+
+@settings
+class RunSettings:
+    out: Path = option(help="the run's folder")
+    seed: int = option(0, "of everything random")
+    init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
+    checkpoint_every: Positive = option(1000, "steps between checkpoints (one is written at the end too)")
+    keep_checkpoints: Positive = option(2, "newest checkpoints to keep")
+    log_every: Positive = option(10, "steps between records in metrics.jsonl")
+    picture_every: Positive = option(1000, "steps between pictures (reconstructions, routing) for TensorBoard")
+
+
+@settings
+class PretrainSettings:
+    """All settings of a run."""
+
+    model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
+    experts: ExpertSettings = dataclasses.field(default_factory=ExpertSettings)
+    data: DataSettings
+    optim: OptimSettings = dataclasses.field(default_factory=OptimSettings)
+    engine: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+    run: RunSettings
+
+    def __post_init__(self) -> None:
+        shape, decoder = self.vit_shape, self.model.decoder
+        _check_widths("model.width", shape.width, "model.heads", shape.heads)
+        _check_widths("model.decoder_width", decoder.width, "model.decoder_heads", decoder.heads)
+        if shape.image_size % shape.patch_size:
+            raise ValueError(
+                f"data.image_size: {shape.image_size} is not a multiple of model.patch_size {shape.patch_size}"
+            )
+        kept = int(shape.num_patches * (1 - self.model.mask_ratio))
+        if not 0 < kept < shape.num_patches:
+            raise ValueError(
+                f"model.mask_ratio: {self.model.mask_ratio} leaves {kept} of {shape.num_patches} patches visible; "
+                "expected at least one visible and one hidden"
+            )
+        if self.data.crop_scale[0] > self.data.crop_scale[1]:
+            raise ValueError(f"data.crop_scale: {list(self.data.crop_scale)}; expected [low, high]")
+        if self.model.arch == "moce":
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        experts, depth = self.experts, self.vit_shape.depth
+        if experts.clusters is None:
+            raise ValueError("experts.clusters: required for model.arch=moce; write the clusters with `moce cluster`")
+        if experts.num % experts.ep_size:
+            raise ValueError(f"experts.num: {experts.num} is not a multiple of experts.ep_size {experts.ep_size}")
+        layers = self.expert_layers
+        if not layers or len(set(layers)) != len(layers) or list(layers) != sorted(layers):
+            raise ValueError(f"experts.layers: {list(layers)}; expected different blocks in rising order")
+        if layers[-1] >= depth:
+            raise ValueError(
+                f"experts.layers: block {layers[-1]} is beyond the encoder's {depth} blocks (0-{depth - 1})"
+            )
+
+    @property
+    def vit_shape(self) -> ViTShape:
+        """The encoder's size, settings given one by one replacing those of `model.vit`."""
+        named, own = shape_of(self.model.vit), self.model
+        return ViTShape(
+            image_size=self.data.image_size or named.image_size,
+            patch_size=own.patch_size or named.patch_size,
+            width=own.width or named.width,
+            depth=own.depth or named.depth,
+            heads=own.heads or named.heads,
+            mlp_ratio=own.mlp_ratio or named.mlp_ratio,
+        )
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Blocks with experts; by default V-MoE's "last 2" (METHOD.md, "Gates"): 9 and 11 of 12."""
+        if self.experts.layers is not None:
+            return tuple(self.experts.layers)
+        depth = self.vit_shape.depth
+        return tuple(sorted({max(0, depth - 3), depth - 1}))
+
+    @property
+    def model_spec(self) -> ModelSpec:
+        """The model on paper."""
+        experts = None
+        if self.model.arch == "moce":
+            own = self.experts
+            experts = ExpertShape(own.num, self.expert_layers, own.gate_temperature, own.combine)
+        return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
+
+    @property
+    def image_input(self) -> ImageInput:
+        """What the encoder's input is."""
+        data = self.data
+        return ImageInput(self.vit_shape.image_size, data.mean, data.std, data.center_crop)
+
+
+def _check_widths(width_key: str, width: int, heads_key: str, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{width_key}: {width} is not a multiple of {heads_key} {heads}")
+    if width % 4:
+        raise ValueError(f"{width_key}: {width} is not a multiple of 4, which sine-cosine positions need")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchArithmetic:
+    """How the global batch is cut: `micro` images a process at a time, `micro_global` over all processes."""
+
+    global_batch: int
+    world_size: int
+    accumulation: int
+
+    @property
+    def micro_global(self) -> int:
+        """Images of one micro-batch over all processes."""
+        return self.global_batch // self.accumulation
+
+    @property
+    def micro(self) -> int:
+        """Images of one micro-batch of one process."""
+        return self.micro_global // self.world_size
+
+
+def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmetic:
+    """Check the settings against the number of processes. Raises ConfigError."""
+    optim = config.optim
+    if optim.batch_size % (world_size * optim.accumulation):
+        raise ConfigError(
+            f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
+            f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
+        )
+    if config.model.arch == "moce" and world_size % config.experts.ep_size:
+        raise ConfigError(
+            f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
+        )
+    return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
+
+
+def forbidden_changes(changed: set[str]) -> set[str]:
+    """Of the dotted keys that differ from the run's own settings, those that make it another experiment."""
+    fields = dict(keys(PretrainSettings))
+    free = {key for key, field in fields.items() if field.metadata.get("may_change")}
+    return {
+        key for key in changed if key == "run.seed" or (key.split(".")[0] not in ("run", "engine") and key not in free)
+    }

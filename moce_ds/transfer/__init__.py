@@ -1,0 +1,1 @@
+"""From a trained run to a dense expert and its accuracy on a task."""

@@ -1,0 +1,76 @@
+"""Results of evaluations: records in a `results.json`, and tables for the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moce_ds.files import read_json, write_json
+from moce_ds.transfer.knn import Score
+from moce_ds.transfer.select import Selection
+
+_ROUTES_SHOWN = 5
+
+
+def accuracy_record(verb: str, task: str, model: str, score: Score) -> dict[str, Any]:
+    """A k-NN or probe result as plain data."""
+    return {
+        "verb": verb,
+        "task": task,
+        "model": model,
+        "top1": score.top1,
+        "mean_per_class": score.mean_per_class,
+        "n_train": score.n_train,
+        "n_test": score.n_test,
+        "settings": dict(score.settings),
+    }
+
+
+def add_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Add a record to a results file, replacing one of the same verb, task and model; None: nowhere."""
+    if path is None:
+        return
+    records = read_json(path, "a list of results", "moce knn, probe or select") if path.exists() else []
+
+    def key(one: dict[str, Any]) -> tuple[Any, ...]:
+        return one["verb"], one["task"], one.get("model")
+
+    write_json(path, [one for one in records if key(one) != key(record)] + [record])
+
+
+def selection_table(selection: Selection, task: str) -> Table:
+    """The routes that got votes, the winner first."""
+    table = Table(
+        title=f"{task}: {selection.n_images} images in {len(selection.clusters)} clusters", title_justify="left"
+    )
+    table.add_column("route (expert of each layer)")
+    table.add_column("share of the votes", justify="right")
+    for route, share in selection.routes[:_ROUTES_SHOWN]:
+        table.add_row("-".join(map(str, route)), f"{share:.1%}")
+    if len(selection.routes) > _ROUTES_SHOWN:
+        rest = sum(share for _, share in selection.routes[_ROUTES_SHOWN:])
+        table.add_row(f"{len(selection.routes) - _ROUTES_SHOWN} others", f"{rest:.1%}")
+    return table
+
+
+def accuracy_table(records: list[dict[str, Any]]) -> Table:
+    """Task by model: selected route, k-NN and linear-probe accuracy (top-1)."""
+    table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
+    for column in ("task", "model", "route", "share", "k-NN", "linear probe"):
+        table.add_column(column, justify="left" if column in ("task", "model", "route") else "right")
+    found = {(r["task"], r.get("model"), r["verb"]): r for r in records}
+    for task in dict.fromkeys(r["task"] for r in records):
+        vote = found.get((task, None, "select"))
+        for model in dict.fromkeys(r["model"] for r in records if r["task"] == task and r["verb"] != "select"):
+            routed = vote if vote and model != "dense" else None
+            table.add_row(
+                task,
+                model,
+                "-".join(map(str, routed["route"])) if routed else "",
+                f"{routed['share']:.1%}" if routed else "",
+                *(
+                    f"{found[task, model, v]['top1']:.1%}" if (task, model, v) in found else ""
+                    for v in ("knn", "probe")
+                ),
+            )
+    return table

@@ -1,0 +1,285 @@
+"""The clusters artefact on real digits: built from features, labelled, saved, refused when damaged, reported."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from sklearn.datasets import load_digits
+
+from moce_ds import config
+from moce_ds.clustering.build import ClusterSettings, build_clusters
+from moce_ds.clustering.clusters import Clusters, load_ids, normalised
+from moce_ds.clustering.quality import cluster_report, report_table
+from moce_ds.clustering.store import FeatureSet, FeatureWriter
+from moce_ds.errors import ArtefactError, ConfigError, DataError
+
+CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
+CLASSES = [f"{'round' if digit in (0, 6, 8, 9) else 'other'}/{digit}" for digit in range(10)]
+
+
+def write_features(path: Path, features_ND: np.ndarray, encoder: str = "encoder-a") -> Path:
+    identity = {"shards_fingerprint": "shards-a", "encoder_fingerprint": encoder, "encoder_input": {"size": 8}}
+    writer = FeatureWriter(path, *features_ND.shape, identity, block_rows=500)
+    for k in writer.missing_blocks():
+        writer.write_block(k, features_ND[writer.block_ids(k)])
+    writer.finish()
+    (path / "encoder").mkdir()
+    (path / "encoder" / "config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    return write_features(tmp_path_factory.mktemp("digits") / "features", load_digits().data)
+
+
+@pytest.fixture(scope="module")
+def built(features, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "clusters"
+    build_clusters(features, folder, CONFIG, load_digits().target, CLASSES)
+    return folder
+
+
+@pytest.fixture
+def folder(built, tmp_path) -> Path:
+    """A copy of the clusters to damage."""
+    for name in ("clusters.json", "clusters.safetensors", "ids.npy"):
+        (tmp_path / name).write_bytes((built / name).read_bytes())
+    return tmp_path
+
+
+def test_building_labels_every_image_by_the_rule(features, built):
+    clusters = Clusters.load(built)
+    features_ND = FeatureSet.open(features).all()
+    ids_N = load_ids(built, "shards-a", 1797)
+    centred_ND = features_ND.astype(np.float64) - load_digits().data.mean(axis=0)
+    centred_ND /= np.linalg.norm(centred_ND, axis=1, keepdims=True)
+    cosine_NM = centred_ND @ clusters.embeddings_MD.T
+    expected_N = (cosine_NM / 0.025 + clusters.duals_M).argmax(axis=1)
+    assert ids_N.dtype == np.int64 and (ids_N != expected_N).mean() < 0.002  # float32 may turn a near tie.
+    np.testing.assert_array_equal(clusters.assign(features_ND), ids_N)
+    np.testing.assert_array_equal(clusters.assign(features_ND[40:50]), ids_N[40:50])
+    np.testing.assert_array_equal(clusters.sizes_M, np.bincount(ids_N, minlength=16))
+    assert clusters.share_M.sum() == pytest.approx(1)
+    mean_2 = cosine_NM[ids_N == 2, 2].mean()
+    assert clusters.cosine_M[2] == pytest.approx(mean_2, abs=1e-5)
+    assert (built / "encoder" / "config.json").read_text() == "{}"
+    solver = clusters.provenance["solver"]
+    assert solver["converged"] and solver["fit_images"] == 960 and solver["merged_clusters"] == 0
+
+
+def test_balance_costs_less_in_sizes_than_k_means(features, built, tmp_path):
+    plain, report = build_clusters(features, tmp_path / "plain", replace(CONFIG, method="kmeans"))
+    assert plain.method == "kmeans" and not plain.duals_M.any() and plain.provenance["solver"] is None
+    _, balanced = build_clusters(features, built, CONFIG)
+    assert balanced.largest - balanced.smallest < 0.6 * (report.largest - report.smallest)
+    assert report.cosine >= balanced.cosine - 0.01
+    features_ND = FeatureSet.open(features).all()
+    nearest_N = (normalised(features_ND, plain.mean_D) @ plain.embeddings_MD.T).argmax(axis=1)
+    np.testing.assert_array_equal(plain.assign(features_ND), nearest_N)
+
+
+def test_save_and_load_are_bit_exact(built, tmp_path):
+    clusters = Clusters.load(built)
+    clusters.save(tmp_path / "copy")
+    again = Clusters.load(tmp_path / "copy")
+    for name in ("embeddings_MD", "duals_M", "mean_D", "sizes_M", "cosine_M"):
+        assert getattr(again, name).tobytes() == getattr(clusters, name).tobytes()
+        assert getattr(again, name).dtype == getattr(clusters, name).dtype
+    assert (again.eps, again.method, again.encoder_input) == (clusters.eps, "sinkhorn", {"size": 8})
+    assert again.provenance == clusters.provenance and again.hash == clusters.hash
+
+
+def test_the_hash_is_of_what_decides_labels(built):
+    clusters = Clusters.load(built)
+    for name in ("embeddings_MD", "duals_M", "mean_D"):
+        changed = getattr(clusters, name).copy()
+        changed.flat[0] = np.nextafter(changed.flat[0], np.float32(9))
+        assert replace(clusters, **{name: changed}).hash != clusters.hash
+    assert replace(clusters, eps=0.03).hash != clusters.hash
+    assert replace(clusters, sizes_M=clusters.sizes_M + 1, method="other").hash == clusters.hash
+
+
+def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tmp_path, capsys):
+    before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
+    clusters, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
+    assert "same settings and features: left as it is" in capsys.readouterr().err
+    assert before == {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
+    assert report.classes is not None and clusters.num_clusters == 16
+    with pytest.raises(ArtefactError, match=r"settings\.eps: 0\.025 there, 0\.05 now"):
+        build_clusters(features, built, replace(CONFIG, eps=0.05))
+    other = write_features(tmp_path / "other", load_digits().data, encoder="encoder-b")
+    with pytest.raises(ArtefactError, match=r"features\.encoder_fingerprint: 'encoder-a' there, 'encoder-b' now"):
+        build_clusters(other, built, CONFIG)
+    with pytest.raises(ArtefactError, match="exists and holds no clusters"):
+        build_clusters(features, other, CONFIG)
+
+
+def test_the_same_seed_gives_the_same_clusters(features, built, tmp_path):
+    again, _ = build_clusters(features, tmp_path / "again", CONFIG)
+    other, _ = build_clusters(features, tmp_path / "other", replace(CONFIG, seed=1))
+    assert again.hash == Clusters.load(built).hash != other.hash
+
+
+def test_not_converging_is_said_loudly(features, tmp_path, capsys):
+    hasty = replace(CONFIG, max_iterations=2)
+    clusters, _ = build_clusters(features, tmp_path / "hasty", hasty)
+    assert "did NOT converge: after max_iterations=2" in capsys.readouterr().err
+    assert not clusters.provenance["solver"]["converged"]
+
+
+def test_merged_clusters_are_said_loudly(tmp_path, capsys):
+    # One tight group of half the images: with a large eps, Q spreads it over several clusters at the same place.
+    generator = np.random.default_rng(0)
+    centres_MD = generator.normal(size=(9, 16))
+    group_N = np.repeat(np.arange(9), [400, *[50] * 8])
+    features_ND = centres_MD[group_N] + 0.05 * generator.normal(size=(800, 16))
+    path = write_features(tmp_path / "features", features_ND)
+    clusters, _ = build_clusters(path, tmp_path / "merged", replace(CONFIG, eps=0.1, rounds=3))
+    assert "have another one at almost the same place" in capsys.readouterr().err
+    cosine_MM = clusters.embeddings_MD @ clusters.embeddings_MD.T - 2 * np.eye(16)
+    assert clusters.provenance["solver"]["merged_clusters"] == (cosine_MM.max(axis=1) > 0.99).sum() > 1
+    assert clusters.provenance["solver"]["converged"], "the soft sizes alone do not show it"
+
+
+def test_impossible_settings_and_features_are_refused_before_anything_is_written(features, tmp_path):
+    with pytest.raises(ConfigError, match="num_clusters=1798 is more than the 1797 images"):
+        build_clusters(features, tmp_path / "out", replace(CONFIG, num_clusters=1798))
+    with pytest.raises(ConfigError, match=r"eps: got -1(.0)?; Input should be greater than 0"):
+        config.load(ClusterSettings, overrides=["eps=-1"])
+    alike = write_features(tmp_path / "alike", np.full((30, 4), 1 / 3))
+    with pytest.raises(DataError, match=r"All features in .* are alike"):
+        build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
+    (alike / "encoder" / "config.json").unlink()
+    (alike / "encoder").rmdir()
+    with pytest.raises(ArtefactError, match="encoder not found: make the features again"):
+        build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
+    assert not (tmp_path / "out").exists()
+
+
+def edit_json(**changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        record = json.loads((folder / "clusters.json").read_text()) | changes
+        kept = {key: value for key, value in record.items() if value != "absent"}
+        (folder / "clusters.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def edit_tensor(name: str, change: Callable[[np.ndarray], np.ndarray] | None) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "clusters.safetensors")
+        tensor = tensors.pop(name)
+        if change:
+            tensors[name] = np.ascontiguousarray(change(tensor))
+        save_file(tensors, folder / "clusters.safetensors")
+
+    return damage
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "clusters.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"clusters\.safetensors is damaged"),
+        (lambda folder: (folder / "clusters.safetensors").unlink(), r"clusters\.safetensors is missing"),
+        (
+            lambda folder: (folder / "clusters.json").unlink(),
+            "expected a record of clusters, which `moce cluster` writes",
+        ),
+        (edit_json(version=2), "'moce clusters' version 2; this program reads 'moce clusters' version 1"),
+        (edit_json(format="moce features"), "says 'moce features'"),
+        (edit_json(encoder_fingerprint="absent"), "without encoder_fingerprint"),
+        (edit_json(eps=0.5), "are not of the same clusters"),
+        (edit_tensor("duals_M", None), "without duals_M"),
+        (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
+        (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
+        (edit_tensor("mean_D", lambda t: t * np.nan), "mean_D holds numbers that are not finite"),
+        (edit_tensor("embeddings_MD", lambda t: t[0]), r"embeddings_MD has shape \(64,\), expected 2 axes"),
+        (edit_tensor("embeddings_MD", lambda t: 2 * t), "not of norm 1"),
+    ],
+)
+def test_damaged_clusters_are_refused_by_name(folder, damage, message):
+    Clusters.load(folder)
+    damage(folder)
+    with pytest.raises(ArtefactError, match=message):
+        Clusters.load(folder)
+
+
+def test_ids_belong_to_their_shard_set(folder):
+    with pytest.raises(ArtefactError, match=r"labels another shard set \(shards-a\) than the one in use \(shards-b\)"):
+        load_ids(folder, "shards-b", 1797)
+    with pytest.raises(ArtefactError, match=r"holds int32 \(1797,\), expected int32 \(1796,\)"):
+        load_ids(folder, "shards-a", 1796)
+    ids_N = np.load(folder / "ids.npy")
+    ids_N[0] = (ids_N[0] + 1) % 16
+    np.save(folder / "ids.npy", ids_N)
+    with pytest.raises(ArtefactError, match="does not have the cluster sizes"):
+        load_ids(folder, "shards-a", 1797)
+    (folder / "ids.npy").write_bytes((folder / "ids.npy").read_bytes()[:50])
+    with pytest.raises(ArtefactError, match=r"ids\.npy is damaged"):
+        load_ids(folder, "shards-a", 1797)
+    (folder / "ids.npy").unlink()
+    with pytest.raises(ArtefactError, match=r"ids\.npy is missing"):
+        load_ids(folder, "shards-a", 1797)
+
+
+def test_features_that_do_not_fit_the_clusters_are_refused(built):
+    clusters = Clusters.load(built)
+    with pytest.raises(DataError, match=r"shape \(3, 32\), these clusters need \[N, 64\]"):
+        clusters.assign(np.zeros((3, 32), dtype=np.float32))
+    with pytest.raises(DataError, match=r"Feature 1 .* not finite"):
+        clusters.assign(np.array([[1.0] * 64, [np.nan] * 64], dtype=np.float32))
+    assert clusters.assign(clusters.mean_D[None]).tolist() == [int(clusters.duals_M.argmax())]
+
+
+def entropy(*counts: int) -> float:
+    shares = np.array(counts) / sum(counts)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def test_the_report_counts_what_it_says():
+    ids_N = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
+    labels_N = np.array([0, 0, 0, 1, 1, 1, 2, 2, 0, -1])
+    report = cluster_report(ids_N, 4, np.full(10, 0.5), labels_N, ["a/x", "a/y", "b", "c/none"])
+    assert (report.smallest, report.median, report.largest) == pytest.approx((0, 1.2, 1.6))
+    assert (report.num_clusters, report.empty_clusters) == (4, 1)
+    assert report.cosine == 0.5 and report.classes is not None and report.domains is not None
+    assert report.classes.purity == pytest.approx((3 + 2 + 2) / 9)
+    assert report.classes.majority_share == {"a/x": 3 / 4, "a/y": 2 / 3, "b": 1}
+    assert report.domains.majority_share == {"a": 6 / 7, "b": 1}
+    of_labels, of_clusters = entropy(7, 2), entropy(4, 2, 3)
+    shared = of_labels - 3 / 9 * entropy(2, 1)  # Only cluster 2 is of both domains.
+    assert report.domains.nmi == pytest.approx(2 * shared / (of_labels + of_clusters))
+    half = cluster_report(np.zeros(4, dtype=int), 1, np.ones(4), np.array([0, 0, 1, 1]), ["p", "q"])
+    assert half.classes is not None and half.classes.majority_share == {"p": 0, "q": 0}, "half is no majority"
+    assert half.classes.purity == 0.5 and half.classes.nmi == 0
+
+
+def test_the_table_of_real_clusters_fits_100_columns(features, built):
+    _, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
+    assert report.classes is not None and report.classes.purity > 0.7 and report.classes.nmi > 0.6
+    console = Console(width=100, record=True, file=StringIO())
+    console.print(report_table(report))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 100
+    for words in (
+        "1,797 images in 16 clusters",
+        "hard sizes min / median / max",
+        "NMI with classes",
+        "round",
+        "2 more classes",
+    ):
+        assert words in text
+    unlabelled = cluster_report(np.zeros(3, dtype=int), 2, np.ones(3), np.full(3, -1), ["p"])
+    assert unlabelled.classes is None and report_table(unlabelled).row_count == 4

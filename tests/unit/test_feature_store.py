@@ -1,0 +1,137 @@
+"""Features on disk: whole, resumable, and refused when they are not what they should be."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+
+from moce_ds.clustering.store import FeatureSet, FeatureWriter, Identity
+from moce_ds.errors import ArtefactError, DataError
+
+IDENTITY: Identity = {
+    "shards_fingerprint": "shards-a",
+    "encoder_fingerprint": "encoder-a",
+    "encoder_input": {"size": 8, "mean": (0.5,), "std": (0.2,), "interpolation": "bicubic", "crop": 1.0},
+}
+DIGITS_ND = load_digits().data.astype(np.float32)[:100] / 3  # Thirds, so that float16 rounds.
+
+
+def write(path: Path, features_ND: np.ndarray, block_rows: int = 32) -> FeatureWriter:
+    writer = FeatureWriter(path, *features_ND.shape, IDENTITY, block_rows)
+    for k in writer.missing_blocks():
+        writer.write_block(k, features_ND[writer.block_ids(k)])
+    return writer
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(count=st.integers(1, 100), block_rows=st.integers(1, 130), data=st.data())
+def test_what_is_written_in_any_order_is_read_in_image_order(tmp_path_factory, count, block_rows, data):
+    path = tmp_path_factory.mktemp("features")
+    writers = [FeatureWriter(path, count, 64, IDENTITY, block_rows) for _ in range(2)]
+    for k in data.draw(st.permutations(writers[0].missing_blocks())):
+        writers[k % 2].write_block(k, DIGITS_ND[writers[0].block_ids(k)])
+    assert writers[1].missing_blocks() == []
+    writers[0].finish()
+
+    features = FeatureSet.open(path)
+    expected_ND = DIGITS_ND[:count].astype(np.float16).astype(np.float32)
+    assert (features.count, features.dim) == (count, 64)
+    assert features.all().dtype == np.float32
+    np.testing.assert_array_equal(features.all(), expected_ND)
+    np.testing.assert_array_equal(np.concatenate(list(features.blocks())), expected_ND)
+    ids = np.array(data.draw(st.lists(st.integers(0, count - 1), max_size=20)), dtype=np.int64)
+    np.testing.assert_array_equal(features.rows(ids), expected_ND[ids])
+
+
+def test_an_interrupted_writer_is_taken_up(tmp_path):
+    FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).write_block(1, DIGITS_ND[32:64])
+    with pytest.raises(ArtefactError, match="unfinished: run the same `moce features` again"):
+        FeatureSet.open(tmp_path)
+    writer = FeatureWriter(tmp_path, 100, 64, IDENTITY, 32)
+    assert writer.missing_blocks() == [0, 2, 3]
+    with pytest.raises(ArtefactError, match=r"block-000000\.npy is missing"):
+        writer.finish()
+    write(tmp_path, DIGITS_ND).finish()
+    assert FeatureSet.open(tmp_path).identity["encoder_input"]["mean"] == [0.5]
+    assert FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).missing_blocks() == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *(f"block-00000{k}.npy" for k in range(4)),
+        "features.json",
+    ]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_features_of_another_identity_are_refused_with_the_difference(tmp_path, finished):
+    writer = write(tmp_path, DIGITS_ND)
+    if finished:
+        writer.finish()
+    other: Identity = {**IDENTITY, "encoder_fingerprint": "encoder-b"}
+    with pytest.raises(ArtefactError, match=r"identity\.encoder_fingerprint: 'encoder-a' there, 'encoder-b' now"):
+        FeatureWriter(tmp_path, 100, 64, other, 32)
+    with pytest.raises(ArtefactError, match="block_rows: 32 there, 64 now"):
+        FeatureWriter(tmp_path, 100, 64, IDENTITY, 64)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 70_000.0])
+def test_a_feature_that_is_not_finite_is_named(tmp_path, value):
+    features_ND = DIGITS_ND.copy()
+    features_ND[[77, 91], 5] = value
+    writer = write(tmp_path, features_ND)
+    with pytest.raises(DataError, match="features of image 77 are NaN or beyond float16"):
+        writer.finish()
+    assert not (tmp_path / "features.json").exists()
+
+
+def test_a_block_of_the_wrong_shape_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"Block 3 .* shape \(32, 64\), expected \(4, 64\)"):
+        FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).write_block(3, DIGITS_ND[:32])
+
+
+def truncate(path: Path) -> None:
+    block = path / "block-000002.npy"
+    block.write_bytes(block.read_bytes()[:-100])
+
+
+def replace_by_float32(path: Path) -> None:
+    np.save(path / "block-000002.npy", DIGITS_ND[64:96])
+
+
+def empty(path: Path) -> None:
+    (path / "block-000002.npy").write_bytes(b"")
+
+
+def remove(path: Path) -> None:
+    (path / "block-000002.npy").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, replace_by_float32, empty, remove])
+def test_a_damaged_block_is_named(tmp_path, damage):
+    write(tmp_path, DIGITS_ND).finish()
+    damage(tmp_path)
+    with pytest.raises(ArtefactError, match=r"block-000002\.npy .* run the same `moce features` again"):
+        FeatureSet.open(tmp_path)
+
+
+def test_damaged_and_foreign_records_are_refused(tmp_path):
+    write(tmp_path, DIGITS_ND).finish()
+    record = json.loads((tmp_path / "features.json").read_text())
+    (tmp_path / "features.json").write_text(json.dumps(record | {"version": 9}))
+    with pytest.raises(ArtefactError, match="version 9; this program reads 'moce features' version 1"):
+        FeatureSet.open(tmp_path)
+    del record["dim"], record["identity"]["encoder_input"]
+    (tmp_path / "features.json").write_text(json.dumps(record))
+    with pytest.raises(ArtefactError, match="without dim, encoder_input"):
+        FeatureSet.open(tmp_path)
+    with pytest.raises(ArtefactError, match="expected a record of features, which `moce features` writes"):
+        FeatureSet.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("image", [-1, 100])
+def test_an_image_outside_the_set_is_refused(tmp_path, image):
+    write(tmp_path, DIGITS_ND).finish()
+    with pytest.raises(DataError, match=f"has images 0 to 99, not {image}"):
+        FeatureSet.open(tmp_path).rows(np.array([3, image]))

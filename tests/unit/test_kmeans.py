@@ -1,0 +1,72 @@
+"""k-means with faiss: centroids on the sphere, all points used, bad input refused."""
+
+import subprocess
+import sys
+
+import faiss
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from moce_ds.clustering.kmeans import kmeans
+from moce_ds.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def digits_ND() -> np.ndarray:
+    pixels_ND = load_digits().data.astype(np.float32)
+    centred_ND = pixels_ND - pixels_ND.mean(axis=0)
+    return centred_ND / np.linalg.norm(centred_ND, axis=1, keepdims=True)
+
+
+def mean_cosine(features_ND: np.ndarray, centroids_MD: np.ndarray) -> float:
+    return float((features_ND @ centroids_MD.T).max(axis=1).mean())
+
+
+def test_centroids_have_norm_1_and_come_again_with_the_seed(digits_ND):
+    centroids_MD = kmeans(digits_ND, 10, seed=3, iterations=10)
+    assert centroids_MD.shape == (10, 64) and centroids_MD.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(centroids_MD, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(centroids_MD, kmeans(digits_ND, 10, seed=3, iterations=10))
+    assert not np.array_equal(centroids_MD, kmeans(digits_ND, 10, seed=4, iterations=10))
+
+
+def test_iterations_one_by_one_are_those_of_faiss_in_one_go(digits_ND):
+    seen: list[None] = []
+    centroids_MD = kmeans(digits_ND, 12, seed=1, iterations=8, watch=lambda: seen.append(None))
+    whole = faiss.Kmeans(
+        64, 12, niter=8, seed=1, spherical=True, min_points_per_centroid=1, max_points_per_centroid=10_000
+    )
+    whole.train(digits_ND)
+    np.testing.assert_allclose(centroids_MD, whole.centroids, atol=1e-5)
+    assert len(seen) == 8
+
+
+def test_all_points_are_used_unless_a_limit_is_given(digits_ND):
+    assert mean_cosine(digits_ND, kmeans(digits_ND, 4, 0, 20)) > mean_cosine(
+        digits_ND, kmeans(digits_ND, 4, 0, 20, max_points_per_centroid=3)
+    )
+    # faiss's own limit of 256 points a centroid would change this result.
+    assert not np.array_equal(kmeans(digits_ND, 4, 0, 20), kmeans(digits_ND, 4, 0, 20, max_points_per_centroid=256))
+
+
+def test_bad_input_is_refused(digits_ND):
+    with pytest.raises(DataError, match="5 images cannot form 6 clusters: set num_clusters to 5 or less"):
+        kmeans(digits_ND[:5], 6, seed=0, iterations=1)
+    broken_ND = digits_ND.copy()
+    broken_ND[17, 3] = np.nan
+    with pytest.raises(DataError, match=r"Feature 17 .* not finite"):
+        kmeans(broken_ND, 6, seed=0, iterations=1)
+    with pytest.raises(DataError, match="centroid at the origin"):
+        kmeans(np.zeros((20, 4), dtype=np.float32), 2, seed=0, iterations=2)
+
+
+def test_a_missing_faiss_names_the_extras(digits_ND, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"moce-ds\[cpu\].*moce-ds\[cu13\].*moce-ds\[cu12\]"):
+        kmeans(digits_ND, 2, seed=0, iterations=1)
+
+
+def test_importing_the_module_does_not_import_faiss():
+    code = "import sys, moce_ds.clustering.kmeans; sys.exit('faiss' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
