@@ -33,7 +33,8 @@ check: install  ## format, lint, types, import rules
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: install  ## speed of this machine: loading and a training step
-	$(BIN)/moce bench
+	$(BIN)/moce bench load
+	$(BIN)/moce bench step
 
 clean:  ## remove .venv and caches (not runs/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

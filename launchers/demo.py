@@ -47,11 +47,12 @@ def run_demo(out: Path, overrides: list[str]) -> int:
     mae = ["configs/demo/mae.yaml", f"data.shards={out}/shards", f"run.out={out}/mae", *overrides]
     moce = ["configs/demo/moce.yaml", f"data.shards={out}/shards", f"run.out={out}/moce", *overrides]
     moce += [f"experts.clusters={out}/clusters", f"run.init_from={out}/mae"]
+    clusters = "configs/demo/clusters.yaml"
     return (
         _moce("shards", out / "images/pretrain", out / "shards")
         or _two_processes("pretrain", *mae)
         or _two_processes("features", out / "mae", out / "shards", out / "features")
-        or _moce("cluster", out / "features", out / "clusters", "--shards", out / "shards", "num_clusters=32")
+        or _moce("cluster", out / "features", out / "clusters", "--shards", out / "shards", clusters)
         or _two_processes("pretrain", *moce)
         or any(_task(out, task) for task in TASKS)
         or _moce("report", out)
@@ -107,10 +108,10 @@ def _summary(out: Path) -> int:
     shards, clusters = ShardSet.open(out / "shards"), Clusters.load(out / "clusters")
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
-    assert report.by_domain is not None, "the demo's images have classes"
+    assert report.domains is not None, "the demo's images have classes"
     print()
     Console(width=100).print(accuracy_table(read_json(out / "results.json", "results", "moce knn")))
-    for domain, share in sorted(report.by_domain.majority_share.items()):
+    for domain, share in sorted(report.domains.majority_share.items()):
         print(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
     print(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")
     return 0

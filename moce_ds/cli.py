@@ -24,16 +24,11 @@ SETTINGS = "[CONFIG.yaml] [key=value ...]"
 
 
 class Verb(click.Command):
-    """A command whose --help ends with its settings, and whose usage says how they are given."""
+    """A command whose --help ends with its settings."""
 
     def __init__(self, *args: Any, settings: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Usage words, `SETTINGS` in the place of click's name for the trailing words."""
-        pieces = super().collect_usage_pieces(ctx)
-        return [SETTINGS if piece.startswith("[WORDS]") else piece for piece in pieces]
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List every setting with its default."""
@@ -45,7 +40,7 @@ class Verb(click.Command):
 
 def words(required: bool = False) -> Any:
     """The trailing words of a verb: a YAML file and `key=value` settings."""
-    return click.argument("words", nargs=-1, required=required)
+    return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
 
 
 def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
@@ -293,6 +288,38 @@ def report(folder: Path, out: Path | None) -> None:
     click.echo(str(build_report(folder, out)))
 
 
+@moce.group()
+def bench() -> None:
+    """Measure this machine: ratios, side by side in one run."""
+
+
+@bench.command("step")
+@click.option("--batch", default=16, show_default=True, help="Images, B.")
+@click.option("--experts", default=8, show_default=True, help="Experts a layer, E.")
+@click.option("--width", default=192, show_default=True, help="Width of the encoder, D; a multiple of 64.")
+@click.option("--repeats", default=15, show_default=True, help="Rounds; the median counts.")
+@click.option("--json", "json_file", type=PATH, help="Write machine and rows to this file.")
+def bench_step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
+    """Forward and backward of MoCE (2 of 12 blocks with experts) over those of the dense MAE."""
+    from moce_ds.bench.step import bench_step
+
+    if width % 64:
+        raise ConfigError(f"--width: got {width}; expected a multiple of 64.")
+    _rows(bench_step(batch, experts, width, repeats, _device()), json_file)
+
+
+@bench.command("load")
+@click.option("--images", default=256, show_default=True, help="Images of 500x375 pixels.")
+@click.option("--threads", default=1, show_default=True, help="DALI's decoding threads.")
+@click.option("--repeats", default=5, show_default=True, help="Rounds; the median counts.")
+@click.option("--json", "json_file", type=PATH, help="Write machine and rows to this file.")
+def bench_load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
+    """Images a second of the DALI pipeline, beside PIL and torchvision."""
+    from moce_ds.bench.load import bench_load
+
+    _rows(bench_load(images, threads, repeats, _device()), json_file)
+
+
 @moce.command()
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
@@ -305,6 +332,20 @@ def inspect(path: Path, verify: bool) -> None:
         found = faults(path)
         click.echo("\n".join(found) if found else "Verified: everything is as it was written.")
         sys.exit(1 if found else 0)
+
+
+def _rows(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    from rich.table import Table
+
+    from moce_ds.bench.timing import machine
+    from moce_ds.files import write_json
+
+    table = Table(*rows[0], title=" ".join(f"{k} {v}" for k, v in machine().items() if v), title_justify="left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    _print(table)
+    if json_file is not None:
+        write_json(json_file, {"machine": machine(), "rows": rows})
 
 
 def _device() -> Any:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: type[T]) -> type[T]:
     """Make a class a group of settings: a frozen, validated dataclass that refuses unknown keys."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # type: ignore[return-value]
 
 
 def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = ()) -> T:

@@ -45,7 +45,7 @@ class ClusterSettings:
     eps: Annotated[float, Field(gt=0)] = option(
         0.025, "entropy of the balanced assignment; smaller is stricter, slower"
     )
-    rounds: Annotated[int, Field(ge=0)] = option(1, "how often centroids are re-estimated from the balanced assignment")
+    rounds: Annotated[int, Field(ge=0)] = option(0, "how often centroids are re-estimated from the balanced assignment")
     tolerance: Annotated[float, Field(gt=0)] = option(0.01, "largest relative error of a soft cluster size")
     max_iterations: Positive = option(1000, "Sinkhorn iterations a round, converged or not")
     seed: int = option(0, "of the sample and of k-means")

@@ -3,12 +3,11 @@
 import multiprocessing
 import os
 import signal
-import threading
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from moce_ds.data.image_file import EMPTY, NOT_A_FILE, NOT_AN_IMAGE, Accepted, R
 from moce_ds.errors import DataError
 
 _BATCH = 16  # files per message to a worker
+_BATCHES_AHEAD = 3  # per worker, so that a large image does not hold up the others at once
 
 
 class SourceFile(NamedTuple):
@@ -59,43 +59,59 @@ def _walk(folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]]) -> I
 def examined(
     source: Path, files: Sequence[SourceFile], max_pixels: int, workers: int | None
 ) -> Generator[tuple[SourceFile, Accepted | Rejected], None, None]:
-    """Each of `files` with the verdict on it, in order; at most two batches per worker are under way.
+    """Each of `files` with the verdict on it, in order; `workers` processes look at them, None: one per core.
+
+    Batches are dealt out in turn, each worker having a pipe of its own: so the death of any process, in the middle
+    of a message too, is the end of a pipe for the other side. An executor's shared queue would block for good.
 
     Raises:
         DataError: a worker process died.
     """
     workers = workers or len(os.sched_getaffinity(0))
+    batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
+    team = [_start_worker(source, max_pixels) for _ in range(min(workers, len(batches)))]
+    ahead = _BATCHES_AHEAD * len(team)
+    number = 0
+    try:
+        for number, batch in enumerate(batches[:ahead]):
+            team[number % len(team)][1].send(batch)
+        for number, batch in enumerate(batches):
+            _, connection = team[number % len(team)]
+            verdicts = connection.recv()
+            if number + ahead < len(batches):
+                connection.send(batches[number + ahead])
+            yield from zip(batch, verdicts, strict=True)
+    except (EOFError, OSError):
+        raise DataError(
+            f"A worker process died between {batches[number][0].path} and {batches[number][-1].path}: perhaps killed "
+            "for lack of memory. Run the same command again to continue, with fewer `workers=` if it happens again."
+        ) from None
+    finally:
+        for process, connection in team:
+            connection.close()
+            process.terminate()
+            process.join()
+
+
+def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that torch's threads hold
     context.set_forkserver_preload(["__main__", image_file.__name__])
-    done = 0
-    with ProcessPoolExecutor(workers, context, _start_worker, (max_pixels,)) as pool:
-        try:
-            for verdict in _in_order(pool, source, files, ahead=2 * workers):
-                yield files[done], verdict
-                done += 1
-        except BrokenProcessPool:
-            raise DataError(
-                f"A worker process died at or soon after {files[done].path}: perhaps killed for lack of memory. Run "
-                "the same command again to continue, with a smaller `workers=` if it happens again."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, source, max_pixels), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
-def _in_order(
-    pool: ProcessPoolExecutor, source: Path, files: Sequence[SourceFile], ahead: int
-) -> Iterator[Accepted | Rejected]:
-    pending: deque[Future[list[Accepted | Rejected]]] = deque()
-    for start in range(0, len(files), _BATCH):
-        pending.append(pool.submit(_examine_batch, source, files[start : start + _BATCH]))
-        if len(pending) > ahead:
-            yield from pending.popleft().result()
-    while pending:
-        yield from pending.popleft().result()
-
-
-def _examine_batch(source: Path, files: Sequence[SourceFile]) -> list[Accepted | Rejected]:
-    return [_examine_listed(source, file) for file in files]
+def _work(connection: Connection, source: Path, max_pixels: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    warnings.simplefilter("ignore")
+    # Pillow warns above its limit and raises only above twice its limit.
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
+        while True:
+            connection.send([_examine_listed(source, file) for file in connection.recv()])
 
 
 def _examine_listed(source: Path, file: SourceFile) -> Accepted | Rejected:
@@ -106,19 +122,3 @@ def _examine_listed(source: Path, file: SourceFile) -> Accepted | Rejected:
     if file.size == 0:
         return Rejected(EMPTY, "0 bytes")
     return examine(source / file.path)
-
-
-def _start_worker(max_pixels: int) -> None:
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    warnings.simplefilter("ignore")
-    # Pillow warns above its limit and raises only above twice its limit.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

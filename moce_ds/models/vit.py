@@ -10,6 +10,7 @@ Axes: B images, N patches, T tokens (patches and cls), D width.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ class ViTShape:
         }
 
 
+@lru_cache  # timm builds the model to answer: a tenth of a second, and every step asks
 def shape_of(timm_name: str) -> ViTShape:
     """The shape behind a timm name such as `vit_base_patch16_224`.
 

@@ -30,8 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ArtefactError(f"run.init_from: {path} not found.")
     if path.is_dir():
-        state = load_file(path / "model.safetensors") if (path / "model.safetensors").exists() else None
-        state = state or find(path).load(WEIGHTS)
+        encoder = path / "model.safetensors"
+        state = _read_safetensors(encoder) if encoder.exists() else find(path).load(WEIGHTS)
     elif path.suffix == ".safetensors":
         state = _read_safetensors(path)
     elif path.suffix in (".pth", ".pt"):

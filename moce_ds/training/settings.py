@@ -23,6 +23,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 CropShare = Annotated[float, Field(gt=0, le=1)]
+Deviation = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings
@@ -53,7 +55,9 @@ class ExpertSettings:
         None, "blocks whose MLP becomes experts, from 0; null: the last and the last but two"
     )
     ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
-    combine: Literal["prob", "straight_through"] = option("straight_through", "prob: y = p E(x)")
+    combine: Literal["prob", "straight_through"] = option(
+        "straight_through", "prob: y = p E(x), the paper's; straight_through: y = E(x), with the gradient of log p"
+    )
     gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits")
     gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E")
     gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate")
@@ -71,7 +75,7 @@ class DataSettings:
     flip: bool = option(True, "flip images at random")
     center_crop: CropShare = option(0.875, "share of the shorter side kept in evaluation")
     mean: tuple[float, float, float] = option(IMAGENET_MEAN, "subtracted from each channel (0-1)")
-    std: tuple[float, float, float] = option(IMAGENET_STD, "divides each channel")
+    std: tuple[Deviation, Deviation, Deviation] = option(IMAGENET_STD, "divides each channel")
     threads: Positive = option(2, "decoding threads of each process", may_change=True)
 
 
@@ -84,7 +88,7 @@ class OptimSettings:
     min_lr: NonNegative = option(0.0, "learning rate at the end")
     warmup_epochs: NonNegative = option(40, "epochs of linear warm-up")
     weight_decay: NonNegative = option(0.05, "AdamW weight decay, on matrices only")
-    betas: tuple[Share, Share] = option((0.9, 0.95), "AdamW betas")
+    betas: tuple[Beta, Beta] = option((0.9, 0.95), "AdamW betas")
     clip: NonNegative = option(1.0, "largest gradient norm; 0: no clipping")
 
 
@@ -97,7 +101,7 @@ class EngineSettings:
 @settings
 class RunSettings:
     out: Path = option(help="the run's folder")
-    seed: int = option(0, "of everything random")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "of everything random")
     init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
     checkpoint_every: Positive = option(1000, "steps between checkpoints (one is written at the end too)")
     keep_checkpoints: Positive = option(2, "newest checkpoints to keep")

@@ -1,0 +1,40 @@
+"""Timing cases against one another: interleaved, so that whatever else the machine does hits all alike."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each case over `repeats` rounds; every round runs every case once, after `warmup` rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in tqdm(range(warmup + repeats), desc="measuring", leave=False, delay=2):
+        for name, case in cases.items():
+            _synchronise()
+            began = time.perf_counter()
+            case()
+            _synchronise()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,105 @@
+"""Run a function in several real processes that can form a gloo group, with a time limit and readable failures."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_GRACE_SECONDS = 5.0
+
+
+class WorldError(AssertionError):
+    """A rank failed, or the ranks did not end in time; the message holds what every rank printed."""
+
+
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+    """Call `fn(*args)` in `world_size` new processes that find each other through RANK, WORLD_SIZE, MASTER_...
+
+    The function opens its process group itself, with `moce_ds.runtime.started()`, as the program does.
+
+    Args:
+        fn: a function at the top of a module, since the processes import it anew.
+        world_size: number of processes.
+        args: picklable, the same for every rank.
+        seconds: after so long every process writes the stacks of its threads and is killed.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        WorldError: names the rank that failed first, with its traceback, or says that time was up.
+    """
+    from torch.distributed import TCPStore  # here, since the new processes import this module too
+
+    context = multiprocessing.get_context("spawn")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # joined by all: no port is guessed
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world_size)]
+        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        processes = [
+            context.Process(target=_rank_main, args=(fn, args, rank, world_size, store.port, logs[rank], sender))
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        try:
+            for process, (_, sender) in zip(processes, pipes, strict=True):
+                process.start()
+                sender.close()  # the child's copy is the only one left, so that its end is seen here
+            return _results([receiver for receiver, _ in pipes], processes, logs, seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _rank_main(
+    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, log: Path, sender: Connection
+) -> None:
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    sender.send(fn(*args))
+
+
+def _results(receivers: list[Connection], processes: list[BaseProcess], logs: list[Path], seconds: float) -> list[Any]:
+    """Collect the results; once a rank has failed, the others get a little time to say what they saw."""
+    results: dict[int, Any] = {}
+    failed: int | None = None
+    waiting, deadline = {receiver: rank for rank, receiver in enumerate(receivers)}, time.monotonic() + seconds
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for ready in wait(list(waiting), timeout=left):
+            assert isinstance(ready, Connection)
+            rank = waiting.pop(ready)
+            try:
+                results[rank] = ready.recv()
+            except EOFError:
+                if failed is None:
+                    failed, deadline = rank, min(deadline, time.monotonic() + _GRACE_SECONDS)
+    if failed is not None:
+        processes[failed].join()
+        reason = f"rank {failed} of {len(processes)} failed with status {processes[failed].exitcode}"
+        raise WorldError(f"{reason}\n{_outputs(logs, first=failed)}")
+    if waiting:
+        for rank in waiting.values():
+            os.kill(processes[rank].pid or 0, signal.SIGUSR1)
+        time.sleep(1.0)
+        late = ", ".join(map(str, waiting.values()))
+        raise WorldError(f"ranks {late} of {len(processes)} were not done after {seconds:g} s\n{_outputs(logs)}")
+    return [results[rank] for rank in range(len(processes))]
+
+
+def _outputs(logs: list[Path], first: int = 0) -> str:
+    ranks = sorted(range(len(logs)), key=lambda rank: rank != first)
+    texts = {rank: logs[rank].read_text(errors="replace")[-6000:] if logs[rank].exists() else "" for rank in ranks}
+    return "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in texts.items())
