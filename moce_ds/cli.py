@@ -79,9 +79,15 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     Interrupted, the same command goes on. Files that are no whole image are listed in OUT/rejected.jsonl.
     """
     from moce_ds.data.shard_writer import ShardSettings, write_shards
+    from moce_ds.data.shards import ShardSet
 
     report = write_shards(source, out, read_settings(ShardSettings, words))
-    click.echo(str(report))
+    rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
+    click.echo(
+        f"{out}: {report.count} images of {len(ShardSet.open(out).classes)} classes in {report.shards} shards, "
+        f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
+        + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
+    )
 
 
 @moce.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")

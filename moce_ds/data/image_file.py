@@ -1,7 +1,7 @@
 """The verdict on one file: what of it goes into a shard, or why nothing does.
 
-What goes into a shard must be read by DALI's decoders on CPU and GPU exactly as Pillow reads it here. Plain 8-bit
-JPEG and PNG are, byte for byte; all else that Pillow reads becomes an RGB PNG.
+What goes into a shard must be decoded by DALI as Pillow decodes it here, since one image that is not ends a DALI
+pipeline. Plain 8-bit JPEG and PNG are stored byte for byte; all else that Pillow reads becomes an RGB PNG.
 """
 
 import io

@@ -23,6 +23,8 @@ from moce_ds.errors import DataError
 
 # Other images tried in the place of a bad one before the shard set as a whole is called damaged.
 _REPLACEMENTS = 100
+# Batches that DALI prepares ahead of the one that is asked for.
+_PREFETCH = 2
 # A shard with this many bad images, and this share of those read from it, is damaged as a whole.
 _ALTERED_COUNT, _ALTERED_SHARE = 3, 0.1
 
@@ -66,9 +68,11 @@ class _Source:
         last: int,
         crop: Crop,
         replacements: int,
+        undecodable: frozenset[int],
     ) -> None:
         self.shards, self.read_list, self.first, self.last = shards, read_list, first, last
-        self.crop, self.replacements = crop, replacements
+        self.crop, self.replacements = crop, min(replacements, shards.count - 1)
+        self.undecodable = undecodable
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         index = self.first + iteration
@@ -89,15 +93,15 @@ class _Source:
 
     def _read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
         """The bytes of an image, or of the next one that is as it was written."""
-        for offset in range(min(self.replacements + 1, self.shards.count)):
+        for offset in range(self.replacements + 1):
             image_id = (wanted + offset) % self.shards.count
             data = self.shards.read(image_id)
-            if self.shards.is_intact(image_id, data):
+            if image_id not in self.undecodable and self.shards.is_intact(image_id, data):
                 return np.frombuffer(data, dtype=np.uint8), image_id
         after = f" and the {self.replacements} after it are" if self.replacements else " is"
         raise DataError(
-            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written; look at the "
-            "set with `moce inspect --verify`, then write it again with `moce shards`."
+            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, "
+            "or cannot be decoded; look at the set with `moce inspect --verify`, then write it again with `moce shards`."
         )
 
 
@@ -168,36 +172,71 @@ class Loader:
         self.replaced: dict[int, int] = {}
         self._read_from_shard = np.zeros(len(shards.shards), dtype=np.int64)
         self._bad_in_shard = np.zeros(len(shards.shards), dtype=np.int64)
-        self._num_batches = last - first
-        self._pipeline = _pipeline(
-            source=_Source(shards, read_list, first, last, crop, _REPLACEMENTS if replace_damaged else 0),
-            input=input,
-            on_gpu=device.type == "cuda",
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device.index if device.type == "cuda" else None,
-            prefetch_queue_depth=2,
-        )
+        self._read_list, self._crop, self._input = read_list, crop, input
+        self._first, self._last = first, last
+        self._batch_size, self._threads, self._device = batch_size, threads, device
+        self._replacements = _REPLACEMENTS if replace_damaged else 0
+        self._undecodable: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
-        return self._num_batches
+        return self._last - self._first
 
     def __iter__(self) -> Iterator[Batch]:
-        self._pipeline.build()
-        for _ in range(self._num_batches):
-            images, numbers = self._pipeline.run()
+        index = self._first
+        pipeline = self._started(self._read_list, index, self._last)
+        while index < self._last:
+            try:
+                images, numbers = pipeline.run()
+            except RuntimeError as error:
+                # A pipeline that failed to decode is of no further use. The stream is a pure function of the index,
+                # so a new one goes on from here, without the image that broke the old one.
+                self._undecodable |= self._find_undecodable(index, error)
+                pipeline = self._started(self._read_list, index, self._last)
+                continue
+            index += 1
             numbers_B3 = np.asarray(numbers.as_tensor())
             ids_B, epochs_B, wanted_B = (numbers_B3[:, k].copy() for k in range(3))
             self._count_replaced(ids_B, wanted_B)
             # The pipeline writes its buffers again: the copy is what makes the tensor ours.
             yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
 
+    def _started(self, read_list: Callable[[int], ReadList], first: int, last: int) -> Any:
+        """A pipeline over the batches `first` to `last`."""
+        source = _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._undecodable)
+        on_gpu = self._device.type == "cuda"
+        pipeline = _pipeline(
+            source=source,
+            input=self._input,
+            on_gpu=on_gpu,
+            batch_size=self._batch_size,
+            num_threads=self._threads,
+            device_id=self._device.index if on_gpu else None,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        pipeline.build()
+        return pipeline
+
+    def _find_undecodable(self, index: int, error: RuntimeError) -> frozenset[int]:
+        """Images of the batches under way at `index` that fail alone; raises `error` when there are none."""
+        found = set()
+        for ahead in range(index, min(index + _PREFETCH + 1, self._last)):
+            wanted = self._read_list(ahead)
+            for place in range(len(wanted.ids)):
+                alone = ReadList(wanted.ids[place : place + 1], wanted.epochs[place : place + 1])
+                try:
+                    self._started(lambda _, alone=alone: alone, 0, 1).run()  # type: ignore[misc]
+                except RuntimeError:
+                    found.add(int(alone.ids[0]))
+        if not found:
+            raise error
+        return frozenset(found)
+
     def _count_replaced(self, ids_B: NDArray[np.int64], wanted_B: NDArray[np.int64]) -> None:
         shard_B = self.shards.samples["shard"][wanted_B]
         bad_B = ids_B != wanted_B
         np.add.at(self._read_from_shard, shard_B, 1)
-        np.add.at(self._bad_in_shard, shard_B[bad_B], 1)
-        for image_id in wanted_B[bad_B].tolist():
+        for image_id, shard in zip(wanted_B[bad_B].tolist(), shard_B[bad_B], strict=True):
+            self._bad_in_shard[shard] += image_id not in self.replaced  # not again in the next epoch
             self.replaced[image_id] = self.replaced.get(image_id, 0) + 1
         altered = (self._bad_in_shard >= _ALTERED_COUNT) & (self._bad_in_shard > _ALTERED_SHARE * self._read_from_shard)
         if altered.any():
@@ -205,7 +244,8 @@ class Loader:
             raise DataError(
                 f"{self.shards.path / self.shards.shards[k].name} was altered after it was written: "
                 f"{self._bad_in_shard[k]} of {self._read_from_shard[k]} images read from it do not have their "
-                "checksum. Copy the shard again from its source, or write the set again with `moce shards`."
+                "checksum or cannot be decoded. Copy the shard again from its source, or write the set again "
+                "with `moce shards`."
             )
 
     def replaced_sources(self) -> list[str]:

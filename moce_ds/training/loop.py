@@ -101,7 +101,7 @@ def _train(session: Session, first_step: int) -> int:
     stream = iter(loader)
     step = first_step
     try:
-        with Teller(run.out, first_step, schedule.steps, runtime.is_main) as teller:
+        with Teller(run.out, first_step, schedule.steps, session.batches.global_batch, runtime.is_main) as teller:
             while step < schedule.steps:
                 set_lr(session.engine, schedule.lr(step))
                 table = session.router.table(step) if session.router else None

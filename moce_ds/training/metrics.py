@@ -44,8 +44,9 @@ class Meter:
 class Teller:
     """Progress line, metrics.jsonl and TensorBoard of one run; use it as a context."""
 
-    def __init__(self, run: Path, first_step: int, steps: int, active: bool) -> None:
+    def __init__(self, run: Path, first_step: int, steps: int, images_per_step: int, active: bool) -> None:
         self._active = active
+        self._images_per_step = images_per_step
         if not active:
             return
         self._record = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
@@ -86,7 +87,9 @@ class Teller:
         line = progress_line(record)
         self._bar.set_postfix_str(line, refresh=True)
         if self._bar.disable:  # not a terminal: a log file wants whole lines
-            print(f"step {record['step']}/{self._bar.total} {line}", file=sys.stderr, flush=True)
+            seconds_left = (self._bar.total - record["step"]) * self._images_per_step / record["images_per_second"]
+            eta = tqdm.format_interval(seconds_left)
+            print(f"step {record['step']}/{self._bar.total} {line} eta {eta}", file=sys.stderr, flush=True)
 
     def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
         """Show a picture in TensorBoard."""

@@ -6,7 +6,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,7 +72,9 @@ def _rank_main(
     sender.send(fn(*args))
 
 
-def _results(receivers: list[Connection], processes: list[BaseProcess], logs: list[Path], seconds: float) -> list[Any]:
+def _results(
+    receivers: list[Connection], processes: Sequence[BaseProcess], logs: list[Path], seconds: float
+) -> list[Any]:
     """Collect the results; once a rank has failed, the others get a little time to say what they saw."""
     results: dict[int, Any] = {}
     failed: int | None = None

@@ -1,0 +1,99 @@
+"""Shared by the distributed tests: one tiny data set with clusters, and the runs that several tests compare with."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from harness import run_distributed
+from jobs import Job, Told, run_jobs
+from tiny_run import CLUSTERS, TinyData, alter_images, tiny_settings, write_images
+
+from moce_ds.clustering.build import ClusterSettings, build_clusters
+from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.data.shard_writer import ShardSettings, write_shards
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import ImageInput
+from moce_ds.models.encode import EncodeSettings, write_features
+from moce_ds.models.vit import Encoder, ViTShape, timm_vit
+from moce_ds.runtime import Runtime
+
+# Sums must not depend on how many cores a machine has: inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    """Shards of `write_images`, and their clusters by the features of an untrained encoder, which are good enough."""
+    root = tmp_path_factory.mktemp("data")
+    write_shards(write_images(root / "images"), root / "shards", ShardSettings(workers=1, images_per_shard=40))
+    torch.manual_seed(0)
+    shape = ViTShape(image_size=16, patch_size=4, width=32, depth=2, heads=2)
+    encoder = Encoder(timm_vit(shape).eval(), shape, ImageInput(16), {"source": "untrained"})
+    alone = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    write_features(encoder, ShardSet.open(root / "shards"), root / "features", EncodeSettings(), alone)
+    settings = ClusterSettings(num_clusters=CLUSTERS, fit_images_per_cluster=None)
+    build_clusters(root / "features", root / "clusters", settings)
+    return TinyData(root / "shards", root / "clusters")
+
+
+@pytest.fixture(scope="session")
+def runs(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all runs, by name; `two-...` with two processes, `one-...` with one, `...-then-one` begun with two."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def damaged_shards(data: TinyData, runs: Path) -> Path:
+    """The shards with one image altered, which rank 1 of two reads in the second step; `image.txt` names it."""
+    shards = runs / "damaged-shards"
+    shutil.copytree(data.shards, shards)
+    image = int(ShuffledSampler(ShardSet.open(shards).count, 16, seed=0).batch(1).part(1, 2).ids[3])
+    alter_images(shards, [image])
+    (shards / "image.txt").write_text(ShardSet.open(shards).source(image))
+    return shards
+
+
+@pytest.fixture(scope="session")
+def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
+    """All runs of two processes."""
+    shards, clusters = data.shards, data.clusters
+
+    def mae(name: str, **other: object) -> list[str]:
+        return tiny_settings(shards, runs / name, **other)
+
+    def moce(name: str, ep_size: int, **other: object) -> list[str]:
+        return tiny_settings(shards, runs / name, clusters, experts__ep_size=ep_size, **other)
+
+    jobs = {
+        "two-mae": Job(mae("two-mae")),
+        "two-mae-accumulated": Job(mae("two-mae-accumulated", optim__accumulation=2)),
+        "two-mae-zero2": Job(mae("two-mae-zero2", engine__zero_stage=2)),
+        "two-mae-stopped": Job(mae("two-mae-stopped"), stop_after=3),
+        "two-mae-resumed": Job(mae("two-mae-stopped")),  # the same command
+        "mae-then-one": Job(mae("mae-then-one"), stop_after=3),
+        "two-moce-ep1": Job(moce("two-moce-ep1", 1)),
+        "two-moce-ep2": Job(moce("two-moce-ep2", 2)),
+        "two-moce-both": Job(moce("two-moce-both", 2, optim__accumulation=2, engine__zero_stage=2)),
+        "two-moce-bf16": Job(moce("two-moce-bf16", 2, engine__precision="bf16")),
+        "moce-then-one": Job(moce("moce-then-one", 2), stop_after=3),
+        "two-damaged": Job(moce("two-damaged", 2, data__shards=damaged_shards, optim__epochs=0.5)),
+    }
+    first, second = run_distributed(run_jobs, 2, jobs, seconds=200)
+    assert {name: told.steps for name, told in first.items()} == {name: told.steps for name, told in second.items()}
+    return first
+
+
+@pytest.fixture(scope="session")
+def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
+    """All runs of one process, and the end of two that were begun with two."""
+    shards, clusters = data.shards, data.clusters
+    jobs = {
+        "one-mae": Job(tiny_settings(shards, runs / "one-mae")),
+        "one-mae-accumulated": Job(tiny_settings(shards, runs / "one-mae-accumulated", optim__accumulation=4)),
+        "one-moce": Job(tiny_settings(shards, runs / "one-moce", clusters)),
+        "mae-then-one": Job(tiny_settings(shards, runs / "mae-then-one")),
+        "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", clusters, experts__ep_size=1)),
+    }
+    return run_distributed(run_jobs, 1, jobs, seconds=120)[0]

@@ -1,0 +1,121 @@
+"""Pre-training gives the same losses and weights whatever the processes, ep_size, accumulation, ZeRO stage or stops.
+
+The runs are made by the fixtures `one` and `two`; the tests compare what they left on disk.
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jobs import Told
+from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
+
+from moce_ds.analysis.run_folder import read_metrics
+from moce_ds.checkpoint_files import find, steps_of
+from moce_ds.config import load
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ConfigError
+from moce_ds.runtime import Runtime
+from moce_ds.training.loop import pretrain
+from moce_ds.training.settings import PretrainSettings
+
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("one-mae", "two-mae"),
+        ("one-mae", "one-mae-accumulated"),
+        ("two-mae", "two-mae-accumulated"),
+        ("two-mae", "two-mae-zero2"),
+        ("one-moce", "two-moce-ep1"),
+        ("one-moce", "two-moce-ep2"),
+        ("two-moce-ep2", "two-moce-both"),
+    ],
+)
+def test_the_result_does_not_depend_on(runs: Path, one: object, first: str, second: str) -> None:
+    assert_same(runs, first, second)
+
+
+def test_the_runs_exercise_what_they_are_for(runs: Path, one: object) -> None:
+    for name in ("one-mae", "one-moce"):
+        records = read_metrics(runs / name / "metrics.jsonl")
+        assert all(record["grad_norm"] > 0.5 for record in records), "clipping must be active"
+        assert records[-1]["loss"] < records[0]["loss"] - 0.05, "the model must learn"
+    layers = [record["layers"] for record in read_metrics(runs / "one-moce" / "metrics.jsonl")]
+    for block in map(str, EXPERT_LAYERS):
+        load_SE = np.array([layer[block]["load"] for layer in layers])
+        assert (load_SE.sum(axis=0) > 0).all(), "every expert must get images"
+        assert (load_SE == 0).any(), "and some steps leave one without"
+    assert max(abs(a - b) for a, b in itertools.pairwise(losses(runs / "one-mae"))) > 100 * TOLERANCE
+
+
+def test_bf16_stays_near_fp32(runs: Path, two: object) -> None:
+    fp32, bf16 = losses(runs / "two-moce-ep2"), losses(runs / "two-moce-bf16")
+    assert fp32 != bf16
+    np.testing.assert_allclose(bf16, fp32, rtol=5e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in final_state(runs / "two-moce-bf16").values())
+
+
+@pytest.mark.parametrize("name", ["two-mae-stopped", "mae-then-one", "moce-then-one"])
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(two: dict[str, Told], name: str) -> None:
+    told = two[name]
+    assert 3 <= told.steps < STEPS
+    assert f"Stopped after step {told.steps} as asked; the same command goes on from there." in told.text
+
+
+def test_resuming_on_the_same_topology_is_exact(runs: Path, two: dict[str, Told]) -> None:
+    assert two["two-mae-resumed"].steps == STEPS
+    assert f"after step {two['two-mae-stopped'].steps}." in two["two-mae-resumed"].text
+    assert_same(runs, "two-mae", "two-mae-stopped", tolerance=0)
+
+
+@pytest.mark.parametrize(("uninterrupted", "resumed"), [("one-mae", "mae-then-one"), ("one-moce", "moce-then-one")])
+def test_resuming_on_another_topology(runs: Path, one: dict[str, Told], uninterrupted: str, resumed: str) -> None:
+    assert one[resumed].steps == STEPS and "Resuming" in one[resumed].text
+    assert_same(runs, uninterrupted, resumed)
+
+
+def test_a_checkpoint_says_what_it_is(runs: Path, two: object, data: TinyData) -> None:
+    assert steps_of(runs / "two-moce-ep2") == [STEPS]
+    manifest = find(runs / "two-moce-ep2").manifest
+    assert manifest["images_read"] == STEPS * 16
+    assert manifest["shards_fingerprint"] == ShardSet.open(data.shards).fingerprint
+    assert sorted(name for name in manifest["files"] if name.startswith("weights/")) == [
+        *(
+            f"weights/block-{block:02d}-expert-{expert:03d}.safetensors"
+            for block in EXPERT_LAYERS
+            for expert in range(4)
+        ),
+        "weights/shared.safetensors",
+    ]
+    assert find(runs / "two-moce-ep2").faults() == []
+
+
+def test_a_damaged_image_is_replaced_and_named(runs: Path, two: dict[str, Told], damaged_shards: Path) -> None:
+    records = read_metrics(runs / "two-damaged" / "metrics.jsonl")
+    assert [record["images_replaced"] for record in records] == [0, 1, 1]
+    image = (damaged_shards / "image.txt").read_text()
+    assert "1 damaged images were replaced by others" in two["two-damaged"].text and image in two["two-damaged"].text
+
+
+def test_a_complete_run_says_so(runs: Path, two: object, data: TinyData, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (runs / "two-mae" / "metrics.jsonl").read_bytes()
+    config = load(PretrainSettings, None, tiny_settings(data.shards, runs / "two-mae"))
+    assert pretrain(config, ALONE) == STEPS
+    assert f"is complete: {STEPS} steps." in capsys.readouterr().err
+    assert (runs / "two-mae" / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_experiment_in_the_same_folder_is_refused(runs: Path, two: object, data: TinyData) -> None:
+    before = (runs / "two-mae" / "config.yaml").read_bytes()
+    other = {"optim__epochs": 3, "model__mask_ratio": 0.5, "run__seed": 1, "engine__zero_stage": 2}
+    config = load(PretrainSettings, None, tiny_settings(data.shards, runs / "two-mae", **other))
+    with pytest.raises(ConfigError) as refused:
+        pretrain(config, ALONE)
+    listed = [line.strip() for line in str(refused.value).splitlines()[1:-1]]
+    assert listed == ["model.mask_ratio: 0.75 -> 0.5", "optim.epochs: 2.0 -> 3.0", "run.seed: 0 -> 1"]
+    assert (runs / "two-mae" / "config.yaml").read_bytes() == before

@@ -1,0 +1,129 @@
+"""A pre-training run so small that a test can afford it: 90 real images, a model of four narrow blocks, 12 steps."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_image
+
+from moce_ds.analysis.run_folder import read_metrics
+from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, find
+from moce_ds.data.shards import ShardSet
+
+IMAGES = 90  # no multiple of the batch, so that a batch straddles two epochs
+STEPS = 12
+CLUSTERS = 6
+EXPERT_LAYERS = (1, 3)
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """Where the images' shards and their clusters lie."""
+
+    shards: Path
+    clusters: Path
+
+
+def write_images(folder: Path, count: int = IMAGES) -> Path:
+    """Half digits (classes digits/0 to digits/2), half crops of photographs (photos/china, photos/flower), 24 px."""
+    digits = load_digits(n_class=3)
+    for number in range(count // 2):
+        image = Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).resize((24, 24))
+        _save(image, folder / f"digits/{digits.target[number]}/{number:03d}.png")
+    random = np.random.default_rng(0)
+    for number in range(count - count // 2):
+        name = ("china", "flower")[number % 2]
+        photo = Image.fromarray(load_sample_image(f"{name}.jpg"))
+        left, top, side = (int(random.integers(*limits)) for limits in ((0, 400), (0, 200), (60, 200)))
+        crop = photo.resize((24, 24), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+        _save(crop, folder / f"photos/{name}/{number:03d}.jpg")
+    return folder
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def tiny_settings(shards: Path, out: Path, clusters: Path | None = None, **other: Any) -> list[str]:
+    """`key=value` words of `moce pretrain`; with `clusters` for a MoCE. `other` has `__` for the dot of a key."""
+    words = {
+        "model__arch": "moce" if clusters else "mae",
+        "model__vit": "vit_tiny_patch16_224",
+        "model__patch_size": 4,
+        "model__width": 32,
+        "model__depth": 4,
+        "model__heads": 2,
+        "model__decoder_width": 32,
+        "model__decoder_depth": 1,
+        "model__decoder_heads": 2,
+        "data__shards": shards,
+        "data__image_size": 16,
+        "data__threads": 1,
+        "optim__epochs": 2,
+        "optim__batch_size": 16,
+        "optim__base_lr": 2e-3,
+        "optim__warmup_epochs": 0.5,
+        "optim__clip": 0.5,
+        "engine__precision": "fp32",
+        "run__out": out,
+        "run__log_every": 1,
+    }
+    if clusters:
+        words |= {"experts__clusters": clusters, "experts__num": 4, "experts__layers": json.dumps(EXPERT_LAYERS)}
+    return [f"{key.replace('__', '.')}={value}" for key, value in {**words, **other}.items()]
+
+
+def alter_images(shards: Path, ids: Iterable[int]) -> None:
+    """Invert the bytes of some images inside the tars; sizes stay, so that only checksums can tell."""
+    opened = ShardSet.open(shards)
+    for row in opened.samples[list(ids)]:
+        with open(shards / opened.shards[row["shard"]].name, "r+b") as tar:
+            tar.seek(row["offset"])
+            content = tar.read(int(row["size"]))
+            tar.seek(row["offset"])
+            tar.write(bytes(255 - byte for byte in content))
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step, by metrics.jsonl."""
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def final_state(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and Adam moments of the newest checkpoint, by global names."""
+    checkpoint = find(run)
+    return checkpoint.load(WEIGHTS) | checkpoint.load(OPTIMIZER)
+
+
+def comparable(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state without the biases of attention keys: softmax does not see them, so their gradient is rounding error
+    and Adam, which divides by its size, moves them at random."""
+    return {name: _without_keys(t) if name.endswith("qkv.bias") else t for name, t in state.items() if t.numel()}
+
+
+def _without_keys(bias_3D: torch.Tensor) -> torch.Tensor:
+    query_D, _, value_D = bias_3D.chunk(3)
+    return torch.cat([query_D, value_D])
+
+
+def assert_same(runs: Path, first: str, second: str, tolerance: float = TOLERANCE) -> None:
+    """Losses and gradient norms of all steps, and final weights and moments, agree; exactly for tolerance 0."""
+    assert len(losses(runs / first)) == len(losses(runs / second)) == STEPS
+    np.testing.assert_allclose(losses(runs / first), losses(runs / second), rtol=0, atol=tolerance)
+    norms = [[r["grad_norm"] for r in read_metrics(runs / name / "metrics.jsonl")] for name in (first, second)]
+    np.testing.assert_allclose(*norms, rtol=10 * tolerance)
+    states = [final_state(runs / name) for name in (first, second)]
+    if tolerance:
+        states = [comparable(state) for state in states]
+    assert states[0].keys() == states[1].keys()
+    worst = max((float((states[0][name] - states[1][name]).abs().max()), name) for name in states[0])
+    assert worst[0] <= tolerance, worst

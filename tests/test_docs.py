@@ -1,0 +1,78 @@
+"""The commands of the README run as printed, one after the other; links in the documentation lead somewhere."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moce_ds.data.demo_images import write_demo_images
+from moce_ds.files import read_json
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shell_commands(document: Path) -> list[str]:
+    """Lines of the ```sh blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as the README assumes it: `images/`, `task/train`, `task/test`, and the project's configs."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_demo_images(folder / "demo")
+    few = {"images": ("pretrain", 12), "task/train": ("tasks/digits/train", 6), "task/test": ("tasks/digits/test", 3)}
+    for target, (source, count) in few.items():
+        for image_class in sorted(p for p in (folder / "demo" / source).rglob("*") if p.is_dir()):
+            for image in sorted(p for p in image_class.iterdir() if p.is_file())[:count]:
+                place = folder / target / image.relative_to(folder / "demo" / source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(image.read_bytes())
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder
+
+
+def test_commands_of_the_readme_run(workplace):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = [command for command in shell_commands(ROOT / "README.md") if not command.startswith("make ")]
+    assert len(commands) >= 10
+    for command in commands:
+        words = shlex.split(command)
+        if "pretrain" in words:  # few steps: what is tested is the command
+            words.append("optim.epochs=2")
+        if "cluster" in words:  # fewer clusters than there are images
+            words.append("num_clusters=8")
+        done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    records = read_json(workplace / "runs/results.json", "results", "moce knn")
+    assert {record["verb"] for record in records} == {"knn", "probe"}
+    assert all(0 <= record["top1"] <= 1 for record in records)
+    assert (workplace / "expert/model.safetensors").exists()
+    assert "</html>" in (workplace / "runs/report.html").read_text()
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in shell_commands(ROOT / "README.md"):
+        if command.startswith("make "):
+            assert command.split()[1] in targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_dependency_is_justified():
+    justified = (ROOT / "docs/dependencies.md").read_text()
+    required = re.findall(r"^([A-Za-z0-9-]+)[<>=]", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+    assert required
+    missing = [name for name in required if f"| {name}" not in justified]
+    assert not missing

@@ -1,0 +1,129 @@
+"""Settings of pre-training: impossible combinations, sizes, batch arithmetic, and what a resumed run may change."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moce_ds.config import differences, keys, load, to_tree, to_yaml
+from moce_ds.errors import ConfigError
+from moce_ds.models.vit import ViTShape
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes
+
+Make = Callable[..., PretrainSettings]
+MOCE = ("model.arch=moce", "experts.clusters=clusters")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.mask_ratio=1.5"], "model.mask_ratio: got 1.5; Input should be less than 1"),
+        (["model.mask_ratio=0"], "model.mask_ratio: got 0; Input should be greater than 0"),
+        (["model.mask_ratio=0.99"], "model.mask_ratio: 0.99 leaves 0 of 16 patches visible; expected at least one"),
+        (["model.width=18"], "model.width: 18 is not a multiple of 4, which sine-cosine positions need"),
+        (["model.heads=3"], "model.width: 16 is not a multiple of model.heads 3"),
+        (["model.decoder_heads=5"], "model.decoder_width: 16 is not a multiple of model.decoder_heads 5"),
+        (["model.decoder_width=14"], "model.decoder_width: 14 is not a multiple of 4"),
+        (["data.image_size=18"], "data.image_size: 18 is not a multiple of model.patch_size 4"),
+        (["data.crop_scale=[0.9, 0.2]"], "data.crop_scale: [0.9, 0.2]; expected [low, high]"),
+        (["data.crop_scale=[0, 1]"], "data.crop_scale.0: got 0; Input should be greater than 0"),
+        (["data.std=[0, 1, 1]"], "data.std.0: got 0; Input should be greater than 0"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas.1: got 1.0; Input should be less than 1"),
+        (["optim.epochs=.inf"], "optim.epochs: got inf; Input should be a finite number"),
+        (["optim.batch_size=0"], "optim.batch_size: got 0; Input should be greater than 0"),
+        (["run.seed=-1"], "run.seed: got -1; Input should be greater than or equal to 0"),
+        (["engine.zero_stage=3"], "engine.zero_stage: got 3; Input should be 1 or 2"),
+        (["model.arch=vae"], "model.arch: got 'vae'; Input should be 'mae' or 'moce'"),
+        (["model.arch=moce"], "experts.clusters: required for model.arch=moce; write the clusters with `moce cluster`"),
+        ([*MOCE, "experts.num=6", "experts.ep_size=4"], "experts.num: 6 is not a multiple of experts.ep_size 4"),
+        ([*MOCE, "experts.layers=[1, 3]"], "experts.layers: block 3 is beyond the encoder's 3 blocks (0-2)"),
+        ([*MOCE, "experts.layers=[-1]"], "experts.layers.0: got -1; Input should be greater than or equal to 0"),
+        ([*MOCE, "experts.layers=[2, 1]"], "experts.layers: [2, 1]; expected different blocks in rising order"),
+        ([*MOCE, "experts.layers=[1, 1]"], "experts.layers: [1, 1]; expected different blocks in rising order"),
+        ([*MOCE, "experts.layers=[]"], "experts.layers: []; expected different blocks"),
+        (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
+        (["mask_ratio=0.5"], "mask_ratio: no such setting. Did you mean model.mask_ratio?"),
+        (["model.vit=vit_gigantic"], "model.vit: got 'vit_gigantic'; expected the name of a ViT in timm."),
+        (["model.vit=resnet18"], "model.vit: resnet18 is no plain ViT with one cls token"),
+        (["model.vit=vit_small_patch14_reg4_dinov2"], "is no plain ViT with one cls token"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_with_the_key_and_what_is_allowed(
+    tiny_config: Make, words: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(*words)
+    assert message in str(caught.value)
+
+
+def test_settings_of_experts_do_not_trouble_a_dense_run(tiny_config: Make) -> None:
+    assert tiny_config("experts.num=6", "experts.ep_size=4", "experts.layers=[9]").model_spec.experts is None
+
+
+def test_required_settings_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(PretrainSettings)
+    assert str(caught.value).splitlines()[1:] == [
+        "  data.shards: required, and not given.",
+        "  run.out: required, and not given.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size", "message"),
+    [
+        ([], 5, "optim.batch_size: 12 is not divisible by 5 processes x optim.accumulation 1 = 5."),
+        (["optim.accumulation=4"], 6, "optim.batch_size: 12 is not divisible by 6 processes x optim.accumulation 4 = 24."),
+        ([*MOCE, "experts.ep_size=2"], 3, "experts.ep_size: got 2; it must divide the number of processes, 3."),
+    ],
+)  # fmt: skip
+def test_batches_that_cannot_be_shared_out(tiny_config: Make, words: list[str], world_size: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        batch_arithmetic(tiny_config(*words), world_size)
+    assert str(caught.value) == message
+
+
+def test_batch_arithmetic(tiny_config: Make) -> None:
+    batches = batch_arithmetic(tiny_config("optim.accumulation=3"), 2)
+    assert (batches.global_batch, batches.micro_global, batches.micro) == (12, 4, 2)
+
+
+def test_sizes_come_from_the_name_and_are_replaced_one_by_one(tiny_config: Make) -> None:
+    words = ["data.shards=s", "run.out=o"]
+    named = load(PretrainSettings, None, words)
+    assert named.vit_shape == ViTShape(224, 16, 768, 12, 12, 4.0)
+    wider = load(
+        PretrainSettings, None, [*words, "model.vit=vit_small_patch32_224", "model.width=192", "model.mlp_ratio=2"]
+    )
+    assert wider.vit_shape == ViTShape(224, 32, 192, 12, 6, 2.0)
+    assert tiny_config().vit_shape == ViTShape(16, 4, 16, 3, 2, 4.0)
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(12, (9, 11)), (6, (3, 5)), (3, (0, 2)), (2, (0, 1)), (1, (0,))])
+def test_experts_are_in_the_last_block_and_the_last_but_two(
+    tiny_config: Make, depth: int, layers: tuple[int, ...]
+) -> None:
+    config = tiny_config(*MOCE, f"model.depth={depth}")
+    assert config.expert_layers == layers
+    assert config.model_spec.experts is not None and config.model_spec.experts.layers == layers
+
+
+def test_yaml_gives_the_same_settings_back(tiny_config: Make, tmp_path: Path) -> None:
+    config = tiny_config(*MOCE, "experts.layers=[1, 2]", "run.init_from=a/b", "optim.base_lr=1.5e-4", "data.flip=false")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(PretrainSettings, tmp_path / "config.yaml") == config
+    assert differences(to_tree(config), to_tree(load(PretrainSettings, tmp_path / "config.yaml"))) == {}
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    """All of `run` and `engine` but the seed, and how the work is shared out; nothing that changes the result."""
+    every = {key for key, _ in keys(PretrainSettings)}
+    allowed = every - forbidden_changes(every)
+    assert allowed == {
+        "experts.ep_size", "data.threads", "optim.accumulation", "engine.precision", "engine.zero_stage", "run.out",
+        "run.init_from", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
+    }  # fmt: skip
+
+
+def test_a_setting_that_this_version_does_not_know_may_not_change() -> None:
+    assert forbidden_changes({"optim.invented_later", "run.seed"}) == {"optim.invented_later", "run.seed"}
