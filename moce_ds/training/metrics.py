@@ -57,7 +57,7 @@ class Teller:
             unit="step",
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} {postfix} eta {remaining}",
+            bar_format="step {n_fmt}/{total_fmt} {desc}eta {remaining}",
         )
 
     def __enter__(self) -> "Teller":
@@ -85,7 +85,7 @@ class Teller:
         for tag, value in _flat(record):
             self._board.add_scalar(tag, value, record["step"])
         line = progress_line(record)
-        self._bar.set_postfix_str(line, refresh=True)
+        self._bar.set_description_str(line + " ", refresh=True)
         if self._bar.disable:  # not a terminal: a log file wants whole lines
             seconds_left = (self._bar.total - record["step"]) * self._images_per_step / record["images_per_second"]
             eta = tqdm.format_interval(seconds_left)
