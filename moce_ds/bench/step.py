@@ -15,6 +15,7 @@ from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 
 _CLUSTERS = 64
@@ -24,12 +25,12 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
     """Rows (name, B, E, D, seconds, ratio to dense) for 224 px, patch 16, 12 blocks, experts in blocks 9 and 11."""
     torch.manual_seed(0)
     shape, decoder = ViTShape(224, 16, width, 12, width // 64), DecoderShape(width, 2, width // 64)
-    experts = ExpertShape(num_experts, (9, 11), 1.0, "straight_through")
+    experts = ExpertShape(num_experts, (9, 11))
     share_M = torch.full((_CLUSTERS,), 1 / _CLUSTERS)
     embeddings_MC = nn.functional.normalize(torch.randn(_CLUSTERS, width), dim=1)
 
-    def make_layer(make_expert: Any, count: int) -> nn.Module:
-        return ClusterMoE(make_expert, count, ep_size=1)
+    def make_layer(make_expert: Any, count: int, shared: bool) -> nn.Module:
+        return ClusterMoE(make_expert, count, ep_size=1, shared=shared)
 
     dense = MaskedAutoencoder(shape, decoder, 0.75).to(device)
     moce = Moce(shape, decoder, 0.75, experts, embeddings_MC, share_M, make_layer).to(device)
@@ -44,8 +45,8 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
     def moce_step() -> None:
         # The whole of what a step adds: the table's copy to the host, the plan, the exchange, the gate's losses.
         moce.zero_grad(set_to_none=True)
-        expert_ML = chosen_experts(moce.gate())
-        plan = make_plan(clusters_B[None], expert_ML, 0, 1, num_experts).to(device)
+        expert_MLK = chosen_experts(moce.gate(), 1).cpu().numpy()
+        plan = make_plan(clusters_B[None], expert_MLK, in_order(2, num_experts), 0, 1).to(device)
         output = moce(images_BCHW, noise_BN, Routing(torch.from_numpy(clusters_B).to(device), plan, None))
         (output.reconstruction.loss + 0.01 * output.gate.imbalance + 0.1 * output.gate.balance).backward()
 

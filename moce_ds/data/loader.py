@@ -101,7 +101,7 @@ class _Source:
         after = f" and the {self.replacements} after it are" if self.replacements else " is"
         raise DataError(
             f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, "
-            "or cannot be decoded; look at the set with `moce inspect --verify`, then write it again with `moce shards`."
+            "or cannot be decoded; look at the set with `moce inspect --verify`, then write it anew with `moce shards`."
         )
 
 

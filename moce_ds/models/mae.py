@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moce_ds.models.vit import ViTShape
 from moce_ds.randomness import MASK, uniform
@@ -58,6 +59,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.mask_ratio = mask_ratio
+        self.checkpoint_activations = False  # computes encoder blocks again in the backward pass; same result
         D, pixels = shape.width, shape.patch_size**2 * 3
         self.patch_embed = PatchEmbed(shape.image_size, shape.patch_size, 3, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -93,7 +95,10 @@ class MaskedAutoencoder(nn.Module):
         masking = random_masking(noise_BN, self.mask_ratio)
         x_BTD = self.visible_tokens(images_BCHW, masking)
         for index, block in enumerate(self.blocks):
-            x_BTD = run_block(index, block, x_BTD)
+            if self.checkpoint_activations:
+                x_BTD = checkpoint(run_block, index, block, x_BTD, use_reentrant=False)
+            else:
+                x_BTD = run_block(index, block, x_BTD)
         patches_BNP = self.decode(self.norm(x_BTD), masking)
         target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
         error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)

@@ -1,6 +1,7 @@
 """MoCE: a masked autoencoder in which some MLPs are layers of experts, chosen by the cluster of the image.
 
-Axes: B images, N patches, T tokens, D width, L expert layers, M clusters, E experts, C width of an embedding.
+Axes: B images, N patches, T tokens, D width, L expert layers, M clusters, E experts, C width of an embedding,
+K experts an image is sent to.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,26 +14,47 @@ from torch import Tensor, nn
 
 from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, make_mlp, random_masking
 from moce_ds.models.vit import ViTShape
-from moce_ds.moe.gate import ClusterGate, GateLosses, combine_weight, gate_losses
+from moce_ds.moe.gate import ClusterGate, GateLosses, RandomGate, combine_weights, gate_losses
+from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
 from moce_ds.randomness import INIT, hashed
 
-MakeLayer = Callable[[Callable[[], nn.Module], int], nn.Module]
+MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
 
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """How many experts, in which blocks (counted from 0), and how the gate works."""
+    """How many experts, in which blocks (counted from 0), and how the gate works.
+
+    Attributes:
+        num_experts, layers: E, and the blocks with experts.
+        gate: "cluster", or "random" (a fixed table, the control experiment).
+        k: experts an image is sent to.
+        temperature: divides the gate's logits.
+        tied: one gate for all layers.
+        learnable: whether the cluster embeddings learn.
+        init_scale: standard deviation of the gate's first logits.
+        combine: "prob" or "straight_through".
+        shared: whether each layer has a shared expert too.
+        seed: of the random table.
+    """
 
     num_experts: int
     layers: tuple[int, ...]
-    temperature: float
-    combine: str
+    gate: str = "cluster"
+    k: int = 1
+    temperature: float = 1.0
+    tied: bool = False
+    learnable: bool = False
+    init_scale: float = 1.0
+    combine: str = "straight_through"
+    shared: bool = False
+    seed: int = 0
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ExpertShape":
         """Rebuild from JSON, where tuples are lists."""
-        return cls(tree["num_experts"], tuple(tree["layers"]), tree["temperature"], tree["combine"])
+        return cls(**{**tree, "layers": tuple(tree["layers"])})
 
 
 @dataclass(frozen=True)
@@ -59,10 +81,10 @@ class MoceOutput:
 
 
 class Moce(MaskedAutoencoder):
-    """A MaskedAutoencoder whose blocks in `experts.layers` hold `make_layer(make_mlp, num_experts)` as `mlp`.
+    """A MaskedAutoencoder whose blocks in `experts.layers` hold an expert layer as `mlp`.
 
-    `make_layer` is `ClusterMoE` in training and `ReferenceMoE` where one process holds everything; the names of the
-    parameters are the same.
+    `make_layer(make_mlp, num_experts, shared)` is `ClusterMoE` in training, `ExpertLayer` or `ReferenceMoE` where one
+    process holds everything; the names of the parameters are the same.
     """
 
     share_M: Tensor
@@ -79,11 +101,13 @@ class Moce(MaskedAutoencoder):
     ) -> None:
         super().__init__(shape, decoder, mask_ratio)
         self.experts = experts
-        self.gate = ClusterGate(embeddings_MC, len(experts.layers), experts.num_experts, experts.temperature)
+        self.gate = make_gate(experts, embeddings_MC)
         self.register_buffer("share_M", share_M.float())
         self.layer_of_block = {block: layer for layer, block in enumerate(experts.layers)}
         for block in experts.layers:
-            self.blocks[block].mlp = make_layer(lambda: make_mlp(shape.width, shape.mlp_ratio), experts.num_experts)
+            self.blocks[block].mlp = make_layer(
+                lambda: make_mlp(shape.width, shape.mlp_ratio), experts.num_experts, experts.shared
+            )
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> MoceOutput:  # type: ignore[override]
         """Reconstruct masked images, each on the route of its cluster."""
@@ -94,8 +118,8 @@ class Moce(MaskedAutoencoder):
             if layer is None:
                 return block(x_BTD)
             plan = routing.plan.layers[layer]
-            weight_B = combine_weight(probs_LME, layer, routing.clusters_B, plan.experts_B, self.experts.combine)
-            return expert_block(block, x_BTD, plan, weight_B)
+            weight_BK = combine_weights(probs_LME, layer, routing.clusters_B, plan.experts_BK, self.experts.combine)
+            return expert_block(block, x_BTD, plan, weight_BK)
 
         reconstruction = self.reconstruct(images_BCHW, noise_BN, run_block)
         return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
@@ -103,25 +127,42 @@ class Moce(MaskedAutoencoder):
     def tokens_on_route(self, images_BCHW: Tensor, experts: Sequence[int], weights: Sequence[float]) -> Tensor:
         """Tokens after the final norm, nothing masked, [B, T, D], all images on one route with given combine weights.
 
-        For one process that holds all experts; the export is checked against it.
+        For one process that holds all experts, one expert an image; the export is checked against it.
         """
         B = len(images_BCHW)
         everything = random_masking(torch.arange(self.shape.num_patches).expand(B, -1).float(), 0.0)
         x_BTD = self.visible_tokens(images_BCHW, everything)
+        slots = in_order(1, self.experts.num_experts)[0]
         for index, block in enumerate(self.blocks):
             layer = self.layer_of_block.get(index)
             if layer is None:
                 x_BTD = block(x_BTD)
             else:
-                plan = plan_layer(np.full((1, B), experts[layer]), 0, 1, self.experts.num_experts)
-                x_BTD = expert_block(block, x_BTD, plan, torch.full((B,), weights[layer]))
+                plan = plan_layer(np.full((1, B, 1), experts[layer]), slots, 0, 1)
+                x_BTD = expert_block(block, x_BTD, plan, torch.full((B, 1), weights[layer]))
         return self.norm(x_BTD)
 
 
-def expert_block(block: Block, x_BTD: Tensor, plan: LayerPlan, weight_B: Tensor) -> Tensor:
+def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> ClusterGate | RandomGate:
+    """The gate of a shape."""
+    L, E = len(experts.layers), experts.num_experts
+    if experts.gate == "random":
+        return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
+    return ClusterGate(
+        embeddings_MC,
+        L,
+        E,
+        experts.temperature,
+        tied=experts.tied,
+        learnable=experts.learnable,
+        init_scale=experts.init_scale,
+    )
+
+
+def expert_block(block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
     """timm's block with experts for its MLP; drop path and layer scale are identities in MAE."""
     x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
-    return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_B)
+    return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_BK)
 
 
 def expert_key(block: int, expert: int, rest: str) -> str:
@@ -157,4 +198,6 @@ def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float,
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
                 copy += perturbation * tensor.square().mean().sqrt() * noise.to(tensor.dtype)
             state[expert_key(block, expert, rest)] = copy
+        if experts.shared:
+            state[f"blocks.{block}.mlp.shared.{rest}"] = tensor
     return state

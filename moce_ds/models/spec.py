@@ -12,6 +12,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
+from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
 
 
@@ -42,15 +43,24 @@ class ModelSpec:
 
 
 def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
-    """The model of a spec; `clusters` are needed for one with experts, whose layers `make_layer` makes."""
-    if spec.experts is None:
+    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers."""
+    experts = spec.experts
+    if experts is None:
         return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
-    assert clusters is not None, "a model with experts is built from clusters"
+    if experts.gate == "token":
+        return TokenMoeAutoencoder(
+            spec.shape,
+            spec.decoder,
+            spec.mask_ratio,
+            experts.layers,
+            lambda make_mlp: make_layer(make_mlp, experts.num_experts, False),
+        )
+    assert clusters is not None, "a model routed by clusters is built from clusters"
     return Moce(
         spec.shape,
         spec.decoder,
         spec.mask_ratio,
-        spec.experts,
+        experts,
         torch.from_numpy(clusters.embeddings_MD),
         torch.from_numpy(clusters.share_M),
         make_layer,

@@ -1,8 +1,9 @@
-"""The cluster gate: a table of route probabilities, and the losses on it.
+"""Gates that read the cluster of an image: a table of route probabilities, the choice of experts, and the losses.
 
-The gate reads only the cluster of an image, so for each expert layer it *is* a table, computed once a step.
+Such a gate sees nothing of an image but its cluster, so for each expert layer it *is* a table, computed once a step.
 
-Axes: L expert layers, M clusters, E experts a layer, C width of a cluster embedding, B images.
+Axes: L expert layers, M clusters, E experts a layer, K experts an image is sent to, C width of a cluster embedding,
+B images.
 """
 
 from dataclasses import dataclass
@@ -12,39 +13,82 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moce_ds.randomness import GATE_NOISE, hashed
+from moce_ds.randomness import GATE_NOISE, ROUTE, hashed
+
+_BALANCE_EPS = 0.1
+_BALANCE_ITERATIONS = 200
 
 
 class ClusterGate(nn.Module):
     """The gates of all expert layers: `P_l = softmax((W_l C^T + e) / temperature)^T` (METHOD.md, paper eq. 4).
 
-    Attributes:
-        weights: one [E, C] matrix W_l a layer; float parameters.
-        embeddings_MC: the L2-normalised centroids; a frozen buffer.
+    Args:
+        embeddings_MC: the L2-normalised centroids; `learnable` makes them a parameter (as MoCLE does).
+        num_layers, num_experts: L and E.
+        temperature: divides the logits.
+        tied: one W for all layers.
+        init_scale: standard deviation of the logits at the start, over random unit embeddings.
     """
 
     embeddings_MC: Tensor
 
-    def __init__(self, embeddings_MC: Tensor, num_layers: int, num_experts: int, temperature: float) -> None:
+    def __init__(
+        self,
+        embeddings_MC: Tensor,
+        num_layers: int,
+        num_experts: int,
+        temperature: float,
+        *,
+        tied: bool = False,
+        learnable: bool = False,
+        init_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.temperature = temperature
-        self.num_experts = num_experts
-        self.register_buffer("embeddings_MC", embeddings_MC.float())
+        self.num_layers, self.num_experts = num_layers, num_experts
+        if learnable:
+            self.embeddings_MC = nn.Parameter(embeddings_MC.float())
+        else:
+            self.register_buffer("embeddings_MC", embeddings_MC.float())
         width = embeddings_MC.shape[1]
-        # The scale of a linear layer's default start; with unit-norm embeddings the logits are small, so the
-        # routes are nearly uniform and the experts nearly share the data at the start.
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(num_experts, width).uniform_(-(width**-0.5), width**-0.5))
-            for _ in range(num_layers)
+            nn.Parameter(init_scale * torch.randn(num_experts, width)) for _ in range(1 if tied else num_layers)
         )
 
     def forward(self, noise_LME: Tensor | None = None) -> Tensor:
-        """The route tables of all layers, [L, M, E] float32, rows summing to 1; `noise_LME` is added to the logits."""
+        """The route tables of all layers, [L, M, E] float32, rows summing to 1; `noise_LME` is added to the logits.
+
+        With a tied gate all layers have the table of the first, noise included.
+        """
         W_LEC = torch.stack(list(self.weights)).float()
         logits_LME = torch.einsum("lec,mc->lme", W_LEC, self.embeddings_MC.float())
         if noise_LME is not None:
-            logits_LME = logits_LME + noise_LME
-        return torch.softmax(logits_LME / self.temperature, dim=-1)
+            logits_LME = logits_LME + noise_LME[: len(logits_LME)]
+        probs_LME = torch.softmax(logits_LME / self.temperature, dim=-1)
+        return probs_LME.expand(self.num_layers, -1, -1)
+
+
+class RandomGate(nn.Module):
+    """The control experiment: a fixed random table with nearly equal numbers of clusters an expert, no parameters.
+
+    If it does as well as `ClusterGate`, meaning does not matter, only capacity (METHOD.md, "What a miniature showed").
+    """
+
+    probs_LME: Tensor
+
+    def __init__(self, num_clusters: int, num_layers: int, num_experts: int, seed: int, *, tied: bool = False) -> None:
+        super().__init__()
+        self.num_layers, self.num_experts = num_layers, num_experts
+        rows = []
+        for layer in range(num_layers):
+            key = int(hashed(ROUTE, seed, 0 if tied else layer)[()])
+            expert_M = np.random.Generator(np.random.Philox(key=key)).permutation(num_clusters) % num_experts
+            rows.append(nn.functional.one_hot(torch.from_numpy(expert_M), num_experts).float())
+        self.register_buffer("probs_LME", torch.stack(rows))
+
+    def forward(self, noise_LME: Tensor | None = None) -> Tensor:
+        """The table, [L, M, E]: 1 for the cluster's expert, 0 for the others; noise changes nothing."""
+        return self.probs_LME
 
 
 def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: float) -> Tensor:
@@ -56,9 +100,26 @@ def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: flo
     return torch.randn(shape_LME, generator=generator) * (scale / shape_LME[-1])
 
 
-def chosen_experts(probs_LME: Tensor) -> NDArray[np.int64]:
-    """The expert of every cluster in every layer, [M, L] on the host. The one device-to-host copy of a step."""
-    return probs_LME.detach().argmax(dim=-1).T.cpu().numpy()
+def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:
+    """The K likeliest experts of every cluster, [M, L, K] int64, the likeliest first."""
+    return probs_LME.detach().topk(k, dim=-1).indices.permute(1, 0, 2)
+
+
+def balanced_experts(probs_LME: Tensor, share_M: Tensor, k: int) -> Tensor:
+    """The choice of experts when every expert shall get the same share of the *images*, [M, L, K] int64.
+
+    Sinkhorn-Knopp on log P: rows carry the clusters' shares of the data, columns 1/E each; an expert is chosen by
+    log P / eps + g, g the columns' duals (as the clusters themselves are balanced). A cluster is never split, so
+    the hard loads are as equal as the sizes of the clusters allow.
+    """
+    scores_LME = probs_LME.detach().double().clamp_min(1e-30).log() / _BALANCE_EPS
+    duals_L1E = torch.zeros_like(scores_LME[:, :1])
+    share_M1 = share_M.double()[:, None]
+    target = 1 / scores_LME.shape[-1]
+    for _ in range(_BALANCE_ITERATIONS):
+        load_L1E = (share_M1 * torch.softmax(scores_LME + duals_L1E, dim=-1)).sum(dim=1, keepdim=True)
+        duals_L1E = duals_L1E + (target / load_L1E.clamp_min(1e-30)).log()
+    return (scores_LME + duals_L1E).topk(k, dim=-1).indices.permute(1, 0, 2)
 
 
 @dataclass(frozen=True)
@@ -85,11 +146,16 @@ def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateL
     return GateLosses(imbalance, balance)
 
 
-def combine_weight(probs_LME: Tensor, layer: int, clusters_B: Tensor, experts_B: Tensor, mode: str) -> Tensor:
-    """What an expert's output is multiplied by, [B] float32.
+def combine_weights(probs_LME: Tensor, layer: int, clusters_B: Tensor, experts_BK: Tensor, mode: str) -> Tensor:
+    """What the experts' outputs are multiplied by, [B, K] float32.
 
-    `prob` is the paper's `y = p E(x)`; `straight_through` is 1 in value and has the gradient of `log p`, so that the
-    model equals the dense one at the start and the gate still learns (METHOD.md, "Gates").
+    `prob` is the paper's `y = sum_k p_k E_k(x)`. `straight_through` divides by the sum of the chosen p, held constant:
+    equal experts then give the dense MLP's output, and the gate still learns (METHOD.md, "Gates").
     """
-    p_B = probs_LME[layer, clusters_B, experts_B]
-    return p_B if mode == "prob" else p_B / p_B.detach()
+    p_BK = probs_LME[layer, clusters_B[:, None], experts_BK]
+    return p_BK if mode == "prob" else p_BK / p_BK.sum(dim=1, keepdim=True).detach()
+
+
+def live_experts(expert_MLK: NDArray[np.int64], num_experts: int) -> list[list[int]]:
+    """For each layer, the experts that at least one cluster chooses."""
+    return [np.unique(expert_MLK[:, layer]).tolist() for layer in range(expert_MLK.shape[1])]

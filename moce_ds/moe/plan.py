@@ -4,7 +4,8 @@ The route of an image follows from its cluster, and every rank knows the cluster
 sampler is a pure function). So each rank works out alone, with host integers only, what it sends and receives in
 every layer: no counts are exchanged and the device is never asked.
 
-Axes: L expert layers, W ranks, B images a rank, R ranks of one expert-parallel group, S images received.
+Axes: L expert layers, W ranks, B images a rank, K experts an image is sent to, N = B K rows to send, R ranks of one
+expert-parallel group, S rows received, M clusters, E experts.
 """
 
 import hashlib
@@ -21,19 +22,19 @@ class LayerPlan:
     """One rank's part in one expert layer.
 
     Attributes:
-        experts_B: global expert of each of the rank's images, int64.
-        order_B: the rank's images sorted by expert: row i of what is sent is image `order_B[i]`.
-        restore_B: the inverse of `order_B`.
-        send_R, receive_R: images sent to and received from each rank of the group; plain integers.
-        gather_S: received rows arrive sorted by (source rank, expert); these indices sort them by expert.
+        experts_BK: global experts of each of the rank's images, int64.
+        image_N: which image each row sent is; rows are sorted by where their expert lives.
+        restore_N: place among the rows sent of row (image, k), images first.
+        send_R, receive_R: rows sent to and received from each rank of the group; plain integers.
+        gather_S: received rows arrive sorted by (source rank, slot); these indices sort them by slot.
         scatter_S: the inverse of `gather_S`.
-        counts: images of each local expert, in the order of `gather_S`.
-        moved: images of this rank that are computed on another one.
+        counts: rows of each expert held here, in the order of `gather_S`.
+        moved: rows of this rank that are computed on another one.
     """
 
-    experts_B: Tensor
-    order_B: Tensor
-    restore_B: Tensor
+    experts_BK: Tensor
+    image_N: Tensor
+    restore_N: Tensor
     send_R: list[int]
     receive_R: list[int]
     gather_S: Tensor
@@ -45,51 +46,52 @@ class LayerPlan:
         """The same plan with its index tensors on `device`."""
         return replace(
             self,
-            experts_B=self.experts_B.to(device, non_blocking=True),
-            order_B=self.order_B.to(device, non_blocking=True),
-            restore_B=self.restore_B.to(device, non_blocking=True),
+            experts_BK=self.experts_BK.to(device, non_blocking=True),
+            image_N=self.image_N.to(device, non_blocking=True),
+            restore_N=self.restore_N.to(device, non_blocking=True),
             gather_S=self.gather_S.to(device, non_blocking=True),
             scatter_S=self.scatter_S.to(device, non_blocking=True),
         )
 
 
-def plan_layer(experts_WB: NDArray[np.int64], rank: int, ep_size: int, num_experts: int) -> LayerPlan:
+def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: int, ep_size: int) -> LayerPlan:
     """Plan one layer for one rank.
 
     Args:
-        experts_WB: global expert of every image of the global batch, by rank.
+        experts_WBK: global experts of every image of the global batch, by rank.
+        slot_E: the slot that each global expert occupies; slots are dealt to the ranks of a group in order, rank
+            r holding slots r * E / ep_size onwards.
         rank: the rank to plan for; its group is the `ep_size` neighbouring ranks that contain it.
-        ep_size: ranks that share one set of experts; rank r of a group holds experts
-            r * num_experts / ep_size onwards.
-        num_experts: experts of the layer, a multiple of `ep_size`.
+        ep_size: ranks that share one set of experts; divides E.
     """
-    local = num_experts // ep_size
+    num_experts = len(slot_E)
+    held = num_experts // ep_size
     first, place = rank - rank % ep_size, rank % ep_size
-    group_RB = experts_WB[first : first + ep_size]
-    mine_B = group_RB[place]
-    order_B = np.argsort(mine_B, kind="stable")
-    # counts_RE: how many images of each source rank of the group go to each expert.
-    counts_RE = np.stack([np.bincount(row, minlength=num_experts) for row in group_RB])
-    arriving_Re = counts_RE[:, place * local : (place + 1) * local]
-    expert_S = np.repeat(np.tile(np.arange(local), ep_size), arriving_Re.ravel())
-    gather_S = np.argsort(expert_S, kind="stable")
-    send_R = counts_RE[place].reshape(ep_size, local).sum(axis=1)
+    slots_RN = slot_E[experts_WBK[first : first + ep_size].reshape(ep_size, -1)]
+    order_N = np.argsort(slots_RN[place], kind="stable")
+    # counts_RE: how many rows of each source rank of the group go to each slot.
+    counts_RE = np.stack([np.bincount(row, minlength=num_experts) for row in slots_RN])
+    arriving = counts_RE[:, place * held : (place + 1) * held]
+    slot_S = np.repeat(np.tile(np.arange(held), ep_size), arriving.ravel())
+    gather_S = np.argsort(slot_S, kind="stable")
+    send_R = counts_RE[place].reshape(ep_size, held).sum(axis=1)
+    K = experts_WBK.shape[2]
     return LayerPlan(
-        experts_B=torch.from_numpy(mine_B.copy()),
-        order_B=torch.from_numpy(order_B),
-        restore_B=torch.from_numpy(np.argsort(order_B, kind="stable")),
+        experts_BK=torch.from_numpy(experts_WBK[rank].copy()),
+        image_N=torch.from_numpy(order_N // K),
+        restore_N=torch.from_numpy(_inverse(order_N)),
         send_R=send_R.tolist(),
-        receive_R=arriving_Re.sum(axis=1).tolist(),
+        receive_R=arriving.sum(axis=1).tolist(),
         gather_S=torch.from_numpy(gather_S),
-        scatter_S=torch.from_numpy(np.argsort(gather_S, kind="stable")),
-        counts=arriving_Re.sum(axis=0).tolist(),
-        moved=len(mine_B) - int(send_R[place]),
+        scatter_S=torch.from_numpy(_inverse(gather_S)),
+        counts=arriving.sum(axis=0).tolist(),
+        moved=len(order_N) - int(send_R[place]),
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of all expert layers for one micro-batch, and a digest that all ranks must agree on."""
+    """The plans of all expert layers for one micro-batch, and a digest that all ranks must agree on (48 bits)."""
 
     layers: tuple[LayerPlan, ...]
     digest: int
@@ -100,17 +102,30 @@ class Plan:
 
 
 def make_plan(
-    clusters_WB: NDArray[np.int64], expert_ML: NDArray[np.int64], rank: int, ep_size: int, num_experts: int
+    clusters_WB: NDArray[np.int64],
+    expert_MLK: NDArray[np.int64],
+    slot_LE: NDArray[np.int64],
+    rank: int,
+    ep_size: int,
 ) -> Plan:
-    """The plan of a micro-batch from the clusters of all its images and the route table.
+    """The plan of a micro-batch from the clusters of all its images, the route table, and where experts live.
 
     Args:
         clusters_WB: cluster of every image, by rank; the same on every rank.
-        expert_ML: expert of every cluster in every layer; the same on every rank.
-        rank, ep_size, num_experts: as in `plan_layer`.
+        expert_MLK: experts of every cluster in every layer; the same on every rank.
+        slot_LE: slots of the experts of every layer; the same on every rank.
+        rank, ep_size: as in `plan_layer`.
     """
     layers = tuple(
-        plan_layer(expert_ML[clusters_WB, layer], rank, ep_size, num_experts) for layer in range(expert_ML.shape[1])
+        plan_layer(expert_MLK[clusters_WB, layer], slot_E, rank, ep_size) for layer, slot_E in enumerate(slot_LE)
     )
-    digest = hashlib.blake2b(clusters_WB.tobytes() + np.ascontiguousarray(expert_ML).tobytes(), digest_size=6)
+    digest = hashlib.blake2b(digest_size=6)
+    for part in (clusters_WB, expert_MLK, slot_LE):
+        digest.update(np.ascontiguousarray(part).tobytes())
     return Plan(layers, int.from_bytes(digest.digest(), "big"))
+
+
+def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse

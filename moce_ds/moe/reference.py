@@ -13,16 +13,20 @@ from moce_ds.moe.plan import LayerPlan
 
 
 class ReferenceMoE(nn.Module):
-    """`y_b = w_b E_{e(b)}(x_b)`, image by image; the arguments are those of `ClusterMoE`, with `ep_size` 1."""
+    """`y_b = sum_k w_bk E_{e(b, k)}(x_b)`, image by image; the arguments are those of `ExpertLayer`."""
 
-    def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int) -> None:
+    def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int, shared: bool = False) -> None:
         super().__init__()
         self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+        self.shared = make_expert() if shared else None
 
-    def forward(self, x_BTD: Tensor, plan: LayerPlan, weight_B: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; of the plan only `experts_B` is used."""
-        rows = [
-            self.experts[expert](x_BTD[b : b + 1]) * weight_B[b].to(x_BTD.dtype)
-            for b, expert in enumerate(plan.experts_B.tolist())
-        ]
-        return torch.cat(rows)
+    def forward(self, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]; of the plan only `experts_BK` is used."""
+        return torch.stack([self._one(x_BTD[b], plan.experts_BK[b], weight_BK[b]) for b in range(len(x_BTD))])
+
+    def _one(self, x_TD: Tensor, experts_K: Tensor, weight_K: Tensor) -> Tensor:
+        weight_K = weight_K.to(x_TD.dtype)
+        y_TD = sum(w * self.experts[e](x_TD) for e, w in zip(experts_K.tolist(), weight_K, strict=True))
+        if self.shared is not None:
+            y_TD = y_TD + (1 - weight_K.sum()) * self.shared(x_TD)
+        return y_TD

@@ -27,21 +27,23 @@ from moce_ds.checkpoint_files import (
 )
 from moce_ds.models.spec import give_weights
 from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.experts\.(\d+)\.(.+)$")
+# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (gate=token) with two more words.
+_LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)\.(.+)$")
 
 
-def global_parameters(model: nn.Module, rank: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of this process under their global names: local expert l of rank r becomes its global number."""
+def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of this process under their global names: a local expert becomes its global number."""
     for name, parameter in model.named_parameters():
         match = _LOCAL_EXPERT.match(name)
         if match:
             layer = model.get_submodule(match[1])
-            assert isinstance(layer, ClusterMoE)
-            expert = (rank % layer.ep_size) * layer.num_local_experts + int(match[2])
-            name = f"{match[1]}.experts.{expert}.{match[3]}"
+            assert isinstance(layer, ClusterMoE | TokenMoE)
+            name = f"{match[1]}.experts.{layer.expert_ids[int(match[2])]}.{match[3]}"
+        name = name.replace(".deepspeed_moe.gate.wg.", ".gate.")
         yield name, parameter
 
 
@@ -74,7 +76,7 @@ def _held_tensors(engine: DeepSpeedEngine, runtime: Runtime) -> tuple[dict[str, 
     """Weights and Adam moments that this process is to write, on the host; every process must call it."""
     _link_moments(engine)
     weights, moments = {}, {}
-    for name, parameter in global_parameters(engine.module, runtime.rank):
+    for name, parameter in global_parameters(engine.module):
         is_expert = not getattr(parameter, "allreduce", True)
         mine = runtime.rank < _ep_size(engine.module) if is_expert else runtime.is_main
         for moment in MOMENTS:
@@ -86,13 +88,13 @@ def _held_tensors(engine: DeepSpeedEngine, runtime: Runtime) -> tuple[dict[str, 
     return weights, moments
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
     """Give an engine the weights and moments of a checkpoint, whatever topology wrote it.
 
     Raises:
         ArtefactError: the checkpoint's parameters are not those of the model; they are named.
     """
-    parameters = dict(global_parameters(engine.module, runtime.rank))
+    parameters = dict(global_parameters(engine.module))
     weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
     _make_moments(engine, float(checkpoint.step))
     _link_moments(engine)
@@ -104,7 +106,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Ru
 
 
 def _ep_size(model: nn.Module) -> int:
-    return next(m.ep_size for m in model.modules() if isinstance(m, ClusterMoE))
+    return next(m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE))
 
 
 def _make_moments(engine: DeepSpeedEngine, step: float) -> None:

@@ -38,7 +38,7 @@ def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[st
     """
     decay, plain, gates = [], [], []
     for name, parameter in model.named_parameters():
-        if name.startswith("gate."):
+        if "gate." in name:
             gates.append(parameter)
         elif parameter.ndim < 2 or name in ("cls_token", "mask_token"):
             plain.append(parameter)

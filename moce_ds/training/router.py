@@ -1,6 +1,6 @@
 """The routes of a step: the table read once, the plan of each micro-batch, and what the log says of both.
 
-Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank.
+Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B.
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.models.moce import Moce, Routing
-from moce_ds.moe.gate import chosen_experts, gate_noise
+from moce_ds.moe.gate import balanced_experts, chosen_experts, gate_noise, live_experts
 from moce_ds.moe.plan import make_plan
 from moce_ds.runtime import Runtime
+from moce_ds.training.settings import ExpertSettings
 
 
 @dataclass(frozen=True)
 class StepTable:
-    """The route table of one step: `expert_ML` on the host, the noise that led to it, and the probabilities."""
+    """The route table of one step on its way to the host; `expert_MLK` waits for it to arrive.
 
-    expert_ML: NDArray[np.int64]
+    Attributes:
+        step: whose noise led to it; None for the table without noise.
+        noise_LME: that noise, on the device.
+        probs_LME: the probabilities, on the device.
+    """
+
+    step: int | None
     noise_LME: Tensor | None
     probs_LME: Tensor
+    _host_MLK: Tensor
+    _arrived: "torch.cuda.Event | None"
+
+    @property
+    def expert_MLK(self) -> NDArray[np.int64]:
+        """The experts of every cluster in every layer, on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host_MLK.numpy()
 
 
 class Router:
@@ -32,58 +48,110 @@ class Router:
     Args:
         model: whose gate decides.
         ids_N: cluster of every image of the shard set.
-        ep_size: neighbouring ranks that share experts.
-        noise: scale of the gate noise while training.
-        seed: of that noise.
+        slot_LE: where experts live (see `placement`).
+        experts: settings; seed: of the gate noise.
     """
 
     def __init__(
-        self, model: Moce, ids_N: NDArray[np.int32], *, ep_size: int, noise: float, seed: int, runtime: Runtime
+        self,
+        model: Moce,
+        ids_N: NDArray[np.int32],
+        slot_LE: NDArray[np.int64],
+        experts: ExpertSettings,
+        seed: int,
+        runtime: Runtime,
     ) -> None:
-        self.model, self.ids_N, self.runtime = model, ids_N, runtime
-        self.ep_size, self.noise, self.seed = ep_size, noise, seed
-        self.shape_LME = (len(model.experts.layers), len(model.gate.embeddings_MC), model.experts.num_experts)
+        self.model, self.ids_N, self.slot_LE, self.runtime = model, ids_N, slot_LE, runtime
+        self.experts, self.seed = experts, seed
+        self.shape_LME = (len(model.experts.layers), len(model.share_M), model.experts.num_experts)
+        self._prepared: StepTable | None = None
 
     @torch.no_grad()
-    def table(self, step: int | None) -> StepTable:
-        """The table of a step with its noise; without noise for None."""
+    def prepare(self, step: int | None) -> StepTable:
+        """Start on the table of a step (None: without noise): on a GPU its copy to the host does not wait."""
         noise_LME = None
-        if step is not None and self.noise > 0:
-            noise_LME = gate_noise(self.seed, step, self.shape_LME, self.noise).to(self.runtime.device)
+        if step is not None and self.experts.gate_noise > 0:
+            noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
+            noise_LME = noise_LME.to(self.runtime.device, non_blocking=True)
         probs_LME = self.model.gate(noise_LME)
-        return StepTable(chosen_experts(probs_LME), noise_LME, probs_LME)
+        k = self.model.experts.k
+        if self.experts.balance == "sinkhorn":
+            expert_MLK = balanced_experts(probs_LME, self.model.share_M, k)
+        else:
+            expert_MLK = chosen_experts(probs_LME, k)
+        arrived = None
+        if expert_MLK.is_cuda:
+            host = torch.empty(expert_MLK.shape, dtype=torch.int64, pin_memory=True)
+            host.copy_(expert_MLK, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        else:
+            host = expert_MLK.contiguous()
+        table = StepTable(step, noise_LME, probs_LME, host, arrived)
+        if step is not None:
+            self._prepared = table
+        return table
+
+    def table(self, step: int) -> StepTable:
+        """The table of a step, prepared already or now."""
+        if self._prepared is not None and self._prepared.step == step:
+            return self._prepared
+        return self.prepare(step)
 
     def route(self, table: StepTable, ids_G: NDArray[np.int64]) -> Routing:
         """Plan the micro-batch of the images `ids_G`, rank after rank; the same call on every rank."""
         clusters_WB = self.ids_N[ids_G].astype(np.int64).reshape(self.runtime.world_size, -1)
-        plan = make_plan(clusters_WB, table.expert_ML, self.runtime.rank, self.ep_size, self.model.experts.num_experts)
+        plan = make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
         clusters_B = torch.from_numpy(clusters_WB[self.runtime.rank].copy())
         device = self.runtime.device
         return Routing(clusters_B.to(device, non_blocking=True), plan.to(device), table.noise_LME)
 
-    def statistics(self, table: StepTable, ids_G: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
-        """Per expert layer: load (share of the images), experts that any cluster chooses, mean confidence."""
-        confidence_L = (table.probs_LME.amax(dim=-1) @ self.model.share_M).tolist()
-        clusters_G = self.ids_N[ids_G]
-        found = {}
-        for layer, block in enumerate(self.model.experts.layers):
-            expert_M = table.expert_ML[:, layer]
-            load_E = np.bincount(expert_M[clusters_G], minlength=self.shape_LME[2]) / len(clusters_G)
-            found[str(block)] = {
-                "load": load_E.round(5).tolist(),
-                "live": len(np.unique(expert_M)),
-                "confidence": round(confidence_L[layer], 5),
-            }
-        return found
-
     def record(self, step: int) -> dict[str, Any]:
         """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""
-        table = self.table(None)
+        table = self.prepare(None)
         return {
             "step": step,
             "layers": list(self.model.experts.layers),
             "experts": self.shape_LME[2],
-            "expert_ML": table.expert_ML.tolist(),
+            "expert_ML": table.expert_MLK[:, :, 0].tolist(),
             "probs_LME": table.probs_LME.cpu().double().numpy().round(6).tolist(),
             "cluster_share_M": self.model.share_M.cpu().double().numpy().round(8).tolist(),
         }
+
+
+class RouteStatistics:
+    """What the log says of the routes, and warnings about experts that no cluster chooses."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self._last_MLK = router.prepare(None).expert_MLK.copy()
+        self._warned: set[tuple[int, int]] = set()
+
+    def of_step(self, table: StepTable, ids_G: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+        """Per expert layer: `load` (share of the micro-batch, with the step's noise); and of the table without noise
+        `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed since last asked."""
+        router, E = self.router, self.router.shape_LME[2]
+        plain = router.prepare(None)
+        confidence_L = (plain.probs_LME.amax(dim=-1) @ router.model.share_M).tolist()
+        live = live_experts(plain.expert_MLK, E)
+        churn_L = (plain.expert_MLK[:, :, 0] != self._last_MLK[:, :, 0]).mean(axis=0)
+        self._last_MLK = plain.expert_MLK.copy()
+        chosen_GLK = table.expert_MLK[router.ids_N[ids_G]]
+        found = {}
+        for layer, block in enumerate(router.model.experts.layers):
+            load_E = np.bincount(chosen_GLK[:, layer].ravel(), minlength=E) / chosen_GLK[:, layer].size
+            found[str(block)] = {
+                "load": load_E.round(5).tolist(),
+                "live": len(live[layer]),
+                "confidence": round(confidence_L[layer], 5),
+                "churn": round(float(churn_L[layer]), 5),
+            }
+        return found
+
+    def newly_dead(self) -> list[tuple[int, int]]:
+        """(block, expert) of experts that no cluster chooses in the last table asked for, each told once."""
+        layers, E = self.router.model.experts.layers, self.router.shape_LME[2]
+        live = live_experts(self._last_MLK, E)
+        dead = {(layers[layer], e) for layer, chosen in enumerate(live) for e in range(E) if e not in chosen}
+        told, self._warned = dead - self._warned, dead
+        return sorted(told)

@@ -49,22 +49,38 @@ class ModelSettings:
 
 @settings
 class ExpertSettings:
-    clusters: Path | None = option(None, "clusters folder from `moce cluster` (required for arch moce)")
+    clusters: Path | None = option(None, "clusters folder from `moce cluster` (not needed for gate=token)")
     num: Positive = option(8, "experts in each expert layer, E")
     layers: list[Annotated[int, Field(ge=0)]] | None = option(
         None, "blocks whose MLP becomes experts, from 0; null: the last and the last but two"
     )
-    ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
+    gate: Literal["cluster", "random", "token"] = option(
+        "cluster", "what chooses experts: the image's cluster; a fixed random table (control); each token (TokenMoE)"
+    )
+    k: Literal[1, 2] = option(1, "experts that an image is sent to")
+    gate_sharing: Literal["per_layer", "tied"] = option("per_layer", "tied: all expert layers have one gate")
+    embeddings: Literal["frozen", "learnable"] = option("frozen", "whether the cluster embeddings learn")
     combine: Literal["prob", "straight_through"] = option(
         "straight_through", "prob: y = p E(x), the paper's; straight_through: y = E(x), with the gradient of log p"
     )
+    shared_expert: bool = option(False, "y = p E(x) + (1 - p) E_shared(x); needs combine=prob")
     gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits")
     gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E")
+    gate_init: NonNegative = option(1.0, "standard deviation of the gate's first logits")
     gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate")
     perturbation: NonNegative = option(0.02, "relative noise on the experts' first weights")
     imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident")
     imbalance_start: Share = option(0.2, "share of the training after which that loss is fully phased in")
-    balance_weight: NonNegative = option(0.1, "weight of the loss that keeps every expert used")
+    balance: Literal["loss", "sinkhorn"] = option(
+        "loss", "how every expert is kept used: by a loss, or by a balanced choice of experts"
+    )
+    balance_weight: NonNegative = option(0.1, "weight of the balance loss (with balance=loss)")
+    token_balance_weight: NonNegative = option(0.005, "weight of importance and of load loss (with gate=token)")
+    ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
+    loader_locality: bool = option(True, "read images where their expert lives", may_change=True)
+    execution: Literal["auto", "one_by_one", "grouped"] = option(
+        "auto", "how a process runs its experts; auto: the rule of docs/performance.md", may_change=True
+    )
 
 
 @settings
@@ -96,6 +112,8 @@ class OptimSettings:
 class EngineSettings:
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, weights stay fp32")
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed shards: 1 optimizer state, 2 gradients too")
+    checkpoint_activations: bool = option(False, "compute a block again in the backward pass instead of keeping it")
+    compile: bool = option(False, "torch.compile the dense blocks")
 
 
 @settings
@@ -141,8 +159,14 @@ class PretrainSettings:
 
     def _check_experts(self) -> None:
         experts, depth = self.experts, self.vit_shape.depth
-        if experts.clusters is None:
+        if experts.clusters is None and experts.gate != "token":
             raise ValueError("experts.clusters: required for model.arch=moce; write the clusters with `moce cluster`")
+        if experts.k > experts.num:
+            raise ValueError(f"experts.k: {experts.k} experts an image of experts.num {experts.num}")
+        if experts.shared_expert and (experts.combine != "prob" or experts.gate == "token"):
+            raise ValueError(
+                "experts.shared_expert: needs experts.combine=prob and a gate by cluster, since its weight is 1 - p"
+            )
         if experts.num % experts.ep_size:
             raise ValueError(f"experts.num: {experts.num} is not a multiple of experts.ep_size {experts.ep_size}")
         layers = self.expert_layers
@@ -180,7 +204,19 @@ class PretrainSettings:
         experts = None
         if self.model.arch == "moce":
             own = self.experts
-            experts = ExpertShape(own.num, self.expert_layers, own.gate_temperature, own.combine)
+            experts = ExpertShape(
+                num_experts=own.num,
+                layers=self.expert_layers,
+                gate=own.gate,
+                k=own.k,
+                temperature=own.gate_temperature,
+                tied=own.gate_sharing == "tied",
+                learnable=own.embeddings == "learnable",
+                init_scale=own.gate_init,
+                combine=own.combine,
+                shared=own.shared_expert,
+                seed=self.run.seed,
+            )
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from moce_ds import checkpoint_files
 from moce_ds import config as configuration
@@ -15,10 +15,14 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_file, atomic_folder, copy_tree
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import upcycle
+from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
+from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
+from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.placement import fitting_placement, held_experts, in_order
+from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings, forbidden_changes
@@ -61,10 +65,9 @@ def open_run(config: PretrainSettings, runtime: Runtime) -> checkpoint_files.Che
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
     """The clusters of a run with experts, checked to be those of the shard set. Raises ArtefactError."""
-    if config.model.arch != "moce":
-        return None
     folder = config.experts.clusters
-    assert folder is not None, "checked by the settings"
+    if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
+        return None
     clusters = Clusters.load(folder)
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 
@@ -80,46 +83,102 @@ def keep_clusters(config: PretrainSettings) -> None:
 def build_for_training(config: PretrainSettings, data: ClusteredData | None) -> MaskedAutoencoder:
     """The model with its first weights' random start: the same on every process, experts aside."""
     torch.manual_seed(config.run.seed)
+    own, width = config.experts, config.vit_shape.width
 
-    def make_layer(make_expert: Callable[[], nn.Module], num_experts: int) -> nn.Module:
-        return ClusterMoE(make_expert, num_experts, config.experts.ep_size)
+    def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
+        if own.gate == "token":
+            return TokenMoE(make_expert, width, num_experts, own.ep_size, own.k)
+        return ClusterMoE(make_expert, num_experts, own.ep_size, shared)
 
     return build_model(config.model_spec, data.clusters if data else None, make_layer)
 
 
-def warm_start(model: MaskedAutoencoder, config: PretrainSettings, runtime: Runtime) -> str:
-    """Give a new run its first weights; returns a sentence that says which.
+def tune_execution(model: MaskedAutoencoder, config: PretrainSettings, device: torch.device) -> None:
+    """How blocks and experts are computed; changes speed and memory, never the result."""
+    own, engine = config.experts, config.engine
+    rules = {"one_by_one": run_one_by_one, "grouped": run_grouped}
+    for module in model.modules():
+        if isinstance(module, ClusterMoE):
+            bf16 = engine.precision == "bf16"
+            auto = fitting_execution(device, bf16, module.num_local_experts)
+            module.execute = rules.get(own.execution, auto)
+    model.checkpoint_activations = engine.checkpoint_activations
+    if engine.compile:
+        expert_blocks = set(config.expert_layers) if config.model.arch == "moce" else set()
+        for index, block in enumerate(model.blocks):
+            if index not in expert_blocks:
+                block.compile()
+        for block in model.decoder_blocks:
+            block.compile()
+
+
+def choose_placement(
+    model: MaskedAutoencoder,
+    config: PretrainSettings,
+    data: ClusteredData | None,
+    weights: dict[str, Tensor] | None,
+    resume_from: checkpoint_files.Checkpoint | None,
+) -> np.ndarray:
+    """Where experts live for this start of the run, slot_LE: in order, or fitted to the route table at hand.
+
+    The table is that of the first weights' gate, or of the checkpoint, whose files know nothing of the placement. A run
+    resumed with the same `ep_size` keeps its placement, so that it goes on bit for bit.
+    """
+    own = config.experts
+    layers = len(config.expert_layers) if config.model.arch == "moce" else 0
+    if data is None or own.ep_size == 1 or not own.loader_locality:
+        return in_order(layers, own.num)
+    assert isinstance(model, Moce)
+    if resume_from is not None:
+        saved = np.array(resume_from.manifest["placement"]["slot_LE"], dtype=np.int64)
+        if resume_from.manifest["placement"]["ep_size"] == own.ep_size:
+            return saved
+        expert_ML = np.array(resume_from.manifest["routing"]["expert_ML"], dtype=np.int64)
+    else:
+        gates = {name: parameter for name, parameter in global_parameters(model) if name.startswith("gate.")}
+        give_weights(gates, weights or {}, str(config.run.init_from))
+        with torch.no_grad():
+            expert_ML = chosen_experts(model.gate(), 1)[:, :, 0].numpy()
+    return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)
+
+
+def place_experts(model: MaskedAutoencoder, slot_LE: np.ndarray, rank: int) -> None:
+    """Tell every expert layer which global experts this rank holds."""
+    layers = [m for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE)]
+    for layer, slot_E in zip(layers, slot_LE, strict=True):
+        layer.hold(held_experts(slot_E, rank % layer.ep_size, layer.ep_size))
+
+
+def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[dict[str, Tensor], str]:
+    """A new run's weights by global names, all experts included, and a sentence that says where they come from.
 
     Without `init_from` the experts start from the model's own random MLPs, by the same rule (`upcycle`).
 
     Raises:
-        ArtefactError: the weights cannot be read or do not fit.
+        ArtefactError: the weights cannot be read, or hold experts where a dense run is wanted.
     """
     source, spec = config.run.init_from, config.model_spec
+    fresh = _random_dense(config, spec)
     if source is None:
-        if spec.experts is None:
-            return "Starting from random weights."
-        weights, said = _random_dense(config, spec), "Starting from random weights."
+        weights, said = dict(fresh), "Starting from random weights."
     else:
         weights, said = read_weights(source), f"Starting from {source}."
         if lacks_decoder(weights):
-            fresh = _random_dense(config, spec)
             weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
             said = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."
-    if spec.experts is None and has_experts(weights):
-        raise ArtefactError(
-            f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
-        )
-    parameters = dict(global_parameters(model, runtime.rank))
-    if spec.experts is not None and not has_experts(weights):
+    if spec.experts is None:
+        if has_experts(weights):
+            raise ArtefactError(
+                f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
+            )
+    elif not has_experts(weights):
         weights = upcycle(weights, spec.experts, config.experts.perturbation, config.run.seed)
-        gate = {name: p.detach().clone() for name, p in parameters.items() if name.startswith("gate.")}
-        weights |= gate
-    give_weights(parameters, weights, str(source))
-    return said
+        gates = {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
+        weights |= gates
+    return weights, said
 
 
-def _random_dense(config: PretrainSettings, spec: ModelSpec) -> dict[str, torch.Tensor]:
+def _random_dense(config: PretrainSettings, spec: ModelSpec) -> dict[str, Tensor]:
     torch.manual_seed(config.run.seed)
     dense = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     return {name: p.detach() for name, p in dense.named_parameters()}

@@ -85,6 +85,11 @@ def export_route(
         raise ConfigError(f"{out} exists: export into another folder, or remove it.")
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     assert spec.experts is not None, "the caller opens runs with experts only"
+    if spec.experts.k > 1 or spec.experts.shared:
+        raise ConfigError(
+            f"{checkpoint.folder}: k={spec.experts.k}, shared_expert={spec.experts.shared}: an image goes through "
+            "several MLPs a layer: a route is no dense ViT. Export a run with experts.k=1 and no shared expert."
+        )
     trained = build_model(spec, clusters, ReferenceMoE)
     give_weights(dict(trained.named_parameters()), checkpoint.load(WEIGHTS), str(checkpoint.folder))
     assert isinstance(trained, Moce)

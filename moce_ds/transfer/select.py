@@ -60,6 +60,8 @@ def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
     checkpoint = find(run)
     if not checkpoint.manifest["model"]["experts"]:
         raise ArtefactError(f"{run} is a dense run: it has no routes to select from.")
+    if checkpoint.manifest["routing"] is None:
+        raise ArtefactError(f"{run} routes by token (experts.gate=token): no route serves a whole image.")
     clusters = Clusters.load(clusters_folder(checkpoint))
     if clusters.hash != checkpoint.manifest["clusters_hash"]:
         raise ArtefactError(f"{clusters_folder(checkpoint)}: these are not the clusters that {run} was trained with.")

@@ -1,0 +1,103 @@
+"""Where experts live, and which rank computes which image, so that few images have to move.
+
+Nothing in a masked autoencoder mixes images, so an image may sit on any rank. What is decided here changes where
+things are computed, never the result.
+
+Axes: M clusters, L expert layers, E experts a layer, P places (ranks of one expert-parallel group), G images of a
+micro-batch over all ranks, W ranks.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+
+def in_order(num_layers: int, num_experts: int) -> NDArray[np.int64]:
+    """The plain placement, slot_LE: expert e in slot e."""
+    return np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1))
+
+
+def held_experts(slot_E: NDArray[np.int64], place: int, ep_size: int) -> list[int]:
+    """Global experts in the slots of one place, in the order of the slots."""
+    held = len(slot_E) // ep_size
+    expert_of_slot = np.argsort(slot_E)
+    return expert_of_slot[place * held : (place + 1) * held].tolist()
+
+
+def fitting_placement(
+    expert_ML: NDArray[np.int64], share_M: NDArray[np.floating], num_experts: int, ep_size: int
+) -> NDArray[np.int64]:
+    """A placement for a route table, slot_LE: places share the load of the first layer, and each later layer puts
+    experts where most of their images already are (maximum-weight matching of experts with slots).
+
+    Args:
+        expert_ML: the (first) expert of every cluster in every layer.
+        share_M: share of the images in each cluster.
+        num_experts, ep_size: E and P; P divides E.
+    """
+    M, L = expert_ML.shape
+    held = num_experts // ep_size
+    place_LE = np.zeros((L, num_experts), dtype=np.int64)
+    load_E = np.bincount(expert_ML[:, 0], weights=share_M, minlength=num_experts).astype(np.float64)
+    place_LE[0] = _even_places(load_E, ep_size)
+    share_MP = np.zeros((M, ep_size))  # how often a cluster's images are at a place, summed over the layers before
+    for layer in range(L):
+        if layer:
+            at_EP = np.zeros((num_experts, ep_size))
+            np.add.at(at_EP, expert_ML[:, layer], share_MP)
+            experts, slots = linear_sum_assignment(np.repeat(at_EP, held, axis=1), maximize=True)
+            place_LE[layer, experts] = slots // held
+        share_MP[np.arange(M), place_LE[layer, expert_ML[:, layer]]] += share_M
+    order_LE = np.argsort(place_LE, axis=1, kind="stable")
+    slot_LE = np.empty_like(order_LE)
+    np.put_along_axis(slot_LE, order_LE, np.arange(num_experts)[None], axis=1)
+    return slot_LE
+
+
+def _even_places(load_E: NDArray[np.floating], ep_size: int) -> NDArray[np.int64]:
+    """Equal numbers of experts a place with nearly equal loads: heaviest first, to the lightest place with room."""
+    held = len(load_E) // ep_size
+    place_E = np.zeros(len(load_E), dtype=np.int64)
+    load_P, room_P = np.zeros(ep_size), np.full(ep_size, held)
+    for expert in np.argsort(-load_E, kind="stable"):
+        place = int(np.where(room_P > 0, load_P, np.inf).argmin())
+        place_E[expert], load_P[place], room_P[place] = place, load_P[place] + load_E[expert], room_P[place] - 1
+    return place_E
+
+
+def local_order(
+    clusters_G: NDArray[np.int64],
+    expert_ML: NDArray[np.int64],
+    slot_LE: NDArray[np.int64],
+    world_size: int,
+    ep_size: int,
+) -> NDArray[np.int64]:
+    """An order of a micro-batch, [G], whose consecutive equal parts go to ranks 0, 1, ...: images sit where their
+    experts live in as many layers as can be, every rank getting the same number.
+
+    Clusters that would lose most by sitting elsewhere are placed first. A pure function, the same on every rank.
+    """
+    held = slot_LE.shape[1] // ep_size
+    place_ML = np.take_along_axis(slot_LE, expert_ML.T, axis=1).T // held
+    gain_MP = (place_ML[:, :, None] == np.arange(ep_size)).sum(axis=1)
+    ranked_MP = np.sort(gain_MP, axis=1)
+    regret_M = ranked_MP[:, -1] - ranked_MP[:, -2] if ep_size > 1 else ranked_MP[:, -1]
+    by_cluster = np.argsort(clusters_G, kind="stable")
+    present, starts = np.unique(clusters_G[by_cluster], return_index=True)
+    images_of = dict(zip(present.tolist(), np.split(by_cluster, starts[1:]), strict=True))
+    room_P = np.full(ep_size, len(clusters_G) // ep_size)
+    at_place: list[list[NDArray[np.int64]]] = [[] for _ in range(ep_size)]
+    for cluster in present[np.argsort(-regret_M[present], kind="stable")].tolist():
+        images = images_of[cluster]
+        while len(images):
+            # The best place with room; among equally good ones that with most room.
+            gain_P = np.where(room_P > 0, gain_MP[cluster], -1)
+            place = int(np.lexsort((-room_P, -gain_P))[0])
+            taken, images = np.split(images, [room_P[place]])
+            at_place[place].append(taken)
+            room_P[place] -= len(taken)
+    # The ranks of a place hold copies of the same experts: they share its images, each in the order of the batch.
+    part = len(clusters_G) // world_size
+    of_place = [np.concatenate(images) if images else np.zeros(0, np.int64) for images in at_place]
+    groups = [of_place[rank % ep_size][rank // ep_size * part :][:part] for rank in range(world_size)]
+    return np.concatenate([np.sort(images) for images in groups])

@@ -1,0 +1,131 @@
+"""TokenMoE, the baseline: a gate that reads each token, on DeepSpeed's stock dispatch (V-MoE, Riquelme et al., 2021).
+
+Axes: S tokens of all images, T tokens of an image, D width, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed.utils.groups as groups
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.sharded_moe import TopKGate, top1gating, top2gating
+from torch import Tensor, nn
+
+
+class TokenGate(TopKGate):
+    """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` while training, p not renormalised for k = 1 (METHOD.md).
+
+    In the place of the stock auxiliary loss it returns V-MoE's two: [importance, load], each a squared coefficient of
+    variation over the experts.
+    """
+
+    def forward(
+        self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
+    ) -> Any:
+        """Dispatch of [S, D] tokens, as the stock gate returns it, with the losses in the first place."""
+        logits_SE = nn.functional.linear(input.float(), self.wg.weight.float())
+        E = logits_SE.shape[1]
+        noise = 1 / E
+        noisy_SE = logits_SE + noise * torch.randn_like(logits_SE) if self.training else logits_SE
+        losses = torch.stack([importance_loss(logits_SE), load_loss(logits_SE, noisy_SE, self.k, noise)])
+        capacity = self.capacity_factor if self.training else self.eval_capacity_factor
+        if self.k == 1:
+            _, *dispatch = top1gating(
+                noisy_SE,
+                capacity,
+                self.min_capacity,
+                used_token,
+                None,
+                self.drop_tokens,
+                self.use_rts,
+                self.ep_group,
+                sparse_routes,
+                use_tutel,
+            )
+        else:
+            _, *dispatch = top2gating(
+                noisy_SE,
+                capacity,
+                self.min_capacity,
+                self.drop_tokens,
+                self.ep_group,
+                self.top2_2nd_expert_sampling,
+                sparse_routes,
+            )
+        return losses, *dispatch
+
+
+def importance_loss(logits_SE: Tensor) -> Tensor:
+    """CV^2 over experts of the summed probabilities without noise."""
+    return _squared_variation(torch.softmax(logits_SE, dim=1).sum(dim=0))
+
+
+def load_loss(logits_SE: Tensor, noisy_SE: Tensor, k: int, noise: float) -> Tensor:
+    """CV^2 over experts of the expected load: how probably each would be chosen if its noise were drawn again."""
+    threshold_S1 = noisy_SE.topk(k, dim=1).values[:, -1:].detach()
+    chosen_SE = 1 - torch.distributions.Normal(0.0, 1.0).cdf((threshold_S1 - logits_SE) / noise)
+    return _squared_variation(chosen_SE.sum(dim=0))
+
+
+def _squared_variation(x_E: Tensor) -> Tensor:
+    return x_E.var(unbiased=False) / x_E.mean().square()
+
+
+class TokenMoE(MoE):
+    """A stock DeepSpeed MoE layer with `TokenGate`; capacity 0 drops nothing (and pads every expert to the fullest).
+
+    Args:
+        make_expert: builds one dense MLP, [..., D] -> [..., D].
+        width: D.
+        num_experts, ep_size, k: as in `ClusterMoE`.
+        capacity: tokens an expert takes over the mean, the rest is dropped; 0: nothing is dropped.
+    """
+
+    def __init__(
+        self,
+        make_expert: Callable[[], nn.Module],
+        width: int,
+        num_experts: int,
+        ep_size: int,
+        k: int = 1,
+        capacity: float = 0.0,
+    ) -> None:
+        super().__init__(
+            width,
+            make_expert(),
+            num_experts,
+            ep_size,
+            k,
+            capacity_factor=capacity or 1.0,
+            eval_capacity_factor=capacity or 1.0,
+            drop_tokens=capacity > 0,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        stock = self.deepspeed_moe.gate
+        self.deepspeed_moe.gate = TokenGate(
+            width,
+            num_experts,
+            k,
+            stock.capacity_factor,
+            stock.eval_capacity_factor,
+            stock.min_capacity,
+            None,
+            stock.drop_tokens,
+            stock.use_rts,
+            None,
+            stock.top2_2nd_expert_sampling,
+        )
+        self.expert_ids = list(range(self.num_local_experts))
+
+    def hold(self, expert_ids: list[int]) -> None:
+        """Say which global experts are held here, before they are given weights."""
+        assert len(expert_ids) == self.num_local_experts
+        self.expert_ids = expert_ids
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create or look up the groups of this `ep_size`, without the stock layer's announcement."""
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size)
+        self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(self.expert_group_name))
