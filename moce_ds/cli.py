@@ -14,6 +14,7 @@ from rich.console import Console
 
 from moce_ds import __version__
 from moce_ds import config as configuration
+from moce_ds.bench.verbs import bench
 from moce_ds.errors import ConfigError, MoceError
 
 if TYPE_CHECKING:
@@ -284,6 +285,33 @@ def _accuracy(
     add_record(results, accuracy_record(verb, task_name, name, score))
 
 
+@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.argument("run", type=PATH)
+@click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
+@click.option("--dense", type=PATH, help="The run of a dense MAE, to compare with.")
+@click.option("--task", default=None, help="The data's name in results (default: that of --data).")
+@click.option("--results", type=PATH, help="A results.json to add the record to.")
+@words()
+def evaluate(
+    run: Path, data: Path, dense: Path | None, task: str | None, results: Path | None, words: Sequence[str]
+) -> None:
+    """Reconstruction error of RUN on held-out images: selected route, each image's own route, dense twin."""
+    from moce_ds.models.encode import EncodeSettings
+    from moce_ds.transfer.evaluate import evaluate_run
+    from moce_ds.transfer.results import add_record
+    from moce_ds.transfer.task_data import opened_images
+
+    config = read_settings(EncodeSettings, words)
+    with opened_images(data) as images:
+        found = evaluate_run(run, images, dense, config, _device())
+    named = {"dense twin": found.dense, "selected route": found.selected, "own routes": found.own}
+    base = found.dense or found.own
+    for name, error in named.items():
+        if error is not None:
+            click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
+    add_record(results, found.record(task or data.name, run.name))
+
+
 @moce.command()
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, help="The page (default: FOLDER/report.html).")
@@ -292,38 +320,6 @@ def report(folder: Path, out: Path | None) -> None:
     from moce_ds.analysis.report import build_report
 
     click.echo(str(build_report(folder, out)))
-
-
-@moce.group()
-def bench() -> None:
-    """Measure this machine: ratios, side by side in one run."""
-
-
-@bench.command("step")
-@click.option("--batch", default=16, show_default=True, help="Images, B.")
-@click.option("--experts", default=8, show_default=True, help="Experts a layer, E.")
-@click.option("--width", default=192, show_default=True, help="Width of the encoder, D; a multiple of 64.")
-@click.option("--repeats", default=15, show_default=True, help="Rounds; the median counts.")
-@click.option("--json", "json_file", type=PATH, help="Write machine and rows to this file.")
-def bench_step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
-    """Forward and backward of MoCE (2 of 12 blocks with experts) over those of the dense MAE."""
-    from moce_ds.bench.step import bench_step
-
-    if width % 64:
-        raise ConfigError(f"--width: got {width}; expected a multiple of 64.")
-    _rows(bench_step(batch, experts, width, repeats, _device()), json_file)
-
-
-@bench.command("load")
-@click.option("--images", default=256, show_default=True, help="Images of 500x375 pixels.")
-@click.option("--threads", default=1, show_default=True, help="DALI's decoding threads.")
-@click.option("--repeats", default=5, show_default=True, help="Rounds; the median counts.")
-@click.option("--json", "json_file", type=PATH, help="Write machine and rows to this file.")
-def bench_load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
-    """Images a second of the DALI pipeline, beside PIL and torchvision."""
-    from moce_ds.bench.load import bench_load
-
-    _rows(bench_load(images, threads, repeats, _device()), json_file)
 
 
 @moce.command()
@@ -338,20 +334,6 @@ def inspect(path: Path, verify: bool) -> None:
         found = faults(path)
         click.echo("\n".join(found) if found else "Verified: everything is as it was written.")
         sys.exit(1 if found else 0)
-
-
-def _rows(rows: list[dict[str, Any]], json_file: Path | None) -> None:
-    from rich.table import Table
-
-    from moce_ds.bench.timing import machine
-    from moce_ds.files import write_json
-
-    table = Table(*rows[0], title=" ".join(f"{k} {v}" for k, v in machine().items() if v), title_justify="left")
-    for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    _print(table)
-    if json_file is not None:
-        write_json(json_file, {"machine": machine(), "rows": rows})
 
 
 def _device() -> Any:
@@ -369,6 +351,9 @@ def _experts(text: str) -> tuple[int, ...]:
 
 def _print(renderable: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(renderable)
+
+
+moce.add_command(bench)
 
 
 def main() -> None:

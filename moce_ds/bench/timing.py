@@ -1,5 +1,6 @@
 """Timing cases against one another: interleaved, so that whatever else the machine does hits all alike."""
 
+import os
 import platform
 import statistics
 import time
@@ -10,18 +11,34 @@ import torch
 from tqdm import tqdm
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each case over `repeats` rounds; every round runs every case once, after `warmup` rounds."""
+def interleaved(
+    cases: Mapping[str, Callable[[], object]],
+    repeats: int,
+    together: Callable[[], object] = lambda: None,
+    warmup: int = 2,
+) -> dict[str, float]:
+    """Median seconds of each case over `repeats` rounds; every round runs every case once, after `warmup` rounds.
+
+    `together` is called before each case: a barrier, where several processes measure the same.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in tqdm(range(warmup + repeats), desc="measuring", leave=False, delay=2):
+    for turn in tqdm(
+        range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=os.environ.get("RANK", "0") != "0"
+    ):
         for name, case in cases.items():
             _synchronise()
+            together()
             began = time.perf_counter()
             case()
             _synchronise()
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def this_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def machine() -> dict[str, Any]:

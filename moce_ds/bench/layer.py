@@ -1,0 +1,154 @@
+"""`moce bench layer`: expert layers against the dense MLP of the same active size, forward and backward.
+
+One process measures the replicated layer and the stock ones; two processes measure expert parallelism. Every ratio is
+to the dense MLP timed in the same run, in turn with the others.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.distributed import TCPStore
+from torch.multiprocessing import spawn
+from torch.profiler import ProfilerActivity, profile
+
+from moce_ds.bench import cases
+from moce_ds.bench.cases import Case, Problem
+from moce_ds.bench.timing import interleaved
+from moce_ds.compat import quiet_deepspeed
+from moce_ds.runtime import Runtime, started
+
+Row = dict[str, Any]
+
+# Operators that make the host wait for the device.
+_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+
+ALONE: Mapping[str, Callable[[Problem], Case]] = {
+    "ours, replicated": cases.ours,
+    "stock, no drop": lambda p: cases.stock(p, 0.0),
+    "stock, capacity 1.0": lambda p: cases.stock(p, 1.0),
+    "stock, capacity 1.25": lambda p: cases.stock(p, 1.25),
+    "stock, capacity 2.0": lambda p: cases.stock(p, 2.0),
+    "TokenMoE, no drop": cases.token,
+}
+PARALLEL: Mapping[str, Callable[[Problem], Case]] = {
+    "ours, EP": cases.ours,
+    "ours, EP with locality": lambda p: cases.ours(p, locality=True),
+    "stock, no drop": lambda p: cases.stock(p, 0.0),
+}
+
+
+def measure(
+    batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, processes: int
+) -> list[Row]:
+    """All rows: one process's cases, then those of `processes` processes with `ep_size` = `processes`."""
+    with tempfile.TemporaryDirectory(prefix="moce-bench-") as scratch:
+        rows: list[Row] = []
+        for count in sorted({1, processes}):
+            file = Path(scratch) / f"rows-{count}.json"
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            spawn(_measure, (count, store.port, batches, experts, widths, repeats, str(file)), nprocs=count)
+            rows += json.loads(file.read_text())
+    return rows
+
+
+def _measure(
+    rank: int,
+    count: int,
+    port: int,
+    batches: Sequence[int],
+    experts: Sequence[int],
+    widths: Sequence[int],
+    repeats: int,
+    file: str,
+) -> None:
+    """One of `count` processes; the first writes the rows."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    # The profiler tells of its starts and stops otherwise.
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    with started() as runtime:
+        rows = list(bench_layer(batches, experts, widths, repeats, runtime))
+        if runtime.is_main:
+            Path(file).write_text(json.dumps(rows))
+
+
+def bench_layer(
+    batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, runtime: Runtime
+) -> Iterator[Row]:
+    """Rows for every combination of sizes and both routings; in several processes each row is their slowest one's.
+
+    With one process `ep_size` is 1, with several it is their number.
+    """
+    quiet_deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)
+    makers = ALONE if runtime.world_size == 1 else PARALLEL
+    for D, E, B, routing in product(widths, experts, batches, ("uniform", "skewed")):
+        problem = cases.make_problem(B, D, E, routing, runtime)
+        built = {"dense": cases.dense(problem), **{name: make(problem) for name, make in makers.items()}}
+        seconds = interleaved({name: case.run for name, case in built.items()}, repeats, runtime.barrier)
+        slowest = runtime.max(list(seconds.values()))
+        sent = runtime.sum([float(case.sent) for case in built.values()])
+        for (name, case), own, all_sent in zip(built.items(), slowest, sent, strict=True):
+            peak, waits = _memory_and_waits(case.run, runtime.device)
+            yield {
+                "name": name,
+                "mode": f"ep {runtime.world_size}" if runtime.world_size > 1 else "1 process",
+                "routing": routing,
+                "B": B,
+                "E": E,
+                "D": D,
+                "dtype": str(problem.x_BTD.dtype).removeprefix("torch."),
+                "ratio": own / slowest[0],
+                "dropped": case.dropped,
+                "bytes": int(all_sent),
+                "host_waits": waits,
+                "peak_mb": peak / 2**20,
+            }
+
+
+def _memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Peak bytes allocated during one call over those before it, and how often the host waited for the device."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with profile(activities=activities, profile_memory=True) as profiled:
+        run()
+    events = profiled.events()
+    waits = sum(event.name in _WAITS for event in events)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() - before, waits
+    changes = [(event.time_range.start, event.self_cpu_memory_usage) for event in events]
+    held = np.cumsum([change for _, change in sorted(changes)])
+    return int(held.max(initial=0)), waits
+
+
+def plot_rows(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the ratios, one panel a (routing, mode), cases side by side, sizes as groups."""
+    panels = sorted({(row["mode"], row["routing"]) for row in rows})
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 2.8 * len(panels)), squeeze=False, layout="constrained")
+    for axis, (mode, routing) in zip(axes[:, 0], panels, strict=True):
+        shown = [r for r in rows if (r["mode"], r["routing"]) == (mode, routing) and r["name"] != "dense"]
+        sizes = list(dict.fromkeys(f"B {r['B']}\nE {r['E']}\nD {r['D']}" for r in shown))
+        names = list(dict.fromkeys(r["name"] for r in shown))
+        for place, name in enumerate(names):
+            ratios = [r["ratio"] for r in shown if r["name"] == name]
+            left = np.arange(len(ratios)) + (place - (len(names) - 1) / 2) * 0.8 / len(names)
+            axis.bar(left, ratios, 0.8 / len(names), label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(sizes)), sizes, fontsize=7)
+        axis.set_ylabel("time over dense MLP")
+        axis.set_title(f"{mode}, {routing} routing", loc="left", fontsize=10)
+        axis.legend(fontsize=7, ncols=3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,149 @@
+"""Reconstruction error of a run on held-out images: on the selected route, each image on its own, and a dense twin's.
+
+`own` is what the experts are capable of, `selected` what one deployed ViT gives; a random table (experts.gate=random)
+shows what capacity alone gives (METHOD.md, "What a miniature showed").
+
+Axes: B images, N patches, M clusters, L expert layers, K experts an image is sent to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, find
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.store import ENCODER
+from moce_ds.data.loader import Loader
+from moce_ds.data.sampler import SequentialSampler
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import CenterCrop
+from moce_ds.errors import ArtefactError
+from moce_ds.models.encode import EncodeSettings, encode_all
+from moce_ds.models.mae import MaskedAutoencoder, mask_noise
+from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.spec import ModelSpec, build_model, give_weights
+from moce_ds.models.vit import load_encoder
+from moce_ds.moe.experts import ExpertLayer
+from moce_ds.moe.gate import balanced_experts, chosen_experts
+from moce_ds.moe.placement import in_order
+from moce_ds.moe.plan import make_plan
+from moce_ds.transfer.select import clusters_folder, count_votes, run_clusters
+
+_MASK_SEED = 20_230_207  # of the held-out masks: the same for all models that are compared
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Mean squared errors on hidden patches, normalised per patch; `dense` is None without a twin."""
+
+    selected: float
+    own: float
+    dense: float | None
+    route: tuple[int, ...]
+    n_images: int
+
+    def record(self, task: str, model: str) -> dict[str, Any]:
+        """Plain data for results.json."""
+        return {"verb": "evaluate", "task": task, "model": model, **vars(self), "route": list(self.route)}
+
+
+def evaluate_run(
+    run: Path, held_out: ShardSet, dense: Path | None, config: EncodeSettings, device: torch.device
+) -> Reconstructions:
+    """Measure a run with experts. Raises ArtefactError where `run` or `dense` is something else."""
+    checkpoint, clusters = run_clusters(run)
+    model = load_whole(checkpoint, clusters).to(device)
+    assert isinstance(model, Moce)
+    encoder = load_encoder(clusters_folder(checkpoint) / ENCODER, device)
+    ids_N = clusters.assign(encode_all(encoder, held_out, config, device).half().float().numpy())
+    expert_MLK = route_table(model, checkpoint)
+    selection = count_votes(ids_N, expert_MLK[:, :, 0])
+    # The cluster that stands for the winning route: the commonest one among the images that voted for it.
+    winner = next(c for c in selection.clusters if tuple(expert_MLK[c, :, 0]) == selection.route)
+
+    def routed(clusters_N: NDArray[np.int64]) -> Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]:
+        def loss(ids_B: NDArray[np.int64], images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+            clusters_B = clusters_N[ids_B]
+            slots_LE = in_order(expert_MLK.shape[1], model.experts.num_experts)
+            plan = make_plan(clusters_B[None], expert_MLK, slots_LE, 0, 1).to(device)
+            routing = Routing(torch.from_numpy(clusters_B).to(device), plan, None)
+            return model(images_BCHW, noise_BN, routing).reconstruction.loss
+
+        return loss
+
+    twin = None
+    if dense is not None:
+        twin_checkpoint = find(dense)
+        if twin_checkpoint.manifest["model"]["experts"]:
+            raise ArtefactError(f"--dense: {dense} has experts; expected the run of a dense MAE.")
+        dense_model = load_whole(twin_checkpoint, None).to(device)
+        twin = mean_error(
+            lambda _, images, noise: dense_model(images, noise).loss, dense_model, held_out, checkpoint, config, device
+        )
+    return Reconstructions(
+        selected=mean_error(routed(np.full_like(ids_N, winner)), model, held_out, checkpoint, config, device),
+        own=mean_error(routed(ids_N), model, held_out, checkpoint, config, device),
+        dense=twin,
+        route=selection.route,
+        n_images=held_out.count,
+    )
+
+
+def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoencoder:
+    """The model of a checkpoint with all its experts in this process, in evaluation mode."""
+    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+
+    def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
+        return ExpertLayer(make_expert, num_experts, shared)
+
+    model = build_model(spec, clusters, make_layer)
+    give_weights(dict(model.named_parameters()), checkpoint.load(WEIGHTS), str(checkpoint.folder))
+    return model.eval()
+
+
+def route_table(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """The noise-free choice of experts, [M, L, K], by the rule that the run was trained with."""
+    balance = checkpoint.manifest["config"]["experts"]["balance"]
+    with torch.inference_mode():
+        probs_LME, k = model.gate(), model.experts.k
+        chosen = (
+            balanced_experts(probs_LME, model.share_M, k) if balance == "sinkhorn" else chosen_experts(probs_LME, k)
+        )
+    return chosen.cpu().numpy()
+
+
+@torch.inference_mode()
+def mean_error(
+    loss: Callable[[NDArray[np.int64], Tensor, Tensor], Tensor],
+    model: MaskedAutoencoder,
+    held_out: ShardSet,
+    checkpoint: Checkpoint,
+    config: EncodeSettings,
+    device: torch.device,
+) -> float:
+    """Mean of `loss(ids, images, mask noise)` over a shard set, every model seeing the same crops and masks."""
+    input = ModelSpec.from_tree(checkpoint.manifest["model"]).input
+    sampler = SequentialSampler(0, held_out.count, config.batch_size)
+    loader = Loader(
+        held_out,
+        sampler.batch,
+        CenterCrop(input.center_crop),
+        input,
+        first=0,
+        last=sampler.num_batches,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        device=device,
+        replace_damaged=False,
+    )
+    total = 0.0
+    for batch in loader:
+        noise_BN = mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, model.shape.num_patches).to(device)
+        total += float(loss(batch.ids_B, batch.images_BCHW, noise_BN)) * len(batch.ids_B)
+    return total / held_out.count
