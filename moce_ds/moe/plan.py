@@ -112,5 +112,5 @@ def make_plan(
     layers = tuple(
         plan_layer(expert_ML[clusters_WB, layer], rank, ep_size, num_experts) for layer in range(expert_ML.shape[1])
     )
-    digest = hashlib.blake2b(clusters_WB.tobytes() + np.ascontiguousarray(expert_ML).tobytes(), digest_size=6)
+    digest = hashlib.blake2b(clusters_WB.tobytes() + expert_ML.tobytes(), digest_size=6)
     return Plan(layers, int.from_bytes(digest.digest(), "big"))

@@ -20,7 +20,6 @@ from moce_ds.data.loader import Batch, Loader
 from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, RandomCrop
-from moce_ds.errors import DataError
 from moce_ds.files import atomic_file, write_json
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import Moce, MoceOutput
@@ -32,7 +31,7 @@ from moce_ds.training.pictures import reconstruction_picture, routing_picture
 from moce_ds.training.router import Router, StepTable
 from moce_ds.training.schedule import Schedule, make_schedule
 from moce_ds.training.settings import BatchArithmetic, PretrainSettings, batch_arithmetic
-from moce_ds.training.setup import build_for_training, keep_clusters, open_clusters, open_run, warm_start
+from moce_ds.training.setup import build_for_training, keep_clusters, keep_settings, open_clusters, open_run, warm_start
 
 _PICTURE_IMAGES = 8
 
@@ -61,7 +60,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     batches = batch_arithmetic(config, runtime.world_size)
     shards = ShardSet.open(config.data.shards)
     data = open_clusters(config, shards)
-    resume_from = open_run(config, runtime)
+    resume_from = open_run(config)
     schedule = make_schedule(config, shards.count)
     if resume_from and resume_from.step >= schedule.steps:
         runtime.say(f"{config.run.out} is complete: {resume_from.step} steps.")
@@ -69,6 +68,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     model = build_for_training(config, data)
     if resume_from is None:
         runtime.say(warm_start(model, config, runtime))
+    keep_settings(config, runtime)
     engine = start_engine(model, config, batches)
     router = None
     if data is not None:
@@ -164,16 +164,9 @@ def _loss(output: Reconstruction | MoceOutput, session: Session, step: int) -> t
 
 
 def _next_agreed(runtime: Runtime, stream: Iterator[Batch]) -> Batch:
-    """The next batch; when one process cannot read its own, all raise, so that nobody waits in a collective."""
-    batch, fault = None, ""
-    try:
-        batch = next(stream)
-    except DataError as error:
-        fault = str(error)
-    if runtime.max([float(bool(fault))])[0]:
-        raise DataError(next(text for text in runtime.texts(fault) if text))
-    assert batch is not None
-    return batch
+    """The next batch; when one process cannot read its own, all raise."""
+    with runtime.together():
+        return next(stream)
 
 
 def _loader(session: Session, first_step: int) -> Loader:

@@ -17,7 +17,7 @@ from moce_ds.files import atomic_file, atomic_folder, copy_tree
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
-from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
+from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.runtime import Runtime
 from moce_ds.training.checkpoint import global_parameters
@@ -32,8 +32,8 @@ class ClusteredData:
     ids_N: np.ndarray
 
 
-def open_run(config: PretrainSettings, runtime: Runtime) -> checkpoint_files.Checkpoint | None:
-    """Create the run folder, or check that the run in it is the same one; returns the checkpoint to resume from.
+def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
+    """Check that the run folder is free, or holds the same run; returns the checkpoint to resume from.
 
     Raises:
         ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
@@ -51,12 +51,15 @@ def open_run(config: PretrainSettings, runtime: Runtime) -> checkpoint_files.Che
             )
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
+    return checkpoint_files.latest(out)
+
+
+def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
+    """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused."""
     runtime.barrier()  # everyone has looked before anyone writes
     if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
+        with atomic_file(config.run.out / "config.yaml") as temporary:
             temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
-    return checkpoint_files.latest(out)
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -115,7 +118,8 @@ def warm_start(model: MaskedAutoencoder, config: PretrainSettings, runtime: Runt
         weights = upcycle(weights, spec.experts, config.experts.perturbation, config.run.seed)
         gate = {name: p.detach().clone() for name, p in parameters.items() if name.startswith("gate.")}
         weights |= gate
-    give_weights(parameters, weights, str(source))
+    here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
+    give_weights(parameters, here, str(source))
     return said
 
 
