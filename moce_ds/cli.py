@@ -359,7 +359,7 @@ moce.add_command(bench)
 def main() -> None:
     """Entry point: user errors in one message and status 1, Ctrl-C without a traceback."""
     try:
-        moce(standalone_mode=False)
+        moce(prog_name="moce", standalone_mode=False)
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
             click.echo(f"Error: {error}", err=True)

@@ -59,6 +59,24 @@ class Runtime:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that can fail on some processes only; then all raise, and none waits for one that has gone.
+
+        The block itself must hold no collective; leaving it is one.
+
+        Raises:
+            MoceError: what the first process that failed has raised.
+        """
+        fault: MoceError | None = None
+        try:
+            yield
+        except MoceError as error:
+            fault = error
+        if self.max([float(fault is not None)])[0]:
+            first = next(text for text in self.texts(str(fault or "")) if text)
+            raise type(fault or MoceError())(first) from None
+
     def texts(self, text: str) -> list[str]:
         """The texts of all processes, by rank."""
         gathered = [text] * self.world_size

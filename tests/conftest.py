@@ -1,24 +1,41 @@
 """Small real things that many tests need: images, a shard set, its clusters, settings of a tiny model.
 
-Axes: N images, M clusters, D pixels of a shrunken image.
+Axes: N images.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
 from PIL import Image
-from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
 
-from moce_ds.clustering.clusters import Clusters, normalised, save_ids
-from moce_ds.config import load
+from moce_ds.checkpoint_files import WEIGHTS, draft_folder, publish, step_folder, write_part
+from moce_ds.clustering.build import ClusterSettings, build_clusters
+from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.config import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import ImageInput
+from moce_ds.models.encode import EncodeSettings, write_features
+from moce_ds.models.moce import Moce
+from moce_ds.models.spec import build_model
+from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
+from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.runtime import Runtime
+from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
 
-NUM_CLUSTERS = 6
+# A busy machine is slow, not wrong.
+hypothesis_settings.register_profile("patient", deadline=None)
+hypothesis_settings.load_profile("patient")
+
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -49,29 +66,31 @@ def tiny_shards(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def tiny_clusters(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clusters folder of that set: k-means on its pixels, so there is no encoder in it."""
+def photo_pixels(tiny_shards: Path) -> Tensor:
+    """Twelve of those images, digits among them, as a model sees them: [12, 3, 16, 16] float64 in -1 to 1."""
     shards = ShardSet.open(tiny_shards)
-    pixels_ND = np.stack([np.asarray(shards.decode(i).resize((8, 8))).ravel() for i in range(shards.count)])
-    mean_D = pixels_ND.mean(axis=0, dtype=np.float32)
-    kmeans = KMeans(NUM_CLUSTERS, n_init=2, random_state=0).fit(normalised(pixels_ND, mean_D))
-    clusters = Clusters(
-        embeddings_MD=normalised(kmeans.cluster_centers_, np.zeros_like(mean_D)),
-        duals_M=np.zeros(NUM_CLUSTERS, np.float32),
-        mean_D=mean_D,
-        sizes_M=np.bincount(kmeans.labels_, minlength=NUM_CLUSTERS).astype(np.int64),
-        cosine_M=np.full(NUM_CLUSTERS, 0.8, np.float32),
-        eps=0.025,
-        method="kmeans",
-        shards_fingerprint=shards.fingerprint,
-        encoder_fingerprint="pixels",
-        encoder_input={"size": 8},
-        provenance={},
-    )
-    folder = tmp_path_factory.mktemp("clusters") / "clusters"
-    clusters.save(folder)
-    save_ids(folder, kmeans.labels_)
+    pixels = [np.asarray(shards.decode(i).resize((16, 16)), np.float64) for i in range(2, 60, 5)]
+    return torch.from_numpy(np.stack(pixels) / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder folder with random weights, of the size that `tiny_config` has."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    shape = ViTShape(16, 4, 16, 3, 2)
+    save_encoder(folder, timm_vit(shape).state_dict(), shape, ImageInput(16, center_crop=1.0), {"random": True})
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clusters(tiny_shards: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clusters of those images, by that encoder, as `moce features` and `moce cluster` make them."""
+    folder = tmp_path_factory.mktemp("clustered")
+    encoder, shards = load_encoder(tiny_encoder), ShardSet.open(tiny_shards)
+    write_features(encoder, shards, folder / "features", EncodeSettings(threads=1), ALONE)
+    build_clusters(folder / "features", folder / "clusters", ClusterSettings(num_clusters=6))
+    return folder / "clusters"
 
 
 @pytest.fixture
@@ -92,5 +111,38 @@ def tiny_config(tiny_shards: Path, tmp_path: Path) -> Callable[..., PretrainSett
         ]
         tiny += [f"data.shards={tiny_shards}", "data.image_size=16", "data.threads=1", "engine.precision=fp32"]
         return load(PretrainSettings, None, [*tiny, f"run.out={tmp_path / 'run'}", *words])
+
+    return make
+
+
+@pytest.fixture
+def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
+    """Write the run folder of a MoCE: random weights, four experts in blocks 0 and 2, a gate sure enough for routes to
+    differ; one checkpoint without optimizer. Call it with `key=value` words to change its settings."""
+
+    def make(*words: str) -> Path:
+        config = tiny_config("model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", *words)
+        clusters, shards = Clusters.load(tiny_clusters), ShardSet.open(config.data.shards)
+        torch.manual_seed(0)
+        model = build_model(config.model_spec, clusters, ReferenceMoE)
+        assert isinstance(model, Moce)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=3.0 if name.startswith("gate.") else 0.2)
+        ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
+        router = Router(model, ids_N, ep_size=1, noise=0.0, seed=0, runtime=ALONE)
+        final = step_folder(config.run.out, 5)
+        weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        manifest = {
+            "step": 5,
+            "config": to_tree(config),
+            "model": config.model_spec.to_tree(),
+            "clusters_hash": clusters.hash,
+            "routing": router.record(5),
+            "files": write_part(draft_folder(final), WEIGHTS, weights),
+        }
+        publish(final, manifest)
+        shutil.copytree(tiny_clusters, config.run.out / "clusters")
+        return config.run.out
 
     return make

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from moce_ds.analysis.run_folder import read_metrics, read_results
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.store import FeatureSet
+from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.clustering.store import ENCODER, FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json
+from moce_ds.files import read_json, sha256_of
 
 Rows = dict[str, str]
 
@@ -43,8 +43,22 @@ def faults(path: Path) -> list[str]:
             for step in steps_of(path)
             for fault in Checkpoint.open(path / "checkpoints" / f"step-{step:08d}").faults()
         ]
-    rows(path)  # the others are checked when they are read
+    if kind == "features":
+        return FeatureSet.open(path).faults() + _encoder_faults(path / ENCODER)
+    if kind == "clusters":
+        clusters = Clusters.load(path)
+        load_ids(path, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
+        return _encoder_faults(path / ENCODER)
+    if kind == "encoder":
+        return _encoder_faults(path)
+    rows(path)  # results are plain text, checked as they are read
     return []
+
+
+def _encoder_faults(path: Path) -> list[str]:
+    expected = read_json(path / "config.json", "an encoder folder", "moce export")["sha256"]
+    weights = path / "model.safetensors"
+    return [] if sha256_of(weights) == expected else [f"{weights.name}: checksum differs"]
 
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:

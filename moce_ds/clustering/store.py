@@ -3,8 +3,8 @@
     features/
       block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
       encoder/           the encoder that made them, put there by whoever makes the features
-      features.json      written last: where it is, the features are whole
-      begun.json         the same content while they are being made
+      features.json      written last, with the checksums of the blocks: where it is, the features are whole
+      begun.json         the same, without checksums, while they are being made
 
 Axes: N images asked for or in a block, D feature width.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from moce_ds.config import differences
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, read_json, write_json
+from moce_ds.files import atomic_file, read_json, sha256_of, write_json
 
 VERSION = 1
 ENCODER = "encoder"
@@ -86,12 +86,15 @@ class FeatureWriter:
             np.save(opened, half_ND, allow_pickle=False)
 
     def finish(self) -> None:
-        """Declare the features whole; one process calls it, after all blocks are written.
+        """Declare the features whole, once; one process calls it, after all blocks are written.
 
         Raises:
             ArtefactError: a block is missing or has the wrong shape.
             DataError: a feature is NaN or infinite (float16 ends at 65504).
         """
+        if (self.path / "features.json").is_file():
+            return  # the checksums in it are those of then, whatever has become of the blocks
+        checksums = {}
         for k in range(self._num_blocks):
             block_ND = _open_block(self.path, k, (len(self.block_ids(k)), self.dim))
             finite_N = np.isfinite(block_ND).all(axis=1)
@@ -101,7 +104,8 @@ class FeatureWriter:
                     f"The features of image {image} are NaN or beyond float16 ({_block_path(self.path, k)}): "
                     f"look whether the encoder's training diverged, then delete {self.path} and make them again."
                 )
-        write_json(self.path / "features.json", self._description)
+            checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
+        write_json(self.path / "features.json", self._description | {"sha256": checksums})
         (self.path / "begun.json").unlink(missing_ok=True)
 
     @property
@@ -109,7 +113,7 @@ class FeatureWriter:
         return -(-self.count // self.block_rows)
 
     def _check_same(self, recorded: dict[str, Any]) -> None:
-        different = differences(recorded, self._description)
+        different = differences({key: recorded.get(key) for key in self._description}, self._description)
         if different:
             lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
             raise ArtefactError(
@@ -126,12 +130,15 @@ class FeatureSet:
         identity: what the features were made of.
     """
 
-    def __init__(self, path: Path, count: int, dim: int, block_rows: int, identity: Identity) -> None:
+    def __init__(
+        self, path: Path, count: int, dim: int, block_rows: int, identity: Identity, sha256: dict[str, str]
+    ) -> None:
         self.path = path
         self.count = count
         self.dim = dim
         self.identity = identity
         self._block_rows = block_rows
+        self._sha256 = sha256
         starts = range(0, count, block_rows)
         self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
 
@@ -150,7 +157,7 @@ class FeatureSet:
                 f"{path / 'features.json'} says {recorded.get('format')!r} version {recorded.get('version')!r}; "
                 f"this program reads 'moce features' version {VERSION}."
             )
-        names = ("count", "dim", "block_rows", "identity")
+        names = ("count", "dim", "block_rows", "identity", "sha256")
         missing = [name for name in names if name not in recorded]
         missing += [key for key in Identity.__annotations__ if key not in recorded.get("identity", {})]
         if missing:
@@ -173,6 +180,11 @@ class FeatureSet:
         for k in np.unique(block_N):
             features_ND[block_N == k] = self._blocks[k][row_N[block_N == k]]
         return features_ND
+
+    def faults(self) -> list[str]:
+        """Blocks whose content is not what was written, by checksum; reads everything."""
+        blocks = self._sha256.items()
+        return [f"{name}: checksum differs" for name, sha256 in blocks if sha256_of(self.path / name) != sha256]
 
     def all(self) -> np.ndarray:
         """All features, float32 [count, D]: 4 count D bytes of memory."""

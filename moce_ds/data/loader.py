@@ -79,7 +79,7 @@ class _Source:
         if index >= self.last:
             raise StopIteration
         wanted = self.read_list(index)
-        files, ids = zip(*(self._read_intact(int(i)) for i in wanted.ids), strict=True)
+        files, ids = zip(*(self.read_intact(int(i)) for i in wanted.ids), strict=True)
         ids_B = np.array(ids, dtype=np.int64)
         rows = self.shards.samples[ids_B]
         windows = self.crop.windows(ids_B, wanted.epochs, rows["height"], rows["width"])
@@ -91,7 +91,7 @@ class _Source:
             list(np.stack([ids_B, wanted.epochs, wanted.ids], axis=1)),
         )
 
-    def _read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
+    def read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
         """The bytes of an image, or of the next one that is as it was written."""
         for offset in range(self.replacements + 1):
             image_id = (wanted + offset) % self.shards.count
@@ -101,7 +101,7 @@ class _Source:
         after = f" and the {self.replacements} after it are" if self.replacements else " is"
         raise DataError(
             f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, "
-            "or cannot be decoded; look at the set with `moce inspect --verify`, then write it anew with `moce shards`."
+            "or cannot be decoded; look at the set with `moce inspect --verify`, write it again with `moce shards`."
         )
 
 
@@ -183,7 +183,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         index = self._first
-        pipeline = self._started(self._read_list, index, self._last)
+        pipeline = self._started(self._source(self._read_list, index, self._last))
         while index < self._last:
             try:
                 images, numbers = pipeline.run()
@@ -191,7 +191,7 @@ class Loader:
                 # A pipeline that failed to decode is of no further use. The stream is a pure function of the index,
                 # so a new one goes on from here, without the image that broke the old one.
                 self._undecodable |= self._find_undecodable(index, error)
-                pipeline = self._started(self._read_list, index, self._last)
+                pipeline = self._started(self._source(self._read_list, index, self._last))
                 continue
             index += 1
             numbers_B3 = np.asarray(numbers.as_tensor())
@@ -200,9 +200,11 @@ class Loader:
             # The pipeline writes its buffers again: the copy is what makes the tensor ours.
             yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
 
-    def _started(self, read_list: Callable[[int], ReadList], first: int, last: int) -> Any:
-        """A pipeline over the batches `first` to `last`."""
-        source = _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._undecodable)
+    def _source(self, read_list: Callable[[int], ReadList], first: int, last: int) -> _Source:
+        return _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._undecodable)
+
+    def _started(self, source: _Source) -> Any:
+        """A pipeline fed by `source`."""
         on_gpu = self._device.type == "cuda"
         pipeline = _pipeline(
             source=source,
@@ -217,16 +219,17 @@ class Loader:
         return pipeline
 
     def _find_undecodable(self, index: int, error: RuntimeError) -> frozenset[int]:
-        """Images of the batches under way at `index` that fail alone; raises `error` when there are none."""
+        """Images read for the batches under way at `index` that fail alone; raises `error` when there are none."""
         found = set()
         for ahead in range(index, min(index + _PREFETCH + 1, self._last)):
             wanted = self._read_list(ahead)
             for place in range(len(wanted.ids)):
                 alone = ReadList(wanted.ids[place : place + 1], wanted.epochs[place : place + 1])
+                source = self._source(lambda _, alone=alone: alone, 0, 1)  # type: ignore[misc]
                 try:
-                    self._started(lambda _, alone=alone: alone, 0, 1).run()  # type: ignore[misc]
+                    self._started(source).run()
                 except RuntimeError:
-                    found.add(int(alone.ids[0]))
+                    found.add(source.read_intact(int(alone.ids[0]))[1])  # the image itself, or what replaced it
         if not found:
             raise error
         return frozenset(found)

@@ -102,26 +102,36 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Encode
         encoder_input=encoder.input.to_tree(),
     )
     writer = None
-    if runtime.is_main:  # one process begins the folder, the others find it begun
-        writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
-        if not (out / ENCODER).exists():
-            with atomic_folder(out / ENCODER) as draft:
-                save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
-    runtime.barrier()
+    with runtime.together():
+        if runtime.is_main:  # one process begins the folder, the others find it begun
+            writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
+            if not (out / ENCODER).exists():
+                with atomic_folder(out / ENCODER) as draft:
+                    save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()
     runtime.barrier()  # all have looked before anyone adds a block
-    mine = missing[runtime.rank :: runtime.world_size]
-    with _bar(sum(len(writer.block_ids(k)) for k in mine), "features", visible=runtime.is_main) as bar:
-        for k in mine:
+    with runtime.together():
+        _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
+    if runtime.is_main:
+        writer.finish()
+
+
+def _write_blocks(
+    encoder: Encoder,
+    shards: ShardSet,
+    writer: FeatureWriter,
+    blocks: list[int],
+    config: EncodeSettings,
+    runtime: Runtime,
+) -> None:
+    with _bar(sum(len(writer.block_ids(k)) for k in blocks), "features", visible=runtime.is_main) as bar:
+        for k in blocks:
             parts = []
             for part_ND in encode(encoder, shards, writer.block_ids(k), config, runtime.device):
                 parts.append(part_ND.numpy())
                 bar.update(len(part_ND))
             writer.write_block(k, np.concatenate(parts))
-    runtime.barrier()
-    if runtime.is_main:
-        writer.finish()
 
 
 def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":

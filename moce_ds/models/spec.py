@@ -68,12 +68,13 @@ def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLaye
 
 
 def give_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into parameters of the same names, refusing what is missing or of another shape.
+    """Copy weights into parameters of the same names, refusing what is missing, left over or of another shape.
 
     Raises:
         ArtefactError: lists what does not fit; `source` is named.
     """
     faults = [f"missing {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in weights]
+    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in weights.items() if name not in parameters]
     faults += [
         f"{name} is {tuple(weights[name].shape)}, expected {tuple(p.shape)}"
         for name, p in parameters.items()

@@ -7,6 +7,7 @@ the clusters read it; `moce export` writes it.
 Axes: B images, N patches, T tokens (patches and cls), D width.
 """
 
+import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import read_json, write_json
+from moce_ds.files import read_json, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -68,7 +69,7 @@ def shape_of(timm_name: str) -> ViTShape:
         ConfigError: timm does not know the name, or it is no plain ViT with a cls token.
     """
     if not timm.is_model(timm_name):
-        near = timm.list_models(f"*{timm_name.split('_patch')[0]}*patch*")[:4]
+        near = difflib.get_close_matches(timm_name, timm.list_models("vit_*"), n=4)
         hint = f" Near: {', '.join(near)}." if near else " Such as vit_base_patch16_224."
         raise ConfigError(f"model.vit: got {timm_name!r}; expected the name of a ViT in timm.{hint}")
     with torch.device("meta"):
@@ -136,7 +137,13 @@ def save_encoder(
         {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
     )
     write_json(folder / "provenance.json", provenance)
-    config = {"format": FORMAT, "shape": asdict(shape), "timm": shape.timm_arguments(), "input": input.to_tree()}
+    config = {
+        "format": FORMAT,
+        "shape": asdict(shape),
+        "timm": shape.timm_arguments(),
+        "input": input.to_tree(),
+        "sha256": sha256_of(folder / "model.safetensors"),
+    }
     write_json(folder / "config.json", config)
 
 

@@ -1,6 +1,7 @@
 """Weights to start a run from: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth`."""
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,12 @@ from moce_ds.errors import ArtefactError
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
 _NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
 _DECODER = ("decoder_", "mask_token")
+
+# What torch's reader was seen to raise on damaged files; they have no common base.
+_READER_FAULTS = (
+    pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError,
+)  # fmt: skip
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -43,7 +50,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def has_experts(weights: Mapping[str, Tensor]) -> bool:
     """Whether the weights are those of a model with experts."""
-    return any(".mlp.experts." in name for name in weights)
+    return any(is_expert(name) for name in weights)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to one of a layer's experts."""
+    return ".mlp.experts." in name
 
 
 def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
@@ -66,12 +78,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except _READER_FAULTS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtefactError(
             f"run.init_from: {path} refused: more than tensors in it, or damaged; nothing was run ({reason})."
         ) from None
     state = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise ArtefactError(f"run.init_from: {path} holds no weights: expected tensors by name, maybe under 'model'.")
     return state

@@ -136,12 +136,12 @@ def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateL
     Args:
         probs_LME: route tables, float32.
         clusters_B: cluster of each image, int64.
-        share_M: share of the training set in each cluster, float32, summing to 1.
+        share_M: share of the training set in each cluster, summing to 1.
     """
     P_LBE = probs_LME[:, clusters_B]
     variation_LB = P_LBE.std(dim=-1, unbiased=False) / P_LBE.mean(dim=-1)
     imbalance = -variation_LB.square().mean(dim=1).sum()
-    load_LE = torch.einsum("m,lme->le", share_M, probs_LME)
+    load_LE = torch.einsum("m,lme->le", share_M.to(probs_LME.dtype), probs_LME)
     balance = (load_LE.var(dim=-1, unbiased=False) / load_LE.mean(dim=-1).square()).sum()
     return GateLosses(imbalance, balance)
 

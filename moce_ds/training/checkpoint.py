@@ -88,17 +88,18 @@ def _held_tensors(engine: DeepSpeedEngine, runtime: Runtime) -> tuple[dict[str, 
     return weights, moments
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint) -> None:
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
     """Give an engine the weights and moments of a checkpoint, whatever topology wrote it.
 
     Raises:
-        ArtefactError: the checkpoint's parameters are not those of the model; they are named.
+        ArtefactError: a file is damaged, or the parameters are not those of the model; they are named.
     """
     parameters = dict(global_parameters(engine.module))
-    weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
+    with runtime.together():  # each process reads files of its own
+        weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
+        give_weights(parameters, weights, str(checkpoint.folder))
     _make_moments(engine, float(checkpoint.step))
     _link_moments(engine)
-    give_weights(parameters, weights, str(checkpoint.folder))
     for name, parameter in parameters.items():
         safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
         for moment in MOMENTS:

@@ -102,7 +102,7 @@ def _placement(config: PretrainSettings, world_size: int) -> str:
 
 
 def _millions(count: int) -> str:
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count / 1e3:.1f} K"
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} K"
 
 
 def _gigabytes(size: float) -> str:

@@ -21,12 +21,13 @@ from moce_ds.data.loader import Batch, Loader
 from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, RandomCrop
-from moce_ds.errors import DataError, MoceError
+from moce_ds.errors import MoceError
 from moce_ds.files import atomic_file, write_json
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import Moce, MoceOutput
 from moce_ds.models.spec import give_weights
 from moce_ds.models.token_moe import TokenOutput
+from moce_ds.models.warm_start import is_expert
 from moce_ds.randomness import GATE_NOISE, hashed
 from moce_ds.runtime import Runtime, StopRequest
 from moce_ds.training.checkpoint import global_parameters, load_checkpoint, save_checkpoint
@@ -43,6 +44,7 @@ from moce_ds.training.setup import (
     choose_placement,
     first_weights,
     keep_clusters,
+    keep_settings,
     open_clusters,
     open_run,
     place_experts,
@@ -78,7 +80,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     batches = batch_arithmetic(config, runtime.world_size)
     shards = ShardSet.open(config.data.shards)
     data = open_clusters(config, shards)
-    resume_from = open_run(config, runtime)
+    resume_from = open_run(config)
     schedule = make_schedule(config, shards.count)
     if resume_from and resume_from.step >= schedule.steps:
         runtime.say(f"{config.run.out} is complete: {resume_from.step} steps.")
@@ -108,11 +110,14 @@ def _open_session(
     place_experts(model, slot_LE, runtime.rank)
     tune_execution(model, config, runtime.device)
     if weights is not None:
-        give_weights(dict(global_parameters(model)), weights, str(config.run.init_from))
+        parameters = dict(global_parameters(model))
+        here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
+        give_weights(parameters, here, str(config.run.init_from))
         runtime.say(said)
+    keep_settings(config, runtime)
     engine = start_engine(model, config, batches)
     if resume_from is not None:
-        load_checkpoint(engine, resume_from)
+        load_checkpoint(engine, resume_from, runtime)
         runtime.say(f"Resuming {config.run.out} after step {resume_from.step}.")
     sampler: ShuffledSampler | LocalSampler = ShuffledSampler(shards.count, batches.micro_global, config.run.seed)
     router = None
@@ -228,14 +233,9 @@ def _next_agreed(runtime: Runtime, stream: Iterator[Batch], digest: int, step: i
         DataError: a process cannot read its batch.
         MoceError: the processes have different plans; the step and the ranks are named.
     """
-    batch, fault = None, ""
-    try:
+    with runtime.together():
         batch = next(stream)
-    except DataError as error:
-        fault = str(error)
-    faults, largest, negative_smallest = runtime.max([float(bool(fault)), float(digest), float(-digest)])
-    if faults:
-        raise DataError(next(text for text in runtime.texts(fault) if text))
+    largest, negative_smallest = runtime.max([float(digest), float(-digest)])
     if largest != -negative_smallest:
         digests = runtime.texts(f"{digest:012x}")
         usual = max(set(digests), key=digests.count)
@@ -244,7 +244,6 @@ def _next_agreed(runtime: Runtime, stream: Iterator[Batch], digest: int, step: i
             f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} planned "
             f"otherwise than the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
         )
-    assert batch is not None
     return batch
 
 

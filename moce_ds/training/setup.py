@@ -36,8 +36,8 @@ class ClusteredData:
     ids_N: np.ndarray
 
 
-def open_run(config: PretrainSettings, runtime: Runtime) -> checkpoint_files.Checkpoint | None:
-    """Create the run folder, or check that the run in it is the same one; returns the checkpoint to resume from.
+def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
+    """Check that the run folder is free, or holds the same run; returns the checkpoint to resume from.
 
     Raises:
         ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
@@ -55,12 +55,15 @@ def open_run(config: PretrainSettings, runtime: Runtime) -> checkpoint_files.Che
             )
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
+    return checkpoint_files.latest(out)
+
+
+def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
+    """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused."""
     runtime.barrier()  # everyone has looked before anyone writes
     if runtime.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
+        with atomic_file(config.run.out / "config.yaml") as temporary:
             temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
-    return checkpoint_files.latest(out)
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -136,7 +139,8 @@ def choose_placement(
         expert_ML = np.array(resume_from.manifest["routing"]["expert_ML"], dtype=np.int64)
     else:
         gates = {name: parameter for name, parameter in global_parameters(model) if name.startswith("gate.")}
-        give_weights(gates, weights or {}, str(config.run.init_from))
+        given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
+        give_weights(gates, given, str(config.run.init_from))
         with torch.no_grad():
             expert_ML = chosen_experts(model.gate(), 1)[:, :, 0].numpy()
     return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)

@@ -60,25 +60,25 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
     """All runs of two processes."""
     shards, clusters = data.shards, data.clusters
 
-    def mae(name: str, **other: object) -> list[str]:
-        return tiny_settings(shards, runs / name, **other)
+    def mae(name: str, *other: str) -> list[str]:
+        return tiny_settings(shards, runs / name, *other)
 
-    def moce(name: str, ep_size: int, **other: object) -> list[str]:
-        return tiny_settings(shards, runs / name, clusters, experts__ep_size=ep_size, **other)
+    def moce(name: str, ep_size: int, *other: str) -> list[str]:
+        return tiny_settings(shards, runs / name, f"experts.ep_size={ep_size}", *other, clusters=clusters)
 
     jobs = {
         "two-mae": Job(mae("two-mae")),
-        "two-mae-accumulated": Job(mae("two-mae-accumulated", optim__accumulation=2)),
-        "two-mae-zero2": Job(mae("two-mae-zero2", engine__zero_stage=2)),
+        "two-mae-accumulated": Job(mae("two-mae-accumulated", "optim.accumulation=2")),
+        "two-mae-zero2": Job(mae("two-mae-zero2", "engine.zero_stage=2")),
         "two-mae-stopped": Job(mae("two-mae-stopped"), stop_after=3),
         "two-mae-resumed": Job(mae("two-mae-stopped")),  # the same command
         "mae-then-one": Job(mae("mae-then-one"), stop_after=3),
         "two-moce-ep1": Job(moce("two-moce-ep1", 1)),
         "two-moce-ep2": Job(moce("two-moce-ep2", 2)),
-        "two-moce-both": Job(moce("two-moce-both", 2, optim__accumulation=2, engine__zero_stage=2)),
-        "two-moce-bf16": Job(moce("two-moce-bf16", 2, engine__precision="bf16")),
+        "two-moce-both": Job(moce("two-moce-both", 2, "optim.accumulation=2", "engine.zero_stage=2")),
+        "two-moce-bf16": Job(moce("two-moce-bf16", 2, "engine.precision=bf16")),
         "moce-then-one": Job(moce("moce-then-one", 2), stop_after=3),
-        "two-damaged": Job(moce("two-damaged", 2, data__shards=damaged_shards, optim__epochs=0.5)),
+        "two-damaged": Job(moce("two-damaged", 2, f"data.shards={damaged_shards}", "optim.epochs=0.5")),
     }
     first, second = run_distributed(run_jobs, 2, jobs, seconds=200)
     assert {name: told.steps for name, told in first.items()} == {name: told.steps for name, told in second.items()}
@@ -91,9 +91,9 @@ def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
     shards, clusters = data.shards, data.clusters
     jobs = {
         "one-mae": Job(tiny_settings(shards, runs / "one-mae")),
-        "one-mae-accumulated": Job(tiny_settings(shards, runs / "one-mae-accumulated", optim__accumulation=4)),
-        "one-moce": Job(tiny_settings(shards, runs / "one-moce", clusters)),
+        "one-mae-accumulated": Job(tiny_settings(shards, runs / "one-mae-accumulated", "optim.accumulation=4")),
+        "one-moce": Job(tiny_settings(shards, runs / "one-moce", clusters=clusters)),
         "mae-then-one": Job(tiny_settings(shards, runs / "mae-then-one")),
-        "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", clusters, experts__ep_size=1)),
+        "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", "experts.ep_size=1", clusters=clusters)),
     }
     return run_distributed(run_jobs, 1, jobs, seconds=120)[0]

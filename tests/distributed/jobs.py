@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.config import load
+from moce_ds.cli import read_settings
 from moce_ds.runtime import started
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings
@@ -37,7 +37,7 @@ def run_jobs(jobs: dict[str, Job]) -> dict[str, Told]:
     told = {}
     with started() as runtime:
         for name, job in jobs.items():
-            config = load(PretrainSettings, None, job.words)
+            config = read_settings(PretrainSettings, job.words)
             stops = job.stop_after is not None and runtime.rank == runtime.world_size - 1
             with redirect_stderr(io.StringIO()) as text, interrupted(config.run.out, job.stop_after if stops else None):
                 steps = pretrain(config, runtime)

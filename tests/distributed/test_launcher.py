@@ -72,7 +72,7 @@ def run_to_end(*command: str | Path) -> tuple[int, str]:
 
 def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
     run = runs / "launched"
-    command = (*LOCAL, "pretrain", *tiny_settings(data.shards, run, data.clusters, experts__ep_size=2))
+    command = (*LOCAL, "pretrain", *tiny_settings(data.shards, run, "experts.ep_size=2", clusters=data.clusters))
     with started(*command) as launcher:
         wait_for_step(run, 2)
         launcher.send_signal(signal.SIGINT)
@@ -92,7 +92,7 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(
-        *LOCAL, "pretrain", *tiny_settings(data.shards, run, optim__epochs=50, run__checkpoint_every=2)
+        *LOCAL, "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2")
     ) as launcher:
         wait_for_step(run, 3)
         ranks = ranks_of(launcher)
@@ -114,7 +114,7 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
     alter_images(shards, [i for step in range(3) for i in sampler.batch(step).part(1, 2).ids.tolist()])  # of rank 1
     run = tmp_path / "run"
     began = time.monotonic()
-    status, output = run_to_end(*LOCAL, "pretrain", *tiny_settings(shards, run, optim__epochs=50))
+    status, output = run_to_end(*LOCAL, "pretrain", *tiny_settings(shards, run, "optim.epochs=50"))
     assert time.monotonic() - began < 60
     assert status == 1
     assert "was altered after it was written" in output and str(shards) in output

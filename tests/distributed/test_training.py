@@ -14,7 +14,7 @@ from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, fin
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import find, steps_of
-from moce_ds.config import load
+from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.runtime import Runtime
@@ -104,7 +104,7 @@ def test_a_damaged_image_is_replaced_and_named(runs: Path, two: dict[str, Told],
 
 def test_a_complete_run_says_so(runs: Path, two: object, data: TinyData, capsys: pytest.CaptureFixture[str]) -> None:
     before = (runs / "two-mae" / "metrics.jsonl").read_bytes()
-    config = load(PretrainSettings, None, tiny_settings(data.shards, runs / "two-mae"))
+    config = read_settings(PretrainSettings, tiny_settings(data.shards, runs / "two-mae"))
     assert pretrain(config, ALONE) == STEPS
     assert f"is complete: {STEPS} steps." in capsys.readouterr().err
     assert (runs / "two-mae" / "metrics.jsonl").read_bytes() == before
@@ -112,8 +112,8 @@ def test_a_complete_run_says_so(runs: Path, two: object, data: TinyData, capsys:
 
 def test_another_experiment_in_the_same_folder_is_refused(runs: Path, two: object, data: TinyData) -> None:
     before = (runs / "two-mae" / "config.yaml").read_bytes()
-    other = {"optim__epochs": 3, "model__mask_ratio": 0.5, "run__seed": 1, "engine__zero_stage": 2}
-    config = load(PretrainSettings, None, tiny_settings(data.shards, runs / "two-mae", **other))
+    other = ("optim.epochs=3", "model.mask_ratio=0.5", "run.seed=1", "engine.zero_stage=2")
+    config = read_settings(PretrainSettings, tiny_settings(data.shards, runs / "two-mae", *other))
     with pytest.raises(ConfigError) as refused:
         pretrain(config, ALONE)
     listed = [line.strip() for line in str(refused.value).splitlines()[1:-1]]

@@ -4,10 +4,11 @@ Axes: B images, H, W pixels, C channels.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
-from moce_ds.data.loader import Batch, Loader
+from moce_ds.data.loader import Batch, Crop, Loader
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -54,7 +55,7 @@ class FixedCrop:
         return pixels[:, ::-1] if self.mirror else pixels
 
 
-def one_pass(shards: ShardSet, crop: object, input: ImageInput, batch_size: int = 4, **options: object) -> list[Batch]:
+def one_pass(shards: ShardSet, crop: Crop, input: ImageInput, batch_size: int = 4, **options: Any) -> list[Batch]:
     """All images in order."""
     sampler = SequentialSampler(0, shards.count, batch_size)
     return list(loader(shards, sampler.batch, sampler.num_batches, crop, input, batch_size, **options))
@@ -64,12 +65,12 @@ def loader(
     shards: ShardSet,
     read_list: Callable[[int], ReadList],
     last: int,
-    crop: object,
+    crop: Crop,
     input: ImageInput,
     batch_size: int,
-    **options: object,
+    **options: Any,
 ) -> Loader:
-    settings = {"first": 0, "threads": 1, "device": CPU} | options
+    settings: dict[str, Any] = {"first": 0, "threads": 1, "device": CPU} | options
     return Loader(shards, read_list, crop, input, last=last, batch_size=batch_size, **settings)
 
 
@@ -132,8 +133,9 @@ def test_windows_of_the_random_crop_are_cut_from_the_upright_image(photos: Shard
         chosen = crop.windows(ids, np.full_like(ids, epoch), *sizes)
         expected = []
         for image_id in ids:
-            window = FixedCrop(*chosen.start_B2[image_id], *chosen.shape_B2[image_id], chosen.mirror_B[image_id])
-            cut = Image.fromarray(window.of(photos.decode(image_id)).astype(np.uint8))
+            (top, left), (height, width) = chosen.start_B2[image_id], chosen.shape_B2[image_id]
+            window = FixedCrop(top, left, height, width, chosen.mirror_B[image_id])
+            cut = Image.fromarray(window.of(photos.decode(int(image_id))).astype(np.uint8))
             expected.append(np.asarray(cut.resize((16, 16), Image.Resampling.BICUBIC), float))
         errors[epoch] = abs(found - np.stack(expected)).mean(axis=(1, 2, 3))
     assert errors[0].max() < 0.5 and (errors[1] > 4 * errors[0]).all()
@@ -153,20 +155,13 @@ def test_batches_do_not_depend_on_ranks_or_threads(tiny_shards: Path, world_size
     crop, input = RandomCrop(5), ImageInput(16)
     whole = list(loader(shards, sampler.batch, 5, crop, input, 16))
     assert set(np.concatenate([batch.epochs_B for batch in whole])) == {0, 1}
-    parts = [
-        list(
-            loader(
-                shards,
-                lambda index, rank=rank: sampler.batch(index).part(rank, world_size),
-                5,
-                crop,
-                input,
-                16 // world_size,
-                threads=threads,
-            )
-        )
-        for rank in range(world_size)
-    ]
+    parts = []
+    for rank in range(world_size):
+
+        def mine(index: int, rank: int = rank) -> ReadList:
+            return sampler.batch(index).part(rank, world_size)
+
+        parts.append(list(loader(shards, mine, 5, crop, input, 16 // world_size, threads=threads)))
     for index, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[index].images_BCHW for part in parts]), batch.images_BCHW)
         for name in ("ids_B", "epochs_B", "wanted_B"):
@@ -194,8 +189,8 @@ def test_the_same_image_is_cut_otherwise_in_the_next_epoch(tiny_shards: Path) ->
 
 
 def test_the_last_batch_may_be_short_and_batches_keep_their_pixels(tiny_shards: Path) -> None:
-    batches = one_pass(ShardSet.open(tiny_shards), CenterCrop(1.0), ImageInput(16), batch_size=25)
-    assert [tuple(batch.images_BCHW.shape) for batch in batches] == [(25, 3, 16, 16), (25, 3, 16, 16), (10, 3, 16, 16)]
+    batches = one_pass(ShardSet.open(tiny_shards), CenterCrop(1.0), ImageInput(16), batch_size=7)
+    assert [tuple(batch.images_BCHW.shape) for batch in batches] == [(7, 3, 16, 16)] * 8 + [(4, 3, 16, 16)]
     assert batches[0].images_BCHW.dtype == torch.float32
     again = one_pass(ShardSet.open(tiny_shards), CenterCrop(1.0), ImageInput(16), batch_size=60)
     np.testing.assert_array_equal(pixels(batches), pixels(again))  # DALI's buffers were not reused under them
@@ -243,8 +238,37 @@ def test_one_damaged_image_never_condemns_a_small_shard(tiny_images: Path, tmp_p
     assert [batch.ids_B[19] for batch in eight] == [0] * 8 and eight.replaced == {19: 8}
 
 
-def test_where_a_feature_stands_for_its_image_damage_is_an_error(copy: Path) -> None:
-    flip_byte(copy, 30)
+def make_undecodable(folder: Path, image_id: int) -> None:
+    """Put bytes that are no image in the place of one, with a checksum as if they had been written so."""
+    shards, samples = ShardSet.open(folder), np.load(folder / "samples.npy")
+    row = shards.samples[image_id]
+    with open(folder / shards.shards[row["shard"]].name, "r+b") as tar:
+        tar.seek(int(row["offset"]))
+        tar.write(bytes(int(row["size"])))
+    samples["crc32"][image_id] = zlib.crc32(bytes(int(row["size"])))
+    np.save(folder / "samples.npy", samples)
+
+
+@pytest.mark.parametrize("bad", [(7,), (7, 8), (59, 0)], ids=["one", "neighbours", "the last and the first"])
+def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_shards: Path, bad: tuple[int]) -> None:
+    """Neighbours: what was to replace the one is itself replaced."""
+    for image_id in bad:
+        make_undecodable(copy, image_id)
+    sampler, crop, input = ShuffledSampler(60, 4, seed=1), RandomCrop(1), ImageInput(16)
+    damaged = loader(ShardSet.open(copy), sampler.batch, 30, crop, input, 4)
+    intact = loader(ShardSet.open(tiny_shards), sampler.batch, 30, crop, input, 4)
+    in_place_of = {7: 9 if 8 in bad else 8, 8: 9, 59: 1, 0: 1}
+    for batch, whole in zip(damaged, intact, strict=True):
+        np.testing.assert_array_equal(batch.wanted_B, whole.ids_B)
+        assert batch.ids_B.tolist() == [in_place_of[i] if i in bad else i for i in whole.ids_B.tolist()]
+        same = batch.ids_B == batch.wanted_B
+        assert torch.equal(batch.images_BCHW[same], whole.images_BCHW[same])
+    assert damaged.replaced == dict.fromkeys(bad, 2)  # once an epoch
+
+
+@pytest.mark.parametrize("harm", [flip_byte, make_undecodable])
+def test_where_a_feature_stands_for_its_image_damage_is_an_error(copy: Path, harm: Callable[[Path, int], None]) -> None:
+    harm(copy, 30)
     with pytest.raises(DataError) as caught:
         one_pass(ShardSet.open(copy), CenterCrop(1.0), ImageInput(16), replace_damaged=False)
     said = str(caught.value)

@@ -1,5 +1,7 @@
 """Hashed random numbers: the published generator, pure, and uniform."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,9 +43,9 @@ def test_each_element_is_what_it_would_be_alone() -> None:
 
 
 @pytest.mark.parametrize("draw", [lambda n: uniform(CROP, 0, 0, n), lambda n: uniform(FLIP, n, 3, 5)])
-def test_numbers_are_uniform_and_neighbours_independent(draw) -> None:
+def test_numbers_are_uniform_and_neighbours_independent(draw: Callable[[np.ndarray], np.ndarray]) -> None:
     numbers = draw(np.arange(50_000))
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert kstest(numbers, "uniform").pvalue > 1e-3
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02
 

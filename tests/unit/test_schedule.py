@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -30,8 +31,8 @@ def test_rises_then_falls_between_its_bounds(steps: int, warmup: int, peak: floa
     warmup, floor = min(warmup, steps), floor * peak
     schedule = Schedule(peak, floor, steps, warmup, 0)
     rates = [schedule.lr(step) for step in range(steps + 1)]
-    assert all(a <= b for a, b in zip(rates[:warmup], rates[1 : warmup + 1], strict=True))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a <= b for a, b in pairwise(rates[: warmup + 1]))
+    assert all(a >= b for a, b in pairwise(rates[warmup:]))
     assert max(rates) == pytest.approx(peak) and min(rates[warmup:]) >= floor * (1 - 1e-9)
 
 

@@ -1,0 +1,95 @@
+"""A fault that one rank alone can see ends every rank with the same error, instead of leaving the others in a wait."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import run_distributed
+from jobs import interrupted
+from tiny_run import IMAGES, TinyData, alter_images, tiny_settings
+
+from moce_ds.checkpoint_files import find
+from moce_ds.cli import read_settings
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import DataError, MoceError
+from moce_ds.models.encode import EncodeSettings, open_encoder, write_features
+from moce_ds.runtime import Runtime, started
+from moce_ds.training.loop import pretrain
+from moce_ds.training.settings import PretrainSettings
+
+HALF = IMAGES // 2
+Faults = dict[str, tuple[str, str]]
+"""Type and message of the error that a rank saw, by what was wrong."""
+
+
+def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults:
+    """Every fault that one rank sees first, in this rank."""
+    faults: Faults = {}
+
+    def note(name: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except MoceError as error:
+            faults[name] = (type(error).__name__, str(error))
+
+    with started() as runtime:
+        note("nothing", lambda: _fail_on(runtime, None))
+        note("rank 1", lambda: _fail_on(runtime, 1))
+        words = tiny_settings(shards, folder / "run", "experts.ep_size=2", clusters=clusters)
+        config = read_settings(PretrainSettings, words)
+        with interrupted(folder / "run", 2 if runtime.is_main else None):
+            pretrain(config, runtime)
+        if runtime.is_main:
+            _damage_header(find(folder / "run").folder / "weights/block-01-expert-002.safetensors")
+        runtime.barrier()
+        note("expert of rank 1", lambda: pretrain(config, runtime))
+
+        encoder = open_encoder(clusters / "encoder", runtime.device)
+        settings = EncodeSettings(block_rows=HALF)  # one block a rank
+        features = folder / "features"
+        note("image of rank 1", lambda: write_features(encoder, ShardSet.open(damaged), features, settings, runtime))
+        other = EncodeSettings(block_rows=HALF + 1)
+        note("features begun", lambda: write_features(encoder, ShardSet.open(damaged), features, other, runtime))
+    return faults
+
+
+def _fail_on(runtime: Runtime, rank: int | None) -> None:
+    with runtime.together():
+        if runtime.rank == rank:
+            raise DataError(f"only rank {rank} knows")
+
+
+def _damage_header(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(b"no json here")
+
+
+@pytest.fixture(scope="module")
+def faults(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Faults]:
+    """What each of two ranks saw."""
+    folder = tmp_path_factory.mktemp("agreement")
+    damaged = folder / "shards"
+    shutil.copytree(data.shards, damaged)
+    alter_images(damaged, [HALF + 5])
+    return run_distributed(provoke, 2, data.shards, damaged, data.clusters, folder)
+
+
+def test_all_is_well(faults: list[Faults]) -> None:
+    assert all("nothing" not in seen for seen in faults)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("rank 1", "only rank 1 knows"),
+        ("expert of rank 1", "block-01-expert-002.safetensors cannot be read"),
+        ("image of rank 1", f"image {HALF + 5} "),
+        ("features begun", f"block_rows: {HALF} there, {HALF + 1} now"),
+    ],
+)
+def test_all_ranks_see_the_fault(faults: list[Faults], what: str, told: str) -> None:
+    messages = [seen[what][1] for seen in faults]
+    assert told in messages[0]
+    assert len(set(messages)) == 1

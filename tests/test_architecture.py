@@ -1,0 +1,243 @@
+"""The import rules of docs/architecture.md, enforced by reading the source; and each rule caught at work."""
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+Sources = Mapping[str, str]
+"""Source text by dotted module name."""
+
+# Which part of the package may import which other parts, besides itself.
+BASE = {"errors", "files", "config", "randomness", "runtime", "compat"}
+MIDDLE = {"data", "clustering", "moe"}
+MAY_IMPORT: dict[str, set[str]] = {
+    **dict.fromkeys(BASE | {"checkpoint_files"} | MIDDLE, BASE),
+    "models": BASE | {"checkpoint_files"} | MIDDLE,
+    "training": BASE | {"checkpoint_files", "models"} | MIDDLE,
+    "transfer": BASE | {"checkpoint_files", "models"} | MIDDLE,
+    "analysis": BASE | {"checkpoint_files", "data", "clustering"},
+    "bench": BASE | {"models"} | MIDDLE,
+    "cli": BASE | {"checkpoint_files", "models", "training", "transfer", "analysis", "bench"} | MIDDLE,
+    "__main__": {"cli"},
+    "__init__": set(),
+}
+
+# Other people's packages, and the only modules (or packages of them) that may import them.
+DOORS: dict[str, tuple[str, ...]] = {
+    "deepspeed": (
+        "moce_ds.moe.layer",
+        "moce_ds.training.engine",
+        "moce_ds.training.checkpoint",
+        "moce_ds.training.loop",
+        "moce_ds.compat",
+    ),
+    "nvidia": ("moce_ds.data.loader",),
+    "faiss": ("moce_ds.clustering.kmeans",),
+    "submitit": ("launchers",),
+    "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises
+}
+
+# What importing any module of a package must not bring along, however indirectly.
+NEVER_REACH: dict[str, tuple[str, ...]] = {
+    "moce_ds.transfer": ("moce_ds.training", "deepspeed"),
+    "moce_ds.analysis": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
+}
+
+WITHOUT_PROCESS_GROUP = (
+    "moce_ds.moe.plan",
+    "moce_ds.data.sampler",
+    "moce_ds.clustering.sinkhorn",
+    "moce_ds.transfer.export",
+)
+
+MOST_LINES = 450
+
+
+def read_sources() -> dict[str, str]:
+    """Every module of the package, the launchers and the tests."""
+    files = [path for folder in ("moce_ds", "launchers", "tests", "tools") for path in (ROOT / folder).rglob("*.py")]
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
+    return dict(zip(names, (path.read_text("utf-8") for path in files), strict=True))
+
+
+def is_in(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+parse = cache(ast.parse)
+
+
+@cache
+def imports(module: str, text: str, at_import_only: bool = False) -> frozenset[str]:
+    """Dotted names that a module imports; `from a import b` gives a and a.b, since b may be a module.
+
+    With `at_import_only`, not those inside functions or for type checkers.
+    """
+    return frozenset(_imports(module, parse(text), at_import_only))
+
+
+def _imports(module: str, tree: ast.AST, at_import_only: bool) -> Iterator[str]:
+    for node in ast.iter_child_nodes(tree):
+        if at_import_only and (isinstance(node, ast.FunctionDef) or _for_type_checkers(node)):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            origin = ".".join(part for part in (above, node.module) if part)
+            yield from (origin, *(f"{origin}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Call) and _name(node.func) in ("__import__", "import_module"):
+            yield from (str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
+        yield from _imports(module, node, at_import_only)
+
+
+def _for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING"
+
+
+def _name(node: ast.AST | None) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def ours(sources: Sources) -> dict[str, str]:
+    """The product: what the rules are about, tests aside."""
+    return {name: text for name, text in sources.items() if not is_in(name, "tests")}
+
+
+def layers(sources: Sources) -> Iterator[str]:
+    """Imports run one way."""
+    for module, text in ours(sources).items():
+        if not is_in(module, "moce_ds"):
+            continue
+        part = module.split(".")[1] if "." in module else "__init__"
+        for name in imports(module, text):
+            imported = name.split(".")[1] if name.startswith("moce_ds.") else part
+            if is_in(name, "launchers") or imported not in MAY_IMPORT[part] | {part, "__version__"}:
+                yield f"{module} imports {name}"
+
+
+def doors(sources: Sources) -> Iterator[str]:
+    """Other people's packages stay behind one door each."""
+    for module, text in ours(sources).items():
+        for package, allowed in DOORS.items():
+            through = any(is_in(module, door) for door in allowed)
+            if not through and any(is_in(name, package) for name in imports(module, text)):
+                yield f"{module} imports {package}"
+
+
+def reach(sources: Sources) -> Iterator[str]:
+    """Some packages must load without others, whatever lies in between."""
+    direct = {module: imports(module, text, at_import_only=True) for module, text in ours(sources).items()}
+    for package, forbidden in NEVER_REACH.items():
+        for module in (name for name in direct if is_in(name, package)):
+            reached: set[str] = set()
+            waiting = {module}
+            while waiting:
+                name = waiting.pop()
+                reached.add(name)
+                waiting |= direct.get(name, frozenset()) | {name.rpartition(".")[0]}  # a module loads its packages
+                waiting -= reached
+            for name in sorted(n for n in reached if any(is_in(n, bad) for bad in forbidden)):
+                yield f"{module} reaches {name}"
+
+
+def process_groups(sources: Sources) -> Iterator[str]:
+    """The arithmetic of who does what needs no process group."""
+    for module in WITHOUT_PROCESS_GROUP:
+        text = sources[module]
+        used = any(
+            isinstance(node, ast.Attribute) and node.attr == "distributed" and _name(node.value) == "torch"
+            for node in ast.walk(parse(text))
+        )
+        if used or any(is_in(name, "torch.distributed") for name in imports(module, text)):
+            yield f"{module} uses torch.distributed"
+
+
+def catch_alls(sources: Sources) -> Iterator[str]:
+    """Only errors that are understood are caught."""
+    for module, text in ours(sources).items():
+        for node in ast.walk(parse(text)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                if any(kind is None or _name(kind) in ("Exception", "BaseException") for kind in caught):
+                    yield f"{module}:{node.lineno} catches everything"
+
+
+def lengths(sources: Sources) -> Iterator[str]:
+    """No file is too long to read."""
+    for module, text in sources.items():
+        if (lines := text.count("\n")) > MOST_LINES:
+            yield f"{module} has {lines} lines"
+
+
+Rule = Callable[[Sources], Iterator[str]]
+RULES: tuple[Rule, ...] = (layers, doors, reach, process_groups, catch_alls, lengths)
+REAL = read_sources()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_source_keeps(rule: Rule) -> None:
+    assert list(rule(REAL)) == []
+
+
+def test_every_module_is_looked_at() -> None:
+    assert {"moce_ds.cli", "moce_ds.moe.plan", "moce_ds.training.loop", "launchers.local"} <= set(REAL)
+    named = {*WITHOUT_PROCESS_GROUP, *(door for allowed in DOORS.values() for door in allowed if "." in door)}
+    assert named <= set(REAL), "a rule names a module that is gone"
+
+
+# Rule, module of the product, lines added to it, and what the rule must say.
+BREACHES: list[tuple[Rule, str, str, str]] = [
+    (layers, "moce_ds.cli", "from launchers.local import main", "imports launchers.local"),
+    (layers, "moce_ds.runtime", "def f():\n    import moce_ds.data.shards", "imports moce_ds.data.shards"),
+    (layers, "moce_ds.data.sampler", "from moce_ds import clustering", "imports moce_ds.clustering"),
+    (layers, "moce_ds.moe.plan", "from ..models import mae", "imports moce_ds.models"),
+    (layers, "moce_ds.models.mae", "import moce_ds.training.engine", "imports moce_ds.training.engine"),
+    (layers, "moce_ds.training.loop", "from moce_ds.cli import moce", "imports moce_ds.cli"),
+    (layers, "moce_ds.transfer.knn", "from moce_ds.training import engine", "imports moce_ds.training"),
+    (layers, "moce_ds.analysis.plots", "import moce_ds.models.vit", "imports moce_ds.models.vit"),
+    (layers, "moce_ds", "import moce_ds.cli", "imports moce_ds.cli"),
+    (doors, "moce_ds.training.setup", "import deepspeed.comm", "imports deepspeed"),
+    (doors, "launchers.local", "from deepspeed import comm", "imports deepspeed"),
+    (doors, "moce_ds.data.shards", "from nvidia.dali import fn", "imports nvidia"),
+    (doors, "moce_ds.clustering.build", "def f():\n    import faiss", "imports faiss"),
+    (doors, "moce_ds.cli", "importlib.import_module('submitit')", "imports submitit"),
+    (doors, "moce_ds.checkpoint_files", "import pickle", "imports pickle"),
+    (process_groups, "moce_ds.moe.plan", "import torch.distributed as d", "uses torch.distributed"),
+    (process_groups, "moce_ds.data.sampler", "torch.distributed.barrier()", "uses torch.distributed"),
+    (process_groups, "moce_ds.clustering.sinkhorn", "from torch import distributed", "uses torch.distributed"),
+    (process_groups, "moce_ds.transfer.export", "from torch.distributed import ReduceOp", "uses torch.distributed"),
+    (catch_alls, "moce_ds.files", "try: pass\nexcept: pass", "catches everything"),
+    (catch_alls, "moce_ds.files", "try: pass\nexcept (OSError, Exception): pass", "catches everything"),
+    (catch_alls, "launchers.local", "try: pass\nexcept BaseException as e: pass", "catches everything"),
+    (lengths, "moce_ds.cli", "\n" * MOST_LINES, "lines"),
+]
+
+
+@pytest.mark.parametrize(("rule", "module", "added", "told"), BREACHES)
+def test_a_breach_is_found(rule: Rule, module: str, added: str, told: str) -> None:
+    found = list(rule({**REAL, module: f"{REAL[module]}\n{added}\n"}))
+    assert any(breach.startswith(module) and breach.endswith(told) for breach in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "added", "told"),
+    [
+        ("moce_ds.models.dense", "import moce_ds.moe.layer", "moce_ds.transfer.export reaches deepspeed"),
+        ("moce_ds.moe.reference", "import moce_ds.training", "moce_ds.transfer.export reaches moce_ds.training"),
+        ("moce_ds.data.shards", "import moce_ds.data.loader", "moce_ds.analysis.report reaches nvidia.dali"),
+        ("moce_ds.clustering", "import faiss", "moce_ds.analysis.inspection reaches faiss"),
+    ],
+)
+def test_a_detour_is_found(module: str, added: str, told: str) -> None:
+    assert told in set(reach({**REAL, module: f"{REAL[module]}\n{added}\n"}))
+
+
+def test_lazy_imports_are_no_reach() -> None:
+    """A function may import what its module must not load."""
+    lazy = {**REAL, "moce_ds.models.dense": REAL["moce_ds.models.dense"] + "\ndef f():\n    import deepspeed\n"}
+    assert list(reach(lazy)) == []

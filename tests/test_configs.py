@@ -1,0 +1,79 @@
+"""Every YAML under configs/ is accepted by its verb, and those of pre-training can be planned."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from moce_ds.cli import moce
+from moce_ds.clustering.build import ClusterSettings
+from moce_ds.config import load, to_tree, to_yaml
+from moce_ds.training.settings import PretrainSettings
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+ALL = sorted(CONFIGS.rglob("*.y*ml"))
+PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def test_there_are_configs_of_both_kinds() -> None:
+    archs = {load(PretrainSettings, path).model.arch for path in PRETRAIN}
+    assert archs == {"mae", "moce"}
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
+    cls = PretrainSettings if path in PRETRAIN else ClusterSettings
+    config = load(cls, path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(to_yaml(config))
+    assert load(cls, resolved) == config
+    # A file says only what differs from the defaults, so what it says is found in the result.
+    given = yaml.safe_load(path.read_text())
+    tree = to_tree(config)
+    for group, values in given.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            assert tree[group][key] == value, f"{group}.{key}"
+
+
+def plan(path: Path, processes: int) -> dict[str, str]:
+    """The table that `moce pretrain --dry-run` prints, by row."""
+    result = CliRunner().invoke(moce, ["pretrain", str(path), "--dry-run", "--processes", str(processes)])
+    assert result.exit_code == 0, result.output
+    rows: dict[str, str] = {}
+    for line in result.output.splitlines():
+        if line.startswith("│"):
+            row, text = (cell.strip() for cell in line.split("│")[1:3])
+            row = row or list(rows)[-1]  # a long text goes on in the next line
+            rows[row] = f"{rows.get(row, '')} {text}".strip()
+    return rows
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=name)
+def test_config_can_be_planned(path: Path) -> None:
+    config = load(PretrainSettings, path)
+    processes = config.experts.ep_size if config.model.arch == "moce" else 2
+    rows = plan(path, processes)
+    assert rows["batch"].startswith(f"{config.optim.batch_size} = {processes} processes x ")
+    sizes = re.match(r"total ([\d.]+) ([KM]), active ([\d.]+) ([KM])", rows["parameters"])
+    assert sizes
+    total, active = (
+        float(size) * {"K": 1e3, "M": 1e6}[unit] for size, unit in (sizes.groups()[:2], sizes.groups()[2:])
+    )
+    if config.model.arch == "moce":
+        assert total > active
+        assert rows["experts"].startswith(f"{config.experts.num} in each of blocks")
+        assert f"rank {processes - 1}: " in rows["experts"]
+    else:
+        assert total == active and "experts" not in rows
+
+
+def test_the_base_size_is_that_of_the_public_model() -> None:
+    """111.9 M parameters, of which its files count 0.25 M of fixed positions; the encoder is timm's ViT-B/16."""
+    rows = plan(CONFIGS / "vit_base_mae.yaml", 1)
+    assert rows["parameters"].startswith("total 111.7 M, active 111.7 M, of which encoder 85.6 M")

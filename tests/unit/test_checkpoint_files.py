@@ -1,0 +1,180 @@
+"""The checkpoint format: one file an expert, nothing visible before it is whole, damage named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moce_ds.checkpoint_files import (
+    OPTIMIZER,
+    WEIGHTS,
+    Checkpoint,
+    draft_folder,
+    file_of,
+    find,
+    latest,
+    prune,
+    publish,
+    step_folder,
+    steps_of,
+    write_part,
+)
+from moce_ds.errors import ArtefactError
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    experts = {
+        f"blocks.3.mlp.experts.{e}.fc1.{kind}": torch.randn(4, 3) for e in range(2) for kind in ("weight", "bias")
+    }
+    return {"cls_token": torch.randn(1, 1, 4), "blocks.0.mlp.fc1.weight": torch.randn(4, 4), **experts}
+
+
+def moments(of: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{m}": tensor + k for name, tensor in of.items() for k, m in enumerate(("exp_avg", "exp_avg_sq"), 1)
+    }
+
+
+def write(run: Path, step: int) -> Path:
+    final = step_folder(run, step)
+    draft = draft_folder(final)
+    files = write_part(draft, WEIGHTS, weights(step)) | write_part(draft, OPTIMIZER, moments(weights(step)))
+    publish(final, {"step": step, "files": files})
+    return final
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    assert folder == tmp_path / "checkpoints" / "step-00000007"
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.step == 7 and checkpoint.faults() == []
+    assert same(checkpoint.load(WEIGHTS), weights(7)) and same(checkpoint.load(OPTIMIZER), moments(weights(7)))
+    assert checkpoint.shapes() == {name: tuple(tensor.shape) for name, tensor in weights().items()}
+
+
+def test_each_global_expert_has_files_of_its_own(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    names = ["block-03-expert-000.safetensors", "block-03-expert-001.safetensors", "shared.safetensors"]
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["manifest.json", *(f"{part}/{n}" for part in (OPTIMIZER, WEIGHTS) for n in names)]
+    assert Checkpoint.open(folder).names() == [f"weights/{name}" for name in names]
+    assert file_of("blocks.11.mlp.experts.123.fc2.bias.exp_avg") == "block-11-expert-123.safetensors"
+    assert file_of("decoder_blocks.3.mlp.fc1.weight") == "shared.safetensors"
+
+
+def test_only_the_files_of_the_wanted_parameters_are_read(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path, 1))
+    wanted = ["blocks.3.mlp.experts.1.fc1.weight"]
+    for name in ("shared", "block-03-expert-000"):
+        (checkpoint.folder / WEIGHTS / f"{name}.safetensors").unlink()
+    assert set(checkpoint.load(WEIGHTS, wanted)) == {
+        f"blocks.3.mlp.experts.1.fc1.{kind}" for kind in ("weight", "bias")
+    }
+    with pytest.raises(ArtefactError, match=r"block-03-expert-000.safetensors cannot be read"):
+        checkpoint.load(WEIGHTS)
+
+
+def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    final = step_folder(tmp_path, 5)
+    files = write_part(draft_folder(final), WEIGHTS, weights())
+    assert steps_of(tmp_path) == [] and latest(tmp_path) is None and not final.exists()
+    with pytest.raises(ArtefactError, match=f"{tmp_path} holds no checkpoint: expected a run folder"):
+        find(tmp_path)
+    publish(final, {"step": 5, "files": files})
+    assert steps_of(tmp_path) == [5] and not draft_folder(final).exists()
+
+
+def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write_part(draft_folder(step_folder(tmp_path, 6)), WEIGHTS, weights())  # and then killed
+    found = latest(tmp_path)
+    assert found is not None and found.step == 5 and found.faults() == []
+    prune(tmp_path, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+    write(tmp_path, 6)
+    found = latest(tmp_path)
+    assert found is not None and found.step == 6
+
+
+def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    draft = draft_folder(step_folder(tmp_path, 5))
+    publish(step_folder(tmp_path, 5), {"step": 5, "files": write_part(draft, WEIGHTS, weights(99))})
+    assert same(Checkpoint.open(step_folder(tmp_path, 5)).load(WEIGHTS), weights(99))
+
+
+def test_the_newest_by_number_and_others_are_found(tmp_path: Path) -> None:
+    for step in (900, 1000, 20):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-9").mkdir()
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    assert steps_of(tmp_path) == [20, 900, 1000]
+    assert find(tmp_path).step == 1000 and find(step_folder(tmp_path, 900)).step == 900
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
+def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in (2, 1, 4, 3):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    prune(tmp_path, keep)
+    assert steps_of(tmp_path) == left and (tmp_path / "checkpoints" / "notes.txt").exists()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("harm", "found"), [(cut, r"\d+ bytes"), (Path.unlink, "missing")])
+@pytest.mark.parametrize("name", ["weights/block-03-expert-001.safetensors", "optimizer/shared.safetensors"])
+def test_a_file_cut_short_or_missing_is_named(
+    tmp_path: Path, harm: Callable[[Path], None], found: str, name: str
+) -> None:
+    folder = write(tmp_path, 5)
+    size = (folder / name).stat().st_size
+    harm(folder / name)
+    for opened in (lambda: Checkpoint.open(folder), lambda: latest(tmp_path), lambda: find(tmp_path)):
+        with pytest.raises(
+            ArtefactError, match=f"{folder / name} is damaged: {found}, expected {size} bytes.*before it"
+        ):
+            opened()
+
+
+def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    path = folder / "weights/shared.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    assert Checkpoint.open(folder).faults() == ["weights/shared.safetensors: checksum differs"]
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(write(tmp_path, 5))
+    path = checkpoint.folder / "weights/shared.safetensors"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ArtefactError, match=f"{path} cannot be read"):
+        checkpoint.load(WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [(None, "manifest.json not found: expected a checkpoint, which `moce pretrain` writes"), ("{", "is damaged"),
+     (json.dumps({"format": "moce_ds checkpoint 9"}), "format 'moce_ds checkpoint 9'; this version reads 'moce_ds ch")],
+)  # fmt: skip
+def test_manifests_that_cannot_be_read(tmp_path: Path, manifest: str | None, message: str) -> None:
+    folder = write(tmp_path, 5)
+    (folder / "manifest.json").unlink()
+    if manifest is not None:
+        (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(ArtefactError) as caught:
+        Checkpoint.open(folder)
+    assert message in str(caught.value) and str(folder) in str(caught.value)

@@ -1,0 +1,102 @@
+"""Records of evaluations, and the tables made of them."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from moce_ds.errors import ArtefactError
+from moce_ds.transfer.knn import Score
+from moce_ds.transfer.results import accuracy_record, accuracy_table, add_record, selection_table
+from moce_ds.transfer.select import count_votes
+
+
+def score(top1: float) -> Score:
+    return Score(top1=top1, mean_per_class=top1 - 0.1, n_train=80, n_test=20, settings={"k": 5})
+
+
+def printed(table: Table) -> list[list[str]]:
+    """Title and rows as words, as the terminal shows them."""
+    console = Console(file=StringIO(), width=100)
+    console.print(table)
+    assert isinstance(console.file, StringIO)
+    return [line.replace("│", " ").replace("┃", " ").split() for line in console.file.getvalue().splitlines()]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text())
+    return found
+
+
+def test_a_record_holds_all_of_a_score() -> None:
+    assert accuracy_record("knn", "birds", "expert", score(0.75)) == {
+        "verb": "knn", "task": "birds", "model": "expert", "top1": 0.75, "mean_per_class": 0.65,
+        "n_train": 80, "n_test": 20, "settings": {"k": 5},
+    }  # fmt: skip
+
+
+def test_a_record_replaces_that_of_the_same_verb_task_and_model(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    for verb, task, model in (
+        ("knn", "a", "dense"),
+        ("knn", "a", "expert"),
+        ("probe", "a", "dense"),
+        ("knn", "b", "dense"),
+    ):
+        add_record(path, accuracy_record(verb, task, model, score(0.5)))
+    selection = count_votes(np.array([0, 1]), np.array([[0], [1]]))
+    add_record(path, selection.record("a"))
+    assert len(records(path)) == 5
+    add_record(path, accuracy_record("knn", "a", "dense", score(0.9)))
+    add_record(path, selection.record("a") | {"n_images": 7})
+    assert len(records(path)) == 5
+    changed = [r for r in records(path) if r.get("top1") == 0.9 or r.get("n_images") == 7]
+    assert [(r["verb"], r["task"], r.get("model")) for r in changed] == [("knn", "a", "dense"), ("select", "a", None)]
+    assert sorted(tmp_path.rglob("*")) == [path.parent, path]  # nothing is left lying beside it
+
+
+def test_nowhere_is_a_place_too(tmp_path: Path) -> None:
+    add_record(None, accuracy_record("knn", "a", "dense", score(0.5)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_results_file_is_named_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text("[{")
+    with pytest.raises(ArtefactError, match=r"results.json is damaged .*: write a list of results again"):
+        add_record(path, accuracy_record("knn", "a", "dense", score(0.5)))
+    assert path.read_text() == "[{"
+
+
+def test_accuracy_table() -> None:
+    selection = count_votes(np.array([0, 0, 0, 1]), np.array([[2, 3], [1, 1]]))
+    rows = printed(
+        accuracy_table(
+            [
+                accuracy_record("knn", "birds", "dense", score(0.5)),
+                accuracy_record("probe", "birds", "dense", score(0.625)),
+                selection.record("birds"),
+                accuracy_record("probe", "birds", "expert", score(0.75)),
+                accuracy_record("knn", "fish", "expert", score(0.25)),
+            ]
+        )
+    )
+    assert ["birds", "dense", "50.0%", "62.5%"] in rows
+    assert ["birds", "expert", "2-3", "75.0%", "75.0%"] in rows  # no k-NN was run
+    assert ["fish", "expert", "25.0%"] in rows  # nothing was selected for it
+    assert accuracy_table([]).row_count == 0
+
+
+def test_selection_table_names_the_first_routes_and_counts_the_others() -> None:
+    ids_N = np.repeat(np.arange(8), [30, 20, 15, 12, 10, 6, 4, 3])
+    rows = printed(selection_table(count_votes(ids_N, np.arange(16).reshape(8, 2)), "birds"))
+    assert rows[0] == ["birds:", "100", "images", "in", "8", "clusters"]
+    body = [row for row in rows if row and row[-1].endswith("%")]
+    assert body == [["0-1", "30.0%"], ["2-3", "20.0%"], ["4-5", "15.0%"], ["6-7", "12.0%"], ["8-9", "10.0%"],
+                    ["3", "others", "13.0%"]]  # fmt: skip
+    assert ["0-1", "100.0%"] in printed(selection_table(count_votes(np.array([0]), np.array([[0, 1]])), "birds"))

@@ -1,0 +1,318 @@
+"""Weights to start from: what can be read, what is refused, and that nothing in a foreign file is ever run."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moce_ds.checkpoint_files import WEIGHTS, draft_folder, find, publish, step_folder, write_part
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.config import to_tree
+from moce_ds.errors import ArtefactError
+from moce_ds.models.mae import MaskedAutoencoder
+from moce_ds.models.vit import save_encoder
+from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
+from moce_ds.runtime import Runtime
+from moce_ds.training.checkpoint import global_parameters
+from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.setup import ClusteredData, build_for_training, warm_start
+
+Make = Callable[..., PretrainSettings]
+
+
+def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
+    return Runtime(rank, world_size, rank, torch.device("cpu"))
+
+
+@pytest.fixture
+def source(tiny_config: Make) -> MaskedAutoencoder:
+    """A MAE whose weights are to be found again; none is what a fresh model would have."""
+    spec = tiny_config().model_spec
+    torch.manual_seed(77)
+    made = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return made
+
+
+def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def write_run(source: MaskedAutoencoder, config: PretrainSettings, path: Path) -> Path:
+    final = step_folder(path, 3)
+    files = write_part(draft_folder(final), WEIGHTS, parameters(source))
+    publish(final, {"step": 3, "config": to_tree(config), "model": config.model_spec.to_tree(), "files": files})
+    return path
+
+
+def encoder_of(source: MaskedAutoencoder) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in source.state_dict().items() if not is_decoder(name)}
+
+
+# How the weights can lie on disk; the public MAE's files hold position tables, fine-tuned ones a head.
+WHOLE: dict[str, Callable[[MaskedAutoencoder, PretrainSettings, Path], Path]] = {
+    "run": write_run,
+    "checkpoint": lambda mae, config, path: step_folder(write_run(mae, config, path), 3),
+    "safetensors": lambda mae, _, path: saved(save_file, mae.state_dict(), path / "w.safetensors"),
+    "public pth": lambda mae, _, path: saved(torch.save, {"model": mae.state_dict(), "epoch": 3}, path / "w.pth"),
+    "plain pt": lambda mae, _, path: saved(torch.save, mae.state_dict(), path / "w.pt"),
+    "half": lambda mae, _, path: saved(
+        torch.save, {k: v.bfloat16() for k, v in mae.state_dict().items()}, path / "w.pt"
+    ),
+}
+HEAD = {"head.weight": torch.ones(9, 16), "head.bias": torch.ones(9)}
+ENCODER_ONLY: dict[str, Callable[[MaskedAutoencoder, PretrainSettings, Path], Path]] = {
+    "encoder folder": lambda mae, config, path: encoder_folder(mae, config, path),
+    "safetensors": lambda mae, _, path: saved(save_file, encoder_of(mae), path / "w.safetensors"),
+    "public pth": lambda mae, _, path: saved(torch.save, {"model": encoder_of(mae)}, path / "w.pth"),
+    "fine-tuned pth": lambda mae, _, path: saved(torch.save, {"model": encoder_of(mae) | HEAD}, path / "w.pth"),
+}
+
+
+def saved(save: Callable[[object, Path], None], content: object, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(content, path)
+    return path
+
+
+def encoder_folder(source: MaskedAutoencoder, config: PretrainSettings, path: Path) -> Path:
+    path.mkdir(parents=True)
+    save_encoder(path, encoder_of(source), source.shape, config.image_input, {})
+    return path
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_dense_run_starts_from_whole_weights(
+    tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path, kind: str
+) -> None:
+    path = WHOLE[kind](source, tiny_config(), tmp_path / "start")
+    config = tiny_config(f"run.init_from={path}")
+    model = build_for_training(config, None)
+    assert warm_start(model, config, runtime()) == f"Starting from {path}."
+    for name, tensor in parameters(source).items():
+        expected = tensor.bfloat16().float() if kind == "half" else tensor
+        assert torch.equal(parameters(model)[name], expected), name
+
+
+@pytest.mark.parametrize("kind", ENCODER_ONLY)
+def test_an_encoder_alone_starts_with_a_fresh_decoder_and_says_so(
+    tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path, kind: str
+) -> None:
+    path = ENCODER_ONLY[kind](source, tiny_config(), tmp_path / "start")
+    config = tiny_config(f"run.init_from={path}", "run.seed=5")
+    model = build_for_training(config, None)
+    said = warm_start(model, config, runtime())
+    assert said == f"Starting from {path}, which holds an encoder only: the decoder starts fresh."
+    fresh = parameters(build_for_training(config, None))
+    for name, tensor in parameters(model).items():
+        assert torch.equal(tensor, fresh[name] if is_decoder(name) else parameters(source)[name]), name
+
+
+def test_what_is_read_has_neither_tables_nor_head(source: MaskedAutoencoder, tiny_config: Make, tmp_path: Path) -> None:
+    weights = read_weights(ENCODER_ONLY["fine-tuned pth"](source, tiny_config(), tmp_path))
+    assert lacks_decoder(weights) and not has_experts(weights)
+    assert set(weights) == {name for name in parameters(source) if not is_decoder(name)}
+    half = read_weights(WHOLE["half"](source, tiny_config(), tmp_path))
+    assert {tensor.dtype for tensor in half.values()} == {torch.float32}
+    whole = read_weights(WHOLE["public pth"](source, tiny_config(), tmp_path))
+    assert set(whole) == set(parameters(source)) and not lacks_decoder(whole)
+
+
+# Experts
+
+
+def clustered(config: PretrainSettings) -> ClusteredData:
+    assert config.experts.clusters is not None
+    clusters = Clusters.load(config.experts.clusters)
+    return ClusteredData(clusters, torch.zeros(60).long().numpy())
+
+
+def test_experts_start_from_the_dense_mlps_whatever_holds_them(
+    tiny_config: Make, tiny_clusters: Path, source: MaskedAutoencoder, tmp_path: Path
+) -> None:
+    path = write_run(source, tiny_config(), tmp_path / "start")
+    words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={path}"]
+    started: dict[int, dict[str, Tensor]] = {}
+    for ep_size in (1, 2, 4):
+        config = tiny_config(*words, f"experts.ep_size={ep_size}")
+        started[ep_size] = {}
+        for rank in range(ep_size):
+            model = build_for_training(config, clustered(config))
+            warm_start(model, config, runtime(rank, ep_size))
+            held = {name: p.detach() for name, p in global_parameters(model, rank)}
+            mine = {name for name in held if ".experts." in name}
+            assert len(mine) == 2 * 4 // ep_size * 4  # layers x experts here x tensors of an MLP
+            for name in held.keys() & started[ep_size].keys():
+                assert torch.equal(held[name], started[ep_size][name])  # ranks agree on what they share
+            started[ep_size] |= held
+    for ep_size in (2, 4):
+        assert started[ep_size].keys() == started[1].keys()
+        assert all(torch.equal(started[ep_size][name], started[1][name]) for name in started[1])
+    dense = parameters(source)
+    for expert in range(4):
+        for rest in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            change = started[1][f"blocks.2.mlp.experts.{expert}.{rest}"] - dense[f"blocks.2.mlp.{rest}"]
+            size = (change.square().mean() / dense[f"blocks.2.mlp.{rest}"].square().mean()).sqrt().item()
+            assert size == pytest.approx(0.02 if rest.endswith("weight") else 0, abs=0.003)
+    assert torch.equal(started[1]["blocks.1.mlp.fc1.weight"], dense["blocks.1.mlp.fc1.weight"])
+
+
+def test_without_a_source_experts_start_from_one_random_mlp(tiny_config: Make, tiny_clusters: Path) -> None:
+    config = tiny_config(
+        "model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", "experts.perturbation=0"
+    )
+    model = build_for_training(config, clustered(config))
+    assert warm_start(model, config, runtime()) == "Starting from random weights."
+    dense_config = tiny_config()
+    dense = build_for_training(dense_config, None)
+    assert warm_start(dense, dense_config, runtime()) == "Starting from random weights."
+    for expert in range(4):
+        found = parameters(model)[f"blocks.0.mlp.experts.{expert}.fc1.weight"]
+        assert torch.equal(found, parameters(dense)["blocks.0.mlp.fc1.weight"])
+
+
+def test_a_moce_run_continues_another_one(
+    tiny_config: Make, tiny_clusters: Path, moce_run: Callable[..., Path]
+) -> None:
+    run = moce_run().rename(tiny_config().run.out.with_name("other"))
+    words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={run}"]
+    config = tiny_config(*words)
+    model = build_for_training(config, clustered(config))
+    warm_start(model, config, runtime())
+    expected = find(run).load(WEIGHTS)
+    assert parameters(model).keys() == expected.keys()
+    assert all(torch.equal(parameters(model)[name], expected[name]) for name in expected)
+
+
+def test_a_dense_run_does_not_start_from_experts(tiny_config: Make, moce_run: Callable[..., Path]) -> None:
+    run = moce_run()
+    config = tiny_config(f"run.init_from={run}")
+    with pytest.raises(ArtefactError, match=r"run.init_from: .* holds experts; export one with `moce export`"):
+        warm_start(build_for_training(config, None), config, runtime())
+
+
+# What does not fit
+
+
+def test_missing_names_and_wrong_shapes_are_listed(
+    tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path
+) -> None:
+    state = parameters(source)
+    del state["norm.bias"]
+    state["blocks.1.mlp.fc1.weight"] = torch.zeros(3, 16)
+    config = tiny_config(f"run.init_from={saved(torch.save, state, tmp_path / 'w.pth')}")
+    model = build_for_training(config, None)
+    before = parameters(model)
+    with pytest.raises(ArtefactError) as caught:
+        warm_start(model, config, runtime())
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'w.pth'} does not fit the model:",
+        "  missing norm.bias (16,)",
+        "  blocks.1.mlp.fc1.weight is (3, 16), expected (64, 16)",
+    ]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parameters(model).items())
+
+
+def test_a_long_list_of_faults_is_cut(tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path) -> None:
+    other = {f"vit.{name}": tensor for name, tensor in parameters(source).items()}  # another program's names
+    config = tiny_config(f"run.init_from={saved(torch.save, other, tmp_path / 'w.pth')}")
+    with pytest.raises(ArtefactError, match=r"missing cls_token[\s\S]*and \d+ more$"):
+        warm_start(build_for_training(config, None), config, runtime())
+
+
+def test_a_deeper_encoder_is_not_cut_down_in_silence(
+    tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path
+) -> None:
+    path = saved(torch.save, parameters(source), tmp_path / "w.pth")
+    config = tiny_config("model.depth=2", f"run.init_from={path}")
+    with pytest.raises(ArtefactError, match=r"unexpected blocks\.2\.norm1\.weight \(16,\)"):
+        warm_start(build_for_training(config, None), config, runtime())
+
+
+# Foreign files; torch warns of pickle protocols that it does not write itself.
+
+
+class Payload:
+    """What unpickles to a call that writes a file."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("hide", [lambda p: p, lambda p: {"model": {"a": torch.ones(2)}, "optimizer": p}])
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
+    tmp_path: Path, hide: Callable[[Payload], object], save: Callable[[object, Path], None]
+) -> None:
+    witness, path = tmp_path / "witness", tmp_path / "w.pth"
+    save(hide(Payload(witness)), path)
+    with pytest.raises(ArtefactError, match=r"w.pth refused: more than tensors in it, or damaged; nothing was run"):
+        read_weights(path)
+    assert not witness.exists()
+    pickle.loads(pickle.dumps(Payload(witness)))  # the payload is a working one
+    assert witness.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", b"\x80\x02}q\x00.", b"PK\x03\x04" + bytes(100), b"\x80\x04K\x01."]
+)
+def test_files_that_are_no_weights_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"run.init_from: .*w.pth (refused|holds no weights)"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_file_cut_short_is_refused(source: MaskedAutoencoder, tmp_path: Path) -> None:
+    for name, save in (("w.pth", torch.save), ("w.safetensors", save_file)):
+        path = saved(save, parameters(source), tmp_path / name)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ArtefactError, match=rf"run.init_from: .*{name}"):
+            read_weights(path)
+
+
+def test_an_encoder_folder_cut_short_is_refused(source: MaskedAutoencoder, tiny_config: Make, tmp_path: Path) -> None:
+    folder = encoder_folder(source, tiny_config(), tmp_path / "encoder")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is no safetensors file"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [{"model": [torch.ones(2)]}, torch.ones(2), {"model": {"a": 3}}, {3: torch.ones(2)}, {}]
+)
+def test_tensors_without_names_are_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ArtefactError, match="holds no weights: expected tensors by name, maybe under 'model'"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("absent", "run.init_from: .*absent not found"),
+        ("w.bin", r"w.bin: expected a folder of ours, .safetensors, .pth or .pt"),
+        ("empty", "empty holds no checkpoint: expected a run folder"),
+    ):
+        with pytest.raises(ArtefactError, match=message):
+            read_weights(tmp_path / name)
+
+
+def test_a_damaged_checkpoint_is_named(source: MaskedAutoencoder, tiny_config: Make, tmp_path: Path) -> None:
+    run = write_run(source, tiny_config(), tmp_path / "run")
+    shutil.rmtree(step_folder(run, 3) / WEIGHTS)
+    with pytest.raises(ArtefactError, match=r"shared.safetensors is damaged: missing"):
+        read_weights(run)
