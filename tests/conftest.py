@@ -26,6 +26,7 @@ from moce_ds.models.encode import EncodeSettings, write_features
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import build_model
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
+from moce_ds.moe.placement import in_order
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.runtime import Runtime
 from moce_ds.training.router import Router
@@ -130,7 +131,8 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             for name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=3.0 if name.startswith("gate.") else 0.2)
         ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
-        router = Router(model, ids_N, ep_size=1, noise=0.0, seed=0, runtime=ALONE)
+        slot_LE = in_order(2, 4)
+        router = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE)
         final = step_folder(config.run.out, 5)
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         manifest = {
@@ -139,6 +141,8 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             "model": config.model_spec.to_tree(),
             "clusters_hash": clusters.hash,
             "routing": router.record(5),
+            "placement": {"ep_size": 1, "slot_LE": slot_LE.tolist()},
+            "dealt_by": [],
             "files": write_part(draft_folder(final), WEIGHTS, weights),
         }
         publish(final, manifest)

@@ -30,11 +30,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS: dict[str, tuple[str, ...]] = {
     "deepspeed": (
         "moce_ds.moe.layer",
+        "moce_ds.moe.token_layer",
         "moce_ds.training.engine",
         "moce_ds.training.checkpoint",
         "moce_ds.training.loop",
         "moce_ds.compat",
+        "moce_ds.bench",
     ),
+    "scipy": ("moce_ds.moe.placement",),
     "nvidia": ("moce_ds.data.loader",),
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),

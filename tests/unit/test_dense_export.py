@@ -28,6 +28,7 @@ from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.vit import load_encoder
 from moce_ds.models.warm_start import is_decoder
+from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
@@ -73,8 +74,8 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
         assert (exported.forward_features(images) - expected).abs().max() < 1e-5
 
         clusters_WB = np.full((1, len(images)), cluster)
-        table = np.array(checkpoint.manifest["routing"]["expert_ML"])
-        routing = Routing(torch.from_numpy(clusters_WB[0]), make_plan(clusters_WB, table, 0, 1, 4), None)
+        table = np.array(checkpoint.manifest["routing"]["expert_ML"])[:, :, None]
+        routing = Routing(torch.from_numpy(clusters_WB[0]), make_plan(clusters_WB, table, in_order(2, 4), 0, 1), None)
         spec = ModelSpec.from_tree(checkpoint.manifest["model"])
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
         decoder = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}

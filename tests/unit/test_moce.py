@@ -15,6 +15,7 @@ from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing, upcycle
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import chosen_experts
+from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 
@@ -28,12 +29,13 @@ def dense() -> Any:
     return MaskedAutoencoder(SHAPE, DECODER, 0.75).double()
 
 
-def moce(combine: str, perturbation: float = 0.0, layers: tuple[int, ...] = LAYERS) -> Any:
+def moce(combine: str, perturbation: float = 0.0, k: int = 1, shared: bool = False) -> Any:
     """A MoCE made of `dense()`; its gate is sure enough for routes to differ."""
     torch.manual_seed(2)
     embeddings = torch.nn.functional.normalize(torch.randn(M, 6), dim=1)
     share = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.1])
-    made = Moce(SHAPE, DECODER, 0.75, ExpertShape(E, layers, 1.0, combine), embeddings, share, ReferenceMoE).double()
+    experts = ExpertShape(E, LAYERS, k=k, combine=combine, shared=shared)
+    made = Moce(SHAPE, DECODER, 0.75, experts, embeddings, share, ReferenceMoE).double()
     state = upcycle(dict(dense().named_parameters()), made.experts, perturbation, seed=0)
     missing, unexpected = made.load_state_dict(state, strict=False)
     assert unexpected == []
@@ -44,9 +46,14 @@ def moce(combine: str, perturbation: float = 0.0, layers: tuple[int, ...] = LAYE
     return made
 
 
+def experts_of(model: Moce, noise: Tensor | None = None) -> np.ndarray:
+    """The route table, expert_MLK."""
+    return chosen_experts(model.gate(noise), model.experts.k).numpy()
+
+
 def routing(model: Moce, clusters: Sequence[int], noise: Tensor | None = None) -> Routing:
     clusters_WB = np.array([clusters], dtype=np.int64)
-    plan = make_plan(clusters_WB, chosen_experts(model.gate(noise)), 0, 1, E)
+    plan = make_plan(clusters_WB, experts_of(model, noise), in_order(len(LAYERS), E), 0, 1)
     return Routing(torch.from_numpy(clusters_WB[0]), plan, noise)
 
 
@@ -65,7 +72,7 @@ CLUSTERS = (0, 3, 1, 4, 2, 3)
 
 def test_without_perturbation_straight_through_is_the_dense_mae(images: Tensor, noise: Tensor) -> None:
     model = moce("straight_through")
-    assert len(np.unique(chosen_experts(model.gate()), axis=0)) > 1  # the images do take different routes
+    assert len(np.unique(experts_of(model), axis=0)) > 1  # the images do take different routes
     expected = dense()(images, noise)
     found = model(images, noise, routing(model, CLUSTERS)).reconstruction
     assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
@@ -78,12 +85,12 @@ def test_without_perturbation_straight_through_is_the_dense_mae(images: Tensor, 
 def test_each_image_goes_through_the_experts_of_its_cluster(images: Tensor, noise: Tensor, combine: str) -> None:
     """One image at a time through blocks whose MLP is replaced by p times the chosen expert."""
     model = moce(combine, perturbation=0.5)
-    probs, chosen = model.gate(), chosen_experts(model.gate())
+    probs, chosen = model.gate(), experts_of(model)
     together = model(images, noise, routing(model, CLUSTERS)).reconstruction.patches_BNP
     for b, cluster in enumerate(CLUSTERS):
         mae = dense()
         for layer, block in enumerate(LAYERS):
-            expert = int(chosen[cluster, layer])
+            expert = int(chosen[cluster, layer, 0])
             p = probs[layer, cluster, expert].double() if combine == "prob" else 1.0
             mlp = mae.blocks[block].mlp
             mlp.load_state_dict(model.blocks[block].mlp.experts[expert].state_dict())
@@ -95,19 +102,19 @@ def test_each_image_goes_through_the_experts_of_its_cluster(images: Tensor, nois
 
 def test_only_experts_on_a_route_learn_and_the_gate_does(images: Tensor, noise: Tensor) -> None:
     model = moce("straight_through", perturbation=0.1)
-    chosen = chosen_experts(model.gate())
+    chosen = experts_of(model)
     model(images, noise, routing(model, [3] * 6)).reconstruction.loss.backward()
     for layer, block in enumerate(LAYERS):
         for e, expert in enumerate(model.blocks[block].mlp.experts):
             learned = expert.fc1.weight.grad is not None and expert.fc1.weight.grad.abs().max() > 0
-            assert learned == (e == chosen[3, layer])
+            assert learned == (e == chosen[3, layer, 0])
         assert model.gate.weights[layer].grad.abs().max() > 0
 
 
 def test_noise_reaches_routes_and_losses(images: Tensor, noise: Tensor) -> None:
     model = moce("prob", perturbation=0.5)
     push = torch.zeros(len(LAYERS), M, E)
-    push[0, 3, (chosen_experts(model.gate())[3, 0] + 1) % E] = 100.0
+    push[0, 3, (experts_of(model)[3, 0, 0] + 1) % E] = 100.0
     calm, pushed = (model(images, noise, routing(model, CLUSTERS, given)) for given in (None, push))
     changed = (calm.reconstruction.patches_BNP - pushed.reconstruction.patches_BNP).abs().amax(dim=(1, 2)) > 1e-9
     assert changed.tolist() == [cluster == 3 for cluster in CLUSTERS]
@@ -116,7 +123,7 @@ def test_noise_reaches_routes_and_losses(images: Tensor, noise: Tensor) -> None:
 
 def test_upcycled_experts_are_the_dense_mlp_with_noise_of_the_stated_size() -> None:
     source = {name: p.detach() for name, p in dense().float().named_parameters()}
-    shape = ExpertShape(E, LAYERS, 1.0, "prob")
+    shape = ExpertShape(E, LAYERS)
     state = upcycle(source, shape, 0.1, seed=0)
     seen = []
     for name, tensor in source.items():
@@ -139,11 +146,11 @@ def test_upcycled_experts_are_the_dense_mlp_with_noise_of_the_stated_size() -> N
 
 def test_an_expert_s_start_depends_on_seed_layer_and_number_only() -> None:
     source = {name: p.detach() for name, p in dense().float().named_parameters()}
-    four = upcycle(source, ExpertShape(4, LAYERS, 1.0, "prob"), 0.1, seed=0)
+    four = upcycle(source, ExpertShape(4, LAYERS, combine="prob"), 0.1, seed=0)
     backwards = dict(reversed(source.items()))
     torch.manual_seed(123)
-    eight = upcycle(backwards, ExpertShape(8, (1, 2), 0.1, "straight_through"), 0.1, seed=0)
-    other = upcycle(source, ExpertShape(4, LAYERS, 1.0, "prob"), 0.1, seed=1)
+    eight = upcycle(backwards, ExpertShape(8, (1, 2), temperature=0.1), 0.1, seed=0)
+    other = upcycle(source, ExpertShape(4, LAYERS, combine="prob"), 0.1, seed=1)
     for expert in range(4):
         name = f"blocks.2.mlp.experts.{expert}.fc1.weight"
         assert torch.equal(four[name], eight[name]) and not torch.equal(four[name], other[name])
