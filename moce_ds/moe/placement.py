@@ -4,7 +4,7 @@ Nothing in a masked autoencoder mixes images, so an image may sit on any rank. W
 things are computed, never the result.
 
 Axes: M clusters, L expert layers, E experts a layer, P places (ranks of one expert-parallel group), G images of a
-micro-batch over all ranks, W ranks.
+micro-batch over all ranks, W ranks, U kinds of images.
 """
 
 import numpy as np
@@ -73,31 +73,48 @@ def local_order(
     ep_size: int,
 ) -> NDArray[np.int64]:
     """An order of a micro-batch, [G], whose consecutive equal parts go to ranks 0, 1, ...: images sit where their
-    experts live in as many layers as can be, every rank getting the same number.
-
-    Clusters that would lose most by sitting elsewhere are placed first. A pure function, the same on every rank.
+    experts live in as many layers as can be, every rank getting the same number. Where the plain order does as well
+    it stays. A pure function, the same on every rank.
     """
     held = slot_LE.shape[1] // ep_size
-    place_ML = np.take_along_axis(slot_LE, expert_ML.T, axis=1).T // held
-    gain_MP = (place_ML[:, :, None] == np.arange(ep_size)).sum(axis=1)
-    ranked_MP = np.sort(gain_MP, axis=1)
-    regret_M = ranked_MP[:, -1] - ranked_MP[:, -2] if ep_size > 1 else ranked_MP[:, -1]
-    by_cluster = np.argsort(clusters_G, kind="stable")
-    present, starts = np.unique(clusters_G[by_cluster], return_index=True)
-    images_of = dict(zip(present.tolist(), np.split(by_cluster, starts[1:]), strict=True))
-    room_P = np.full(ep_size, len(clusters_G) // ep_size)
-    at_place: list[list[NDArray[np.int64]]] = [[] for _ in range(ep_size)]
-    for cluster in present[np.argsort(-regret_M[present], kind="stable")].tolist():
-        images = images_of[cluster]
-        while len(images):
-            # The best place with room; among equally good ones that with most room.
-            gain_P = np.where(room_P > 0, gain_MP[cluster], -1)
-            place = int(np.lexsort((-room_P, -gain_P))[0])
-            taken, images = np.split(images, [room_P[place]])
-            at_place[place].append(taken)
-            room_P[place] -= len(taken)
-    # The ranks of a place hold copies of the same experts: they share its images, each in the order of the batch.
     part = len(clusters_G) // world_size
-    of_place = [np.concatenate(images) if images else np.zeros(0, np.int64) for images in at_place]
-    groups = [of_place[rank % ep_size][rank // ep_size * part :][:part] for rank in range(world_size)]
-    return np.concatenate([np.sort(images) for images in groups])
+    place_ML = np.take_along_axis(slot_LE, expert_ML.T, axis=1).T // held
+    # Images whose experts live at the same places are of one kind, whatever their cluster.
+    place_UL, kind_G = np.unique(place_ML[clusters_G], axis=0, return_inverse=True)
+    kind_G = kind_G.reshape(-1)
+    gain_UP = (place_UL[:, :, None] == np.arange(ep_size)).sum(axis=1)
+    plain_G = np.repeat(np.arange(world_size) % ep_size, part)
+    home_G = _homes(kind_G, gain_UP)
+    if gain_UP[kind_G, home_G].sum() <= gain_UP[kind_G, plain_G].sum():
+        return np.arange(len(clusters_G))
+    # The ranks of a place hold copies of the same experts: they share its images, each in the order of the batch.
+    of_place = [np.flatnonzero(home_G == place) for place in range(ep_size)]
+    return np.concatenate([of_place[rank % ep_size][rank // ep_size * part :][:part] for rank in range(world_size)])
+
+
+def _homes(kind_G: NDArray[np.int64], gain_UP: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A place for every image, each place getting the same number, so that the gains add up to much.
+
+    The kind that would lose most by another place chooses first; who that is is asked again when a place is full
+    (Vogel's approximation of the transport problem, exact for one layer).
+    """
+    home_G = np.empty_like(kind_G)
+    room_P = np.full(gain_UP.shape[1], len(kind_G) // gain_UP.shape[1])
+    images_U = np.split(np.argsort(kind_G, kind="stable"), np.cumsum(np.bincount(kind_G))[:-1])
+    waiting = dict(enumerate(images_U))
+    while waiting:
+        kinds = np.array(list(waiting))
+        open_UP = np.where(room_P > 0, gain_UP[kinds], -1)
+        best_two = np.sort(open_UP, axis=1)[:, -2:]
+        for choosing in np.argsort(best_two[:, 0] - best_two[:, -1], kind="stable"):
+            # The best place with room; among equally good ones that with most room.
+            place = int(np.lexsort((-room_P, -open_UP[choosing]))[0])
+            kind = int(kinds[choosing])
+            taken, left = np.split(waiting.pop(kind), [room_P[place]])
+            home_G[taken] = place
+            room_P[place] -= len(taken)
+            if len(left):
+                waiting[kind] = left
+            if not room_P[place]:
+                break
+    return home_G

@@ -1,0 +1,146 @@
+"""Where experts live and which rank reads which image: always legal, never worse than doing nothing.
+
+Axes: M clusters, L expert layers, E experts, P places (ranks of a group), G images of a micro-batch, W ranks.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moce_ds.moe.placement import fitting_placement, held_experts, in_order, local_order
+from moce_ds.moe.plan import make_plan
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, its route table, and where experts live on how many ranks."""
+
+    clusters_G: np.ndarray
+    expert_ML: np.ndarray
+    slot_LE: np.ndarray
+    world: int
+    ep: int
+
+    def order(self) -> np.ndarray:
+        return local_order(self.clusters_G, self.expert_ML, self.slot_LE, self.world, self.ep)
+
+    def moved(self, order_G: np.ndarray) -> int:
+        """Rows that leave their rank, over all layers, by the plans that training makes."""
+        clusters_WB = self.clusters_G[order_G].reshape(self.world, -1)
+        plans = [
+            make_plan(clusters_WB, self.expert_ML[:, :, None], self.slot_LE, rank, self.ep) for rank in range(self.world)
+        ]
+        return sum(layer.moved for plan in plans for layer in plan.layers)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    ep = draw(st.sampled_from([1, 2, 4]))
+    world, num_experts = ep * draw(st.integers(1, 3)), ep * draw(st.integers(1, 3))
+    layers, clusters = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    weights = random.dirichlet(np.full(clusters, draw(st.sampled_from([0.2, 5.0]))))
+    clusters_G = random.choice(clusters, size=world * draw(st.integers(1, 8)), p=weights)
+    slot_LE = random.permuted(np.tile(np.arange(num_experts), (layers, 1)), axis=1)
+    return Batch(clusters_G, random.integers(0, num_experts, (clusters, layers)), slot_LE, world, ep)
+
+
+@given(batches())
+def test_an_order_deals_every_image_once_and_moves_no_more_than_the_plain_one(batch: Batch) -> None:
+    plain_G, order_G = np.arange(len(batch.clusters_G)), batch.order()
+    assert sorted(order_G.tolist()) == plain_G.tolist()
+    assert batch.moved(order_G) <= batch.moved(plain_G)
+    for part in order_G.reshape(batch.world, -1):
+        assert sorted(part) == part.tolist()  # a rank reads its images in the order of the batch
+    np.testing.assert_array_equal(batch.order(), order_G)
+
+
+@given(batches())
+def test_with_one_layer_nothing_moves_but_what_has_no_room(batch: Batch) -> None:
+    one = Batch(batch.clusters_G, batch.expert_ML[:, :1], batch.slot_LE[:1], batch.world, batch.ep)
+    home_G = one.slot_LE[0][one.expert_ML[one.clusters_G, 0]] // (one.slot_LE.shape[1] // one.ep)
+    room = len(home_G) // one.ep
+    overflow = np.maximum(np.bincount(home_G, minlength=one.ep) - room, 0).sum()
+    assert one.moved(one.order()) == overflow
+
+
+def test_a_full_place_does_not_drive_others_from_theirs() -> None:
+    """Five images want place 0, which has room for two; those of places 1 and 2 stay at home all the same."""
+    batch = Batch(np.array([0, 0, 0, 0, 0, 1, 1, 2]), np.array([[0], [1], [2]]), in_order(1, 4), 4, 4)
+    assert batch.moved(batch.order()) == 3
+
+
+def test_a_batch_that_is_local_already_keeps_its_order() -> None:
+    batch = Batch(np.array([1, 0, 3, 2]), np.array([[0], [1], [2], [3]]), in_order(1, 4), 2, 2)
+    assert batch.order().tolist() == [0, 1, 2, 3]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """(expert_ML, share_M, num_experts, ep_size)"""
+    ep, layers, clusters = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    num_experts = ep * draw(st.integers(1, 4))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return random.integers(0, num_experts, (clusters, layers)), random.dirichlet(np.ones(clusters)), num_experts, ep
+
+
+def place_of(slot_LE: np.ndarray, ep: int) -> np.ndarray:
+    return slot_LE // (slot_LE.shape[1] // ep)
+
+
+@given(tables())
+def test_a_placement_is_a_permutation_with_equally_many_experts_a_place(case: tuple) -> None:
+    expert_ML, share_M, num_experts, ep = case
+    slot_LE = fitting_placement(expert_ML, share_M, num_experts, ep)
+    assert slot_LE.shape == (expert_ML.shape[1], num_experts) and slot_LE.dtype == np.int64
+    for slot_E in slot_LE:
+        assert sorted(slot_E) == list(range(num_experts))
+        held = [held_experts(slot_E, place, ep) for place in range(ep)]
+        assert [len(experts) for experts in held] == [num_experts // ep] * ep
+        assert sorted(sum(held, [])) == list(range(num_experts))
+
+
+@given(tables())
+def test_tied_routes_have_their_experts_at_one_place_in_every_layer(case: tuple) -> None:
+    expert_ML, share_M, num_experts, ep = case
+    tied_ML = np.repeat(expert_ML[:, :1], 3, axis=1)
+    place_LE = place_of(fitting_placement(tied_ML, share_M, num_experts, ep), ep)
+    used = np.unique(tied_ML)
+    assert (place_LE[:, used] == place_LE[0, used]).all()
+
+
+@given(tables())
+def test_later_layers_are_placed_so_that_as_few_images_move_as_can_be(case: tuple) -> None:
+    """Between two layers: no exchange of two experts' slots in the second keeps more images where they are."""
+    expert_ML, share_M, num_experts, ep = case
+    expert_ML = expert_ML[:, [0, -1]]
+    place_LE = place_of(fitting_placement(expert_ML, share_M, num_experts, ep), ep)
+
+    def staying(place_E: np.ndarray) -> float:
+        return float(share_M[place_LE[0, expert_ML[:, 0]] == place_E[expert_ML[:, 1]]].sum())
+
+    best = staying(place_LE[1])
+    assert best >= staying(place_LE[0]) - 1e-12
+    for a in range(num_experts):
+        for b in range(a):
+            other_E = place_LE[1].copy()
+            other_E[[a, b]] = other_E[[b, a]]
+            assert best >= staying(other_E) - 1e-12
+
+
+def test_places_share_the_load_of_the_first_layer() -> None:
+    expert_ML, share_M = np.arange(8)[:, None], np.array([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05])
+    place_E = place_of(fitting_placement(expert_ML, share_M, 8, 2), 2)[0]
+    assert np.bincount(place_E, weights=share_M).tolist() == pytest.approx([0.5, 0.5], abs=0.025)
+
+
+def test_a_fitted_placement_saves_what_a_plain_one_moves() -> None:
+    """Routes that jump from expert e to expert 3 - e: in order every image moves, fitted none."""
+    expert_ML = np.array([[0, 3], [1, 2], [2, 1], [3, 0]])
+    clusters_G, fitted = np.array([3, 2, 1, 0] * 4), fitting_placement(expert_ML, np.full(4, 0.25), 4, 2)
+    plain, own = (Batch(clusters_G, expert_ML, slot_LE, 4, 2) for slot_LE in (in_order(2, 4), fitted))
+    assert plain.moved(plain.order()) == 16
+    assert own.moved(own.order()) == 0
