@@ -1,9 +1,12 @@
-"""The expert layer over 1, 2 and 4 processes computes what `ReferenceMoE` computes in one, to 1e-12 in float64.
+"""The expert layer over 1, 2 and 4 processes computes what `ReferenceMoE` computes in one, to 1e-12 in float64: all
+experts, the shared expert and the gate, in permuted slots, with images dealt to ranks in any order.
 
-Axes: W ranks, B images of a rank, G = W x B images of all, T tokens, D width, M clusters, L layers, E experts.
+Axes: W ranks, B images of a rank, G = W x B images of all, T tokens, D width, M clusters, L layers, E experts,
+K experts an image is sent to.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import deepspeed
@@ -15,15 +18,37 @@ from harness import run_distributed
 from torch import Tensor, nn
 
 from moce_ds.compat import quiet_deepspeed
+from moce_ds.moe.gate import ClusterGate, combine_weights
 from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.placement import held_experts, local_order
 from moce_ds.moe.plan import Plan, make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.runtime import started
 
-B, T, D, M, L, E = 6, 3, 8, 12, 2, 8
+B, T, D, M, L, E, C = 6, 3, 8, 12, 2, 8, 5
 EP_SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}
-CASES = ("random clusters", "all images to one expert", "a rank that gets nothing")
-QUANTITIES = ("output", "input gradient", "combine weight gradient", "expert gradient")
+BATCHES = ("random clusters", "all images to one expert", "a rank that gets nothing", "a new cluster")
+QUANTITIES = ("output", "input gradient", "expert gradient", "shared gradient", "gate gradient")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison."""
+
+    ep: int
+    k: int
+    batch: str
+    locality: bool
+
+    @property
+    def combine(self) -> str:
+        """A shared expert needs the paper's combination; both are tested."""
+        return "prob" if self.k == 1 else "straight_through"
+
+
+def cases(world: int) -> list[Case]:
+    return [Case(*values) for values in product(EP_SIZES[world], (1, 2), BATCHES, (False, True))]
+
 
 Differences = dict[str, float]
 """Largest difference from the reference, over the reference's largest value, by quantity."""
@@ -34,27 +59,48 @@ def make_expert() -> nn.Module:
     return nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
 
 
-def route_table(case: str) -> np.ndarray:
-    """expert_ML of a case."""
-    if case == "all images to one expert":
-        return np.full((M, L), E - 1)
-    # Experts 0 and 1 live on the first rank of a group whatever ep_size is: then the others get nothing.
-    choices = E if case == "random clusters" else 2
-    return np.random.default_rng(3).integers(choices, size=(M, L))
+def places(k: int) -> np.ndarray:
+    """slot_LE: a random one for every layer."""
+    return np.random.default_rng(k).permuted(np.tile(np.arange(E), (L, 1)), axis=1)
 
 
-def run_layers(layers: Sequence[nn.Module], plan: Plan, x_BTD: Tensor, weight_BL: Tensor, dy_BTD: Tensor) -> Tensor:
-    """Two expert layers one after the other, and the backward pass from the gradient `dy_BTD`; returns the output."""
-    y_BTD = x_BTD
+def route_table(batch: str, k: int) -> np.ndarray:
+    """expert_MLK of a case."""
+    random = np.random.default_rng(3)
+    if batch == "all images to one expert":
+        return np.tile(np.arange(E - 1, E - 1 - k, -1), (M, L, 1))
+    if batch == "a rank that gets nothing":  # slots 0 and 1 are on the first rank of a group whatever ep_size is
+        experts_L2 = np.argsort(places(k), axis=1)[:, :2]
+        return random.permuted(np.tile(experts_L2, (M, 1, 1)), axis=2)[:, :, :k]
+    return random.permuted(np.tile(np.arange(E), (M, L, 1)), axis=2)[:, :, :k]
+
+
+def batches_of(batch: str, W: int) -> list[np.ndarray]:
+    """Clusters of the images, [G], of two steps; a new cluster comes in the second only."""
+    random = np.random.default_rng(4)
+    if batch == "a new cluster":
+        second = random.integers(M - 1, size=W * B)
+        second[[1, -1]] = M - 1
+        return [random.integers(M - 1, size=W * B), second]
+    return [random.integers(M, size=W * B) for _ in range(2)]
+
+
+def forward(
+    layers: Sequence[nn.Module], gate: ClusterGate, plan: Plan, x: Tensor, clusters: Tensor, how: str
+) -> Tensor:
+    """Expert layers one after the other, with the weights that the gate gives."""
+    probs_LME = gate().double()
     for layer, module in enumerate(layers):
-        y_BTD = module(y_BTD, plan.layers[layer], weight_BL[:, layer])
-    y_BTD.backward(dy_BTD)
-    return y_BTD.detach()
+        x = module(
+            x, plan.layers[layer], combine_weights(probs_LME, layer, clusters, plan.layers[layer].experts_BK, how)
+        )
+    return x
 
 
-def gradients(experts: nn.ModuleList) -> list[Tensor]:
-    """One vector an expert; an expert without images must have gradients too, or DeepSpeed's buckets go wrong."""
-    return [torch.cat([p.grad.flatten() for p in expert.parameters() if p.grad is not None]) for expert in experts]
+def gradient(module: nn.Module) -> Tensor:
+    """One vector; what has no gradient counts as zero (an idle expert of the reference)."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+    return torch.cat([grad.flatten().double() for grad in grads])
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -62,73 +108,100 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def compare_with_reference() -> dict[tuple[int, str], Differences]:
-    """What one rank finds, for every ep_size and case."""
+def compare_with_reference() -> dict[Case, Differences]:
+    """What one rank finds, for every case of its world."""
     torch.set_num_threads(1)
     with started() as runtime:
         quiet_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)
-        W = runtime.world_size
-        return {(ep, case): _compare(case, ep, runtime.rank, W) for ep, case in product(EP_SIZES[W], CASES)}
+        return {case: _compare(case, runtime.rank, runtime.world_size) for case in cases(runtime.world_size)}
 
 
-def _compare(case: str, ep_size: int, rank: int, W: int) -> Differences:
+class DoubleGate(ClusterGate):
+    """The gate in float64: that of training decides in float32, whose rounding would hide all else."""
+
+    def forward(self, noise_LME: Tensor | None = None) -> Tensor:
+        logits_LME = torch.einsum("lec,mc->lme", torch.stack(list(self.weights)), self.embeddings_MC)
+        return torch.softmax(logits_LME / self.temperature, dim=-1)
+
+
+def _compare(case: Case, rank: int, W: int) -> Differences:
     torch.manual_seed(0)
-    reference = [ReferenceMoE(make_expert, E).double() for _ in range(L)]
-    x_GTD, dy_GTD = torch.randn(2, W * B, T, D, dtype=torch.float64)
-    weight_GL = torch.rand(W * B, L, dtype=torch.float64)
-    clusters_WB = torch.randint(M, (W, B)).numpy()
-    mine = slice(rank * B, (rank + 1) * B)
-
-    layers = [ClusterMoE(make_expert, E, ep_size).double() for _ in range(L)]
-    first = rank % ep_size * (E // ep_size)
-    for own, whole in zip(layers, reference, strict=True):
+    shared = case.combine == "prob"
+    slot_LE, table = places(case.k), route_table(case.batch, case.k)
+    reference = [ReferenceMoE(make_expert, E, shared).double() for _ in range(L)]
+    gates = [DoubleGate(torch.randn(M, C), L, E, 1.0).double() for _ in range(2)]
+    gates[1].load_state_dict(gates[0].state_dict())
+    layers = [ClusterMoE(make_expert, E, case.ep, shared).double() for _ in range(L)]
+    for own, whole, slot_E in zip(layers, reference, slot_LE, strict=True):
         own.set_deepspeed_parallelism()
-        for local, expert in enumerate(own.experts):
-            expert.load_state_dict(whole.experts[first + local].state_dict())
+        own.hold(held_experts(slot_E, rank % case.ep, case.ep))
+        for expert, number in zip(own.experts, own.expert_ids, strict=True):
+            expert.load_state_dict(whole.experts[number].state_dict())
+        if own.shared is not None and whole.shared is not None:
+            own.shared.load_state_dict(whole.shared.state_dict())
 
-    leaves = x_G, w_G = x_GTD.clone().requires_grad_(), weight_GL.clone().requires_grad_()
-    expected_GTD = run_layers(
-        reference, make_plan(clusters_WB.reshape(1, -1), route_table(case), 0, 1, E), *leaves, dy_GTD
-    )
-    own_leaves = x_B, w_B = x_GTD[mine].clone().requires_grad_(), weight_GL[mine].clone().requires_grad_()
-    y_BTD = run_layers(layers, make_plan(clusters_WB, route_table(case), rank, ep_size, E), *own_leaves, dy_GTD[mine])
+    worst: Differences = dict.fromkeys(QUANTITIES, 0.0)
+    for clusters_G in batches_of(case.batch, W):
+        x_GTD, dy_GTD = torch.randn(2, W * B, T, D, dtype=torch.float64)
+        order_G = np.arange(W * B)
+        if case.locality:
+            order_G = local_order(clusters_G, table[:, :, 0], slot_LE, W, case.ep)
+        mine = torch.from_numpy(order_G.reshape(W, B)[rank])
+        whole_plan = make_plan(clusters_G[None], table, slot_LE, 0, 1)
+        plan = make_plan(clusters_G[order_G].reshape(W, B), table, slot_LE, rank, case.ep)
+        x_G, x_B = x_GTD.clone().requires_grad_(), x_GTD[mine].clone().requires_grad_()
+        clusters = torch.from_numpy(clusters_G)
+        for module in (*layers, *reference, *gates):
+            module.zero_grad()
+        expected_GTD = forward(reference, gates[0], whole_plan, x_G, clusters, case.combine)
+        expected_GTD.backward(dy_GTD)
+        y_BTD = forward(layers, gates[1], plan, x_B, clusters[mine], case.combine)
+        y_BTD.backward(dy_GTD[mine])
+        assert x_G.grad is not None and x_B.grad is not None
+        assert all(p.grad is not None for own in layers for p in own.parameters()), "hooks must fire on every rank"
 
-    expected_grads, grads = [], []
-    for own, whole in zip(layers, reference, strict=True):
-        # An expert without images has no gradient in the reference and a zero one here.
-        whole_grads = [_gradient_or_zero(expert) for expert in whole.experts]
-        held = torch.zeros(E, len(whole_grads[0]), dtype=torch.float64)
-        held[first : first + len(own.experts)] = torch.stack(gradients(own.experts))
-        dist.all_reduce(held)
-        expected_grads.append(torch.stack(whole_grads))
-        grads.append(held)
-    assert x_G.grad is not None and w_G.grad is not None and x_B.grad is not None and w_B.grad is not None
-    found = (y_BTD, x_B.grad, w_B.grad, torch.stack(grads))
-    expected = (expected_GTD[mine], x_G.grad[mine], w_G.grad[mine], torch.stack(expected_grads))
-    return {name: relative(*pair) for name, *pair in zip(QUANTITIES, found, expected, strict=True)}
-
-
-def _gradient_or_zero(expert: nn.Module) -> Tensor:
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in expert.parameters()])
+        held = torch.zeros(L, E, gradient(layers[0].experts[0]).numel(), dtype=torch.float64)
+        for layer, own in enumerate(layers):
+            held[layer, own.expert_ids] = torch.stack([gradient(expert) for expert in own.experts])
+        everywhere = [own.shared if own.shared is not None else nn.Identity() for own in layers]
+        common = [torch.cat([torch.zeros(1).double(), *map(gradient, everywhere)]), gradient(gates[1])]
+        for tensor in (held, *common):
+            dist.all_reduce(tensor)
+        experts = torch.stack([torch.stack([gradient(expert) for expert in whole.experts]) for whole in reference])
+        whole_shared = [whole.shared if whole.shared is not None else nn.Identity() for whole in reference]
+        shared_gradient = torch.cat([torch.zeros(1).double(), *map(gradient, whole_shared)])
+        found = (y_BTD.detach(), x_B.grad, held, common[0], common[1])
+        expected = (expected_GTD.detach()[mine], x_G.grad[mine], experts, shared_gradient, gradient(gates[0]))
+        for name, got, wanted in zip(QUANTITIES, found, expected, strict=True):
+            if wanted.any():
+                worst[name] = max(worst[name], relative(got, wanted))
+            else:
+                assert not got.any()
+    return worst
 
 
 @pytest.fixture(scope="module")
-def by_rank(request: pytest.FixtureRequest) -> list[dict[tuple[int, str], Differences]]:
+def by_rank(request: pytest.FixtureRequest) -> list[dict[Case, Differences]]:
     """What every rank of a world of `request.param` processes found."""
     return run_distributed(compare_with_reference, request.param)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("by_rank", EP_SIZES, indirect=True)
-def test_layer_equals_reference(by_rank: list[dict[tuple[int, str], Differences]], case: str) -> None:
-    for rank, found in enumerate(by_rank):
-        for ep_size in EP_SIZES[len(by_rank)]:
-            for quantity in QUANTITIES:
-                assert found[ep_size, case][quantity] < 1e-12, f"{quantity} of rank {rank} at ep_size {ep_size}"
+def test_layer_equals_reference(by_rank: list[dict[Case, Differences]], batch: str) -> None:
+    compared = [case for case in cases(len(by_rank)) if case.batch == batch]
+    assert len(compared) == 4 * len(EP_SIZES[len(by_rank)])
+    for rank, case, quantity in product(range(len(by_rank)), compared, QUANTITIES):
+        assert by_rank[rank][case][quantity] < 1e-12, f"{quantity} of rank {rank}, {case}"
 
 
-def test_the_cases_are_what_they_say() -> None:
-    assert len(np.unique(route_table(CASES[0]))) > 4
-    assert set(route_table(CASES[1]).flat) == {E - 1}
-    assert set(route_table(CASES[2]).flat) == {0, 1}
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_batches_are_what_they_say(k: int) -> None:
+    assert len(np.unique(route_table(BATCHES[0], k))) > 4
+    assert set(route_table(BATCHES[1], k).flat) == set(range(E - k, E))
+    in_slots = np.stack([places(k)[layer][route_table(BATCHES[2], k)[:, layer]] for layer in range(L)])
+    assert set(in_slots.flat) == {0, 1}
+    first, second = batches_of(BATCHES[3], 2)
+    assert M - 1 not in first and M - 1 in second
+    assert not (places(k) == np.arange(E)).all(axis=1).any()

@@ -1,6 +1,6 @@
 """The gate's table, its noise and its two losses against formulas worked out by hand.
 
-Axes: L expert layers, M clusters, E experts, C width of a cluster embedding, B images.
+Axes: L expert layers, M clusters, E experts, K experts an image is sent to, C width of a cluster embedding, B images.
 """
 
 import math
@@ -10,15 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.moe.gate import ClusterGate, chosen_experts, combine_weight, gate_losses, gate_noise
+from moce_ds.moe.gate import (
+    ClusterGate,
+    RandomGate,
+    balanced_experts,
+    chosen_experts,
+    combine_weights,
+    gate_losses,
+    gate_noise,
+    live_experts,
+)
 
 L, M, E, C = 2, 5, 8, 6
 
 
-def gate(temperature: float = 1.0) -> ClusterGate:
+def gate(temperature: float = 1.0, init_scale: float = 0.1, tied: bool = False, learnable: bool = False) -> ClusterGate:
     torch.manual_seed(0)
     embeddings = torch.nn.functional.normalize(torch.randn(M, C), dim=1)
-    return ClusterGate(embeddings, L, E, temperature)
+    return ClusterGate(embeddings, L, E, temperature, tied=tied, learnable=learnable, init_scale=init_scale)
 
 
 def table(*rows: list[float]) -> Tensor:
@@ -52,17 +61,92 @@ def test_only_the_weights_are_learned() -> None:
     assert own().dtype == torch.float32  # routes are decided in one precision
 
 
-def test_routes_are_nearly_uniform_at_the_start() -> None:
-    assert gate()().max() < 2 / E
+@pytest.mark.parametrize("scale", [0.1, 1.0])
+def test_the_first_logits_have_the_stated_deviation(scale: float) -> None:
+    torch.manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(500, 32), dim=1)
+    logits = ClusterGate(embeddings, 1, 64, 1.0, init_scale=scale)().log()[0]
+    assert (logits - logits.mean(dim=1, keepdim=True)).std().item() == pytest.approx(scale, rel=0.1)
 
 
-def test_chosen_experts_are_those_of_highest_probability() -> None:
+def test_tied_layers_share_one_table_noise_included() -> None:
+    own, noise = gate(tied=True), torch.randn(L, M, E)
+    assert [tuple(p.shape) for p in own.parameters()] == [(E, C)]
+    for given in (None, noise):
+        probs = own(given)
+        assert probs.shape == (L, M, E) and torch.equal(probs[0], probs[1])
+    assert not torch.equal(own(noise), own())
+    torch.testing.assert_close(own(noise)[0], gate()(noise)[0])
+    own()[1, 0, 0].backward()
+    assert own.weights[0].grad.abs().max() > 0
+
+
+def test_learnable_embeddings_get_the_gradient_of_the_clusters_in_use() -> None:
+    own = gate(learnable=True)
+    assert torch.equal(own.embeddings_MC, gate().embeddings_MC) and "embeddings_MC" in dict(own.named_parameters())
+    combine_weights(own(), 1, torch.tensor([2, 2]), torch.tensor([[0], [3]]), "straight_through").sum().backward()
+    assert (own.embeddings_MC.grad.abs().amax(dim=1) > 0).tolist() == [c == 2 for c in range(M)]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_chosen_experts_are_those_of_highest_probability(k: int) -> None:
     probs = gate()()
-    chosen = chosen_experts(probs)
-    assert chosen.shape == (M, L) and chosen.dtype == np.int64
+    chosen = chosen_experts(probs, k)
+    assert chosen.shape == (M, L, k) and chosen.dtype == torch.int64
     for cluster in range(M):
         for layer in range(L):
-            assert probs[layer, cluster, chosen[cluster, layer]] == probs[layer, cluster].max()
+            found = probs[layer, cluster, chosen[cluster, layer]].tolist()
+            assert found == sorted(probs[layer, cluster].tolist(), reverse=True)[:k]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_random_gate_is_a_balanced_table_fixed_by_its_seed(tied: bool) -> None:
+    own = RandomGate(42, 3, E, seed=5, tied=tied)
+    torch.manual_seed(99)
+    probs = own()
+    assert list(own.parameters()) == [] and not probs.requires_grad
+    assert probs.shape == (3, 42, E) and torch.equal(probs.sum(dim=-1), torch.ones(3, 42))
+    clusters_LE = probs.sum(dim=1)
+    assert set(clusters_LE.unique().tolist()) == {5.0, 6.0}
+    assert torch.equal(own(torch.randn(3, 42, E)), probs) and torch.equal(RandomGate(42, 3, E, 5, tied=tied)(), probs)
+    assert not torch.equal(RandomGate(42, 3, E, 6, tied=tied)(), probs)
+    assert torch.equal(probs[0], probs[1]) == tied
+    assert combine_weights(probs, 0, torch.tensor([7]), chosen_experts(probs, 1)[7:8, 0], "prob").item() == 1
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_balanced_experts_have_nearly_equal_loads_where_clusters_are_small(k: int) -> None:
+    """A gate that sends most images to one expert; clusters of a thousandth of the data, unequal in size."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 1000, E) + torch.tensor([3.0] + [0.0] * (E - 1))
+    share = torch.rand(1000)
+    share = share / share.sum()
+    for choose, low, high in ((balanced_experts, 0.8, 1.2), (lambda p, _, k: chosen_experts(p, k), 0.0, 8.0)):
+        chosen = choose(torch.softmax(logits, dim=-1), share, k)
+        assert chosen.shape == (1000, 2, k) and chosen.dtype == torch.int64
+        for layer in range(2):
+            load = torch.bincount(chosen[:, layer, 0], weights=share, minlength=E) * E
+            assert low <= load.min() and load.max() <= high
+            assert k == 1 or (chosen[:, layer, 0] != chosen[:, layer, 1]).all()
+    assert load.max() > 3  # without balance it is another matter
+
+
+def test_balance_keeps_who_wants_an_expert_most() -> None:
+    """Two experts, four equal clusters that all like the first: the two that like it most get it."""
+    probs = torch.tensor([[[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]]])
+    assert balanced_experts(probs, torch.full((4,), 0.25), 1)[:, 0, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_balance_does_not_see_what_a_cluster_s_logits_have_in_common() -> None:
+    torch.manual_seed(1)
+    logits, share = torch.randn(1, 40, E), torch.full((40,), 1 / 40)
+    shifted = logits + 5 * torch.randn(1, 40, 1)
+    first, second = (balanced_experts(torch.softmax(x.double(), dim=-1), share, 2) for x in (logits, shifted))
+    assert torch.equal(first, second)
+
+
+def test_live_experts_are_those_that_any_cluster_chooses() -> None:
+    assert live_experts(np.array([[[0, 3]], [[3, 5]]]), E) == [[0, 3, 5]]
 
 
 def test_noise_is_shared_normal_and_scaled_by_the_number_of_experts() -> None:
@@ -125,25 +209,37 @@ def test_losses_push_where_they_should() -> None:
         assert getattr(after, name) < getattr(before, name)
 
 
-def test_prob_multiplies_by_p() -> None:
-    probs = gate()()
-    clusters, experts = torch.tensor([4, 0, 4]), torch.tensor([1, 7, 2])
-    weight = combine_weight(probs, 1, clusters, experts, "prob")
-    assert torch.equal(weight, torch.stack([probs[1, 4, 1], probs[1, 0, 7], probs[1, 4, 2]]))
+CLUSTERS, CHOSEN = torch.tensor([4, 0, 4]), torch.tensor([[1, 3], [7, 0], [2, 1]])
 
 
-def test_straight_through_multiplies_by_1_and_has_the_gradient_of_log_p() -> None:
-    clusters, experts = torch.tensor([4, 0, 4]), torch.tensor([1, 7, 2])
-    towards = torch.tensor([0.3, -2.0, 5.0])
+@pytest.mark.parametrize("k", [1, 2])
+def test_prob_multiplies_by_p(k: int) -> None:
+    probs, experts = gate()().detach(), CHOSEN[:, :k]
+    weight = combine_weights(probs, 1, CLUSTERS, experts, "prob")
+    expected = [[probs[1, c, e] for e in row] for c, row in zip(CLUSTERS, experts, strict=True)]
+    assert torch.equal(weight, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_straight_through_sums_to_1_and_has_the_gradient_of_the_log_of_the_chosen_share(k: int) -> None:
+    """For equal upstream gradients the sum of weights has the gradient of log(sum of p); for k = 1 that is log p."""
+    experts, towards = CHOSEN[:, :k], torch.tensor([0.3, -2.0, 5.0])
+    weight = combine_weights(gate()(), 1, CLUSTERS, experts, "straight_through")
+    torch.testing.assert_close(weight.sum(dim=1), torch.ones(3))
     gradients = []
     for function in (
-        lambda probs: combine_weight(probs, 1, clusters, experts, "straight_through"),
-        lambda probs: probs[1, clusters, experts].log(),
+        lambda probs: combine_weights(probs, 1, CLUSTERS, experts, "straight_through").sum(dim=1),
+        lambda probs: probs[1, CLUSTERS[:, None], experts].sum(dim=1).log(),
     ):
         own = gate()
-        value = function(own())
-        (value * towards).sum().backward()
+        (function(own()) * towards).sum().backward()
         gradients.append(own.weights[1].grad)
-    assert torch.equal(combine_weight(gate()(), 1, clusters, experts, "straight_through"), torch.ones(3))
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0].abs().max() > 0
+
+
+def test_straight_through_of_two_shares_out_by_p() -> None:
+    probs = gate()()
+    weight = combine_weights(probs, 0, CLUSTERS, CHOSEN, "straight_through")
+    p = torch.stack([probs[0, c, row] for c, row in zip(CLUSTERS, CHOSEN, strict=True)])
+    torch.testing.assert_close(weight[:, 0] / weight[:, 1], p[:, 0] / p[:, 1])

@@ -31,7 +31,8 @@ class Batch:
         """Rows that leave their rank, over all layers, by the plans that training makes."""
         clusters_WB = self.clusters_G[order_G].reshape(self.world, -1)
         plans = [
-            make_plan(clusters_WB, self.expert_ML[:, :, None], self.slot_LE, rank, self.ep) for rank in range(self.world)
+            make_plan(clusters_WB, self.expert_ML[:, :, None], self.slot_LE, rank, self.ep)
+            for rank in range(self.world)
         ]
         return sum(layer.moved for plan in plans for layer in plan.layers)
 
@@ -100,7 +101,7 @@ def test_a_placement_is_a_permutation_with_equally_many_experts_a_place(case: tu
         assert sorted(slot_E) == list(range(num_experts))
         held = [held_experts(slot_E, place, ep) for place in range(ep)]
         assert [len(experts) for experts in held] == [num_experts // ep] * ep
-        assert sorted(sum(held, [])) == list(range(num_experts))
+        assert sorted(expert for experts in held for expert in experts) == list(range(num_experts))
 
 
 @given(tables())

@@ -7,6 +7,7 @@ import pytest
 
 from moce_ds.config import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
+from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes
 
@@ -41,6 +42,11 @@ MOCE = ("model.arch=moce", "experts.clusters=clusters")
         ([*MOCE, "experts.layers=[2, 1]"], "experts.layers: [2, 1]; expected different blocks in rising order"),
         ([*MOCE, "experts.layers=[1, 1]"], "experts.layers: [1, 1]; expected different blocks in rising order"),
         ([*MOCE, "experts.layers=[]"], "experts.layers: []; expected different blocks"),
+        ([*MOCE, "experts.num=1", "experts.k=2"], "experts.k: 2 experts an image of experts.num 1"),
+        ([*MOCE, "experts.shared_expert=true"], "experts.shared_expert: needs experts.combine=prob and a gate"),
+        ([*MOCE, "experts.shared_expert=true", "experts.combine=prob", "experts.gate=token"], "experts.shared_expert: "),
+        ([*MOCE, "experts.k=3"], "experts.k: got 3; Input should be 1 or 2"),
+        ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster', 'random' or 'token'"),
         (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
         (["mask_ratio=0.5"], "mask_ratio: no such setting. Did you mean model.mask_ratio?"),
         (["model.vit=vit_gigantic"], "model.vit: got 'vit_gigantic'; expected the name of a ViT in timm."),
@@ -58,6 +64,18 @@ def test_impossible_settings_are_refused_with_the_key_and_what_is_allowed(
 
 def test_settings_of_experts_do_not_trouble_a_dense_run(tiny_config: Make) -> None:
     assert tiny_config("experts.num=6", "experts.ep_size=4", "experts.layers=[9]").model_spec.experts is None
+
+
+def test_a_gate_that_reads_tokens_needs_no_clusters(tiny_config: Make) -> None:
+    experts = tiny_config("model.arch=moce", "experts.gate=token").model_spec.experts
+    assert experts is not None and experts.gate == "token"
+
+
+def test_the_gate_s_settings_reach_the_model(tiny_config: Make) -> None:
+    words = ["gate=random", "k=2", "gate_sharing=tied", "embeddings=learnable", "combine=prob", "shared_expert=true"]
+    words += ["gate_temperature=0.1", "gate_init=0.5", "num=4"]
+    experts = tiny_config(*MOCE, *(f"experts.{word}" for word in words), "run.seed=7").model_spec.experts
+    assert experts == ExpertShape(4, (0, 2), "random", 2, 0.1, True, True, 0.5, "prob", True, 7)
 
 
 def test_required_settings_are_named() -> None:
@@ -120,7 +138,8 @@ def test_what_a_resumed_run_may_change() -> None:
     every = {key for key, _ in keys(PretrainSettings)}
     allowed = every - forbidden_changes(every)
     assert allowed == {
-        "experts.ep_size", "data.threads", "optim.accumulation", "engine.precision", "engine.zero_stage", "run.out",
+        "experts.ep_size", "experts.loader_locality", "experts.execution", "data.threads", "optim.accumulation",
+        "engine.precision", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile", "run.out",
         "run.init_from", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
     }  # fmt: skip
 

@@ -1,0 +1,116 @@
+"""Experts in one process: `ExpertLayer` against the blackboard version, and the two ways to run experts.
+
+Axes: B images, K experts an image is sent to, S rows, T tokens, D width, E experts.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moce_ds.models.mae import make_mlp
+from moce_ds.moe.experts import Execute, ExpertLayer, fitting_execution, run_grouped, run_one_by_one
+from moce_ds.moe.plan import LayerPlan, plan_layer
+from moce_ds.moe.reference import ReferenceMoE
+
+B, T, D, E = 7, 3, 16, 4
+
+
+def make_expert() -> nn.Module:
+    return make_mlp(D, 2.0)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+
+
+def run(
+    module: nn.Module, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor, dy_BTD: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Tensor]]:
+    """Output, and gradients of input, combine weights and parameters."""
+    x_BTD, weight_BK = x_BTD.clone().requires_grad_(), weight_BK.clone().requires_grad_()
+    y_BTD = module(x_BTD, plan, weight_BK)
+    y_BTD.backward(dy_BTD)
+    return y_BTD.detach(), x_BTD.grad, weight_BK.grad, gradients(module)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_layer_is_the_reference(k: int, shared: bool) -> None:
+    torch.manual_seed(0)
+    reference = ReferenceMoE(make_expert, E, shared).double()
+    slots = np.array([2, 0, 3, 1])
+    layer = ExpertLayer(make_expert, E, shared).double()
+    by_slot = {f"experts.{slots[e]}.": f"experts.{e}." for e in range(E)}
+    state = reference.state_dict()
+    layer.load_state_dict({name: state[by_slot.get(name[:10], name[:10]) + name[10:]] for name in layer.state_dict()})
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(3), (B, 1)), axis=1)[:, :k]  # expert 3 gets nothing
+    plan = plan_layer(chosen[None], slots, 0, 1)
+    x_BTD, dy_BTD = torch.randn(2, B, T, D, dtype=torch.float64)
+    weight_BK = torch.rand(B, k, dtype=torch.float64) / k
+    *found, own = run(layer, x_BTD, plan, weight_BK, dy_BTD)
+    *expected, theirs = run(reference, x_BTD, plan, weight_BK, dy_BTD)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for name, gradient in own.items():
+        wanted = theirs[by_slot.get(name[:10], name[:10]) + name[10:]]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+    assert all(p.grad is not None for p in layer.parameters())  # DeepSpeed's hooks fire for an idle expert too
+
+
+def test_equal_experts_and_shared_expert_are_the_dense_mlp() -> None:
+    torch.manual_seed(0)
+    layer = ExpertLayer(make_expert, E, shared=True).double()
+    dense = make_expert().double()
+    for mlp in (*layer.experts, layer.shared):
+        assert mlp is not None
+        mlp.load_state_dict(dense.state_dict())
+    plan = plan_layer(np.array([[[0, 1], [2, 3], [3, 0]]]), np.arange(E), 0, 1)
+    x_BTD = torch.randn(3, T, D, dtype=torch.float64)
+    torch.testing.assert_close(layer(x_BTD, plan, torch.tensor([[0.2, 0.1], [0.5, 0.5], [0.0, 0.3]])), dense(x_BTD))
+
+
+COUNTS = ([3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0], [2, 2, 2, 3])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    def result(execute: Execute) -> list[Tensor]:
+        torch.manual_seed(0)
+        experts = nn.ModuleList(make_expert() for _ in range(E)).to(dtype)
+        x_STD, dy_STD = torch.randn(2, sum(counts), T, D).to(dtype)
+        x_STD.requires_grad_()
+        y_STD = execute(experts, x_STD, counts)
+        y_STD.backward(dy_STD)
+        assert x_STD.grad is not None and all(p.grad is not None for p in experts.parameters())
+        return [y_STD.detach(), x_STD.grad, *gradients(experts).values()]
+
+    for got, wanted in zip(result(run_grouped), result(run_one_by_one), strict=True):
+        assert got.dtype == wanted.dtype == dtype and got.shape == wanted.shape
+        if got.numel():
+            assert (got - wanted).abs().max() <= tolerance * max(1.0, wanted.abs().max().item())
+
+
+def test_under_autocast_both_ways_give_bf16_from_fp32_weights() -> None:
+    def result(execute: Execute) -> Tensor:
+        torch.manual_seed(0)
+        layer = ExpertLayer(make_expert, E)
+        layer.execute = execute
+        plan = plan_layer(np.array([[[0], [2], [2]]]), np.arange(E), 0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y_BTD = layer(torch.randn(3, T, D), plan, torch.ones(3, 1))
+        y_BTD.sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+        return y_BTD.detach()
+
+    loop, grouped = result(run_one_by_one), result(run_grouped)
+    assert loop.dtype == grouped.dtype == torch.bfloat16
+    assert (loop - grouped).abs().max() < 0.03
+
+
+def test_on_a_cpu_experts_run_one_by_one() -> None:
+    rule: Callable[..., Execute] = fitting_execution
+    assert rule(torch.device("cpu"), bf16=True, num_held=8) is run_one_by_one
