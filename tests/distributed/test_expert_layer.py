@@ -42,8 +42,13 @@ class Case:
 
     @property
     def combine(self) -> str:
-        """A shared expert needs the paper's combination; both are tested."""
-        return "prob" if self.k == 1 else "straight_through"
+        """Both ways are tested."""
+        return "straight_through" if self.batch == "a new cluster" else "prob"
+
+    @property
+    def shared(self) -> bool:
+        """A shared expert needs the paper's combination."""
+        return self.combine == "prob"
 
 
 def cases(world: int) -> list[Case]:
@@ -97,10 +102,11 @@ def forward(
     return x
 
 
-def gradient(module: nn.Module) -> Tensor:
-    """One vector; what has no gradient counts as zero (an idle expert of the reference)."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
-    return torch.cat([grad.flatten().double() for grad in grads])
+def gradient(*modules: nn.Module | None) -> Tensor:
+    """One vector; what has no gradient counts as zero (an idle expert of the reference). It begins with a zero."""
+    parameters = [p for module in modules if module is not None for p in module.parameters()]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return torch.cat([torch.zeros(1, dtype=torch.float64), *(grad.flatten() for grad in grads)])
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -127,58 +133,67 @@ class DoubleGate(ClusterGate):
 
 def _compare(case: Case, rank: int, W: int) -> Differences:
     torch.manual_seed(0)
-    shared = case.combine == "prob"
     slot_LE, table = places(case.k), route_table(case.batch, case.k)
-    reference = [ReferenceMoE(make_expert, E, shared).double() for _ in range(L)]
-    gates = [DoubleGate(torch.randn(M, C), L, E, 1.0).double() for _ in range(2)]
-    gates[1].load_state_dict(gates[0].state_dict())
-    layers = [ClusterMoE(make_expert, E, case.ep, shared).double() for _ in range(L)]
-    for own, whole, slot_E in zip(layers, reference, slot_LE, strict=True):
-        own.set_deepspeed_parallelism()
-        own.hold(held_experts(slot_E, rank % case.ep, case.ep))
-        for expert, number in zip(own.experts, own.expert_ids, strict=True):
-            expert.load_state_dict(whole.experts[number].state_dict())
-        if own.shared is not None and whole.shared is not None:
-            own.shared.load_state_dict(whole.shared.state_dict())
-
+    reference = [ReferenceMoE(make_expert, E, case.shared).double() for _ in range(L)]
+    gate = DoubleGate(torch.randn(M, C), L, E, 1.0).double()
+    layers = [_distributed(whole, slot_E, case, rank) for whole, slot_E in zip(reference, slot_LE, strict=True)]
     worst: Differences = dict.fromkeys(QUANTITIES, 0.0)
     for clusters_G in batches_of(case.batch, W):
         x_GTD, dy_GTD = torch.randn(2, W * B, T, D, dtype=torch.float64)
         order_G = np.arange(W * B)
         if case.locality:
             order_G = local_order(clusters_G, table[:, :, 0], slot_LE, W, case.ep)
-        mine = torch.from_numpy(order_G.reshape(W, B)[rank])
-        whole_plan = make_plan(clusters_G[None], table, slot_LE, 0, 1)
+        own_G = torch.from_numpy(order_G.reshape(W, B)[rank])
         plan = make_plan(clusters_G[order_G].reshape(W, B), table, slot_LE, rank, case.ep)
-        x_G, x_B = x_GTD.clone().requires_grad_(), x_GTD[mine].clone().requires_grad_()
+        whole_plan = make_plan(clusters_G[None], table, slot_LE, 0, 1)
         clusters = torch.from_numpy(clusters_G)
-        for module in (*layers, *reference, *gates):
-            module.zero_grad()
-        expected_GTD = forward(reference, gates[0], whole_plan, x_G, clusters, case.combine)
-        expected_GTD.backward(dy_GTD)
-        y_BTD = forward(layers, gates[1], plan, x_B, clusters[mine], case.combine)
-        y_BTD.backward(dy_GTD[mine])
-        assert x_G.grad is not None and x_B.grad is not None
+        expected = _passes(reference, gate, whole_plan, x_GTD, clusters, dy_GTD, case)
+        found = _passes(layers, gate, plan, x_GTD[own_G], clusters[own_G], dy_GTD[own_G], case)
         assert all(p.grad is not None for own in layers for p in own.parameters()), "hooks must fire on every rank"
-
-        held = torch.zeros(L, E, gradient(layers[0].experts[0]).numel(), dtype=torch.float64)
-        for layer, own in enumerate(layers):
-            held[layer, own.expert_ids] = torch.stack([gradient(expert) for expert in own.experts])
-        everywhere = [own.shared if own.shared is not None else nn.Identity() for own in layers]
-        common = [torch.cat([torch.zeros(1).double(), *map(gradient, everywhere)]), gradient(gates[1])]
-        for tensor in (held, *common):
+        for tensor in found[2:]:
             dist.all_reduce(tensor)
-        experts = torch.stack([torch.stack([gradient(expert) for expert in whole.experts]) for whole in reference])
-        whole_shared = [whole.shared if whole.shared is not None else nn.Identity() for whole in reference]
-        shared_gradient = torch.cat([torch.zeros(1).double(), *map(gradient, whole_shared)])
-        found = (y_BTD.detach(), x_B.grad, held, common[0], common[1])
-        expected = (expected_GTD.detach()[mine], x_G.grad[mine], experts, shared_gradient, gradient(gates[0]))
+        expected[:2] = [tensor[own_G] for tensor in expected[:2]]
         for name, got, wanted in zip(QUANTITIES, found, expected, strict=True):
             if wanted.any():
                 worst[name] = max(worst[name], relative(got, wanted))
             else:
                 assert not got.any()
     return worst
+
+
+def _distributed(whole: ReferenceMoE, slot_E: np.ndarray, case: Case, rank: int) -> ClusterMoE:
+    """This rank's part of a reference layer."""
+    own = ClusterMoE(make_expert, E, case.ep, case.shared).double()
+    own.set_deepspeed_parallelism()
+    own.hold(held_experts(slot_E, rank % case.ep, case.ep))
+    for expert, number in zip(own.experts, own.expert_ids, strict=True):
+        expert.load_state_dict(whole.experts[number].state_dict())
+    if own.shared is not None and whole.shared is not None:
+        own.shared.load_state_dict(whole.shared.state_dict())
+    return own
+
+
+def _passes(
+    layers: Sequence[ReferenceMoE | ClusterMoE],
+    gate: ClusterGate,
+    plan: Plan,
+    x: Tensor,
+    clusters: Tensor,
+    dy: Tensor,
+    case: Case,
+) -> list[Tensor]:
+    """Forward and backward; the tensors of `QUANTITIES`, expert gradients by global number."""
+    for module in (*layers, gate):
+        module.zero_grad()
+    x = x.clone().requires_grad_()
+    y = forward(layers, gate, plan, x, clusters, case.combine)
+    y.backward(dy)
+    experts_LE = torch.zeros(L, E, len(gradient(layers[0].experts[0])), dtype=torch.float64)
+    for layer, module in enumerate(layers):
+        numbers = module.expert_ids if isinstance(module, ClusterMoE) else list(range(E))
+        experts_LE[layer, numbers] = torch.stack([gradient(expert) for expert in module.experts])
+    assert x.grad is not None
+    return [y.detach(), x.grad, experts_LE, gradient(*(module.shared for module in layers)), gradient(gate)]
 
 
 @pytest.fixture(scope="module")

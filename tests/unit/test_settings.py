@@ -44,7 +44,7 @@ MOCE = ("model.arch=moce", "experts.clusters=clusters")
         ([*MOCE, "experts.layers=[]"], "experts.layers: []; expected different blocks"),
         ([*MOCE, "experts.num=1", "experts.k=2"], "experts.k: 2 experts an image of experts.num 1"),
         ([*MOCE, "experts.shared_expert=true"], "experts.shared_expert: needs experts.combine=prob and a gate"),
-        ([*MOCE, "experts.shared_expert=true", "experts.combine=prob", "experts.gate=token"], "experts.shared_expert: "),
+        ([*MOCE, "experts.shared_expert=true", "experts.combine=prob", "experts.gate=token"], "experts.shared_exp"),
         ([*MOCE, "experts.k=3"], "experts.k: got 3; Input should be 1 or 2"),
         ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster', 'random' or 'token'"),
         (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
