@@ -238,7 +238,7 @@ def _next_agreed(runtime: Runtime, stream: Iterator[Batch], digest: int, step: i
     largest, negative_smallest = runtime.max([float(digest), float(-digest)])
     if largest != -negative_smallest:
         digests = runtime.texts(f"{digest:012x}")
-        usual = max(set(digests), key=digests.count)
+        usual = max(digests, key=digests.count)  # rank 0's where there is no majority: the same for all
         others = [rank for rank, text in enumerate(digests) if text != usual]
         raise MoceError(
             f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} planned "

@@ -75,8 +75,11 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
         "mae-then-one": Job(mae("mae-then-one"), stop_after=3),
         "two-moce-ep1": Job(moce("two-moce-ep1", 1)),
         "two-moce-ep2": Job(moce("two-moce-ep2", 2)),
+        "two-moce-plain": Job(moce("two-moce-plain", 2, "experts.loader_locality=false")),
+        "two-moce-zero2": Job(moce("two-moce-zero2", 1, "engine.zero_stage=2")),
         "two-moce-both": Job(moce("two-moce-both", 2, "optim.accumulation=2", "engine.zero_stage=2")),
         "two-moce-bf16": Job(moce("two-moce-bf16", 2, "engine.precision=bf16")),
+        "two-moce-bf16-zero2": Job(moce("two-moce-bf16-zero2", 2, "engine.precision=bf16", "engine.zero_stage=2")),
         "moce-then-one": Job(moce("moce-then-one", 2), stop_after=3),
         "two-damaged": Job(moce("two-damaged", 2, f"data.shards={damaged_shards}", "optim.epochs=0.5")),
     }
@@ -93,6 +96,7 @@ def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
         "one-mae": Job(tiny_settings(shards, runs / "one-mae")),
         "one-mae-accumulated": Job(tiny_settings(shards, runs / "one-mae-accumulated", "optim.accumulation=4")),
         "one-moce": Job(tiny_settings(shards, runs / "one-moce", clusters=clusters)),
+        "one-moce-bf16": Job(tiny_settings(shards, runs / "one-moce-bf16", "engine.precision=bf16", clusters=clusters)),
         "mae-then-one": Job(tiny_settings(shards, runs / "mae-then-one")),
         "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", "experts.ep_size=1", clusters=clusters)),
     }

@@ -1,20 +1,26 @@
 """A fault that one rank alone can see ends every rank with the same error, instead of leaving the others in a wait."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 from harness import run_distributed
 from jobs import interrupted
-from tiny_run import IMAGES, TinyData, alter_images, tiny_settings
+from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
 from moce_ds.checkpoint_files import find
 from moce_ds.cli import read_settings
+from moce_ds.clustering.clusters import load_ids
+from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError, MoceError
 from moce_ds.models.encode import EncodeSettings, open_encoder, write_features
 from moce_ds.runtime import Runtime, started
+from moce_ds.training import setup
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings
 
@@ -45,6 +51,17 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         runtime.barrier()
         note("expert of rank 1", lambda: pretrain(config, runtime))
 
+        for name, other in (
+            ("plan of rank 1", []),
+            ("plan of rank 1, with locality off", ["experts.loader_locality=false"]),
+        ):
+            words = tiny_settings(shards, folder / name, "experts.ep_size=2", *other, clusters=clusters)
+            config = read_settings(PretrainSettings, words)
+            began = time.monotonic()
+            with patch.object(setup, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
+                note(name, lambda config=config: pretrain(config, runtime))
+            assert time.monotonic() - began < 20
+
         encoder = open_encoder(clusters / "encoder", runtime.device)
         settings = EncodeSettings(block_rows=HALF)  # one block a rank
         features = folder / "features"
@@ -52,6 +69,14 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         other = EncodeSettings(block_rows=HALF + 1)
         note("features begun", lambda: write_features(encoder, ShardSet.open(damaged), features, other, runtime))
     return faults
+
+
+def _one_cluster_off(folder: Path, fingerprint: str, count: int) -> np.ndarray:
+    """The clusters' ids, but for one image, which is read in the third step for the first time."""
+    ids_N = np.array(load_ids(folder, fingerprint, count))
+    image = ShuffledSampler(count, 16, seed=0).batch(2).ids[5]
+    ids_N[image] = (ids_N[image] + 1) % CLUSTERS
+    return ids_N
 
 
 def _fail_on(runtime: Runtime, rank: int | None) -> None:
@@ -84,6 +109,8 @@ def test_all_is_well(faults: list[Faults]) -> None:
     ("what", "told"),
     [
         ("rank 1", "only rank 1 knows"),
+        ("plan of rank 1", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned otherwise"),
+        ("plan of rank 1, with locality off", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned"),
         ("expert of rank 1", "block-01-expert-002.safetensors cannot be read"),
         ("image of rank 1", f"image {HALF + 5} "),
         ("features begun", f"block_rows: {HALF} there, {HALF + 1} now"),

@@ -32,8 +32,10 @@ ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
         ("two-mae", "two-mae-accumulated"),
         ("two-mae", "two-mae-zero2"),
         ("one-moce", "two-moce-ep1"),
-        ("one-moce", "two-moce-ep2"),
-        ("two-moce-ep2", "two-moce-both"),
+        ("one-moce", "two-moce-ep2"),  # loader_locality is on
+        ("one-moce", "two-moce-plain"),
+        ("one-moce", "two-moce-zero2"),
+        ("one-moce", "two-moce-both"),
     ],
 )
 def test_the_result_does_not_depend_on(runs: Path, one: object, first: str, second: str) -> None:
@@ -53,11 +55,23 @@ def test_the_runs_exercise_what_they_are_for(runs: Path, one: object) -> None:
     assert max(abs(a - b) for a, b in itertools.pairwise(losses(runs / "one-mae"))) > 100 * TOLERANCE
 
 
-def test_bf16_stays_near_fp32(runs: Path, two: object) -> None:
-    fp32, bf16 = losses(runs / "two-moce-ep2"), losses(runs / "two-moce-bf16")
+def test_locality_moves_fewer_images_and_says_so(runs: Path, two: object) -> None:
+    moved = {
+        name: np.mean([record["moved"] for record in read_metrics(runs / name / "metrics.jsonl")])
+        for name in ("two-moce-ep1", "two-moce-plain", "two-moce-ep2")
+    }
+    assert moved["two-moce-ep1"] == 0
+    assert 0.3 < moved["two-moce-plain"] < 0.7
+    assert moved["two-moce-ep2"] < 0.75 * moved["two-moce-plain"]
+
+
+@pytest.mark.parametrize("name", ["one-moce-bf16", "two-moce-bf16", "two-moce-bf16-zero2"])
+def test_bf16_stays_near_fp32(runs: Path, one: object, name: str) -> None:
+    fp32, bf16 = losses(runs / "one-moce"), losses(runs / name)
     assert fp32 != bf16
     np.testing.assert_allclose(bf16, fp32, rtol=5e-3)
-    assert all(tensor.dtype == torch.float32 for tensor in final_state(runs / "two-moce-bf16").values())
+    np.testing.assert_allclose(bf16, losses(runs / "one-moce-bf16"), rtol=5e-3)
+    assert all(tensor.dtype == torch.float32 for tensor in final_state(runs / name).values())
 
 
 @pytest.mark.parametrize("name", ["two-mae-stopped", "mae-then-one", "moce-then-one"])
