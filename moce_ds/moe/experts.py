@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moce_ds.moe.exchange import exchange
-from moce_ds.moe.plan import LayerPlan
+from moce_ds.moe.plan import LayerPlan, on_device
 
 Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
 
@@ -74,9 +74,7 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Ten
     """
     S, T, D = x_STD.shape
     dtype = x_STD.dtype
-    # From pinned memory: the counts are known on the host, and the copy must not wait for the device.
-    counts_E = torch.tensor(counts)
-    rows_E = (counts_E.pin_memory() if x_STD.is_cuda else counts_E).to(x_STD.device, non_blocking=True) * T
+    rows_E = on_device(torch.tensor(counts), x_STD.device) * T  # the counts are known on the host
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:

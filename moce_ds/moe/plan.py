@@ -46,12 +46,18 @@ class LayerPlan:
         """The same plan with its index tensors on `device`."""
         return replace(
             self,
-            experts_BK=self.experts_BK.to(device, non_blocking=True),
-            image_N=self.image_N.to(device, non_blocking=True),
-            restore_N=self.restore_N.to(device, non_blocking=True),
-            gather_S=self.gather_S.to(device, non_blocking=True),
-            scatter_S=self.scatter_S.to(device, non_blocking=True),
+            experts_BK=on_device(self.experts_BK, device),
+            image_N=on_device(self.image_N, device),
+            restore_N=on_device(self.restore_N, device),
+            gather_S=on_device(self.gather_S, device),
+            scatter_S=on_device(self.scatter_S, device),
         )
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, by way of pinned memory where it is a GPU: from other memory CUDA may make the host
+    wait for all work before the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: int, ep_size: int) -> LayerPlan:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.moe.gate import balanced_experts, chosen_experts, gate_noise, live_experts
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.plan import make_plan, on_device
 from moce_ds.runtime import Runtime
 from moce_ds.training.settings import ExpertSettings
 
@@ -72,7 +72,7 @@ class Router:
         noise_LME = None
         if step is not None and self.experts.gate_noise > 0:
             noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
-            noise_LME = noise_LME.to(self.runtime.device, non_blocking=True)
+            noise_LME = on_device(noise_LME, self.runtime.device)
         probs_LME = self.model.gate(noise_LME)
         k = self.model.experts.k
         if self.experts.balance == "sinkhorn":
@@ -104,7 +104,7 @@ class Router:
         plan = make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
         clusters_B = torch.from_numpy(clusters_WB[self.runtime.rank].copy())
         device = self.runtime.device
-        return Routing(clusters_B.to(device, non_blocking=True), plan.to(device), table.noise_LME)
+        return Routing(on_device(clusters_B, device), plan.to(device), table.noise_LME)
 
     def record(self, step: int) -> dict[str, Any]:
         """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""

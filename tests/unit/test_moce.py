@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
-from moce_ds.models.moce import ExpertShape, Moce, Routing, upcycle
+from moce_ds.models.moce import ExpertShape, Moce, Routing, make_gate, upcycle
 from moce_ds.models.vit import ViTShape
-from moce_ds.moe.gate import chosen_experts
+from moce_ds.moe.gate import RandomGate, chosen_experts
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
@@ -70,15 +70,65 @@ def noise() -> Tensor:
 CLUSTERS = (0, 3, 1, 4, 2, 3)
 
 
-def test_without_perturbation_straight_through_is_the_dense_mae(images: Tensor, noise: Tensor) -> None:
-    model = moce("straight_through")
+@pytest.mark.parametrize(
+    ("combine", "k", "shared"), [("straight_through", 1, False), ("straight_through", 2, False), ("prob", 2, True)]
+)
+def test_without_perturbation_it_is_the_dense_mae(
+    images: Tensor, noise: Tensor, combine: str, k: int, shared: bool
+) -> None:
+    model = moce(combine, k=k, shared=shared)
     assert len(np.unique(experts_of(model), axis=0)) > 1  # the images do take different routes
     expected = dense()(images, noise)
     found = model(images, noise, routing(model, CLUSTERS)).reconstruction
     assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
-    assert (found.patches_BNP - expected.patches_BNP).abs().max() < 1e-9
+    assert (found.patches_BNP - expected.patches_BNP).abs().max() < 1e-6  # combine weights are float32
+
+
+def test_the_paper_s_combination_is_not_the_dense_mae(images: Tensor, noise: Tensor) -> None:
     other = moce("prob")
-    assert abs(other(images, noise, routing(other, CLUSTERS)).reconstruction.loss - expected.loss) > 1e-4
+    found = other(images, noise, routing(other, CLUSTERS)).reconstruction.loss
+    assert abs(found - dense()(images, noise).loss) > 1e-4
+
+
+def test_two_experts_and_a_shared_one_are_summed_by_their_probabilities(images: Tensor, noise: Tensor) -> None:
+    """In the last block alone, whose tokens are then known: y = p1 E1(x) + p2 E2(x) + (1 - p1 - p2) E_shared(x)."""
+    model = moce("prob", perturbation=0.5, k=2, shared=True)
+    seen: list[Tensor] = []
+    block = model.blocks[LAYERS[1]].mlp
+    block.register_forward_hook(lambda _, given, result: seen.extend([given[0], result]))
+    model(images, noise, routing(model, CLUSTERS))
+    x_BTD, y_BTD = seen
+    probs, chosen = model.gate().double(), experts_of(model)
+    for b, cluster in enumerate(CLUSTERS):
+        first, second = chosen[cluster, 1]
+        p, q = probs[1, cluster, first], probs[1, cluster, second]
+        expected = p * block.experts[first](x_BTD[b]) + q * block.experts[second](x_BTD[b])
+        expected += (1 - p - q) * block.shared(x_BTD[b])
+        assert (y_BTD[b] - expected).abs().max() < 1e-6
+
+
+def test_activation_checkpointing_changes_nothing(images: Tensor, noise: Tensor) -> None:
+    results = []
+    for given in (False, True):
+        model = moce("straight_through", perturbation=0.1, k=2)
+        model.checkpoint_activations = given
+        output = model(images, noise, routing(model, CLUSTERS))
+        (output.reconstruction.loss + output.gate.balance).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
+        assert (gradient is None) == (results[1][name] is None)
+        assert gradient is None or torch.equal(gradient, results[1][name])
+
+
+def test_a_random_gate_is_a_gate(images: Tensor, noise: Tensor) -> None:
+    """The control: a MoCE whose gate has nothing to learn, with the losses of a table of ones and zeros."""
+    own = make_gate(ExpertShape(E, LAYERS, gate="random", seed=3), torch.zeros(M, 6))
+    assert isinstance(own, RandomGate) and list(own.parameters()) == []
+    model = moce("prob")
+    model.gate = own
+    output = model(images, noise, routing(model, CLUSTERS))
+    assert output.reconstruction.loss.item() == pytest.approx(dense()(images, noise).loss.item(), abs=1e-6)
+    assert output.gate.imbalance.item() == pytest.approx(-len(LAYERS) * (E - 1))
 
 
 @pytest.mark.parametrize("combine", ["prob", "straight_through"])
