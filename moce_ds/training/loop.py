@@ -25,12 +25,10 @@ from moce_ds.errors import MoceError
 from moce_ds.files import atomic_file, write_json
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import Moce, MoceOutput
-from moce_ds.models.spec import give_weights
 from moce_ds.models.token_moe import TokenOutput
-from moce_ds.models.warm_start import is_expert
 from moce_ds.randomness import GATE_NOISE, hashed
 from moce_ds.runtime import Runtime, StopRequest
-from moce_ds.training.checkpoint import global_parameters, load_checkpoint, save_checkpoint
+from moce_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from moce_ds.training.engine import set_lr, start_engine
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.metrics import Meter, Teller
@@ -48,6 +46,7 @@ from moce_ds.training.setup import (
     open_clusters,
     open_run,
     place_experts,
+    take_weights,
     tune_execution,
 )
 
@@ -110,9 +109,7 @@ def _open_session(
     place_experts(model, slot_LE, runtime.rank)
     tune_execution(model, config, runtime.device)
     if weights is not None:
-        parameters = dict(global_parameters(model))
-        here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
-        give_weights(parameters, here, str(config.run.init_from))
+        take_weights(model, weights, config.run.init_from)
         runtime.say(said)
     keep_settings(config, runtime)
     engine = start_engine(model, config, batches)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from moce_ds.files import atomic_file, atomic_folder, copy_tree
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
-from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
+from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE
@@ -180,6 +181,13 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
         gates = {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
         weights |= gates
     return weights, said
+
+
+def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: Path | None) -> None:
+    """Give a model whose experts have their places those of the weights that it holds. Raises ArtefactError."""
+    parameters = dict(global_parameters(model))
+    here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
+    give_weights(parameters, here, str(source))
 
 
 def _random_dense(config: PretrainSettings, spec: ModelSpec) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def test_locality_moves_fewer_images_and_says_so(runs: Path, two: object) -> Non
     }
     assert moved["two-moce-ep1"] == 0
     assert 0.3 < moved["two-moce-plain"] < 0.7
-    assert moved["two-moce-ep2"] < 0.75 * moved["two-moce-plain"]
+    assert moved["two-moce-ep2"] < 0.85 * moved["two-moce-plain"]
 
 
 @pytest.mark.parametrize("name", ["one-moce-bf16", "two-moce-bf16", "two-moce-bf16-zero2"])

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,16 +18,23 @@ from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.vit import save_encoder
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
-from moce_ds.runtime import Runtime
+from moce_ds.moe.placement import in_order
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import ClusteredData, build_for_training, warm_start
+from moce_ds.training.setup import ClusteredData, build_for_training, first_weights, place_experts, take_weights
 
 Make = Callable[..., PretrainSettings]
 
 
-def runtime(rank: int = 0, world_size: int = 1) -> Runtime:
-    return Runtime(rank, world_size, rank, torch.device("cpu"))
+def warm_start(
+    model: MaskedAutoencoder, config: PretrainSettings, slots: np.ndarray | None = None, rank: int = 0
+) -> str:
+    """Give one rank's model its first weights, as training does; returns the sentence that says which."""
+    weights, said = first_weights(model, config)
+    if config.model.arch == "moce":
+        place_experts(model, in_order(2, config.experts.num) if slots is None else slots, rank)
+    take_weights(model, weights, config.run.init_from)
+    return said
 
 
 @pytest.fixture
@@ -95,7 +103,7 @@ def test_a_dense_run_starts_from_whole_weights(
     path = WHOLE[kind](source, tiny_config(), tmp_path / "start")
     config = tiny_config(f"run.init_from={path}")
     model = build_for_training(config, None)
-    assert warm_start(model, config, runtime()) == f"Starting from {path}."
+    assert warm_start(model, config) == f"Starting from {path}."
     for name, tensor in parameters(source).items():
         expected = tensor.bfloat16().float() if kind == "half" else tensor
         assert torch.equal(parameters(model)[name], expected), name
@@ -108,7 +116,7 @@ def test_an_encoder_alone_starts_with_a_fresh_decoder_and_says_so(
     path = ENCODER_ONLY[kind](source, tiny_config(), tmp_path / "start")
     config = tiny_config(f"run.init_from={path}", "run.seed=5")
     model = build_for_training(config, None)
-    said = warm_start(model, config, runtime())
+    said = warm_start(model, config)
     assert said == f"Starting from {path}, which holds an encoder only: the decoder starts fresh."
     fresh = parameters(build_for_training(config, None))
     for name, tensor in parameters(model).items():
@@ -139,14 +147,15 @@ def test_experts_start_from_the_dense_mlps_whatever_holds_them(
 ) -> None:
     path = write_run(source, tiny_config(), tmp_path / "start")
     words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={path}"]
+    slots = np.array([[2, 0, 3, 1], [1, 3, 0, 2]])  # wherever they live
     started: dict[int, dict[str, Tensor]] = {}
     for ep_size in (1, 2, 4):
         config = tiny_config(*words, f"experts.ep_size={ep_size}")
         started[ep_size] = {}
         for rank in range(ep_size):
             model = build_for_training(config, clustered(config))
-            warm_start(model, config, runtime(rank, ep_size))
-            held = {name: p.detach() for name, p in global_parameters(model, rank)}
+            warm_start(model, config, slots, rank)
+            held = {name: p.detach() for name, p in global_parameters(model)}
             mine = {name for name in held if ".experts." in name}
             assert len(mine) == 2 * 4 // ep_size * 4  # layers x experts here x tensors of an MLP
             for name in held.keys() & started[ep_size].keys():
@@ -169,10 +178,10 @@ def test_without_a_source_experts_start_from_one_random_mlp(tiny_config: Make, t
         "model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", "experts.perturbation=0"
     )
     model = build_for_training(config, clustered(config))
-    assert warm_start(model, config, runtime()) == "Starting from random weights."
+    assert warm_start(model, config) == "Starting from random weights."
     dense_config = tiny_config()
     dense = build_for_training(dense_config, None)
-    assert warm_start(dense, dense_config, runtime()) == "Starting from random weights."
+    assert warm_start(dense, dense_config) == "Starting from random weights."
     for expert in range(4):
         found = parameters(model)[f"blocks.0.mlp.experts.{expert}.fc1.weight"]
         assert torch.equal(found, parameters(dense)["blocks.0.mlp.fc1.weight"])
@@ -185,7 +194,7 @@ def test_a_moce_run_continues_another_one(
     words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={run}"]
     config = tiny_config(*words)
     model = build_for_training(config, clustered(config))
-    warm_start(model, config, runtime())
+    warm_start(model, config)
     expected = find(run).load(WEIGHTS)
     assert parameters(model).keys() == expected.keys()
     assert all(torch.equal(parameters(model)[name], expected[name]) for name in expected)
@@ -195,7 +204,7 @@ def test_a_dense_run_does_not_start_from_experts(tiny_config: Make, moce_run: Ca
     run = moce_run()
     config = tiny_config(f"run.init_from={run}")
     with pytest.raises(ArtefactError, match=r"run.init_from: .* holds experts; export one with `moce export`"):
-        warm_start(build_for_training(config, None), config, runtime())
+        warm_start(build_for_training(config, None), config)
 
 
 # What does not fit
@@ -211,7 +220,7 @@ def test_missing_names_and_wrong_shapes_are_listed(
     model = build_for_training(config, None)
     before = parameters(model)
     with pytest.raises(ArtefactError) as caught:
-        warm_start(model, config, runtime())
+        warm_start(model, config)
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'w.pth'} does not fit the model:",
         "  missing norm.bias (16,)",
@@ -224,7 +233,7 @@ def test_a_long_list_of_faults_is_cut(tiny_config: Make, source: MaskedAutoencod
     other = {f"vit.{name}": tensor for name, tensor in parameters(source).items()}  # another program's names
     config = tiny_config(f"run.init_from={saved(torch.save, other, tmp_path / 'w.pth')}")
     with pytest.raises(ArtefactError, match=r"missing cls_token[\s\S]*and \d+ more$"):
-        warm_start(build_for_training(config, None), config, runtime())
+        warm_start(build_for_training(config, None), config)
 
 
 def test_a_deeper_encoder_is_not_cut_down_in_silence(
@@ -233,7 +242,7 @@ def test_a_deeper_encoder_is_not_cut_down_in_silence(
     path = saved(torch.save, parameters(source), tmp_path / "w.pth")
     config = tiny_config("model.depth=2", f"run.init_from={path}")
     with pytest.raises(ArtefactError, match=r"unexpected blocks\.2\.norm1\.weight \(16,\)"):
-        warm_start(build_for_training(config, None), config, runtime())
+        warm_start(build_for_training(config, None), config)
 
 
 # Foreign files; torch warns of pickle protocols that it does not write itself.
