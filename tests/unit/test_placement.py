@@ -74,8 +74,9 @@ def test_a_full_place_does_not_drive_others_from_theirs() -> None:
     assert batch.moved(batch.order()) == 3
 
 
-def test_a_batch_that_is_local_already_keeps_its_order() -> None:
-    batch = Batch(np.array([1, 0, 3, 2]), np.array([[0], [1], [2], [3]]), in_order(1, 4), 2, 2)
+def test_where_nothing_is_gained_the_order_stays() -> None:
+    """Every image has one layer at each place: it does not matter where it is."""
+    batch = Batch(np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 0]]), in_order(2, 2), 2, 2)
     assert batch.order().tolist() == [0, 1, 2, 3]
 
 
