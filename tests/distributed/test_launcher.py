@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,12 +55,17 @@ def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when the condition holds."""
+    deadline = time.monotonic() + _SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
 def wait_for_step(run: Path, step: int) -> None:
     """Return when `metrics.jsonl` has so many records."""
-    deadline = time.monotonic() + _SECONDS
-    while len(read_metrics(run / "metrics.jsonl")) < step:
-        assert time.monotonic() < deadline, f"{run} has not reached step {step}"
-        time.sleep(0.005)
+    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) >= step)
 
 
 def run_to_end(*command: str | Path) -> tuple[int, str]:
@@ -87,6 +92,17 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
     assert status == 0, output
     assert f"Resuming {run} after step {stopped}." in output and "Traceback" not in output
     assert_same(runs, "two-moce-ep2", "launched", tolerance=0)
+
+
+def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(*LOCAL, "pretrain", *tiny_settings(data.shards, run)) as launcher:
+        wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
+        launcher.send_signal(signal.SIGINT)
+        output, _ = launcher.communicate(timeout=_SECONDS)
+    assert launcher.returncode == 130
+    assert output == "Interrupted.\n"
+    assert not run.exists()
 
 
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
