@@ -109,9 +109,10 @@ def test_runs_are_complete(chain: Chain) -> None:
 
 
 def test_the_moce_starts_as_the_dense_model(chain: Chain) -> None:
-    """Experts are copies of the MLPs but for 2% of noise, and straight_through passes them on as they are."""
-    first, last = read_metrics(chain / "moce" / "metrics.jsonl")[0], read_metrics(chain / "mae" / "metrics.jsonl")[-1]
-    assert first["reconstruction"] == pytest.approx(last["reconstruction"], rel=0.1)
+    """On the same first batch: experts are copies of the MLPs but for 2% of noise, passed on as they are."""
+    dense, experts = (read_metrics(chain / run / "metrics.jsonl") for run in ("mae", "moce"))
+    untrained, trained, start = (r["reconstruction"] for r in (dense[0], dense[-1], experts[0]))
+    assert start < (untrained + trained) / 2
 
 
 def test_features_are_those_of_the_encoder(chain: Chain) -> None:
@@ -150,7 +151,7 @@ def test_the_selected_route_wins_the_vote(chain: Chain, task: Path) -> None:
     images |= {f"flower/{path.name}" for path in (task / "train/flower").iterdir()}
     ids = [i for i in range(60) if shards.source(i) in images]
     routes = [tuple(table[c]) for c in clusters.assign(FeatureSet.open(chain / "features").rows(np.array(ids)))]
-    winner = max(set(routes), key=routes.count)
+    winner = min(set(routes), key=lambda route: (-routes.count(route), route))
     assert record["n_images"] == len(images) == 20
     assert (tuple(record["route"]), record["share"]) == (winner, pytest.approx(routes.count(winner) / 20))
     assert f"{record['share']:.1%}" in chain.said["select"].out

@@ -26,7 +26,6 @@ from moce_ds.models.dense import dense_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 
-
 _KEPT = 4
 _kept_features: dict[tuple[str, str, str], Tensor] = {}
 
