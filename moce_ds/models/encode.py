@@ -36,6 +36,12 @@ class EncodeSettings:
 
     batch_size: int = option(256, "images at a time in each process")
     threads: int = option(2, "decoding threads of each process")
+
+
+@settings
+class FeatureSettings(EncodeSettings):
+    """How the features of a shard set are written."""
+
     block_rows: int = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
@@ -102,7 +108,7 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
     return _kept_features[key]
 
 
-def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: EncodeSettings, runtime: Runtime) -> None:
+def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
     """Write the features of a shard set; the processes share the blocks, and blocks that are there are kept.
 
     Raises:

@@ -13,7 +13,7 @@ from moce_ds.checkpoint_files import find
 from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError, MoceError
-from moce_ds.models.encode import EncodeSettings, open_encoder, write_features
+from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
 from moce_ds.runtime import Runtime, started
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings
@@ -46,10 +46,10 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         note("expert of rank 1", lambda: pretrain(config, runtime))
 
         encoder = open_encoder(clusters / "encoder", runtime.device)
-        settings = EncodeSettings(block_rows=HALF)  # one block a rank
+        settings = FeatureSettings(block_rows=HALF)  # one block a rank
         features = folder / "features"
         note("image of rank 1", lambda: write_features(encoder, ShardSet.open(damaged), features, settings, runtime))
-        other = EncodeSettings(block_rows=HALF + 1)
+        other = FeatureSettings(block_rows=HALF + 1)
         note("features begun", lambda: write_features(encoder, ShardSet.open(damaged), features, other, runtime))
     return faults
 
