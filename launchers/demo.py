@@ -70,7 +70,7 @@ def _task(out: Path, task: str) -> int:
     expert = out / "experts" / task
     if _moce("select", out / "moce", "--data", split["train"], *results):
         return 1
-    if not expert.exists() and _moce("export", out / "moce", expert, "--data", split["train"]):
+    if not expert.exists() and _moce("export", out / "moce", expert, "--route", _selected(out, task)):
         return 1
     return int(
         any(
@@ -79,6 +79,14 @@ def _task(out: Path, task: str) -> int:
             for verb in ("knn", "probe")
         )
     )
+
+
+def _selected(out: Path, task: str) -> str:
+    """The route that `moce select` recorded, as `moce export --route` takes it."""
+    from moce_ds.files import read_json
+
+    records = read_json(out / "results.json", "results", "moce select")
+    return ",".join(str(expert) for r in records if (r["verb"], r["task"]) == ("select", task) for expert in r["route"])
 
 
 def _moce(*words: object) -> int:

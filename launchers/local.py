@@ -16,8 +16,6 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from torch.distributed import TCPStore
-
 _GRACE_SECONDS = 20.0
 
 
@@ -35,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_processes(command: Sequence[str], nproc: int) -> int:
     """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure."""
+    from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be no traceback
+
     # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
@@ -45,13 +45,7 @@ def run_processes(command: Sequence[str], nproc: int) -> int:
         "LOCAL_WORLD_SIZE": str(nproc),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }
-    # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)}, start_new_session=True
-        )
-        for r in range(nproc)
-    ]
+    processes: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -59,6 +53,10 @@ def run_processes(command: Sequence[str], nproc: int) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
+    for rank in range(nproc):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
+        processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
     return _wait(processes)
 
 
@@ -86,4 +84,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -47,7 +47,8 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        manifest: `step`, `adam_step`, `config` (settings tree), `clusters_hash`, `routing`, `files`.
+        manifest: `step`, `config` (settings tree), `model`, `clusters_hash`, `shards_fingerprint`, `images_read`,
+            `routing`, `files`.
     """
 
     folder: Path

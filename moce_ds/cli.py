@@ -116,7 +116,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         run(config, runtime)
 
 
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
@@ -127,10 +127,10 @@ def features(encoder: Path, shards: Path, out: Path, words: Sequence[str]) -> No
     Several processes share the work. Interrupted, the same command goes on.
     """
     from moce_ds.data.shards import ShardSet
-    from moce_ds.models.encode import EncodeSettings, open_encoder, write_features
+    from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
     from moce_ds.runtime import started
 
-    config = read_settings(EncodeSettings, words)
+    config = read_settings(FeatureSettings, words)
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device)
         write_features(opened, ShardSet.open(shards), out, config, runtime)
@@ -174,8 +174,8 @@ def select(run: Path, data: Path, task: str | None, results: Path | None, words:
     config = read_settings(EncodeSettings, words)
     with opened_images(data) as images:
         selection = select_route(run, images, config, _device())
-    _print(selection_table(selection, task or data.name))
-    add_record(results, selection.record(task or data.name))
+    _print(selection_table(selection, task or _task_name(data)))
+    add_record(results, selection.record(task or _task_name(data)))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
@@ -213,7 +213,7 @@ def export(
     if data is not None:
         with opened_images(data) as images:
             selection = select_route(run, images, config, _device())
-        chosen, extra = exporting.choose_selected(checkpoint, selection), {"votes": selection.record(data.name)}
+        chosen, extra = exporting.choose_selected(checkpoint, selection), {"votes": selection.record(_task_name(data))}
     elif cluster is not None:
         chosen = exporting.choose_cluster(checkpoint, cluster)
     else:
@@ -277,7 +277,7 @@ def _accuracy(
     with opened_images(train) as train_set, opened_images(test) as test_set:
         split = encoded_split(opened, train_set, test_set, config, device)
     score = measure(*split)
-    name, task_name = model or encoder.name, task or test.parent.name
+    name, task_name = model or encoder.name, task or _task_name(test)
     click.echo(
         f"{verb} {task_name} {name}: top-1 {score.top1:.4f}, mean per class {score.mean_per_class:.4f} "
         f"({score.n_train} training, {score.n_test} test images)"
@@ -309,7 +309,7 @@ def evaluate(
     for name, error in named.items():
         if error is not None:
             click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
-    add_record(results, found.record(task or data.name, run.name))
+    add_record(results, found.record(task or _task_name(data), run.name))
 
 
 @moce.command()
@@ -334,6 +334,11 @@ def inspect(path: Path, verify: bool) -> None:
         found = faults(path)
         click.echo("\n".join(found) if found else "Verified: everything is as it was written.")
         sys.exit(1 if found else 0)
+
+
+def _task_name(data: Path) -> str:
+    """The task behind `digits/train` and behind `digits`: digits."""
+    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
 
 
 def _device() -> Any:

@@ -22,7 +22,7 @@ from moce_ds.config import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
-from moce_ds.models.encode import EncodeSettings, write_features
+from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import build_model
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
@@ -89,7 +89,7 @@ def tiny_clusters(tiny_shards: Path, tiny_encoder: Path, tmp_path_factory: pytes
     """Six clusters of those images, by that encoder, as `moce features` and `moce cluster` make them."""
     folder = tmp_path_factory.mktemp("clustered")
     encoder, shards = load_encoder(tiny_encoder), ShardSet.open(tiny_shards)
-    write_features(encoder, shards, folder / "features", EncodeSettings(threads=1), ALONE)
+    write_features(encoder, shards, folder / "features", FeatureSettings(threads=1), ALONE)
     build_clusters(folder / "features", folder / "clusters", ClusterSettings(num_clusters=6))
     return folder / "clusters"
 

@@ -156,7 +156,9 @@ def _fit(
             watch=watch,
         )
     merged = _merged(embeddings_MD)
-    _warn(solution, merged, config)
+    # Close already as k-means left them is how the features are; closer than that is what re-estimation did.
+    drawn_together = merged if merged > _merged(torch.from_numpy(centroids_MD).to(device)) else 0
+    _warn(solution, drawn_together, config)
     ended = {
         "fit_images": len(fit_ND),
         "iterations": solution.iterations,

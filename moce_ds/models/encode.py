@@ -26,6 +26,9 @@ from moce_ds.models.dense import dense_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 
+_KEPT = 4
+_kept_features: dict[tuple[str, str, str], Tensor] = {}
+
 
 @settings
 class EncodeSettings:
@@ -33,6 +36,12 @@ class EncodeSettings:
 
     batch_size: int = option(256, "images at a time in each process")
     threads: int = option(2, "decoding threads of each process")
+
+
+@settings
+class FeatureSettings(EncodeSettings):
+    """How the features of a shard set are written."""
+
     block_rows: int = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
@@ -80,16 +89,26 @@ def encode(
 
 
 def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
-    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar."""
+    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar.
+
+    Those of the last few pairs of encoder and images are kept: one process that measures several things on the same
+    features, as the demo does, computes them once.
+    """
+    key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
+    if key in _kept_features:
+        return _kept_features[key]
+    while len(_kept_features) >= _KEPT:
+        _kept_features.pop(next(iter(_kept_features)))
     with _bar(shards.count, f"encoding {shards.path.name}", visible=True) as bar:
         parts = []
         for part_ND in encode(encoder, shards, range(shards.count), config, device):
             parts.append(part_ND)
             bar.update(len(part_ND))
-    return torch.cat(parts)
+    _kept_features[key] = torch.cat(parts)
+    return _kept_features[key]
 
 
-def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: EncodeSettings, runtime: Runtime) -> None:
+def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
     """Write the features of a shard set; the processes share the blocks, and blocks that are there are kept.
 
     Raises:

@@ -92,7 +92,7 @@ def _steps(config: PretrainSettings) -> str:
 def _placement(config: PretrainSettings, world_size: int) -> str:
     experts, ep_size = config.experts, config.experts.ep_size
     local = experts.num // ep_size
-    held = [f"rank {r}: {r * local}-{(r + 1) * local - 1}" for r in range(min(ep_size, 8))]
+    held = [f"rank {r}: {r * local}" + (f"-{(r + 1) * local - 1}" if local > 1 else "") for r in range(min(ep_size, 8))]
     more = ", ..." if ep_size > 8 else ""
     copies = world_size // ep_size
     return (

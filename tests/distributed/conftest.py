@@ -15,7 +15,7 @@ from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
-from moce_ds.models.encode import EncodeSettings, write_features
+from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import Encoder, ViTShape, timm_vit
 from moce_ds.runtime import Runtime
 
@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     shape = ViTShape(image_size=16, patch_size=4, width=32, depth=2, heads=2)
     encoder = Encoder(timm_vit(shape).eval(), shape, ImageInput(16), {"source": "untrained"})
     alone = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    write_features(encoder, ShardSet.open(root / "shards"), root / "features", EncodeSettings(), alone)
+    write_features(encoder, ShardSet.open(root / "shards"), root / "features", FeatureSettings(), alone)
     settings = ClusterSettings(num_clusters=CLUSTERS, fit_images_per_cluster=None)
     build_clusters(root / "features", root / "clusters", settings)
     return TinyData(root / "shards", root / "clusters")

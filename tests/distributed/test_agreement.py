@@ -18,7 +18,7 @@ from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError, MoceError
-from moce_ds.models.encode import EncodeSettings, open_encoder, write_features
+from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
 from moce_ds.runtime import Runtime, started
 from moce_ds.training import setup
 from moce_ds.training.loop import pretrain
@@ -63,10 +63,10 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
             assert time.monotonic() - began < 20
 
         encoder = open_encoder(clusters / "encoder", runtime.device)
-        settings = EncodeSettings(block_rows=HALF)  # one block a rank
+        settings = FeatureSettings(block_rows=HALF)  # one block a rank
         features = folder / "features"
         note("image of rank 1", lambda: write_features(encoder, ShardSet.open(damaged), features, settings, runtime))
-        other = EncodeSettings(block_rows=HALF + 1)
+        other = FeatureSettings(block_rows=HALF + 1)
         note("features begun", lambda: write_features(encoder, ShardSet.open(damaged), features, other, runtime))
     return faults
 

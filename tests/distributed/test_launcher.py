@@ -1,12 +1,13 @@
 """`python -m launchers.local` and torchrun as a user meets them: Ctrl-C, a killed process, a damaged shard."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,46 +27,46 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 @contextmanager
-def started(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A running launcher, its output in one pipe; whatever is left of it is killed."""
-    process = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    ranks: dict[int, int] = {}
+def launched(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A running launcher, its output in one pipe; whatever is left of it in the end is killed."""
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         yield process
     finally:
-        ranks = ranks_of(process)
-        for pid in (*ranks.values(), process.pid):
-            if pid in ranks.values() or process.poll() is None:
-                os.kill(pid, signal.SIGKILL)
+        for pid in ranks_of(process).values():
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
-    """Process number of every rank that a launcher has started and that still exists."""
+    """Process number of every rank that a launcher has started and not yet seen end."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     found = {}
-    try:
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    except FileNotFoundError:
-        return {}
-    for pid in map(int, children):
-        variables = dict(word.split("=", 1) for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if word)
-        found[int(variables["RANK"])] = pid
+    for pid in children.read_text().split() if children.exists() else ():
+        rank = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
+        if rank:
+            found[int(rank[1])] = int(pid)
     return found
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return when the condition holds."""
+    deadline = time.monotonic() + _SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 def wait_for_step(run: Path, step: int) -> None:
     """Return when `metrics.jsonl` has so many records."""
-    deadline = time.monotonic() + _SECONDS
-    while len(read_metrics(run / "metrics.jsonl")) < step:
-        assert time.monotonic() < deadline, f"{run} has not reached step {step}"
-        time.sleep(0.005)
+    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) >= step)
 
 
 def run_to_end(*command: str | Path) -> tuple[int, str]:
     """Exit status and output."""
-    with started(*command) as process:
+    with launched(*command) as process:
         output, _ = process.communicate(timeout=_SECONDS)
     return process.returncode, output
 
@@ -73,7 +74,7 @@ def run_to_end(*command: str | Path) -> tuple[int, str]:
 def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
     run = runs / "launched"
     command = (*LOCAL, "pretrain", *tiny_settings(data.shards, run, "experts.ep_size=2", clusters=data.clusters))
-    with started(*command) as launcher:
+    with launched(*command) as launcher:
         wait_for_step(run, 2)
         launcher.send_signal(signal.SIGINT)
         output, _ = launcher.communicate(timeout=_SECONDS)
@@ -89,9 +90,23 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
     assert_same(runs, "two-moce-ep2", "launched", tolerance=0)
 
 
+def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with launched(*LOCAL, "pretrain", *tiny_settings(data.shards, run)) as launcher:
+        wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
+        launcher.send_signal(signal.SIGINT)
+        output, _ = launcher.communicate(timeout=_SECONDS)
+    assert "Traceback" not in output
+    if launcher.returncode == 0:  # a busy machine was slow to signal: the processes had started, and stopped in order
+        assert "Stopped after step" in output or "complete" in output
+    else:
+        assert (launcher.returncode, output) == (130, "Interrupted.\n")
+        assert not run.exists()
+
+
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with started(
+    with launched(
         *LOCAL, "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2")
     ) as launcher:
         wait_for_step(run, 3)

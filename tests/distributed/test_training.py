@@ -18,8 +18,9 @@ from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.runtime import Runtime
+from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.loop import pretrain
-from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -46,6 +47,10 @@ def test_the_runs_exercise_what_they_are_for(runs: Path, one: object) -> None:
     for name in ("one-mae", "one-moce"):
         records = read_metrics(runs / name / "metrics.jsonl")
         assert all(record["grad_norm"] > 0.5 for record in records), "clipping must be active"
+        first_moments = [moment for key, moment in final_state(runs / name).items() if key.endswith(".exp_avg")]
+        assert 0.1 < sum(float(moment.square().sum()) for moment in first_moments) ** 0.5 <= 0.5, (
+            "and cut what it should"
+        )
         assert records[-1]["loss"] < records[0]["loss"] - 0.05, "the model must learn"
     layers = [record["layers"] for record in read_metrics(runs / "one-moce" / "metrics.jsonl")]
     for block in map(str, EXPERT_LAYERS):
@@ -114,6 +119,15 @@ def test_a_damaged_image_is_replaced_and_named(runs: Path, two: dict[str, Told],
     assert [record["images_replaced"] for record in records] == [0, 1, 1]
     image = (damaged_shards / "image.txt").read_text()
     assert "1 damaged images were replaced by others" in two["two-damaged"].text and image in two["two-damaged"].text
+
+
+def test_deepspeed_is_told_what_was_set(tmp_path: Path) -> None:
+    words = ("engine.zero_stage=2", "engine.precision=bf16", "optim.accumulation=2", "optim.clip=0.25")
+    config = read_settings(PretrainSettings, tiny_settings(tmp_path, tmp_path, *words))
+    told = deepspeed_config(config, batch_arithmetic(config, world_size=2))
+    assert told["zero_optimization"]["stage"] == 2 and told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert (told["gradient_accumulation_steps"], told["train_micro_batch_size_per_gpu"]) == (2, 4)
+    assert told["gradient_clipping"] == 0.25
 
 
 def test_a_complete_run_says_so(runs: Path, two: object, data: TinyData, capsys: pytest.CaptureFixture[str]) -> None:
