@@ -32,8 +32,9 @@ check: install  ## format, lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: install  ## speed of this machine: loading and a training step
+bench: install  ## speed of this machine: loading, expert layers, a training step
 	$(BIN)/moce bench load
+	$(BIN)/moce bench layer
 	$(BIN)/moce bench step
 
 clean:  ## remove .venv and caches (not runs/)
