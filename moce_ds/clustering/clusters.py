@@ -28,7 +28,7 @@ _TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Clusters:
-    """Clusters of a shard set's images, as METHOD.md's C and g.
+    """Clusters of a shard set's images, as docs/method.md's C and g.
 
     Attributes:
         embeddings_MD: float32, C: L2-normalised centroids.

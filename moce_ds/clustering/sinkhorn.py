@@ -1,6 +1,6 @@
 """Balanced assignment of points to clusters by Sinkhorn-Knopp, in the log domain, streamed and distributed.
 
-Maximise `Tr(Q^T F C^T) + eps H(Q)` over Q >= 0 whose rows sum to 1/n and whose columns sum to 1/m (METHOD.md,
+Maximise `Tr(Q^T F C^T) + eps H(Q)` over Q >= 0 whose rows sum to 1/n and whose columns sum to 1/m (docs/method.md,
 "Clustering"; SeLa, Asano 2020; SwAV, Caron 2020). The optimum is `Q = softmax_M(F C^T / eps + g) / n`: the rows
 are met by the softmax, and one vector g is all the state. It is moved by `g -= log(m * column sums)` until the
 columns are met too. So Q is never stored: features pass in blocks, and several processes that each hold a part of

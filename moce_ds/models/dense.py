@@ -30,7 +30,7 @@ DENSE = Route((), ())
 def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
     """Weights of the route's dense ViT, by timm's names; reads the shared file and those of the route's experts only.
 
-    The gate value is folded in: `fc2.weight *= p`, `fc2.bias *= p` (METHOD.md, "Deployment").
+    The gate value is folded in: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
     """
     chosen = {}
     layers = spec.experts.layers if spec.experts else ()

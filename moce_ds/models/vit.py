@@ -115,7 +115,7 @@ class Encoder:
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Mean of the patch tokens after the final norm, [B, D] float32 (METHOD.md, "Clustering")."""
+        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering")."""
         tokens_BTD = self.model.forward_features(images_BCHW)
         return tokens_BTD[:, 1:].float().mean(dim=1)
 

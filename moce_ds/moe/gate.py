@@ -20,7 +20,7 @@ _BALANCE_ITERATIONS = 200
 
 
 class ClusterGate(nn.Module):
-    """The gates of all expert layers: `P_l = softmax((W_l C^T + e) / temperature)^T` (METHOD.md, paper eq. 4).
+    """The gates of all expert layers: `P_l = softmax((W_l C^T + e) / temperature)^T` (docs/method.md, paper eq. 4).
 
     Args:
         embeddings_MC: the L2-normalised centroids; `learnable` makes them a parameter (as MoCLE does).
@@ -71,7 +71,7 @@ class ClusterGate(nn.Module):
 class RandomGate(nn.Module):
     """The control experiment: a fixed random table with nearly equal numbers of clusters an expert, no parameters.
 
-    If it does as well as `ClusterGate`, meaning does not matter, only capacity (METHOD.md, "What a miniature showed").
+    If it does as well as `ClusterGate`, meaning does not matter, only capacity (docs/method.md, "Gates").
     """
 
     probs_LME: Tensor
@@ -131,7 +131,7 @@ class GateLosses:
 
 
 def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateLosses:
-    """Imbalance (confident gates) and balance (every expert used) of METHOD.md, "Losses".
+    """Imbalance (confident gates) and balance (every expert used) of docs/method.md, "Losses".
 
     Args:
         probs_LME: route tables, float32.
@@ -150,7 +150,7 @@ def combine_weights(probs_LME: Tensor, layer: int, clusters_B: Tensor, experts_B
     """What the experts' outputs are multiplied by, [B, K] float32.
 
     `prob` is the paper's `y = sum_k p_k E_k(x)`. `straight_through` divides by the sum of the chosen p, held constant:
-    equal experts then give the dense MLP's output, and the gate still learns (METHOD.md, "Gates").
+    equal experts then give the dense MLP's output, and the gate still learns (docs/method.md, "Gates").
     """
     p_BK = probs_LME[layer, clusters_B[:, None], experts_BK]
     return p_BK if mode == "prob" else p_BK / p_BK.sum(dim=1, keepdim=True).detach()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class TokenGate(TopKGate):
-    """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` while training, p not renormalised for k = 1 (METHOD.md).
+    """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` while training, p not renormalised for k = 1 (docs/method.md).
 
     In the place of the stock auxiliary loss it returns V-MoE's two: [importance, load], each a squared coefficient of
     variation over the experts.

@@ -30,7 +30,7 @@ class Schedule:
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
     def imbalance_share(self, step: int) -> float:
-        """How much of the imbalance loss's weight is in force: rises linearly from 0 to 1 (METHOD.md, miniature)."""
+        """How much of the imbalance loss's weight is in force: rises linearly from 0 to 1 (docs/method.md)."""
         return min(1.0, step / self.imbalance_steps) if self.imbalance_steps else 1.0
 
 

@@ -192,7 +192,7 @@ class PretrainSettings:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Blocks with experts; by default V-MoE's "last 2" (METHOD.md, "Gates"): 9 and 11 of 12."""
+        """Blocks with experts; by default V-MoE's "last 2" (docs/method.md, "Gates"): 9 and 11 of 12."""
         if self.experts.layers is not None:
             return tuple(self.experts.layers)
         depth = self.vit_shape.depth

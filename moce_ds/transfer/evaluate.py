@@ -1,7 +1,7 @@
 """Reconstruction error of a run on held-out images: on the selected route, each image on its own, and a dense twin's.
 
 `own` is what the experts are capable of, `selected` what one deployed ViT gives; a random table (experts.gate=random)
-shows what capacity alone gives (METHOD.md, "What a miniature showed").
+shows what capacity alone gives (docs/method.md, "Gates").
 
 Axes: B images, N patches, M clusters, L expert layers, K experts an image is sent to.
 """

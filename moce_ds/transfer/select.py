@@ -1,4 +1,4 @@
-"""Which route serves a task: its images vote through the clusters they fall in (METHOD.md, "Deployment").
+"""Which route serves a task: its images vote through the clusters they fall in (docs/method.md, "Deployment").
 
 Axes: N images, M clusters, L expert layers.
 """

@@ -1,4 +1,4 @@
-"""Balanced assignment: the optimum of METHOD.md, whatever the blocks, the order and the number of processes."""
+"""Balanced assignment: the optimum of docs/method.md, whatever the blocks, the order and the number of processes."""
 
 from itertools import pairwise
 
