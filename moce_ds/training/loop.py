@@ -207,7 +207,7 @@ def _step(session: Session, stream: Iterator[Batch], step: int) -> tuple[list[fl
 def _loss(
     output: Reconstruction | MoceOutput | TokenOutput, session: Session, step: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, and the gate's two."""
+    """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, the gate's two."""
     own = session.config.experts
     if isinstance(output, Reconstruction):
         zero = torch.zeros_like(output.loss)
@@ -267,7 +267,7 @@ def _loader(session: Session, first_step: int) -> Loader:
 def _record(
     session: Session, step: int, totals: list[float], meter: Meter, statistics: RouteStatistics | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl for the step just taken (docs/method.md's terms; rates are per second, shares 0 to 1)."""
+    """One line of metrics.jsonl for the step just taken (rates are per second, shares 0 to 1)."""
     loss, reconstruction, first, second, moved, replaced = totals
     record: dict[str, Any] = {
         "step": step,
