@@ -33,7 +33,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_processes(command: Sequence[str], nproc: int) -> int:
     """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure."""
-    from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be no traceback
+    before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _run(command, nproc)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End before anything has been started. Not by an exception: one raised inside an import can be swallowed there."""
+    print("Interrupted.", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def _run(command: Sequence[str], nproc: int) -> int:
+    from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be obeyed already
 
     # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -156,9 +156,8 @@ def _fit(
             watch=watch,
         )
     merged = _merged(embeddings_MD)
-    # Close already as k-means left them is how the features are; closer than that is what re-estimation did.
-    drawn_together = merged if merged > _merged(torch.from_numpy(centroids_MD).to(device)) else 0
-    _warn(solution, drawn_together, config)
+    # As k-means leaves them, close clusters are how the features are; re-estimation is what draws clusters together.
+    _warn(solution, merged if config.rounds else 0, config)
     ended = {
         "fit_images": len(fit_ND),
         "iterations": solution.iterations,

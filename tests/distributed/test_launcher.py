@@ -96,12 +96,8 @@ def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
         wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
         launcher.send_signal(signal.SIGINT)
         output, _ = launcher.communicate(timeout=_SECONDS)
-    assert "Traceback" not in output
-    if launcher.returncode == 0:  # a busy machine was slow to signal: the processes had started, and stopped in order
-        assert "Stopped after step" in output or "complete" in output
-    else:
-        assert (launcher.returncode, output) == (130, "Interrupted.\n")
-        assert not run.exists()
+    assert (launcher.returncode, output) == (130, "Interrupted.\n")
+    assert not run.exists()
 
 
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
