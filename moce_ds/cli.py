@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.console import Console
@@ -16,9 +16,6 @@ from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import bench
 from moce_ds.errors import ConfigError, MoceError
-
-if TYPE_CHECKING:
-    pass
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
