@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from moce_ds.compat import quiet_deepspeed
 from moce_ds.runtime import Runtime, started
 
 Row = dict[str, Any]
+
+ROUTINGS = ("uniform", "skewed")
 
 # Operators that make the host wait for the device.
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
@@ -82,17 +83,24 @@ def _measure(
             Path(file).write_text(json.dumps(rows))
 
 
+def sizes(batches: Sequence[int], experts: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(B, E, D) of the first of each, then of every other one in turn while the rest stay at their first."""
+    B, E, D = batches[0], experts[0], widths[0]
+    varied = [(b, E, D) for b in batches[1:]] + [(B, e, D) for e in experts[1:]] + [(B, E, d) for d in widths[1:]]
+    return [(B, E, D), *varied]
+
+
 def bench_layer(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, runtime: Runtime
 ) -> Iterator[Row]:
-    """Rows for every combination of sizes and both routings; in several processes each row is their slowest one's.
+    """Rows for every size (see `sizes`) and both routings; in several processes each row is their slowest one's.
 
     With one process `ep_size` is 1, with several it is their number.
     """
     quiet_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
     makers = ALONE if runtime.world_size == 1 else PARALLEL
-    for D, E, B, routing in product(widths, experts, batches, ("uniform", "skewed")):
+    for B, E, D, routing in ((*size, routing) for size in sizes(batches, experts, widths) for routing in ROUTINGS):
         problem = cases.make_problem(B, D, E, routing, runtime)
         built = {"dense": cases.dense(problem), **{name: make(problem) for name, make in makers.items()}}
         seconds = interleaved({name: case.run for name, case in built.items()}, repeats, runtime.barrier)

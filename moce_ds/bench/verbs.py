@@ -57,7 +57,10 @@ def layer(
     repeats: int,
     json_file: Path | None,
 ) -> None:
-    """Expert layers over the dense MLP of the same active size, forward and backward."""
+    """Expert layers over the dense MLP of the same active size, forward and backward.
+
+    Of several sizes (--batch 64,128) the first is kept while those of another option vary.
+    """
     import torch
 
     from moce_ds.bench.layer import measure, plot_rows
