@@ -25,6 +25,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
+from moce_ds.training.attempt import ATTEMPTS
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings, forbidden_changes
 
@@ -37,8 +38,8 @@ class ClusteredData:
     ids_N: np.ndarray
 
 
-def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
-    """Check that the run folder is free, or holds the same run; returns the checkpoint to resume from.
+def check_run(config: PretrainSettings) -> None:
+    """Check that the run folder is free, or holds the same run.
 
     Raises:
         ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
@@ -54,9 +55,8 @@ def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
                 f"{out} holds another run; these settings may not change when it is resumed:\n{listed}\n"
                 "Give the settings of that run, or another run.out."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {path.name for path in out.iterdir()} - {ATTEMPTS}:  # a start may have failed before this one
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
-    return checkpoint_files.latest(out)
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:

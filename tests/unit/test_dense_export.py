@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, draft_folder, find, publish, step_folder, write_part
+from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, find, step_folder, write_checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
@@ -208,9 +208,9 @@ def dense_run(tiny_config: Callable[..., PretrainSettings]) -> tuple[Path, Maske
     spec = config.model_spec
     torch.manual_seed(3)
     mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
-    final = step_folder(config.run.out, 9)
-    files = write_part(draft_folder(final), WEIGHTS, {name: p.detach() for name, p in mae.named_parameters()})
-    publish(final, {"step": 9, "config": to_tree(config), "model": spec.to_tree(), "files": files})
+    manifest = {"step": 9, "config": to_tree(config), "model": spec.to_tree()}
+    weights = {name: p.detach() for name, p in mae.named_parameters()}
+    write_checkpoint(step_folder(config.run.out, 9), weights, {}, manifest)
     return config.run.out, mae
 
 
