@@ -28,7 +28,7 @@ DENSE = Route((), ())
 
 
 def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    """Weights of the route's dense ViT, by timm's names; reads the encoder's files and of its experts those of the route.
+    """Weights of the route's dense ViT, by timm's names; reads none but their files.
 
     The gate value is folded in: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
     """

@@ -4,6 +4,7 @@ Axes: B images, T tokens, D width, L expert layers, M clusters, E experts.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,8 +192,9 @@ def test_routes_and_clusters_that_are_not_there(moce_run: Callable[..., Path]) -
 def test_only_the_files_of_the_route_are_read(moce_run: Callable[..., Path]) -> None:
     checkpoint, _ = run_clusters(moce_run())
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
-    for path in (checkpoint.folder / WEIGHTS).glob("block-*"):
-        if path.name not in ("block-00-expert-001.safetensors", "block-02-expert-003.safetensors"):
+    for path in (checkpoint.folder / WEIGHTS).glob("*block-*"):
+        needed = re.fullmatch(r"block-\d\d.safetensors", path.name)
+        if not needed and path.name not in ("block-00-expert-001.safetensors", "block-02-expert-003.safetensors"):
             path.unlink()
     assert "blocks.2.mlp.fc1.weight" in encoder_state(checkpoint, spec, Route((1, 3), (1.0, 1.0)))
     with pytest.raises(ArtefactError, match="block-00-expert-002"):
