@@ -29,6 +29,9 @@ def send_myself(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+INTERRUPT = partial(send_myself, signal.SIGINT)
+
+
 @dataclass(frozen=True)
 class NotFinite:
     """A loss that is not a number in one rank, at some steps (from 0); with `expert`, the gradient of one expert
@@ -52,7 +55,7 @@ class Job:
 
     words: list[str]
     stop_after: int | None = None
-    act: Callable[[], None] = partial(send_myself, signal.SIGINT)
+    act: Callable[[], None] = INTERRUPT
     rank: int = -1
     before: Callable[[], object] | None = None
     not_finite: NotFinite | None = None
@@ -111,9 +114,7 @@ def faulty(fault: NotFinite) -> Iterator[None]:
 
 
 @contextmanager
-def interrupted(
-    run: Path, after_step: int | None, act: Callable[[], None] = partial(send_myself, signal.SIGINT)
-) -> Iterator[None]:
+def interrupted(run: Path, after_step: int | None, act: Callable[[], None] = INTERRUPT) -> Iterator[None]:
     """Do `act` (a SIGINT to this process) when metrics.jsonl has `after_step` lines; nothing for None."""
     ended = threading.Event()
 
