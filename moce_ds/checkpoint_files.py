@@ -1,7 +1,7 @@
 """The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
 
     step-00001000/
-      manifest.json                             step, settings, sizes and checksums of the files and of itself; written last
+      manifest.json                             step, settings, checksums of the files and of itself; written last
       weights/shared.safetensors                fp32: embeddings, norms, gates, head
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
