@@ -41,7 +41,8 @@ def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
     """Check that the run folder is free, or holds the same run; returns the checkpoint to resume from.
 
     Raises:
-        ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
+        ConfigError: the folder holds a run with other settings that define the experiment (they are listed), or one
+            that was imported.
     """
     out, path = config.run.out, config.run.out / "config.yaml"
     if path.exists():
@@ -56,7 +57,13 @@ def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
             )
     elif out.exists() and any(out.iterdir()):
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
-    return checkpoint_files.latest(out)
+    checkpoint = checkpoint_files.latest(out)
+    if checkpoint and not checkpoint.names(checkpoint_files.OPTIMIZER):
+        raise ConfigError(
+            f"run.out: {out} holds weights without the optimizer's state, from which no run can go on: start a new one "
+            f"in another folder, with run.init_from={out}."
+        )
+    return checkpoint
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
