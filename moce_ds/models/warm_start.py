@@ -4,6 +4,7 @@ import pickle
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +20,8 @@ _DECODER = ("decoder_", "mask_token")
 
 # What torch's reader was seen to raise on damaged files; they have no common base.
 _READER_FAULTS = (
-    pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
-    AssertionError,
+    pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError,
 )  # fmt: skip
 
 
@@ -75,14 +76,23 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"run.init_from: {path} is no safetensors file ({error}).") from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def read_torch_file(path: Path, named: str) -> Any:
+    """What a file of `torch.save` holds, read with `weights_only=True`, so that nothing in it is executed.
+
+    Raises:
+        ArtefactError: the file, `named` so, holds more than tensors and plain values, or is damaged.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtefactError(
-            f"run.init_from: {path} refused: more than tensors in it, or damaged; nothing was run ({reason})."
+            f"{named} refused: more than tensors in it, or damaged; nothing was run ({reason})."
         ) from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    content = read_torch_file(path, f"run.init_from: {path}")
     state = content.get("model", content) if isinstance(content, dict) else content
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:
