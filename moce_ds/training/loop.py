@@ -39,6 +39,7 @@ from moce_ds.training.settings import BatchArithmetic, PretrainSettings, batch_a
 from moce_ds.training.setup import (
     ClusteredData,
     build_for_training,
+    check_same_data,
     choose_placement,
     first_weights,
     keep_clusters,
@@ -80,6 +81,8 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     shards = ShardSet.open(config.data.shards)
     data = open_clusters(config, shards)
     resume_from = open_run(config)
+    if resume_from:
+        check_same_data(resume_from, config, shards, data)
     schedule = make_schedule(config, shards.count)
     if resume_from and resume_from.step >= schedule.steps:
         runtime.say(f"{config.run.out} is complete: {resume_from.step} steps.")
