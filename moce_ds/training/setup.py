@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from moce_ds import checkpoint_files
 from moce_ds import config as configuration
 from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_file, atomic_folder, copy_tree
@@ -27,7 +27,7 @@ from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import ATTEMPTS
 from moce_ds.training.checkpoint import global_parameters
-from moce_ds.training.settings import PretrainSettings, forbidden_changes
+from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def check_run(config: PretrainSettings) -> None:
     """
     out, path = config.run.out, config.run.out / "config.yaml"
     if path.exists():
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        old = configuration.to_tree(settings_of_run(path))
         changed = configuration.differences(old, configuration.to_tree(config))
         forbidden = forbidden_changes(set(changed))
         if forbidden:
@@ -57,6 +57,26 @@ def check_run(config: PretrainSettings) -> None:
             )
     elif out.exists() and {path.name for path in out.iterdir()} - {ATTEMPTS}:  # a start may have failed before this one
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
+
+
+def check_same_data(
+    checkpoint: checkpoint_files.Checkpoint, config: PretrainSettings, shards: ShardSet, data: ClusteredData | None
+) -> None:
+    """Refuse to go on with other images or clusters than the checkpoint was trained on, whatever their path.
+
+    Raises:
+        ArtefactError: `data.shards` or `experts.clusters` was replaced since.
+    """
+    found = [(f"data.shards: {config.data.shards}", "shards_fingerprint", shards.fingerprint)]
+    if data is not None:
+        found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
+    for named, record, now in found:
+        then = str(checkpoint.manifest[record])
+        if then != now:
+            raise ArtefactError(
+                f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
+                f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
+            )
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
@@ -73,6 +93,7 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
     clusters = Clusters.load(folder)
+    check_encoder(folder, clusters.encoder_fingerprint)  # labels a task's images when the run is over
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 
 
