@@ -2,9 +2,11 @@
 
     python -m launchers.local --nproc 2 pretrain configs/demo/mae.yaml
 
-One Ctrl-C (or SIGTERM) asks every process to stop at the next step boundary. When a process fails, the others are
-ended and the failed one is named. Under `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher has no
-other dependency, prints no traceback of its own, and passes signals on once.
+One Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary. When a process fails,
+the others are ended and the failed one is named. With --max-restarts, all are started again when one was lost (killed,
+or silent for run.peer_timeout seconds), and the run goes on from its newest checkpoint. Under
+`torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
+on once.
 """
 
 import argparse
@@ -16,26 +18,39 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from moce_ds.errors import LOST_PEER
+
 _GRACE_SECONDS = 20.0
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the processes, wait for them, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m launchers.local", description=__doc__.split("\n")[0])
     parser.add_argument("--nproc", type=int, default=2, help="processes to start (default: 2)")
+    parser.add_argument("--max-restarts", type=int, default=0, help="starts after a process was lost (default: 0)")
     parser.add_argument("verb", help="a moce verb, such as pretrain")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments")
     given = parser.parse_args(arguments)
     if given.nproc < 1:
         parser.error(f"--nproc: got {given.nproc}; expected at least 1")
-    return run_processes([sys.executable, "-m", "moce_ds", given.verb, *given.rest], given.nproc)
+    return run_processes([sys.executable, "-m", "moce_ds", given.verb, *given.rest], given.nproc, given.max_restarts)
 
 
-def run_processes(command: Sequence[str], nproc: int) -> int:
-    """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure."""
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGINT, signal.SIGTERM)}
+def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
+    """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure.
+
+    A process that was lost costs a restart of all, at most `max_restarts` times; an error that a process has explained
+    would only occur again.
+    """
+    before = {number: signal.signal(number, _leave) for number in _PASSED_ON}
     try:
-        return _run(command, nproc)
+        for restart in range(max_restarts + 1):
+            status, lost, asked = _run(command, nproc)
+            if not lost or asked or restart == max_restarts:
+                break
+            print(f"Restart {restart + 1} of at most {max_restarts}.", file=sys.stderr, flush=True)
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -47,7 +62,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-def _run(command: Sequence[str], nproc: int) -> int:
+def _run(command: Sequence[str], nproc: int) -> tuple[int, bool, bool]:
+    """One start of all processes: exit status, whether a process was lost, and whether a signal asked for a stop."""
     from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be obeyed already
 
     # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
@@ -61,22 +77,29 @@ def _run(command: Sequence[str], nproc: int) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }
     processes: list[subprocess.Popen[bytes]] = []
+    asked = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _PASSED_ON:
         signal.signal(number, pass_on)
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
         processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
-    return _wait(processes)
+    status = _wait(processes)
+    lost = status < 0 or status == LOST_PEER
+    return 1 if status < 0 else status, lost, bool(asked)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
-    """Wait until all have ended; once one fails, the others get a little time and are then killed."""
+    """Wait until all have ended; once one fails, the others get a little time and are then killed.
+
+    Returns 0, or what the first that failed ended with (negative: a signal).
+    """
     failed: tuple[int, int] | None = None
     deadline = float("inf")
     while any(process.poll() is None for process in processes):
@@ -95,7 +118,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     if status != 1 or rank != 0:  # an error of rank 0 has explained itself
         print(f"Process {rank} {how}.", file=sys.stderr)
-    return 1 if status < 0 else status
+    return status
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
 
     step-00001000/
-      manifest.json                         step, settings, sizes and checksums of the files; written last
-      weights/shared.safetensors            fp32 weights of everything that is not an expert
-      weights/block-03-expert-002.safetensors   those of one *global* expert of one block
-      optimizer/...                         the same names again: NAME.exp_avg and NAME.exp_avg_sq
+      manifest.json                             step, settings, sizes and checksums of the files; written last
+      weights/shared.safetensors                fp32: embeddings, norms, gates, head
+      weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
+      weights/block-03-expert-002.safetensors   one *global* expert of one block
+      optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
 
 A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
 """
 
-import os
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json, sha256_of, write_json
+from moce_ds.files import read_json, sha256_of, sync
 
-FORMAT = "moce_ds checkpoint 1"
+FORMAT = "moce_ds checkpoint 2"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-_EXPERT = re.compile(r"^blocks\.(\d+)\.mlp\.experts\.(\d+)\.")
+_BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
+_FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER})/[a-z0-9-]+\.safetensors$")
 _STEP = re.compile(r"^step-(\d{8})$")
+_WRITERS = 2  # threads: one file is hashed while another one goes to disk
 
 
 def file_of(parameter: str) -> str:
-    """The file (without folder) that holds a parameter: its expert's own one, or the shared one."""
-    match = _EXPERT.match(parameter)
-    return f"block-{int(match[1]):02d}-expert-{int(match[2]):03d}.safetensors" if match else "shared.safetensors"
+    """The file (without folder) that holds a parameter: that of its expert, of its block, or the shared one."""
+    match = _BLOCK.match(parameter)
+    if match is None:
+        return "shared.safetensors"
+    expert = f"-expert-{int(match[3]):03d}" if match[3] else ""
+    return f"{'decoder-' if match[1] else ''}block-{int(match[2]):02d}{expert}.safetensors"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -47,8 +54,8 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        manifest: `step`, `config` (settings tree), `model`, `clusters_hash`, `shards_fingerprint`, `images_read`,
-            `routing`, `files`.
+        manifest: `step`, `skipped` (steps without an update), `config` (settings tree), `model`, `clusters_hash`,
+            `shards_fingerprint`, `images_read`, `routing`, `files`.
     """
 
     folder: Path
@@ -70,14 +77,13 @@ class Checkpoint:
         if manifest.get("format") != FORMAT:
             raise ArtefactError(f"{folder}: format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
         for name, record in manifest["files"].items():
+            if not _FILE.match(name):
+                raise ArtefactError(f"{folder / 'manifest.json'} names {name!r}, which is no file of a checkpoint.")
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
                 found = "missing" if size is None else f"{size} bytes"
-                raise ArtefactError(
-                    f"{path} is damaged: {found}, expected {record['bytes']} bytes. Remove {folder} to go on from the "
-                    "checkpoint before it."
-                )
+                raise ArtefactError(f"{path} is damaged: {found}, expected {record['bytes']} bytes.")
         return cls(folder, manifest)
 
     def names(self, part: str = WEIGHTS) -> list[str]:
@@ -85,28 +91,48 @@ class Checkpoint:
         return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
 
     def load(self, part: str, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Tensors of `weights` or `optimizer`; with `parameters`, only from the files that hold those."""
+        """Tensors of `weights` or `optimizer`; with `parameters`, only from the files that hold those.
+
+        Raises:
+            ArtefactError: a file is missing, or its content is not what was written.
+        """
         wanted = self.names(part) if parameters is None else sorted({f"{part}/{file_of(p)}" for p in parameters})
         tensors: dict[str, Tensor] = {}
         for name in wanted:
-            try:
-                tensors |= load_file(self.folder / name)
-            except (SafetensorError, FileNotFoundError) as error:
-                raise ArtefactError(f"{self.folder / name} cannot be read ({error}).") from None
+            if name not in self.manifest["files"]:
+                raise ArtefactError(f"{self.folder} holds no {name}: it belongs to another model.")
+            self._check(name)
+            tensors |= load_file(self.folder / name)
         return tensors
 
+    def _check(self, name: str) -> None:
+        try:
+            found = sha256_of(self.folder / name)
+        except OSError as error:
+            raise ArtefactError(f"{self.folder / name} cannot be read ({error}).") from None
+        if found != self.manifest["files"][name]["sha256"]:
+            raise ArtefactError(f"{self.folder / name} is damaged: its checksum is not the one it was written with.")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight, read from the headers alone."""
+        """Name and shape of every weight, read from the headers alone. Raises ArtefactError."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names():
-            with safe_open(self.folder / name, "pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            try:
+                with safe_open(self.folder / name, "pt") as file:
+                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            except SafetensorError as error:
+                raise ArtefactError(f"{self.folder / name} is damaged ({error}).") from None
         return shapes
 
-    def faults(self) -> list[str]:
-        """Files whose content is not what was written, by checksum; reads everything."""
-        files = self.manifest["files"].items()
-        return [f"{name}: checksum differs" for name, r in files if sha256_of(self.folder / name) != r["sha256"]]
+    def faults(self, part: int = 0, parts: int = 1) -> list[str]:
+        """Files whose content is not what was written, by checksum; of `parts` shares of the files, the one asked."""
+        found = []
+        for name in sorted(self.manifest["files"])[part::parts]:
+            try:
+                self._check(name)
+            except ArtefactError as error:
+                found.append(str(error))
+        return found
 
 
 def steps_of(run: Path) -> list[int]:
@@ -116,57 +142,105 @@ def steps_of(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def latest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, None when there is none yet. Raises ArtefactError when it is damaged."""
-    steps = steps_of(run)
-    return Checkpoint.open(step_folder(run, steps[-1])) if steps else None
-
-
 def find(path: Path) -> Checkpoint:
     """The checkpoint that `path` names: itself, or the newest of a run folder. Raises ArtefactError."""
     if (path / "manifest.json").exists():
         return Checkpoint.open(path)
-    checkpoint = latest(path)
-    if checkpoint is None:
+    steps = steps_of(path)
+    if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
-    return checkpoint
+    try:
+        return Checkpoint.open(step_folder(path, steps[-1]))
+    except ArtefactError as error:
+        before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
+        raise ArtefactError(f"{error}{before}") from None
 
 
-def write_part(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """Write tensors to the files they belong to; returns size and checksum by file name.
-
-    For `optimizer`, keys are NAME.exp_avg and NAME.exp_avg_sq. Processes call it with tensors of different files.
-    """
+def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of `weights` or `optimizer` by the file that holds them; keys of `optimizer` are NAME.exp_avg, ...."""
     by_file: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        by_file.setdefault(f"{part}/{file_of(name)}", {})[name] = tensor.contiguous()
-    (folder / part).mkdir(parents=True, exist_ok=True)
-    records = {}
-    for name, content in by_file.items():
-        save_file(content, folder / name)
-        with open(folder / name, "rb") as written:
-            os.fsync(written.fileno())
-        records[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-    return records
+        by_file.setdefault(f"{part}/{file_of(name)}", {})[name] = tensor
+    return by_file
 
 
-def draft_folder(final: Path) -> Path:
-    """Where a checkpoint is written before it is whole."""
-    return final.with_name(f".{final.name}.draft")
+def write_files(folder: Path, by_file: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write files into a draft; returns size and checksum by file name. Processes write different files.
+
+    Raises:
+        ArtefactError: a file cannot be written, as on a full disk; it is named, with the reason.
+    """
+
+    def write(item: tuple[str, Mapping[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+        path, tensors = folder / item[0], {name: tensor.contiguous() for name, tensor in item[1].items()}
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file(tensors, path)
+            sync(path)
+            return item[0], {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        except (OSError, SafetensorError) as error:
+            raise ArtefactError(f"{path} cannot be written: {error}") from None
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        return dict(pool.map(write, by_file.items()))
 
 
-def publish(final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into the draft and give it its name; one process calls this, when all have written."""
-    draft = draft_folder(final)
-    write_json(draft / "manifest.json", {"format": FORMAT, **manifest})
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
+def write_checkpoint(
+    final: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], manifest: dict[str, Any]
+) -> Checkpoint:
+    """Write a whole checkpoint in one process: its tensors by global names, and what its manifest says but for files.
+
+    Raises:
+        ArtefactError: it cannot be written; nothing is left of it.
+    """
+    draft = final.with_name(f".{final.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        files = write_files(draft, grouped(WEIGHTS, weights) | grouped(OPTIMIZER, moments))
+        publish(draft, final, {**manifest, "files": files})
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Checkpoint.open(final)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and drafts that a kill left behind."""
+def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest into the draft and give it its name; one process calls this, when all have written.
+
+    A checkpoint of the same step is moved aside first and removed last.
+
+    Raises:
+        ArtefactError: the manifest cannot be written, or the draft has gone.
+    """
+    replaced = final.with_name(f".{final.name}.replaced")
+    try:
+        # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
+        (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        for written in (draft / "manifest.json", *draft.iterdir(), draft):
+            sync(written)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        draft.rename(final)
+        sync(final.parent)
+    except OSError as error:
+        raise ArtefactError(f"{final} cannot be written: {error}") from None
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def prune(run: Path, keep: int, every: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
+    for left in (run / "checkpoints").glob(".step-*"):  # of a kill
+        shutil.rmtree(left)
     for step in steps_of(run)[:-keep]:
-        shutil.rmtree(step_folder(run, step))
-    for draft in (run / "checkpoints").glob(".step-*.draft"):
-        shutil.rmtree(draft)
+        if not (every and step % every == 0):
+            # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
+            shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
+
+
+def set_aside(run: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that it is neither used nor counted; returns its new place."""
+    aside = run / "checkpoints" / f"damaged-step-{step:08d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    return step_folder(run, step).rename(aside)

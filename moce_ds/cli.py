@@ -109,7 +109,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
 
-    with started() as runtime:
+    with started(config.run.peer_timeout) as runtime:
         run(config, runtime)
 
 
@@ -359,7 +359,7 @@ moce.add_command(bench)
 
 
 def main() -> None:
-    """Entry point: user errors in one message and status 1, Ctrl-C without a traceback."""
+    """Entry point: user errors in one message and their status, Ctrl-C without a traceback."""
     try:
         moce(prog_name="moce", standalone_mode=False)
     except MoceError as error:
@@ -368,7 +368,7 @@ def main() -> None:
             click.echo(
                 "Error: " + "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(error)), err=True
             )
-        sys.exit(1)
+        sys.exit(error.status)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

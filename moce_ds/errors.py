@@ -1,12 +1,17 @@
 """Errors meant for the person at the terminal: they name the thing, what was expected and what to do.
 
-The command line prints the message of a `MoceError` without a traceback and exits with status 1. Anything
+The command line prints the message of a `MoceError` without a traceback and exits with its status. Anything
 else that escapes is a defect of this program and keeps its traceback.
 """
+
+LOST_PEER = 75
+"""Exit status when another process is to blame (EX_TEMPFAIL): the same command may well succeed."""
 
 
 class MoceError(Exception):
     """Base of all errors that a user can cause and mend."""
+
+    status = 1
 
 
 class ConfigError(MoceError):
@@ -19,3 +24,9 @@ class DataError(MoceError):
 
 class ArtefactError(MoceError):
     """A file or folder written by an earlier stage is missing, incomplete, or belongs to something else."""
+
+
+class LostPeerError(MoceError):
+    """Another process of the run died or does not answer."""
+
+    status = LOST_PEER

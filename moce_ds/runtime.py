@@ -7,28 +7,32 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
 from moce_ds.errors import MoceError
+from moce_ds.liveness import Watch
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A process's place: global rank, number of processes, rank on its machine, and the device it computes on."""
+    """A process's place: global rank, number of processes, rank on its machine, the device it computes on, and the
+    watch over its peers, where it has any."""
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -39,6 +43,11 @@ class Runtime:
         """Print to standard error, once for all processes, clear of a progress bar."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
+
+    def at(self, doing: str) -> None:
+        """Say what this process is at, such as "step 12": told to the others if it is lost."""
+        if self.watch is not None:
+            self.watch.at(doing)
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -86,8 +95,11 @@ class Runtime:
 
 
 @contextmanager
-def started() -> Iterator[Runtime]:
-    """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block."""
+def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
+    """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block.
+
+    A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
+    """
     rank = int(os.environ.setdefault("RANK", "0"))
     world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
@@ -96,6 +108,7 @@ def started() -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+    watch = None
     if world_size == 1:
         # DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -109,30 +122,48 @@ def started() -> Iterator[Runtime]:
                 "with torchrun or `python -m launchers.local --nproc N`."
             )
         dist.init_process_group(backend, timeout=_PEER_TIMEOUT)
+        watch = Watch(rank, world_size, local_rank, peer_timeout)
     try:
-        yield Runtime(rank, world_size, local_rank, device)
+        with watch or nullcontext():
+            yield Runtime(rank, world_size, local_rank, device, watch)
+            dist.barrier()  # nobody takes the store away while others still look into it
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 class StopRequest:
-    """Remembers that a signal asked for a stop; the loop looks at it between steps.
+    """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
 
     A second Ctrl-C ends the process at once, as an impatient user expects.
+
+    Args:
+        seconds: after so long a stop is wanted too; None: never.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, seconds: float | None = None) -> None:
+        self._received: signal.Signals | None = None
+        self._deadline = time.monotonic() + seconds if seconds is not None else float("inf")
         self._previous = {number: signal.signal(number, self._remember) for number in self.signals}
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+    @property
+    def wanted(self) -> bool:
+        """Whether this process wants the run to stop."""
+        return self._received is not None or time.monotonic() >= self._deadline
 
-    def restore(self) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Give the signals back to whoever handled them before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

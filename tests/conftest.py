@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, draft_folder, publish, step_folder, write_part
+from moce_ds.checkpoint_files import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import load, to_tree
@@ -133,19 +133,18 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
         ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
         slot_LE = in_order(2, 4)
         router = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE)
-        final = step_folder(config.run.out, 5)
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         manifest = {
             "step": 5,
+            "skipped": 0,
             "config": to_tree(config),
             "model": config.model_spec.to_tree(),
             "clusters_hash": clusters.hash,
             "routing": router.record(5),
             "placement": {"ep_size": 1, "slot_LE": slot_LE.tolist()},
             "dealt_by": [],
-            "files": write_part(draft_folder(final), WEIGHTS, weights),
         }
-        publish(final, manifest)
+        write_checkpoint(step_folder(config.run.out, 5), weights, {}, manifest)
         shutil.copytree(tiny_clusters, config.run.out / "clusters")
         return config.run.out
 

@@ -152,19 +152,28 @@ def read_run(path: Path) -> Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl` by step; of a step that occurs twice, in a resumed run, the later line counts.
+    """Records of `metrics.jsonl` by step, one a step.
 
-    Lines that are no record are ignored: a kill leaves half a line, at the end or where the run was resumed.
+    An attempt (start of the run) takes back what earlier ones recorded from its own first record on, also where an
+    earlier one wrote on after it had begun; without attempts, the later line counts. Lines that are no record are
+    ignored: a kill leaves half a line.
     """
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, Any]] = {}
+    newest = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and "step" in record:
+        if not isinstance(record, dict) or "step" not in record:
+            continue
+        attempt = record.get("attempt", newest)
+        if attempt > newest:
+            newest = attempt
+            by_step = {step: kept for step, kept in by_step.items() if step < record["step"]}
+        if attempt == newest:
             by_step[record["step"]] = record
     return [by_step[step] for step in sorted(by_step)]
 

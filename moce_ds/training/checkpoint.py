@@ -1,13 +1,13 @@
-"""Between a DeepSpeed engine and the checkpoint format: every process gives and takes what it holds.
+"""Between a DeepSpeed engine and the checkpoint format: every process gives a share, and takes what it holds.
 
 ZeRO cuts parameters and Adam's moments over processes; DeepSpeed's `safe_get_full_...` put one parameter at a time
 together again. Experts are renamed from local to global numbers, so the files know nothing of the topology.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,16 +15,8 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from moce_ds.checkpoint_files import (
-    OPTIMIZER,
-    WEIGHTS,
-    Checkpoint,
-    draft_folder,
-    prune,
-    publish,
-    step_folder,
-    write_part,
-)
+from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, file_of, set_aside, step_folder, steps_of
+from moce_ds.errors import ArtefactError
 from moce_ds.models.spec import give_weights
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
@@ -47,45 +39,106 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine, run: Path, step: int, manifest: dict[str, Any], keep: int, runtime: Runtime
-) -> Path:
-    """Write the checkpoint of a step; a collective of all processes. Returns its folder.
+class HostBuffers:
+    """Memory on the host that is kept from one checkpoint to the next: fresh pages would cost more than the copy."""
 
-    Shared weights are written by rank 0, each expert by the first process that holds it.
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """The buffer of that name with a tensor's content; from a GPU only after `settle`."""
+        if name not in self._kept:
+            self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._kept[name].copy_(tensor, non_blocking=True)
+
+    def settle(self) -> None:
+        """Wait until all copies have arrived."""
+        if any(buffer.is_pinned() for buffer in self._kept.values()):
+            torch.cuda.synchronize()
+
+
+def snapshot(engine: DeepSpeedEngine, runtime: Runtime, buffers: HostBuffers) -> dict[str, dict[str, Tensor]]:
+    """Copies of the weights and Adam moments that this process is to write, by file; every process must call it.
+
+    The files are dealt to the processes that hold their content: those of shared parameters in turn to all, those of
+    an expert in turn to its replicas.
     """
-    final = step_folder(run, step)
-    draft = draft_folder(final)
-    if runtime.is_main:
-        prune(run, keep)
-        draft.mkdir(parents=True)
-    runtime.barrier()
-    weights, moments = _held_tensors(engine, runtime)
-    records = {**write_part(draft, WEIGHTS, weights), **write_part(draft, OPTIMIZER, moments)}
-    gathered: list[dict[str, Any]] = [{} for _ in range(runtime.world_size)]
-    dist.all_gather_object(gathered, records)
-    if runtime.is_main:
-        files = {name: record for part in gathered for name, record in part.items()}
-        publish(final, {"step": step, **manifest, "files": dict(sorted(files.items()))})
-        prune(run, keep)
-    runtime.barrier()
-    return final
-
-
-def _held_tensors(engine: DeepSpeedEngine, runtime: Runtime) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and Adam moments that this process is to write, on the host; every process must call it."""
     _link_moments(engine)
-    weights, moments = {}, {}
+    mine = _files_to_write(engine.module, runtime)
+    files: dict[str, dict[str, Tensor]] = {}
     for name, parameter in global_parameters(engine.module):
+        weight, moment = f"{WEIGHTS}/{file_of(name)}", f"{OPTIMIZER}/{file_of(name)}"
+        if weight in mine:  # fp32 already: precision bf16 is autocast
+            files.setdefault(weight, {})[name] = buffers.copy(name, parameter.detach())
+        for kind in MOMENTS:
+            whole = _whole_moment(parameter, kind)  # a collective: also where it is not written
+            if moment in mine:
+                key = f"{name}.{kind}"
+                files.setdefault(moment, {})[key] = buffers.copy(key, whole)
+    buffers.settle()
+    return files
+
+
+def _files_to_write(model: nn.Module, runtime: Runtime) -> set[str]:
+    """Of the files whose content this process holds, its share."""
+    held: dict[bool, set[str]] = {False: set(), True: set()}
+    for name, parameter in global_parameters(model):
         is_expert = not getattr(parameter, "allreduce", True)
-        mine = runtime.rank < _ep_size(engine.module) if is_expert else runtime.is_main
-        for moment in MOMENTS:
-            whole = safe_get_full_optimizer_state(parameter, moment)  # a collective: also where it is not written
-            if mine:
-                moments[f"{name}.{moment}"] = whole.cpu()
-        if mine:
-            weights[name] = parameter.detach().cpu()  # fp32 already: precision bf16 is autocast
-    return weights, moments
+        held[is_expert] |= {f"{part}/{file_of(name)}" for part in (WEIGHTS, OPTIMIZER)}
+    ep_size = next((m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE)), 1)
+    replica, replicas = runtime.rank // ep_size, runtime.world_size // ep_size
+    return {*sorted(held[False])[runtime.rank :: runtime.world_size], *sorted(held[True])[replica::replicas]}
+
+
+def _whole_moment(parameter: nn.Parameter, kind: str) -> Tensor:
+    """An Adam moment put together from all processes, or as it lies where one process holds all of it."""
+    if dist.get_world_size(parameter._dp_group) == 1:  # type: ignore[attr-defined]
+        return parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def newest_whole(run: Path, runtime: Runtime) -> Checkpoint | None:
+    """The newest checkpoint of a run whose every byte is as it was written; None where there is none at all.
+
+    A collective: the processes share the reading. Damaged ones that are newer are renamed `damaged-step-...` and named.
+
+    Raises:
+        ArtefactError: there are checkpoints, but none is whole; nothing was renamed.
+    """
+    steps = json.loads(runtime.texts(json.dumps(steps_of(run)))[0])  # as rank 0 sees them
+    damaged: dict[int, list[str]] = {}
+    for step in reversed(steps):
+        faults = [line for text in runtime.texts("\n".join(_faults(run, step, runtime))) for line in text.splitlines()]
+        if not faults:
+            _set_aside(run, damaged, step, runtime)
+            return Checkpoint.open(step_folder(run, step))
+        damaged[step] = sorted(set(faults))
+    if damaged:
+        listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
+        raise ArtefactError(
+            f"{run} holds no whole checkpoint to go on from:\n{listed}\nRestore these files, or remove "
+            f"{run / 'checkpoints'} to begin at step 0."
+        )
+    return None
+
+
+def _faults(run: Path, step: int, runtime: Runtime) -> list[str]:
+    """What is wrong with this process's share of a checkpoint's files."""
+    try:
+        return Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
+    except ArtefactError as error:
+        return [str(error)]
+
+
+def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Runtime) -> None:
+    for step, faults in damaged.items():
+        aside = set_aside(run, step) if runtime.is_main else None
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        runtime.say(
+            f"WARNING: the checkpoint of step {step} is damaged; going on from step {good}, the newest whole one:\n"
+            f"{listed}\n  It is kept as {aside}."
+        )
+    runtime.barrier()
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
@@ -98,7 +151,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Ru
     with runtime.together():  # each process reads files of its own
         weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
         give_weights(parameters, weights, str(checkpoint.folder))
-    _make_moments(engine, float(checkpoint.step))
+    _make_moments(engine, float(checkpoint.step - checkpoint.manifest["skipped"]))
     _link_moments(engine)
     for name, parameter in parameters.items():
         safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
@@ -106,12 +159,8 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Ru
             safe_set_full_optimizer_state(parameter, moments[f"{name}.{moment}"].to(parameter.device), moment)
 
 
-def _ep_size(model: nn.Module) -> int:
-    return next(m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE))
-
-
 def _make_moments(engine: DeepSpeedEngine, step: float) -> None:
-    """Create Adam's state, which torch does only in the first step, at `step` steps taken."""
+    """Create Adam's state, which torch does only in the first step, at `step` updates made."""
     adam = engine.optimizer.optimizer
     for group in adam.param_groups:
         for flat in group["params"]:

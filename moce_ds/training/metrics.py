@@ -1,13 +1,13 @@
 """What a run tells while it runs: the progress line, `metrics.jsonl` (the record), and TensorBoard (a mirror).
 
-Only the main process tells; an inactive teller does nothing.
+Only the main process tells. A step that two attempts have recorded is resolved by whoever reads (`read_metrics`).
 """
 
 import json
+import math
 import sys
 import time
 from collections import deque
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from moce_ds.runtime import Runtime
+from moce_ds.training.attempt import METRICS, Attempt
 
 
 class Meter:
@@ -42,15 +45,15 @@ class Meter:
 
 
 class Teller:
-    """Progress line, metrics.jsonl and TensorBoard of one run; use it as a context."""
+    """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context."""
 
-    def __init__(self, run: Path, first_step: int, steps: int, images_per_step: int, active: bool) -> None:
-        self._active = active
+    def __init__(self, attempt: Attempt, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
+        self._attempt, self._runtime = attempt, runtime
         self._images_per_step = images_per_step
-        if not active:
+        if not runtime.is_main:
             return
-        self._record = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+        self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
             initial=first_step,
             total=steps,
@@ -66,24 +69,35 @@ class Teller:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._active:
+        if self._runtime.is_main:
             self._bar.close()
             self._board.close()
             self._record.close()
 
     def step(self) -> None:
         """Move the progress line on by one step."""
-        if self._active:
+        if self._runtime.is_main:
             self._bar.update()
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Write one record; numbers in nested dictionaries become TensorBoard scalars under a/b/c."""
-        if not self._active:
-            return
-        self._record.write(json.dumps(record) + "\n")
+        """Write one record, a collective; numbers in nested dictionaries become TensorBoard scalars under a/b/c.
+
+        Raises:
+            ArtefactError, SupersededError: on every process, when it cannot be written.
+        """
+        with self._runtime.together():
+            if self._runtime.is_main:
+                with self._attempt.writing(record["step"]):
+                    self._write(record)
+                self._show(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._record.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._record.flush()
         for tag, value in _flat(record):
             self._board.add_scalar(tag, value, record["step"])
+
+    def _show(self, record: dict[str, Any]) -> None:
         line = progress_line(record)
         self._bar.set_description_str(line + " ", refresh=True)
         if self._bar.disable:  # not a terminal: a log file wants whole lines
@@ -93,7 +107,7 @@ class Teller:
 
     def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
         """Show a picture in TensorBoard."""
-        if self._active:
+        if self._runtime.is_main:
             self._board.add_image(tag, picture_HWC, step, dataformats="HWC")
 
 
@@ -110,6 +124,13 @@ def progress_line(record: dict[str, Any]) -> str:
         loads = [share for layer in layers.values() for share in layer["load"]]
         parts.append(f"load {min(loads):.0%}-{max(loads):.0%}")
     return " ".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    """A record in which numbers that are not finite are null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

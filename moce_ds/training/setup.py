@@ -1,6 +1,7 @@
 """From settings to everything a run needs before its first step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
+from moce_ds.training.attempt import ATTEMPTS
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
@@ -37,8 +39,8 @@ class ClusteredData:
     ids_N: np.ndarray
 
 
-def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
-    """Check that the run folder is free, or holds the same run; returns the checkpoint to resume from.
+def check_run(config: PretrainSettings) -> None:
+    """Check that the run folder is free, or holds the same run.
 
     Raises:
         ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
@@ -54,19 +56,19 @@ def open_run(config: PretrainSettings) -> checkpoint_files.Checkpoint | None:
                 f"{out} holds another run; these settings may not change when it is resumed:\n{listed}\n"
                 "Give the settings of that run, or another run.out."
             )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and {path.name for path in out.iterdir()} - {ATTEMPTS}:  # a start may have failed before this one
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
-    return checkpoint_files.latest(out)
 
 
-def check_same_data(
-    checkpoint: checkpoint_files.Checkpoint, config: PretrainSettings, shards: ShardSet, data: ClusteredData | None
-) -> None:
-    """Refuse to go on with other images or clusters than the checkpoint was trained on, whatever their path.
+def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredData | None) -> None:
+    """Refuse to go on with other images or clusters than the run was trained on, whatever their path.
 
     Raises:
-        ArtefactError: `data.shards` or `experts.clusters` was replaced since.
+        ArtefactError: `data.shards` or `experts.clusters` was replaced since the newest checkpoint.
     """
+    checkpoint = _newest_readable(config.run.out)
+    if checkpoint is None:
+        return
     found = [(f"data.shards: {config.data.shards}", "shards_fingerprint", shards.fingerprint)]
     if data is not None:
         found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
@@ -77,6 +79,13 @@ def check_same_data(
                 f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
                 f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
             )
+
+
+def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
+    for step in reversed(checkpoint_files.steps_of(run)):
+        with suppress(ArtefactError):  # a damaged one is named when the run goes on from the one before it
+            return checkpoint_files.Checkpoint.open(checkpoint_files.step_folder(run, step))
+    return None
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:

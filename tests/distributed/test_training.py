@@ -103,14 +103,10 @@ def test_a_checkpoint_says_what_it_is(runs: Path, two: object, data: TinyData) -
     manifest = find(runs / "two-moce-ep2").manifest
     assert manifest["images_read"] == STEPS * 16
     assert manifest["shards_fingerprint"] == ShardSet.open(data.shards).fingerprint
-    assert sorted(name for name in manifest["files"] if name.startswith("weights/")) == [
-        *(
-            f"weights/block-{block:02d}-expert-{expert:03d}.safetensors"
-            for block in EXPERT_LAYERS
-            for expert in range(4)
-        ),
-        "weights/shared.safetensors",
-    ]
+    files = [f"block-{block:02d}" for block in range(4)] + ["decoder-block-00", "shared"]
+    files += [f"block-{block:02d}-expert-{expert:03d}" for block in EXPERT_LAYERS for expert in range(4)]
+    expected = {f"{part}/{file}.safetensors" for part in ("weights", "optimizer") for file in files}
+    assert set(manifest["files"]) == expected
     assert find(runs / "two-moce-ep2").faults() == []
 
 

@@ -12,15 +12,16 @@ from moce_ds.checkpoint_files import (
     OPTIMIZER,
     WEIGHTS,
     Checkpoint,
-    draft_folder,
     file_of,
     find,
-    latest,
+    grouped,
     prune,
     publish,
+    set_aside,
     step_folder,
     steps_of,
-    write_part,
+    write_checkpoint,
+    write_files,
 )
 from moce_ds.errors import ArtefactError
 
@@ -40,11 +41,7 @@ def moments(of: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(run: Path, step: int) -> Path:
-    final = step_folder(run, step)
-    draft = draft_folder(final)
-    files = write_part(draft, WEIGHTS, weights(step)) | write_part(draft, OPTIMIZER, moments(weights(step)))
-    publish(final, {"step": step, "files": files})
-    return final
+    return write_checkpoint(step_folder(run, step), weights(step), moments(weights(step)), {"step": step}).folder
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -62,12 +59,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_each_global_expert_has_files_of_its_own(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
-    names = ["block-03-expert-000.safetensors", "block-03-expert-001.safetensors", "shared.safetensors"]
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == ["manifest.json", *(f"{part}/{n}" for part in (OPTIMIZER, WEIGHTS) for n in names)]
+    files = ("block-00", "block-03-expert-000", "block-03-expert-001", "shared")
+    names = [f"{name}.safetensors" for name in files]
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == ["manifest.json", *(f"{part}/{n}" for part in (OPTIMIZER, WEIGHTS) for n in names)]
     assert Checkpoint.open(folder).names() == [f"weights/{name}" for name in names]
     assert file_of("blocks.11.mlp.experts.123.fc2.bias.exp_avg") == "block-11-expert-123.safetensors"
-    assert file_of("decoder_blocks.3.mlp.fc1.weight") == "shared.safetensors"
+    assert file_of("decoder_blocks.3.mlp.fc1.weight") == "decoder-block-03.safetensors"
+    assert file_of("blocks.3.mlp.shared.fc1.weight") == "block-03.safetensors"
+    assert file_of("gate.weights.0") == file_of("cls_token") == "shared.safetensors"
 
 
 def test_only_the_files_of_the_wanted_parameters_are_read(tmp_path: Path) -> None:
@@ -83,31 +83,41 @@ def test_only_the_files_of_the_wanted_parameters_are_read(tmp_path: Path) -> Non
 
 
 def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    final = step_folder(tmp_path, 5)
-    files = write_part(draft_folder(final), WEIGHTS, weights())
-    assert steps_of(tmp_path) == [] and latest(tmp_path) is None and not final.exists()
+    final, draft = step_folder(tmp_path, 5), tmp_path / "draft"
+    draft.mkdir()
+    files = write_files(draft, grouped(WEIGHTS, weights()))
     with pytest.raises(ArtefactError, match=f"{tmp_path} holds no checkpoint: expected a run folder"):
         find(tmp_path)
-    publish(final, {"step": 5, "files": files})
-    assert steps_of(tmp_path) == [5] and not draft_folder(final).exists()
+    publish(draft, final, {"step": 5, "files": files})
+    assert steps_of(tmp_path) == [5] and not draft.exists() and find(tmp_path).faults() == []
 
 
-def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_what_a_kill_leaves_is_cleared_away(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    write_part(draft_folder(step_folder(tmp_path, 6)), WEIGHTS, weights())  # and then killed
-    found = latest(tmp_path)
-    assert found is not None and found.step == 5 and found.faults() == []
+    for left in (".step-00000006.draft", ".step-00000004.removed", ".step-00000005.replaced"):
+        (tmp_path / "checkpoints" / left / "weights").mkdir(parents=True)
+    assert find(tmp_path).step == 5
     prune(tmp_path, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-    write(tmp_path, 6)
-    found = latest(tmp_path)
-    assert found is not None and found.step == 6
+
+
+def test_a_draft_that_has_gone_is_an_error_that_leaves_the_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    with pytest.raises(ArtefactError, match="cannot be written"):
+        publish(tmp_path / "gone", folder, {"step": 5, "files": {}})
+    assert find(tmp_path).faults() == [] and same(find(tmp_path).load(WEIGHTS), weights(5))
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("a file where a folder must be")
+    with pytest.raises(ArtefactError, match=rf"{tmp_path}/weights/[a-z0-9-]+.safetensors cannot be written"):
+        write_files(tmp_path, grouped(WEIGHTS, weights()))
 
 
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    draft = draft_folder(step_folder(tmp_path, 5))
-    publish(step_folder(tmp_path, 5), {"step": 5, "files": write_part(draft, WEIGHTS, weights(99))})
+    write_checkpoint(step_folder(tmp_path, 5), weights(99), {}, {"step": 5})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
     assert same(Checkpoint.open(step_folder(tmp_path, 5)).load(WEIGHTS), weights(99))
 
 
@@ -129,6 +139,24 @@ def test_prune_keeps_the_newest(tmp_path: Path, keep: int, left: list[int]) -> N
     assert steps_of(tmp_path) == left and (tmp_path / "checkpoints" / "notes.txt").exists()
 
 
+def test_prune_keeps_milestones_too(tmp_path: Path) -> None:
+    for step in range(10, 80, 10):
+        write(tmp_path, step)
+    prune(tmp_path, 2, every=30)
+    assert steps_of(tmp_path) == [30, 60, 70]
+    prune(tmp_path, 1, every=None)
+    assert steps_of(tmp_path) == [70]
+
+
+def test_a_damaged_checkpoint_set_aside_no_longer_counts(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    write(tmp_path, 6)
+    aside = set_aside(tmp_path, 6)
+    assert steps_of(tmp_path) == [5] and Checkpoint.open(aside).faults() == []
+    write(tmp_path, 6)
+    assert set_aside(tmp_path, 6) == aside and steps_of(tmp_path) == [5]
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
@@ -138,14 +166,15 @@ def cut(file: Path) -> None:
 def test_a_file_cut_short_or_missing_is_named(
     tmp_path: Path, harm: Callable[[Path], None], found: str, name: str
 ) -> None:
+    write(tmp_path, 4)
     folder = write(tmp_path, 5)
     size = (folder / name).stat().st_size
     harm(folder / name)
-    for opened in (lambda: Checkpoint.open(folder), lambda: latest(tmp_path), lambda: find(tmp_path)):
-        with pytest.raises(
-            ArtefactError, match=f"{folder / name} is damaged: {found}, expected {size} bytes.*before it"
-        ):
-            opened()
+    message = f"{folder / name} is damaged: {found}, expected {size} bytes."
+    with pytest.raises(ArtefactError, match=message + "$"):
+        Checkpoint.open(folder)
+    with pytest.raises(ArtefactError, match=f"{message} {step_folder(tmp_path, 4)} is the one before it"):
+        find(tmp_path)
 
 
 def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
@@ -154,15 +183,30 @@ def test_a_flipped_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(content)
-    assert Checkpoint.open(folder).faults() == ["weights/shared.safetensors: checksum differs"]
+    (fault,) = Checkpoint.open(folder).faults()
+    assert fault == f"{path} is damaged: its checksum is not the one it was written with."
+    shares = [Checkpoint.open(folder).faults(part, 3) for part in range(3)]
+    assert sorted(len(found) for found in shares) == [0, 0, 1], "each file is somebody's"
+    with pytest.raises(ArtefactError, match=fault):
+        Checkpoint.open(folder).load(WEIGHTS)
+    assert same(Checkpoint.open(folder).load(OPTIMIZER), moments(weights(5)))
 
 
-def test_a_file_that_is_no_safetensors_is_named(tmp_path: Path) -> None:
+def test_headers_that_are_none_are_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(write(tmp_path, 5))
     path = checkpoint.folder / "weights/shared.safetensors"
     path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(ArtefactError, match=f"{path} cannot be read"):
-        checkpoint.load(WEIGHTS)
+    with pytest.raises(ArtefactError, match=f"{path} is damaged"):
+        checkpoint.shapes()
+
+
+def test_a_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["weights/../../../secret.safetensors"] = {"bytes": 1, "sha256": "0"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactError, match="which is no file of a checkpoint"):
+        Checkpoint.open(folder)
 
 
 @pytest.mark.parametrize(

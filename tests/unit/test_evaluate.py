@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, draft_folder, find, publish, step_folder, write_part
+from moce_ds.checkpoint_files import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.cli import moce
 from moce_ds.config import to_tree
 from moce_ds.data.shards import ShardSet
@@ -29,15 +29,11 @@ from moce_ds.transfer.select import run_clusters, select_route
 CPU = torch.device("cpu")
 
 
-def write_checkpoint(run: Path, step: int, weights: dict[str, Tensor], manifest: dict) -> None:
-    final = step_folder(run, step)
-    publish(final, {**manifest, "step": step, "files": write_part(draft_folder(final), WEIGHTS, weights)})
-
-
 def with_weights(run: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
     """A newer checkpoint in `run` with other weights."""
     old = find(run)
-    write_checkpoint(run, old.step + 1, change(old.load(WEIGHTS)), old.manifest)
+    step = old.step + 1
+    write_checkpoint(step_folder(run, step), change(old.load(WEIGHTS)), {}, {**old.manifest, "step": step})
     return run
 
 
@@ -49,7 +45,8 @@ def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> P
     torch.manual_seed(5)
     mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     weights = {name: p.detach() for name, p in mae.named_parameters()}
-    write_checkpoint(config.run.out, 3, weights, {"config": to_tree(config), "model": spec.to_tree()})
+    manifest = {"step": 3, "config": to_tree(config), "model": spec.to_tree()}
+    write_checkpoint(step_folder(config.run.out, 3), weights, {}, manifest)
     return config.run.out
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, draft_folder, find, publish, step_folder, write_part
+from moce_ds.checkpoint_files import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import to_tree
 from moce_ds.errors import ArtefactError
@@ -54,9 +54,8 @@ def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def write_run(source: MaskedAutoencoder, config: PretrainSettings, path: Path) -> Path:
-    final = step_folder(path, 3)
-    files = write_part(draft_folder(final), WEIGHTS, parameters(source))
-    publish(final, {"step": 3, "config": to_tree(config), "model": config.model_spec.to_tree(), "files": files})
+    manifest = {"step": 3, "config": to_tree(config), "model": config.model_spec.to_tree()}
+    write_checkpoint(step_folder(path, 3), parameters(source), {}, manifest)
     return path
 
 

@@ -1,0 +1,122 @@
+"""Noticing that a process has gone, and which: a peer that dies or stops must end the others, not leave them waiting.
+
+Every process beats once a second, from a thread of its own, in the store at which the processes met. Rank 0 watches all
+beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
+there and ends with status LOST_PEER, out of whatever collective it waits in.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import threading
+from datetime import timedelta
+from types import TracebackType
+
+from torch.distributed import DistError, TCPStore
+
+from moce_ds.errors import LOST_PEER, LostPeerError, MoceError
+
+_BEAT_SECONDS = 1.0
+_BROKEN_BEATS = 5  # once a process has seen a connection break, a silence of so many beats tells who broke it
+_STORE_SECONDS = 20.0
+_sessions = itertools.count()  # of this process; all processes have the same number of them
+
+
+class Watch:
+    """The beats of one process, and its eye on the others.
+
+    Args:
+        rank, world_size: of this process; local_rank: 0 prints the verdict, once a machine.
+        timeout: seconds of silence after which a rank counts as lost.
+    """
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: float) -> None:
+        self._rank, self._world_size, self._local_rank = rank, world_size, local_rank
+        self._limit = max(_BROKEN_BEATS, round(timeout / _BEAT_SECONDS))
+        # A connection of its own: a thread that waits in the group's store would block this one.
+        self._host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = TCPStore(self._host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
+        self._prefix = f"watch-{next(_sessions)}/"
+        self._doing, self._broken = "starting", False
+        self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def at(self, doing: str) -> None:
+        """Say what this process is at, such as "step 12", for the message about it if it is lost."""
+        self._doing = doing
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, and end the others if this process ends otherwise than it should.
+
+        Raises:
+            LostPeerError: a collective has failed, and it did not show which process is to blame.
+        """
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            self._broken = True
+            self._thread.join(3 * _BROKEN_BEATS * _BEAT_SECONDS)  # the verdict ends this process
+            raise LostPeerError(
+                f"A collective failed at {self._doing}, while all processes still answer: {error}"
+            ) from error
+        self._stop.set()
+        self._thread.join()
+        # Errors of ours are agreed by all processes (`Runtime.together`): nothing to tell.
+        if error is not None and not isinstance(error, MoceError):
+            how = f"{type(error).__name__}: {error}"
+            self._set("verdict", f"Rank {self._rank} on {socket.gethostname()} ended at {self._doing}: {how}")
+
+    def _run(self) -> None:
+        for count in itertools.count():
+            try:
+                self._set(f"beat/{self._rank}", f"{count} {socket.gethostname()} {self._doing}")
+                if self._broken:
+                    self._set("broken", str(self._rank))
+                verdict = self._get("verdict")
+                own = "" if verdict else self._judge()
+            except DistError:
+                if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
+                    return  # this process was about to end as well
+                own, verdict = (
+                    "",
+                    f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it.",
+                )
+            if verdict or own:
+                if own or self._local_rank == 0:
+                    print(f"Error: {own or verdict}", file=sys.stderr, flush=True)
+                os._exit(LOST_PEER)
+            if self._stop.wait(_BEAT_SECONDS):
+                return
+
+    def _judge(self) -> str:
+        """A verdict if a watched rank has been silent for too long; "" if all is well."""
+        limit = _BROKEN_BEATS if self._get("broken") else self._limit
+        watched = range(1, self._world_size) if self._rank == 0 else range(1)
+        for rank in watched:
+            beat = self._get(f"beat/{rank}")
+            last, age = self._heard.get(rank, ("", 0))
+            # Counted in own beats: after a pause of all processes (Ctrl-Z) nobody is taken for lost.
+            self._heard[rank] = (beat, age + 1 if beat == last else 0)
+            if self._heard[rank][1] >= limit:
+                _, host, doing = beat.split(" ", 2) if beat else ("", "an unknown host", "starting")
+                verdict = (
+                    f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s; it was at {doing}. "
+                    "It has died or hangs; the other processes end."
+                )
+                self._set("verdict", verdict)
+                return verdict
+        return ""
+
+    def _set(self, key: str, value: str) -> None:
+        self._store.set(self._prefix + key, value)
+
+    def _get(self, key: str) -> str:
+        """The value of a key, "" where it has none; never waits."""
+        key = self._prefix + key
+        return self._store.get(key).decode() if self._store.check([key]) else ""

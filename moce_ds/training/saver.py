@@ -1,0 +1,98 @@
+"""Writing checkpoints while training goes on.
+
+A save has three parts. `start` copies what this process is to write to buffers on the host: the only part that training
+waits for. A thread then writes the copies into a draft. When all processes have written theirs, which they learn from
+a number that rides on the loss reduction, `finish` gives the draft its name.
+"""
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+
+from moce_ds.checkpoint_files import prune, publish, step_folder, write_files
+from moce_ds.errors import MoceError
+from moce_ds.files import write_json
+from moce_ds.runtime import Runtime
+from moce_ds.training.attempt import Attempt
+from moce_ds.training.checkpoint import HostBuffers, snapshot
+from moce_ds.training.settings import RunSettings
+
+
+class Saver:
+    """Writes the checkpoints of one attempt; `start` and `finish` are collectives."""
+
+    def __init__(self, engine: DeepSpeedEngine, run: RunSettings, attempt: Attempt, runtime: Runtime) -> None:
+        self._engine, self._run, self._attempt, self._runtime = engine, run, attempt, runtime
+        self._buffers = HostBuffers()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[dict[str, Any]] | None = None
+        self._manifest: dict[str, Any] = {}
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the thread; what it was writing stays a draft."""
+        self._thread.shutdown()
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has written its part of it, or failed to."""
+        return self._writing is not None and self._writing.done()
+
+    def start(self, manifest: dict[str, Any]) -> None:
+        """Begin the checkpoint of `manifest["step"]`; one that is still on its way is finished first.
+
+        Raises:
+            ArtefactError, SupersededError: as `finish`.
+        """
+        self.finish()
+        self._manifest = manifest
+        draft = self._attempt.draft(manifest["step"])
+        with self._runtime.together():
+            if self._runtime.is_main:
+                with self._attempt.writing(manifest["step"]):
+                    draft.mkdir()
+        files = snapshot(self._engine, self._runtime, self._buffers)
+        self._writing = self._thread.submit(write_files, draft, files)
+        if not self._run.async_checkpoint:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is on its way, if any, and give it its name.
+
+        Raises:
+            ArtefactError: a process could not write, as on a full disk; the draft is removed.
+            SupersededError: a newer attempt owns the run.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        draft = self._attempt.draft(self._manifest["step"])
+        records: dict[str, Any] = {}
+        try:
+            with self._runtime.together():
+                records = writing.result()
+            parts = [json.loads(text) for text in self._runtime.texts(json.dumps(records))]
+            with self._runtime.together():
+                if self._runtime.is_main:
+                    self._publish(draft, {name: record for part in parts for name, record in sorted(part.items())})
+        except MoceError:
+            if self._runtime.is_main:
+                shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
+            raise
+
+    def _publish(self, draft: Path, files: dict[str, Any]) -> None:
+        out, step = self._run.out, self._manifest["step"]
+        with self._attempt.writing(step):
+            publish(draft, step_folder(out, step), {**self._manifest, "files": files})
+            if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
+                write_json(out / "routing.json", self._manifest["routing"])
+            prune(out, self._run.keep_checkpoints, self._run.keep_every)

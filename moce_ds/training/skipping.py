@@ -1,0 +1,46 @@
+"""Steps whose gradient is not finite: DeepSpeed leaves them out on all processes alike; this counts them, and gives up.
+
+DeepSpeed (0.19.8) reduces the gradient's norm over all processes before it updates anything; a norm that is not finite
+skips the update everywhere, so weights and moments stay as they were.
+"""
+
+from moce_ds.checkpoint_files import step_folder, steps_of
+from moce_ds.errors import MoceError
+from moce_ds.runtime import Runtime
+from moce_ds.training.settings import RunSettings
+
+
+class DivergedError(MoceError):
+    """Too many steps in a row had a gradient that is not finite."""
+
+
+class SkippedSteps:
+    """Steps without an update: `total` in the whole run, `in_a_row` up to now."""
+
+    def __init__(self, run: RunSettings, total: int, runtime: Runtime) -> None:
+        self._run, self._runtime = run, runtime
+        self.total, self.in_a_row = total, 0
+
+    def count(self, step: int, applied: bool) -> None:
+        """Take note of a step. Raises DivergedError, on all processes, when there were too many in a row."""
+        if applied:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self._run.max_skipped:
+            raise DivergedError(
+                f"Step {step}: the gradient was not finite in {self.in_a_row} steps in a row (run.max_skipped). "
+                f"{self._last_good()} Before you go on from there, lower optim.base_lr, or set engine.precision=fp32."
+            )
+        self._runtime.say(
+            f"WARNING: step {step}: the gradient is not finite; the step was skipped "
+            f"({self.in_a_row} in a row, {self.total} in all)."
+        )
+
+    def _last_good(self) -> str:
+        """No checkpoint is written while steps are being skipped, so the newest one is from before."""
+        steps = steps_of(self._run.out)
+        if not steps:
+            return "No checkpoint had been written yet."
+        return f"The last good checkpoint is {step_folder(self._run.out, steps[-1])}."
