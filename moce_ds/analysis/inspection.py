@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from moce_ds.analysis.run_folder import read_results, read_run
-from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.data.shards import Manifest, ShardSet
@@ -160,9 +160,12 @@ def _checkpoint(path: Path) -> Rows:
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
+    if not checkpoint.names(OPTIMIZER):
+        rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
-        table = manifest["routing"]["expert_ML"]
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
+    if experts and manifest["routing"]:
+        table = manifest["routing"]["expert_ML"]
         rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
     return rows
 

@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -94,16 +95,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"run.init_from: {path} is no safetensors file ({error}).") from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def read_torch_file(path: Path, named: str) -> Any:
+    """What a file of `torch.save` holds, read with `weights_only=True`, so that nothing in it is executed.
+
+    Raises:
+        ArtefactError: the file, `named` so, holds more than tensors and plain values, or is damaged.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
         # torch's own first line advises to run the file's code.
         (reason,) = re.findall(r"WeightsUnpickler error: (.*)", str(error)) or [type(error).__name__]
         raise ArtefactError(
-            f"run.init_from: {path} refused: more than tensors in it, or damaged; nothing was run ({reason.strip()}). "
+            f"{named} refused: more than tensors in it, or damaged; nothing was run ({reason.strip()}). "
             "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."
         ) from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    content = read_torch_file(path, f"run.init_from: {path}")
     state = content.get("model", content) if isinstance(content, dict) else content
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:

@@ -46,10 +46,11 @@ class ClusterGate(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.num_layers, self.num_experts = num_layers, num_experts
+        embeddings_MC = embeddings_MC.to(torch.float32, copy=True)  # learning them must not change the clusters
         if learnable:
-            self.embeddings_MC = nn.Parameter(embeddings_MC.float())
+            self.embeddings_MC = nn.Parameter(embeddings_MC)
         else:
-            self.register_buffer("embeddings_MC", embeddings_MC.float())
+            self.register_buffer("embeddings_MC", embeddings_MC)
         width = embeddings_MC.shape[1]
         self.weights = nn.ParameterList(
             nn.Parameter(init_scale * torch.randn(num_experts, width)) for _ in range(1 if tied else num_layers)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from deepspeed import DeepSpeedEngine
 
+from moce_ds.checkpoint_files import OPTIMIZER
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ConfigError
 from moce_ds.models.moce import Moce
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
@@ -65,6 +67,11 @@ def open_session(
     batches = batch_arithmetic(config, runtime.world_size)
     attempt = Attempt.claim(config.run.out, runtime)
     resume_from = newest_whole(config.run.out, runtime)
+    if resume_from and not resume_from.names(OPTIMIZER):
+        raise ConfigError(
+            f"run.out: {config.run.out} holds weights without the optimizer's state, from which no run can go on: "
+            f"start a new one in another folder, with run.init_from={config.run.out}."
+        )
     first_step = resume_from.step if resume_from else 0
     model = build_for_training(config, data)
     weights, said = first_weights(model, config) if resume_from is None else (None, "")

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from jobs import Told
-from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
+from tiny_run import ALONE, EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import find, steps_of
 from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
-from moce_ds.runtime import Runtime
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

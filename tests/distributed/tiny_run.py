@@ -12,12 +12,14 @@ from sklearn.datasets import load_digits, load_sample_image
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, find
 from moce_ds.data.shards import ShardSet
+from moce_ds.runtime import Runtime
 
 IMAGES = 90  # no multiple of the batch, so that a batch straddles two epochs
 STEPS = 12
 CLUSTERS = 6
 EXPERT_LAYERS = (1, 3)
 TOLERANCE = 1e-6
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
