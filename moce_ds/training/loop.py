@@ -31,7 +31,7 @@ from moce_ds.training.saver import Saver
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.session import Session, open_session
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import check_run, open_clusters
+from moce_ds.training.setup import check_run, check_same_data, open_clusters
 from moce_ds.training.skipping import SkippedSteps
 
 _DEAL_EVERY = 32  # steps after which images are dealt to ranks by a new route table
@@ -47,6 +47,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     data = open_clusters(config, shards)
     with runtime.together():
         check_run(config)
+        check_same_data(config, shards, data)
     schedule = make_schedule(config, shards.count)
     done = int(runtime.max([float(max(steps_of(config.run.out), default=0))])[0])
     if done >= schedule.steps:

@@ -24,7 +24,6 @@ from moce_ds.training.settings import BatchArithmetic, PretrainSettings, batch_a
 from moce_ds.training.setup import (
     ClusteredData,
     build_for_training,
-    check_same_data,
     choose_placement,
     first_weights,
     keep_clusters,
@@ -68,8 +67,6 @@ def open_session(
     batches = batch_arithmetic(config, runtime.world_size)
     attempt = Attempt.claim(config.run.out, runtime)
     resume_from = newest_whole(config.run.out, runtime)
-    if resume_from:
-        check_same_data(resume_from, config, shards, data)
     if resume_from and not resume_from.names(OPTIMIZER):
         raise ConfigError(
             f"run.out: {config.run.out} holds weights without the optimizer's state, from which no run can go on: "

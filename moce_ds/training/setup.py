@@ -1,6 +1,7 @@
 """From settings to everything a run needs before its first step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,14 +60,15 @@ def check_run(config: PretrainSettings) -> None:
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
 
 
-def check_same_data(
-    checkpoint: checkpoint_files.Checkpoint, config: PretrainSettings, shards: ShardSet, data: ClusteredData | None
-) -> None:
-    """Refuse to go on with other images or clusters than the checkpoint was trained on, whatever their path.
+def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredData | None) -> None:
+    """Refuse to go on with other images or clusters than the run was trained on, whatever their path.
 
     Raises:
-        ArtefactError: `data.shards` or `experts.clusters` was replaced since.
+        ArtefactError: `data.shards` or `experts.clusters` was replaced since the newest checkpoint.
     """
+    checkpoint = _newest_readable(config.run.out)
+    if checkpoint is None:
+        return
     found = [(f"data.shards: {config.data.shards}", "shards_fingerprint", shards.fingerprint)]
     if data is not None:
         found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
@@ -77,6 +79,13 @@ def check_same_data(
                 f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
                 f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
             )
+
+
+def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
+    for step in reversed(checkpoint_files.steps_of(run)):
+        with suppress(ArtefactError):  # a damaged one is named when the run goes on from the one before it
+            return checkpoint_files.Checkpoint.open(checkpoint_files.step_folder(run, step))
+    return None
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
