@@ -50,6 +50,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextmanager
+def writes_to(path: Path) -> Iterator[None]:
+    """Give whatever the block cannot write, as on a full disk, the name of the artefact. Raises ArtefactError."""
+    try:
+        yield
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be written: {error}") from None
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -130,4 +139,7 @@ def copy_tree(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(src, dst)
 
-    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+    try:
+        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of all files that failed; the first says why
+        raise OSError(error.args[0][0][2]) from None

@@ -174,7 +174,8 @@ def _run(path: Path) -> Rows:
     run = read_run(path)
     rows = {"arch": run.arch, "shards": str(run.shards)}
     if metrics := run.metrics:
-        rows["last record"] = f"step {metrics[-1]['step']}, loss {metrics[-1]['loss']:.4f}"
+        loss = metrics[-1]["loss"]  # null where it was not finite
+        rows["last record"] = f"step {metrics[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.4f}'}"
     steps = steps_of(path)
     rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
     return rows | {f"  {name}": value for name, value in (_checkpoint(find(path).folder) if steps else {}).items()}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.files import atomic_file
+from moce_ds.files import atomic_file, writes_to
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
@@ -38,15 +38,21 @@ class Attempt:
 
     @classmethod
     def claim(cls, run: Path, runtime: Runtime) -> "Attempt":
-        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns."""
+        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns.
+
+        Raises:
+            ArtefactError: the folder cannot be written to.
+            SupersededError: at this very moment yet another attempt has begun.
+        """
         number = 0
-        with runtime.together():
+        with runtime.together(), writes_to(run):
             if runtime.is_main:
                 number = _next_number(run)
         attempt = cls(run, int(runtime.sum([float(number)])[0]))
         with runtime.together():
             if runtime.is_main:
-                attempt._take_over()
+                with attempt.writing(step=0):
+                    attempt._take_over()
         return attempt
 
     @property
@@ -78,7 +84,7 @@ class Attempt:
         except (ArtefactError, OSError) as error:
             if self.superseded:
                 raise self.error(step) from None
-            raise ArtefactError(f"Step {step} cannot be written to {self.run}: {error}") from None
+            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {error}") from None
 
     def error(self, step: int) -> SupersededError:
         """What an attempt that is over ends with."""
@@ -89,8 +95,7 @@ class Attempt:
 
     def _take_over(self) -> None:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        with self.writing(step=0):
-            (self.folder / "owner.json").write_text(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
+        (self.folder / "owner.json").write_text(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
         for number in _numbers(self.run):
             if number < self.number:
                 with suppress(FileNotFoundError):  # a third attempt may do the same at this moment

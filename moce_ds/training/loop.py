@@ -22,6 +22,7 @@ from moce_ds.models.token_moe import TokenOutput
 from moce_ds.randomness import GATE_NOISE, hashed
 from moce_ds.runtime import Runtime, StopRequest
 from moce_ds.training.agreement import next_agreed
+from moce_ds.training.checkpoint import faults_of
 from moce_ds.training.engine import set_lr
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.metrics import Meter, Teller
@@ -50,7 +51,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
         check_same_data(config, shards, data)
     schedule = make_schedule(config, shards.count)
     done = int(runtime.max([float(max(steps_of(config.run.out), default=0))])[0])
-    if done >= schedule.steps:
+    if done >= schedule.steps and not faults_of(config.run.out, done, runtime):
         runtime.say(f"{config.run.out} is complete: {done} steps.")
         return done
     session = open_session(config, runtime, shards, schedule, data)

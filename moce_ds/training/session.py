@@ -96,8 +96,7 @@ def open_session(
             saved = LocalSampler.tables_from_tree(resume_from.manifest["dealt_by"] if resume_from else [])
             first_table = (first_step * batches.accumulation, router.prepare(None).expert_MLK[:, :, 0])
             sampler.tables = saved or [first_table]
-        if runtime.is_main:
-            keep_clusters(config)
+        keep_clusters(config, runtime)
     return Session(
         config=config,
         runtime=runtime,

@@ -15,7 +15,7 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_file, atomic_folder, copy_tree
+from moce_ds.files import atomic_file, atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
@@ -89,11 +89,16 @@ def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
 
 
 def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
-    """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused."""
+    """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
     runtime.barrier()  # everyone has looked before anyone writes
-    if runtime.is_main:
-        with atomic_file(config.run.out / "config.yaml") as temporary:
-            temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
+    with runtime.together(), writes_to(config.run.out):
+        if runtime.is_main:
+            with atomic_file(config.run.out / "config.yaml") as temporary:
+                temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -106,12 +111,17 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 
 
-def keep_clusters(config: PretrainSettings) -> None:
-    """Put the clusters into the run folder, so that the run alone can label a task's images."""
+def keep_clusters(config: PretrainSettings, runtime: Runtime) -> None:
+    """Put the clusters into the run folder, so that the run alone can label a task's images.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
     source, target = config.experts.clusters, config.run.out / "clusters"
-    if source is not None and not target.exists():
-        with atomic_folder(target) as draft:
-            copy_tree(source, draft)
+    with runtime.together(), writes_to(target):
+        if runtime.is_main and source is not None and not target.exists():
+            with atomic_folder(target) as draft:
+                copy_tree(source, draft)
 
 
 def build_for_training(config: PretrainSettings, data: ClusteredData | None) -> MaskedAutoencoder:
