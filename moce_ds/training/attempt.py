@@ -2,9 +2,9 @@
 
 After a network cut or a requeue an old job can go on for a while beside its successor. So every start of a run is an
 *attempt* with a folder of its own, RUN/attempts/0003, in which its checkpoints are drafted. A new attempt takes the
-next number and removes the folders before it: from then on an older attempt has nowhere to write, cannot rename a draft
-into place, and sees that it is over by the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older
-attempt that still has it open writes into a file that nobody reads.
+next number and removes the folders before it: from then on an older attempt has nowhere to write, cannot rename what it
+has drafted into place, and sees that it is over by the absence of its folder. `metrics.jsonl` is replaced by a copy, so
+an older attempt that still has it open writes into a file that nobody reads.
 """
 
 import json
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.files import atomic_file
+from moce_ds.files import sync
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
@@ -80,6 +80,20 @@ class Attempt:
                 raise self.error(step) from None
             raise ArtefactError(f"Step {step} cannot be written to {self.run}: {error}") from None
 
+    @contextmanager
+    def file(self, path: Path, step: int) -> Iterator[Path]:
+        """Yield a place for the content of a file of the run folder, which appears as `path` when the block ends.
+
+        Raises:
+            SupersededError, ArtefactError: as `writing`; then `path` is as it was.
+        """
+        with self.writing(step):
+            path.parent.mkdir(exist_ok=True)
+            draft = self.folder / path.name  # not beside `path`: an attempt that is over must not rename it either
+            yield draft
+            sync(draft)
+            os.replace(draft, path)
+
     def error(self, step: int) -> SupersededError:
         """What an attempt that is over ends with."""
         return SupersededError(
@@ -97,7 +111,15 @@ class Attempt:
                     _folder(self.run, number).rename(self.run / ATTEMPTS / f".{number:04d}.over")
         for over in (self.run / ATTEMPTS).glob(".*.over"):
             shutil.rmtree(over, ignore_errors=True)
-        _renew(self.run / METRICS)
+        self._renew_metrics()
+
+    def _renew_metrics(self) -> None:
+        """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
+        metrics = self.run / METRICS
+        if metrics.exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            with self.file(metrics, step=0) as draft:
+                draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
 
 
 def _folder(run: Path, number: int) -> Path:
@@ -109,20 +131,14 @@ def _numbers(run: Path) -> list[int]:
 
 
 def _next_number(run: Path) -> int:
-    """Make the folder of the next attempt; of two processes that try at once each gets a number of its own."""
+    """Make the folder of the next attempt, the newest there is; of several processes each gets a number of its own."""
     (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    number = max(_numbers(run), default=0) + 1
     while True:
-        try:
+        number = max(_numbers(run), default=0) + 1
+        with suppress(FileExistsError):
             _folder(run, number).mkdir()
-            return number
-        except FileExistsError:
-            number += 1
-
-
-def _renew(metrics: Path) -> None:
-    """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
-    if metrics.exists():
-        lines = metrics.read_bytes().splitlines(keepends=True)
-        with atomic_file(metrics) as temporary:
-            temporary.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
+            if _numbers(run)[-1] == number:
+                return number
+            # Others came since this one counted, and may have cleared away before its folder was there.
+            with suppress(FileNotFoundError):
+                _folder(run, number).rmdir()

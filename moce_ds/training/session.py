@@ -74,7 +74,7 @@ def open_session(
     if weights is not None:
         take_weights(model, weights, config.run.init_from)
         runtime.say(said)
-    keep_settings(config, runtime)
+    keep_settings(config, attempt, runtime)
     engine = start_engine(model, config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
