@@ -1,10 +1,11 @@
 """Who may write into a run folder: one attempt at a time, also where an older job does not know that it is over.
 
 After a network cut or a requeue an old job can go on for a while beside its successor. So every start of a run is an
-*attempt* with a folder of its own, RUN/attempts/0003, in which its checkpoints are drafted. A new attempt takes the
-next number and removes the folders before it: from then on an older attempt has nowhere to write, cannot rename what it
-has drafted into place, and sees that it is over by the absence of its folder. `metrics.jsonl` is replaced by a copy, so
-an older attempt that still has it open writes into a file that nobody reads.
+*attempt* with a number, which RUN/attempts/0003.json keeps for good, and a folder of its own, RUN/attempts/0003, in
+which its checkpoints are drafted. A new attempt takes the next number and removes the folders of those before it: from
+then on an older attempt has nowhere to write, cannot rename what it has drafted into place, and sees that it is over by
+the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older attempt that still has it open writes into
+a file that nobody reads.
 """
 
 import json
@@ -38,11 +39,19 @@ class Attempt:
 
     @classmethod
     def claim(cls, run: Path, runtime: Runtime) -> "Attempt":
-        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns."""
+        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns.
+
+        Raises:
+            ArtefactError: the folder cannot be written.
+            SupersededError: another attempt has come at this moment.
+        """
         number = 0
         with runtime.together():
             if runtime.is_main:
-                number = _next_number(run)
+                try:
+                    number = _next_number(run)
+                except OSError as error:
+                    raise ArtefactError(f"{run} cannot be written: {error}") from None
         attempt = cls(run, int(runtime.sum([float(number)])[0]))
         with runtime.together():
             if runtime.is_main:
@@ -102,15 +111,14 @@ class Attempt:
         )
 
     def _take_over(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        attempts = self.run / ATTEMPTS
         with self.writing(step=0):
-            (self.folder / "owner.json").write_text(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
-        for number in _numbers(self.run):
-            if number < self.number:
-                with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
-                    _folder(self.run, number).rename(self.run / ATTEMPTS / f".{number:04d}.over")
-        for over in (self.run / ATTEMPTS).glob(".*.over"):
-            shutil.rmtree(over, ignore_errors=True)
+            for older in attempts.iterdir():
+                if older.name.isdigit() and int(older.name) < self.number:
+                    with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
+                        older.rename(attempts / f".{older.name}.over")
+            for over in attempts.glob(".*.over"):
+                shutil.rmtree(over, ignore_errors=True)
         self._renew_metrics()
 
     def _renew_metrics(self) -> None:
@@ -126,19 +134,22 @@ def _folder(run: Path, number: int) -> Path:
     return run / ATTEMPTS / f"{number:04d}"
 
 
-def _numbers(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / ATTEMPTS).iterdir() if path.name.isdigit())
-
-
 def _next_number(run: Path) -> int:
-    """Make the folder of the next attempt, the newest there is; of several processes each gets a number of its own."""
+    """Make the folder of the newest attempt there is. No number is given twice, since its record stays for good."""
     (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     while True:
-        number = max(_numbers(run), default=0) + 1
-        with suppress(FileExistsError):
-            _folder(run, number).mkdir()
-            if _numbers(run)[-1] == number:
+        number = _newest(run) + 1
+        folder = _folder(run, number)
+        with suppress(FileExistsError):  # another process was faster
+            with open(folder.with_suffix(".json"), "x", encoding="utf-8") as record:
+                record.write(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
+            folder.mkdir()
+            if _newest(run) == number:
                 return number
-            # Others came since this one counted, and may have cleared away before its folder was there.
-            with suppress(FileNotFoundError):
-                _folder(run, number).rmdir()
+            # One that has come meanwhile may have removed the folders of older attempts before this one was there.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _newest(run: Path) -> int:
+    return max((int(path.stem) for path in (run / ATTEMPTS).iterdir() if path.stem.isdigit()), default=0)
