@@ -1,7 +1,7 @@
 """The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
 
     step-00001000/
-      manifest.json                             step, settings, sizes and checksums of the files and of itself; written last
+      manifest.json                             step, settings, checksums of the files and of itself; written last
       weights/shared.safetensors                fp32: embeddings, norms, gates, head
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,13 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def prune(run: Path, keep: int, every: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
-    for left in (run / "checkpoints").glob(".step-*"):  # of a kill
-        shutil.rmtree(left)
-    for step in steps_of(run)[:-keep]:
-        if not (every and step % every == 0):
-            # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
-            shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
+    with suppress(FileNotFoundError):  # an older attempt that does not know that it is over may remove the same
+        for left in (run / "checkpoints").glob(".step-*"):  # of a kill
+            shutil.rmtree(left)
+        for step in steps_of(run)[:-keep]:
+            if not (every and step % every == 0):
+                # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
+                shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
 
 
 def set_aside(run: Path, step: int) -> Path:

@@ -31,7 +31,7 @@ from moce_ds.training.router import RouteStatistics
 from moce_ds.training.saver import Saver
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.session import Session, open_session
-from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.training.setup import check_run, check_same_data, open_clusters
 from moce_ds.training.skipping import SkippedSteps
 
@@ -44,6 +44,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
+    batches = batch_arithmetic(config, runtime.world_size)
     shards = ShardSet.open(config.data.shards)
     data = open_clusters(config, shards)
     with runtime.together():
@@ -54,8 +55,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     if done >= schedule.steps and not faults_of(config.run.out, done, runtime):
         runtime.say(f"{config.run.out} is complete: {done} steps.")
         return done
-    session = open_session(config, runtime, shards, schedule, data)
-    batches = session.batches
+    session = open_session(config, runtime, shards, batches, schedule, data)
     runtime.say(
         f"{schedule.steps} steps of {batches.global_batch} images = {runtime.world_size} processes x "
         f"{batches.accumulation} parts x {batches.micro}; peak learning rate {schedule.peak_lr:.2e} "

@@ -15,7 +15,7 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_file, atomic_folder, copy_tree, writes_to
+from moce_ds.files import atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
@@ -26,7 +26,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
-from moce_ds.training.attempt import ATTEMPTS
+from moce_ds.training.attempt import ATTEMPTS, Attempt
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
@@ -88,17 +88,17 @@ def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
     return None
 
 
-def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
+def keep_settings(config: PretrainSettings, attempt: Attempt, runtime: Runtime) -> None:
     """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused.
 
     Raises:
-        ArtefactError: the folder cannot be written to.
+        ArtefactError, SupersededError: the folder cannot be written to.
     """
     runtime.barrier()  # everyone has looked before anyone writes
-    with runtime.together(), writes_to(config.run.out):
+    with runtime.together():
         if runtime.is_main:
-            with atomic_file(config.run.out / "config.yaml") as temporary:
-                temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
+            with attempt.file(config.run.out / "config.yaml", step=0) as draft:
+                draft.write_text(configuration.to_yaml(config), encoding="utf-8")
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +21,11 @@ from moce_ds.training import loop
 from moce_ds.training.loop import pretrain
 from moce_ds.training.session import Session
 from moce_ds.training.settings import PretrainSettings
+
+
+def interrupt_myself() -> None:
+    """Send this process what Ctrl-C sends."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def send_myself(number: int) -> None:
@@ -52,7 +56,7 @@ class Job:
 
     words: list[str]
     stop_after: int | None = None
-    act: Callable[[], None] = partial(send_myself, signal.SIGINT)
+    act: Callable[[], None] = interrupt_myself
     rank: int = -1
     before: Callable[[], object] | None = None
     not_finite: NotFinite | None = None
@@ -111,9 +115,7 @@ def faulty(fault: NotFinite) -> Iterator[None]:
 
 
 @contextmanager
-def interrupted(
-    run: Path, after_step: int | None, act: Callable[[], None] = partial(send_myself, signal.SIGINT)
-) -> Iterator[None]:
+def interrupted(run: Path, after_step: int | None, act: Callable[[], None] = interrupt_myself) -> Iterator[None]:
     """Do `act` (a SIGINT to this process) when metrics.jsonl has `after_step` lines; nothing for None."""
     ended = threading.Event()
 
