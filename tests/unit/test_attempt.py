@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALONE
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
 from moce_ds.errors import ArtefactError
+from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import METRICS, Attempt, SupersededError
 from moce_ds.training.saver import Saver
 from moce_ds.training.settings import RunSettings
 
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 WEIGHT = {"cls_token": torch.ones(3)}
 
 
