@@ -70,6 +70,7 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
         "two-moce-bf16": Job(moce("two-moce-bf16", 2, "engine.precision=bf16")),
         "two-moce-bf16-zero2": Job(moce("two-moce-bf16-zero2", 2, "engine.precision=bf16", "engine.zero_stage=2")),
         "moce-then-one": Job(moce("moce-then-one", 2), stop_after=3),
+        "two-then-four": Job(moce("two-then-four", 2, "engine.zero_stage=2"), stop_after=3),
         "two-moce-resumed-stopped": Job(moce("two-moce-resumed", 2, *LEAVING_SOME), stop_after=3),
         "two-moce-resumed": Job(moce("two-moce-resumed", 2, *LEAVING_SOME)),  # the same command
         "two-moce-synchronous": Job(moce("two-moce-synchronous", 2, *LEAVING_SOME, "run.async_checkpoint=false")),
@@ -99,5 +100,6 @@ def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
         "one-moce-bf16": Job(tiny_settings(shards, runs / "one-moce-bf16", "engine.precision=bf16", clusters=clusters)),
         "mae-then-one": Job(tiny_settings(shards, runs / "mae-then-one")),
         "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", "experts.ep_size=1", clusters=clusters)),
+        "one-then-four": Job(tiny_settings(shards, runs / "one-then-four", clusters=clusters), stop_after=3),
     }
     return run_distributed(run_jobs, 1, jobs, seconds=120)[0]

@@ -23,14 +23,12 @@ from moce_ds.training.session import Session
 from moce_ds.training.settings import PretrainSettings
 
 
-def interrupt_myself() -> None:
-    """Send this process what Ctrl-C sends."""
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 def send_myself(number: int) -> None:
     """Send this process a signal."""
     os.kill(os.getpid(), number)
+
+
+INTERRUPT = partial(send_myself, signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Job:
 
     words: list[str]
     stop_after: int | None = None
-    act: Callable[[], None] = interrupt_myself
+    act: Callable[[], None] = INTERRUPT
     rank: int = -1
     before: Callable[[], object] | None = None
     not_finite: NotFinite | None = None
@@ -115,7 +113,7 @@ def faulty(fault: NotFinite) -> Iterator[None]:
 
 
 @contextmanager
-def interrupted(run: Path, after_step: int | None, act: Callable[[], None] = interrupt_myself) -> Iterator[None]:
+def interrupted(run: Path, after_step: int | None, act: Callable[[], None] = INTERRUPT) -> Iterator[None]:
     """Do `act` (a SIGINT to this process) when metrics.jsonl has `after_step` lines; nothing for None."""
     ended = threading.Event()
 

@@ -144,8 +144,8 @@ def harm_all(run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def repaired(data: TinyData, runs: Path, two: object) -> list[dict[str, Told]]:
-    """What each of two ranks was told by `corrupt`, a run like two-moce-ep2, that was stopped, damaged, resumed,
-    damaged when it was complete, and at last damaged beyond use."""
+    """What each of two ranks was told by `corrupt`, a run like two-moce-ep2: stopped, damaged, resumed, damaged when it
+    was complete, and at last damaged beyond use."""
     other = ("experts.ep_size=2", "run.checkpoint_every=3", "run.keep_checkpoints=4")
     run, words = runs / "corrupt", tiny_settings(data.shards, runs / "corrupt", *other, clusters=data.clusters)
     jobs = {

@@ -23,7 +23,6 @@ RUNS = {
     "moce": (["experts.ep_size=2"], NotFinite((BAD - 1,), expert=True)),
     "moce-zero2": (["experts.ep_size=2", "engine.zero_stage=2"], NotFinite((BAD - 1,), expert=True)),
     "moce-replicas": (["experts.ep_size=1"], NotFinite((BAD - 1,), expert=True)),
-    "moce-bf16": (["experts.ep_size=2", "engine.precision=bf16"], NotFinite((BAD - 1,), expert=True)),
 }
 
 

@@ -16,7 +16,7 @@ from moce_ds.runtime import started
 
 SILENCE = 3.0
 """Seconds after which a silent rank counts as lost, here; and in every wait below, a rank is silent for longer."""
-LONG = 2 * SILENCE
+LONG = 1.6 * SILENCE
 
 
 def live_through(folder: Path) -> list[str]:
