@@ -37,7 +37,8 @@ class Watch:
         # A connection of its own: a thread that waits in the group's store would block this one.
         self._host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = TCPStore(self._host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-        self._prefix = f"watch-{next(_sessions)}/"
+        # torchrun keeps its store over restarts: the verdict of one start must not end the next.
+        self._prefix = f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/"
         self._doing, self._broken = "starting", False
         self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
         self._stop = threading.Event()

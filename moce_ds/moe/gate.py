@@ -101,6 +101,11 @@ def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: flo
     return torch.randn(shape_LME, generator=generator) * (scale / shape_LME[-1])
 
 
+def route_table(probs_LME: Tensor, share_M: Tensor, k: int, balance: str) -> Tensor:
+    """The K experts of every cluster, [M, L, K] int64, by `experts.balance`: "sinkhorn" or "loss"."""
+    return balanced_experts(probs_LME, share_M, k) if balance == "sinkhorn" else chosen_experts(probs_LME, k)
+
+
 def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:
     """The K likeliest experts of every cluster, [M, L, K] int64, the likeliest first."""
     return probs_LME.detach().topk(k, dim=-1).indices.permute(1, 0, 2)

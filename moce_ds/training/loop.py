@@ -160,8 +160,10 @@ def _loss(
         loss = terms[0] + own.token_balance_weight * (terms[1] + terms[2])
     else:
         terms = [output.reconstruction.loss, output.gate.imbalance, output.gate.balance]
-        loss = terms[0] + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
-        if own.balance == "loss":
+        loss = terms[0]
+        if own.gate == "cluster":  # a random table learns nothing
+            loss = loss + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
+        if own.gate == "cluster" and own.balance == "loss":
             loss = loss + own.balance_weight * terms[2]
     return loss, [term.detach() for term in (loss, *terms)]
 

@@ -72,7 +72,7 @@ class ExpertSettings:
     imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident")
     imbalance_start: Share = option(0.2, "share of the training after which that loss is fully phased in")
     balance: Literal["loss", "sinkhorn"] = option(
-        "loss", "how every expert is kept used: by a loss, or by a balanced choice of experts"
+        "sinkhorn", "how every expert is kept used: by a balanced choice of experts, or by a loss"
     )
     balance_weight: NonNegative = option(0.1, "weight of the balance loss (with balance=loss)")
     token_balance_weight: NonNegative = option(0.005, "weight of importance and of load loss (with gate=token)")

@@ -21,7 +21,7 @@ from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
-from moce_ds.moe.gate import chosen_experts
+from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
@@ -173,7 +173,7 @@ def choose_placement(
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
         give_weights(gates, given, str(config.run.init_from))
         with torch.no_grad():
-            expert_ML = chosen_experts(model.gate(), 1)[:, :, 0].numpy()
+            expert_ML = route_table(model.gate(), model.share_M, 1, own.balance)[:, :, 0].numpy()
     return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)
 
 
