@@ -7,21 +7,23 @@ import json
 import pickle
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from image_examples import contents
+from conftest import ALONE
 from moce_command import TINY, refused, run_here
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from moce_ds.checkpoint_files import WEIGHTS, find
 from moce_ds.config import to_yaml
 from moce_ds.data.shard_writer import ShardSettings, write_shards
+from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import FeatureSettings, write_features
-from moce_ds.models.vit import load_encoder
+from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.training.settings import PretrainSettings
 
 MoceRun = Callable[..., Path]
@@ -47,11 +49,17 @@ def other_shards(tiny_images: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def other_encoder(tiny_encoder: Path, tmp_path: Path) -> Path:
     """An encoder of the same size whose weights are other ones, itself without a fault."""
-    folder = shutil.copytree(tiny_encoder, tmp_path / "other encoder")
-    state = load_file(folder / "model.safetensors")
+    encoder, folder = load_encoder(tiny_encoder), tmp_path / "other encoder"
+    folder.mkdir()
+    state = encoder.model.state_dict()
     state["norm.weight"] += 1e-3
-    save_file(state, folder / "model.safetensors")
+    save_encoder(folder, state, encoder.shape, encoder.input, encoder.provenance)
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def exchange_encoder(folder: Path, encoder: Path) -> None:
@@ -82,7 +90,9 @@ def test_pickles_are_not_executed(tiny_shards: Path, tmp_path: Path, name: str) 
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(pickle.dumps({"model": Payload(witness)}))
     given = path.parent if "/" in name else path
-    message = refused("pretrain", TINY, f"data.shards={tiny_shards}", f"run.out={tmp_path}/out", f"run.init_from={given}")
+    message = refused(
+        "pretrain", TINY, f"data.shards={tiny_shards}", f"run.out={tmp_path}/out", f"run.init_from={given}"
+    )
     assert re.search(rf"run.init_from: {path} (refused: more than tensors|is no safetensors file)", message), message
     assert not witness.exists() and not (tmp_path / "out" / "config.yaml").exists()
 
@@ -123,7 +133,9 @@ def test_clusters_whose_encoder_was_exchanged(
     clusters = shutil.copytree(tiny_clusters, tmp_path / "clusters")
     exchange_encoder(clusters, other_encoder)
     message = refused("pretrain", *moce_words(tiny_shards, clusters, tmp_path / "out"))
-    assert re.match(rf"{clusters}/encoder/\S+ is another encoder .* than the one that {clusters} was made with", message)
+    assert re.match(
+        rf"{clusters}/encoder/\S+ is another encoder .* than the one that {clusters} was made with", message
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -134,7 +146,9 @@ def test_features_whose_encoder_was_exchanged(
     assert run_here("features", tiny_encoder, tiny_shards, features).status == 0
     exchange_encoder(features, other_encoder)
     message = refused("cluster", features, tmp_path / "out", "num_clusters=4")
-    assert re.match(rf"{features}/encoder/\S+ is another encoder .*: put that one back, or make {features} again", message)
+    assert re.match(
+        rf"{features}/encoder/\S+ is another encoder .*: put that one back, or make {features} again", message
+    )
     assert not (tmp_path / "out").exists()
     said = run_here("inspect", features, "--verify")
     assert said.status == 1 and "is another encoder" in said.err
@@ -174,9 +188,9 @@ def test_other_images_in_the_place_of_a_run_s(begun: Path, other_shards: Path) -
 def test_clusters_made_anew_in_the_place_of_a_run_s(
     begun: Path, tiny_shards: Path, tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    from conftest import ALONE
-
-    write_features(load_encoder(tiny_encoder), _shards(tiny_shards), tmp_path / "f", FeatureSettings(threads=1), ALONE)
+    write_features(
+        load_encoder(tiny_encoder), ShardSet.open(tiny_shards), tmp_path / "f", FeatureSettings(threads=1), ALONE
+    )
     clusters = Path(yaml.safe_load((begun / "config.yaml").read_text())["experts"]["clusters"])
     shutil.rmtree(clusters)
     assert run_here("cluster", tmp_path / "f", clusters, "num_clusters=6", "seed=1").status == 0
@@ -222,8 +236,10 @@ def test_a_run_of_another_version(begun: Path, tmp_path: Path) -> None:
 
 def test_a_hostile_set_is_not_verified(tiny_shards: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_shards, tmp_path / "set")
-    shard = copy / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes().replace(b"000000030.idx", b"../../evil.so", 1))
+    member = tarfile.TarInfo("../../evil.so")
+    member.size = int(ShardSet.open(copy).samples["size"][25])
+    with open(copy / "shard-000001.tar", "r+b") as tar:  # in the place of its first member's header
+        tar.write(member.tobuf(tarfile.USTAR_FORMAT))
     said = run_here("inspect", copy, "--verify")
     assert said.status == 1 and "Traceback" not in said.err
     assert "shard-000001.tar: '../../evil.so' of type" in said.out and "do not unpack it" in said.out
