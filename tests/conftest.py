@@ -141,6 +141,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             "config": to_tree(config),
             "model": config.model_spec.to_tree(),
             "clusters_hash": clusters.hash,
+            "shards_fingerprint": shards.fingerprint,
             "routing": router.record(5),
             "placement": {"ep_size": 1, "slot_LE": slot_LE.tolist()},
             "dealt_by": [],

@@ -73,8 +73,8 @@ def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredD
     if data is not None:
         found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
     for named, record, now in found:
-        then = str(checkpoint.manifest[record])
-        if then != now:
+        then = checkpoint.manifest[record]
+        if then not in (now, None):  # None: imported from elsewhere, which did not say
             raise ArtefactError(
                 f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
                 f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
