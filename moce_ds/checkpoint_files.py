@@ -1,7 +1,7 @@
 """The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
 
     step-00001000/
-      manifest.json                             step, settings, sizes and checksums of the files; written last
+      manifest.json                             step, settings, checksums of the files and of itself; written last
       weights/shared.safetensors                fp32: embeddings, norms, gates, head
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
@@ -10,6 +10,7 @@
 A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
 """
 
+import hashlib
 import json
 import re
 import shutil
@@ -74,12 +75,15 @@ class Checkpoint:
         Raises:
             ArtefactError: something is missing, cut short, or of another version; it is named.
         """
-        manifest = read_json(folder / "manifest.json", "a checkpoint", "moce pretrain")
+        path = folder / "manifest.json"
+        manifest = read_json(path, "a checkpoint", "moce pretrain")
         if manifest.get("format") != FORMAT:
-            raise ArtefactError(f"{folder}: format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
+            raise ArtefactError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
+        if manifest.pop("sha256", None) != _digest(manifest):
+            raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
         for name, record in manifest["files"].items():
             if not _FILE.match(name):
-                raise ArtefactError(f"{folder / 'manifest.json'} names {name!r}, which is no file of a checkpoint.")
+                raise ArtefactError(f"{path} names {name!r}, which is no file of a checkpoint.")
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
@@ -216,7 +220,8 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     replaced = final.with_name(f".{final.name}.replaced")
     try:
         # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
-        (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, **manifest}, indent=2) + "\n")
+        content = {"format": FORMAT, **manifest}
+        (draft / "manifest.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
         for written in (draft / "manifest.json", *draft.iterdir(), draft):
             sync(written)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -228,6 +233,11 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     except OSError as error:
         raise ArtefactError(f"{final} cannot be written: {error}") from None
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Checksum of a manifest's content, which writing and reading it leaves as it is."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def prune(run: Path, keep: int, every: int | None = None) -> None:

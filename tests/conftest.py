@@ -137,6 +137,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
         manifest = {
             "step": 5,
             "skipped": 0,
+            "images_read": 60,
             "config": to_tree(config),
             "model": config.model_spec.to_tree(),
             "clusters_hash": clusters.hash,

@@ -12,7 +12,7 @@ Sources = Mapping[str, str]
 """Source text by dotted module name."""
 
 # Which part of the package may import which other parts, besides itself.
-BASE = {"errors", "files", "config", "randomness", "runtime", "compat"}
+BASE = {"errors", "files", "config", "randomness", "liveness", "runtime", "compat"}
 MIDDLE = {"data", "clustering", "moe"}
 MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BASE | {"checkpoint_files"} | MIDDLE, BASE),
@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"checkpoint_files", "models"} | MIDDLE,
     "transfer": BASE | {"checkpoint_files", "models"} | MIDDLE,
     "analysis": BASE | {"checkpoint_files", "data", "clustering"},
-    "bench": BASE | {"models"} | MIDDLE,
+    "bench": BASE | {"checkpoint_files", "models", "training"} | MIDDLE,
     "cli": BASE | {"checkpoint_files", "models", "training", "transfer", "analysis", "bench"} | MIDDLE,
     "__main__": {"cli"},
     "__init__": set(),
@@ -33,7 +33,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.moe.token_layer",
         "moce_ds.training.engine",
         "moce_ds.training.checkpoint",
-        "moce_ds.training.loop",
+        "moce_ds.training.saver",
+        "moce_ds.training.session",
         "moce_ds.compat",
         "moce_ds.bench",
     ),

@@ -28,7 +28,7 @@ DENSE = Route((), ())
 
 
 def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    """Weights of the route's dense ViT, by timm's names; reads the shared file and those of the route's experts only.
+    """Weights of the route's dense ViT, by timm's names; reads none but their files.
 
     The gate value is folded in: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
     """
@@ -37,7 +37,8 @@ def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict
     for block, expert, weight in zip(layers, route.experts, route.weights, strict=True):
         for rest in _MLP:
             chosen[expert_key(block, expert, rest)] = (f"blocks.{block}.mlp.{rest}", weight if "fc2" in rest else 1.0)
-    tensors = checkpoint.load(WEIGHTS, ["cls_token", *chosen])
+    shared = ["cls_token", *(f"blocks.{block}.norm1.weight" for block in range(spec.shape.depth))]
+    tensors = checkpoint.load(WEIGHTS, [*shared, *chosen])
     state = {"pos_embed": sincos_positions(spec.shape, spec.shape.width)}
     for name, tensor in tensors.items():
         if name in chosen:

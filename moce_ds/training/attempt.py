@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.files import sync
+from moce_ds.files import sync, writes_to
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
@@ -42,16 +42,13 @@ class Attempt:
         """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns.
 
         Raises:
-            ArtefactError: the folder cannot be written.
+            ArtefactError: the folder cannot be written to.
             SupersededError: another attempt has come at this moment.
         """
         number = 0
-        with runtime.together():
+        with runtime.together(), writes_to(run):
             if runtime.is_main:
-                try:
-                    number = _next_number(run)
-                except OSError as error:
-                    raise ArtefactError(f"{run} cannot be written: {error}") from None
+                number = _next_number(run)
         attempt = cls(run, int(runtime.sum([float(number)])[0]))
         with runtime.together():
             if runtime.is_main:
@@ -87,7 +84,7 @@ class Attempt:
         except (ArtefactError, OSError) as error:
             if self.superseded:
                 raise self.error(step) from None
-            raise ArtefactError(f"Step {step} cannot be written to {self.run}: {error}") from None
+            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {error}") from None
 
     @contextmanager
     def file(self, path: Path, step: int) -> Iterator[Path]:
@@ -102,6 +99,14 @@ class Attempt:
             yield draft
             sync(draft)
             os.replace(draft, path)
+
+    def withdraw(self) -> None:
+        """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_suffix(".json").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: there is a run, or another attempt
+            self.folder.parent.rmdir()
+            self.run.rmdir()
 
     def error(self, step: int) -> SupersededError:
         """What an attempt that is over ends with."""

@@ -108,11 +108,11 @@ def newest_whole(run: Path, runtime: Runtime) -> Checkpoint | None:
     steps = json.loads(runtime.texts(json.dumps(steps_of(run)))[0])  # as rank 0 sees them
     damaged: dict[int, list[str]] = {}
     for step in reversed(steps):
-        faults = [line for text in runtime.texts("\n".join(_faults(run, step, runtime))) for line in text.splitlines()]
+        faults = faults_of(run, step, runtime)
         if not faults:
             _set_aside(run, damaged, step, runtime)
             return Checkpoint.open(step_folder(run, step))
-        damaged[step] = sorted(set(faults))
+        damaged[step] = faults
     if damaged:
         listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
         raise ArtefactError(
@@ -122,12 +122,13 @@ def newest_whole(run: Path, runtime: Runtime) -> Checkpoint | None:
     return None
 
 
-def _faults(run: Path, step: int, runtime: Runtime) -> list[str]:
-    """What is wrong with this process's share of a checkpoint's files."""
+def faults_of(run: Path, step: int, runtime: Runtime) -> list[str]:
+    """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
     try:
-        return Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
+        mine = Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
     except ArtefactError as error:
-        return [str(error)]
+        mine = [str(error)]
+    return sorted({line for text in runtime.texts("\n".join(mine)) for line in text.splitlines()})
 
 
 def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Runtime) -> None:

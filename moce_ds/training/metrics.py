@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from moce_ds.files import writes_to
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import METRICS, Attempt
 
@@ -45,15 +46,21 @@ class Meter:
 
 
 class Teller:
-    """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context."""
+    """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context. Making one is a collective.
+
+    Raises:
+        ArtefactError: the run folder cannot be written to.
+    """
 
     def __init__(self, attempt: Attempt, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
         self._attempt, self._runtime = attempt, runtime
         self._images_per_step = images_per_step
+        with runtime.together(), writes_to(attempt.run):
+            if runtime.is_main:
+                self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+                self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)
         if not runtime.is_main:
             return
-        self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
             initial=first_step,
             total=steps,
@@ -69,10 +76,15 @@ class Teller:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._runtime.is_main:
-            self._bar.close()
-            self._board.close()
-            self._record.close()
+        if not self._runtime.is_main:
+            return
+        self._bar.close()
+        for file in (self._board, self._record):
+            try:
+                file.close()
+            except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
+                if error is None:
+                    self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
 
     def step(self) -> None:
         """Move the progress line on by one step."""

@@ -31,16 +31,20 @@ class SkippedSteps:
         if self.in_a_row >= self._run.max_skipped:
             raise DivergedError(
                 f"Step {step}: the gradient was not finite in {self.in_a_row} steps in a row (run.max_skipped). "
-                f"{self._last_good()} Before you go on from there, lower optim.base_lr, or set engine.precision=fp32."
+                f"{self._advice()}"
             )
         self._runtime.say(
             f"WARNING: step {step}: the gradient is not finite; the step was skipped "
             f"({self.in_a_row} in a row, {self.total} in all)."
         )
 
-    def _last_good(self) -> str:
+    def _advice(self) -> str:
         """No checkpoint is written while steps are being skipped, so the newest one is from before."""
         steps = steps_of(self._run.out)
         if not steps:
-            return "No checkpoint had been written yet."
-        return f"The last good checkpoint is {step_folder(self._run.out, steps[-1])}."
+            return "No checkpoint had been written yet. Lower optim.base_lr, in another run.out."
+        good = step_folder(self._run.out, steps[-1])
+        return (
+            f"The last good checkpoint is {good}. The same command goes on from there: with engine.precision=fp32, if "
+            f"that may help. Or begin another run from it with a lower optim.base_lr: run.init_from={good}."
+        )

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 from harness import run_distributed
-from jobs import Job, Told, run_jobs
+from jobs import Job, Told, run_jobs, send_myself
 from tiny_run import TinyData, alter_images, tiny_settings, write_data
 
 from moce_ds.data.sampler import ShuffledSampler
@@ -14,6 +16,9 @@ from moce_ds.data.shards import ShardSet
 
 # Sums must not depend on how many cores a machine has: inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # and SIGINT, which stops most of the runs below
+LEAVING_SOME = ("run.checkpoint_every=1", "run.keep_checkpoints=2", "run.keep_every=4")
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +70,21 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
         "two-moce-bf16": Job(moce("two-moce-bf16", 2, "engine.precision=bf16")),
         "two-moce-bf16-zero2": Job(moce("two-moce-bf16-zero2", 2, "engine.precision=bf16", "engine.zero_stage=2")),
         "moce-then-one": Job(moce("moce-then-one", 2), stop_after=3),
+        "two-moce-resumed-stopped": Job(moce("two-moce-resumed", 2, *LEAVING_SOME), stop_after=3),
+        "two-moce-resumed": Job(moce("two-moce-resumed", 2, *LEAVING_SOME)),  # the same command
+        "two-moce-synchronous": Job(moce("two-moce-synchronous", 2, *LEAVING_SOME, "run.async_checkpoint=false")),
+        "two-moce-bf16-resumed-stopped": Job(moce("two-moce-bf16-resumed", 2, "engine.precision=bf16"), stop_after=3),
+        "two-moce-bf16-resumed": Job(moce("two-moce-bf16-resumed", 2, "engine.precision=bf16")),
+        "two-time-is-up": Job(mae("two-time-is-up", "run.max_hours=0.000001")),
+        **{
+            f"two-{number.name}": Job(mae(f"two-{number.name}"), stop_after=2, act=partial(send_myself, number))
+            for number in SIGNALS
+        },
         "two-damaged": Job(moce("two-damaged", 2, f"data.shards={damaged_shards}", "optim.epochs=0.5")),
     }
     first, second = run_distributed(run_jobs, 2, jobs, seconds=200)
     assert {name: told.steps for name, told in first.items()} == {name: told.steps for name, told in second.items()}
+    assert not any(told.error for told in first.values())
     return first
 
 

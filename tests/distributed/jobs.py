@@ -4,56 +4,125 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import Tensor
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.cli import read_settings
-from moce_ds.runtime import started
+from moce_ds.errors import MoceError
+from moce_ds.runtime import Runtime, started
+from moce_ds.training import loop
 from moce_ds.training.loop import pretrain
+from moce_ds.training.session import Session
 from moce_ds.training.settings import PretrainSettings
+
+
+def interrupt_myself() -> None:
+    """Send this process what Ctrl-C sends."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def send_myself(number: int) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A loss that is not a number in one rank, at some steps (from 0); with `expert`, the gradient of one expert
+    instead, while the loss is as it should be."""
+
+    steps: tuple[int, ...]
+    rank: int = 1
+    expert: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of `pretrain`; with `stop_after`, the last rank alone gets a SIGINT once that step is on record."""
+    """One call of `pretrain`, and what befalls it.
+
+    Attributes:
+        words: of the command.
+        stop_after: once that step is on record, one rank, `rank`, does `act`: by default the last gets a SIGINT.
+        before: what rank 0 does first, such as damaging a file.
+        not_finite: a fault in the arithmetic.
+    """
 
     words: list[str]
     stop_after: int | None = None
+    act: Callable[[], None] = interrupt_myself
+    rank: int = -1
+    before: Callable[[], object] | None = None
+    not_finite: NotFinite | None = None
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a call of `pretrain` returned (steps) and printed."""
+    """What a call of `pretrain` returned (steps) and printed; or the error that it ended with, "Class: message"."""
 
     steps: int
     text: str
+    error: str = ""
 
 
 def run_jobs(jobs: dict[str, Job]) -> dict[str, Told]:
     """Pre-train one job after the other in this rank."""
-    told = {}
     with started() as runtime:
-        for name, job in jobs.items():
-            config = read_settings(PretrainSettings, job.words)
-            stops = job.stop_after is not None and runtime.rank == runtime.world_size - 1
-            with redirect_stderr(io.StringIO()) as text, interrupted(config.run.out, job.stop_after if stops else None):
-                steps = pretrain(config, runtime)
-            told[name] = Told(steps, text.getvalue())
-    return told
+        return {name: run_job(job, runtime) for name, job in jobs.items()}
+
+
+def run_job(job: Job, runtime: Runtime) -> Told:
+    """One job in this rank."""
+    config = read_settings(PretrainSettings, job.words)
+    if job.before is not None and runtime.is_main:
+        job.before()
+    runtime.barrier()
+    acts = job.stop_after if runtime.rank == job.rank % runtime.world_size else None
+    fault = faulty(job.not_finite) if job.not_finite else nullcontext()
+    with redirect_stderr(io.StringIO()) as text, interrupted(config.run.out, acts, job.act), fault:
+        try:
+            return Told(pretrain(config, runtime), text.getvalue())
+        except MoceError as error:
+            return Told(-1, text.getvalue(), f"{type(error).__name__}: {error}")
 
 
 @contextmanager
-def interrupted(run: Path, after_step: int | None) -> Iterator[None]:
-    """Send this process a SIGINT when metrics.jsonl has `after_step` lines; leave it alone for None."""
+def faulty(fault: NotFinite) -> Iterator[None]:
+    """Let the arithmetic go wrong as `fault` says."""
+    hooks = []
+    right = loop._loss
+
+    def wrong(output: Any, session: Session, step: int) -> tuple[Tensor, list[Tensor]]:
+        while hooks:
+            hooks.pop().remove()
+        loss, terms = right(output, session, step)
+        if step in fault.steps and session.runtime.rank == fault.rank:
+            if not fault.expert:
+                return loss * float("nan"), [term * float("nan") for term in terms]
+            named = session.engine.module.named_parameters()
+            expert = next(parameter for name, parameter in named if ".experts." in name)
+            hooks.append(expert.register_hook(lambda gradient: gradient * float("nan")))
+        return loss, terms
+
+    with patch.object(loop, "_loss", wrong):
+        yield
+
+
+@contextmanager
+def interrupted(run: Path, after_step: int | None, act: Callable[[], None] = interrupt_myself) -> Iterator[None]:
+    """Do `act` (a SIGINT to this process) when metrics.jsonl has `after_step` lines; nothing for None."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.002):
             if (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) >= (after_step or 0):
-                os.kill(os.getpid(), signal.SIGINT)
+                act()
                 return
 
     watcher = threading.Thread(target=watch)

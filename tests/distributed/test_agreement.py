@@ -111,7 +111,7 @@ def test_all_is_well(faults: list[Faults]) -> None:
         ("rank 1", "only rank 1 knows"),
         ("plan of rank 1", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned otherwise"),
         ("plan of rank 1, with locality off", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned"),
-        ("expert of rank 1", "block-01-expert-002.safetensors cannot be read"),
+        ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),
         ("image of rank 1", f"image {HALF + 5} "),
         ("features begun", f"block_rows: {HALF} there, {HALF + 1} now"),
     ],

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 import torch
 from jobs import Told
-from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
+from tiny_run import ALONE, EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import find, steps_of
+from moce_ds.checkpoint_files import Checkpoint, find, step_folder, steps_of
 from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
-from moce_ds.runtime import Runtime
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -79,17 +76,51 @@ def test_bf16_stays_near_fp32(runs: Path, one: object, name: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in final_state(runs / name).values())
 
 
-@pytest.mark.parametrize("name", ["two-mae-stopped", "mae-then-one", "moce-then-one"])
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(two: dict[str, Told], name: str) -> None:
+STOPPED = ["mae-stopped", "SIGTERM", "SIGUSR1", "SIGUSR2", "time-is-up"]
+
+
+@pytest.mark.parametrize("name", [*(f"two-{name}" for name in STOPPED), "mae-then-one", "moce-then-one"])
+def test_what_stops_one_rank_stops_all_with_a_checkpoint(runs: Path, two: dict[str, Told], name: str) -> None:
+    """The fixture `two` asserts that both ranks stop at the same step."""
     told = two[name]
-    assert 3 <= told.steps < STEPS
+    assert 1 <= told.steps < STEPS
+    if name.startswith("two-") and name != "two-mae-stopped":  # which has gone on since
+        assert steps_of(runs / name) == [told.steps] and find(runs / name).faults() == []
     assert f"Stopped after step {told.steps} as asked; the same command goes on from there." in told.text
 
 
-def test_resuming_on_the_same_topology_is_exact(runs: Path, two: dict[str, Told]) -> None:
-    assert two["two-mae-resumed"].steps == STEPS
-    assert f"after step {two['two-mae-stopped'].steps}." in two["two-mae-resumed"].text
-    assert_same(runs, "two-mae", "two-mae-stopped", tolerance=0)
+@pytest.mark.parametrize(
+    ("uninterrupted", "stopped", "resumed", "run"),
+    [
+        ("two-mae", "two-mae-stopped", "two-mae-resumed", "two-mae-stopped"),
+        ("two-moce-ep2", "two-moce-resumed-stopped", "two-moce-resumed", "two-moce-resumed"),
+        ("two-moce-bf16", "two-moce-bf16-resumed-stopped", "two-moce-bf16-resumed", "two-moce-bf16-resumed"),
+    ],
+)
+def test_resuming_on_the_same_topology_is_exact(
+    runs: Path, two: dict[str, Told], uninterrupted: str, stopped: str, resumed: str, run: str
+) -> None:
+    assert 3 <= two[stopped].steps < STEPS == two[resumed].steps
+    assert f"after step {two[stopped].steps}." in two[resumed].text
+    assert_same(runs, uninterrupted, run, tolerance=0)
+
+
+def test_checkpoints_written_in_the_background_are_those_written_at_once(runs: Path, two: object) -> None:
+    """Whether stopped in between or not."""
+    for step in steps_of(runs / "two-moce-resumed"):
+        files = [
+            Checkpoint.open(step_folder(runs / name, step)).manifest["files"]
+            for name in ("two-moce-resumed", "two-moce-synchronous")
+        ]
+        assert files[0] == files[1]
+    assert find(runs / "two-moce-ep2").manifest["files"] == find(runs / "two-moce-synchronous").manifest["files"]
+
+
+def test_the_newest_checkpoints_and_milestones_are_kept(runs: Path, two: object) -> None:
+    for name in ("two-moce-resumed", "two-moce-synchronous"):
+        assert steps_of(runs / name) == [4, 8, STEPS - 1, STEPS]
+        assert all(Checkpoint.open(step_folder(runs / name, step)).faults() == [] for step in steps_of(runs / name))
+        assert {path.name[:5] for path in (runs / name / "checkpoints").iterdir()} == {"step-"}
 
 
 @pytest.mark.parametrize(("uninterrupted", "resumed"), [("one-mae", "mae-then-one"), ("one-moce", "moce-then-one")])

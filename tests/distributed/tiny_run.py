@@ -24,6 +24,7 @@ STEPS = 12
 CLUSTERS = 6
 EXPERT_LAYERS = (1, 3)
 TOLERANCE = 1e-6
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,12 @@ def losses(run: Path) -> list[float]:
     """The loss of every step, by metrics.jsonl."""
     records = read_metrics(run / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
-    return [record["loss"] for record in records]
+    return numbers(record["loss"] for record in records)
+
+
+def numbers(values: Iterable[float | None]) -> list[float]:
+    """Values of a record, NaN where it has null for a number that was not finite."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +122,8 @@ def assert_same(runs: Path, first: str, second: str, tolerance: float = TOLERANC
     """Losses and gradient norms of all steps, and final weights and moments, agree; exactly for tolerance 0."""
     assert len(losses(runs / first)) == len(losses(runs / second)) == STEPS
     np.testing.assert_allclose(losses(runs / first), losses(runs / second), rtol=0, atol=tolerance)
-    norms = [[r["grad_norm"] for r in read_metrics(runs / name / "metrics.jsonl")] for name in (first, second)]
+    records = [read_metrics(runs / name / "metrics.jsonl") for name in (first, second)]
+    norms = [numbers(record["grad_norm"] for record in of_run) for of_run in records]
     np.testing.assert_allclose(norms[0], norms[1], rtol=10 * tolerance)
     states = [final_state(runs / name) for name in (first, second)]
     if tolerance:

@@ -201,12 +201,20 @@ def test_headers_that_are_none_are_named(tmp_path: Path) -> None:
 
 
 def test_a_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
-    folder = write(tmp_path, 5)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["weights/../../../secret.safetensors"] = {"bytes": 1, "sha256": "0"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "draft").mkdir()
+    elsewhere = {"weights/../../../secret.safetensors": {"bytes": 1, "sha256": "0"}}
+    publish(tmp_path / "draft", step_folder(tmp_path, 5), {"step": 5, "files": elsewhere})
     with pytest.raises(ArtefactError, match="which is no file of a checkpoint"):
-        Checkpoint.open(folder)
+        find(tmp_path)
+
+
+def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:
+    path = write(tmp_path, 5) / "manifest.json"
+    content = path.read_bytes()
+    for place in range(len(content) - 1):  # but for the line feed at its end
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ArtefactError, match=r"step-00000005/manifest.json(: format| is damaged)"):
+            find(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> P
     torch.manual_seed(5)
     mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     weights = {name: p.detach() for name, p in mae.named_parameters()}
-    write_checkpoint(config.run.out, 3, weights, {"config": to_tree(config), "model": spec.to_tree()})
+    manifest = {"step": 3, "config": to_tree(config), "model": spec.to_tree()}
+    write_checkpoint(step_folder(config.run.out, 3), weights, {}, manifest)
     return config.run.out
 
 

@@ -293,7 +293,7 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="Do not trust this set"):
             ShardSet.open(copy)
     (copy / "shards.json").write_text(json.dumps(manifest | {"version": 2}))
-    with pytest.raises(DataError, match="version 2, this program reads version 1"):
+    with pytest.raises(ArtefactError, match="says version 2; this program reads version 1: write a shard set again"):
         ShardSet.open(copy)
 
 
