@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ALONE
+from alone import ALONE
 from moce_command import TINY, refused, run_here
 from safetensors.torch import save_file
 

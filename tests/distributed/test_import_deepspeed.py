@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from alone import ALONE
 from click.testing import CliRunner
 from harness import run_distributed
 from native_jobs import BATCH, ELSEWHERE_LE, STEPS, save_all, save_and_import_all
 from safetensors.torch import load_file
-from tiny_run import ALONE, CLUSTERS, EXPERT_LAYERS, TinyData, tiny_settings
+from tiny_run import CLUSTERS, EXPERT_LAYERS, TinyData, tiny_settings
 from torch import Tensor
 
 from moce_ds.analysis import inspection

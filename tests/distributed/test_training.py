@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alone import ALONE
 from jobs import Told
-from tiny_run import ALONE, EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
+from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import Checkpoint, find, step_folder, steps_of

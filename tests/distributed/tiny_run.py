@@ -24,7 +24,6 @@ STEPS = 12
 CLUSTERS = 6
 EXPERT_LAYERS = (1, 3)
 TOLERANCE = 1e-6
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
