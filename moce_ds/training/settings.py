@@ -66,7 +66,7 @@ class ExpertSettings:
     shared_expert: bool = option(False, "y = p E(x) + (1 - p) E_shared(x); needs combine=prob")
     gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits")
     gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E")
-    gate_init: NonNegative = option(0.1, "standard deviation of the gate's first logits")
+    gate_init: NonNegative = option(1.0, "standard deviation of the gate's first logits")
     gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate")
     perturbation: NonNegative = option(0.02, "relative noise on the experts' first weights")
     imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident")
