@@ -21,6 +21,7 @@ from types import FrameType
 from moce_ds.errors import LOST_PEER
 
 _GRACE_SECONDS = 20.0
+_VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -44,9 +45,10 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
     would only occur again.
     """
     before = {number: signal.signal(number, _leave) for number in _PASSED_ON}
+    asked: list[int] = []
     try:
         for restart in range(max_restarts + 1):
-            status, lost, asked = _run(command, nproc)
+            status, lost = _run(command, nproc, asked)
             if not lost or asked or restart == max_restarts:
                 break
             print(f"Restart {restart + 1} of at most {max_restarts}.", file=sys.stderr, flush=True)
@@ -62,8 +64,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-def _run(command: Sequence[str], nproc: int) -> tuple[int, bool, bool]:
-    """One start of all processes: exit status, whether a process was lost, and whether a signal asked for a stop."""
+def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, bool]:
+    """One start of all processes: exit status, and whether a process was lost. Signals that arrive go into `asked`."""
     from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be obeyed already
 
     # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
@@ -77,36 +79,35 @@ def _run(command: Sequence[str], nproc: int) -> tuple[int, bool, bool]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }
     processes: list[subprocess.Popen[bytes]] = []
-    asked = []
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        for process in processes:
-            process.send_signal(number)
-
     for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+        signal.signal(number, lambda number, frame: asked.append(number))
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
         processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
-    status = _wait(processes)
-    lost = status < 0 or status == LOST_PEER
-    return 1 if status < 0 else status, lost, bool(asked)
+    status = _wait(processes, asked)
+    # An unexpected error of one process is a loss for the others; which of them is the first to end is chance.
+    lost = status < 0 or any(process.returncode == LOST_PEER for process in processes)
+    return 1 if status < 0 else status, lost
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     """Wait until all have ended; once one fails, the others get a little time and are then killed.
 
-    Returns 0, or what the first that failed ended with (negative: a signal).
+    Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal).
     """
     failed: tuple[int, int] | None = None
-    deadline = float("inf")
+    deadline, passed_on = float("inf"), 0
     while any(process.poll() is None for process in processes):
+        for number in asked[passed_on:]:
+            for process in processes:
+                process.send_signal(number)
+            passed_on += 1
         for rank, process in enumerate(processes):
             status = process.poll()
             if failed is None and status:
-                failed, deadline = (rank, status), time.monotonic() + _GRACE_SECONDS
+                failed = (rank, status)
+                deadline = time.monotonic() + (_VERDICT_SECONDS if status == LOST_PEER else _GRACE_SECONDS)
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()

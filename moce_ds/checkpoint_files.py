@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,12 +242,13 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 
 def prune(run: Path, keep: int, every: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
-    for left in (run / "checkpoints").glob(".step-*"):  # of a kill
-        shutil.rmtree(left)
-    for step in steps_of(run)[:-keep]:
-        if not (every and step % every == 0):
-            # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
-            shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
+    with suppress(FileNotFoundError):  # an older attempt that does not know that it is over may remove the same
+        for left in (run / "checkpoints").glob(".step-*"):  # of a kill
+            shutil.rmtree(left)
+        for step in steps_of(run)[:-keep]:
+            if not (every and step % every == 0):
+                # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
+                shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
 
 
 def set_aside(run: Path, step: int) -> Path:

@@ -364,7 +364,10 @@ def main() -> None:
         moce(prog_name="moce", standalone_mode=False)
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
-            click.echo(f"Error: {error}", err=True)
+            # Names out of a file may hold what a terminal takes for commands.
+            click.echo(
+                "Error: " + "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(error)), err=True
+            )
         sys.exit(error.status)
     except click.ClickException as error:
         error.show()

@@ -7,6 +7,7 @@ holds the machinery; each stage's settings stand beside the stage, those of pre-
 
 import dataclasses
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,19 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 
 from moce_ds.errors import ConfigError
 
 T = TypeVar("T")
+
+# What PyYAML's safe loader was seen to raise on bad text; they have no common base. It makes nothing but plain data.
+_YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+
+# A few kilobytes of YAML can name one list a billion times over: never print a value whole.
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200
+_short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -35,7 +45,7 @@ def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] =
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed; every fault is listed.
     """
-    tree = _read_yaml(yaml_path) if yaml_path else {}
+    tree = read_yaml(yaml_path) if yaml_path else {}
     for word in overrides:
         _set_dotted(tree, word)
     return from_tree(cls, tree, source=str(yaml_path) if yaml_path else "the command line")
@@ -114,12 +124,19 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `key: value` tree of a YAML file, unchecked; none for an empty one.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no such tree.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ConfigError(f"{path} not found: expected a YAML file of settings.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): make it readable.") from None
+    except _YAML_FAULTS as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if tree is None:
         return {}
@@ -134,8 +151,8 @@ def _set_dotted(tree: dict[str, Any], word: str) -> None:
         raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of {key} is not valid YAML: {text!r} ({error}).") from None
+    except _YAML_FAULTS as error:
+        raise ConfigError(f"The value of {key} is not valid YAML: {_short.repr(text)} ({error}).") from None
     *groups, name = key.split(".")
     for group in groups:
         child = tree.setdefault(group, {})
@@ -152,13 +169,13 @@ def _describe(cls: Any, fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{', '.join(_required(cls, key))}: required, and not given."
     if fault["type"] == "dataclass_type" and key:
-        return f"{key}: got {fault['input']!r}; it is a group of settings, such as {key}.NAME=VALUE."
+        return f"{key}: got {_short.repr(fault['input'])}; it is a group of settings, such as {key}.NAME=VALUE."
     message = fault["msg"].removeprefix("Value error, ")
     # A fault of a whole group names its keys itself; its input would be the whole group.
     given = (
         ""
-        if isinstance(fault["input"], dict) or not key or "ArgsKwargs" in str(fault["input"])
-        else f"got {fault['input']!r}; "
+        if isinstance(fault["input"], dict) or not key or isinstance(fault["input"], ArgsKwargs)
+        else f"got {_short.repr(fault['input'])}; "
     )
     return f"{key + ': ' if key else ''}{given}{message}"
 

@@ -7,9 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from moce_ds.errors import ArtefactError
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -80,8 +84,44 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read ({error.strerror}): make it readable.") from None
+
+
+def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
+    """Read a JSON object of ours as a `kind`, a dataclass; keys that it does not have are left out.
+
+    Args:
+        version: keys that say how to read the file, with the values that this program knows; looked at first.
+
+    Raises:
+        ArtefactError: as `read_json`; or another version; or keys are missing or of another type, all of them listed.
+    """
+    content = read_json(path, what, made_by)
+    found = {key: content.get(key) for key in version} if isinstance(content, dict) else version
+    if found != version:
+        raise ArtefactError(
+            f"{path} says {_spoken(found)}; this program reads {_spoken(version)}: write {what} again with "
+            f"`{made_by}`, or use the version of moce that wrote it."
+        )
+    return valid_record(kind, content, str(path), what, made_by)
+
+
+def valid_record(kind: type[T], content: Any, source: str, what: str, made_by: str) -> T:
+    """Plain data as a `kind`; `source` being named in errors. Raises ArtefactError as `read_record`."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors())
+        raise ArtefactError(
+            f"{source} is damaged ({'; '.join(faults)}): write {what} again with `{made_by}`."
+        ) from None
+
+
+def _spoken(version: dict[str, object]) -> str:
+    return " ".join(f"{key} {value!r}" for key, value in version.items())
 
 
 def sha256_of(path: Path) -> str:

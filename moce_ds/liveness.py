@@ -2,7 +2,8 @@
 
 Every process beats once a second, from a thread of its own, in the store at which the processes met. Rank 0 watches all
 beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
-there and ends with status LOST_PEER, out of whatever collective it waits in.
+there and ends with status LOST_PEER, out of whatever collective it waits in. An error that a process has explained (a
+MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -37,7 +39,8 @@ class Watch:
         # A connection of its own: a thread that waits in the group's store would block this one.
         self._host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = TCPStore(self._host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-        self._prefix = f"watch-{next(_sessions)}/"
+        # torchrun keeps its store, and in it the verdict on the start before, when it starts all processes again.
+        self._prefix = f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/"
         self._doing, self._broken = "starting", False
         self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
         self._stop = threading.Event()
@@ -67,15 +70,20 @@ class Watch:
             ) from error
         self._stop.set()
         self._thread.join()
-        # Errors of ours are agreed by all processes (`Runtime.together`): nothing to tell.
-        if error is not None and not isinstance(error, MoceError):
-            how = f"{type(error).__name__}: {error}"
-            self._set("verdict", f"Rank {self._rank} on {socket.gethostname()} ended at {self._doing}: {how}")
+        if error is None:
+            return
+        how = str(error) if isinstance(error, MoceError) else f"{type(error).__name__}: {error}"
+        told = f"Rank {self._rank} on {socket.gethostname()} ended at {self._doing}: {how}"
+        with suppress(DistError):  # the store may have gone first
+            if isinstance(error, MoceError):
+                self._set(f"farewell/{self._rank}", f"{error.status} {told}")
+            else:
+                self._set("verdict", f"{LOST_PEER} {told}")
 
     def _run(self) -> None:
         for count in itertools.count():
             try:
-                self._set(f"beat/{self._rank}", f"{count} {socket.gethostname()} {self._doing}")
+                self._set(f"beat/{self._rank}", f"{count} {socket.gethostname()}")
                 if self._broken:
                     self._set("broken", str(self._rank))
                 verdict = self._get("verdict")
@@ -83,19 +91,18 @@ class Watch:
             except DistError:
                 if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
                     return  # this process was about to end as well
-                own, verdict = (
-                    "",
-                    f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it.",
-                )
+                gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it."
+                own, verdict = "", f"{LOST_PEER} {gone}"
             if verdict or own:
+                status, text = (own or verdict).split(" ", 1)
                 if own or self._local_rank == 0:
-                    print(f"Error: {own or verdict}", file=sys.stderr, flush=True)
-                os._exit(LOST_PEER)
+                    print(f"Error: {text}", file=sys.stderr, flush=True)
+                os._exit(int(status))
             if self._stop.wait(_BEAT_SECONDS):
                 return
 
     def _judge(self) -> str:
-        """A verdict if a watched rank has been silent for too long; "" if all is well."""
+        """A verdict (exit status and message) if a watched rank has been silent for too long; "" if all is well."""
         limit = _BROKEN_BEATS if self._get("broken") else self._limit
         watched = range(1, self._world_size) if self._rank == 0 else range(1)
         for rank in watched:
@@ -104,10 +111,11 @@ class Watch:
             # Counted in own beats: after a pause of all processes (Ctrl-Z) nobody is taken for lost.
             self._heard[rank] = (beat, age + 1 if beat == last else 0)
             if self._heard[rank][1] >= limit:
-                _, host, doing = beat.split(" ", 2) if beat else ("", "an unknown host", "starting")
-                verdict = (
-                    f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s; it was at {doing}. "
-                    "It has died or hangs; the other processes end."
+                host = beat.split(" ")[1] if beat else "an unknown host"
+                # The step is that at which this process waits for the lost one.
+                verdict = self._get(f"farewell/{rank}") or (
+                    f"{LOST_PEER} Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at "
+                    f"{self._doing}. It has died or hangs; the other processes end."
                 )
                 self._set("verdict", verdict)
                 return verdict

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alone import ALONE
 from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
@@ -28,15 +29,12 @@ from moce_ds.models.spec import build_model
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.runtime import Runtime
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
 
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("patient", deadline=None)
 hypothesis_settings.load_profile("patient")
-
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +139,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             "config": to_tree(config),
             "model": config.model_spec.to_tree(),
             "clusters_hash": clusters.hash,
+            "shards_fingerprint": shards.fingerprint,
             "routing": router.record(5),
             "placement": {"ep_size": 1, "slot_LE": slot_LE.tolist()},
             "dealt_by": [],

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": BASE | {"checkpoint_files", "models"} | MIDDLE,
     "transfer": BASE | {"checkpoint_files", "models"} | MIDDLE,
     "analysis": BASE | {"checkpoint_files", "data", "clustering"},
-    "bench": BASE | {"models"} | MIDDLE,
+    "bench": BASE | {"checkpoint_files", "models", "training"} | MIDDLE,
     "cli": BASE | {"checkpoint_files", "models", "training", "transfer", "analysis", "bench"} | MIDDLE,
     "__main__": {"cli"},
     "__init__": set(),

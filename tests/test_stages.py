@@ -118,13 +118,13 @@ def test_the_moce_starts_as_the_dense_model(chain: Chain) -> None:
 def test_features_are_those_of_the_encoder(chain: Chain) -> None:
     features, shards = FeatureSet.open(chain / "features"), ShardSet.open(chain / "shards")
     expected = encode_all(open_encoder(chain / "mae", CPU), shards, EncodeSettings(), CPU).numpy()
-    assert features.identity["shards_fingerprint"] == shards.fingerprint
+    assert features.identity.shards_fingerprint == shards.fingerprint
     np.testing.assert_allclose(features.all(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_clusters_label_every_image(chain: Chain) -> None:
     clusters, features = Clusters.load(chain / "clusters"), FeatureSet.open(chain / "features")
-    ids_N = load_ids(chain / "clusters", features.identity["shards_fingerprint"], 60)
+    ids_N = load_ids(chain / "clusters", features.identity.shards_fingerprint, 60)
     assert (
         np.array_equal(np.bincount(ids_N, minlength=CLUSTERS), clusters.sizes_M) and len(clusters.sizes_M) == CLUSTERS
     )

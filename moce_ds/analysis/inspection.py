@@ -1,20 +1,20 @@
 """What a path of ours is and what it holds, for `moce inspect`."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.table import Table
 
-from moce_ds.analysis.run_folder import read_metrics, read_results
-from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.analysis.run_folder import read_results, read_run
+from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.store import ENCODER, FeatureSet
-from moce_ds.data.shards import ShardSet
+from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
+from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json, sha256_of
+from moce_ds.files import read_record, sha256_of, valid_record
 
 Rows = dict[str, str]
 
@@ -44,21 +44,50 @@ def faults(path: Path) -> list[str]:
             for fault in Checkpoint.open(path / "checkpoints" / f"step-{step:08d}").faults()
         ]
     if kind == "features":
-        return FeatureSet.open(path).faults() + _encoder_faults(path / ENCODER)
+        features = FeatureSet.open(path)
+        return features.faults() + _encoder_faults(path / ENCODER, features.identity.encoder_fingerprint)
     if kind == "clusters":
         clusters = Clusters.load(path)
         load_ids(path, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
-        return _encoder_faults(path / ENCODER)
+        return _encoder_faults(path / ENCODER, clusters.encoder_fingerprint)
     if kind == "encoder":
         return _encoder_faults(path)
     rows(path)  # results are plain text, checked as they are read
     return []
 
 
-def _encoder_faults(path: Path) -> list[str]:
-    expected = read_json(path / "config.json", "an encoder folder", "moce export")["sha256"]
+def _encoder_faults(path: Path, fingerprint: str | None = None) -> list[str]:
+    """What is wrong with an encoder; with `fingerprint`, also when it is not that one."""
+    record = _encoder_record(path)
     weights = path / "model.safetensors"
-    return [] if sha256_of(weights) == expected else [f"{weights.name}: checksum differs"]
+    if not weights.is_file():
+        return [f"{weights.name}: missing"]
+    if sha256_of(weights) != record.sha256:
+        return [f"{weights.name}: checksum differs"]
+    if fingerprint:
+        check_encoder(path.parent, fingerprint)
+    return []
+
+
+@dataclass(frozen=True)
+class _Shape:
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class _EncoderRecord:
+    """What is shown of an encoder's `config.json`."""
+
+    shape: _Shape
+    input: dict[str, Any]
+    sha256: str
+
+
+def _encoder_record(path: Path) -> _EncoderRecord:
+    return read_record(path / "config.json", _EncoderRecord, "an encoder folder", "moce export")
 
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
@@ -86,7 +115,7 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
 def _shards(path: Path) -> Rows:
     shards = ShardSet.open(path)
     sizes = shards.samples
-    rejected = read_json(path / "shards.json", "a shard set", "moce shards")["rejected"]
+    rejected = Manifest.read(path).rejected
     return {
         "images": f"{shards.count} in {len(shards.shards)} shards, {_mebibytes(s.bytes for s in shards.shards)}",
         "width": f"{sizes['width'].min()} to {sizes['width'].max()} pixels",
@@ -101,9 +130,9 @@ def _features(path: Path) -> Rows:
     features = FeatureSet.open(path)
     return {
         "features": f"{features.count} of width {features.dim}, float16",
-        "images": f"shard set {features.identity['shards_fingerprint']}",
-        "encoder": features.identity["encoder_fingerprint"],
-        "input": str(features.identity["encoder_input"]),
+        "images": f"shard set {features.identity.shards_fingerprint}",
+        "encoder": features.identity.encoder_fingerprint,
+        "input": str(features.identity.encoder_input),
     }
 
 
@@ -127,22 +156,24 @@ def _checkpoint(path: Path) -> Rows:
     experts = manifest["model"]["experts"]
     rows = {
         "step": f"{checkpoint.step} ({manifest['images_read']} images read)",
-        "encoder": _shape(manifest["model"]["shape"]),
+        "encoder": _shape(valid_record(_Shape, manifest["model"]["shape"], f"{path}: shape", "a run", "moce pretrain")),
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
+    if not checkpoint.names(OPTIMIZER):
+        rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
-        table = manifest["routing"]["expert_ML"]
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
+    if experts and manifest["routing"]:
+        table = manifest["routing"]["expert_ML"]
         rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
     return rows
 
 
 def _run(path: Path) -> Rows:
-    config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    rows = {"arch": config["model"]["arch"], "shards": config["data"]["shards"]}
-    metrics = read_metrics(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    if metrics:
+    run = read_run(path)
+    rows = {"arch": run.arch, "shards": str(run.shards)}
+    if metrics := run.metrics:
         loss = metrics[-1]["loss"]  # null where it was not finite
         rows["last record"] = f"step {metrics[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.4f}'}"
     steps = steps_of(path)
@@ -151,27 +182,30 @@ def _run(path: Path) -> Rows:
 
 
 def _encoder(path: Path) -> Rows:
-    config = read_json(path / "config.json", "an encoder folder", "moce export")
-    provenance = read_json(path / "provenance.json", "an encoder folder", "moce export")
+    config = _encoder_record(path)
+    provenance = read_record(path / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
     return {
-        "shape": _shape(config["shape"]),
-        "input": str(config["input"]),
+        "shape": _shape(config.shape),
+        "input": str(config.input),
         **{name: str(value) for name, value in provenance.items() if not isinstance(value, dict)},
     }
 
 
 def _study(path: Path) -> Rows:
+    def told(record: dict[str, Any]) -> str:
+        if "top1" in record:
+            return f"top-1 {record['top1']:.4f}"
+        if record["verb"] == "select":
+            route = "-".join(map(str, record["route"]))
+            return f"route {route}, {record['share']:.1%} of {record['n_images']} images"
+        return _some([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
+
     records = read_results(path / "results.json")
-    return {
-        f"{r['verb']} {r['task']} {r.get('model', '')}".strip(): f"top-1 {r['top1']:.4f}"
-        if "top1" in r
-        else f"route {'-'.join(map(str, r['route']))}, {r['share']:.1%} of {r['n_images']} images"
-        for r in records
-    }
+    return {f"{r['verb']} {r['task']} {r.get('model', '')}".strip(): told(r) for r in records}
 
 
-def _shape(shape: dict[str, Any]) -> str:
-    return f"{shape['depth']} blocks, width {shape['width']}, patch {shape['patch_size']}, {shape['image_size']} px"
+def _shape(shape: _Shape) -> str:
+    return f"{shape.depth} blocks, width {shape.width}, patch {shape.patch_size}, {shape.image_size} px"
 
 
 def _mebibytes(sizes: Iterable[int]) -> str:

@@ -47,14 +47,17 @@ class Routing:
                 probs_LME=np.array(tree["probs_LME"], np.float64),
                 cluster_share_M=np.array(tree["cluster_share_M"], np.float64),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ArtefactError(f"{path} is damaged ({error!r}): expected tables of `moce pretrain`.") from None
-        L, M = len(routing.layers), len(routing.cluster_share_M)
-        if routing.expert_ML.shape != (M, L) or routing.probs_LME.shape[:2] != (L, M):
+        L, M = len(routing.layers), routing.cluster_share_M.size
+        if routing.expert_ML.shape != (M, L) or routing.probs_LME.shape[:-1] != (L, M):
             raise ArtefactError(
                 f"{path} is damaged: expert_ML is {routing.expert_ML.shape} and probs_LME {routing.probs_LME.shape} "
                 f"for {L} layers and {M} clusters."
             )
+        E = routing.probs_LME.shape[-1]
+        if not ((routing.expert_ML >= 0) & (routing.expert_ML < E)).all():
+            raise ArtefactError(f"{path} is damaged: expert_ML names experts that are not 0 to {E - 1}.")
         return routing
 
     @property

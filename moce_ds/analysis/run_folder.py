@@ -10,23 +10,42 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from moce_ds.analysis.routing import Routing
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.config import read_yaml
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json
+from moce_ds.files import read_json, valid_record
 
 PRETRAIN = "moce pretrain"
 CLUSTERS = "clusters"
 """Folder inside a run folder with the clusters that it was trained on."""
 
-_RESULT_KEYS = {
-    "knn": ("model", "top1", "mean_per_class", "n_train", "n_test"),
-    "probe": ("model", "top1", "mean_per_class", "n_train", "n_test"),
-    "select": ("route", "share"),
-}
+
+@dataclass(frozen=True)
+class _Result:
+    verb: str
+    task: str
+
+
+@dataclass(frozen=True)
+class _Accuracy(_Result):
+    model: str
+    top1: float
+    mean_per_class: float
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class _Selection(_Result):
+    route: list[int]
+    share: float
+    n_images: int
+
+
+_RESULTS: dict[str, type[_Result]] = {"knn": _Accuracy, "probe": _Accuracy, "select": _Selection}
 _RESULT_VERBS = "moce knn, moce probe or moce select"
 
 
@@ -84,7 +103,7 @@ def read_study(folder: Path) -> Study:
     """Read a run folder, or a folder of run folders.
 
     Raises:
-        ArtefactError: `folder` is neither, or a file in it is damaged.
+        ArtefactError, ConfigError: `folder` is neither, or a file in it is damaged.
     """
     if (folder / "config.yaml").is_file():
         paths = [folder]
@@ -106,21 +125,19 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ArtefactError(f"{path} holds no list of records: write it again with `{_RESULT_VERBS}`.")
     for number, record in enumerate(records):
-        expected = {"verb", "task", *_RESULT_KEYS.get(record.get("verb", ""), ())}
-        if missing := sorted(expected - record.keys()):
-            raise ArtefactError(
-                f"{path}, record {number} lacks {', '.join(missing)}: write it again with `{_RESULT_VERBS}`."
-            )
+        kind = _RESULTS.get(str(record.get("verb")), _Result)
+        valid_record(kind, record, f"{path}, record {number},", "it", _RESULT_VERBS)
     return records
 
 
 def read_run(path: Path) -> Run:
-    """Read one run folder; parts that are not there are empty or None. Raises ArtefactError for damaged ones."""
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path / 'config.yaml'} is not valid YAML: {error}") from None
-    if not isinstance(config, dict):
+    """Read one run folder; parts that are not there are empty or None.
+
+    Raises:
+        ArtefactError, ConfigError: for damaged ones.
+    """
+    config = read_yaml(path / "config.yaml")
+    if not all(isinstance(config.get(group), dict) for group in ("model", "data")):
         raise ArtefactError(f"{path / 'config.yaml'} holds no settings; expected the file that `{PRETRAIN}` wrote.")
     pictures = sorted((path / "reconstructions").glob("step-*.png"))
     routing, clusters = path / "routing.json", path / CLUSTERS

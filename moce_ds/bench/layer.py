@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moce_ds.bench import cases
 from moce_ds.bench.cases import Case, Problem
-from moce_ds.bench.timing import interleaved
+from moce_ds.bench.timing import interleaved, keep_freed_memory
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.runtime import Runtime, started
 
@@ -72,6 +72,7 @@ def _measure(
     file: str,
 ) -> None:
     """One of `count` processes; the first writes the rows."""
+    keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moce_ds.bench.timing import interleaved
+from moce_ds.bench.timing import interleaved, keep_freed_memory
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.vit import ViTShape
@@ -23,6 +23,7 @@ _CLUSTERS = 64
 
 def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Rows (name, B, E, D, seconds, ratio to dense) for 224 px, patch 16, 12 blocks, experts in blocks 9 and 11."""
+    keep_freed_memory()
     torch.manual_seed(0)
     shape, decoder = ViTShape(224, 16, width, 12, width // 64), DecoderShape(width, 2, width // 64)
     experts = ExpertShape(num_experts, (9, 11))

@@ -105,6 +105,18 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
     _show(bench_load(images, threads, repeats, this_device()), json_file)
 
 
+@bench.command("checkpoint")
+@click.option("--vit", default="vit_base_patch16_224", show_default=True, help="Encoder, by timm's name.")
+@click.option("--folder", type=PATH, default=".", show_default=True, help="On the disk to measure.")
+@_repeats(5)
+@_json_option
+def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> None:
+    """Save and load the state of a dense run beside the disk's own speed, and the pause that training sees."""
+    from moce_ds.bench.checkpoint import bench_checkpoint
+
+    _show(bench_checkpoint(vit, folder, repeats), json_file)
+
+
 def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     from moce_ds.bench.timing import machine
     from moce_ds.files import write_json
@@ -112,7 +124,12 @@ def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     title = " ".join(f"{name} {value}" for name, value in machine().items() if value)
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(
+            *(
+                f"{value:.3f}" if isinstance(value, float) else str("" if value is None else value)
+                for value in row.values()
+            )
+        )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})

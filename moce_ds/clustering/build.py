@@ -18,7 +18,7 @@ from moce_ds.clustering.clusters import Clusters, load_ids, normalised, save_ids
 from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.sinkhorn import Solution, balance
-from moce_ds.clustering.store import ENCODER, FeatureSet
+from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.config import differences, option, settings, to_tree
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.files import atomic_folder, copy_tree
@@ -70,11 +70,10 @@ def build_clusters(
     Raises:
         ConfigError: more clusters than images, or faiss is missing.
         DataError: the features are all alike.
-        ArtefactError: the features are unfinished or damaged, or `out` holds something else.
+        ArtefactError: the features are unfinished, damaged or another encoder's, or `out` holds something else.
     """
     feature_set = FeatureSet.open(features)
-    if not (features / ENCODER).is_dir():
-        raise ArtefactError(f"{features / ENCODER} not found: make the features again with `moce features`.")
+    check_encoder(features, feature_set.identity.encoder_fingerprint)
     if config.num_clusters > feature_set.count:
         raise ConfigError(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "
@@ -82,7 +81,7 @@ def build_clusters(
         )
     made_from = {
         "settings": to_tree(config),
-        "features": {"count": feature_set.count, "dim": feature_set.dim, **feature_set.identity},
+        "features": {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)},
     }
     if out.exists():
         _check_same(out, made_from)
@@ -107,9 +106,9 @@ def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_fro
         eps=config.eps,
         method=config.method,
         provenance=made_from | {"solver": solver},
-        shards_fingerprint=feature_set.identity["shards_fingerprint"],
-        encoder_fingerprint=feature_set.identity["encoder_fingerprint"],
-        encoder_input=feature_set.identity["encoder_input"],
+        shards_fingerprint=feature_set.identity.shards_fingerprint,
+        encoder_fingerprint=feature_set.identity.encoder_fingerprint,
+        encoder_input=feature_set.identity.encoder_input,
     )
     clusters, ids_N = _label(feature_set, unlabelled)
     with atomic_folder(out) as folder:

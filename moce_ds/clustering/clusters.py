@@ -12,18 +12,32 @@ Axes: N images, M clusters, D feature width.
 import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, read_json, write_json
+from moce_ds.files import atomic_file, read_record, write_json
 
-VERSION = 1
+FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
 _TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine_M": 1}
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What is read of `clusters.json`."""
+
+    hash: str
+    eps: Annotated[float, Field(gt=0)]
+    method: str
+    shards_fingerprint: str
+    encoder_fingerprint: str
+    encoder_input: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,7 +113,7 @@ class Clusters:
         with atomic_file(folder / "clusters.safetensors") as temporary:
             save_file(tensors, temporary)
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
-        header = {"format": "moce clusters", "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
+        header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
         write_json(folder / "clusters.json", header | record)
 
     @classmethod
@@ -109,21 +123,16 @@ class Clusters:
         Raises:
             ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
         """
-        record = read_json(folder / "clusters.json", "a record of clusters", MADE_BY)
-        if record.get("format") != "moce clusters" or record.get("version") != VERSION:
-            raise ArtefactError(
-                f"{folder / 'clusters.json'} says {record.get('format')!r} version {record.get('version')!r}; "
-                f"this program reads 'moce clusters' version {VERSION}."
-            )
-        tensors = _load_tensors(folder / "clusters.safetensors")
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in record and name not in tensors]
-        if missing:
-            raise ArtefactError(f"{folder} is damaged, without {', '.join(missing)}: write it again with `{MADE_BY}`.")
-        clusters = cls(**{name: tensors.get(name, record.get(name)) for name in names})
+        path = folder / "clusters.json"
+        record = vars(read_record(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
+        stated = record.pop("hash")
+        clusters = cls(**(record | _load_tensors(folder / "clusters.safetensors")))
         clusters._check(folder / "clusters.safetensors")
-        if clusters.hash != record.get("hash"):
-            raise ArtefactError(f"{folder}: clusters.json and clusters.safetensors are not of the same clusters.")
+        if clusters.hash != stated:
+            raise ArtefactError(
+                f"{folder}: clusters.json and clusters.safetensors are not of the same clusters: write them again with "
+                f"`{MADE_BY}`."
+            )
         return clusters
 
     def _check(self, path: Path) -> None:
@@ -162,20 +171,23 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
     clusters = Clusters.load(folder)
     if clusters.shards_fingerprint != shards_fingerprint:
         raise ArtefactError(
-            f"{folder} labels another shard set ({clusters.shards_fingerprint[:12]}) than the one in use "
-            f"({shards_fingerprint[:12]}): run `moce features` and `{MADE_BY}` on this one."
+            f"{folder} labels another shard set ({clusters.shards_fingerprint[:12]}, {clusters.sizes_M.sum()} images) "
+            f"than the one in use ({shards_fingerprint[:12]}, {count} images): run `moce features` and `{MADE_BY}` on "
+            "this one."
         )
     path = folder / "ids.npy"
     again = f"write the clusters again with `{MADE_BY}`."
     try:
-        ids_N = np.load(path, allow_pickle=False)
+        ids_N = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise ArtefactError(f"{path} is missing: {again}") from None
-    except (ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
     if ids_N.shape != (count,) or ids_N.dtype != np.int32:
         raise ArtefactError(f"{path} holds {ids_N.dtype} {ids_N.shape}, expected int32 {(count,)}: {again}")
-    if (ids_N < 0).any() or not np.array_equal(np.bincount(ids_N, minlength=len(clusters.sizes_M)), clusters.sizes_M):
+    m = clusters.num_clusters
+    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: of what is no cluster
+    if not np.array_equal(counts, [*clusters.sizes_M, 0]):
         raise ArtefactError(f"{path} does not have the cluster sizes that {folder} states: {again}")
     return ids_N.astype(np.int64)
 
@@ -186,11 +198,11 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
         tensors: dict[str, np.ndarray] = load_file(path)
     except FileNotFoundError:
         raise ArtefactError(f"{path} is missing: {again}") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
     for name, axes in _TENSORS.items():
         if name not in tensors:
             raise ArtefactError(f"{path} is damaged, without {name}: {again}")
         if tensors[name].ndim != axes:
             raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {again}")
-    return tensors
+    return {name: tensors[name] for name in _TENSORS}

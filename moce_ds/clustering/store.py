@@ -9,29 +9,77 @@
 Axes: N images asked for or in a block, D feature width.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from moce_ds.config import differences
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, read_json, sha256_of, write_json
+from moce_ds.files import atomic_file, read_record, sha256_of, write_json
 
-VERSION = 1
+FORMAT, VERSION = "moce features", 1
 ENCODER = "encoder"
 """Folder inside a features folder, and inside a clusters folder, with the encoder's weights and configuration."""
 
 
-class Identity(TypedDict):
-    """What the features were made of. Features of another identity are other features."""
+@dataclass(frozen=True)
+class Identity:
+    """What the features were made of. Features of another identity are other features.
+
+    Attributes:
+        shards_fingerprint, encoder_fingerprint: of the images and of the encoder's weights.
+        encoder_input: size, mean, std, interpolation, crop.
+    """
 
     shards_fingerprint: str
     encoder_fingerprint: str
     encoder_input: dict[str, Any]
-    """size, mean, std, interpolation, crop."""
+
+
+def fingerprint(state: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, shapes and float32 values of an encoder's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{state[name].shape}".encode())
+        digest.update(np.ascontiguousarray(state[name], dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def check_encoder(folder: Path, expected: str) -> None:
+    """Refuse a features or clusters folder in which lies another encoder than the one that it was made with.
+
+    Raises:
+        ArtefactError: the encoder is missing or damaged, or has another fingerprint than `expected`.
+    """
+    weights = folder / ENCODER / "model.safetensors"
+    try:
+        found = fingerprint(load_file(weights))
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{weights} cannot be read ({error}): restore it, or make {folder} again.") from None
+    if found != expected:
+        raise ArtefactError(
+            f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
+            f"put that one back, or make {folder} again."
+        )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """`features.json`."""
+
+    count: Annotated[int, Field(gt=0)]
+    dim: Annotated[int, Field(gt=0)]
+    block_rows: Annotated[int, Field(gt=0)]
+    identity: Identity
+    sha256: dict[str, str]
 
 
 class FeatureWriter:
@@ -53,17 +101,17 @@ class FeatureWriter:
         self.dim = dim
         self.block_rows = block_rows
         description = {
-            "format": "moce features",
+            "format": FORMAT,
             "version": VERSION,
             "count": count,
             "dim": dim,
             "block_rows": block_rows,
-            "identity": dict(identity),
+            "identity": asdict(identity),
         }
         self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
         recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
         if recorded:
-            self._check_same(read_json(recorded[0], "a record of features", "moce features"))
+            self._check_same(read_record(recorded[0], dict[str, Any], "a record of features", "moce features"))
         else:
             write_json(path / "begun.json", self._description)
 
@@ -151,18 +199,10 @@ class FeatureSet:
         """
         if (path / "begun.json").is_file() and not (path / "features.json").is_file():
             raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
-        recorded = read_json(path / "features.json", "a record of features", "moce features")
-        if recorded.get("format") != "moce features" or recorded.get("version") != VERSION:
-            raise ArtefactError(
-                f"{path / 'features.json'} says {recorded.get('format')!r} version {recorded.get('version')!r}; "
-                f"this program reads 'moce features' version {VERSION}."
-            )
-        names = ("count", "dim", "block_rows", "identity", "sha256")
-        missing = [name for name in names if name not in recorded]
-        missing += [key for key in Identity.__annotations__ if key not in recorded.get("identity", {})]
-        if missing:
-            raise ArtefactError(f"{path / 'features.json'} is damaged, without {', '.join(missing)}: make it again.")
-        return cls(path, **{name: recorded[name] for name in names})
+        recorded = read_record(
+            path / "features.json", _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
+        )
+        return cls(path, **vars(recorded))
 
     def blocks(self) -> Iterator[np.ndarray]:
         """All features in image order, float32 [N, D] at a time."""
@@ -199,10 +239,10 @@ def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
     block_path = _block_path(path, k)
     again = f"delete {path / 'features.json'} and this block, and run the same `moce features` again."
     try:
-        block_ND = np.load(block_path, mmap_mode="r", allow_pickle=False)
+        block_ND = np.lib.format.open_memmap(block_path, mode="r")
     except FileNotFoundError:
         raise ArtefactError(f"{block_path} is missing: {again}") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OverflowError) as error:
         raise ArtefactError(f"{block_path} is damaged ({error}): {again}") from None
     if block_ND.shape != shape or block_ND.dtype != np.float16:
         raise ArtefactError(f"{block_path} holds {block_ND.dtype} {block_ND.shape}, expected float16 {shape}: {again}")

@@ -33,6 +33,7 @@ from moce_ds.data.shards import (
     SAMPLE,
     SAMPLES,
     SOURCES,
+    Manifest,
     ShardFile,
     ShardSet,
     fingerprint_of,
@@ -42,7 +43,7 @@ from moce_ds.data.shards import (
     shard_name,
 )
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_file, read_json, sha256_of, write_json
+from moce_ds.files import atomic_file, read_json, read_record, sha256_of, write_json
 
 
 @settings
@@ -73,7 +74,7 @@ class _Record:
     """What a shard adds to the set, kept in a file until the set is whole. One without images has no shard."""
 
     next_file: int  # the first file of the source that is not accounted for yet
-    shard: dict[str, Any] | None = None
+    shard: ShardFile | None = None
     rows: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of SAMPLE, without the label
     sources: list[str] = dataclasses.field(default_factory=list)
     rejected: list[dict[str, str]] = dataclasses.field(default_factory=list)
@@ -99,8 +100,8 @@ def write_shards(source: Path, out: Path, config: ShardSettings) -> ShardReport:
     _begin(out, source, plan)
     records = _finished_records(out)
     _write_missing(source, out, files, records, config)
-    manifest = _write_tables(out, records) | {"source": str(source), "made_from": plan}
-    write_json(out / MANIFEST, manifest)
+    manifest = _write_tables(out, records, source, plan)
+    write_json(out / MANIFEST, dataclasses.asdict(manifest))
     shutil.rmtree(out / PROGRESS)
     return _report(out, manifest, already_complete=False)
 
@@ -120,8 +121,8 @@ def _plan(files: Sequence[SourceFile], config: ShardSettings) -> dict[str, Any]:
 
 def _complete(out: Path, source: Path, plan: dict[str, Any]) -> ShardReport:
     ShardSet.open(out)
-    manifest = read_json(out / MANIFEST, "a shard set", "moce shards")
-    _refuse_other_plan(out, source, manifest["made_from"], plan)
+    manifest = Manifest.read(out)
+    _refuse_other_plan(out, source, manifest.made_from, plan)
     shutil.rmtree(out / PROGRESS, ignore_errors=True)  # left by a kill just after the manifest was written
     return _report(out, manifest, already_complete=True)
 
@@ -141,7 +142,7 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
 def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = differences(old, new)
     if "listing_sha256" in changed:
-        before, now = old["files"], new["files"]
+        before, now = changed.get("files", (new["files"],) * 2)
         what = f"{source} had other files or file sizes then ({before} files then, {now} now)"
     elif changed:
         what = ", ".join(f"{key} was {before}, now {now}" for key, (before, now) in changed.items())
@@ -156,7 +157,7 @@ def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[s
 def _finished_records(out: Path) -> list[_Record]:
     records: list[_Record] = []
     while (path := _record_path(out, len(records))).exists():
-        records.append(_Record(**read_json(path, "the record of a shard", "moce shards")))
+        records.append(read_record(path, _Record, "the record of a shard", "moce shards"))
     return records
 
 
@@ -205,7 +206,7 @@ def _write_shard(
                 if len(record.rows) == capacity:
                     break
         digest, count = sha256_of(temporary), len(record.rows)
-        record.shard = dataclasses.asdict(ShardFile(path.name, temporary.stat().st_size, digest, count))
+        record.shard = ShardFile(path.name, temporary.stat().st_size, digest, count)
     if not record.rows:  # the last files of the source were all refused
         path.unlink()
         record.shard = None
@@ -235,8 +236,8 @@ def _samples(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return samples
 
 
-def _write_tables(out: Path, records: Sequence[_Record]) -> dict[str, Any]:
-    """Merge the shards' records into the set's tables; the manifest's part that follows from them."""
+def _write_tables(out: Path, records: Sequence[_Record], source: Path, plan: dict[str, Any]) -> Manifest:
+    """Merge the shards' records into the set's tables; returns the manifest, which is not written yet."""
     rejected = [entry for record in records for entry in record.rejected]
     if not any(record.rows for record in records):
         _refuse_empty(out, rejected)
@@ -251,14 +252,16 @@ def _write_tables(out: Path, records: Sequence[_Record]) -> dict[str, Any]:
     for name, entries in ((SOURCES, sources), (REJECTED, rejected)):
         with atomic_file(out / name) as temporary, open(temporary, "w", encoding="ascii") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
-    return {
-        "version": FORMAT_VERSION,
-        "count": len(samples),
-        "fingerprint": fingerprint_of(samples),
-        "rejected": dict(sorted(Counter(entry["reason"] for entry in rejected).items())),
-        "classes": classes,
-        "shards": [record.shard for record in records if record.shard],
-    }
+    return Manifest(
+        version=FORMAT_VERSION,
+        count=len(samples),
+        fingerprint=fingerprint_of(samples),
+        rejected=dict(sorted(Counter(entry["reason"] for entry in rejected).items())),
+        classes=classes,
+        shards=[record.shard for record in records if record.shard],
+        source=str(source),
+        made_from=plan,
+    )
 
 
 def _refuse_empty(out: Path, rejected: Sequence[dict[str, str]]) -> None:
@@ -269,15 +272,14 @@ def _refuse_empty(out: Path, rejected: Sequence[dict[str, str]]) -> None:
     raise DataError(f"No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
 
 
-def _report(out: Path, manifest: dict[str, Any], already_complete: bool) -> ShardReport:
-    shards = manifest["shards"]
+def _report(out: Path, manifest: Manifest, already_complete: bool) -> ShardReport:
     return ShardReport(
         path=out,
-        count=manifest["count"],
-        shards=len(shards),
-        bytes=sum(shard["bytes"] for shard in shards),
-        classes=len(manifest["classes"]),
-        rejected=manifest["rejected"],
-        fingerprint=manifest["fingerprint"],
+        count=manifest.count,
+        shards=len(manifest.shards),
+        bytes=sum(shard.bytes for shard in manifest.shards),
+        classes=len(manifest.classes),
+        rejected=manifest.rejected,
+        fingerprint=manifest.fingerprint,
         already_complete=already_complete,
     )

@@ -9,9 +9,11 @@ import io
 import json
 import os
 import re
+import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +23,7 @@ from tqdm import tqdm
 
 from moce_ds.data.image_file import open_image, to_rgb
 from moce_ds.errors import DataError
-from moce_ds.files import read_json, sha256_of
+from moce_ds.files import read_record, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -56,6 +58,35 @@ class ShardFile:
     count: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """`shards.json`; see docs/data-format.md."""
+
+    version: int
+    count: int
+    fingerprint: str
+    rejected: dict[str, int]
+    classes: list[str]
+    shards: list[ShardFile]
+    source: str
+    made_from: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest":
+        """Read the manifest of the set in folder `path`.
+
+        Raises:
+            ArtefactError: there is no shard set, or one of another version, or it is damaged.
+            DataError: a name in it leads out of the folder.
+        """
+        path = path / MANIFEST
+        manifest = read_record(path, cls, "a shard set", "moce shards", version=FORMAT_VERSION)
+        for shard in manifest.shards:  # nothing outside the folder is ever opened, whatever the manifest says
+            if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
+                raise DataError(f"{path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
+        return manifest
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardSet:
     """An opened shard set. Holds no open file of its own, so it can be forked, spawned and pickled.
@@ -81,21 +112,20 @@ class ShardSet:
         """Open the set in folder `path` and check that its shards are there with the sizes they were written with.
 
         Raises:
-            ArtefactError: there is no shard set.
-            DataError: the set is unfinished, of another version, or a file is missing, cut short or grown.
+            ArtefactError: there is no shard set, or its manifest is damaged or of another version.
+            DataError: the set is unfinished; a file is missing, cut short or grown; or its parts contradict each other.
         """
         path = Path(path).absolute()
         if (path / PROGRESS).is_dir() and not (path / MANIFEST).exists():
             raise DataError(f"{path} is an unfinished shard set: run the same `moce shards` command to finish it.")
-        manifest = read_json(path / MANIFEST, "a shard set", "moce shards")
-        shards = _shard_files(path / MANIFEST, manifest)
+        manifest = Manifest.read(path)
         opened = ShardSet(
             path=path,
-            count=manifest["count"],
-            classes=manifest["classes"],
-            fingerprint=manifest["fingerprint"],
-            shards=shards,
-            samples=_map_samples(path / SAMPLES, manifest["count"]),
+            count=manifest.count,
+            classes=manifest.classes,
+            fingerprint=manifest.fingerprint,
+            shards=manifest.shards,
+            samples=_map_samples(path / SAMPLES, manifest),
         )
         opened.verify_sizes()
         return opened
@@ -109,10 +139,15 @@ class ShardSet:
         return np.ascontiguousarray(self.samples["label"])
 
     def read(self, image_id: int) -> bytes:
-        """The stored bytes of an image (JPEG or PNG). Raises DataError where the shard ends too early."""
+        """The stored bytes of an image (JPEG or PNG). Raises DataError where the shard is gone or ends too early."""
         row = self._row(image_id)
         shard = self.shards[row["shard"]]
-        data = os.pread(_opened(self.path, shard).fileno(), int(row["size"]), int(row["offset"]))
+        try:
+            data = os.pread(_opened(self.path, shard).fileno(), int(row["size"]), int(row["offset"]))
+        except OSError as error:
+            raise DataError(
+                f"{self.path / shard.name} cannot be read any more ({error.strerror}). {_restore(self.path)}"
+            ) from None
         if len(data) != row["size"]:
             raise DataError(f"{self.path / shard.name} was cut short while in use. {_restore(self.path)}")
         return data
@@ -156,6 +191,8 @@ class ShardSet:
                 damaged = self.damaged(ids.tolist())
                 first = f", ids {', '.join(map(str, damaged[:10]))} ..." if damaged else ""
                 faults.append(f"{shard.name}: altered; {len(damaged)} of {len(ids)} images damaged{first}")
+            if foreign := foreign_member(self.path / shard.name, self.samples[ids], int(ids[0])):
+                faults.append(f"{shard.name}: {foreign}")
             index = self.path / index_name(shard.name)
             expected = index_text(self.samples[ids], int(ids[0]))
             if not index.is_file() or index.read_text(encoding="ascii", errors="replace") != expected:
@@ -195,14 +232,36 @@ def key_of(image_id: int) -> str:
     return f"{image_id:09d}"
 
 
-def index_text(samples: np.ndarray, first_id: int) -> str:
-    """DALI's index (v1.2, the same as `wds2idx` makes) of a shard with rows `samples` [n] from `first_id` on."""
-    lines = [f"v1.2 {len(samples)}"]
+def members_of(samples: np.ndarray, first_id: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset of the content and size of each member of a tar with rows `samples` [n] from `first_id` on."""
     for key, row in zip(map(key_of, range(first_id, first_id + len(samples))), samples, strict=True):
         offset, size = int(row["offset"]), int(row["size"])
-        id_offset = offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK + _TAR_BLOCK
-        lines.append(f"jpg {offset} {size} {key}.jpg idx {id_offset} {_ID_BYTES} {key}.idx")
+        yield f"{key}.jpg", offset, size
+        yield f"{key}.idx", offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK + _TAR_BLOCK, _ID_BYTES
+
+
+def index_text(samples: np.ndarray, first_id: int) -> str:
+    """DALI's index (v1.2, the same as `wds2idx` makes) of a shard with rows `samples` [n] from `first_id` on."""
+    entries = [f"{name[-3:]} {offset} {size} {name}" for name, offset, size in members_of(samples, first_id)]
+    lines = [f"v1.2 {len(samples)}", *(" ".join(pair) for pair in zip(entries[::2], entries[1::2], strict=True))]
     return "\n".join(lines) + "\n"
+
+
+def foreign_member(tar: Path, samples: np.ndarray, first_id: int) -> str | None:
+    """The first member of a tar that is not as it should be, in words; None where all are.
+
+    This program reads by offset and never looks at names, but whoever unpacks a tar would follow them.
+    """
+    try:
+        with tarfile.open(tar, "r:") as opened:
+            found = opened.getmembers()
+    except (tarfile.TarError, OSError, ValueError) as error:
+        return f"no tar ({error})"
+    for there, expected in zip_longest(found, members_of(samples, first_id)):
+        if there is None or not there.isreg() or (there.name, there.offset_data, there.size) != expected:
+            named = f"{there.name!r} of type {there.type!r}" if there else "no member"
+            return f"{named} where {expected[0] if expected else 'nothing'} is expected: do not unpack it"
+    return None
 
 
 def fingerprint_of(samples: np.ndarray) -> str:
@@ -224,27 +283,28 @@ def _restore(folder: Path) -> str:
     return f"Restore it from a copy, or delete {folder} and write it again with `moce shards`."
 
 
-def _shard_files(manifest_path: Path, manifest: Any) -> list[ShardFile]:
-    version = manifest.get("version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{manifest_path} is a shard set of version {version}, this program reads version {FORMAT_VERSION}: "
-            "write it again with `moce shards`."
-        )
-    shards = [ShardFile(**shard) for shard in manifest["shards"]]
-    for shard in shards:  # nothing outside the folder is ever opened, whatever the manifest says
-        if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
-            raise DataError(f"{manifest_path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
-    return shards
-
-
-def _map_samples(path: Path, count: int) -> np.ndarray:
+def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
+    """The table of images, checked to point nowhere but into the shards and the classes. Raises DataError."""
     try:
-        samples: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        samples: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError, OverflowError) as error:
         raise DataError(f"{path} cannot be read ({error}). {_restore(path.parent)}") from None
-    if samples.dtype != SAMPLE or samples.shape != (count,):
+    if samples.dtype != SAMPLE or samples.shape != (manifest.count,):
+        expected = f"({manifest.count},) of {SAMPLE}"
         raise DataError(
-            f"{path} holds {samples.shape} of {samples.dtype}, expected ({count},) of {SAMPLE}. {_restore(path.parent)}"
+            f"{path} holds {samples.shape} of {samples.dtype}, expected {expected}. {_restore(path.parent)}"
+        )
+    outside = len(manifest.shards)
+    counts = np.bincount(samples["shard"].astype(np.uint32).clip(max=outside), minlength=outside + 1)
+    if counts.tolist() != [*(shard.count for shard in manifest.shards), 0]:
+        raise DataError(f"{path} and {MANIFEST} do not count the same images in each shard. {_restore(path.parent)}")
+    size_of = np.array([shard.bytes for shard in manifest.shards])
+    offset, size, label = samples["offset"], samples["size"], samples["label"]
+    inside = (offset >= 0) & (size > 0) & (size <= size_of[samples["shard"]] - offset)
+    inside &= (samples["height"] > 0) & (samples["width"] > 0) & (label >= -1) & (label < len(manifest.classes))
+    if not inside.all():
+        raise DataError(
+            f"{path}: row {int(inside.argmin())} points out of its shard or of the classes, or has no size. "
+            f"{_restore(path.parent)}"
         )
     return samples

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ArtefactError
+from moce_ds.files import valid_record
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
 from moce_ds.models.token_moe import TokenMoeAutoencoder
-from moce_ds.models.vit import ViTShape
+from moce_ds.models.vit import ViTShape, check_fit
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,8 @@ class ModelSpec:
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ModelSpec":
-        """Rebuild from a manifest."""
-        return cls(
-            ViTShape(**tree["shape"]),
-            DecoderShape(**tree["decoder"]),
-            tree["mask_ratio"],
-            ImageInput.from_tree(tree["input"]),
-            ExpertShape.from_tree(tree["experts"]) if tree["experts"] else None,
-        )
+        """Rebuild from a manifest. Raises ArtefactError where it is not what `to_tree` gives; every fault is listed."""
+        return valid_record(cls, tree, "The manifest's model", "a checkpoint", "moce pretrain")
 
 
 def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
@@ -73,16 +67,7 @@ def give_weights(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, T
     Raises:
         ArtefactError: lists what does not fit; `source` is named.
     """
-    faults = [f"missing {name} {tuple(p.shape)}" for name, p in parameters.items() if name not in weights]
-    faults += [f"unexpected {name} {tuple(t.shape)}" for name, t in weights.items() if name not in parameters]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(p.shape)}"
-        for name, p in parameters.items()
-        if name in weights and weights[name].shape != p.shape
-    ]
-    if faults:
-        more = [f"and {len(faults) - 12} more"] if len(faults) > 12 else []
-        raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *faults[:12], *more]))
+    check_fit(parameters, weights, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

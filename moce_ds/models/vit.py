@@ -8,22 +8,23 @@ Axes: B images, N patches, T tokens (patches and cls), D width.
 """
 
 import difflib
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import read_json, sha256_of, write_json
+from moce_ds.files import read_record, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -31,17 +32,23 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 FORMAT = "moce_ds encoder 1"
 
+_LISTED = 20  # weights of each kind of misfit that are named
+
+
+Size = Annotated[int, Field(gt=0, le=100_000)]
+"""Limits for what is read from a file, so that a damaged one asks for no absurd amount of memory."""
+
 
 @dataclass(frozen=True)
 class ViTShape:
     """The size of a vision transformer with one cls token."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: float = 4.0
+    image_size: Size
+    patch_size: Size
+    width: Size
+    depth: Annotated[int, Field(gt=0, le=1000)]
+    heads: Size
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
 
     @property
     def num_patches(self) -> int:
@@ -122,11 +129,7 @@ class Encoder:
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values of a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name}{tuple(state[name].shape)}".encode())
-        digest.update(state[name].detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return store.fingerprint({name: tensor.detach().float().cpu().numpy() for name, tensor in state.items()})
 
 
 def save_encoder(
@@ -147,39 +150,64 @@ def save_encoder(
     write_json(folder / "config.json", config)
 
 
+@dataclass(frozen=True)
+class EncoderRecord:
+    """What this program reads of an encoder folder's `config.json`."""
+
+    shape: ViTShape
+    input: ImageInput
+    sha256: str
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if shape.width % shape.heads or shape.image_size % shape.patch_size or shape.image_size != self.input.size:
+            raise ValueError(f"{shape} and images of {self.input.size} pixels do not go together")
+
+    @classmethod
+    def read(cls, folder: Path) -> "EncoderRecord":
+        """Raises ArtefactError: the file is missing, damaged or of another version."""
+        return read_record(folder / "config.json", cls, "an encoder folder", "moce export", format=FORMAT)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where an encoder comes from. Raises ArtefactError."""
+    return read_record(folder / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
+
+
 def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
     """Read an encoder folder.
 
     Raises:
         ArtefactError: a file is missing or damaged, or the weights do not fit the shape; the names are listed.
     """
-    config = read_json(folder / "config.json", "an encoder folder", "moce export")
-    if config.get("format") != FORMAT:
-        raise ArtefactError(f"{folder}: format {config.get('format')!r}; this version reads {FORMAT!r}.")
-    shape = ViTShape(**config["shape"])
-    model = timm_vit(shape)
+    config, provenance = EncoderRecord.read(folder), read_provenance(folder)
+    with torch.device("meta"):  # no memory for sizes that the file turns out not to have
+        model = timm_vit(config.shape)
     try:
         state = load_file(folder / "model.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{folder / 'model.safetensors'} cannot be read ({error}): export it again.") from None
     check_state(model, state, str(folder / "model.safetensors"))
-    model.load_state_dict(state)
-    provenance = read_json(folder / "provenance.json", "an encoder folder", "moce export")
-    return Encoder(model.eval().to(device or "cpu"), shape, ImageInput.from_tree(config["input"]), provenance)
+    model.load_state_dict(state, assign=True)
+    return Encoder(model.float().eval().to(device or "cpu"), config.shape, config.input, provenance)
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that do not fit a model exactly, listing every difference. Raises ArtefactError."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    faults = [f"missing {name} {expected[name]}" for name in expected if name not in given]
-    faults += [f"unexpected {name} {given[name]}" for name in given if name not in expected]
-    faults += [
-        f"{name} is {given[name]}, expected {expected[name]}"
-        for name in expected
-        if name in given and given[name] != expected[name]
-    ]
-    if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults[:12])
-        more = f"\n  and {len(faults) - 12} more" if len(faults) > 12 else ""
-        raise ArtefactError(f"{source} does not fit the model:\n{listed}{more}")
+    check_fit(model.state_dict(), state, source)
+
+
+def cut(lines: list[str], kind: str = "") -> list[str]:
+    """The first lines of a list of faults, and how many `kind` are left out."""
+    return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more {kind}".rstrip()] if len(lines) > _LISTED else lines
+
+
+def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that are missing, left over or of another shape, listing them all. Raises ArtefactError."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in found]
+    unexpected = [f"unexpected {name} {shape}" for name, shape in found.items() if name not in shapes]
+    other = [f"{n} is {found[n]}, expected {shape}" for n, shape in shapes.items() if found.get(n, shape) != shape]
+    if lines := [*cut(missing, "missing"), *cut(unexpected, "unexpected"), *cut(other, "of another shape")]:
+        raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *lines]))

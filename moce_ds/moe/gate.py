@@ -46,10 +46,11 @@ class ClusterGate(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.num_layers, self.num_experts = num_layers, num_experts
+        embeddings_MC = embeddings_MC.to(torch.float32, copy=True)  # learning them must not change the clusters
         if learnable:
-            self.embeddings_MC = nn.Parameter(embeddings_MC.float())
+            self.embeddings_MC = nn.Parameter(embeddings_MC)
         else:
-            self.register_buffer("embeddings_MC", embeddings_MC.float())
+            self.register_buffer("embeddings_MC", embeddings_MC)
         width = embeddings_MC.shape[1]
         self.weights = nn.ParameterList(
             nn.Parameter(init_scale * torch.randn(num_experts, width)) for _ in range(1 if tied else num_layers)
@@ -98,6 +99,11 @@ def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: flo
     """
     generator = torch.Generator().manual_seed(int(hashed(GATE_NOISE, seed, step)[()] >> np.uint64(1)))
     return torch.randn(shape_LME, generator=generator) * (scale / shape_LME[-1])
+
+
+def route_table(probs_LME: Tensor, share_M: Tensor, k: int, balance: str) -> Tensor:
+    """The K experts of every cluster, [M, L, K] int64, by `experts.balance`: "sinkhorn" or "loss"."""
+    return balanced_experts(probs_LME, share_M, k) if balance == "sinkhorn" else chosen_experts(probs_LME, k)
 
 
 def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:

@@ -1,12 +1,20 @@
 """The expert layer that DeepSpeed recognises: `ExpertLayer` with the process groups of expert parallelism."""
 
 from collections.abc import Callable
+from typing import Any
 
 import deepspeed.utils.groups as groups
+import torch
 from deepspeed.moe.layer import MoE
 from torch import nn
 
 from moce_ds.moe.experts import ExpertLayer
+
+NATIVE_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
+"""What DeepSpeed's own checkpoints call the experts of a layer; their writer fails on any other name."""
+
+NUMBER = "number"
+"""In such a checkpoint, beside an expert's weights: its global number, which DeepSpeed believes to follow the rank."""
 
 
 class ClusterMoE(ExpertLayer, MoE):
@@ -15,6 +23,9 @@ class ClusterMoE(ExpertLayer, MoE):
     DeepSpeed's engine finds the layer by its type, calls `set_deepspeed_parallelism`, and reduces parameters that
     carry `allreduce = False` over the ranks that hold the same experts (seen in 0.19.8). The stock constructor is
     not called: it would build a token gate and a capacity dispatch, which this layer has no use for.
+
+    Its `state_dict` has the names of the stock layer, so that `engine.save_checkpoint` works; `named_parameters` has
+    those of `ExpertLayer`.
 
     Args:
         make_expert: builds one dense MLP, [..., D] -> [..., D].
@@ -38,6 +49,8 @@ class ClusterMoE(ExpertLayer, MoE):
         for parameter in self.experts.parameters():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.expert_group_name  # type: ignore[attr-defined]
+        self.register_state_dict_post_hook(_to_native_names)
+        self.register_load_state_dict_pre_hook(_from_native_names)
 
     def hold(self, expert_ids: list[int]) -> None:
         """Say which global experts are held here, before they are given weights."""
@@ -50,3 +63,31 @@ class ClusterMoE(ExpertLayer, MoE):
             groups._create_expert_and_data_parallel(self.ep_size)
         if self.ep_size > 1:
             self.group = groups._get_expert_parallel_group(self.expert_group_name)
+
+
+def _to_native_names(layer: ClusterMoE, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Rename the experts of a `state_dict` as DeepSpeed expects, and add their numbers."""
+    ours, native = f"{prefix}experts.", f"{prefix}{NATIVE_EXPERTS}"
+    for name in [name for name in state if name.startswith(ours)]:
+        state[native + name.removeprefix(ours)] = state.pop(name)
+    for local, expert in enumerate(layer.expert_ids):
+        state[f"{native}{local}.{NUMBER}"] = torch.tensor(expert)
+
+
+def _from_native_names(
+    layer: ClusterMoE,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    faults: list[str],
+) -> None:
+    """The inverse, for `load_state_dict`; experts of other numbers than those held here are a fault."""
+    ours, native = f"{prefix}experts.", f"{prefix}{NATIVE_EXPERTS}"
+    for name in [name for name in state if name.startswith(native)]:
+        state[ours + name.removeprefix(native)] = state.pop(name)
+    numbers = [int(state.pop(f"{ours}{local}.{NUMBER}", expert)) for local, expert in enumerate(layer.expert_ids)]
+    if numbers != layer.expert_ids:
+        faults.append(f"{prefix}experts: {numbers} for a layer that holds {layer.expert_ids}; `hold` the same first.")

@@ -1,10 +1,11 @@
 """Who may write into a run folder: one attempt at a time, also where an older job does not know that it is over.
 
 After a network cut or a requeue an old job can go on for a while beside its successor. So every start of a run is an
-*attempt* with a folder of its own, RUN/attempts/0003, in which its checkpoints are drafted. A new attempt takes the
-next number and removes the folders before it: from then on an older attempt has nowhere to write, cannot rename a draft
-into place, and sees that it is over by the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older
-attempt that still has it open writes into a file that nobody reads.
+*attempt* with a number, which RUN/attempts/0003.json keeps for good, and a folder of its own, RUN/attempts/0003, in
+which its checkpoints are drafted. A new attempt takes the next number and removes the folders of those before it: from
+then on an older attempt has nowhere to write, cannot rename what it has drafted into place, and sees that it is over by
+the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older attempt that still has it open writes into
+a file that nobody reads.
 """
 
 import json
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.files import atomic_file, writes_to
+from moce_ds.files import sync, writes_to
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
@@ -42,7 +43,7 @@ class Attempt:
 
         Raises:
             ArtefactError: the folder cannot be written to.
-            SupersededError: at this very moment yet another attempt has begun.
+            SupersededError: another attempt has come at this moment.
         """
         number = 0
         with runtime.together(), writes_to(run):
@@ -51,8 +52,7 @@ class Attempt:
         attempt = cls(run, int(runtime.sum([float(number)])[0]))
         with runtime.together():
             if runtime.is_main:
-                with attempt.writing(step=0):
-                    attempt._take_over()
+                attempt._take_over()
         return attempt
 
     @property
@@ -86,6 +86,28 @@ class Attempt:
                 raise self.error(step) from None
             raise ArtefactError(f"{self.run} cannot be written to at step {step}: {error}") from None
 
+    @contextmanager
+    def file(self, path: Path, step: int) -> Iterator[Path]:
+        """Yield a place for the content of a file of the run folder, which appears as `path` when the block ends.
+
+        Raises:
+            SupersededError, ArtefactError: as `writing`; then `path` is as it was.
+        """
+        with self.writing(step):
+            path.parent.mkdir(exist_ok=True)
+            draft = self.folder / path.name  # not beside `path`: an attempt that is over must not rename it either
+            yield draft
+            sync(draft)
+            os.replace(draft, path)
+
+    def withdraw(self) -> None:
+        """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_suffix(".json").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: there is a run, or another attempt
+            self.folder.parent.rmdir()
+            self.run.rmdir()
+
     def error(self, step: int) -> SupersededError:
         """What an attempt that is over ends with."""
         return SupersededError(
@@ -94,40 +116,45 @@ class Attempt:
         )
 
     def _take_over(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        (self.folder / "owner.json").write_text(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
-        for number in _numbers(self.run):
-            if number < self.number:
-                with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
-                    _folder(self.run, number).rename(self.run / ATTEMPTS / f".{number:04d}.over")
-        for over in (self.run / ATTEMPTS).glob(".*.over"):
-            shutil.rmtree(over, ignore_errors=True)
-        _renew(self.run / METRICS)
+        attempts = self.run / ATTEMPTS
+        with self.writing(step=0):
+            for older in attempts.iterdir():
+                if older.name.isdigit() and int(older.name) < self.number:
+                    with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
+                        older.rename(attempts / f".{older.name}.over")
+            for over in attempts.glob(".*.over"):
+                shutil.rmtree(over, ignore_errors=True)
+        self._renew_metrics()
+
+    def _renew_metrics(self) -> None:
+        """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
+        metrics = self.run / METRICS
+        if metrics.exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            with self.file(metrics, step=0) as draft:
+                draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
 
 
 def _folder(run: Path, number: int) -> Path:
     return run / ATTEMPTS / f"{number:04d}"
 
 
-def _numbers(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / ATTEMPTS).iterdir() if path.name.isdigit())
-
-
 def _next_number(run: Path) -> int:
-    """Make the folder of the next attempt; of two processes that try at once each gets a number of its own."""
+    """Make the folder of the newest attempt there is. No number is given twice, since its record stays for good."""
     (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    number = max(_numbers(run), default=0) + 1
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     while True:
-        try:
-            _folder(run, number).mkdir()
-            return number
-        except FileExistsError:
-            number += 1
+        number = _newest(run) + 1
+        folder = _folder(run, number)
+        with suppress(FileExistsError):  # another process was faster
+            with open(folder.with_suffix(".json"), "x", encoding="utf-8") as record:
+                record.write(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
+            folder.mkdir()
+            if _newest(run) == number:
+                return number
+            # One that has come meanwhile may have removed the folders of older attempts before this one was there.
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _renew(metrics: Path) -> None:
-    """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
-    if metrics.exists():
-        lines = metrics.read_bytes().splitlines(keepends=True)
-        with atomic_file(metrics) as temporary:
-            temporary.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
+def _newest(run: Path) -> int:
+    return max((int(path.stem) for path in (run / ATTEMPTS).iterdir() if path.stem.isdigit()), default=0)

@@ -123,7 +123,7 @@ def newest_whole(run: Path, runtime: Runtime) -> Checkpoint | None:
 
 
 def faults_of(run: Path, step: int, runtime: Runtime) -> list[str]:
-    """What is wrong with a checkpoint; a collective: the processes share the reading, and all learn the result."""
+    """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
     try:
         mine = Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
     except ArtefactError as error:

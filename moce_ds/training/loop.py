@@ -31,8 +31,8 @@ from moce_ds.training.router import RouteStatistics
 from moce_ds.training.saver import Saver
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.session import Session, open_session
-from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import check_run, open_clusters
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.setup import check_run, check_same_data, open_clusters
 from moce_ds.training.skipping import SkippedSteps
 
 _DEAL_EVERY = 32  # steps after which images are dealt to ranks by a new route table
@@ -44,17 +44,18 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
+    batches = batch_arithmetic(config, runtime.world_size)
     shards = ShardSet.open(config.data.shards)
     data = open_clusters(config, shards)
     with runtime.together():
         check_run(config)
+        check_same_data(config, shards, data)
     schedule = make_schedule(config, shards.count)
     done = int(runtime.max([float(max(steps_of(config.run.out), default=0))])[0])
     if done >= schedule.steps and not faults_of(config.run.out, done, runtime):
         runtime.say(f"{config.run.out} is complete: {done} steps.")
         return done
-    session = open_session(config, runtime, shards, schedule, data)
-    batches = session.batches
+    session = open_session(config, runtime, shards, batches, schedule, data)
     runtime.say(
         f"{schedule.steps} steps of {batches.global_batch} images = {runtime.world_size} processes x "
         f"{batches.accumulation} parts x {batches.micro}; peak learning rate {schedule.peak_lr:.2e} "
@@ -160,8 +161,10 @@ def _loss(
         loss = terms[0] + own.token_balance_weight * (terms[1] + terms[2])
     else:
         terms = [output.reconstruction.loss, output.gate.imbalance, output.gate.balance]
-        loss = terms[0] + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
-        if own.balance == "loss":
+        loss = terms[0]
+        if own.gate == "cluster":  # a random table learns nothing
+            loss = loss + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
+        if own.gate == "cluster" and own.balance == "loss":
             loss = loss + own.balance_weight * terms[2]
     return loss, [term.detach() for term in (loss, *terms)]
 

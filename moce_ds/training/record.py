@@ -13,7 +13,6 @@ from moce_ds import config as configuration
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.transform import CenterCrop
-from moce_ds.files import atomic_file
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.training.agreement import next_agreed
 from moce_ds.training.locality import LocalSampler
@@ -88,9 +87,10 @@ def show_picture(session: Session, teller: Teller, step: int) -> None:
         if runtime.is_main:
             reconstruction = output if isinstance(output, Reconstruction) else output.reconstruction
             picture = reconstruction_picture(batch.images_BCHW, reconstruction, config.vit_shape.patch_size, input)
+            path = config.run.out / "reconstructions" / f"step-{step:08d}.png"
+            with session.attempt.file(path, step) as draft:
+                Image.fromarray(picture).save(draft, format="PNG")
             with session.attempt.writing(step):
-                with atomic_file(config.run.out / "reconstructions" / f"step-{step:08d}.png") as temporary:
-                    Image.fromarray(picture).save(temporary, format="PNG")
                 teller.picture("reconstructions", picture, step)
                 if session.router is not None:
                     teller.picture("routing", routing_picture(session.router.prepare(None).probs_LME), step)

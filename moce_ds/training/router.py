@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.models.moce import Moce, Routing
-from moce_ds.moe.gate import balanced_experts, chosen_experts, gate_noise, live_experts
+from moce_ds.moe.gate import gate_noise, live_experts, route_table
 from moce_ds.moe.plan import make_plan, on_device
 from moce_ds.runtime import Runtime
 from moce_ds.training.settings import ExpertSettings
@@ -74,11 +74,7 @@ class Router:
             noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
             noise_LME = on_device(noise_LME, self.runtime.device)
         probs_LME = self.model.gate(noise_LME)
-        k = self.model.experts.k
-        if self.experts.balance == "sinkhorn":
-            expert_MLK = balanced_experts(probs_LME, self.model.share_M, k)
-        else:
-            expert_MLK = chosen_experts(probs_LME, k)
+        expert_MLK = route_table(probs_LME, self.model.share_M, self.model.experts.k, self.experts.balance)
         arrived = None
         if expert_MLK.is_cuda:
             host = torch.empty(expert_MLK.shape, dtype=torch.int64, pin_memory=True)

@@ -16,7 +16,6 @@ from deepspeed import DeepSpeedEngine
 
 from moce_ds.checkpoint_files import prune, publish, step_folder, write_files
 from moce_ds.errors import MoceError
-from moce_ds.files import write_json
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import HostBuffers, snapshot
@@ -93,6 +92,7 @@ class Saver:
         out, step = self._run.out, self._manifest["step"]
         with self._attempt.writing(step):
             publish(draft, step_folder(out, step), {**self._manifest, "files": files})
-            if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
-                write_json(out / "routing.json", self._manifest["routing"])
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
+        if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
+            with self._attempt.file(out / "routing.json", step) as routing:
+                routing.write_text(json.dumps(self._manifest["routing"], indent=2) + "\n")

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from deepspeed import DeepSpeedEngine
 
+from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ConfigError, MoceError
+from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
@@ -18,7 +21,7 @@ from moce_ds.training.engine import start_engine
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.router import Router
 from moce_ds.training.schedule import Schedule
-from moce_ds.training.settings import BatchArithmetic, PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import BatchArithmetic, PretrainSettings
 from moce_ds.training.setup import (
     ClusteredData,
     build_for_training,
@@ -55,26 +58,28 @@ class Session:
 
 
 def open_session(
-    config: PretrainSettings, runtime: Runtime, shards: ShardSet, schedule: Schedule, data: ClusteredData | None
+    config: PretrainSettings,
+    runtime: Runtime,
+    shards: ShardSet,
+    batches: BatchArithmetic,
+    schedule: Schedule,
+    data: ClusteredData | None,
 ) -> Session:
     """Become the owner of the run folder, and bring model, experts, engine and routes to where the run goes on.
 
     Raises:
-        ArtefactError, ConfigError: on every process alike.
+        ArtefactError, ConfigError, SupersededError: on every process alike.
     """
-    batches = batch_arithmetic(config, runtime.world_size)
     attempt = Attempt.claim(config.run.out, runtime)
-    resume_from = newest_whole(config.run.out, runtime)
+    try:
+        resume_from = newest_whole(config.run.out, runtime)
+        model, slot_LE = _placed_model(config, runtime, data, resume_from)
+    except MoceError:
+        if runtime.is_main and not (config.run.out / "config.yaml").exists():
+            attempt.withdraw()
+        raise
     first_step = resume_from.step if resume_from else 0
-    model = build_for_training(config, data)
-    weights, said = first_weights(model, config) if resume_from is None else (None, "")
-    slot_LE = choose_placement(model, config, data, weights, resume_from)
-    place_experts(model, slot_LE, runtime.rank)
-    tune_execution(model, config, runtime.device)
-    if weights is not None:
-        take_weights(model, weights, config.run.init_from)
-        runtime.say(said)
-    keep_settings(config, runtime)
+    keep_settings(config, attempt, runtime)
     engine = start_engine(model, config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
@@ -105,3 +110,23 @@ def open_session(
         first_step=first_step,
         first_skipped=resume_from.manifest["skipped"] if resume_from else 0,
     )
+
+
+def _placed_model(
+    config: PretrainSettings, runtime: Runtime, data: ClusteredData | None, resume_from: Checkpoint | None
+) -> tuple[MaskedAutoencoder, np.ndarray]:
+    """The model with its experts in their places, slot_LE; a new run's has its first weights."""
+    if resume_from and not resume_from.names(OPTIMIZER):
+        raise ConfigError(
+            f"run.out: {config.run.out} holds weights without the optimizer's state, from which no run can go on: "
+            f"start a new one in another folder, with run.init_from={config.run.out}."
+        )
+    model = build_for_training(config, data)
+    weights, said = first_weights(model, config) if resume_from is None else (None, "")
+    slot_LE = choose_placement(model, config, data, weights, resume_from)
+    place_experts(model, slot_LE, runtime.rank)
+    tune_execution(model, config, runtime.device)
+    if weights is not None:
+        take_weights(model, weights, config.run.init_from)
+        runtime.say(said)
+    return model, slot_LE

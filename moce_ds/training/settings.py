@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moce_ds.config import keys, option, settings
+from moce_ds.config import from_tree, keys, option, read_yaml, settings
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import DecoderShape
@@ -66,13 +66,13 @@ class ExpertSettings:
     shared_expert: bool = option(False, "y = p E(x) + (1 - p) E_shared(x); needs combine=prob")
     gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits")
     gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E")
-    gate_init: NonNegative = option(0.1, "standard deviation of the gate's first logits")
+    gate_init: NonNegative = option(1.0, "standard deviation of the gate's first logits")
     gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate")
     perturbation: NonNegative = option(0.02, "relative noise on the experts' first weights")
     imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident")
     imbalance_start: Share = option(0.2, "share of the training after which that loss is fully phased in")
     balance: Literal["loss", "sinkhorn"] = option(
-        "loss", "how every expert is kept used: by a loss, or by a balanced choice of experts"
+        "sinkhorn", "how every expert is kept used: by a balanced choice of experts, or by a loss"
     )
     balance_weight: NonNegative = option(0.1, "weight of the balance loss (with balance=loss)")
     token_balance_weight: NonNegative = option(0.005, "weight of importance and of load loss (with gate=token)")
@@ -270,6 +270,28 @@ def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmet
             f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
         )
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
+
+
+def settings_of_run(path: Path) -> PretrainSettings:
+    """The settings in a run's `config.yaml`, which another version of this program may have written.
+
+    What that version did not have is at its default, which is what it did. What this version does not have is left out
+    where it may change (all of `engine` and `run`), else refused.
+
+    Raises:
+        ConfigError: the file cannot be read, or names what this version does not have; every fault is listed.
+    """
+    tree, known = read_yaml(path), {key for key, _ in keys(PretrainSettings)}
+    for group in ("engine", "run"):
+        if isinstance(tree.get(group), dict):
+            tree[group] = {name: value for name, value in tree[group].items() if f"{group}.{name}" in known}
+    try:
+        return from_tree(PretrainSettings, tree, str(path))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}\nThe run was begun by another version of moce, or its file was edited. Go on with that version, "
+            f"restore the file, or start another run from its weights: run.init_from={path.parent}."
+        ) from None
 
 
 def forbidden_changes(changed: set[str]) -> set[str]:

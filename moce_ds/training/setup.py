@@ -1,33 +1,34 @@
 """From settings to everything a run needs before its first step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 
 from moce_ds import checkpoint_files
 from moce_ds import config as configuration
 from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_file, atomic_folder, copy_tree, writes_to
+from moce_ds.files import atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, upcycle
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
-from moce_ds.moe.gate import chosen_experts
+from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
-from moce_ds.training.attempt import ATTEMPTS
+from moce_ds.training.attempt import ATTEMPTS, Attempt
 from moce_ds.training.checkpoint import global_parameters
-from moce_ds.training.settings import PretrainSettings, forbidden_changes
+from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def check_run(config: PretrainSettings) -> None:
     """
     out, path = config.run.out, config.run.out / "config.yaml"
     if path.exists():
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        old = configuration.to_tree(settings_of_run(path))
         changed = configuration.differences(old, configuration.to_tree(config))
         forbidden = forbidden_changes(set(changed))
         if forbidden:
@@ -59,17 +60,45 @@ def check_run(config: PretrainSettings) -> None:
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
 
 
-def keep_settings(config: PretrainSettings, runtime: Runtime) -> None:
+def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredData | None) -> None:
+    """Refuse to go on with other images or clusters than the run was trained on, whatever their path.
+
+    Raises:
+        ArtefactError: `data.shards` or `experts.clusters` was replaced since the newest checkpoint.
+    """
+    checkpoint = _newest_readable(config.run.out)
+    if checkpoint is None:
+        return
+    found = [(f"data.shards: {config.data.shards}", "shards_fingerprint", shards.fingerprint)]
+    if data is not None:
+        found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
+    for named, record, now in found:
+        then = checkpoint.manifest[record]
+        if then not in (now, None):  # None: imported from elsewhere, which did not say
+            raise ArtefactError(
+                f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
+                f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
+            )
+
+
+def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
+    for step in reversed(checkpoint_files.steps_of(run)):
+        with suppress(ArtefactError):  # a damaged one is named when the run goes on from the one before it
+            return checkpoint_files.Checkpoint.open(checkpoint_files.step_folder(run, step))
+    return None
+
+
+def keep_settings(config: PretrainSettings, attempt: Attempt, runtime: Runtime) -> None:
     """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused.
 
     Raises:
-        ArtefactError: the folder cannot be written to.
+        ArtefactError, SupersededError: the folder cannot be written to.
     """
     runtime.barrier()  # everyone has looked before anyone writes
-    with runtime.together(), writes_to(config.run.out):
+    with runtime.together():
         if runtime.is_main:
-            with atomic_file(config.run.out / "config.yaml") as temporary:
-                temporary.write_text(configuration.to_yaml(config), encoding="utf-8")
+            with attempt.file(config.run.out / "config.yaml", step=0) as draft:
+                draft.write_text(configuration.to_yaml(config), encoding="utf-8")
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -78,6 +107,7 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
     clusters = Clusters.load(folder)
+    check_encoder(folder, clusters.encoder_fingerprint)  # labels a task's images when the run is over
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 
 
@@ -153,7 +183,7 @@ def choose_placement(
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
         give_weights(gates, given, str(config.run.init_from))
         with torch.no_grad():
-            expert_ML = chosen_experts(model.gate(), 1)[:, :, 0].numpy()
+            expert_ML = route_table(model.gate(), model.share_M, 1, own.balance)[:, :, 0].numpy()
     return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, find
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.store import ENCODER
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
@@ -28,12 +27,11 @@ from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
-from moce_ds.models.vit import load_encoder
 from moce_ds.moe.experts import ExpertLayer
 from moce_ds.moe.gate import balanced_experts, chosen_experts
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
-from moce_ds.transfer.select import clusters_folder, count_votes, run_clusters
+from moce_ds.transfer.select import clusters_encoder, count_votes, run_clusters
 
 _MASK_SEED = 20_230_207  # of the held-out masks: the same for all models that are compared
 
@@ -60,7 +58,7 @@ def evaluate_run(
     checkpoint, clusters = run_clusters(run)
     model = load_whole(checkpoint, clusters).to(device)
     assert isinstance(model, Moce)
-    encoder = load_encoder(clusters_folder(checkpoint) / ENCODER, device)
+    encoder = clusters_encoder(checkpoint, clusters, device)
     ids_N = clusters.assign(encode_all(encoder, held_out, config, device).half().float().numpy())
     expert_MLK = route_table(model, checkpoint)
     selection = count_votes(ids_N, expert_MLK[:, :, 0])

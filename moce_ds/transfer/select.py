@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from moce_ds.checkpoint_files import Checkpoint, find
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.store import ENCODER
+from moce_ds.clustering.store import ENCODER, check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.models.encode import EncodeSettings, encode_all
-from moce_ds.models.vit import load_encoder
+from moce_ds.models.vit import Encoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,17 @@ def clusters_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder.parent.parent / "clusters"
 
 
+def clusters_encoder(checkpoint: Checkpoint, clusters: Clusters, device: torch.device) -> Encoder:
+    """The encoder that labels a task's images with the run's clusters. Raises ArtefactError where it is another one."""
+    folder = clusters_folder(checkpoint)
+    check_encoder(folder, clusters.encoder_fingerprint)
+    return load_encoder(folder / ENCODER, device)
+
+
 def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torch.device) -> Selection:
     """Label a task's images with the run's clusters and count the votes. Raises ArtefactError, DataError."""
     checkpoint, clusters = run_clusters(run)
-    encoder = load_encoder(clusters_folder(checkpoint) / ENCODER, device)
+    encoder = clusters_encoder(checkpoint, clusters, device)
     features_ND = encode_all(encoder, task, config, device)
     # Features of the pre-training set went through float16 on disk; the task's take the same way.
     ids_N = clusters.assign(features_ND.half().float().numpy())

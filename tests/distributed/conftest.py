@@ -7,19 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from harness import run_distributed
 from jobs import Job, Told, run_jobs, send_myself
-from tiny_run import CLUSTERS, TinyData, alter_images, tiny_settings, write_images
+from tiny_run import TinyData, alter_images, tiny_settings, write_data
 
-from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.data.sampler import ShuffledSampler
-from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
-from moce_ds.data.transform import ImageInput
-from moce_ds.models.encode import FeatureSettings, write_features
-from moce_ds.models.vit import Encoder, ViTShape, timm_vit
-from moce_ds.runtime import Runtime
 
 # Sums must not depend on how many cores a machine has: inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -30,17 +23,8 @@ LEAVING_SOME = ("run.checkpoint_every=1", "run.keep_checkpoints=2", "run.keep_ev
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
-    """Shards of `write_images`, and their clusters by the features of an untrained encoder, which are good enough."""
-    root = tmp_path_factory.mktemp("data")
-    write_shards(write_images(root / "images"), root / "shards", ShardSettings(workers=1, images_per_shard=40))
-    torch.manual_seed(0)
-    shape = ViTShape(image_size=16, patch_size=4, width=32, depth=2, heads=2)
-    encoder = Encoder(timm_vit(shape).eval(), shape, ImageInput(16), {"source": "untrained"})
-    alone = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    write_features(encoder, ShardSet.open(root / "shards"), root / "features", FeatureSettings(), alone)
-    settings = ClusterSettings(num_clusters=CLUSTERS, fit_images_per_cluster=None)
-    build_clusters(root / "features", root / "clusters", settings)
-    return TinyData(root / "shards", root / "clusters")
+    """Shards of `write_images`, and their clusters."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

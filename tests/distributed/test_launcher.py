@@ -1,83 +1,31 @@
 """`python -m launchers.local` and torchrun as a user meets them: Ctrl-C, a killed process, a damaged shard."""
 
-import os
-import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from jobs import Told
+from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 
 from launchers.local import main as launch
-from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import find, steps_of
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 
-_SECONDS = 90  # a start takes about 5 s on an idle machine
-LOCAL = (sys.executable, "-m", "launchers.local", "--nproc", "2")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
-
-
-@contextmanager
-def launched(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """A running launcher, its output in one pipe; whatever is left of it in the end is killed."""
-    words = [str(word) for word in command]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        for pid in ranks_of(process).values():
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
-    """Process number of every rank that a launcher has started and not yet seen end."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    found = {}
-    for pid in children.read_text().split() if children.exists() else ():
-        rank = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_text())
-        if rank:
-            found[int(rank[1])] = int(pid)
-    return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Return when the condition holds."""
-    deadline = time.monotonic() + _SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    """Return when `metrics.jsonl` has so many records."""
-    wait_until(lambda: len(read_metrics(run / "metrics.jsonl")) >= step)
-
-
-def run_to_end(*command: str | Path) -> tuple[int, str]:
-    """Exit status and output."""
-    with launched(*command) as process:
-        output, _ = process.communicate(timeout=_SECONDS)
-    return process.returncode, output
 
 
 def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
     run = runs / "launched"
-    command = (*LOCAL, "pretrain", *tiny_settings(data.shards, run, "experts.ep_size=2", clusters=data.clusters))
+    command = (*local(2), "pretrain", *tiny_settings(data.shards, run, "experts.ep_size=2", clusters=data.clusters))
     with launched(*command) as launcher:
         wait_for_step(run, 2)
         launcher.send_signal(signal.SIGINT)
-        output, _ = launcher.communicate(timeout=_SECONDS)
+        output, _ = launcher.communicate(timeout=SECONDS)
     assert launcher.returncode == 0, output
     (stopped,) = steps_of(run)
     assert 2 <= stopped < STEPS
@@ -92,10 +40,10 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
 
 def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with launched(*LOCAL, "pretrain", *tiny_settings(data.shards, run)) as launcher:
+    with launched(*local(2), "pretrain", *tiny_settings(data.shards, run)) as launcher:
         wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
         launcher.send_signal(signal.SIGINT)
-        output, _ = launcher.communicate(timeout=_SECONDS)
+        output, _ = launcher.communicate(timeout=SECONDS)
     assert (launcher.returncode, output) == (130, "Interrupted.\n")
     assert not run.exists()
 
@@ -103,16 +51,16 @@ def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with launched(
-        *LOCAL, "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2")
+        *local(2), "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2")
     ) as launcher:
-        wait_for_step(run, 3)
+        wait_until(lambda: len(steps_of(run)) > 0)
         ranks = ranks_of(launcher)
         assert sorted(ranks) == [0, 1]
         killed = time.monotonic()
-        os.kill(ranks[1], signal.SIGKILL)
-        output, _ = launcher.communicate(timeout=_SECONDS)
+        send(signal.SIGKILL, ranks[1])
+        output, _ = launcher.communicate(timeout=SECONDS)
     assert time.monotonic() - killed < 40
-    assert launcher.returncode not in (0, None)
+    assert launcher.returncode not in (0, None) and "Restart" not in output, "nobody asked for one"
     assert "Process 1 was killed by SIGKILL." in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert find(run).faults() == [], "what was saved before is whole"
@@ -125,9 +73,10 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
     alter_images(shards, [i for step in range(3) for i in sampler.batch(step).part(1, 2).ids.tolist()])  # of rank 1
     run = tmp_path / "run"
     began = time.monotonic()
-    status, output = run_to_end(*LOCAL, "pretrain", *tiny_settings(shards, run, "optim.epochs=50"))
+    command = (*local(2, "--max-restarts", "2"), "pretrain", *tiny_settings(shards, run, "optim.epochs=50"))
+    status, output = run_to_end(*command)
     assert time.monotonic() - began < 60
-    assert status == 1
+    assert status == 1 and "Restart" not in output, "it would only occur again"
     assert "was altered after it was written" in output and str(shards) in output
     assert output.count("Error:") == 1
     assert "Traceback" not in output

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alone import ALONE
 from jobs import Told
 from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
@@ -17,12 +18,9 @@ from moce_ds.checkpoint_files import Checkpoint, find, step_folder, steps_of
 from moce_ds.cli import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
-from moce_ds.runtime import Runtime
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.loop import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

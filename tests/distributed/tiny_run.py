@@ -11,7 +11,13 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, find
+from moce_ds.clustering.build import ClusterSettings, build_clusters
+from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import ImageInput
+from moce_ds.models.encode import FeatureSettings, write_features
+from moce_ds.models.vit import Encoder, ViTShape, timm_vit
+from moce_ds.runtime import Runtime
 
 IMAGES = 90  # no multiple of the batch, so that a batch straddles two epochs
 STEPS = 12
@@ -26,6 +32,19 @@ class TinyData:
 
     shards: Path
     clusters: Path
+
+
+def write_data(root: Path) -> TinyData:
+    """Shards of `write_images`, and their clusters by the features of an untrained encoder, which are good enough."""
+    write_shards(write_images(root / "images"), root / "shards", ShardSettings(workers=1, images_per_shard=40))
+    torch.manual_seed(0)
+    shape = ViTShape(image_size=16, patch_size=4, width=32, depth=2, heads=2)
+    encoder = Encoder(timm_vit(shape).eval(), shape, ImageInput(16), {"source": "untrained"})
+    alone = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    write_features(encoder, ShardSet.open(root / "shards"), root / "features", FeatureSettings(), alone)
+    settings = ClusterSettings(num_clusters=CLUSTERS, fit_images_per_cluster=None)
+    build_clusters(root / "features", root / "clusters", settings)
+    return TinyData(root / "shards", root / "clusters")
 
 
 def write_images(folder: Path, count: int = IMAGES) -> Path:

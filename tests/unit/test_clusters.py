@@ -16,21 +16,22 @@ from moce_ds import config
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids, normalised
 from moce_ds.clustering.quality import cluster_report, report_table
-from moce_ds.clustering.store import FeatureSet, FeatureWriter
+from moce_ds.clustering.store import FeatureSet, FeatureWriter, Identity, fingerprint
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 
 CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
 CLASSES = [f"{'round' if digit in (0, 6, 8, 9) else 'other'}/{digit}" for digit in range(10)]
 
 
-def write_features(path: Path, features_ND: np.ndarray, encoder: str = "encoder-a") -> Path:
-    identity = {"shards_fingerprint": "shards-a", "encoder_fingerprint": encoder, "encoder_input": {"size": 8}}
+def write_features(path: Path, features_ND: np.ndarray, encoder: float = 1.0) -> Path:
+    weights = {"norm.weight": np.full(3, encoder, np.float32)}
+    identity = Identity("shards-a", fingerprint(weights), {"size": 8})
     writer = FeatureWriter(path, *features_ND.shape, identity, block_rows=500)
     for k in writer.missing_blocks():
         writer.write_block(k, features_ND[writer.block_ids(k)])
     writer.finish()
     (path / "encoder").mkdir()
-    (path / "encoder" / "config.json").write_text("{}")
+    save_file(weights, path / "encoder" / "model.safetensors")
     return path
 
 
@@ -69,7 +70,7 @@ def test_building_labels_every_image_by_the_rule(features, built):
     assert clusters.share_M.sum() == pytest.approx(1)
     mean_2 = cosine_NM[ids_N == 2, 2].mean()
     assert clusters.cosine_M[2] == pytest.approx(mean_2, abs=1e-5)
-    assert (built / "encoder" / "config.json").read_text() == "{}"
+    assert (built / "encoder" / "model.safetensors").is_file()
     solver = clusters.provenance["solver"]
     assert solver["converged"] and solver["fit_images"] == 960 and solver["merged_clusters"] == 0
 
@@ -114,8 +115,8 @@ def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tm
     assert report.classes is not None and clusters.num_clusters == 16
     with pytest.raises(ArtefactError, match=r"settings\.eps: 0\.025 there, 0\.05 now"):
         build_clusters(features, built, replace(CONFIG, eps=0.05))
-    other = write_features(tmp_path / "other", load_digits().data, encoder="encoder-b")
-    with pytest.raises(ArtefactError, match=r"features\.encoder_fingerprint: 'encoder-a' there, 'encoder-b' now"):
+    other = write_features(tmp_path / "other", load_digits().data, encoder=2.0)
+    with pytest.raises(ArtefactError, match=r"features\.encoder_fingerprint: '\w{64}' there, '\w{64}' now"):
         build_clusters(other, built, CONFIG)
     with pytest.raises(ArtefactError, match="exists and holds no clusters"):
         build_clusters(features, other, CONFIG)
@@ -156,9 +157,16 @@ def test_impossible_settings_and_features_are_refused_before_anything_is_written
     alike = write_features(tmp_path / "alike", np.full((30, 4), 1 / 3))
     with pytest.raises(DataError, match=r"All features in .* are alike"):
         build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
-    (alike / "encoder" / "config.json").unlink()
-    (alike / "encoder").rmdir()
-    with pytest.raises(ArtefactError, match="encoder not found: make the features again"):
+    another = write_features(tmp_path / "another", np.full((30, 4), 1 / 3), encoder=2.0) / "encoder/model.safetensors"
+    another.replace(alike / "encoder/model.safetensors")
+    with pytest.raises(
+        ArtefactError, match=r"model.safetensors is another encoder \(\w{12}\) than the one that .*alike"
+    ):
+        build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
+    (alike / "encoder/model.safetensors").unlink()
+    with pytest.raises(
+        ArtefactError, match=r"encoder/model.safetensors cannot be read .*: restore it, or make .* again"
+    ):
         build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
     assert not (tmp_path / "out").exists()
 
@@ -197,9 +205,9 @@ def truncate(folder: Path) -> None:
             lambda folder: (folder / "clusters.json").unlink(),
             "expected a record of clusters, which `moce cluster` writes",
         ),
-        (edit_json(version=2), "'moce clusters' version 2; this program reads 'moce clusters' version 1"),
-        (edit_json(format="moce features"), "says 'moce features'"),
-        (edit_json(encoder_fingerprint="absent"), "without encoder_fingerprint"),
+        (edit_json(version=2), "'moce clusters' version 2; this program reads format 'moce clusters' version 1"),
+        (edit_json(format="moce features"), "says format 'moce features'"),
+        (edit_json(encoder_fingerprint="absent"), "encoder_fingerprint: Field required"),
         (edit_json(eps=0.5), "are not of the same clusters"),
         (edit_tensor("duals_M", None), "without duals_M"),
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
@@ -217,8 +225,10 @@ def test_damaged_clusters_are_refused_by_name(folder, damage, message):
 
 
 def test_ids_belong_to_their_shard_set(folder):
-    with pytest.raises(ArtefactError, match=r"labels another shard set \(shards-a\) than the one in use \(shards-b\)"):
-        load_ids(folder, "shards-b", 1797)
+    with pytest.raises(
+        ArtefactError, match=r"another shard set \(shards-a, 1797 images\) than .* in use \(shards-b, 9 images\)"
+    ):
+        load_ids(folder, "shards-b", 9)
     with pytest.raises(ArtefactError, match=r"holds int32 \(1797,\), expected int32 \(1796,\)"):
         load_ids(folder, "shards-a", 1796)
     ids_N = np.load(folder / "ids.npy")

@@ -124,6 +124,40 @@ def test_files_that_are_no_settings_are_named(tmp_path: Path, content: bytes | N
     assert str(tmp_path) in refusal(file=tmp_path)  # a folder is no file either
 
 
+LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'lol'] * 9)}]\n" for n in range(12))
+"""A list of 9 lists of 9 lists ...: 9 ** 12 times lol."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("source: !!python/object/apply:os.mkdir [{witness}]", "could not determine a constructor"),
+        ("source: !!python/name:os.system", "could not determine a constructor"),
+        (LAUGHS + "source: s\nsieve: {{mesh: *l11}}", "sieve.mesh: got [["),
+        (LAUGHS + "source: s\nsieve: *l11", "sieve: got [["),
+        (LAUGHS + "source: *l11", "source: got [["),
+        ("source: " + "[" * 1500, "is not valid YAML: maximum recursion depth"),
+        ("source: s\nsieve: {{rounds: " + "9" * 5000 + "}}", "is not valid YAML: Exceeds the limit"),
+        ("source: 2001-99-99", "is not valid YAML: month must be"),
+        ("source: !!timestamp soon", "is not valid YAML"),
+        ("source: !!bool perhaps", "is not valid YAML"),
+        ("1: 2\nsource: s", "1: got 1; Keys should be strings"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_few_words(tmp_path: Path, content: str, message: str) -> None:
+    file, witness = tmp_path / "mill.yaml", tmp_path / "witness"
+    file.write_text(content.format(witness=witness))
+    said = refusal(file=file)
+    assert str(file) in said and message in said and len(said) < 2500
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("value", ["!!python/object/apply:os.getcwd []", "[" * 1500, "9" * 5000, "2001-99-99"])
+def test_hostile_words_are_refused_in_few_words(value: str) -> None:
+    said = refusal(f"source={value}")
+    assert "The value of source is not valid YAML" in said and len(said) < 800
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     (tmp_path / "mill.yaml").write_text("# nothing\n")
     assert load(Mill, tmp_path / "mill.yaml", ["source=s"]) == load(Mill, None, ["source=s"])

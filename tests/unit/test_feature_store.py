@@ -1,6 +1,7 @@
 """Features on disk: whole, resumable, and refused when they are not what they should be."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from sklearn.datasets import load_digits
 from moce_ds.clustering.store import FeatureSet, FeatureWriter, Identity
 from moce_ds.errors import ArtefactError, DataError
 
-IDENTITY: Identity = {
-    "shards_fingerprint": "shards-a",
-    "encoder_fingerprint": "encoder-a",
-    "encoder_input": {"size": 8, "mean": (0.5,), "std": (0.2,), "interpolation": "bicubic", "crop": 1.0},
-}
+IDENTITY = Identity(
+    shards_fingerprint="shards-a",
+    encoder_fingerprint="encoder-a",
+    encoder_input={"size": 8, "mean": (0.5,), "std": (0.2,), "interpolation": "bicubic", "crop": 1.0},
+)
 DIGITS_ND = load_digits().data.astype(np.float32)[:100] / 3  # Thirds, so that float16 rounds.
 
 
@@ -56,7 +57,7 @@ def test_an_interrupted_writer_is_taken_up(tmp_path):
     with pytest.raises(ArtefactError, match=r"block-000000\.npy is missing"):
         writer.finish()
     write(tmp_path, DIGITS_ND).finish()
-    assert FeatureSet.open(tmp_path).identity["encoder_input"]["mean"] == [0.5]
+    assert FeatureSet.open(tmp_path).identity.encoder_input["mean"] == [0.5]
     assert FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).missing_blocks() == []
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         *(f"block-00000{k}.npy" for k in range(4)),
@@ -69,7 +70,7 @@ def test_features_of_another_identity_are_refused_with_the_difference(tmp_path, 
     writer = write(tmp_path, DIGITS_ND)
     if finished:
         writer.finish()
-    other: Identity = {**IDENTITY, "encoder_fingerprint": "encoder-b"}
+    other = replace(IDENTITY, encoder_fingerprint="encoder-b")
     with pytest.raises(ArtefactError, match=r"identity\.encoder_fingerprint: 'encoder-a' there, 'encoder-b' now"):
         FeatureWriter(tmp_path, 100, 64, other, 32)
     with pytest.raises(ArtefactError, match="block_rows: 32 there, 64 now"):
@@ -120,11 +121,13 @@ def test_damaged_and_foreign_records_are_refused(tmp_path):
     write(tmp_path, DIGITS_ND).finish()
     record = json.loads((tmp_path / "features.json").read_text())
     (tmp_path / "features.json").write_text(json.dumps(record | {"version": 9}))
-    with pytest.raises(ArtefactError, match="version 9; this program reads 'moce features' version 1"):
+    with pytest.raises(ArtefactError, match="version 9; this program reads format 'moce features' version 1"):
         FeatureSet.open(tmp_path)
     del record["dim"], record["identity"]["encoder_input"]
     (tmp_path / "features.json").write_text(json.dumps(record))
-    with pytest.raises(ArtefactError, match="without dim, encoder_input"):
+    with pytest.raises(
+        ArtefactError, match=r"damaged \(dim: .*; identity.encoder_input: .*write a record of features again"
+    ):
         FeatureSet.open(tmp_path)
     with pytest.raises(ArtefactError, match="expected a record of features, which `moce features` writes"):
         FeatureSet.open(tmp_path / "nowhere")

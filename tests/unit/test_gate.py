@@ -88,6 +88,14 @@ def test_learnable_embeddings_get_the_gradient_of_the_clusters_in_use() -> None:
     assert (own.embeddings_MC.grad.abs().amax(dim=1) > 0).tolist() == [c == 2 for c in range(M)]
 
 
+def test_learning_embeddings_leaves_the_clusters_that_they_came_from_alone() -> None:
+    clusters = np.eye(M, C, dtype=np.float32)
+    own = ClusterGate(torch.from_numpy(clusters), L, E, 1.0, learnable=True)
+    with torch.no_grad():
+        own.embeddings_MC.zero_()
+    assert np.array_equal(clusters, np.eye(M, C, dtype=np.float32))
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_chosen_experts_are_those_of_highest_probability(k: int) -> None:
     probs = gate()()

@@ -3,7 +3,11 @@
 import io
 import json
 import os
+import struct
+import subprocess
+import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +163,81 @@ def test_dali_decodes_what_is_stored_as_pillow_does(odd: tuple[Path, Path]) -> N
         assert tuple(shapes.at(image_id)[:2]) == decoded.at(image_id).shape[:2] == (row["height"], row["width"])
         difference = np.abs(decoded.at(image_id).astype(int) - np.asarray(shards.decode(image_id)))
         assert difference.mean() < 1, shards.source(image_id)
+
+
+def png(width: int, height: int, before: bytes = b"", pixels: bytes | None = None, after: bytes = b"") -> bytes:
+    """A PNG that says to be so large, 32 x 32 gray pixels being in it, with chunks before and after them."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = zlib.compress(bytes(33 * 32)) if pixels is None else pixels
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def jpeg(height: int, width: int) -> bytes:
+    """A small JPEG whose frame header says to be so large."""
+    encoded = io.BytesIO()
+    photo().resize((32, 32)).save(encoded, "JPEG")
+    data = encoded.getvalue()
+    frame = data.index(b"\xff\xc0") + 5
+    return data[:frame] + struct.pack(">HH", height, width) + data[frame + 4 :]
+
+
+def gif(width: int, height: int) -> bytes:
+    encoded = io.BytesIO()
+    Image.new("P", (32, 32)).save(encoded, "GIF")
+    data = encoded.getvalue()
+    return data[:6] + struct.pack("<HH", width, height) + data[10:]
+
+
+ZIPPED = zlib.compress(bytes(64 << 20), 9)  # 64 MiB in 64 KiB
+BOMBS = {
+    "huge.png": (png(60_000, 60_000), "too large"),
+    "most.png": (png(2**31 - 1, 2**31 - 1), "too large"),
+    "none.png": (png(0, 5), "not an image"),
+    "text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "damaged"),
+    "late text.png": (png(32, 32, after=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "damaged"),
+    "utf-8 text.png": (png(32, 32, before=chunk(b"iTXt", b"k\0\1\0\0\0" + ZIPPED)), "damaged"),
+    "much text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70), "damaged"),
+    "profile.png": (png(32, 32, before=chunk(b"iCCP", b"k\0\0" + ZIPPED)), "damaged"),
+    "pixels.png": (png(32, 32, pixels=zlib.compress(bytes(33 * 32)) + ZIPPED), "stored"),  # none of the rest is read
+    "huge.jpg": (jpeg(65_535, 65_535), "too large"),
+    "long.jpg": (jpeg(65_535, 1_000), "damaged"),  # within the limit, and not there
+    "huge.gif": (gif(65_535, 65_535), "too large"),
+    "huge.ppm": (b"P6 60000 60000 255\n", "too large"),
+    "huge.ico": (struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, 200, 22) + png(30_000, 30_000), "too large"),
+}  # fmt: skip
+
+
+def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
+    for name, (data, _) in BOMBS.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "small.png").write_bytes(png(32, 32))
+    done = subprocess.run(
+        [sys.executable, "-c", EXAMINE, tmp_path], capture_output=True, text=True, timeout=60, check=True
+    )
+    *verdicts, kibibytes = done.stdout.splitlines()
+    expected = {name: reason for name, (_, reason) in BOMBS.items()} | {"small.png": "stored"}
+    assert dict(line.split("|") for line in verdicts) == expected
+    assert int(kibibytes) < 300 * 1024
+
+
+EXAMINE = """
+import resource, sys, warnings
+from pathlib import Path
+from PIL import Image
+from moce_ds.data.image_file import examine
+
+Image.MAX_IMAGE_PIXELS = 100_000_000
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+had = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    print(path.name, getattr(examine(path), "reason", "stored"), sep="|")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - had)
+"""
+"""A worker's look at images, in a process of its own whose memory can be told."""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP"])

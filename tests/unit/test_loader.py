@@ -311,6 +311,54 @@ def test_a_missing_or_truncated_shard_is_named_before_anything_starts(
     assert said.startswith(str(copy / "shard-000001.tar")) and message in said and "`moce shards`" in said
 
 
+def replace_by_other_images(file: Path) -> None:
+    """Another tar of the same size in its place, as a copy that was made again from other images."""
+    file.with_suffix(".new").write_bytes(file.read_bytes()[::-1])
+    file.with_suffix(".new").replace(file)
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[::-1])
+
+
+def grow(file: Path) -> None:
+    file.with_suffix(".new").write_bytes(bytes(512 * 3) + file.read_bytes())
+    file.with_suffix(".new").replace(file)
+
+
+def make_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (replace_by_other_images, "was altered after it was written: "),
+        (overwrite, "was altered after it was written: "),
+        (grow, "was altered after it was written: "),
+        (Path.unlink, "cannot be read any more (No such file or directory). Restore it"),
+        (make_folder, "cannot be read any more (Is a directory). Restore it"),
+    ],
+)
+def test_a_shard_replaced_under_a_running_job_is_named(copy: Path, harm: Callable[[Path], None], told: str) -> None:
+    """The set is open, this shard of it is not yet."""
+    shards = ShardSet.open(copy)
+    harm(copy / "shard-000001.tar")
+    with pytest.raises(DataError) as caught:
+        one_pass(shards, CenterCrop(1.0), ImageInput(16))
+    assert str(caught.value).startswith(f"{copy / 'shard-000001.tar'} {told}")
+    assert "`moce shards`" in str(caught.value)
+
+
+def test_a_shard_that_is_in_use_can_be_replaced(copy: Path, tiny_shards: Path) -> None:
+    """A file that is open stays what it was; a job notices nothing until it starts again."""
+    shards = ShardSet.open(copy)
+    whole = pixels(one_pass(shards, CenterCrop(1.0), ImageInput(16)))
+    replace_by_other_images(copy / "shard-000001.tar")
+    np.testing.assert_array_equal(pixels(one_pass(shards, CenterCrop(1.0), ImageInput(16))), whole)
+
+
 def test_a_shard_cut_short_while_in_use_is_named(copy: Path) -> None:
     shards = ShardSet.open(copy)
     cut(copy / "shard-000001.tar")

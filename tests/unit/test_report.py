@@ -25,7 +25,7 @@ from moce_ds.analysis.report import build_report
 from moce_ds.analysis.routing import Routing
 from moce_ds.analysis.run_folder import read_metrics, read_study
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import ArtefactError, ConfigError
 
 SECTIONS = (
     "Results",
@@ -189,7 +189,11 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("results.json", '[{"verb": "knn", "task": "digits"}]', r"record 0 lacks mean_per_class, model, n_test"),
+        (
+            "results.json",
+            '[{"verb": "knn", "task": "digits"}]',
+            r"record 0, is damaged \(model: Field required; top1: ",
+        ),
         ("results.json", '{"digits": 1}', "no list of records"),
         ("results.json", "[{", "damaged"),
         ("mae/config.yaml", "model: [", "not valid YAML"),
@@ -205,7 +209,7 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 )
 def test_damaged_files_are_named(study: Path, file: str, content: str, message: str) -> None:
     (study / file).write_text(content, encoding="utf-8")
-    with pytest.raises(ArtefactError, match=message) as raised:
+    with pytest.raises((ArtefactError, ConfigError), match=message) as raised:
         build_report(study)
     assert str(study / Path(file).parent) in str(raised.value)
     assert not (study / "report.html.tmp").exists()

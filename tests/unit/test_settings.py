@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moce_ds.config import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes, settings_of_run
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
@@ -142,6 +143,31 @@ def test_what_a_resumed_run_may_change() -> None:
         "engine.precision", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile", "run.out",
         "run.init_from", "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
     }  # fmt: skip
+
+
+def test_the_settings_of_an_older_run_are_read(tiny_config: Make, tmp_path: Path) -> None:
+    """It had no `flip`, which was always on, and settings of `engine` and `run` that are gone by now."""
+    config = tiny_config("optim.epochs=3")
+    tree = to_tree(config)
+    del tree["data"]["flip"], tree["run"]["max_hours"]
+    tree["engine"]["apex"], tree["run"]["visdom"] = "O1", {"port": 8097}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert settings_of_run(tmp_path / "config.yaml") == config
+
+
+def test_what_an_older_run_was_and_this_version_cannot_be_is_listed(tiny_config: Make, tmp_path: Path) -> None:
+    tree = to_tree(tiny_config())
+    tree["optim"]["lars"] = True
+    tree["data"]["fip"] = tree["data"].pop("flip")
+    tree["model"]["arch"] = "sdr"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError) as caught:
+        settings_of_run(tmp_path / "config.yaml")
+    said = str(caught.value)
+    for told in ("optim.lars: no such", "data.fip: no such setting. Did you mean data.flip?", "model.arch: got 'sdr'"):
+        assert told in said
+    assert f"({tmp_path / 'config.yaml'})" in said and "begun by another version of moce" in said
+    assert f"start another run from its weights: run.init_from={tmp_path}." in said
 
 
 def test_a_setting_that_this_version_does_not_know_may_not_change() -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from moce_ds.config import load
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
 from moce_ds.errors import ArtefactError, ConfigError, DataError
+from moce_ds.files import sha256_of
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)
 
@@ -293,8 +295,106 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="Do not trust this set"):
             ShardSet.open(copy)
     (copy / "shards.json").write_text(json.dumps(manifest | {"version": 2}))
-    with pytest.raises(DataError, match="version 2, this program reads version 1"):
+    with pytest.raises(ArtefactError, match="says version 2; this program reads version 1: write a shard set again"):
         ShardSet.open(copy)
+
+
+def rewrite(copy: Path, **changes: object) -> None:
+    """Change `shards.json`, as somebody would who wants to be believed."""
+    path = copy / "shards.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shard", 3), ("shard", -1), ("shard", 2**31 - 1), ("offset", -1), ("offset", 2**62), ("size", 0), ("size", -5),
+     ("size", 2**62), ("height", 0), ("width", -1), ("label", -2), ("label", 2**31 - 1)],
+)  # fmt: skip
+def test_a_table_that_points_elsewhere_is_refused(copy: Path, field: str, value: int) -> None:
+    samples = np.load(copy / "samples.npy")
+    samples[field][7] = value
+    np.save(copy / "samples.npy", samples)
+    told = "do not count the same images in each shard" if field == "shard" else "row 7 points out of its shard"
+    with pytest.raises(DataError, match=rf"samples\.npy.* {told}.* Restore it"):
+        ShardSet.open(copy)
+
+
+def test_a_manifest_that_lies_is_refused(copy: Path) -> None:
+    shards = json.loads((copy / "shards.json").read_text())["shards"]
+    rewrite(copy, count=24)
+    with pytest.raises(DataError, match=r"samples\.npy holds \(23,\) .* expected \(24,\)"):
+        ShardSet.open(copy)
+    rewrite(copy, count=23, shards=[shards[0] | {"count": 9}, shards[1] | {"count": 11}, shards[2]])
+    with pytest.raises(DataError, match=r"samples\.npy and shards\.json do not count the same images in each shard"):
+        ShardSet.open(copy)
+    rewrite(copy, shards=[{"name": "shard-000000.tar"}], classes={"a": 1}, count="all")
+    with pytest.raises(
+        ArtefactError, match=r"damaged \(count: .*classes: .*shards\.0\.bytes: .*write a shard set again"
+    ):
+        ShardSet.open(copy)
+
+
+def test_tables_that_are_archives_are_refused(copy: Path) -> None:
+    """Numpy opens a zip by another name too, and what is in it may be of any size."""
+    np.savez_compressed(copy / "samples.npz", samples=np.zeros(23, SAMPLE))
+    (copy / "samples.npz").replace(copy / "samples.npy")
+    with pytest.raises(DataError, match=r"samples\.npy cannot be read"):
+        ShardSet.open(copy)
+
+
+def hostile(kind: bytes = tarfile.REGTYPE, **fields: object) -> Callable[[tarfile.TarInfo], None]:
+    def change(member: tarfile.TarInfo) -> None:
+        member.type = kind
+        for name, value in fields.items():
+            setattr(member, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (hostile(name="../../evil.jpg"), r"'\.\./\.\./evil\.jpg' of type b'0'"),
+        (hostile(name="/etc/cron.d/evil"), "'/etc/cron.d/evil' of type b'0'"),
+        (hostile(tarfile.SYMTYPE, linkname="/etc/passwd"), "'000000012.jpg' of type b'2'"),
+        (hostile(tarfile.LNKTYPE, linkname="/etc/passwd"), "'000000012.jpg' of type b'1'"),
+        (hostile(tarfile.BLKTYPE, devmajor=8), "'000000012.jpg' of type b'4'"),
+        (hostile(tarfile.DIRTYPE), "'000000012.*' of type b'5'"),
+        (hostile(name="000000011.jpg"), "'000000011.jpg' of type b'0'"),  # a key that is there already
+    ],
+)
+def test_members_that_would_harm_who_unpacks_them_are_found(
+    copy: Path, tmp_path: Path, change: Callable[[tarfile.TarInfo], None], told: str
+) -> None:
+    """Checksums and all are made to fit; only the header of one member is not what it should be."""
+    shards = ShardSet.open(copy)
+    before = [shards.read(image_id) for image_id in range(23)]
+    member, shard = tarfile.TarInfo("000000012.jpg"), copy / "shard-000001.tar"
+    member.size = int(shards.samples["size"][12])
+    change(member)
+    with open(shard, "r+b") as tar:
+        tar.seek(int(shards.samples["offset"][12]) - 512)
+        tar.write(member.tobuf(tarfile.USTAR_FORMAT))
+    entries = json.loads((copy / "shards.json").read_text())["shards"]
+    entries[1]["sha256"] = sha256_of(shard)
+    rewrite(copy, shards=entries)
+    opened = ShardSet.open(copy)
+    (fault,) = opened.verify()
+    assert re.search(rf"^shard-000001\.tar: {told} where 000000012\.jpg is expected: do not unpack it$", fault), fault
+    assert [opened.read(image_id) for image_id in range(23)] == before, "names are never followed"
+    assert not (tmp_path / "evil.jpg").exists()
+
+
+def test_a_tar_that_says_more_than_its_index_is_found(copy: Path) -> None:
+    shard = copy / "shard-000002.tar"
+    with tarfile.open(shard, "a") as tar:
+        tar.addfile(tarfile.TarInfo("evil.py"))
+    entries = json.loads((copy / "shards.json").read_text())["shards"]
+    entries[2] |= {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+    rewrite(copy, shards=entries)
+    assert ShardSet.open(copy).verify() == [
+        "shard-000002.tar: 'evil.py' of type b'0' where nothing is expected: do not unpack it"
+    ]
 
 
 def test_pickled_set_holds_no_handles_and_reads_elsewhere(written: Path) -> None:

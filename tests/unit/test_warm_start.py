@@ -1,5 +1,6 @@
 """Weights to start from: what can be read, what is refused, and that nothing in a foreign file is ever run."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -231,7 +232,9 @@ def test_missing_names_and_wrong_shapes_are_listed(
 def test_a_long_list_of_faults_is_cut(tiny_config: Make, source: MaskedAutoencoder, tmp_path: Path) -> None:
     other = {f"vit.{name}": tensor for name, tensor in parameters(source).items()}  # another program's names
     config = tiny_config(f"run.init_from={saved(torch.save, other, tmp_path / 'w.pth')}")
-    with pytest.raises(ArtefactError, match=r"missing cls_token[\s\S]*and \d+ more$"):
+    with pytest.raises(
+        ArtefactError, match=r"missing cls_token[\s\S]*more missing[\s\S]*unexpected vit.cls_[\s\S]*more unexpected$"
+    ):
         warm_start(build_for_training(config, None), config)
 
 
@@ -265,8 +268,12 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
 ) -> None:
     witness, path = tmp_path / "witness", tmp_path / "w.pth"
     save(hide(Payload(witness)), path)
-    with pytest.raises(ArtefactError, match=r"w.pth refused: more than tensors in it, or damaged; nothing was run"):
+    with pytest.raises(
+        ArtefactError, match=r"w.pth refused: more than tensors in it, or damaged; nothing was run"
+    ) as told:
         read_weights(path)
+    assert "save those alone as .safetensors" in str(told.value)
+    assert "weights_only" not in str(told.value), "torch's own advice is to run it"
     assert not witness.exists()
     pickle.loads(pickle.dumps(Payload(witness)))  # the payload is a working one
     assert witness.exists()
@@ -279,6 +286,45 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
 def test_files_that_are_no_weights_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(ArtefactError, match=r"run.init_from: .*w.pth (refused|holds no weights)"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(Path("nothing")),
+        b"",
+        (2**41).to_bytes(8, "little") + b"{}",  # a header of terabytes
+        (99_000_000).to_bytes(8, "little") + b"{}",  # of all that is allowed, and none of it there
+        bytes(8),
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        # A tensor of petabytes, and one whose size does not fit into an integer.
+        (74).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[1000000000000000],"data_offsets":[0,4000]}}  ',
+        (73).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'[:73],
+    ],
+)
+def test_hostile_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(
+        ArtefactError, match=r"run.init_from: .*w.safetensors is no safetensors file \(.*header|metadata"
+    ):
+        read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "told"),
+    [
+        (torch.ones(2, dtype=torch.int64), "is torch.int64"),
+        (torch.ones(2, dtype=torch.complex64), "is torch.complex64"),
+        (torch.eye(2).to_sparse(), "is torch.float32, torch.sparse_coo"),
+        (torch.ones(2, device="meta"), "is torch.float32, torch.strided, meta"),
+        (torch.ones(1).half().expand(10**12), r"claims shape \(1000000000000,\), which is more than the file holds"),
+        (torch.tensor([1.0, float("nan")]), "holds NaN or infinite numbers: the run that it is from has diverged"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_all_named(tmp_path: Path, tensor: Tensor, told: str) -> None:
+    torch.save({"good": torch.ones(2), "first": tensor, "second": tensor}, tmp_path / "w.pth")
+    with pytest.raises(ArtefactError, match=rf"w.pth holds what is no weights:\n  first {told}.*\n  second {told}"):
         read_weights(tmp_path / "w.pth")
 
 
@@ -310,10 +356,12 @@ def test_tensors_without_names_are_refused(tmp_path: Path, content: object) -> N
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "w.bin").write_bytes(b"")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
     for name, message in (
         ("absent", "run.init_from: .*absent not found"),
         ("w.bin", r"w.bin: expected a folder of ours, .safetensors, .pth or .pt"),
         ("empty", "empty holds no checkpoint: expected a run folder"),
+        ("pipe.safetensors", "pipe.safetensors is neither a file nor a folder"),
     ):
         with pytest.raises(ArtefactError, match=message):
             read_weights(tmp_path / name)

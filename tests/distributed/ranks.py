@@ -1,0 +1,36 @@
+"""`python ranks.py ROLE [RESTARTS]`: three ranks of which one goes wrong, in place of a verb; no training.
+
+Roles: "defect", rank 2 ends with an unexpected error; "fault", with one that it explains but that nobody else has;
+"sleep", all sleep and handle no signals, as while they start.
+"""
+
+import os
+import sys
+import time
+
+from moce_ds.errors import DataError, MoceError
+
+
+def rank_main(role: str) -> int:
+    """What one rank does; returns its exit status, as the command line would."""
+    if role == "sleep":
+        time.sleep(600)
+    from moce_ds.runtime import started  # here, since it takes seconds that a sleeper need not wait for
+
+    try:
+        with started(peer_timeout=60) as runtime:
+            runtime.at("step 7")
+            if runtime.rank == 2:
+                raise RuntimeError("this is a defect") if role == "defect" else DataError("the disk is not there")
+            runtime.barrier()
+    except MoceError as error:
+        return error.status
+    return 0
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        sys.exit(rank_main(sys.argv[1]))
+    from launchers.local import run_processes
+
+    sys.exit(run_processes([sys.executable, *sys.argv], nproc=3, max_restarts=int(sys.argv[2])))

@@ -1,0 +1,62 @@
+"""Records of ours are checked as they are read, and everything that is wrong with one is said at once."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moce_ds.errors import ArtefactError
+from moce_ds.files import read_record
+
+
+@dataclass(frozen=True)
+class Barrel:
+    litres: int
+    wine: str
+    staves: list[str]
+
+
+GOOD = {"format": "barrel", "version": 1, "litres": 225, "wine": "red", "staves": ["oak"], "cooper": "unknown"}
+
+
+def read(path: Path) -> Barrel:
+    return read_record(path, Barrel, "a barrel", "moce fill", format="barrel", version=1)
+
+
+def test_a_record_is_what_it_should_be(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(GOOD))
+    assert read(tmp_path / "b.json") == Barrel(225, "red", ["oak"])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({**GOOD, "version": 2}, ["says format 'barrel' version 2; this program reads format 'barrel' version 1"]),
+        ({}, ["says format None version None"]),
+        ({**GOOD, "litres": "many", "wine": None, "staves": [1]}, ["litres: ", "wine: ", "staves.0: "]),
+        ({key: GOOD[key] for key in ("format", "version", "wine")}, ["litres: Field required; staves: Field required"]),
+        ([GOOD], ["content: "]),
+        (None, ["content: "]),
+        ("x" * 10, ["content: "]),
+    ],
+)
+def test_every_fault_is_told(tmp_path: Path, content: object, told: list[str]) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(content))
+    with pytest.raises(ArtefactError) as caught:
+        read(tmp_path / "b.json")
+    for part in [str(tmp_path / "b.json"), *told, "write a barrel again with `moce fill`"]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", '{"litres": ' + "9" * 5000 + "}"])
+def test_what_is_no_json_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "b.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ArtefactError, match=r"b.json is damaged \(.*write a barrel again with `moce fill`"):
+        read(tmp_path / "b.json")
+
+
+def test_a_folder_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(ArtefactError, match=r"b\.json cannot be read"):
+        read(tmp_path / "b.json")
