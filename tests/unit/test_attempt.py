@@ -51,7 +51,7 @@ def test_an_attempt_that_ends_while_it_writes_says_so(tmp_path: Path) -> None:
 
 
 def test_another_failure_is_no_take_over(tmp_path: Path) -> None:
-    message, attempt = rf"Step 3 cannot be written to {tmp_path}: .*No space left", claim(tmp_path)
+    message, attempt = rf"{tmp_path} cannot be written to at step 3: .*No space left", claim(tmp_path)
     with pytest.raises(ArtefactError, match=message), attempt.writing(3):
         raise OSError(28, "No space left on device")
 
