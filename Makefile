@@ -7,8 +7,9 @@ CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/
 EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
 DEMO ?=
 TESTS ?= tests
+KILLS ?= 200
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test soak check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,6 +26,9 @@ demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: f
 
 test: install  ## all tests (TESTS=tests/unit for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+
+soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/distributed $(BIN)/python -m tools.soak --kills $(KILLS)
 
 check: install  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

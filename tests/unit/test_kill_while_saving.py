@@ -6,16 +6,30 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from checkpoint_writer import KEEP, weights_of, write_on
+from checkpoint_writer import KEEP, publish_until, weights_of, write_on
 
 from moce_ds.checkpoint_files import WEIGHTS, find, prune, steps_of
 
 KILLS = 100
 _SAVES = 1.5  # a process is killed before it has written so many checkpoints, or soon after
+
+nursery = multiprocessing.get_context("forkserver")  # its processes have imported what they need already
+nursery.set_forkserver_preload(["moce_ds.checkpoint_files"])
+
+
+def begin(writer: Callable[..., None], *args: object) -> tuple[BaseProcess, Connection]:
+    """A new process, and the end of a pipe at which it reports."""
+    receiver, sender = nursery.Pipe(duplex=False)
+    process = nursery.Process(target=writer, args=(*args, sender), daemon=True)
+    process.start()
+    sender.close()  # the process's copy is the only one left, so that its end is seen here
+    return process, receiver
 
 
 def last_report(reports: Connection) -> int:
@@ -43,33 +57,51 @@ def remains(run: Path, removed_before: set[str]) -> str:
     return "writing files" if any(run.glob("attempts/*")) else "between two saves"
 
 
-def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
-    nursery = multiprocessing.get_context("forkserver")  # its processes have imported what they need already
-    nursery.set_forkserver_preload(["moce_ds.checkpoint_files"])
-    moments, seen, published, lived = random.Random(0), Counter[str](), 0, 0.2
+def check_newest(run: Path, published: int) -> None:
+    """The newest checkpoint is whole, and none that was reported has gone; then clear up as the next attempt does."""
+    if published or steps_of(run):
+        newest = find(run)
+        assert newest.step >= published and newest.faults() == []
+        found = newest.load(WEIGHTS)
+        assert all(torch.equal(found[name], weight) for name, weight in weights_of(newest.step).items())
+    for draft in run.glob("attempts/*"):
+        shutil.rmtree(draft)
+
+
+def test_a_kill_at_any_time_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
+    chance, seen, published, lived = random.Random(0), Counter[str](), 0, 0.2
     for _ in range(KILLS):
         before = removals(tmp_path)
-        receiver, sender = nursery.Pipe(duplex=False)
-        writer = nursery.Process(target=write_on, args=(tmp_path, sender), daemon=True)
-        writer.start()
-        sender.close()
-        assert receiver.recv_bytes() == b"0"
+        writer, reports = begin(write_on, tmp_path)
+        assert reports.recv_bytes() == b"0"
         began = time.monotonic()
-        writer.join(moments.uniform(0, _SAVES * lived / max(1, published)))
+        writer.join(chance.uniform(0, _SAVES * lived / max(1, published)))
         writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL, "it could go on, and did not end by itself"
         lived += time.monotonic() - began
-        published = max(published, last_report(receiver))
+        published = max(published, last_report(reports))
         seen[remains(tmp_path, before)] += 1
-        if published or steps_of(tmp_path):
-            newest = find(tmp_path)
-            assert newest.step >= published and newest.faults() == []
-            found = newest.load(WEIGHTS)
-            assert all(torch.equal(found[name], weight) for name, weight in weights_of(newest.step).items())
-        for draft in (tmp_path / "attempts").iterdir():  # as the next attempt does
-            shutil.rmtree(draft)
+        check_newest(tmp_path, published)
     prune(tmp_path, KEEP)
     assert not removals(tmp_path) and len(steps_of(tmp_path)) == KEEP, "what kills have left goes with the next prune"
     assert published > KILLS / 4, "writers got somewhere"
-    assert seen["writing files"] > KILLS / 4 and seen["publishing"] and seen["removing an old one"], seen
+    assert seen["writing files"] > KILLS / 8 and len(seen) > 1, seen
+
+
+def test_a_kill_between_any_two_steps_of_publishing_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
+    """Those steps take microseconds: no random time would find them all."""
+    seen, published, dies_before = Counter[str](), 0, 0
+    while True:
+        dies_before += 1
+        before = removals(tmp_path)
+        writer, reports = begin(publish_until, tmp_path, dies_before)
+        writer.join()
+        published = max(published, last_report(reports))
+        if writer.exitcode == 0:
+            break
+        assert writer.exitcode == -signal.SIGKILL
+        seen[remains(tmp_path, before)] += 1
+        check_newest(tmp_path, published)
+    assert seen["writing files"] and seen["publishing"] and seen["removing an old one"], "as far as the manifest, ..."
+    assert removals(tmp_path) == set() and len(steps_of(tmp_path)) == KEEP
