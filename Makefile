@@ -28,7 +28,7 @@ test: install  ## all tests (TESTS=tests/unit for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
-	OMP_NUM_THREADS=1 PYTHONPATH=tests/distributed $(BIN)/python -m tools.soak --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
 
 check: install  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

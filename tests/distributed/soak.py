@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 import torch
-from launching import local, ranks_of, send  # of tests/distributed, which the Makefile puts on the path
+from launching import local, ranks_of, send
 from tiny_run import TinyData, final_state, losses, tiny_settings, write_data
 
 from moce_ds.checkpoint_files import find, step_folder, steps_of
