@@ -81,7 +81,7 @@ def test_the_last_checkpoint_stays_whole(told: list[dict[str, Told]], disk: Path
     stopped = told[0][f"{name}-stopped"].steps
     assert 4 <= stopped < 6
     listed = (disk / f"{name}.txt").read_text().split()
-    assert listed == ["attempts/0002/owner.json", "checkpoints/step-00000003", f"checkpoints/step-{stopped:08d}"], (
+    assert listed == ["checkpoints/step-00000003", f"checkpoints/step-{stopped:08d}"], (
         "nothing is left of the draft, and nothing is damaged"
     )
 
