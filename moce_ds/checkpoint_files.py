@@ -77,8 +77,9 @@ class Checkpoint:
         """
         path = folder / "manifest.json"
         manifest = read_json(path, "a checkpoint", "moce pretrain")
-        if manifest.get("format") != FORMAT:
-            raise ArtefactError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT!r}.")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise ArtefactError(f"{path}: format {found!r}; this version reads {FORMAT!r}.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
         for name, record in manifest["files"].items():

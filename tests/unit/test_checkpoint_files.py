@@ -219,7 +219,8 @@ def test_no_byte_of_a_manifest_can_change_unnoticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
-    [(None, "manifest.json not found: expected a checkpoint, which `moce pretrain` writes"), ("{", "is damaged"),
+    [("[1, 2]", "format None; this version reads"),
+     (None, "manifest.json not found: expected a checkpoint, which `moce pretrain` writes"), ("{", "is damaged"),
      (json.dumps({"format": "moce_ds checkpoint 9"}), "format 'moce_ds checkpoint 9'; this version reads 'moce_ds ch")],
 )  # fmt: skip
 def test_manifests_that_cannot_be_read(tmp_path: Path, manifest: str | None, message: str) -> None:
