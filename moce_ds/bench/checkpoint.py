@@ -66,13 +66,10 @@ def _stepped_engine(config: PretrainSettings) -> DeepSpeedEngine:
     """An engine that has made one update, so that Adam has its moments."""
     model = build_for_training(config, None)
     engine = start_engine(model, config, batch_arithmetic(config, 1))
-    for parameter in model.parameters():
-        parameter.grad = None
-    image = model.shape.image_size
-    for _ in range(engine.gradient_accumulation_steps()):
-        images_BCHW = torch.randn(1, 3, image, image, device=engine.device)
-        engine.backward(engine(images_BCHW, torch.rand(1, model.shape.num_patches, device=engine.device)).loss)
-        engine.step()
+    size = model.shape.image_size
+    images_BCHW = torch.randn(1, 3, size, size, device=engine.device)
+    engine.backward(engine(images_BCHW, torch.rand(1, model.shape.num_patches, device=engine.device)).loss)
+    engine.step()
     return engine
 
 
