@@ -202,7 +202,7 @@ def test_headers_that_are_none_are_named(tmp_path: Path) -> None:
 
 def test_a_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "draft").mkdir()
-    elsewhere = {"weights/../../../secret.safetensors": {"bytes": 1, "sha256": "0"}}
+    elsewhere = {"weights/../../../secret.safetensors": {"bytes": 1, "xxh3": "0"}}
     publish(tmp_path / "draft", step_folder(tmp_path, 5), {"step": 5, "files": elsewhere})
     with pytest.raises(ArtefactError, match="which is no file of a checkpoint"):
         find(tmp_path)
