@@ -41,7 +41,7 @@ def bench() -> None:
 
 
 @bench.command("layer")
-@click.option("--batch", type=_Numbers(), default="64", show_default=True, help="Images of a process, B.")
+@click.option("--batch", type=_Numbers(), default="128", show_default=True, help="Images of a process, B.")
 @click.option("--experts", type=_Numbers(), default="8", show_default=True, help="Experts a layer, E.")
 @click.option("--width", type=_Numbers(), default="384", show_default=True, help="Width, D.")
 @click.option("--processes", default=2, show_default=True, help="For expert parallelism; 1: only one process's cases.")

@@ -7,7 +7,7 @@ H hidden width, E experts held here.
 """
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -48,15 +48,41 @@ class ExpertLayer(nn.Module):
         """Each image through its experts, summed with the combine weights: [B, T, D] -> [B, T, D]."""
         if torch.is_autocast_enabled(x_BTD.device.type):  # half the bytes on the wire
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        sent_NTD = x_BTD.index_select(0, plan.image_N)
-        x_STD = exchange(sent_NTD, plan.send_R, plan.receive_R, self.group).index_select(0, plan.gather_S)
-        y_STD = self.execute(self.experts, x_STD, plan.counts).index_select(0, plan.scatter_S)
-        y_NTD = exchange(y_STD, plan.receive_R, plan.send_R, self.group).index_select(0, plan.restore_N)
+        one = weight_BK.shape[1] == 1  # then the rows sent are the images in another order
+        x_NTD = reorder(x_BTD, plan.image_N, plan.restore_N) if one else x_BTD.index_select(0, plan.image_N)
+        y_NTD = self._through_experts(x_NTD, plan)
+        y_NTD = reorder(y_NTD, plan.restore_N, plan.image_N) if one else y_NTD.index_select(0, plan.restore_N)
         weight_BK = weight_BK.to(y_NTD.dtype)
         y_BTD = torch.einsum("bktd,bk->btd", y_NTD.unflatten(0, weight_BK.shape), weight_BK)
         if self.shared is not None:
             y_BTD = y_BTD + (1 - weight_BK.sum(dim=1))[:, None, None] * self.shared(x_BTD)
         return y_BTD
+
+    def _through_experts(self, x_NTD: Tensor, plan: LayerPlan) -> Tensor:
+        """Rows sorted by where their expert lives, there and back: [N, T, D] -> [N, T, D]."""
+        if self.group is None:  # all experts are here, and the rows sorted by them
+            return self.execute(self.experts, x_NTD, plan.counts)
+        x_STD = reorder(exchange(x_NTD, plan.send_R, plan.receive_R, self.group), plan.gather_S, plan.scatter_S)
+        y_STD = reorder(self.execute(self.experts, x_STD, plan.counts), plan.scatter_S, plan.gather_S)
+        return exchange(y_STD, plan.receive_R, plan.send_R, self.group)
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`rows[order]` for a permutation, whose gradient is `grad[inverse]`: autograd's own would add into zeros."""
+    result: Tensor = _Reorder.apply(rows, order, inverse)
+    return result
 
 
 def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
