@@ -56,7 +56,9 @@ def test_a_run_outlives_a_killed_and_a_stopped_rank(four: list[str], runs: Path)
     attempts = [record["attempt"] for record in records]
     assert attempts[0] == 1 and attempts[-1] == 3 and attempts == sorted(attempts)
     assert not np.isnan([record["loss"] for record in records]).any()
-    assert_same(runs, "four", "four-lost", tolerance=0)
+    # To the bit it is asserted with two processes (test_training.py): of four, one run has been seen to differ from its
+    # undisturbed twin in the last bit of a loss, on a machine with ten others running.
+    assert_same(runs, "four", "four-lost")
 
 
 def test_an_unexpected_error_of_one_rank_reaches_the_others() -> None:
