@@ -1,6 +1,7 @@
 """SIGKILL at any moment of a save: the newest complete checkpoint stays whole, and the next writer goes on."""
 
 import multiprocessing
+import multiprocessing.forkserver
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 from checkpoint_writer import KEEP, publish_until, weights_of, write_on
 
@@ -20,7 +22,13 @@ KILLS = 100
 _SAVES = 1.5  # a process is killed before it has written so many checkpoints, or soon after
 
 nursery = multiprocessing.get_context("forkserver")  # its processes have imported what they need already
-nursery.set_forkserver_preload(["moce_ds.checkpoint_files"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_nursery() -> None:
+    """The process that other tests fork theirs from has not imported what is needed here: a second for each kill."""
+    multiprocessing.forkserver._forkserver._stop()
+    nursery.set_forkserver_preload(["moce_ds.checkpoint_files"])
 
 
 def begin(writer: Callable[..., None], *args: object) -> tuple[BaseProcess, Connection]:
