@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed.utils.groups as groups
 import torch
+import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import nn
 
@@ -59,10 +60,17 @@ class ClusterMoE(ExpertLayer, MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create or look up the groups of this `ep_size`; called by DeepSpeed's engine."""
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self.ep_size)
+        group = expert_group(self.ep_size)
         if self.ep_size > 1:
-            self.group = groups._get_expert_parallel_group(self.expert_group_name)
+            self.group = group
+
+
+def expert_group(ep_size: int) -> dist.ProcessGroup:
+    """The neighbouring ranks that share one set of experts with this one; made by DeepSpeed the first time."""
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    return groups._get_expert_parallel_group(name)
 
 
 def _to_native_names(layer: ClusterMoE, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -6,11 +6,12 @@ Axes: S tokens of all images, T tokens of an image, D width, E experts.
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed.utils.groups as groups
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate, top1gating, top2gating
 from torch import Tensor, nn
+
+from moce_ds.moe.layer import expert_group
 
 
 class TokenGate(TopKGate):
@@ -126,6 +127,4 @@ class TokenMoE(MoE):
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Create or look up the groups of this `ep_size`, without the stock layer's announcement."""
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
-            groups._create_expert_and_data_parallel(self.ep_size)
-        self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(self.expert_group_name))
+        self.deepspeed_moe._set_ep_group(expert_group(self.ep_size))
