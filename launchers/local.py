@@ -2,7 +2,8 @@
 
     python -m launchers.local --nproc 2 pretrain configs/demo/mae.yaml
 
-One Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary. When a process fails,
+One Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76 then,
+as nothing that needs the whole run may follow. When a process fails,
 the others are ended and the failed one is named. With --max-restarts, all are started again when one was lost (killed,
 or silent for run.peer_timeout seconds), and the run goes on from its newest checkpoint. Under
 `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from moce_ds.errors import LOST_PEER
+from moce_ds.errors import LOST_PEER, STOPPED
 
 _GRACE_SECONDS = 20.0
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
@@ -117,7 +118,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
         return 0
     rank, status = failed
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    if status != 1 or rank != 0:  # an error of rank 0 has explained itself
+    if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself
         print(f"Process {rank} {how}.", file=sys.stderr)
     return status
 

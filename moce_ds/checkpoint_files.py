@@ -175,8 +175,9 @@ def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return by_file
 
 
-def write_files(folder: Path, by_file: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Write files into a draft; returns size and checksum by file name. Processes write different files.
+def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Any]]:
+    """Write files into a draft, each as soon as `files` yields it; returns size and checksum by file name. Processes
+    write different files.
 
     Raises:
         ArtefactError: a file cannot be written, as on a full disk; it is named, with the reason.
@@ -191,7 +192,7 @@ def write_files(folder: Path, by_file: Mapping[str, Mapping[str, Tensor]]) -> di
             raise ArtefactError(f"{path} cannot be written: {error}") from None
 
     with ThreadPoolExecutor(_WRITERS) as pool:
-        return dict(pool.map(write, by_file.items()))
+        return dict(pool.map(write, files))
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def write_checkpoint(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        files = write_files(draft, grouped(WEIGHTS, weights) | grouped(OPTIMIZER, moments))
+        files = write_files(draft, (grouped(WEIGHTS, weights) | grouped(OPTIMIZER, moments)).items())
         publish(draft, final, {**manifest, "files": files})
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import bench
-from moce_ds.errors import ConfigError, MoceError
+from moce_ds.errors import STOPPED, ConfigError, MoceError
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -110,7 +110,9 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     from moce_ds.training.loop import pretrain as run
 
     with started(config.run.peer_timeout) as runtime:
-        run(config, runtime)
+        progress = run(config, runtime)
+    if not progress.complete:
+        sys.exit(STOPPED)
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")

@@ -7,6 +7,9 @@ else that escapes is a defect of this program and keeps its traceback.
 LOST_PEER = 75
 """Exit status when another process is to blame (EX_TEMPFAIL): the same command may well succeed."""
 
+STOPPED = 76
+"""Exit status of a run that stopped as asked, before its last step: what needs the whole run must not follow."""
+
 
 class MoceError(Exception):
     """Base of all errors that a user can cause and mend."""

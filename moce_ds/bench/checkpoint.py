@@ -1,22 +1,23 @@
 """`moce bench checkpoint`: saving and loading a run's state beside the disk's own speed, and the pause of training.
 
-The state is that of a dense MAE with AdamW in DeepSpeed's engine, three numbers of 4 bytes a parameter.
+The state is that of a dense MAE with AdamW in DeepSpeed's engine, three numbers of 4 bytes a parameter. The pause is
+how long training stands still for a save that is written beside it; the delay is how much later its next update comes,
+which on a machine without a GPU has to share the cores with the writing.
 """
 
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from deepspeed import DeepSpeedEngine
 
 from moce_ds.checkpoint_files import Checkpoint, step_folder
-from moce_ds.runtime import started
+from moce_ds.runtime import Runtime, started
 from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import load_checkpoint
 from moce_ds.training.engine import start_engine
@@ -28,9 +29,10 @@ _BLOCK = 4 * 2**20  # bytes a write, as `dd bs=4M`
 
 
 def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Rows (name, gigabytes, seconds, GB a second, ratio): of a raw write and read, a save, its pause, and a load.
+    """Rows (name, gigabytes, seconds, GB a second, ratio): of a raw write and read, a save, a load, and what training
+    loses by a save.
 
-    The ratio of writes and reads is their speed over the raw one; that of the pause its length over the whole save.
+    The ratio of writes and reads is their speed over the raw one; that of pause and delay their length over the save's.
 
     Args:
         vit: encoder by timm's name; `vit_base_patch16_224` with the default decoder makes 1.3 GB.
@@ -44,59 +46,84 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
                 data=DataSettings(shards=scratch / "none"),
                 run=RunSettings(out=scratch / "run", keep_checkpoints=1),
             )
-            engine = _stepped_engine(config)
-            with Saver(engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:
-                seconds, size = _rounds(saver, scratch, repeats, lambda c: load_checkpoint(engine, c, runtime))
+            bench = _Rounds(config, runtime, scratch)
+            with Saver(bench.engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:
+                for turn in range(repeats + 1):  # the first warms up
+                    bench.round(saver, 2 * turn + 1)
     finally:
         shutil.rmtree(scratch)
+    seconds, size = bench.medians(), bench.size
     raw = {"raw write": "raw write", "save": "raw write", "raw read": "raw read", "load": "raw read"}
     rows = [
         {"name": name, "GB": size / 1e9, "seconds": s, "GB/s": size / 1e9 / s, "ratio": seconds[raw[name]] / s}
         for name, s in seconds.items()
         if name in raw
     ]
-    pause = seconds["pause"]
-    return [
-        *rows,
-        {"name": "pause", "GB": size / 1e9, "seconds": pause, "GB/s": None, "ratio": pause / seconds["save"]},
+    waits = [
+        {"name": name, "GB": size / 1e9, "seconds": s, "GB/s": None, "ratio": s / seconds["save"]}
+        for name, s in seconds.items()
+        if name in ("pause", "delay")
     ]
+    return [*rows, *waits]
 
 
-def _stepped_engine(config: PretrainSettings) -> DeepSpeedEngine:
-    """An engine that has made one update, so that Adam has its moments."""
-    model = build_for_training(config, None)
-    engine = start_engine(model, config, batch_arithmetic(config, 1))
-    size = model.shape.image_size
-    images_BCHW = torch.randn(1, 3, size, size, device=engine.device)
-    engine.backward(engine(images_BCHW, torch.rand(1, model.shape.num_patches, device=engine.device)).loss)
-    engine.step()
-    return engine
+class _Rounds:
+    """An engine that has made one update, so that Adam has its moments, and the seconds of what was done to it."""
 
+    def __init__(self, config: PretrainSettings, runtime: Runtime, scratch: Path) -> None:
+        self._config, self._runtime, self._scratch = config, runtime, scratch
+        model = build_for_training(config, None)
+        self.engine = start_engine(model, config, batch_arithmetic(config, 1))
+        size, device = model.shape.image_size, self.engine.device
+        self._inputs = (
+            torch.randn(1, 3, size, size, device=device),
+            torch.rand(1, model.shape.num_patches, device=device),
+        )
+        self._to_update()
+        self.engine.step()
+        self._block = os.urandom(_BLOCK)
+        self._seconds: dict[str, list[float]] = {}
+        self.size = 0
 
-def _rounds(
-    saver: Saver, scratch: Path, repeats: int, load: Callable[[Checkpoint], None]
-) -> tuple[dict[str, float], int]:
-    """Median seconds of each part, taken in turn after a round that warms up, and the bytes of a checkpoint."""
-    seconds: dict[str, list[float]] = {}
-    block, raw, size = os.urandom(_BLOCK), scratch / "raw", 0
-
-    def timed(name: str, run: Callable[..., object], *given: object) -> None:
-        began = time.perf_counter()
-        run(*given)
-        seconds.setdefault(name, []).append(time.perf_counter() - began)
-
-    for step in range(1, repeats + 2):
-        began = time.perf_counter()
-        timed("pause", saver.start, {"step": step, "skipped": 0, "routing": None})
-        saver.finish()
-        seconds.setdefault("save", []).append(time.perf_counter() - began)
-        checkpoint = Checkpoint.open(step_folder(scratch / "run", step))
-        size = sum(record["bytes"] for record in checkpoint.manifest["files"].values())
-        timed("raw write", _write, raw, block, size)
-        timed("raw read", _read, raw)
-        timed("load", load, checkpoint)
+    def round(self, saver: Saver, step: int) -> None:
+        """A whole save, a load, a raw write and read, and a training step without and with a save on its way."""
+        self._timed("save", lambda: self._save(saver, step))
+        checkpoint, raw = Checkpoint.open(step_folder(self._config.run.out, step)), self._scratch / "raw"
+        self.size = sum(record["bytes"] for record in checkpoint.manifest["files"].values())
+        self._timed("raw write", lambda: _write(raw, self._block, self.size))
+        self._timed("raw read", lambda: _read(raw))
+        self._timed("load", lambda: load_checkpoint(self.engine, checkpoint, self._runtime))
         raw.unlink()
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}, size
+        self._timed("alone", self._to_update)
+        self.engine.step()
+        self._timed("start", lambda: saver.start(_manifest(step + 1)))
+        self._timed("beside", self._to_update)
+        self._timed("settle", saver.settle)
+        self.engine.step()
+        saver.finish()
+
+    def medians(self) -> dict[str, float]:
+        """Of each part over the rounds but the first, and of the pause and the delay in each."""
+        times = {name: np.array(found[1:]) for name, found in self._seconds.items()}
+        times["pause"] = times["start"] + times["settle"]
+        times["delay"] = times["pause"] + times["beside"] - times["alone"]
+        return {name: float(np.median(found)) for name, found in times.items()}
+
+    def _save(self, saver: Saver, step: int) -> None:
+        saver.start(_manifest(step))
+        saver.finish()
+
+    def _to_update(self) -> None:
+        self.engine.backward(self.engine(*self._inputs).loss)
+
+    def _timed(self, name: str, run: Callable[[], object]) -> None:
+        began = time.perf_counter()
+        run()
+        self._seconds.setdefault(name, []).append(time.perf_counter() - began)
+
+
+def _manifest(step: int) -> dict[str, Any]:
+    return {"step": step, "skipped": 0, "routing": None}
 
 
 def _write(path: Path, block: bytes, size: int) -> None:

@@ -39,43 +39,51 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
+Files = dict[str, dict[str, Tensor]]  # tensors by file and name
+
+
 class HostBuffers:
     """Memory on the host that is kept from one checkpoint to the next: fresh pages would cost more than the copy."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # beside that of training
 
-    def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """The buffer of that name with a tensor's content; from a GPU only after `settle`."""
+    def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The files with copies of their tensors, one after the other, made when the device has come to `ready`."""
+        for file, tensors in files.items():
+            with torch.cuda.stream(self._stream):  # without a stream this does nothing
+                if ready is not None:
+                    ready.wait()
+                copied = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+            if self._stream is not None:
+                self._stream.synchronize()
+            yield file, copied
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._kept:
             self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return self._kept[name].copy_(tensor, non_blocking=True)
 
-    def settle(self) -> None:
-        """Wait until all copies have arrived."""
-        if any(buffer.is_pinned() for buffer in self._kept.values()):
-            torch.cuda.synchronize()
 
+def snapshot(engine: DeepSpeedEngine, runtime: Runtime) -> Files:
+    """The weights and Adam moments that this process is to write, by file; every process must call it.
 
-def snapshot(engine: DeepSpeedEngine, runtime: Runtime, buffers: HostBuffers) -> dict[str, dict[str, Tensor]]:
-    """Copies of the weights and Adam moments that this process is to write, by file; every process must call it.
-
-    The files are dealt to the processes that hold their content: those of shared parameters in turn to all, those of
-    an expert in turn to its replicas.
+    They are the run's own where it holds all of them: the next update changes them. The files are dealt to the
+    processes that hold their content: those of shared parameters in turn to all, those of an expert in turn to its
+    replicas.
     """
     _link_moments(engine)
     mine = _files_to_write(engine.module, runtime)
-    files: dict[str, dict[str, Tensor]] = {}
+    files: Files = {}
     for name, parameter in global_parameters(engine.module):
         weight, moment = f"{WEIGHTS}/{file_of(name)}", f"{OPTIMIZER}/{file_of(name)}"
         if weight in mine:  # fp32 already: precision bf16 is autocast
-            files.setdefault(weight, {})[name] = buffers.copy(name, parameter.detach())
+            files.setdefault(weight, {})[name] = parameter.detach()
         for kind in MOMENTS:
             whole = _whole_moment(parameter, kind)  # a collective: also where it is not written
             if moment in mine:
-                key = f"{name}.{kind}"
-                files.setdefault(moment, {})[key] = buffers.copy(key, whole)
-    buffers.settle()
+                files.setdefault(moment, {})[f"{name}.{kind}"] = whole
     return files
 
 

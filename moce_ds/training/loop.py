@@ -5,7 +5,7 @@ Axes: G images of a micro-batch over all processes, B those of this one.
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,20 @@ from moce_ds.training.skipping import SkippedSteps
 _DEAL_EVERY = 32  # steps after which images are dealt to ranks by a new route table
 
 
-def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
-    """Run, or resume, pre-training until its last step or until asked to stop; returns the steps taken in all.
+class Progress(NamedTuple):
+    """Steps taken in all, and steps of the whole run."""
+
+    taken: int
+    steps: int
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.taken == self.steps
+
+
+def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
+    """Run, or resume, pre-training until its last step or until asked to stop.
 
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
@@ -54,14 +66,14 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> int:
     done = int(runtime.max([float(max(steps_of(config.run.out), default=0))])[0])
     if done >= schedule.steps and not faults_of(config.run.out, done, runtime):
         runtime.say(f"{config.run.out} is complete: {done} steps.")
-        return done
+        return Progress(done, schedule.steps)
     session = open_session(config, runtime, shards, batches, schedule, data)
     runtime.say(
         f"{schedule.steps} steps of {batches.global_batch} images = {runtime.world_size} processes x "
         f"{batches.accumulation} parts x {batches.micro}; peak learning rate {schedule.peak_lr:.2e} "
         f"= {config.optim.base_lr:.1e} x {batches.global_batch} / 256"
     )
-    return _train(session)
+    return Progress(_train(session), schedule.steps)
 
 
 def _train(session: Session) -> int:
@@ -77,7 +89,7 @@ def _train(session: Session) -> int:
         while step < schedule.steps:
             runtime.at(f"step {step + 1}")
             set_lr(engine, schedule.lr(step))
-            totals, waited = _step(session, stream, step)
+            totals, waited = _step(session, stream, saver, step)
             flags = [len(loader.replaced), stop.wanted, runtime.is_main and session.attempt.superseded, saver.written]
             *totals, replaced, asked, over, written = runtime.sum([*totals, *map(float, flags)])
             step += 1
@@ -117,7 +129,7 @@ def _teller(session: Session) -> Teller:
     )
 
 
-def _step(session: Session, stream: Iterator[Batch], step: int) -> tuple[list[float], float]:
+def _step(session: Session, stream: Iterator[Batch], saver: Saver, step: int) -> tuple[list[float], float]:
     """One optimizer step. Returns this process's part of the totals (loss, reconstruction, two gate losses, share of
     rows that moved; they add up to means over processes), and the seconds waited for data."""
     engine, runtime, accumulation = session.engine, session.runtime, session.batches.accumulation
@@ -141,6 +153,7 @@ def _step(session: Session, stream: Iterator[Batch], step: int) -> tuple[list[fl
         inputs: list[Any] = [batch.images_BCHW, noise_BN.to(runtime.device, non_blocking=True)]
         loss, parts = _loss(engine(*inputs, *([routing] if routing else [])), session, step)
         engine.backward(loss)
+        saver.settle()
         engine.step()
         terms.append(torch.stack(parts))
     totals = torch.stack(terms).double().sum(dim=0).tolist()  # the step's one wait for the device, at its end

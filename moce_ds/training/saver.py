@@ -1,34 +1,41 @@
 """Writing checkpoints while training goes on.
 
-A save has three parts. `start` copies what this process is to write to buffers on the host: the only part that training
-waits for. A thread then writes the copies into a draft. When all processes have written theirs, which they learn from
-a number that rides on the loss reduction, `finish` gives the draft its name.
+A save has three parts. `start` gathers what this process is to write. A thread copies it to buffers on the host, beside
+the next step's forward and backward pass: only the update must wait for that (`settle`). Other threads write the copies
+into a draft. When all processes have written theirs, which they learn from a number that rides on the loss reduction,
+`finish` gives the draft its name.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any
 
+import torch
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 
 from moce_ds.checkpoint_files import prune, publish, step_folder, write_files
 from moce_ds.errors import MoceError
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
-from moce_ds.training.checkpoint import HostBuffers, snapshot
+from moce_ds.training.checkpoint import Files, HostBuffers, snapshot
 from moce_ds.training.settings import RunSettings
 
 
 class Saver:
-    """Writes the checkpoints of one attempt; `start` and `finish` are collectives."""
+    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `settle` is none."""
 
     def __init__(self, engine: DeepSpeedEngine, run: RunSettings, attempt: Attempt, runtime: Runtime) -> None:
         self._engine, self._run, self._attempt, self._runtime = engine, run, attempt, runtime
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copied = Event()
+        self._copied.set()
         self._writing: Future[dict[str, Any]] | None = None
         self._manifest: dict[str, Any] = {}
 
@@ -59,10 +66,17 @@ class Saver:
             if self._runtime.is_main:
                 with self._attempt.writing(manifest["step"]):
                     draft.mkdir()
-        files = snapshot(self._engine, self._runtime, self._buffers)
-        self._writing = self._thread.submit(write_files, draft, files)
+        files = snapshot(self._engine, self._runtime)
+        ready = torch.cuda.current_stream().record_event() if self._runtime.device.type == "cuda" else None
+        self._copied.clear()
+        self._writing = self._thread.submit(write_files, draft, self._copies(files, ready))
+        self._writing.add_done_callback(lambda _: self._copied.set())  # also when copying has failed
         if not self._run.async_checkpoint:
             self.finish()
+
+    def settle(self) -> None:
+        """Wait until what is being saved has been copied; only then may an update change it."""
+        self._copied.wait()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is on its way, if any, and give it its name.
@@ -87,6 +101,10 @@ class Saver:
             if self._runtime.is_main:
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             raise
+
+    def _copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from self._buffers.copies(files, ready)
+        self._copied.set()
 
     def _publish(self, draft: Path, files: dict[str, Any]) -> None:
         out, step = self._run.out, self._manifest["step"]

@@ -86,7 +86,7 @@ def run_job(job: Job, runtime: Runtime) -> Told:
     fault = faulty(job.not_finite) if job.not_finite else nullcontext()
     with redirect_stderr(io.StringIO()) as text, interrupted(config.run.out, acts, job.act), fault:
         try:
-            return Told(pretrain(config, runtime), text.getvalue())
+            return Told(pretrain(config, runtime).taken, text.getvalue())
         except MoceError as error:
             return Told(-1, text.getvalue(), f"{type(error).__name__}: {error}")
 

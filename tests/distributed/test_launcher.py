@@ -15,6 +15,7 @@ from launchers.local import main as launch
 from moce_ds.checkpoint_files import find, steps_of
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.errors import STOPPED
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
 
@@ -26,7 +27,7 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
         wait_for_step(run, 2)
         launcher.send_signal(signal.SIGINT)
         output, _ = launcher.communicate(timeout=SECONDS)
-    assert launcher.returncode == 0, output
+    assert launcher.returncode == STOPPED, output
     (stopped,) = steps_of(run)
     assert 2 <= stopped < STEPS
     assert output.count(f"Stopped after step {stopped} as asked") == 1

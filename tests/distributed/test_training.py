@@ -161,7 +161,7 @@ def test_deepspeed_is_told_what_was_set(tmp_path: Path) -> None:
 def test_a_complete_run_says_so(runs: Path, two: object, data: TinyData, capsys: pytest.CaptureFixture[str]) -> None:
     before = (runs / "two-mae" / "metrics.jsonl").read_bytes()
     config = read_settings(PretrainSettings, tiny_settings(data.shards, runs / "two-mae"))
-    assert pretrain(config, ALONE) == STEPS
+    assert pretrain(config, ALONE) == (STEPS, STEPS)
     assert f"is complete: {STEPS} steps." in capsys.readouterr().err
     assert (runs / "two-mae" / "metrics.jsonl").read_bytes() == before
 

@@ -39,7 +39,7 @@ def write_draft(run: Path, step: int) -> tuple[Path, dict[str, Any]]:
     draft = run / "attempts" / f"{os.getpid()}-{step}"
     draft.mkdir(parents=True)
     moments = {f"{name}.exp_avg": weight for name, weight in weights_of(step).items()}
-    files = write_files(draft, grouped(WEIGHTS, weights_of(step)) | grouped(OPTIMIZER, moments))
+    files = write_files(draft, (grouped(WEIGHTS, weights_of(step)) | grouped(OPTIMIZER, moments)).items())
     return draft, {"step": step, "files": files}
 
 

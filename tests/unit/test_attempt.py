@@ -162,7 +162,7 @@ def saver_with_draft(run: Path, step: int) -> tuple[Saver, Attempt, dict]:
     saver = Saver(None, RunSettings(out=run, keep_checkpoints=1), attempt, ALONE)
     saver._manifest = {"step": step, "routing": {"expert_ML": [[0]]}}
     attempt.draft(step).mkdir()
-    return saver, attempt, write_files(attempt.draft(step), grouped(WEIGHTS, WEIGHT))
+    return saver, attempt, write_files(attempt.draft(step), grouped(WEIGHTS, WEIGHT).items())
 
 
 def test_the_owner_publishes(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_only_the_files_of_the_wanted_parameters_are_read(tmp_path: Path) -> Non
 def test_a_draft_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     final, draft = step_folder(tmp_path, 5), tmp_path / "draft"
     draft.mkdir()
-    files = write_files(draft, grouped(WEIGHTS, weights()))
+    files = write_files(draft, grouped(WEIGHTS, weights()).items())
     with pytest.raises(ArtefactError, match=f"{tmp_path} holds no checkpoint: expected a run folder"):
         find(tmp_path)
     publish(draft, final, {"step": 5, "files": files})
@@ -111,7 +111,7 @@ def test_a_draft_that_has_gone_is_an_error_that_leaves_the_checkpoint_of_the_sam
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("a file where a folder must be")
     with pytest.raises(ArtefactError, match=rf"{tmp_path}/weights/[a-z0-9-]+.safetensors cannot be written"):
-        write_files(tmp_path, grouped(WEIGHTS, weights()))
+        write_files(tmp_path, grouped(WEIGHTS, weights()).items())
 
 
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""A save copies what it writes beside training: an update waits for the copy, and the file holds what was before it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+import torch
+from torch import Tensor
+
+from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, step_folder
+from moce_ds.runtime import Runtime
+from moce_ds.training import saver as saving
+from moce_ds.training.attempt import Attempt
+from moce_ds.training.checkpoint import Files, HostBuffers
+from moce_ds.training.saver import Saver
+from moce_ds.training.settings import RunSettings
+
+ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+FILE = f"{WEIGHTS}/shared.safetensors"
+
+
+class Held(HostBuffers):
+    """Buffers that copy once they are let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = Event()
+
+    def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        self.let.wait()
+        yield from super().copies(files, ready)
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.ones(4)
+
+
+@pytest.fixture
+def saver(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Saver]:
+    """A saver of one weight, in the place of an engine's."""
+    monkeypatch.setattr(saving, "snapshot", lambda engine, runtime: {FILE: {"cls_token": weight}})
+    monkeypatch.setattr(saving, "HostBuffers", Held)
+    with Saver(None, RunSettings(out=tmp_path / "run"), Attempt.claim(tmp_path / "run", ALONE), ALONE) as opened:
+        yield opened
+
+
+def test_an_update_waits_for_the_copy(saver: Saver, weight: Tensor, tmp_path: Path) -> None:
+    saver.start({"step": 1, "skipped": 0, "routing": None})
+    update = Thread(target=lambda: (saver.settle(), weight.zero_()))
+    update.start()
+    update.join(timeout=0.2)
+    assert update.is_alive() and weight.sum() == 4, "the update did not wait"
+    saver._buffers.let.set()
+    update.join()
+    saver.finish()
+    saved = Checkpoint.open(step_folder(tmp_path / "run", 1)).load(WEIGHTS, ["cls_token"])["cls_token"]
+    assert torch.equal(saved, torch.ones(4)) and torch.equal(weight, torch.zeros(4))
+    saver.settle()  # with nothing on its way there is nothing to wait for
+
+
+def test_a_copy_that_fails_holds_nobody_up(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> Tensor:
+        raise MemoryError("no memory for a copy")
+
+    monkeypatch.setattr(HostBuffers, "_copy", fail)
+    saver._buffers.let.set()
+    saver.start({"step": 1, "skipped": 0, "routing": None})
+    saver.settle()
+    with pytest.raises(MemoryError, match="no memory"):
+        saver.finish()
