@@ -27,7 +27,8 @@ from tiny_run import TinyData, final_state, losses, tiny_settings, write_data
 from moce_ds.checkpoint_files import find, step_folder, steps_of
 
 PROCESSES, BATCH, IMAGES = 2, 16, 90
-STEPS_PER_KILL = 5  # a life takes at most so many, so that the run lasts until the kills are used up
+STEPS_PER_KILL = 5  # a start is let go on for so many steps at most
+LASTING = STEPS_PER_KILL + 2  # steps of the whole run for each kill: it must not end before the kills are used up
 TIMEOUT = 5  # run.peer_timeout, seconds
 PATIENCE = 180.0
 START = 8.0  # seconds of a start in which a kill may fall
@@ -200,7 +201,7 @@ class Soak:
 
 def settings(data: TinyData, run: Path, kills: int) -> list[str]:
     """The words of a run that is long enough."""
-    steps = STEPS_PER_KILL * kills + 20
+    steps = LASTING * kills + 20
     few = ["run.checkpoint_every=2", "run.keep_checkpoints=3", f"run.peer_timeout={TIMEOUT}"]
     epochs = f"optim.epochs={steps * BATCH / IMAGES}"
     return tiny_settings(data.shards, run, epochs, "experts.ep_size=2", *few, clusters=data.clusters)
