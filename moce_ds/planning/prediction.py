@@ -90,7 +90,7 @@ def predict(
     sent = work.exchange(config, machines, moved)
     gradients, weights = (_seconds(part, device, device.reduce_share) for part in work.reduction(config, machines))
     bandwidth = device.bandwidth * device.bandwidth_share
-    flops = work.image_flops(config).step(config.engine.checkpoint_activations) * batches.global_batch / world
+    flops = work.image_flops(config).step * batches.global_batch / world
     compute = flops / device.flops(config.engine.precision)
     compute += batches.accumulation * _SPARE * count.spare / bandwidth
     hidden = min(device.overlap * sum(gradients), _BACKWARD * compute)

@@ -90,29 +90,37 @@ def block_flops(tokens: int, width: int, mlp_ratio: float, mlps: int = 1) -> int
 
 @dataclass(frozen=True)
 class Flops:
-    """Forward FLOPs of one image: the embedding of all its patches, the encoder's blocks, the decoder."""
+    """FLOPs of one image: forward through the embedding of all its patches, the encoder's blocks, and the decoder; and
+    what `checkpoint_activations` computes again."""
 
     patches: int
     encoder: int
     decoder: int
+    again: int
 
-    def step(self, checkpoint_activations: bool) -> int:
-        """Forward and backward. A backward pass costs two forward ones, the embedding's one (images need no gradient);
-        the encoder is computed once more with `checkpoint_activations`."""
-        again = self.encoder if checkpoint_activations else 0
-        return 2 * self.patches + 3 * (self.encoder + self.decoder) + again
+    @property
+    def step(self) -> int:
+        """Forward and backward. Backward costs twice as much, for the embedding as much: images need no gradient."""
+        return 2 * self.patches + 3 * (self.encoder + self.decoder) + self.again
 
 
 def image_flops(config: PretrainSettings) -> Flops:
-    """Count the products of one image's forward pass."""
+    """Count the products of one image."""
     shape, decoder, T = config.vit_shape, config.model.decoder, visible_tokens(config)
     N, D, P = shape.num_patches, shape.width, 3 * shape.patch_size**2
     with_experts = _expert_layers(config)
     plain = (shape.depth - with_experts) * block_flops(T, D, shape.mlp_ratio)
     expert = with_experts * block_flops(T, D, shape.mlp_ratio, _mlps(config))
+    # PyTorch stops as soon as all is there that the backward pass needs; the last product's result is not.
+    spared = (shape.depth - with_experts) * 2 * T * D * int(D * shape.mlp_ratio)
     blocks = decoder.depth * block_flops(N + 1, decoder.width, _DECODER_RATIO)
     around = 2 * T * D * decoder.width + 2 * (N + 1) * decoder.width * P
-    return Flops(patches=2 * N * D * P, encoder=plain + expert, decoder=blocks + around)
+    return Flops(
+        patches=2 * N * D * P,
+        encoder=plain + expert,
+        decoder=blocks + around,
+        again=plain - spared + expert if config.engine.checkpoint_activations else 0,
+    )
 
 
 def _expert_layers(config: PretrainSettings) -> int:
