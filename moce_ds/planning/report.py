@@ -58,8 +58,12 @@ def assumptions(config: PretrainSettings, device: Device, moved: float | None) -
         f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",
     ]
     if config.model.arch == "moce" and config.experts.ep_size > 1:
-        share = "1 - 1/ep_size of the images move, as without locality" if moved is None else f"{moved:.1%} move"
-        lines.append(f"Images to experts: {share} (--moved SHARE, from `moved` in a run's metrics.jsonl).")
+        if moved is None:
+            lines.append(
+                "All images move that would without locality (--moved SHARE: what a run's metrics.jsonl says)."
+            )
+        else:
+            lines.append(f"{moved:.1%} of the images move.")
     return "\n".join(lines)
 
 

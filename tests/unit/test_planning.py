@@ -95,7 +95,8 @@ def test_activations_are_about_what_autograd_keeps(tiny_config: Make, words: tup
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, torch.nn.Parameter) and not tensor.is_leaf:
+        origin = tensor if tensor._base is None else tensor._base  # weights are kept transposed
+        if not isinstance(origin, torch.nn.Parameter):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
