@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moce_ds import __version__
 from moce_ds import config as configuration
-from moce_ds.bench.verbs import bench
+from moce_ds.bench.verbs import Numbers, bench
 from moce_ds.errors import STOPPED, ConfigError, MoceError
 
 PATH = click.Path(path_type=Path)
@@ -64,6 +64,8 @@ def moce() -> None:
       features  its features of every image     knn       accuracy without training
       cluster   features -> clusters            probe     accuracy of a linear classifier
       pretrain  the experts (arch=moce)         report    one HTML page of a run
+
+    Before a long run, `plan` says what it would take on other machines.
     """
 
 
@@ -101,7 +103,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
 
     config = read_settings(PretrainSettings, words)
     if dry_run:
-        from moce_ds.training.dry_run import plan_table
+        from moce_ds.planning.dry_run import plan_table
 
         _print(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
         click.echo(configuration.to_yaml(config))
@@ -113,6 +115,62 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         progress = run(config, runtime)
     if not progress.complete:
         sys.exit(STOPPED)
+
+
+@moce.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
+@words(required=True)
+@click.option("--nodes", type=Numbers(), default="1", show_default=True, help="Nodes; several to compare: 1,2,4.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1), help="GPUs (processes) of a node.")
+@click.option("--device", default="h100", show_default=True, help="h100, h200, a100, this, or a YAML file.")
+@click.option("--assume", multiple=True, metavar="KEY=VALUE", help="Replace something assumed of the device.")
+@click.option("--images", type=click.IntRange(1), help="Images of the shard set, if it is not there yet.")
+@click.option("--moved", type=click.FloatRange(0, 1), help="Share of the images that leave their rank.")
+@click.option("--measure", is_flag=True, help="With --device this: take some steps, and print the error.")
+@click.option("--json", "json_file", type=PATH, help="Write predictions and assumptions to this file.")
+def plan(
+    words: Sequence[str],
+    nodes: list[int],
+    gpus: int,
+    device: str,
+    assume: Sequence[str],
+    images: int | None,
+    moved: float | None,
+    measure: bool,
+    json_file: Path | None,
+) -> None:
+    """Predict a run on machines that are not at hand: time of a step and its parts, memory, days, GPU-hours.
+
+    Say `--nodes 1,2,4` to compare. With --device this, blocks, memory and links of this machine are timed for a moment
+    and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
+    it, its assumptions and errors are in docs/planning.md.
+    """
+    from moce_ds.files import write_json
+    from moce_ds.planning import report
+    from moce_ds.planning.devices import THIS, assuming, find_device
+    from moce_ds.planning.prediction import predict, steps_of_run
+    from moce_ds.planning.work import Machines
+    from moce_ds.training.settings import PretrainSettings
+
+    config = read_settings(PretrainSettings, words)
+    steps, measured = steps_of_run(config, images), None
+    if device == THIS:
+        from moce_ds.bench.calibration import calibrate
+
+        calibration = calibrate(config, nodes, gpus, measure)
+        assumed, measured = assuming(calibration.device, assume), calibration.step
+    elif measure:
+        raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
+    else:
+        assumed = find_device(device, assume)
+    predictions = [predict(config, Machines(count, gpus), assumed, steps, moved) for count in nodes]
+    _print(report.prediction_table(config, device, assumed, predictions))
+    click.echo(report.assumptions(config, assumed, moved))
+    for warning in report.advice(config, assumed, predictions):
+        click.echo(warning)
+    if measured is not None:
+        _print(report.error_table(predictions[0], measured))
+    if json_file is not None:
+        write_json(json_file, report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")

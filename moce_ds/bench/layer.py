@@ -4,9 +4,7 @@ One process measures the replicated layer and the stock ones; two processes meas
 to the dense MLP timed in the same run, in turn with the others.
 """
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,14 @@ import deepspeed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch.distributed import TCPStore
-from torch.multiprocessing import spawn
 from torch.profiler import ProfilerActivity, profile
 
 from moce_ds.bench import cases
 from moce_ds.bench.cases import Case, Problem
-from moce_ds.bench.timing import interleaved, keep_freed_memory
+from moce_ds.bench.processes import in_processes
+from moce_ds.bench.timing import interleaved
 from moce_ds.compat import quiet_deepspeed
-from moce_ds.runtime import Runtime, started
+from moce_ds.runtime import Runtime
 
 Row = dict[str, Any]
 
@@ -51,37 +48,19 @@ def measure(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, processes: int
 ) -> list[Row]:
     """All rows: one process's cases, then those of `processes` processes with `ep_size` = `processes`."""
-    with tempfile.TemporaryDirectory(prefix="moce-bench-") as scratch:
-        rows: list[Row] = []
-        for count in sorted({1, processes}):
-            file = Path(scratch) / f"rows-{count}.json"
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            spawn(_measure, (count, store.port, batches, experts, widths, repeats, str(file)), nprocs=count)
-            rows += json.loads(file.read_text())
-    return rows
+    return [
+        row
+        for count in sorted({1, processes})
+        for row in in_processes(_measure, count, batches, experts, widths, repeats)
+    ]
 
 
 def _measure(
-    rank: int,
-    count: int,
-    port: int,
-    batches: Sequence[int],
-    experts: Sequence[int],
-    widths: Sequence[int],
-    repeats: int,
-    file: str,
-) -> None:
-    """One of `count` processes; the first writes the rows."""
-    keep_freed_memory()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, runtime: Runtime
+) -> list[Row]:
     # The profiler tells of its starts and stops otherwise.
     os.environ["KINETO_LOG_LEVEL"] = "99"
-    with started() as runtime:
-        rows = list(bench_layer(batches, experts, widths, repeats, runtime))
-        if runtime.is_main:
-            Path(file).write_text(json.dumps(rows))
+    return list(bench_layer(batches, experts, widths, repeats, runtime))
 
 
 def sizes(batches: Sequence[int], experts: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -15,16 +15,16 @@ from moce_ds.errors import ConfigError
 PATH = click.Path(path_type=Path)
 
 
-class _Numbers(click.ParamType):
-    """Numbers with commas: 64,128,256."""
+class Numbers(click.ParamType):
+    """Positive numbers with commas: 64,128,256."""
 
     name = "N,N,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        try:
-            return value if isinstance(value, list) else [int(part) for part in str(value).split(",")]
-        except ValueError:
-            self.fail(f"{value!r}: expected numbers with commas between them, such as 64,128.", param, ctx)
+        parts = [str(part) for part in value] if isinstance(value, list) else str(value).split(",")
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r}: expected positive numbers with commas between them, such as 64,128.", param, ctx)
+        return [int(part) for part in parts]
 
 
 def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,9 +41,9 @@ def bench() -> None:
 
 
 @bench.command("layer")
-@click.option("--batch", type=_Numbers(), default="128", show_default=True, help="Images of a process, B.")
-@click.option("--experts", type=_Numbers(), default="8", show_default=True, help="Experts a layer, E.")
-@click.option("--width", type=_Numbers(), default="384", show_default=True, help="Width, D.")
+@click.option("--batch", type=Numbers(), default="128", show_default=True, help="Images of a process, B.")
+@click.option("--experts", type=Numbers(), default="8", show_default=True, help="Experts a layer, E.")
+@click.option("--width", type=Numbers(), default="384", show_default=True, help="Width, D.")
 @click.option("--processes", default=2, show_default=True, help="For expert parallelism; 1: only one process's cases.")
 @click.option("--plot", type=PATH, help="Write bars of the ratios to this PNG.")
 @_repeats(9)

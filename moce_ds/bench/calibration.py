@@ -1,0 +1,224 @@
+"""`moce plan --device this`: this machine as a device of a plan, and the step that was planned, measured.
+
+The device is made of the speed of single blocks, a copy of memory, and collectives. The step is measured apart and
+goes into nothing.
+
+Axes: B images of a micro-batch of a process, T tokens, D width, M clusters, W processes.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moce_ds import config as configuration
+from moce_ds.bench.processes import in_processes
+from moce_ds.bench.timing import interleaved
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.errors import ConfigError
+from moce_ds.models.mae import make_block
+from moce_ds.models.moce import Moce
+from moce_ds.moe.placement import in_order
+from moce_ds.planning import work
+from moce_ds.planning.devices import Device
+from moce_ds.planning.work import Machines
+from moce_ds.runtime import Runtime
+from moce_ds.training.engine import set_lr, start_engine
+from moce_ds.training.router import Router
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.setup import ClusteredData, build_for_training, tune_execution
+
+_COPIED = 2**28  # bytes; more than caches hold
+_LARGEST = 2**26  # bytes of a measured collective at most
+_CLUSTERS, _IMAGES = 64, 4096
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """This machine as a device, and the median seconds of a step where that was measured."""
+
+    device: Device
+    step: float | None
+
+
+def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure: bool) -> Calibration:
+    """Calibrate a device for the shapes of `config`; with `measure` train for some steps on random images too.
+
+    Raises:
+        ConfigError: this machine has not so many nodes or GPUs, or the settings do not fit so many processes.
+    """
+    if list(nodes) != [1]:
+        raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: give --nodes 1.")
+    if torch.cuda.is_available() and gpus > torch.cuda.device_count():
+        raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
+    batch_arithmetic(config, gpus)
+    work.exchange(config, Machines(1, gpus), None)  # refuses what has no plan, before processes start
+    found = in_processes(_calibrate, gpus, config, measure)
+    return Calibration(configuration.from_tree(Device, found["device"], "calibration"), found["step"])
+
+
+def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
+    device = measured_device(config, runtime)
+    return {"device": configuration.to_tree(device), "step": step_seconds(config, runtime) if measure else None}
+
+
+def measured_device(config: PretrainSettings, runtime: Runtime) -> Device:
+    """Time blocks, memory and collectives in turn, all processes at once; the slowest process counts."""
+    micro = batch_arithmetic(config, runtime.world_size).micro
+    shape, decoder = config.vit_shape, config.model.decoder
+    T, N = work.visible_tokens(config), shape.num_patches
+    sizes = _collective_bytes(config, runtime.world_size)
+    cases = {
+        "encoder": _block_pass(
+            config, runtime, make_block(shape.width, shape.heads, shape.mlp_ratio), (micro, T, shape.width)
+        ),
+        "decoder": _block_pass(
+            config, runtime, make_block(decoder.width, decoder.heads, 4.0), (micro, N + 1, decoder.width)
+        ),
+        "copy": _copy(runtime),
+        "start": _all_reduce(4, runtime),
+        "reduce": _all_reduce(sizes[0], runtime),
+        "exchange": _all_to_all(sizes[1], runtime),
+    }
+    own = interleaved(cases, _ROUNDS, runtime.barrier)
+    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    flops = work.image_flops(config)
+    # An image's blocks at the speed that each kind was seen to run.
+    encoder = flops.encoder * seconds["encoder"] / work.block_flops(T, shape.width, shape.mlp_ratio)
+    decoding = flops.decoder * seconds["decoder"] / work.block_flops(N + 1, decoder.width, 4.0)
+    rate = 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
+    away = 1 - 1 / runtime.world_size
+
+    def link(sent: float, took: float) -> float:
+        return sent / max(took - seconds["start"], took / 2)
+
+    bandwidth = 2 * _COPIED / seconds["copy"]
+    reduces = link(2 * away * sizes[0], seconds["reduce"]) if away else bandwidth
+    exchanges = link(away * sizes[1], seconds["exchange"]) if away else bandwidth
+    inside = max(reduces, exchanges)
+    return Device(
+        bf16=rate,
+        fp32=rate,
+        compute_share=1.0,
+        memory=_memory(runtime),
+        bandwidth=bandwidth,
+        bandwidth_share=1.0,
+        inside=inside,
+        across=inside,
+        exchange_share=exchanges / inside,
+        reduce_share=reduces / inside,
+        inside_latency=seconds["start"],
+        across_latency=seconds["start"],
+    )
+
+
+def _collective_bytes(config: PretrainSettings, world_size: int) -> tuple[int, int]:
+    """Bytes of a reduction and of an exchange, about as the step has them, which all processes can share."""
+    each = 2 if config.engine.precision == "bf16" else 4
+    images = batch_arithmetic(config, world_size).micro * work.visible_tokens(config) * config.vit_shape.width
+    unit = 4 * world_size
+    reduced, exchanged = (
+        max(unit, min(numbers * each, _LARGEST) // unit * unit)
+        for numbers in (work.count_parameters(config).shared, images)
+    )
+    return reduced, exchanged
+
+
+def _block_pass(
+    config: PretrainSettings, runtime: Runtime, block: nn.Module, size_BTD: tuple[int, int, int]
+) -> Callable[[], None]:
+    block.to(runtime.device)
+    x_BTD = torch.randn(*size_BTD, device=runtime.device, requires_grad=True)
+    grad_BTD = torch.randn_like(x_BTD)
+
+    def run() -> None:
+        block.zero_grad(set_to_none=True)
+        x_BTD.grad = None
+        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            y_BTD = block(x_BTD)
+        y_BTD.backward(grad_BTD.to(y_BTD.dtype))
+
+    return run
+
+
+def _copy(runtime: Runtime) -> Callable[[], object]:
+    source, target = (torch.zeros(_COPIED // 4, device=runtime.device) for _ in range(2))
+    return lambda: target.copy_(source)
+
+
+def _all_reduce(size: int, runtime: Runtime) -> Callable[[], object]:
+    tensor = torch.zeros(size // 4, device=runtime.device)
+    return lambda: dist.all_reduce(tensor)
+
+
+def _all_to_all(size: int, runtime: Runtime) -> Callable[[], object]:
+    source, target = (torch.zeros(size // 4, device=runtime.device) for _ in range(2))
+    return lambda: dist.all_to_all_single(target, source)
+
+
+def _memory(runtime: Runtime) -> float:
+    if runtime.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(runtime.device).total_memory)
+    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / runtime.world_size)
+
+
+def step_seconds(config: PretrainSettings, runtime: Runtime) -> float:
+    """Median seconds of an optimizer step as training takes it, without loading, images being random and spread evenly
+    over clusters; of the slowest process."""
+    batches = batch_arithmetic(config, runtime.world_size)
+    data = _random_clusters(config) if config.model.arch == "moce" else None
+    model = build_for_training(config, data)
+    tune_execution(model, config, runtime.device)
+    engine = start_engine(model, config, batches)
+    set_lr(engine, 1e-4)
+    router = None
+    if data is not None:
+        assert isinstance(model, Moce)
+        slots = in_order(len(config.expert_layers), config.experts.num)
+        router = Router(model, data.ids_N, slots, config.experts, config.run.seed, runtime)
+    side, patches = config.vit_shape.image_size, config.vit_shape.num_patches
+    images_BCHW = torch.randn(batches.micro, 3, side, side, device=runtime.device)
+    noise_BN = torch.rand(batches.micro, patches, device=runtime.device)
+    ids_G = np.arange(batches.micro_global) % _IMAGES
+
+    def step() -> None:
+        table = router.prepare(0) if router else None
+        for _ in range(batches.accumulation):
+            if router and table:
+                output = engine(images_BCHW, noise_BN, router.route(table, ids_G))
+                loss = output.reconstruction.loss + config.experts.imbalance_weight * output.gate.imbalance
+            else:
+                loss = engine(images_BCHW, noise_BN).loss
+            engine.backward(loss)
+            engine.step()
+
+    return runtime.max(list(interleaved({"step": step}, _ROUNDS, runtime.barrier).values()))[0]
+
+
+def _random_clusters(config: PretrainSettings) -> ClusteredData:
+    """Clusters of equal size in random directions, and the cluster of each image."""
+    random, D = np.random.default_rng(0), config.vit_shape.width
+    embeddings_MD = random.standard_normal((_CLUSTERS, D)).astype(np.float32)
+    embeddings_MD /= np.linalg.norm(embeddings_MD, axis=1, keepdims=True)
+    nothing_M = np.zeros(_CLUSTERS, np.float32)
+    clusters = Clusters(
+        embeddings_MD=embeddings_MD,
+        duals_M=nothing_M,
+        mean_D=np.zeros(D, np.float32),
+        sizes_M=np.full(_CLUSTERS, _IMAGES // _CLUSTERS),
+        cosine_M=nothing_M,
+        eps=1.0,
+        method="kmeans",
+        shards_fingerprint="",
+        encoder_fingerprint="",
+        encoder_input={},
+        provenance={},
+    )
+    ids_N = random.permutation(np.arange(_IMAGES) % _CLUSTERS).astype(np.int32)
+    return ClusteredData(clusters, ids_N)

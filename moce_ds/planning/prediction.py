@@ -1,0 +1,134 @@
+"""How long a step and a run take on given machines: the model of docs/planning.md.
+
+Times are seconds, sizes bytes. Nothing is measured here and no process group is needed.
+"""
+
+from dataclasses import dataclass
+
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ConfigError
+from moce_ds.planning import work
+from moce_ds.planning.devices import Device
+from moce_ds.planning.work import Machines, Memory, Traffic
+from moce_ds.training.schedule import make_schedule
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+
+# Bytes read and written a parameter, fp32. Held: into DeepSpeed's buffer, divided there, and out of it. Owned: AdamW's
+# eight passes (80), the norm (4), gradients made one tensor (8), clipped (8), weights copied back (8).
+_HELD, _OWNED = 24, 108
+
+# The same for an expert beyond one a layer, a micro-batch: its weights read forward and backward, its gradient written.
+_SPARE = 12
+
+_BACKWARD = 2 / 3  # share of the compute that is backward
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A step on `machines`, in seconds, and the run that it is part of.
+
+    Attributes:
+        micro: images of a micro-batch of one process.
+        compute: products of the model, recomputation included.
+        exchange_inside, exchange_across: images on their way to experts and back.
+        reduction: gradients and weights on the wire, less what hides behind the backward pass.
+        optimizer: memory traffic of the optimizer's step.
+        steps: of the whole run.
+    """
+
+    machines: Machines
+    batch: int
+    micro: int
+    compute: float
+    exchange_inside: float
+    exchange_across: float
+    reduction: float
+    optimizer: float
+    memory: Memory
+    steps: int
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return self.compute + self.exchange_inside + self.exchange_across + self.reduction + self.optimizer
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second over all processes: what the loaders must deliver."""
+        return self.batch / self.step
+
+    @property
+    def efficiency(self) -> float:
+        """Speed over that of GPUs which only compute: the share of the step that is compute."""
+        return self.compute / self.step
+
+    @property
+    def days(self) -> float:
+        """Of the whole run."""
+        return self.step * self.steps / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the whole run, over all GPUs."""
+        return self.step * self.steps * self.machines.world_size / 3600
+
+
+def predict(
+    config: PretrainSettings, machines: Machines, device: Device, steps: int, moved: float | None = None
+) -> Prediction:
+    """Predict a step, loads being even over the experts.
+
+    Args:
+        moved: share of the rows that leave their rank (see `work.exchange`).
+
+    Raises:
+        ConfigError: the batch or the experts cannot be divided among so many processes, or the gate reads tokens.
+    """
+    world = machines.world_size
+    batches = batch_arithmetic(config, world)
+    count = work.count_parameters(config)
+    sent = work.exchange(config, machines, moved)
+    gradients, weights = (_seconds(part, device, device.reduce_share) for part in work.reduction(config, machines))
+    bandwidth = device.bandwidth * device.bandwidth_share
+    flops = work.image_flops(config).step * batches.global_batch / world
+    compute = flops / device.flops(config.engine.precision)
+    compute += batches.accumulation * _SPARE * count.spare / bandwidth
+    hidden = min(device.overlap * sum(gradients), _BACKWARD * compute)
+    inside, across = _seconds(sent, device, device.exchange_share)
+    return Prediction(
+        machines=machines,
+        batch=batches.global_batch,
+        micro=batches.micro,
+        compute=compute,
+        exchange_inside=inside,
+        exchange_across=across,
+        reduction=sum(gradients) + sum(weights) - hidden,
+        optimizer=(_HELD * count.held + _OWNED * work.owned_parameters(config, world)) / bandwidth,
+        memory=work.memory(config, world),
+        steps=steps,
+    )
+
+
+def _seconds(sent: Traffic, device: Device, share: float) -> tuple[float, float]:
+    """Seconds inside and across nodes, one after the other; the collectives start where they reach farthest."""
+    inside, across = sent.inside / (device.inside * share), sent.across / (device.across * share)
+    if sent.across:
+        return inside, across + sent.collectives * device.across_latency
+    return inside + sent.collectives * device.inside_latency, 0.0
+
+
+def steps_of_run(config: PretrainSettings, images: int | None) -> int:
+    """Steps of the whole run over `images`, by default those of its shard set.
+
+    Raises:
+        ConfigError: there is no shard set to count.
+        ArtefactError: it cannot be read.
+    """
+    if images is None:
+        if not (config.data.shards / "shards.json").exists():
+            raise ConfigError(
+                f"data.shards: {config.data.shards} is not there yet, so the number of images is not known: say it, "
+                "such as --images 1281167."
+            )
+        images = ShardSet.open(config.data.shards).count
+    return make_schedule(config, images).steps

@@ -1,0 +1,126 @@
+"""Predictions for people: the table, what it assumes, and what to change where memory does not suffice."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from moce_ds.config import to_tree
+from moce_ds.errors import ConfigError
+from moce_ds.planning import work
+from moce_ds.planning.devices import Device
+from moce_ds.planning.dry_run import gibibytes
+from moce_ds.planning.prediction import Prediction
+from moce_ds.training.settings import PretrainSettings
+
+_ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
+    ("GPUs", lambda p: str(p.machines.world_size)),
+    ("images a GPU at a time", lambda p: str(p.micro)),
+    ("compute", lambda p: _milliseconds(p.compute)),
+    ("exchange inside nodes", lambda p: _milliseconds(p.exchange_inside)),
+    ("exchange across nodes", lambda p: _milliseconds(p.exchange_across)),
+    ("reduction, not hidden", lambda p: _milliseconds(p.reduction)),
+    ("optimizer", lambda p: _milliseconds(p.optimizer)),
+    ("step", lambda p: _milliseconds(p.step)),
+    ("efficiency", lambda p: f"{p.efficiency:.0%}"),
+    ("images/s", lambda p: f"{p.images_per_second:,.0f}"),
+    ("memory a GPU", lambda p: gibibytes(p.memory.total)),
+    ("run, days", lambda p: _rounded(p.days)),
+    ("run, GPU-hours", lambda p: _rounded(p.gpu_hours)),
+)
+
+
+def prediction_table(config: PretrainSettings, name: str, device: Device, predictions: Sequence[Prediction]) -> Table:
+    """One column for each number of nodes, under 100 characters wide for up to six."""
+    table = Table(
+        title=f"{config.model.arch} on {name}: {predictions[0].steps} steps of {config.optim.batch_size} images",
+        title_justify="left",
+    )
+    table.add_column("nodes", style="bold")
+    for prediction in predictions:
+        table.add_column(str(prediction.machines.nodes), justify="right")
+    for row, text in _ROWS:
+        table.add_row(row, *(text(prediction) for prediction in predictions), end_section=row in ("optimizer", "step"))
+    fits = ["yes" if p.memory.total <= device.memory else "NO" for p in predictions]
+    table.add_row(f"fits in {gibibytes(device.memory)}", *fits)
+    return table
+
+
+def assumptions(config: PretrainSettings, device: Device, moved: float | None) -> str:
+    """What the predictions rest on, in a few lines."""
+    peak = device.bf16 if config.engine.precision == "bf16" else device.fp32
+    lines = [
+        f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {config.engine.precision}, "
+        f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.3g} GB/s of memory;",
+        f"links {device.inside / 1e9:.3g} GB/s inside and {device.across / 1e9:.3g} GB/s across nodes, exchanges at "
+        f"{device.exchange_share:.0%}, reductions at {device.reduce_share:.0%};",
+        f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",
+    ]
+    if config.model.arch == "moce" and config.experts.ep_size > 1:
+        if moved is None:
+            lines.append(
+                "All images move that would without locality (--moved SHARE: what a run's metrics.jsonl says)."
+            )
+        else:
+            lines.append(f"{moved:.1%} of the images move.")
+    return "\n".join(lines)
+
+
+def advice(config: PretrainSettings, device: Device, predictions: Sequence[Prediction]) -> Iterator[str]:
+    """For each number of nodes at which memory does not suffice, a line with changes and what they would need."""
+    for prediction in predictions:
+        world = prediction.machines.world_size
+        if prediction.memory.total <= device.memory:
+            continue
+        needs = {}
+        for change, changed in _savings(config):
+            try:
+                needs[change] = work.memory(changed, world).total
+            except ConfigError:  # this change does not divide among so many processes
+                continue
+        better = sorted((need, change) for change, need in needs.items() if need < prediction.memory.total)
+        tried = "; ".join(
+            f"{change}: {gibibytes(need)}{'' if need <= device.memory else ' (still too much)'}"
+            for need, change in better
+        )
+        yield (
+            f"WARNING: {prediction.machines.nodes} nodes: {gibibytes(prediction.memory.total)} do not fit in "
+            f"{gibibytes(device.memory)}. {tried or 'No setting alone helps: use more nodes or a smaller model'}."
+        )
+
+
+def _savings(config: PretrainSettings) -> Iterator[tuple[str, PretrainSettings]]:
+    """Single changes of settings that need less memory and give the same result."""
+    optim, engine, experts = config.optim, config.engine, config.experts
+    for factor in (2, 4, 8, 16):
+        more = dataclasses.replace(optim, accumulation=factor * optim.accumulation)
+        yield f"optim.accumulation={more.accumulation}", dataclasses.replace(config, optim=more)
+    changed_engine = dataclasses.replace(engine, checkpoint_activations=True)
+    yield "engine.checkpoint_activations=true", dataclasses.replace(config, engine=changed_engine)
+    yield "engine.zero_stage=2", dataclasses.replace(config, engine=dataclasses.replace(engine, zero_stage=2))
+    if config.model.arch == "moce" and experts.num > experts.ep_size:
+        spread = dataclasses.replace(experts, ep_size=experts.num)
+        yield f"experts.ep_size={spread.ep_size}", dataclasses.replace(config, experts=spread)
+
+
+def error_table(prediction: Prediction, measured: float) -> Table:
+    """The predicted step beside the measured one, `measured` in seconds, and the error in percent of the latter."""
+    table = Table("step predicted", "step measured", "error", title="Prediction and measurement", title_justify="left")
+    table.add_row(_milliseconds(prediction.step), _milliseconds(measured), f"{prediction.step / measured - 1:+.1%}")
+    return table
+
+
+def to_record(device: Device, predictions: Sequence[Prediction], measured: float | None) -> dict[str, Any]:
+    """All of it as plain data: seconds, bytes and the device's settings."""
+    derived = ("step", "images_per_second", "efficiency", "days", "gpu_hours")
+    rows = [dataclasses.asdict(p) | {key: getattr(p, key) for key in derived} for p in predictions]
+    return {"device": to_tree(device), "predictions": rows, "measured_step": measured}
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:,.2g}" if value < 10 else f"{value:,.0f}"

@@ -1,0 +1,253 @@
+"""What a step consists of, counted from the settings: parameters, FLOPs, bytes on the wire, bytes of memory.
+
+A FLOP is one multiplication or addition; only products of matrices count. Ranks are numbered node by node.
+
+Axes in formulas: N patches, T tokens, D width, H hidden width, P values of a patch, k experts an image is sent to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moce_ds.errors import ConfigError
+from moce_ds.models.mae import MaskedAutoencoder, make_mlp
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+
+_DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Nodes of `gpus` GPUs each, one process a GPU."""
+
+    nodes: int
+    gpus: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts; the gates' are left out (E times the width of an embedding, a layer).
+
+    Attributes:
+        active: passed by one image.
+        total: stored in a checkpoint.
+        shared, experts: held by one process, alike on all of them and of its own experts.
+        spare: of `experts`, those beyond one dense MLP a layer: read and written each time, whoever uses them.
+        encoder: of one dense encoder.
+    """
+
+    active: int
+    total: int
+    shared: int
+    experts: int
+    spare: int
+    encoder: int
+
+    @property
+    def held(self) -> int:
+        """Held by one process."""
+        return self.shared + self.experts
+
+
+def count_parameters(config: PretrainSettings) -> Parameters:
+    """Count without allocating."""
+    spec = config.model_spec
+    with torch.device("meta"):
+        model = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+        mlp = sum(p.numel() for p in make_mlp(spec.shape.width, spec.shape.mlp_ratio).parameters())
+    dense = sum(p.numel() for p in model.parameters())
+    encoder = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("decoder_", "mask_token")))
+    experts = spec.experts
+    if experts is None:
+        return Parameters(dense, dense, dense, 0, 0, encoder)
+    a_layer = len(experts.layers) * mlp
+    shared = dense if experts.shared else dense - a_layer
+    held = experts.num_experts // config.experts.ep_size * a_layer
+    return Parameters(
+        active=shared + experts.k * a_layer,
+        total=shared + experts.num_experts * a_layer,
+        shared=shared,
+        experts=held,
+        spare=held - a_layer,
+        encoder=encoder,
+    )
+
+
+def visible_tokens(config: PretrainSettings) -> int:
+    """Tokens of an image in the encoder: visible patches and cls."""
+    return int(config.vit_shape.num_patches * (1 - config.model.mask_ratio)) + 1
+
+
+def block_flops(tokens: int, width: int, mlp_ratio: float, mlps: int = 1) -> int:
+    """Forward pass of one block on one image: qkv and projection 8 T D^2, attention 4 T^2 D, each MLP 4 T D H."""
+    return 8 * tokens * width**2 + 4 * tokens**2 * width + mlps * 4 * tokens * width * int(width * mlp_ratio)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image: forward through the embedding of all its patches, the encoder's blocks, and the decoder; and
+    what `checkpoint_activations` computes again."""
+
+    patches: int
+    encoder: int
+    decoder: int
+    again: int
+
+    @property
+    def step(self) -> int:
+        """Forward and backward. Backward costs twice as much, for the embedding as much: images need no gradient."""
+        return 2 * self.patches + 3 * (self.encoder + self.decoder) + self.again
+
+
+def image_flops(config: PretrainSettings) -> Flops:
+    """Count the products of one image."""
+    shape, decoder, T = config.vit_shape, config.model.decoder, visible_tokens(config)
+    N, D, P = shape.num_patches, shape.width, 3 * shape.patch_size**2
+    with_experts = _expert_layers(config)
+    plain = (shape.depth - with_experts) * block_flops(T, D, shape.mlp_ratio)
+    expert = with_experts * block_flops(T, D, shape.mlp_ratio, _mlps(config))
+    # PyTorch stops as soon as all is there that the backward pass needs; the last product's result is not.
+    spared = (shape.depth - with_experts) * 2 * T * D * int(D * shape.mlp_ratio)
+    blocks = decoder.depth * block_flops(N + 1, decoder.width, _DECODER_RATIO)
+    around = 2 * T * D * decoder.width + 2 * (N + 1) * decoder.width * P
+    return Flops(
+        patches=2 * N * D * P,
+        encoder=plain + expert,
+        decoder=blocks + around,
+        again=plain - spared + expert if config.engine.checkpoint_activations else 0,
+    )
+
+
+def _expert_layers(config: PretrainSettings) -> int:
+    return len(config.expert_layers) if config.model.arch == "moce" else 0
+
+
+def _mlps(config: PretrainSettings) -> int:
+    """MLPs that an image passes in an expert layer."""
+    return config.experts.k + config.experts.shared_expert
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one process sends in one step: bytes inside its node and across nodes, in so many collectives."""
+
+    inside: float
+    across: float
+    collectives: int
+
+
+def exchange(config: PretrainSettings, machines: Machines, moved: float | None) -> Traffic:
+    """The exchange of images with their experts: there and back, forward and backward, in every expert layer.
+
+    Args:
+        moved: share of the rows that leave their rank, as a run logs it; None: 1 - 1/ep_size, as without locality.
+
+    Raises:
+        ConfigError: the gate reads tokens; what it sends depends on them.
+    """
+    own, T = config.experts, visible_tokens(config)
+    if config.model.arch == "moce" and own.gate == "token":
+        raise ConfigError("experts.gate: what gate=token pads and sends is not known beforehand; it has no plan.")
+    layers = _expert_layers(config)
+    if not layers or own.ep_size == 1:
+        return Traffic(0, 0, 0)
+    passes = 6 if config.engine.checkpoint_activations else 4  # an expert block computed again sends again
+    rows = own.k * config.optim.batch_size / machines.world_size
+    share = 1 - 1 / own.ep_size if moved is None else moved
+    image = T * config.vit_shape.width * _bytes_each(config)
+    sent = passes * layers * rows * share * image
+    away = _peers_across(machines, own.ep_size) / (own.ep_size - 1)
+    return Traffic(sent * (1 - away), sent * away, passes * layers * config.optim.accumulation)
+
+
+def _peers_across(machines: Machines, ep_size: int) -> int:
+    """Members of a rank's expert-parallel group on other nodes, for the rank that has most."""
+    groups = [range(first, first + ep_size) for first in range(0, machines.world_size, ep_size)]
+    return max(
+        sum(peer // machines.gpus != rank // machines.gpus for peer in group) for group in groups for rank in group
+    )
+
+
+def reduction(config: PretrainSettings, machines: Machines) -> tuple[Traffic, Traffic]:
+    """Reducing the gradients, and gathering the weights that each owner has updated (ZeRO).
+
+    Shared parameters go over all ranks, experts over the ranks that hold copies of them. A reduction over g ranks a
+    node and n nodes sends 2 (g - 1)/g of its bytes inside, and 2 (n - 1)/n of a g-th of them across; gathering half of
+    that. Under autocast the gradients of linear layers travel as bf16, the weights always as fp32.
+    """
+    count, own = count_parameters(config), config.experts
+    times = config.optim.accumulation if config.engine.zero_stage == 2 else 1  # ZeRO 2 keeps no whole gradients to add
+    ep_size = own.ep_size if count.experts else 1
+    copies_inside = max(1, machines.gpus // ep_size)
+    copies_across = machines.world_size / ep_size / copies_inside
+    inside = count.shared * (1 - 1 / machines.gpus) + count.experts * (1 - 1 / copies_inside)
+    across = count.shared * (1 - 1 / machines.nodes) / machines.gpus
+    across += count.experts * (1 - 1 / copies_across) / copies_inside
+    kinds = (1 + bool(count.experts)) * (machines.world_size > 1)  # collectives are apart for shared and experts
+    gradients = 2 * times * _bytes_each(config)
+    return (
+        Traffic(gradients * inside, gradients * across, kinds * times),
+        # Weights with and without decay are gathered apart, and their norms are summed.
+        Traffic(4 * inside, 4 * across, 4 * kinds),
+    )
+
+
+def owned_parameters(config: PretrainSettings, world_size: int) -> float:
+    """Parameters whose optimizer state one process owns (ZeRO)."""
+    count = count_parameters(config)
+    ep_size = config.experts.ep_size if count.experts else 1
+    return count.shared / world_size + count.experts * ep_size / world_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a process needs, as a rough upper estimate: weights, gradients and optimizer; DeepSpeed's reduction
+    buffers (on a CPU only as far as they are used); what the backward pass needs of the forward pass."""
+
+    state: float
+    buffers: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.buffers + self.activations
+
+
+_BUFFER = 500_000_000
+"""Parameters that DeepSpeed's reduction buffer has room for (`reduce_bucket_size`); one a type that is sent."""
+
+
+def memory(config: PretrainSettings, world_size: int) -> Memory:
+    """Estimate a process's memory. Raises ConfigError on batch arithmetic that does not work out.
+
+    Weights and gradients are fp32 and whole; ZeRO cuts an fp32 copy and Adam's two moments over the processes that hold
+    the same parameters (stage 2 the gradients too). A block keeps about 16 + 2 H/D activations of a token's width, with
+    `checkpoint_activations` one (fp32) in the encoder, and one block whole while it is computed again.
+    """
+    count, owned = count_parameters(config), owned_parameters(config, world_size)
+    gradients = count.held if config.engine.zero_stage == 1 else owned
+    shape, decoder = config.vit_shape, config.model.decoder
+    size, T, N = _bytes_each(config), visible_tokens(config), shape.num_patches
+    with_experts = _expert_layers(config)
+    plain, expert = (T * shape.width * (16 + 2 * shape.mlp_ratio * mlps) * size for mlps in (1, _mlps(config)))
+    if config.engine.checkpoint_activations:
+        kept = shape.depth * T * shape.width * 4 + max(plain, expert if with_experts else 0)
+    else:
+        kept = (shape.depth - with_experts) * plain + with_experts * expert
+    kept += decoder.depth * (N + 1) * decoder.width * (16 + 2 * _DECODER_RATIO) * size
+    kept += 4 * 4 * 3 * shape.image_size**2  # images, targets, predictions and their difference, fp32
+    return Memory(
+        state=4 * (count.held + gradients + 3 * owned),
+        buffers=4 * _BUFFER * (2 if config.engine.precision == "bf16" else 1),
+        activations=batch_arithmetic(config, world_size).micro * kept,
+    )
+
+
+def _bytes_each(config: PretrainSettings) -> int:
+    return 2 if config.engine.precision == "bf16" else 4
