@@ -64,6 +64,7 @@ def moce() -> None:
       features  its features of every image     knn       accuracy without training
       cluster   features -> clusters            probe     accuracy of a linear classifier
       pretrain  the experts (arch=moce)         report    one HTML page of a run
+      study     many runs, to compare them
     """
 
 
@@ -309,11 +310,30 @@ def evaluate(
     add_record(results, found.record(task or _task_name(data), run.name))
 
 
+@moce.command(cls=Verb, settings="launchers.grid:StudySettings")
+@words(required=True)
+@click.option("--list", "listed", is_flag=True, help="Print the cells and how far they are, and do nothing.")
+@click.option("--cell", help="Run this cell only, such as num=4,seed=1.")
+def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
+    """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
+
+    Cells that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    """
+    from launchers.grid import StudySettings
+    from launchers.study import run_study, states_table
+
+    config = read_settings(StudySettings, words)
+    if listed:
+        _print(states_table(config))
+        return
+    sys.exit(run_study(config, cell))
+
+
 @moce.command()
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, help="The page (default: FOLDER/report.html).")
 def report(folder: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page about a run, or about a folder of runs and their results.json."""
+    """Write one self-contained HTML page about a run, about a folder of runs and their results.json, or a study."""
     from moce_ds.analysis.report import build_report
 
     click.echo(str(build_report(folder, out)))
