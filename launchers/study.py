@@ -61,7 +61,7 @@ def states_table(study: StudySettings) -> Table:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for cell in _checked(study):
         record = cell.record()
-        state = "waiting" if record is None else record.state
+        state: str = "waiting" if record is None else record.state
         if state == "done" and not is_done(study, cell):
             state = "to be evaluated"
         if is_held(cell):

@@ -49,7 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 NEVER_REACH: dict[str, tuple[str, ...]] = {
     "moce_ds.transfer": ("moce_ds.training", "deepspeed"),
     "moce_ds.analysis": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
-    "moce_ds.cli": ("launchers", "deepspeed"),
+    "moce_ds.cli": ("launchers",),
 }
 
 WITHOUT_PROCESS_GROUP = (

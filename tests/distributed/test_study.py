@@ -1,0 +1,115 @@
+"""A real study of tiny runs: killed and finished by the same command, with a cell that fails; and stopped by Ctrl-C."""
+
+import csv
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
+from moce_command import run_here
+from tiny_run import STEPS, TinyData, tiny_settings, write_images
+
+from launchers.cell import is_held
+from launchers.grid import Cell, StudySettings, cells_of
+from moce_ds.analysis.run_folder import read_metrics
+from moce_ds.analysis.study_folder import CellRecord
+from moce_ds.checkpoint_files import steps_of
+from moce_ds.config import load
+
+STUDY = (sys.executable, "-m", "moce_ds", "study")
+
+
+def write_study(path: Path, data: TinyData, cells: list[dict[str, int]], *words: str, **given: object) -> list[Cell]:
+    """Write a study file of MoCE runs in two processes; returns its cells."""
+    base, *fixed = tiny_settings(data.shards, path, *words, clusters=data.clusters)
+    fixed = [word for word in fixed if not word.startswith(("run.out", "experts.num"))]
+    tree = {"out": str(path.with_suffix("")), "base": base, "set": fixed, "cells": cells, "processes": 2, **given}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return cells_of(load(StudySettings, path))
+
+
+def record_of(cell: Cell) -> CellRecord:
+    record = cell.record()
+    assert record is not None
+    return record
+
+
+def processes_of(study: subprocess.Popen[str]) -> list[int]:
+    """A study's process, that of its cell, and those of the cell's run."""
+    found = [study.pid]
+    for pid in found:
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        found += map(int, children.read_text().split() if children.exists() else ())
+    return found
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    for part, count in (("train", 60), ("test", 30)):
+        write_images(folder / part, count)
+    return folder
+
+
+def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Path, tmp_path: Path) -> None:
+    # A route of two experts an image cannot be exported: the last cell fails after its run.
+    points = [{"experts.num": 1, "experts.ep_size": 1}, {"experts.num": 4, "experts.ep_size": 2}]
+    points.insert(1, {**points[1], "experts.k": 2})
+    path = tmp_path / "study.yaml"
+    one, failing, four = write_study(path, data, points, tasks={"some": str(task)})
+    with launched(*STUDY, path) as study:
+        wait_until(lambda: failing.record() is not None and failing.log.exists())
+        wait_for_step(failing.run, 1)
+        send(signal.SIGKILL, *processes_of(study))
+        wait_until(lambda: not is_held(failing))
+    assert record_of(one).state == "done" and record_of(failing).state == "begun" and four.record() is None
+    kept = (one.folder / "cell.json").stat().st_mtime_ns
+
+    status, output = run_to_end(*STUDY, path)
+    assert status == 1 and "Traceback" not in output, output
+    assert re.search(rf"cell 1 of 2 {failing.name} \.\.\. FAILED after \d+ s\n", output)
+    assert re.search(rf"cell 2 of 2 {four.name} \.\.\. done in \d+ s\n", output)
+    assert "2 of 3 cells are done" in output
+    assert f"FAILED {failing.name} (all of it in {failing.log}" in output and "Export a run with experts.k=1" in output
+    assert (one.folder / "cell.json").stat().st_mtime_ns == kept, "what is done is not run again"
+    assert record_of(failing).state == "failed" and "Error: " in record_of(failing).told
+    assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (one, failing, four)] == [STEPS] * 3
+    check_measures(record_of(one), record_of(four))
+    check_report(path.with_suffix(""))
+
+
+def check_measures(one: CellRecord, four: CellRecord) -> None:
+    mlp = 2 * 32 * 128 + 128 + 32
+    assert one.measures["stored_parameters"] == one.measures["active_parameters"]
+    assert four.measures["stored_parameters"] - four.measures["active_parameters"] == 2 * 3 * mlp
+    assert one.measures["exchange_bytes"] == 0 < four.measures["exchange_bytes"]
+    for record in (one, four):
+        assert 0 <= record.measures["probe some"] <= 1
+        assert record.measures["images_per_second"] > 0
+        # Torch and DeepSpeed alone take more than 100 MB; a wrong unit would be a factor of 1024 off.
+        assert 1e8 < record.measures["peak_memory"] < 2e10
+
+
+def check_report(folder: Path) -> None:
+    said = run_here("report", folder)
+    assert said.status == 0 and "2 of 3 cells are done." in (folder / "report.html").read_text()
+    with open(folder / "study.csv", newline="") as file:
+        assert [line["state"] for line in csv.DictReader(file)] == ["done", "failed", "done"]
+
+
+def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    first, second = write_study(path, data, [{"experts.num": 2}, {"experts.num": 4}], "optim.epochs=500", processes=1)
+    with launched(*STUDY, path) as study:
+        wait_for_step(first.run, 2)
+        study.send_signal(signal.SIGINT)
+        output, _ = study.communicate(timeout=SECONDS)
+    assert study.returncode == 130, output
+    assert "num=2 ... stopped\nStopped as asked; the same command goes on" in output
+    assert record_of(first).state == "begun" and second.record() is None
+    (stopped,) = steps_of(first.run)
+    assert f"Stopped after step {stopped} as asked" in first.log.read_text()
