@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,14 @@ from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CellRecord
 from moce_ds.checkpoint_files import steps_of
 from moce_ds.config import load
+from moce_ds.data.shard_writer import ShardSettings, write_shards
 
 STUDY = (sys.executable, "-m", "moce_ds", "study")
 
 
-def write_study(path: Path, data: TinyData, cells: list[dict[str, int]], *words: str, **given: object) -> list[Cell]:
+def write_study(
+    path: Path, data: TinyData, cells: Sequence[dict[str, object]], *words: str, **given: object
+) -> list[Cell]:
     """Write a study file of MoCE runs in two processes; returns its cells."""
     base, *fixed = tiny_settings(data.shards, path, *words, clusters=data.clusters)
     fixed = [word for word in fixed if not word.startswith(("run.out", "experts.num"))]
@@ -49,56 +53,56 @@ def processes_of(study: subprocess.Popen[str]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a task's training and test images."""
     folder = tmp_path_factory.mktemp("task")
     for part, count in (("train", 60), ("test", 30)):
-        write_images(folder / part, count)
+        write_shards(write_images(folder / "images" / part, count), folder / part, ShardSettings(workers=1))
     return folder
 
 
 def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Path, tmp_path: Path) -> None:
-    # A route of two experts an image cannot be exported: the last cell fails after its run.
-    points = [{"experts.num": 1, "experts.ep_size": 1}, {"experts.num": 4, "experts.ep_size": 2}]
-    points.insert(1, {**points[1], "experts.k": 2})
-    path = tmp_path / "study.yaml"
-    one, failing, four = write_study(path, data, points, tasks={"some": str(task)})
+    # A shared expert cannot be exported: the second cell fails after its run, which is one of a single expert.
+    points = [
+        {"experts.num": 4, "experts.ep_size": 2},
+        {"experts.num": 1, "experts.shared_expert": True, "experts.combine": "prob"},
+        {"experts.num": 2, "experts.ep_size": 2},
+    ]
+    path, out = tmp_path / "study.yaml", tmp_path / "study"
+    four, failing, two = write_study(path, data, points, tasks={"some": str(task)})
     with launched(*STUDY, path) as study:
-        wait_until(lambda: failing.record() is not None and failing.log.exists())
-        wait_for_step(failing.run, 1)
+        wait_for_step(four.run, 1)
         send(signal.SIGKILL, *processes_of(study))
-        wait_until(lambda: not is_held(failing))
-    assert record_of(one).state == "done" and record_of(failing).state == "begun" and four.record() is None
-    kept = (one.folder / "cell.json").stat().st_mtime_ns
+        wait_until(lambda: not is_held(four))
+    assert record_of(four).state == "begun" and failing.record() is None
 
     status, output = run_to_end(*STUDY, path)
     assert status == 1 and "Traceback" not in output, output
-    assert re.search(rf"cell 1 of 2 {failing.name} \.\.\. FAILED after \d+ s\n", output)
-    assert re.search(rf"cell 2 of 2 {four.name} \.\.\. done in \d+ s\n", output)
+    for number, cell, how in ((1, four, "done in"), (2, failing, "FAILED after"), (3, two, "done in")):
+        assert re.search(rf"cell {number} of 3 {cell.name} \.\.\. {how} \d+ s", output), output
     assert "2 of 3 cells are done" in output
-    assert f"FAILED {failing.name} (all of it in {failing.log}" in output and "Export a run with experts.k=1" in output
-    assert (one.folder / "cell.json").stat().st_mtime_ns == kept, "what is done is not run again"
-    assert record_of(failing).state == "failed" and "Error: " in record_of(failing).told
-    assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (one, failing, four)] == [STEPS] * 3
-    check_measures(record_of(one), record_of(four))
-    check_report(path.with_suffix(""))
+    assert f"FAILED {failing.name} (all of it in {failing.log}" in output and "experts.k=1 and no shared" in output
+    assert record_of(failing).state == "failed" and "no shared expert" in record_of(failing).told
+    assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (four, failing, two)] == [STEPS] * 3
+    check_measures(record_of(four), record_of(two))
 
-
-def check_measures(one: CellRecord, four: CellRecord) -> None:
-    mlp = 2 * 32 * 128 + 128 + 32
-    assert one.measures["stored_parameters"] == one.measures["active_parameters"]
-    assert four.measures["stored_parameters"] - four.measures["active_parameters"] == 2 * 3 * mlp
-    assert one.measures["exchange_bytes"] == 0 < four.measures["exchange_bytes"]
-    for record in (one, four):
-        assert 0 <= record.measures["probe some"] <= 1
-        assert record.measures["images_per_second"] > 0
-        # Torch and DeepSpeed alone take more than 100 MB; a wrong unit would be a factor of 1024 off.
-        assert 1e8 < record.measures["peak_memory"] < 2e10
-
-
-def check_report(folder: Path) -> None:
-    said = run_here("report", folder)
-    assert said.status == 0 and "2 of 3 cells are done." in (folder / "report.html").read_text()
-    with open(folder / "study.csv", newline="") as file:
+    kept = (four.folder / "cell.json").stat().st_mtime_ns
+    said = run_here("study", path, "--cell", four.name)
+    assert said.status == 0 and said.out.startswith("1 of 1 cells are done"), said
+    assert (four.folder / "cell.json").stat().st_mtime_ns == kept, "what is done is not run again"
+    assert run_here("report", out).status == 0 and "2 of 3 cells are done." in (out / "report.html").read_text()
+    with open(out / "study.csv", newline="") as file:
         assert [line["state"] for line in csv.DictReader(file)] == ["done", "failed", "done"]
+
+
+def check_measures(four: CellRecord, two: CellRecord) -> None:
+    mlp = 2 * 32 * 128 + 128 + 32
+    for record, experts in ((four, 4), (two, 2)):
+        found = record.measures
+        assert found["stored_parameters"] - found["active_parameters"] == 2 * (experts - 1) * mlp
+        assert found["exchange_bytes"] > 0 < found["images_per_second"]
+        assert 0 <= found["probe some"] <= 1
+        # Torch and DeepSpeed alone take more than 100 MB; a wrong unit would be a factor of 1024 off.
+        assert 1e8 < found["peak_memory"] < 2e10
 
 
 def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path) -> None:
