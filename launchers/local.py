@@ -23,7 +23,7 @@ from moce_ds.errors import LOST_PEER, STOPPED
 
 _GRACE_SECONDS = 20.0
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
     A process that was lost costs a restart of all, at most `max_restarts` times; an error that a process has explained
     would only occur again.
     """
-    before = {number: signal.signal(number, _leave) for number in _PASSED_ON}
+    before = {number: signal.signal(number, _leave) for number in PASSED_ON}
     asked: list[int] = []
     try:
         for restart in range(max_restarts + 1):
@@ -80,7 +80,7 @@ def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, boo
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }
     processes: list[subprocess.Popen[bytes]] = []
-    for number in _PASSED_ON:
+    for number in PASSED_ON:
         signal.signal(number, lambda number, frame: asked.append(number))
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}

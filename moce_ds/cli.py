@@ -65,7 +65,7 @@ def moce() -> None:
       cluster   features -> clusters            probe     accuracy of a linear classifier
       pretrain  the experts (arch=moce)         report    one HTML page of a run
 
-    Before a long run, `plan` says what it would take on other machines.
+    Before a long run, `plan` says what it would take on other machines; `study` runs many, to compare them.
     """
 
 
@@ -128,15 +128,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
 @click.option("--measure", is_flag=True, help="With --device this: take some steps, and print the error.")
 @click.option("--json", "json_file", type=PATH, help="Write predictions and assumptions to this file.")
 def plan(
-    words: Sequence[str],
-    nodes: list[int],
-    gpus: int,
-    device: str,
-    assume: Sequence[str],
-    images: int | None,
-    moved: float | None,
-    measure: bool,
-    json_file: Path | None,
+    words: Sequence[str], nodes: list[int], gpus: int, device: str, assume: Sequence[str], measure: bool, **given: Any
 ) -> None:
     """Predict a run on machines that are not at hand: time of a step and its parts, memory, days, GPU-hours.
 
@@ -152,7 +144,7 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
-    steps, measured = steps_of_run(config, images), None
+    steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
 
@@ -162,15 +154,14 @@ def plan(
         raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
     else:
         assumed = find_device(device, assume)
-    predictions = [predict(config, Machines(count, gpus), assumed, steps, moved) for count in nodes]
+    predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
     _print(report.prediction_table(config, device, assumed, predictions))
-    click.echo(report.assumptions(config, assumed, moved))
-    for warning in report.advice(config, assumed, predictions):
-        click.echo(warning)
+    told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
+    click.echo("\n".join(told))
     if measured is not None:
         _print(report.error_table(predictions[0], measured))
-    if json_file is not None:
-        write_json(json_file, report.to_record(assumed, predictions, measured))
+    if given["json_file"] is not None:
+        write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
@@ -369,11 +360,30 @@ def evaluate(
     add_record(results, found.record(task or _task_name(data), run.name))
 
 
+@moce.command(cls=Verb, settings="launchers.grid:StudySettings")
+@words(required=True)
+@click.option("--list", "listed", is_flag=True, help="Print the cells and how far they are, and do nothing.")
+@click.option("--cell", help="Run this cell only, such as num=4,seed=1.")
+def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
+    """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
+
+    Cells that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    """
+    from launchers.grid import StudySettings
+    from launchers.study import run_study, states_table
+
+    config = read_settings(StudySettings, words)
+    if listed:
+        _print(states_table(config))
+        return
+    sys.exit(run_study(config, cell))
+
+
 @moce.command()
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, help="The page (default: FOLDER/report.html).")
 def report(folder: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page about a run, or about a folder of runs and their results.json."""
+    """Write one self-contained HTML page about a run, about a folder of runs and their results.json, or a study."""
     from moce_ds.analysis.report import build_report
 
     click.echo(str(build_report(folder, out)))

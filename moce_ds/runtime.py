@@ -5,6 +5,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -67,6 +68,14 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest.tolist()
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that this process has held at most: tensors on its GPU, or without one all that it holds."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     @contextmanager
     def together(self) -> Iterator[None]:

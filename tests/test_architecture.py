@@ -51,6 +51,7 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
     "moce_ds.transfer": ("moce_ds.training", "deepspeed"),
     "moce_ds.planning": ("deepspeed", "nvidia", "faiss"),
     "moce_ds.analysis": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
+    "moce_ds.cli": ("launchers",),
 }
 
 WITHOUT_PROCESS_GROUP = (
@@ -124,7 +125,7 @@ def layers(sources: Sources) -> Iterator[str]:
         part = module.split(".")[1] if "." in module else "__init__"
         for name in imports(module, text):
             imported = name.split(".")[1] if name.startswith("moce_ds.") else part
-            if is_in(name, "launchers") or imported not in MAY_IMPORT[part] | {part, "__version__"}:
+            if (is_in(name, "launchers") and part != "cli") or imported not in MAY_IMPORT[part] | {part, "__version__"}:
                 yield f"{module} imports {name}"
 
 
@@ -200,7 +201,7 @@ def test_every_module_is_looked_at() -> None:
 
 # Rule, module of the product, lines added to it, and what the rule must say.
 BREACHES: list[tuple[Rule, str, str, str]] = [
-    (layers, "moce_ds.cli", "from launchers.local import main", "imports launchers.local"),
+    (layers, "moce_ds.bench.verbs", "from launchers.local import main", "imports launchers.local"),
     (layers, "moce_ds.runtime", "def f():\n    import moce_ds.data.shards", "imports moce_ds.data.shards"),
     (layers, "moce_ds.data.sampler", "from moce_ds import clustering", "imports moce_ds.clustering"),
     (layers, "moce_ds.moe.plan", "from ..models import mae", "imports moce_ds.models"),
@@ -243,6 +244,7 @@ def test_a_breach_is_found(rule: Rule, module: str, added: str, told: str) -> No
         ("moce_ds.data.shards", "import moce_ds.data.loader", "moce_ds.analysis.report reaches nvidia.dali"),
         ("moce_ds.training.settings", "import deepspeed", "moce_ds.planning.report reaches deepspeed"),
         ("moce_ds.clustering", "import faiss", "moce_ds.analysis.inspection reaches faiss"),
+        ("moce_ds.cli", "from launchers.study import run_study", "moce_ds.cli reaches launchers.study"),
     ],
 )
 def test_a_detour_is_found(module: str, added: str, told: str) -> None:

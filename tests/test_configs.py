@@ -7,6 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from launchers.grid import StudySettings, cells_of, check_settings
 from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config import load, to_tree, to_yaml
@@ -15,6 +16,7 @@ from moce_ds.training.settings import PretrainSettings
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.y*ml"))
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
+STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
 
 
 def name(path: Path) -> str:
@@ -28,7 +30,7 @@ def test_there_are_configs_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
-    cls = PretrainSettings if path in PRETRAIN else ClusterSettings
+    cls = PretrainSettings if path in PRETRAIN else StudySettings if path in STUDIES else ClusterSettings
     config = load(cls, path)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(config))
@@ -77,3 +79,14 @@ def test_the_base_size_is_that_of_the_public_model() -> None:
     """111.9 M parameters, of which its files count 0.25 M of fixed positions; the encoder is timm's ViT-B/16."""
     rows = plan(CONFIGS / "vit_base_mae.yaml", 1)
     assert rows["parameters"].startswith("total 111.7 M, active 111.7 M, of which encoder 85.6 M")
+
+
+@pytest.mark.parametrize(("study", "count", "sizes"), [("experts", 15, {2}), ("scaling", 7, {1, 2, 4, 8})])
+def test_every_cell_of_a_study_is_accepted(
+    study: str, count: int, sizes: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    assert [path.stem for path in STUDIES] == ["experts", "scaling"]
+    cells = cells_of(load(StudySettings, CONFIGS / "studies" / f"{study}.yaml"))
+    check_settings(cells)
+    assert len(cells) == count and {cell.world_size for cell in cells} == sizes

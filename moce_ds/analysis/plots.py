@@ -46,7 +46,8 @@ _STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 
-_styled = matplotlib.rc_context(_STYLE)
+styled = matplotlib.rc_context(_STYLE)
+"""Decorates a function that draws."""
 
 Floats = NDArray[np.float64]
 Scale = Literal["linear", "from zero", "log", "percent"]
@@ -63,10 +64,10 @@ class Line:
     marker: bool = False
 
 
-@_styled
+@styled
 def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear") -> Picture:
     """Curves over the training step; the `log` axis is used where values span more than a factor of 2."""
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     for line in lines:
         if line.marker:
             axes.plot(line.steps_S, line.values_S, "o", ms=4, mfc="white", color=line.colour, label=line.name)
@@ -90,13 +91,13 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
         f"{line.name} from {line.values_S[0]:.3g} to {line.values_S[-1]:.3g} in {line.steps_S[-1]:.0f} steps"
         for line in lines
     )
-    return _svg(figure, f"{title} over the training step: {course}.")
+    return svg(figure, f"{title} over the training step: {course}.")
 
 
-@_styled
+@styled
 def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
     """Share of the images that each expert gets, stacked over time; white dashes mark equal shares."""
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     n_experts = load_SE.shape[1]
     points = min(300, 3000 // n_experts)
     thinned = [_thin(steps_S, load_SE[:, expert], points) for expert in range(n_experts)]
@@ -113,13 +114,13 @@ def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
     axes.set(xlabel="step", ylabel="share of images", ylim=(0, 1), xlim=(thinned[0][0].min(), thinned[0][0].max()))
     axes.grid(False)
     last = ", ".join(f"expert {expert} {share:.0%}" for expert, share in enumerate(load_SE[-1]))
-    return _svg(figure, f"{title} over the training step, stacked. At the end: {last}.")
+    return svg(figure, f"{title} over the training step, stacked. At the end: {last}.")
 
 
-@_styled
+@styled
 def sorted_sizes(sizes_M: NDArray[np.int64]) -> Picture:
     """Cluster sizes as bars, largest first, with the mean as a line."""
-    figure, axes = _panel("Cluster sizes")
+    figure, axes = panel("Cluster sizes")
     mean = sizes_M.mean()
     axes.bar(np.arange(1, len(sizes_M) + 1), np.sort(sizes_M)[::-1], width=0.85, color=COLOURS[0])
     axes.axhline(mean, color=COLOURS[1], lw=1.4, ls="--", label=f"mean {mean:.0f}")
@@ -127,15 +128,15 @@ def sorted_sizes(sizes_M: NDArray[np.int64]) -> Picture:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="clusters, largest first", ylabel="images")
-    return _svg(figure, f"Bars of {len(sizes_M)} cluster sizes, {sizes_M.min()} to {sizes_M.max()}, mean {mean:.0f}.")
+    return svg(figure, f"Bars of {len(sizes_M)} cluster sizes, {sizes_M.min()} to {sizes_M.max()}, mean {mean:.0f}.")
 
 
-@_styled
+@styled
 def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
     """Rows x experts in shades of one colour; names and numbers where there is room, else a colour bar."""
     n_rows, n_columns = share_GE.shape
     roomy = n_rows <= 64 and n_columns <= 12
-    figure, axes = _panel(title, height=0.85 + 0.2 * n_rows if roomy else 5.0)
+    figure, axes = panel(title, height=0.85 + 0.2 * n_rows if roomy else 5.0)
     mesh = axes.pcolormesh(share_GE, vmin=0, vmax=1, cmap="Blues", rasterized=not roomy)
     axes.invert_yaxis()
     axes.grid(False)
@@ -156,7 +157,7 @@ def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
         figure.colorbar(mesh, ax=axes, fraction=0.035, pad=0.02, format=PercentFormatter(1, decimals=0))
     led_E = np.bincount(share_GE.argmax(axis=1), minlength=n_columns)
     spread = ", ".join(f"expert {expert} in {rows_led}" for expert, rows_led in enumerate(led_E))
-    return _svg(figure, f"{title}: heatmap of {n_rows} rows. Largest are {spread}.")
+    return svg(figure, f"{title}: heatmap of {n_rows} rows. Largest are {spread}.")
 
 
 def colour(index: int) -> str:
@@ -164,14 +165,16 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _panel(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+def panel(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of one panel, `height` inches high."""
     figure = Figure(figsize=(_WIDTH, height))
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
 
 
-def _svg(figure: Figure, alt: str) -> Picture:
+def svg(figure: Figure, alt: str) -> Picture:
+    """The figure as a picture of the page; `alt` says in words what it shows."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     width, height = figure.get_size_inches() * 72

@@ -1,4 +1,4 @@
-"""`moce report`: one self-contained HTML page about a run, or a study of several runs.
+"""`moce report`: one self-contained HTML page about a run, a folder of runs, or a study (a grid of runs).
 
 What concerns all runs stands here: results on tasks, and how the runs trained beside one another. A section whose
 files are not there is not made.
@@ -14,6 +14,8 @@ from moce_ds.analysis.plots import Line, Scale
 from moce_ds.analysis.routing import route_name
 from moce_ds.analysis.run_chapter import run_chapter
 from moce_ds.analysis.run_folder import Run, Study, read_study
+from moce_ds.analysis.study_chapter import study_chapters, study_summary, write_csv
+from moce_ds.analysis.study_folder import STUDY, read_study_folder
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (
@@ -46,18 +48,24 @@ _CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
 
 
 def build_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page about a run folder, or a folder of run folders, and return its path.
+    """Write the page about a run folder, a folder of run folders, or a study, and return its path.
 
     Args:
-        folder: a run folder (it holds `config.yaml`) or a study folder (its sub-folders do).
+        folder: a run folder (it holds `config.yaml`), a folder whose sub-folders are, or that of a study (it holds
+            `study.json`), about which `study.csv` is written beside the page.
         out: the HTML file; `folder/report.html` by default.
 
     Raises:
-        ArtefactError: `folder` is neither, or a file in it is damaged.
+        ArtefactError: `folder` is none of these, or a file in it is damaged.
     """
+    out = out or folder / "report.html"
+    if (folder / STUDY).is_file():
+        grid = read_study_folder(folder)
+        write_page(out, grid.name, study_summary(grid), study_chapters(grid))
+        write_csv(grid, out.with_name("study.csv"))
+        return out
     study = read_study(folder)
     chapters = [*_results(study.results), *_training(study.runs), *(run_chapter(run) for run in study.runs)]
-    out = out or folder / "report.html"
     write_page(out, study.name, _summary(study), [chapter for chapter in chapters if chapter.sections])
     return out
 

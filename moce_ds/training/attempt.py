@@ -23,7 +23,6 @@ from moce_ds.files import sync, writes_to
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
-LAUNCHES = "launches"  # what launchers keep beside a run: its settings, the code's version, logs
 METRICS = "metrics.jsonl"
 
 

@@ -27,7 +27,10 @@ _PICTURE_IMAGES = 8
 def step_record(
     session: Session, step: int, totals: list[float], meter: Meter, statistics: RouteStatistics | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl for the step just taken (rates are per second, shares 0 to 1)."""
+    """One line of metrics.jsonl for the step just taken (rates are per second, shares 0 to 1, memory in bytes).
+
+    A collective: `peak_memory` is that of the process with the most.
+    """
     loss, reconstruction, first, second, moved = totals
     record: dict[str, Any] = {
         "step": step,
@@ -39,6 +42,7 @@ def step_record(
         "grad_norm": float(session.engine.get_global_grad_norm()),
         "images_per_second": round(meter.images_per_second, 2),
         "data_wait": round(meter.data_wait, 4),
+        "peak_memory": int(session.runtime.max([float(session.runtime.peak_memory)])[0]),
     }
     if session.config.model_spec.experts is not None and session.router is None:
         record |= {"importance": first, "token_load": second}

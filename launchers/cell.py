@@ -1,0 +1,196 @@
+"""One cell of a study: pre-train, evaluate, measure.
+
+    python -m launchers.cell STUDY_FOLDER CELL
+
+`moce study` starts this for every cell, in a process of its own whose output is the cell's log.
+"""
+
+import dataclasses
+import fcntl
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launchers.grid import Cell, StudySettings, cells_of
+from launchers.local import run_processes
+from moce_ds import config as configuration
+from moce_ds.analysis.run_folder import read_metrics, read_results
+from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
+from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
+from moce_ds.files import read_record, write_json, writes_to
+from moce_ds.planning.work import count_parameters
+from moce_ds.training.settings import PretrainSettings
+
+_LOCK = ".lock"
+_HELD_OUT = "held out"
+
+
+def main() -> int:
+    """Run the cell that the arguments name; returns the exit status."""
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    try:
+        record = read_record(folder / STUDY, StudyRecord, "a study's record", "moce study")
+        study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
+        return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
+    except MoceError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.status
+
+
+def run_cell(study: StudySettings, cell: Cell) -> int:
+    """Run a cell to its end, or on to it; returns 0, or what its run ended with (STOPPED: as asked).
+
+    In one of several processes that torchrun or a job has started, this process is one of the run's, and the first one
+    evaluates. Else the run's processes are started here.
+
+    Raises:
+        MoceError: as the stages.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return _pretrain(cell)
+    began = time.monotonic()
+    with held(cell):
+        if is_done(study, cell):
+            print(f"{cell.name} was done meanwhile by another process.")
+            return 0
+        config = cell.config()
+        write_record(cell, record := _begun(study, cell, config))
+        if status := _pretrain(cell):
+            return status
+        _evaluate(study, cell, config)
+        done = dataclasses.replace(
+            record, state="done", measures=measures(cell, config), seconds=round(time.monotonic() - began, 1)
+        )
+        write_record(cell, done)
+    return 0
+
+
+def is_done(study: StudySettings, cell: Cell) -> bool:
+    """Whether the cell has been run to its end, and evaluated on all that the study names. Raises ArtefactError."""
+    record = cell.record()
+    return record is not None and record.state == "done" and record.evaluations == study.evaluations
+
+
+def write_record(cell: Cell, record: CellRecord) -> None:
+    """Replace `cell.json`. Raises ArtefactError."""
+    with writes_to(cell.folder):
+        write_json(cell.folder / CELL, dataclasses.asdict(record))
+
+
+@contextmanager
+def held(cell: Cell) -> Iterator[None]:
+    """Hold a cell, waiting for a process that does: one at a time works on it. A killed process lets go.
+
+    Raises:
+        ArtefactError: the folder cannot be written, or its file system knows no locks.
+    """
+    with writes_to(cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(cell.folder / _LOCK, "w")  # noqa: SIM115 (closed below; only locking is to be explained)
+    with lock:
+        with writes_to(cell.folder):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def is_held(cell: Cell) -> bool:
+    """Whether a process works on the cell now."""
+    try:
+        with open(cell.folder / _LOCK, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
+    """What a finished cell is compared by, in SI units; docs/studies.md says how each is measured.
+
+    Raises:
+        ArtefactError: the run recorded nothing.
+    """
+    records = read_metrics(cell.run / "metrics.jsonl")
+    if not records:
+        raise ArtefactError(
+            f"{cell.run / 'metrics.jsonl'} holds no record: delete {cell.folder} and run the cell again."
+        )
+    last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
+    count = count_parameters(config)
+    found: dict[str, float] = {
+        **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
+        "images_per_second": statistics.median(record["images_per_second"] for record in warm),
+        "peak_memory": max(record["peak_memory"] for record in records),
+        "active_parameters": count.active,
+        "stored_parameters": count.total,
+    }
+    if "moved" in last[-1]:
+        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * all_rows_bytes(config)
+    for record in read_results(cell.folder / "results.json"):
+        if record["verb"] == "probe":
+            found[f"probe {record['task']}"] = record["top1"]
+        elif record["verb"] == "evaluate":
+            found |= {f"{_HELD_OUT}, selected route": record["selected"], f"{_HELD_OUT}, own routes": record["own"]}
+    return found
+
+
+def all_rows_bytes(config: PretrainSettings) -> int:
+    """Bytes that a step would exchange over all processes if every image moved in every expert layer.
+
+    Images x experts an image is sent to x layers x visible tokens (with cls) x width x bytes of a number, there and
+    back, forward and backward (and forward again where activations are computed twice).
+    """
+    shape, experts, engine = config.vit_shape, config.experts, config.engine
+    tokens = int(shape.num_patches * (1 - config.model.mask_ratio)) + 1
+    rows = config.optim.batch_size * experts.k * len(config.expert_layers)
+    passes = 6 if engine.checkpoint_activations else 4
+    return rows * tokens * shape.width * (2 if engine.precision == "bf16" else 4) * passes
+
+
+def _begun(study: StudySettings, cell: Cell, config: PretrainSettings) -> CellRecord:
+    tree = configuration.to_tree(config)
+    return CellRecord(cell.name, cell.at, cell.processes, cell.nodes, tree, study.evaluations)
+
+
+def _pretrain(cell: Cell) -> int:
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    if here == 1:
+        return run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes)
+    if here != cell.world_size:
+        raise ConfigError(f"{cell.name} is a cell of {cell.world_size} processes, and was started in {here}.")
+    _moce("pretrain", *cell.words)
+    return 0
+
+
+def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
+    """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
+    dense, results = config.model.arch == "mae", ("--results", cell.folder / "results.json")
+    for task, folder in study.tasks.items():
+        encoder = cell.run if dense else cell.folder / "experts" / task
+        if not encoder.exists():
+            _moce("export", cell.run, encoder, "--data", folder / "train")
+        split = ("--train", folder / "train", "--test", folder / "test")
+        _moce("probe", encoder, *split, "--task", task, "--model", cell.name, *results)
+    if study.heldout and not dense:
+        _moce("evaluate", cell.run, "--data", study.heldout, "--task", _HELD_OUT, *results)
+
+
+def _moce(*words: Any) -> None:
+    """A verb in this process: the packages are imported once for all of them."""
+    from moce_ds.cli import moce
+
+    moce([str(word) for word in words], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(STOPPED)
