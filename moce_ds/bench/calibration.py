@@ -1,13 +1,13 @@
 """`moce plan --device this`: this machine as a device of a plan, and the step that was planned, measured.
 
-The device is made of the speed of single blocks, a copy of memory, and collectives. The step is measured apart and
-goes into nothing.
+The device is made of the speed of single blocks, a copy of memory, and collectives; the step goes into nothing. All are
+timed in turn, so that whatever else the machine does hits them alike.
 
 Axes: B images of a micro-batch of a process, T tokens, D width, M clusters, W processes.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ from moce_ds.training.setup import ClusteredData, build_for_training, tune_execu
 _COPIED = 2**28  # bytes; more than caches hold
 _LARGEST = 2**26  # bytes of a measured collective at most
 _CLUSTERS, _IMAGES = 64, 4096
-_ROUNDS = 7
+_ROUNDS = 9
+_IN_A_ROW = 4  # passes of a block that are timed together: in a model its caches are as warm
 
 
 @dataclass(frozen=True)
@@ -64,43 +65,50 @@ def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure
 
 
 def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
-    device = measured_device(config, runtime)
-    return {"device": configuration.to_tree(device), "step": step_seconds(config, runtime) if measure else None}
+    """Time everything in turn, all processes at once; the slowest process counts."""
+    cases = _parts(config, runtime) | ({"step": training_step(config, runtime)} if measure else {})
+    own = interleaved(cases, _ROUNDS, runtime.barrier)
+    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    device = _device(config, seconds, runtime)
+    return {"device": configuration.to_tree(device), "step": seconds.get("step")}
 
 
-def measured_device(config: PretrainSettings, runtime: Runtime) -> Device:
-    """Time blocks, memory and collectives in turn, all processes at once; the slowest process counts."""
+def _parts(config: PretrainSettings, runtime: Runtime) -> dict[str, Callable[[], object]]:
+    """What a device is made of: blocks, a copy of memory, collectives."""
+    micro = batch_arithmetic(config, runtime.world_size).micro
+    shape, decoder = config.vit_shape, config.model.decoder
+    encoder_block = make_block(shape.width, shape.heads, shape.mlp_ratio)
+    decoder_block = make_block(decoder.width, decoder.heads, 4.0)
+    T, N = work.visible_tokens(config), shape.num_patches
+    reduced, exchanged = _collective_bytes(config, runtime.world_size)
+    return {
+        "encoder": _block_pass(config, runtime, encoder_block, (micro, T, shape.width)),
+        "decoder": _block_pass(config, runtime, decoder_block, (micro, N + 1, decoder.width)),
+        "copy": _copy(runtime),
+        "start": _all_reduce(4, runtime),
+        "reduce": _all_reduce(reduced, runtime),
+        "exchange": _all_to_all(exchanged, runtime),
+    }
+
+
+def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Runtime) -> Device:
     micro = batch_arithmetic(config, runtime.world_size).micro
     shape, decoder = config.vit_shape, config.model.decoder
     T, N = work.visible_tokens(config), shape.num_patches
-    sizes = _collective_bytes(config, runtime.world_size)
-    cases = {
-        "encoder": _block_pass(
-            config, runtime, make_block(shape.width, shape.heads, shape.mlp_ratio), (micro, T, shape.width)
-        ),
-        "decoder": _block_pass(
-            config, runtime, make_block(decoder.width, decoder.heads, 4.0), (micro, N + 1, decoder.width)
-        ),
-        "copy": _copy(runtime),
-        "start": _all_reduce(4, runtime),
-        "reduce": _all_reduce(sizes[0], runtime),
-        "exchange": _all_to_all(sizes[1], runtime),
-    }
-    own = interleaved(cases, _ROUNDS, runtime.barrier)
-    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    reduced, exchanged = _collective_bytes(config, runtime.world_size)
     flops = work.image_flops(config)
     # An image's blocks at the speed that each kind was seen to run.
     encoder = flops.encoder * seconds["encoder"] / work.block_flops(T, shape.width, shape.mlp_ratio)
     decoding = flops.decoder * seconds["decoder"] / work.block_flops(N + 1, decoder.width, 4.0)
-    rate = 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
+    rate = _IN_A_ROW * 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
     away = 1 - 1 / runtime.world_size
 
     def link(sent: float, took: float) -> float:
         return sent / max(took - seconds["start"], took / 2)
 
     bandwidth = 2 * _COPIED / seconds["copy"]
-    reduces = link(2 * away * sizes[0], seconds["reduce"]) if away else bandwidth
-    exchanges = link(away * sizes[1], seconds["exchange"]) if away else bandwidth
+    reduces = link(2 * away * reduced, seconds["reduce"]) if away else bandwidth
+    exchanges = link(away * exchanged, seconds["exchange"]) if away else bandwidth
     inside = max(reduces, exchanges)
     return Device(
         bf16=rate,
@@ -138,11 +146,12 @@ def _block_pass(
     grad_BTD = torch.randn_like(x_BTD)
 
     def run() -> None:
-        block.zero_grad(set_to_none=True)
-        x_BTD.grad = None
-        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-            y_BTD = block(x_BTD)
-        y_BTD.backward(grad_BTD.to(y_BTD.dtype))
+        for _ in range(_IN_A_ROW):
+            block.zero_grad(set_to_none=True)
+            x_BTD.grad = None
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                y_BTD = block(x_BTD)
+            y_BTD.backward(grad_BTD.to(y_BTD.dtype))
 
     return run
 
@@ -168,9 +177,8 @@ def _memory(runtime: Runtime) -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / runtime.world_size)
 
 
-def step_seconds(config: PretrainSettings, runtime: Runtime) -> float:
-    """Median seconds of an optimizer step as training takes it, without loading, images being random and spread evenly
-    over clusters; of the slowest process."""
+def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
+    """An optimizer step as training takes it, without loading: images are random, and spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
     data = _random_clusters(config) if config.model.arch == "moce" else None
     model = build_for_training(config, data)
@@ -198,7 +206,7 @@ def step_seconds(config: PretrainSettings, runtime: Runtime) -> float:
             engine.backward(loss)
             engine.step()
 
-    return runtime.max(list(interleaved({"step": step}, _ROUNDS, runtime.barrier).values()))[0]
+    return step
 
 
 def _random_clusters(config: PretrainSettings) -> ClusteredData:

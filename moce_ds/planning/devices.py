@@ -28,7 +28,7 @@ class Device:
 
     bf16: Rate = option(help="dense bf16 products, FLOP/s")
     fp32: Rate = option(help="fp32 products, FLOP/s")
-    compute_share: Achieved = option(0.4, "share of that peak that whole transformer blocks achieve")
+    compute_share: Achieved = option(0.3, "share of that peak that whole transformer blocks achieve")
     memory: Rate = option(help="bytes of memory")
     bandwidth: Rate = option(help="bytes/s read and written of that memory")
     bandwidth_share: Achieved = option(0.8, "share of that bandwidth that element-wise work achieves")

@@ -52,7 +52,7 @@ def assumptions(config: PretrainSettings, device: Device, moved: float | None) -
     peak = device.bf16 if config.engine.precision == "bf16" else device.fp32
     lines = [
         f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {config.engine.precision}, "
-        f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.3g} GB/s of memory;",
+        f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s of memory;",
         f"links {device.inside / 1e9:.3g} GB/s inside and {device.across / 1e9:.3g} GB/s across nodes, exchanges at "
         f"{device.exchange_share:.0%}, reductions at {device.reduce_share:.0%};",
         f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",

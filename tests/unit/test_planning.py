@@ -280,8 +280,7 @@ def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:
 
 
 def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path) -> None:
-    """Two processes, experts of both. The prediction may be off, being of a model that does next to nothing, but not
-    by orders of magnitude."""
+    """Two processes, experts of both; on a busy machine the prediction is worse than docs/planning.md says."""
     config = tiny_config(
         *EXPERTS, "experts.ep_size=2", "model.width=192", "model.heads=3", "data.image_size=64", "optim.batch_size=128"
     )
@@ -293,4 +292,4 @@ def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path)
     record = json.loads(file.read_text())
     (prediction,) = record["predictions"]
     assert prediction["exchange_inside"] > 0 and prediction["reduction"] > 0
-    assert 1 / 4 < prediction["step"] / record["measured_step"] < 4
+    assert 1 / 3 < prediction["step"] / record["measured_step"] < 3
