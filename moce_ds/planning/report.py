@@ -7,7 +7,6 @@ from typing import Any
 from rich.table import Table
 
 from moce_ds.config import to_tree
-from moce_ds.errors import ConfigError
 from moce_ds.planning import work
 from moce_ds.planning.devices import Device
 from moce_ds.planning.dry_run import gibibytes
@@ -70,38 +69,44 @@ def assumptions(config: PretrainSettings, device: Device, moved: float | None) -
 def advice(config: PretrainSettings, device: Device, predictions: Sequence[Prediction]) -> Iterator[str]:
     """For each number of nodes at which memory does not suffice, a line with changes and what they would need."""
     for prediction in predictions:
-        world = prediction.machines.world_size
-        if prediction.memory.total <= device.memory:
+        needed = prediction.memory.total
+        if needed <= device.memory:
             continue
-        needs = {}
-        for change, changed in _savings(config):
-            try:
-                needs[change] = work.memory(changed, world).total
-            except ConfigError:  # this change does not divide among so many processes
-                continue
-        better = sorted((need, change) for change, need in needs.items() if need < prediction.memory.total)
-        tried = "; ".join(
+        tried = [
             f"{change}: {gibibytes(need)}{'' if need <= device.memory else ' (still too much)'}"
-            for need, change in better
-        )
+            for change, need in _savings(config, device, prediction.machines.world_size)
+            if need < needed
+        ]
         yield (
-            f"WARNING: {prediction.machines.nodes} nodes: {gibibytes(prediction.memory.total)} do not fit in "
-            f"{gibibytes(device.memory)}. {tried or 'No setting alone helps: use more nodes or a smaller model'}."
+            f"WARNING: --nodes {prediction.machines.nodes}: {gibibytes(needed)} do not fit in "
+            f"{gibibytes(device.memory)}. {'; '.join(tried) or 'No setting alone helps: use more nodes'}."
         )
 
 
-def _savings(config: PretrainSettings) -> Iterator[tuple[str, PretrainSettings]]:
-    """Single changes of settings that need less memory and give the same result."""
+def _savings(config: PretrainSettings, device: Device, world_size: int) -> Iterator[tuple[str, float]]:
+    """Single changes of settings that give the same result, and the bytes of memory that each would need.
+
+    Of the values of `optim.accumulation` it is the lowest that suffices, or the highest possible.
+    """
     optim, engine, experts = config.optim, config.engine, config.experts
-    for factor in (2, 4, 8, 16):
-        more = dataclasses.replace(optim, accumulation=factor * optim.accumulation)
-        yield f"optim.accumulation={more.accumulation}", dataclasses.replace(config, optim=more)
-    changed_engine = dataclasses.replace(engine, checkpoint_activations=True)
-    yield "engine.checkpoint_activations=true", dataclasses.replace(config, engine=changed_engine)
-    yield "engine.zero_stage=2", dataclasses.replace(config, engine=dataclasses.replace(engine, zero_stage=2))
-    if config.model.arch == "moce" and experts.num > experts.ep_size:
+    parts = optim.batch_size // world_size  # images of a process, which accumulation divides
+    for accumulation in (n for n in range(optim.accumulation + 1, parts + 1) if parts % n == 0):
+        more = dataclasses.replace(config, optim=dataclasses.replace(optim, accumulation=accumulation))
+        need = work.memory(more, world_size).total
+        if need <= device.memory or accumulation == parts:
+            yield f"optim.accumulation={accumulation}", need
+            break
+    recomputing = dataclasses.replace(engine, checkpoint_activations=True)
+    cutting = dataclasses.replace(engine, zero_stage=2)
+    changes = {
+        "engine.checkpoint_activations=true": dataclasses.replace(config, engine=recomputing),
+        "engine.zero_stage=2": dataclasses.replace(config, engine=cutting),
+    }
+    if config.model.arch == "moce" and experts.num > experts.ep_size and world_size % experts.num == 0:
         spread = dataclasses.replace(experts, ep_size=experts.num)
-        yield f"experts.ep_size={spread.ep_size}", dataclasses.replace(config, experts=spread)
+        changes[f"experts.ep_size={experts.num}"] = dataclasses.replace(config, experts=spread)
+    for change, changed in changes.items():
+        yield change, work.memory(changed, world_size).total
 
 
 def error_table(prediction: Prediction, measured: float) -> Table:

@@ -114,11 +114,11 @@ def plan_of(config: PretrainSettings, nodes: int, gpus: int = 2, **assumed: floa
 def test_twice_the_nodes_compute_half_as_long(tiny_config: Make) -> None:
     config = tiny_config("optim.batch_size=64")
     one, two, four = (plan_of(config, nodes) for nodes in (1, 2, 4))
-    assert one.compute == pytest.approx(2 * two.compute) == pytest.approx(4 * four.compute)
+    assert [one.compute, 2 * two.compute] == pytest.approx([4 * four.compute] * 2)
     assert one.efficiency > two.efficiency > four.efficiency
     assert one.days == pytest.approx(one.step * 100 / 86_400)
     assert four.gpu_hours == pytest.approx(four.days * 24 * 8)
-    faster = plan_of(config, 1, compute_share=0.8)
+    faster = plan_of(config, 1, compute_share=0.6)
     assert faster.compute == pytest.approx(one.compute / 2) and faster.optimizer == one.optimizer
 
 
@@ -214,6 +214,7 @@ def test_advice_names_what_would_fit(tiny_config: Make) -> None:
     device = assuming(DEVICES["h100"], [f"memory={0.999 * prediction.memory.total}"])
     (line,) = advice(config, device, [prediction])
     assert "do not fit" in line and "optim.accumulation=2: " in line and "engine.checkpoint_activations=true: " in line
+    assert "optim.accumulation=4" not in line  # twice suffices
     assert list(advice(config, DEVICES["h100"], [prediction])) == []
 
 
