@@ -23,7 +23,7 @@ from moce_ds.analysis.run_folder import read_metrics, read_results
 from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
 from moce_ds.files import read_record, write_json, writes_to
-from moce_ds.planning.work import count_parameters
+from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.training.settings import PretrainSettings
 
 _LOCK = ".lock"
@@ -138,19 +138,6 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
         elif record["verb"] == "evaluate":
             found |= {f"{_HELD_OUT}, selected route": record["selected"], f"{_HELD_OUT}, own routes": record["own"]}
     return found
-
-
-def all_rows_bytes(config: PretrainSettings) -> int:
-    """Bytes that a step would exchange over all processes if every image moved in every expert layer.
-
-    Images x experts an image is sent to x layers x visible tokens (with cls) x width x bytes of a number, there and
-    back, forward and backward (and forward again where activations are computed twice).
-    """
-    shape, experts, engine = config.vit_shape, config.experts, config.engine
-    tokens = int(shape.num_patches * (1 - config.model.mask_ratio)) + 1
-    rows = config.optim.batch_size * experts.k * len(config.expert_layers)
-    passes = 6 if engine.checkpoint_activations else 4
-    return rows * tokens * shape.width * (2 if engine.precision == "bf16" else 4) * passes
 
 
 def _begun(study: StudySettings, cell: Cell, config: PretrainSettings) -> CellRecord:

@@ -48,6 +48,7 @@ def measure(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, processes: int
 ) -> list[Row]:
     """All rows: one process's cases, then those of `processes` processes with `ep_size` = `processes`."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # in the processes, whose profiler tells of its starts and stops otherwise
     return [
         row
         for count in sorted({1, processes})
@@ -58,8 +59,6 @@ def measure(
 def _measure(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, runtime: Runtime
 ) -> list[Row]:
-    # The profiler tells of its starts and stops otherwise.
-    os.environ["KINETO_LOG_LEVEL"] = "99"
     return list(bench_layer(batches, experts, widths, repeats, runtime))
 
 

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 from moce_ds.data.shards import ShardSet
-from moce_ds.planning.work import count_parameters, memory
+from moce_ds.planning.work import count_parameters, memory, visible_tokens
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
@@ -12,7 +12,6 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
     """The resolved plan, for people. Raises ConfigError on batch arithmetic that does not work out."""
     batches = batch_arithmetic(config, world_size)
     count, shape = count_parameters(config), config.vit_shape
-    visible = int(shape.num_patches * (1 - config.model.mask_ratio))
     needed = memory(config, world_size)
     table = Table(title=f"{config.model.arch} -> {config.run.out}", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -22,7 +21,7 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
     )
     table.add_row("parameters", f"total {_millions(count.total)}, active {_millions(count.active)}, of which encoder "
                   f"{_millions(count.encoder)}; a process holds {_millions(count.held)}")  # fmt: skip
-    table.add_row("tokens", f"{shape.num_patches} patches, {visible} visible + cls in the encoder")
+    table.add_row("tokens", f"{shape.num_patches} patches, {visible_tokens(config) - 1} visible + cls in the encoder")
     table.add_row("batch", f"{batches.global_batch} = {world_size} processes x {batches.accumulation} parts x "
                   f"{batches.micro} images")  # fmt: skip
     table.add_row("steps", _steps(config))

@@ -132,6 +132,11 @@ def _mlps(config: PretrainSettings) -> int:
     return config.experts.k + config.experts.shared_expert
 
 
+def _passes(config: PretrainSettings) -> int:
+    """Times that an expert layer exchanges: there and back, forward and backward; one computed again sends again."""
+    return 6 if config.engine.checkpoint_activations else 4
+
+
 @dataclass(frozen=True)
 class Traffic:
     """What one process sends in one step: bytes inside its node and across nodes, in so many collectives."""
@@ -139,6 +144,16 @@ class Traffic:
     inside: float
     across: float
     collectives: int
+
+
+def all_rows_bytes(config: PretrainSettings) -> int:
+    """Bytes that a step would exchange over all processes if every row moved in every expert layer.
+
+    Images x experts an image is sent to x layers x visible tokens (with cls) x width x bytes of a number, there and
+    back, forward and backward.
+    """
+    rows = config.optim.batch_size * config.experts.k * _expert_layers(config)
+    return _passes(config) * rows * visible_tokens(config) * config.vit_shape.width * _bytes_each(config)
 
 
 def exchange(config: PretrainSettings, machines: Machines, moved: float | None) -> Traffic:
@@ -150,19 +165,16 @@ def exchange(config: PretrainSettings, machines: Machines, moved: float | None) 
     Raises:
         ConfigError: the gate reads tokens; what it sends depends on them.
     """
-    own, T = config.experts, visible_tokens(config)
+    own = config.experts
     if config.model.arch == "moce" and own.gate == "token":
         raise ConfigError("experts.gate: what gate=token pads and sends is not known beforehand; it has no plan.")
     layers = _expert_layers(config)
     if not layers or own.ep_size == 1:
         return Traffic(0, 0, 0)
-    passes = 6 if config.engine.checkpoint_activations else 4  # an expert block computed again sends again
-    rows = own.k * config.optim.batch_size / machines.world_size
     share = 1 - 1 / own.ep_size if moved is None else moved
-    image = T * config.vit_shape.width * _bytes_each(config)
-    sent = passes * layers * rows * share * image
+    sent = share * all_rows_bytes(config) / machines.world_size
     away = _peers_across(machines, own.ep_size) / (own.ep_size - 1)
-    return Traffic(sent * (1 - away), sent * away, passes * layers * config.optim.accumulation)
+    return Traffic(sent * (1 - away), sent * away, _passes(config) * layers * config.optim.accumulation)
 
 
 def _peers_across(machines: Machines, ep_size: int) -> int:

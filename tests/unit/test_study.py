@@ -14,7 +14,7 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
-from launchers.cell import all_rows_bytes, held, is_done, is_held, measures, write_record
+from launchers.cell import held, is_done, is_held, measures, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
 from moce_ds.analysis.report import build_report
 from moce_ds.analysis.study_chapter import scalings
@@ -22,6 +22,7 @@ from moce_ds.analysis.study_folder import CellRecord, StudyRecord, read_study_fo
 from moce_ds.config import load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.files import write_json
+from moce_ds.planning.work import all_rows_bytes
 from moce_ds.training.settings import PretrainSettings
 
 Make = Callable[..., StudySettings]
