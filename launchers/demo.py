@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launchers.local import main as launch_local
+from launchers.local import run_processes
 from moce_ds.errors import MoceError
 
 TASKS = ("digits", "textiles")
@@ -101,8 +101,8 @@ def _moce(*words: object) -> int:
 
 def _two_processes(*words: object) -> int:
     command = [str(word) for word in words]
-    print(f"\n$ python -m launchers.local --nproc 2 {shlex.join(command)}", flush=True)
-    return launch_local(["--nproc", "2", *command])
+    print(f"\n$ moce launch local --nproc 2 {shlex.join(command)}", flush=True)
+    return run_processes([sys.executable, "-m", "moce_ds", *command], 2)
 
 
 def _summary(out: Path) -> int:

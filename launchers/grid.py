@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -180,10 +179,6 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
             raise ConfigError(
                 f"{cell.folder} was measured with {record.processes} processes on {record.nodes} machines, not "
                 f"{cell.processes} on {cell.nodes}: its speed would be of both. Use another `out`."
-            )
-        if cell.nodes > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise ConfigError(
-                f"nodes: {cell.nodes} machines; start it with --cell in each of its processes (torchrun)."
             )
 
     _collect(cells, check)

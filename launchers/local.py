@@ -1,6 +1,6 @@
 """Run a `moce` verb in several processes on this machine.
 
-    python -m launchers.local --nproc 2 pretrain configs/demo/mae.yaml
+    moce launch local --nproc 2 pretrain configs/demo/mae.yaml
 
 One Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76 then,
 as nothing that needs the whole run may follow. When a process fails,
@@ -10,7 +10,6 @@ or silent for run.peer_timeout seconds), and the run goes on from its newest che
 on once.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -24,19 +23,6 @@ from moce_ds.errors import LOST_PEER, STOPPED
 _GRACE_SECONDS = 20.0
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Start the processes, wait for them, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m launchers.local", description=__doc__.split("\n")[0])
-    parser.add_argument("--nproc", type=int, default=2, help="processes to start (default: 2)")
-    parser.add_argument("--max-restarts", type=int, default=0, help="starts after a process was lost (default: 0)")
-    parser.add_argument("verb", help="a moce verb, such as pretrain")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its arguments")
-    given = parser.parse_args(arguments)
-    if given.nproc < 1:
-        parser.error(f"--nproc: got {given.nproc}; expected at least 1")
-    return run_processes([sys.executable, "-m", "moce_ds", given.verb, *given.rest], given.nproc, given.max_restarts)
 
 
 def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
@@ -121,11 +107,3 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself
         print(f"Process {rank} {how}.", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)

@@ -35,13 +35,14 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
     """
     cells = _checked(study)
     check_places(study, cells)
-    _keep(study, cells)
+    keep_record(study, cells)
     if only is not None:
         cells = [_named(cells, only)]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if only is None:
             raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
         return run_cell(study, cells[0])
+    _refuse_other_machines(cells)
     with _signals() as asked:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
@@ -85,8 +86,17 @@ def _named(cells: Sequence[Cell], name: str) -> Cell:
     raise ConfigError(f"--cell: the study has no cell {name}; it has {', '.join(cell.name for cell in cells)}.")
 
 
-def _keep(study: StudySettings, cells: Sequence[Cell]) -> None:
-    """Leave what the cells' processes and the report read."""
+def _refuse_other_machines(cells: Sequence[Cell]) -> None:
+    wide = next((cell for cell in cells if cell.nodes > 1), None)
+    if wide is not None:
+        raise ConfigError(
+            f"nodes: cell {wide.name} takes {wide.nodes} machines. Queue the study with moce launch slurm, "
+            "or start the cell with --cell in each of its processes (torchrun)."
+        )
+
+
+def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
+    """Leave what the cells' processes and the report read. Raises ArtefactError."""
     record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
     with writes_to(study.out):
         write_json(study.out / STUDY, dataclasses.asdict(record))

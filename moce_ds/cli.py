@@ -10,46 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
+from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import STOPPED, ConfigError, MoceError
-
-PATH = click.Path(path_type=Path)
-SETTINGS = "[CONFIG.yaml] [key=value ...]"
-
-
-class Verb(click.Command):
-    """A command whose --help ends with its settings."""
-
-    def __init__(self, *args: Any, settings: str = "", **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.settings = settings
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List every setting with its default."""
-        if self.settings:
-            module, name = self.settings.split(":")
-            cls = getattr(__import__(module, fromlist=[name]), name)
-            formatter.write(f"\nSettings (key=default):\n{configuration.help_text(cls)}\n")
-
-
-def words(required: bool = False) -> Any:
-    """The trailing words of a verb: a YAML file and `key=value` settings."""
-    return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
-
-
-def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
-    """Settings from a verb's trailing words. Raises ConfigError."""
-    files = [word for word in given if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(
-            f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
-        )
-    pairs = [word for word in given if "=" in word]
-    return configuration.load(cls, Path(files[0]) if files else None, pairs)
+from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -97,7 +64,7 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
     """Pre-train a masked autoencoder: dense (model.arch=mae) or with experts (model.arch=moce).
 
-    Runs alone, under torchrun, or with `python -m launchers.local --nproc N pretrain ...`. The same command resumes.
+    Runs alone, under torchrun, or with `moce launch local --nproc N pretrain ...`. The same command resumes.
     """
     from moce_ds.training.settings import PretrainSettings
 
@@ -105,7 +72,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     if dry_run:
         from moce_ds.planning.dry_run import plan_table
 
-        _print(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
+        show(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
         click.echo(configuration.to_yaml(config))
         return
     from moce_ds.runtime import started
@@ -155,11 +122,11 @@ def plan(
     else:
         assumed = find_device(device, assume)
     predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
-    _print(report.prediction_table(config, device, assumed, predictions))
+    show(report.prediction_table(config, device, assumed, predictions))
     told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
     click.echo("\n".join(told))
     if measured is not None:
-        _print(report.error_table(predictions[0], measured))
+        show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
         write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
@@ -203,161 +170,7 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
     labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, report = build_clusters(features, out, config, labels, classes, device)
-    _print(report_table(report))
-
-
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
-@click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="The task's images: a shard set or a folder of images.")
-@click.option("--task", default=None, help="The task's name in results (default: that of --data).")
-@click.option("--results", type=PATH, help="A results.json to add the record to.")
-@words()
-def select(run: Path, data: Path, task: str | None, results: Path | None, words: Sequence[str]) -> None:
-    """Find the route through the experts of RUN that serves a task's images best."""
-    from moce_ds.models.encode import EncodeSettings
-    from moce_ds.transfer.results import add_record, selection_table
-    from moce_ds.transfer.select import select_route
-    from moce_ds.transfer.task_data import opened_images
-
-    config = read_settings(EncodeSettings, words)
-    with opened_images(data) as images:
-        selection = select_route(run, images, config, _device())
-    _print(selection_table(selection, task or _task_name(data)))
-    add_record(results, selection.record(task or _task_name(data)))
-
-
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
-@click.argument("run", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--data", type=PATH, help="Choose the route by a task's images (a shard set or a folder).")
-@click.option("--cluster", type=int, help="Choose the route of one cluster.")
-@click.option("--route", help="Choose the experts, one a layer: 3,5.")
-@words()
-def export(
-    run: Path, out: Path, data: Path | None, cluster: int | None, route: str | None, words: Sequence[str]
-) -> None:
-    """Write one route of RUN as a dense ViT (timm's layout) to OUT; the encoder of a dense RUN needs no choice."""
-    from moce_ds.checkpoint_files import find
-    from moce_ds.models.encode import EncodeSettings
-    from moce_ds.transfer import export as exporting
-    from moce_ds.transfer.select import run_clusters, select_route
-    from moce_ds.transfer.task_data import opened_images
-
-    config = read_settings(EncodeSettings, words)
-    choices = [
-        name for name, value in (("--data", data), ("--cluster", cluster), ("--route", route)) if value is not None
-    ]
-    checkpoint = find(run)
-    if not checkpoint.manifest["model"]["experts"]:
-        if choices:
-            raise ConfigError(f"{choices[0]}: {run} is a dense run, which has one encoder and no routes.")
-        exporting.export_dense(checkpoint, out)
-        click.echo(f"{out}: the dense encoder of step {checkpoint.step}")
-        return
-    if len(choices) != 1:
-        raise ConfigError(f"{run} has experts: choose a route with one of --data, --cluster, --route.")
-    checkpoint, clusters = run_clusters(run)
-    extra: dict[str, Any] = {}
-    if data is not None:
-        with opened_images(data) as images:
-            selection = select_route(run, images, config, _device())
-        chosen, extra = exporting.choose_selected(checkpoint, selection), {"votes": selection.record(_task_name(data))}
-    elif cluster is not None:
-        chosen = exporting.choose_cluster(checkpoint, cluster)
-    else:
-        chosen = exporting.choose_route(checkpoint, _experts(str(route)))
-    said = exporting.export_route(checkpoint, clusters, chosen, out, extra)
-    click.echo(
-        f"{out}: route {'-'.join(map(str, said['route']))} of step {said['step']}; differs from the trained model by "
-        f"{said['max_difference']:.1e} (of the largest output)"
-    )
-
-
-def _accuracy_options(function: Any) -> Any:
-    for decorate in (
-        words(),
-        click.option("--results", type=PATH, help="A results.json to add the record to."),
-        click.option("--model", default=None, help="The encoder's name in results (default: its folder's)."),
-        click.option("--task", default=None, help="The task's name in results (default: the folder of --test)."),
-        click.option("--test", type=PATH, required=True, help="Labelled test images."),
-        click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder."),
-        click.argument("encoder", type=PATH),
-    ):
-        function = decorate(function)
-    return function
-
-
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
-@_accuracy_options
-def knn(**given: Any) -> None:
-    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features."""
-    from moce_ds.transfer.knn import knn_accuracy
-
-    _accuracy("knn", knn_accuracy, **given)
-
-
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
-@_accuracy_options
-def probe(**given: Any) -> None:
-    """Accuracy of a linear classifier on ENCODER's features, tuned on part of the training images."""
-    from moce_ds.transfer.probe import linear_probe
-
-    _accuracy("probe", linear_probe, **given)
-
-
-def _accuracy(
-    verb: str,
-    measure: Any,
-    encoder: Path,
-    train: Path,
-    test: Path,
-    task: str | None,
-    model: str | None,
-    results: Path | None,
-    words: Sequence[str],
-) -> None:
-    from moce_ds.models.encode import EncodeSettings, open_encoder
-    from moce_ds.transfer.results import accuracy_record, add_record
-    from moce_ds.transfer.task_data import encoded_split, opened_images
-
-    config, device = read_settings(EncodeSettings, words), _device()
-    opened = open_encoder(encoder, device)
-    with opened_images(train) as train_set, opened_images(test) as test_set:
-        split = encoded_split(opened, train_set, test_set, config, device)
-    score = measure(*split)
-    name, task_name = model or encoder.name, task or _task_name(test)
-    click.echo(
-        f"{verb} {task_name} {name}: top-1 {score.top1:.4f}, mean per class {score.mean_per_class:.4f} "
-        f"({score.n_train} training, {score.n_test} test images)"
-    )
-    add_record(results, accuracy_record(verb, task_name, name, score))
-
-
-@moce.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
-@click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
-@click.option("--dense", type=PATH, help="The run of a dense MAE, to compare with.")
-@click.option("--task", default=None, help="The data's name in results (default: that of --data).")
-@click.option("--results", type=PATH, help="A results.json to add the record to.")
-@words()
-def evaluate(
-    run: Path, data: Path, dense: Path | None, task: str | None, results: Path | None, words: Sequence[str]
-) -> None:
-    """Reconstruction error of RUN on held-out images: selected route, each image's own route, dense twin."""
-    from moce_ds.models.encode import EncodeSettings
-    from moce_ds.transfer.evaluate import evaluate_run
-    from moce_ds.transfer.results import add_record
-    from moce_ds.transfer.task_data import opened_images
-
-    config = read_settings(EncodeSettings, words)
-    with opened_images(data) as images:
-        found = evaluate_run(run, images, dense, config, _device())
-    named = {"dense twin": found.dense, "selected route": found.selected, "own routes": found.own}
-    base = found.dense or found.own
-    for name, error in named.items():
-        if error is not None:
-            click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
-    add_record(results, found.record(task or _task_name(data), run.name))
+    show(report_table(report))
 
 
 @moce.command(cls=Verb, settings="launchers.grid:StudySettings")
@@ -374,9 +187,47 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 
     config = read_settings(StudySettings, words)
     if listed:
-        _print(states_table(config))
+        show(states_table(config))
         return
     sys.exit(run_study(config, cell))
+
+
+# What follows the launched verb is the verb's own, options too.
+FOREIGN: Any = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@moce.group()
+def launch() -> None:
+    """Run a verb in several processes: on this machine, or as a job of SLURM."""
+
+
+@launch.command("local", context_settings=FOREIGN)
+@click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Processes to start.")
+@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="After a lost process.")
+@click.argument("verb")
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB ...]")
+def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None:
+    """Run VERB in several processes on this machine, such as pretrain."""
+    from launchers.local import run_processes
+
+    sys.exit(run_processes([sys.executable, "-m", "moce_ds", verb, *rest], nproc, max_restarts))
+
+
+@launch.command("slurm", cls=Verb, settings="launchers.slurm_profile:SlurmProfile", context_settings=FOREIGN)
+@click.argument("words", nargs=-1, required=True, metavar="[PROFILE.yaml] [key=value ...] VERB [ITS ARGUMENTS ...]")
+def slurm(words: Sequence[str]) -> None:
+    """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
+
+    `pretrain` and `features` use all processes. `study` becomes an array of jobs, and `pipeline` a chain. Other verbs
+    run in one process. A job whose time is over, that was preempted, or that lost a node goes on by itself.
+    """
+    from launchers.launch import launch_on_slurm
+    from launchers.slurm_profile import SlurmProfile
+
+    verb = next((i for i, word in enumerate(words) if "=" not in word and not word.endswith((".yaml", ".yml"))), None)
+    if verb is None:
+        raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
+    launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])
 
 
 @moce.command()
@@ -396,36 +247,15 @@ def inspect(path: Path, verify: bool) -> None:
     """Say what PATH is (shards, features, clusters, run, checkpoint, encoder, results) and what it holds."""
     from moce_ds.analysis.inspection import describe, faults
 
-    _print(describe(path))
+    show(describe(path))
     if verify:
         found = faults(path)
         click.echo("\n".join(found) if found else "Verified: everything is as it was written.")
         sys.exit(1 if found else 0)
 
 
-def _task_name(data: Path) -> str:
-    """The task behind `digits/train` and behind `digits`: digits."""
-    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _experts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
-
-
-def _print(renderable: Any) -> None:
-    Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(renderable)
-
-
-moce.add_command(bench)
+for verb in (bench, *TRANSFER_VERBS):
+    moce.add_command(verb)
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
         if missing:
             raise MoceError(
                 f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start several processes "
-                "with torchrun or `python -m launchers.local --nproc N`."
+                "with torchrun or `moce launch local --nproc N`."
             )
         dist.init_process_group(backend, timeout=_PEER_TIMEOUT)
         watch = Watch(rank, world_size, local_rank, peer_timeout)

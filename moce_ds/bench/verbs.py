@@ -10,9 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from moce_ds.command_line import PATH
 from moce_ds.errors import ConfigError
-
-PATH = click.Path(path_type=Path)
 
 
 class Numbers(click.ParamType):

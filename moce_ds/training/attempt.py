@@ -23,6 +23,7 @@ from moce_ds.files import sync, writes_to
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
+LAUNCHES = "launches"  # what launchers leave beside a run
 METRICS = "metrics.jsonl"
 
 

@@ -26,7 +26,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
-from moce_ds.training.attempt import ATTEMPTS, Attempt
+from moce_ds.training.attempt import ATTEMPTS, LAUNCHES, Attempt
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
@@ -56,7 +56,10 @@ def check_run(config: PretrainSettings) -> None:
                 f"{out} holds another run; these settings may not change when it is resumed:\n{listed}\n"
                 "Give the settings of that run, or another run.out."
             )
-    elif out.exists() and {path.name for path in out.iterdir()} - {ATTEMPTS}:  # a start may have failed before this one
+    elif out.exists() and {path.name for path in out.iterdir()} - {
+        ATTEMPTS,
+        LAUNCHES,
+    }:  # an earlier start may have failed
         raise ConfigError(f"run.out: {out} is not empty and holds no run (no config.yaml): choose another folder.")
 
 

@@ -17,7 +17,7 @@ SECONDS = 120  # a start takes about 5 s on an idle machine
 
 def local(nproc: int, *options: str) -> tuple[str, ...]:
     """The words that start a verb in so many processes."""
-    return (sys.executable, "-m", "launchers.local", "--nproc", str(nproc), *options)
+    return (sys.executable, "-m", "moce_ds", "launch", "local", "--nproc", str(nproc), *options)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`python -m launchers.local` and torchrun as a user meets them: Ctrl-C, a killed process, a damaged shard."""
+"""`moce launch local` and torchrun as a user meets them: Ctrl-C, a killed process, a damaged shard."""
 
 import shutil
 import signal
@@ -6,13 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from jobs import Told
 from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 
-from launchers.local import main as launch
 from moce_ds.checkpoint_files import find, steps_of
+from moce_ds.cli import moce
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import STOPPED
@@ -89,7 +90,6 @@ def test_torchrun(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
     assert_same(runs, "two-mae", "torchrun", tolerance=0)
 
 
-def test_no_processes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        launch(["--nproc", "0", "pretrain"])
-    assert "--nproc: got 0; expected at least 1" in capsys.readouterr().err
+def test_no_processes_are_refused() -> None:
+    with pytest.raises(click.BadParameter, match="0 is not in the range x>=1"):
+        moce(["launch", "local", "--nproc", "0", "pretrain"], standalone_mode=False)

@@ -118,8 +118,12 @@ def test_what_is_missing_is_told_before_anything_is_run(make: Make, tmp_path: Pa
     assert f"tasks.digits: {tmp_path}/none/train not found" in missing(tasks={"digits": f"{tmp_path}/none"})
     assert "heldout: none not found" in missing(heldout="none")
     assert "num=2:\n  data.shards: none not found" in missing(set=["data.shards=none"], grid={"experts.num": [2]})
-    assert "nodes: 2 machines; start it with --cell" in missing(nodes=2)
     assert not (tmp_path / "study").exists()
+
+
+def test_cells_of_several_machines_are_not_run_on_one(make: Make) -> None:
+    with pytest.raises(ConfigError, match="takes 2 machines. Queue the study with moce launch slurm"):
+        run_study(make(nodes=2))
 
 
 def begun(study: StudySettings, cell: Cell) -> CellRecord:

@@ -1,0 +1,106 @@
+"""`moce launch slurm ...`: what a verb needs of a job, checked and recorded before anything is queued."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from launchers.cell import is_done
+from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
+from launchers.slurm import Submitted, submit
+from launchers.slurm_profile import SlurmProfile
+from launchers.snapshot import begin_launch, record_jobs, refuse_second
+from launchers.study import keep_record
+from moce_ds.command_line import read_settings
+from moce_ds.errors import ConfigError
+from moce_ds.training.attempt import LAUNCHES
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+
+PARALLEL = ("pretrain", "features")
+"""Verbs whose work several processes share."""
+
+
+def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
+    """Queue a `moce` verb with its arguments, and say where to look.
+
+    Raises:
+        ConfigError: a fault in the verb's settings, SLURM is not here or refuses the job, or it has one in the queue.
+        ArtefactError: the record of the launch cannot be written.
+    """
+    verb, *rest = words
+    queue: Callable[[SlurmProfile, Sequence[str]], list[Submitted]]
+    queue = {"pretrain": _queue_pretrain, "study": _queue_study}.get(verb) or _queue_other(verb)
+    for job in queue(profile, rest):
+        click.echo(f"Job {job.job} is queued: {job.what}\n  log     tail -F {job.log}")
+        click.echo(f"  state   squeue --jobs {job.job}\n  cancel  scancel {job.job}")
+
+
+def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
+    from moce_ds.training.setup import check_run  # brings DeepSpeed along
+
+    config = read_settings(PretrainSettings, words)
+    check_run(config)
+    usable = usable_nodes(config, profile)
+    command = ["pretrain", *words]
+    refuse_second(config.run.out / LAUNCHES)
+    folder = begin_launch(config.run.out / LAUNCHES, command, profile, config)
+    return record_jobs(folder, [submit(profile, [command], folder, config.run.out.name, usable_nodes=usable)])
+
+
+def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
+    """Numbers of nodes, of those that SLURM may give, whose processes can share the run's batch.
+
+    Raises:
+        ConfigError: the number that the profile asks for is not one of them.
+    """
+    batch_arithmetic(config, profile.nodes * profile.processes_per_node)
+    usable = []
+    for nodes in profile.node_counts:
+        try:
+            batch_arithmetic(config, nodes * profile.processes_per_node)
+        except ConfigError:
+            continue
+        usable.append(nodes)
+    return usable
+
+
+def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
+    """An array of jobs for the cells of each size that are not done."""
+    study = read_settings(StudySettings, words)
+    cells = cells_of(study)
+    check_settings(cells)
+    check_places(study, cells)
+    refuse_second(study.out / LAUNCHES)
+    folder = begin_launch(study.out / LAUNCHES, ["study", *words], profile, study)
+    keep_record(study, cells)
+    pending = sorted((cell for cell in cells if not is_done(study, cell)), key=_size)
+    if not pending:
+        click.echo(f"All {len(cells)} cells are done in {study.out}.")
+    jobs = []
+    for (nodes, processes), group in groupby(pending, _size):
+        gpus = processes if profile.gpus_per_node else 0
+        sized = replace(profile, nodes=nodes, min_nodes=None, tasks_per_node=processes, gpus_per_node=gpus)
+        commands = [["study", *words, "--cell", cell.name] for cell in group]
+        jobs.append(submit(sized, commands, folder, study.out.name))
+    return record_jobs(folder, jobs)
+
+
+def _size(cell: Cell) -> tuple[int, int]:
+    return cell.nodes, cell.processes
+
+
+def _queue_other(verb: str) -> Callable[[SlurmProfile, Sequence[str]], list[Submitted]]:
+    from moce_ds.cli import moce
+
+    known = sorted(set(moce.commands) - {"launch"})
+    if verb not in known:
+        raise ConfigError(f"{verb} is no verb of moce; expected one of {', '.join(known)}.")
+
+    def queue(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
+        fitting = profile if verb in PARALLEL else profile.for_one_process()
+        folder = begin_launch(Path(LAUNCHES), [verb, *words], fitting)
+        return record_jobs(folder, [submit(fitting, [[verb, *words]], folder, f"moce-{verb}")])
+
+    return queue

@@ -1,0 +1,91 @@
+"""The queue of SLURM, through submitit: put jobs into it, and ask what is in it."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from launchers.slurm_profile import SlurmProfile
+from launchers.slurm_rank import Rank
+from moce_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue, or an array of them.
+
+    Attributes:
+        job: its number.
+        what: what it asks for, in words.
+        log: what its first process writes; the others' are beside it. Of an array: the pattern of all.
+    """
+
+    job: str
+    what: str
+    log: str
+
+
+def submit(
+    profile: SlurmProfile,
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    name: str,
+    after: Sequence[str] = (),
+    usable_nodes: Sequence[int] = (),
+) -> Submitted:
+    """Queue a job for each command (words after `moce`), several as one array; logs go to `folder`.
+
+    Args:
+        after: jobs that must have succeeded first.
+        usable_nodes: numbers of nodes that the commands can run on, of those that the profile allows; empty: all.
+
+    Raises:
+        ConfigError: there is no SLURM here, or sbatch refuses; what it says is passed on.
+    """
+    python = profile.python or sys.executable
+    ranks = [
+        Rank(
+            (python, "-m", "moce_ds", *words),
+            tuple(usable_nodes),
+            profile.max_failures,
+            signal.Signals[f"SIG{profile.signal}"],
+        )
+        for words in commands
+    ]
+    try:
+        # Its own count of time-outs would end a run that is meant to be requeued for weeks.
+        executor = SlurmExecutor(folder, max_num_timeout=10**6, python=f"{profile.container} {python}".strip())
+        executor.update_parameters(job_name=name, **profile.sbatch(after))
+        with executor.batch():
+            jobs = [executor.submit(rank) for rank in ranks]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise ConfigError(f"sbatch refused the job: {_last_line(str(error))}") from None
+    except RuntimeError as error:  # submitit did not find srun
+        raise ConfigError(f"{error} Run this where sbatch and srun are, as on a login node.") from None
+    if len(jobs) == 1:
+        return Submitted(jobs[0].job_id, profile.spoken, str(jobs[0].paths.stdout))
+    number = jobs[0].job_id.partition("_")[0]
+    logs = folder.absolute() / f"{number}_*_0_log.out"
+    return Submitted(number, f"{len(jobs)} jobs of {profile.spoken}", str(logs))
+
+
+def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
+    """State of those jobs that wait or run. Empty, too, where there is no SLURM."""
+    if not jobs:
+        return {}
+    try:
+        asked = ["squeue", "--noheader", "--me", "--format=%F %T"]
+        told = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+    except FileNotFoundError:
+        return {}
+    states = dict(line.split() for line in told)
+    return {job: states[job] for job in jobs if job in states}
+
+
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), text).strip()

@@ -1,0 +1,101 @@
+"""What a job asks SLURM for: the settings of `moce launch slurm`, a YAML file a cluster (`configs/slurm/`)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moce_ds.config import option, settings
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+@settings
+class SlurmProfile:
+    """Settings of a job; those that are null are left to the cluster."""
+
+    nodes: Positive = option(1, "nodes of the job")
+    min_nodes: Positive | None = option(None, "fewest nodes to go on with after one was lost; null: as many as nodes")
+    gpus_per_node: Annotated[int, Field(ge=0)] = option(0, "GPUs of each node; one process a GPU")
+    tasks_per_node: Positive | None = option(None, "processes of each node; null: one a GPU, or one")
+    cpus_per_task: Positive = option(1, "CPUs of each process")
+    mem: str | None = option(None, "memory of each node, such as 200G")
+    minutes: Positive = option(1440, "time limit; a run that needs longer is requeued and resumes")
+    partition: str | None = option(None, "partition")
+    account: str | None = option(None, "account")
+    qos: str | None = option(None, "quality of service")
+    constraint: str | None = option(None, "features that nodes must have")
+    signal: Literal["USR1", "USR2"] = option("USR2", "what SLURM sends before it ends the job")
+    signal_seconds: Positive = option(120, "how long before the end")
+    max_failures: Annotated[int, Field(ge=0)] = option(
+        3, "starts after a lost process, in a row; one that ran an hour begins the count anew"
+    )
+    array_parallelism: Positive = option(16, "jobs of an array that may run at once")
+    extra: dict[str, str | int | bool] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
+    setup: list[str] = option([], "shell commands before the processes start, such as module load cuda")
+    env: dict[str, str] = option({}, "environment variables of the processes")
+    container: str = option("", "command that runs another in a container, such as apptainer exec --nv image.sif")
+    python: str | None = option(None, "Python of the job, as in venv/bin/python; null: the one that submits")
+
+    def __post_init__(self) -> None:
+        if self.min_nodes is not None and self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes: {self.min_nodes} is more than nodes {self.nodes}")
+        if any("\n" in text for text in (*self.setup, *self.env.values(), *map(str, self.extra.values()))):
+            raise ValueError("setup, env, extra: a line break within a value; give one line each")
+
+    @property
+    def processes_per_node(self) -> int:
+        """One a GPU, or what `tasks_per_node` says."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def node_counts(self) -> range:
+        """How many nodes SLURM may give."""
+        return range(self.min_nodes or self.nodes, self.nodes + 1)
+
+    @property
+    def spoken(self) -> str:
+        """Its size in words."""
+        nodes = f"{self.min_nodes} to {self.nodes}" if self.min_nodes else f"{self.nodes}"
+        return f"{nodes} nodes x {self.processes_per_node} processes"
+
+    def for_one_process(self) -> "SlurmProfile":
+        """The same for a verb that runs alone: one node, one process with the GPU and CPUs of one."""
+        return replace(self, nodes=1, min_nodes=None, tasks_per_node=1, gpus_per_node=min(1, self.gpus_per_node))
+
+    def sbatch(self, after: Sequence[str]) -> dict[str, object]:
+        """Parameters of submitit's executor; `after`: jobs that must have succeeded first."""
+        environment = {"OMP_NUM_THREADS": str(self.cpus_per_task), "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
+        nodes = {"nodes": f"{self.min_nodes}-{self.nodes}"} if self.min_nodes else {}
+        wanted = {
+            "time": self.minutes,
+            "nodes": self.nodes,
+            "ntasks_per_node": self.processes_per_node,
+            "cpus_per_task": self.cpus_per_task,
+            "gpus_per_node": self.gpus_per_node or None,
+            "mem": self.mem,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "dependency": f"afterok:{':'.join(after)}" if after else None,
+            "array_parallelism": self.array_parallelism,
+            "stderr_to_stdout": True,
+            "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items())],
+            # One process that ends ends all: without it the others wait to the time limit.
+            "srun_args": ["--kill-on-bad-exit=1"],
+            "additional_parameters": {
+                "requeue": True,
+                "signal": f"{self.signal}@{self.signal_seconds}",
+                "kill-on-invalid-dep": "yes",  # else a job whose predecessor failed waits for ever
+                **nodes,
+                **self.extra,
+            },
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
+def _quoted(text: str) -> str:
+    """For the shell, with its variables still read: PATH=$HOME/bin:$PATH is what people write."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'

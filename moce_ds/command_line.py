@@ -1,0 +1,55 @@
+"""What the verbs share: words of settings on the command line, and printing.
+
+A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
+packages.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from moce_ds import config as configuration
+from moce_ds.errors import ConfigError
+
+PATH = click.Path(path_type=Path)
+SETTINGS = "[CONFIG.yaml] [key=value ...]"
+
+
+class Verb(click.Command):
+    """A command whose --help ends with its settings."""
+
+    def __init__(self, *args: Any, settings: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List every setting with its default."""
+        if self.settings:
+            module, name = self.settings.split(":")
+            cls = getattr(__import__(module, fromlist=[name]), name)
+            formatter.write(f"\nSettings (key=default):\n{configuration.help_text(cls)}\n")
+
+
+def words(required: bool = False) -> Any:
+    """The trailing words of a verb: a YAML file and `key=value` settings."""
+    return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
+
+
+def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
+    """Settings from a verb's trailing words. Raises ConfigError."""
+    files = [word for word in given if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(
+            f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
+        )
+    pairs = [word for word in given if "=" in word]
+    return configuration.load(cls, Path(files[0]) if files else None, pairs)
+
+
+def show(renderable: Any) -> None:
+    """Print a table or text: as wide as the terminal, or 100 columns into a file."""
+    Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(renderable)
