@@ -34,6 +34,8 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         ConfigError: before anything is run: a fault in the settings of any cell, or a folder that holds another run.
     """
     cells = _checked(study)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _refuse_other_machines(cells if only is None else [_named(cells, only)])
     check_places(study, cells)
     keep_record(study, cells)
     if only is not None:
@@ -42,7 +44,6 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         if only is None:
             raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
         return run_cell(study, cells[0])
-    _refuse_other_machines(cells)
     with _signals() as asked:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)

@@ -16,6 +16,7 @@ from moce_command import TINY, refused, run_here
 
 from launchers.cell import held, is_done, is_held, measures, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
+from launchers.study import run_study
 from moce_ds.analysis.report import build_report
 from moce_ds.analysis.study_chapter import scalings
 from moce_ds.analysis.study_folder import CellRecord, StudyRecord, read_study_folder, series
@@ -122,7 +123,7 @@ def test_what_is_missing_is_told_before_anything_is_run(make: Make, tmp_path: Pa
 
 
 def test_cells_of_several_machines_are_not_run_on_one(make: Make) -> None:
-    with pytest.raises(ConfigError, match="takes 2 machines. Queue the study with moce launch slurm"):
+    with pytest.raises(ConfigError, match="takes 2 machines"):
         run_study(make(nodes=2))
 
 
