@@ -1,7 +1,6 @@
 """The cluster of the tests: it runs jobs as SLURM does, loses nodes and gets them back, and leaves nothing behind."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 from cluster import Cluster
