@@ -67,11 +67,11 @@ class SlurmProfile:
     def sbatch(self, after: Sequence[str]) -> dict[str, object]:
         """Parameters of submitit's executor; `after`: jobs that must have succeeded first."""
         environment = {"OMP_NUM_THREADS": str(self.cpus_per_task), "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
+        each = self.processes_per_node
         nodes = {"nodes": f"{self.min_nodes}-{self.nodes}"} if self.min_nodes else {}
         wanted = {
             "time": self.minutes,
             "nodes": self.nodes,
-            "ntasks_per_node": self.processes_per_node,
             "cpus_per_task": self.cpus_per_task,
             "gpus_per_node": self.gpus_per_node or None,
             "mem": self.mem,
@@ -83,9 +83,11 @@ class SlurmProfile:
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
             "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items())],
-            # One process that ends ends all: without it the others wait to the time limit.
-            "srun_args": ["--kill-on-bad-exit=1"],
+            # One process that fails ends all: without it the others wait to the time limit.
+            "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],
             "additional_parameters": {
+                # sbatch, told of tasks, would make do with the fewest nodes of the range.
+                "mincpus": each * self.cpus_per_task,
                 "requeue": True,
                 "signal": f"{self.signal}@{self.signal_seconds}",
                 "kill-on-invalid-dep": "yes",  # else a job whose predecessor failed waits for ever
