@@ -30,7 +30,7 @@ from cluster_packages import missing
 from waiting import wait_until
 
 T = TypeVar("T")
-_START, _REACT = 60, 120  # seconds; the first includes a data base on a busy machine
+_START, _REACT = 60, 120  # seconds, on a busy machine
 
 
 class Cluster:
@@ -51,7 +51,7 @@ class Cluster:
         """A cluster whose nodes are idle, until the block is left. Its state is in `folder`, which must be empty.
 
         Raises:
-            TimeoutError: something does not start; the message has all logs.
+            TimeoutError, RuntimeError: something does not start; the message has the logs.
         """
         cluster = cls(folder, nodes)
         try:
@@ -82,7 +82,8 @@ class Cluster:
         self._head.in_network("ip", "link", "set", node, "down")
 
     def join(self, node: str) -> None:
-        """Put the network cable back; returns at once. A node that was given up may stay `down*` for a minute."""
+        """Put the network cable back; returns at once. A node that was given up meanwhile is asked again in turn only,
+        after up to a minute; `revive` does not wait for that."""
         self._head.in_network("ip", "link", "set", node, "up")
 
     def revive(self, node: str) -> None:
@@ -196,14 +197,14 @@ class Cluster:
         return _tails(*sorted(self._logs.iterdir()))
 
     def _report(self) -> str:
-        commands = ("sinfo --long --Node", "squeue --long", "scontrol --oneliner show jobs")
-        said = [self._run(*command.split(), check=False).stdout for command in commands]
-        outputs = [Path(path) for path in dict.fromkeys(re.findall(r"Std(?:Out|Err)=(\S+)", said[-1]))]
-        return "\n".join((*said, _tails(*outputs, self._logs / "slurmctld.log")))
+        commands = ("sinfo --long --Node --partition=main", "squeue --long", "scontrol --oneliner show jobs")
+        nodes, queue, jobs = (self._run(*command.split(), check=False).stdout for command in commands)
+        outputs = [Path(path) for path in dict.fromkeys(re.findall(r"Std(?:Out|Err)=(\S+)", jobs))]
+        return "\n".join((nodes, queue, _tails(*outputs[-4:], self._logs / "slurmctld.log")))
 
 
 def _tails(*files: Path) -> str:
-    lines = {file: file.read_text(errors="replace").splitlines()[-20:] for file in files if file.exists()}
+    lines = {file: file.read_text(errors="replace").splitlines()[-20:] for file in files if file.is_file()}
     return "\n".join(line for file, tail in lines.items() for line in (f"--- {file}", *tail))
 
 

@@ -70,8 +70,8 @@ EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-# high preempts low, with the signal that a job has asked for 20 s ahead, and abrupt, with that signal and SIGTERM at
-# once. The signal cannot be left out for one partition; a job that asks for none gets SIGTERM alone.
+# high preempts low, with the signal that a job has asked for 20 s ahead, and abrupt, with that signal and SIGTERM in
+# one moment, in either order. The signal cannot be left out for one partition; a job may ask for none.
 PartitionName=DEFAULT Nodes=ALL DefaultTime=10 PriorityTier=1
 PartitionName=main Default=YES PreemptMode=OFF
 PartitionName=low PreemptMode=REQUEUE GraceTime=20

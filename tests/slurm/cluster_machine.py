@@ -27,7 +27,7 @@ class Machine:
         return self._process is not None
 
     def power_on(self) -> None:
-        """Switch it on: a host name, and a network without a cable."""
+        """Switch it on: a host name, and a network without a cable. Raises RuntimeError."""
         with open(self._log, "a") as log:
             self._process = subprocess.Popen(
                 [*_UNSHARE, "bash"],
@@ -56,7 +56,7 @@ class Machine:
         """Kill all its processes at once; returns when there is none left."""
         if self._process is None:
             return
-        if self.pid:
+        if self.pid and self._process.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
         self._process.communicate()
         self._process, self.pid = None, 0
