@@ -8,8 +8,8 @@ ids, mounts and a `/dev/shm` of its own, and shares the file system, `/tmp` incl
 with a cable to each node and one to this machine, where the cluster is seen by SLURM_CONF alone. Several clusters can
 be on at once. All state is in one folder; nothing else is left when a cluster is off, however it ended.
 
-Each node has 4 CPUs, 4000 MB and 2 GPUs, none of them real. Partitions: `main`; `low`, whose jobs `high` preempts with
-the signal they asked for and 20 s, and `abrupt`, whose jobs it preempts with SIGTERM and 3 s. Account: `lab`, for root.
+Each node has 4 CPUs, 4000 MB and 2 GPUs, none of them real. Partitions: `main`; `low`, whose jobs `high` preempts: they
+get the signal they asked for and 20 s; `abrupt`, whose jobs it preempts with 3 s. Account: `lab`, for root.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from cluster_packages import missing
 from waiting import wait_until
 
 T = TypeVar("T")
-_START, _REACT = 60, 120  # seconds; the first includes a data base on a busy machine
+_START, _REACT = 60, 120  # seconds, on a busy machine
 
 
 class Cluster:
@@ -41,8 +41,8 @@ class Cluster:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": f"{folder}/etc/slurm.conf"}
         self._logs = folder / "log"
-        self._head = Machine("head", self._logs / "head.out")
-        self._machines = {name: Machine(name, self._logs / f"{name}.out") for name in self.nodes}
+        self._head = self._machine("head")
+        self._machines = {node: self._machine(node) for node in self.nodes}
         self._network: Network | None = None
 
     @classmethod
@@ -51,7 +51,7 @@ class Cluster:
         """A cluster whose nodes are idle, until the block is left. Its state is in `folder`, which must be empty.
 
         Raises:
-            TimeoutError: something does not start; the message has all logs.
+            TimeoutError, RuntimeError: something does not start; the message has the logs.
         """
         cluster = cls(folder, nodes)
         try:
@@ -77,30 +77,29 @@ class Cluster:
         self._head.in_network("ip", "link", "delete", node)  # else the kernel may hold it for a while
         self._machines[node].power_off()
 
-    def revive(self, node: str) -> None:
-        """Switch a node on that was killed, and wait until it takes jobs."""
-        self._power_on(node)
-        self.wait_until(lambda: self._brings_up(node), _REACT, f"{node} is up")
-
     def cut(self, node: str) -> None:
         """Pull the network cable of a node; its processes live on."""
         self._head.in_network("ip", "link", "set", node, "down")
 
     def join(self, node: str) -> None:
-        """Put the network cable back; returns at once."""
+        """Put the network cable back; returns at once. A node that was given up meanwhile is asked again in turn only,
+        after up to a minute; `revive` does not wait for that."""
         self._head.in_network("ip", "link", "set", node, "up")
+
+    def revive(self, node: str) -> None:
+        """Have a node again that was killed or cut: switched on, connected, and taking jobs."""
+        if self._machines[node].is_on:
+            self.join(node)
+        else:
+            self._power_on(node)
+        self.wait_until(lambda: self._brings_up(node), _REACT, f"{node} takes jobs")
 
     def restore(self) -> None:
         """Cancel all jobs, and wait until all nodes are on, connected and idle."""
         self.run("scancel", "--user=root")
-        for node, machine in self._machines.items():
-            if machine.is_on:
-                self.join(node)
-            else:
-                self._power_on(node)
         for node in self.nodes:
-            self.wait_until(lambda node=node: self._brings_up(node), _REACT, f"{node} is up")
-        self.wait_until(self._is_idle, _REACT, "no job is left")
+            self.revive(node)
+        self.wait_until(self._is_idle, _REACT, "nodes are idle and no job is left")
 
     def stop(self) -> None:
         """Switch everything off."""
@@ -139,7 +138,6 @@ class Cluster:
             ip link set switch up
             ip link set outside master switch
             ip link set outside up
-            export SLURM_CONF={self.environment["SLURM_CONF"]}
             umask 077 && head -c 128 /dev/urandom > {folder}/munge.key && umask 022
             munged --foreground --force --key-file={folder}/munge.key --socket={folder}/munge.socket \\
                 --pid-file={folder}/munge.pid --seed-file={folder}/munge.seed --log-file={folder}/log/munge.log &
@@ -157,6 +155,9 @@ class Cluster:
         head.tell("slurmctld -D &")
         self._wait(lambda: self._works("scontrol", "ping"), "slurmctld")
 
+    def _machine(self, name: str) -> Machine:
+        return Machine(name, self._logs / f"{name}.out", self.environment)
+
     def _power_on(self, node: str) -> None:
         assert self._network
         machine = self._machines[node]
@@ -169,7 +170,6 @@ class Cluster:
             mount -t tmpfs -o mode=1777 tmpfs /dev/shm
             ip addr add {self._network.node(node)}/24 dev eth0
             ip link set eth0 up
-            export SLURM_CONF={self.environment["SLURM_CONF"]}
             slurmd -D &
         """)
 
@@ -197,13 +197,14 @@ class Cluster:
         return _tails(*sorted(self._logs.iterdir()))
 
     def _report(self) -> str:
-        jobs = self.run("scontrol", "--oneliner", "show", "jobs")
+        commands = ("sinfo --long --Node --partition=main", "squeue --long", "scontrol --oneliner show jobs")
+        nodes, queue, jobs = (self._run(*command.split(), check=False).stdout for command in commands)
         outputs = [Path(path) for path in dict.fromkeys(re.findall(r"Std(?:Out|Err)=(\S+)", jobs))]
-        return self.run("squeue", "--long") + self.run("sinfo", "--long", "--Node") + jobs + _tails(*outputs)
+        return "\n".join((nodes, queue, _tails(*outputs[-4:], self._logs / "slurmctld.log")))
 
 
 def _tails(*files: Path) -> str:
-    lines = {file: file.read_text(errors="replace").splitlines()[-20:] for file in files if file.exists()}
+    lines = {file: file.read_text(errors="replace").splitlines()[-20:] for file in files if file.is_file()}
     return "\n".join(line for file, tail in lines.items() for line in (f"--- {file}", *tail))
 
 

@@ -53,7 +53,8 @@ JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 
 # A lost node is noticed soon, and is used again when it is back.
-SlurmdTimeout=10
+SlurmdTimeout=5
+MessageTimeout=5
 ReturnToService=1
 
 AccountingStorageType=accounting_storage/slurmdbd
@@ -69,7 +70,8 @@ EnforcePartLimits=ALL
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-# high preempts low, with the signal that a job has asked for 20 s ahead, and abrupt, with SIGTERM and KillWait.
+# high preempts low, with the signal that a job has asked for 20 s ahead, and abrupt, with that signal and SIGTERM in
+# one moment, in either order. The signal cannot be left out for one partition; a job may ask for none.
 PartitionName=DEFAULT Nodes=ALL DefaultTime=10 PriorityTier=1
 PartitionName=main Default=YES PreemptMode=OFF
 PartitionName=low PreemptMode=REQUEUE GraceTime=20

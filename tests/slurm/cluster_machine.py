@@ -11,12 +11,13 @@ _UNSHARE = ("unshare", "--net", "--uts", "--pid", "--fork", "--mount", "--mount-
 class Machine:
     """A shell in namespaces of its own; it runs what it is told. If it ends, all processes of the machine do.
 
-    It also ends when the process that has switched it on ends, however that happens: its standard input is closed.
+    It also ends when the process that has switched it on ends, however that happens: the shell's input is closed then.
     """
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, environment: dict[str, str]) -> None:
         self.name = name
         self._log = log
+        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         self.pid = 0
 
@@ -26,7 +27,7 @@ class Machine:
         return self._process is not None
 
     def power_on(self) -> None:
-        """Switch it on: a host name, and a network without a cable."""
+        """Switch it on: a host name, and a network without a cable. Raises RuntimeError."""
         with open(self._log, "a") as log:
             self._process = subprocess.Popen(
                 [*_UNSHARE, "bash"],
@@ -34,6 +35,7 @@ class Machine:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **self._environment},
                 start_new_session=True,  # Ctrl-C is not for it
             )
         self.tell(f"hostname {self.name} && ip link set lo up && echo on")
@@ -54,7 +56,7 @@ class Machine:
         """Kill all its processes at once; returns when there is none left."""
         if self._process is None:
             return
-        if self.pid:
+        if self.pid and self._process.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
         self._process.communicate()
         self._process, self.pid = None, 0
