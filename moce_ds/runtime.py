@@ -18,7 +18,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from moce_ds.errors import MoceError
+from moce_ds.errors import LostPeerError, MoceError
 from moce_ds.liveness import Watch
 
 _PEER_TIMEOUT = timedelta(minutes=10)
@@ -130,6 +130,8 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
                 f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start several processes "
                 "with torchrun or `moce launch local --nproc N`."
             )
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            _look_for_launcher(peer_timeout)
         dist.init_process_group(backend, timeout=_PEER_TIMEOUT)
         watch = Watch(rank, world_size, local_rank, peer_timeout)
     try:
@@ -139,6 +141,18 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _look_for_launcher(seconds: float) -> None:
+    """Raise LostPeerError if the launcher has died, which hosts the meeting point since before this process began.
+
+    Where a rank hosts it, that rank may come later; so much later that `init_process_group` must wait for minutes.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
+    except dist.DistError as error:
+        raise LostPeerError(f"The launcher at {address}:{port} does not answer for {seconds:.0f} s: {error}") from None
 
 
 class StopRequest:

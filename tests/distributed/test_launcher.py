@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from moce_ds.checkpoint_files import find, steps_of
 from moce_ds.cli import moce
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import STOPPED
+from moce_ds.errors import LOST_PEER, STOPPED
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
 
@@ -82,6 +83,19 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
     assert "was altered after it was written" in output and str(shards) in output
     assert output.count("Error:") == 1
     assert "Traceback" not in output
+
+
+def test_a_process_whose_launcher_has_died_ends(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # nobody listens there once it is closed
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    words = tiny_settings(data.shards, tmp_path / "run", "run.peer_timeout=2")
+    status, _ = run_to_end(sys.executable, "-m", "moce_ds", "pretrain", *words)
+    assert status == LOST_PEER
 
 
 def test_torchrun(data: TinyData, runs: Path, two: dict[str, Told]) -> None:

@@ -43,7 +43,9 @@ def test_time_limit(cluster: Cluster, data: TinyData, tally: Tally, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("partition", "requeued_by_us"), [("low", True), ("abrupt", False)], ids=["warned before", "no time after the warning"]
+    ("partition", "requeued_by_us"),
+    [("low", True), ("abrupt", False)],
+    ids=["warned before", "no time after the warning"],
 )
 def test_preemption(
     partition: str, requeued_by_us: bool, cluster: Cluster, data: TinyData, alone: Path, tally: Tally, tmp_path: Path
