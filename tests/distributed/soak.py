@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -150,12 +151,16 @@ class Soak:
         """Let the run come to its end."""
         self.start()
         assert self._launcher is not None
-        wait_until(lambda: self._ended() is not None, "the end of the run")
+        while self._ended() is None:  # as long as it takes, if only it goes on
+            wait_until(partial(self._went_on, last_record(self.run)["step"]), "another step")
         if self._launcher.returncode:
             raise Failure(f"the run ended with status {self._launcher.returncode}; {self.log} says why")
         self._launcher = None
         wait_until(lambda: not self._cut_off_live(), "the end of those that were cut off")
         self.settle()
+
+    def _went_on(self, step: int) -> bool:
+        return self._ended() is not None or last_record(self.run)["step"] != step
 
     def _attempts(self) -> int:
         return len(list(self.run.glob("attempts/*.json")))
