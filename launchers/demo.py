@@ -3,7 +3,8 @@
     python -m launchers.demo [--short] [--out runs/demo]
 
 This is `moce pipeline configs/demo/pipeline.yaml` on images that are written first. Every command is printed before it
-runs; pre-training and features run in two processes, two experts a layer in each. Interrupted, the same command goes on.
+runs; pre-training and features run in two processes, two experts a layer in each. Interrupted, it goes on when
+started again.
 """
 
 import argparse

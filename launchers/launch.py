@@ -13,7 +13,7 @@ from launchers.slurm import Submitted, submit
 from launchers.slurm_profile import SlurmProfile
 from launchers.snapshot import begin_launch, record_jobs, refuse_second
 from launchers.stage import Stage
-from launchers.stages import PipelineSettings, check_folders, stages_of
+from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from launchers.study import keep_record
 from moce_ds.command_line import read_settings
 from moce_ds.config import from_tree, to_tree
@@ -126,6 +126,7 @@ def queued_stages(
         changes = pipeline.resources.get(stage.name, {})
         sized = from_tree(SlurmProfile, to_tree(profile) | changes, f"resources.{stage.name}")
         sized = sized if stage.parallel else sized.for_one_process()
+        check_batches([stage], sized.nodes * sized.processes_per_node)
         usable = usable_nodes(stage.config, sized) if isinstance(stage.config, PretrainSettings) else []
         queued.append((stage, sized, usable))
     return queued

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import click
 from rich.table import Table
 
 from launchers.hold import is_held
@@ -35,17 +36,15 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
     if only is not None and chosen[0].parallel and "RANK" in os.environ:
         share_stage(chosen[0])
         return 0
-    check_batches(stages, pipeline.processes)
+    check_batches(chosen, pipeline.processes)
     for stage in chosen:
-        status = _run(
-            stage, words, f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}", pipeline.processes
-        )
+        place = f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}"
+        status = _run(stage, words, pipeline.processes, place)
         if status == STOPPED:
-            print(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
+            click.echo(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
         if status:
             return status
-    done = sum(stage.is_done() for stage in stages)
-    print(f"{done} of {len(stages)} stages are done in {pipeline.out}.")
+    click.echo(f"{sum(stage.is_done() for stage in stages)} of {len(stages)} stages are done in {pipeline.out}.")
     return 0
 
 
@@ -87,20 +86,20 @@ def _check_processes(chosen: Sequence[Stage]) -> None:
         raise ConfigError(f"This is one of {here} processes, and {what} runs in one. Name a stage that they share.")
 
 
-def _run(stage: Stage, words: Sequence[str], place: str, processes: int) -> int:
+def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
     """Run a stage unless it is done, saying so; returns 0 or its status."""
     if is_held(stage.lock):
-        print(f"{place} waits for the process that runs it", flush=True)
+        click.echo(f"{place} waits for the process that runs it")
     elif stage.is_done():
-        print(f"{place} is done")
+        click.echo(f"{place} is done")
         return 0
     else:
-        print(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...", flush=True)
+        click.echo(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
     shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
     try:
         status = run_stage(stage, shared, processes)
     except KeyboardInterrupt:
-        status = STOPPED
+        return STOPPED
     if status == 0 and (record := stage.record()):
-        print(f"{place} done in {record.seconds:.0f} s")
+        click.echo(f"{place} done in {record.seconds:.0f} s")
     return status

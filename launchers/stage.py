@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import click
+
 from launchers.hold import held
 from launchers.local import run_processes
 from moce_ds.config import to_tree
@@ -103,7 +105,9 @@ class StageError(MoceError):
     """A stage failed, with the status of what it ran."""
 
     def __init__(self, stage: Stage, told: str, status: int) -> None:
-        super().__init__(f"Stage {stage.name} failed: {told}\nThis is kept in {stage.state}. The same command goes on.")
+        super().__init__(
+            f"Stage {stage.name} failed: {told}\nIts state is in {stage.state}; the same command goes on with it."
+        )
         self.status = status
 
 
@@ -186,7 +190,7 @@ def _run_commands(stage: Stage) -> None:
 
     for command in stage.commands:
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n$ moce {shlex.join(command)}", flush=True)
+            click.echo(f"\n$ moce {shlex.join(command)}")
         moce(command, standalone_mode=False)
 
 

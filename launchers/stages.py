@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from launchers.grid import check_there
-from launchers.stage import Name, Stage, digest
+from launchers.stage import Name, Stage
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.command_line import read_settings
 from moce_ds.config import option, settings
@@ -144,7 +144,7 @@ def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
     """Shards of a task's training and test images: given as such, or to be made."""
     given = {part: pipeline.tasks[task] / part for part in _PARTS}
     made = pipeline.out / "tasks" / task
-    return {part: place if digest(place) else made / part for part, place in given.items()}
+    return {part: place if (place / "shards.json").exists() else made / part for part, place in given.items()}
 
 
 def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
