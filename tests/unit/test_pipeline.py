@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moce_command import TINY, refused, run_here
 from launchers.hold import held
 from launchers.launch import queued_stages
 from launchers.slurm_profile import SlurmProfile
-from launchers.stage import Stage, StageRecord, run_stage, write_record
+from launchers.stage import Stage, StageError, StageRecord, run_stage, write_record
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.config import load
 from moce_ds.errors import ConfigError
@@ -195,6 +196,15 @@ def test_a_failed_stage_says_so_and_is_run_by_the_same_command(make: Make, tmp_p
     assert re.search(r"shards .* failed ", run_here("pipeline", path, "--list").out)
     shutil.copytree(tiny_images, tmp_path / "images", dirs_exist_ok=True)
     assert run_here("pipeline", path, "--stage", "shards").status == 0
+
+
+def test_a_stage_whose_processes_tell_nothing_has_failed(make: Make) -> None:
+    mae = of(make(), "mae")
+    with pytest.raises(StageError, match="Stage mae failed: its processes ended with status 3;") as failure:
+        run_stage(mae, [sys.executable, "-c", "raise SystemExit(3)"], 2)
+    assert failure.value.status == 3
+    record = mae.record()
+    assert record is not None and record.state == "failed" and "ended with status 3" in record.told
 
 
 def test_states_are_listed(make: Make, tmp_path: Path, tiny_shards: Path) -> None:
