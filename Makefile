@@ -9,7 +9,7 @@ DEMO ?=
 TESTS ?= tests
 KILLS ?= 200
 
-.PHONY: help install demo test soak check bench clean
+.PHONY: help install demo test test-slurm soak check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -25,7 +25,10 @@ demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: f
 	$(BIN)/python -m launchers.demo $(DEMO)
 
 test: install  ## all tests (TESTS=tests/unit for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" $(TESTS)
+
+test-slurm: install  ## tests on a real SLURM cluster of four nodes on this machine (Debian, as root)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)

@@ -64,7 +64,7 @@ def submit(
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"sbatch refused the job: {_last_line(str(error))}") from None
+        raise ConfigError(f"sbatch refused the job: {_own_words(error)}") from None
     except RuntimeError as error:  # submitit did not find srun
         raise ConfigError(f"{error} Run this where sbatch and srun are, as on a login node.") from None
     if len(jobs) == 1:
@@ -87,5 +87,7 @@ def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
     return {job: states[job] for job in jobs if job in states}
 
 
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), text).strip()
+def _own_words(error: Exception) -> str:
+    """What sbatch said, out of what submitit makes of it."""
+    lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
+    return "; ".join(line.removeprefix("error: ") for line in lines) or str(error).strip()

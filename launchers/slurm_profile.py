@@ -16,12 +16,12 @@ class SlurmProfile:
     """Settings of a job; those that are null are left to the cluster."""
 
     nodes: Positive = option(1, "nodes of the job")
-    min_nodes: Positive | None = option(None, "fewest nodes to go on with after one was lost; null: as many as nodes")
+    min_nodes: Positive | None = option(None, "fewest nodes to go on with after a loss; null: all of them")
     gpus_per_node: Annotated[int, Field(ge=0)] = option(0, "GPUs of each node; one process a GPU")
     tasks_per_node: Positive | None = option(None, "processes of each node; null: one a GPU, or one")
     cpus_per_task: Positive = option(1, "CPUs of each process")
     mem: str | None = option(None, "memory of each node, such as 200G")
-    minutes: Positive = option(1440, "time limit; a run that needs longer is requeued and resumes")
+    minutes: Positive = option(1440, "time limit; a longer run is requeued and resumes")
     partition: str | None = option(None, "partition")
     account: str | None = option(None, "account")
     qos: str | None = option(None, "quality of service")
@@ -29,14 +29,14 @@ class SlurmProfile:
     signal: Literal["USR1", "USR2"] = option("USR2", "what SLURM sends before it ends the job")
     signal_seconds: Positive = option(120, "how long before the end")
     max_failures: Annotated[int, Field(ge=0)] = option(
-        3, "starts after a lost process, in a row; one that ran an hour begins the count anew"
+        3, "lost processes in a row that are borne; an hour's run resets it"
     )
     array_parallelism: Positive = option(16, "jobs of an array that may run at once")
     extra: dict[str, str | int | bool] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
-    setup: list[str] = option([], "shell commands before the processes start, such as module load cuda")
+    setup: list[str] = option([], "shell commands to run first, such as module load cuda")
     env: dict[str, str] = option({}, "environment variables of the processes")
-    container: str = option("", "command that runs another in a container, such as apptainer exec --nv image.sif")
-    python: str | None = option(None, "Python of the job, as in venv/bin/python; null: the one that submits")
+    container: str = option("", "such as apptainer exec --nv image.sif")
+    python: str | None = option(None, "path of the job's Python; null: the one that submits")
 
     def __post_init__(self) -> None:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
@@ -67,11 +67,11 @@ class SlurmProfile:
     def sbatch(self, after: Sequence[str]) -> dict[str, object]:
         """Parameters of submitit's executor; `after`: jobs that must have succeeded first."""
         environment = {"OMP_NUM_THREADS": str(self.cpus_per_task), "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
+        each = self.processes_per_node
         nodes = {"nodes": f"{self.min_nodes}-{self.nodes}"} if self.min_nodes else {}
         wanted = {
             "time": self.minutes,
             "nodes": self.nodes,
-            "ntasks_per_node": self.processes_per_node,
             "cpus_per_task": self.cpus_per_task,
             "gpus_per_node": self.gpus_per_node or None,
             "mem": self.mem,
@@ -83,9 +83,11 @@ class SlurmProfile:
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
             "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items())],
-            # One process that ends ends all: without it the others wait to the time limit.
-            "srun_args": ["--kill-on-bad-exit=1"],
+            # One process that fails ends all: without it the others wait to the time limit.
+            "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],
             "additional_parameters": {
+                # sbatch, told of tasks, would make do with the fewest nodes of the range.
+                "mincpus": each * self.cpus_per_task,
                 "requeue": True,
                 "signal": f"{self.signal}@{self.signal_seconds}",
                 "kill-on-invalid-dep": "yes",  # else a job whose predecessor failed waits for ever

@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,7 @@ from moce_ds.errors import LOST_PEER, STOPPED
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
 _STEADY_SECONDS = 3600.0
-_LAST_SECONDS = 90.0  # in which a job that was put back into the queue is ended by SLURM
+_LAST_SECONDS = 90.0  # in which SLURM ends a job that was put back into the queue
 
 
 @dataclass(frozen=True)
@@ -66,31 +66,27 @@ class Rank:
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
             if status < 0 or status == LOST_PEER:
-                self._after_failure(job, status, time.monotonic() - began)
+                self._after_failure(job, status, time.monotonic() - began, asked)
             sys.exit(status if status > 0 else LOST_PEER)
 
     def checkpoint(self) -> DelayedSubmission:
         """For submitit, when the warning comes before this object is called: nothing is done yet, so begin again."""
         return DelayedSubmission(self)
 
-    def _after_failure(self, job: SlurmJobEnvironment, status: int, seconds: float) -> None:
-        """Have the job begin again after a lost process; the first process that gets here does it for all."""
-        folder, restart = job.paths.folder, _restart()
-        record = {"rank": job.global_rank, "host": socket.gethostname(), "status": status, "seconds": round(seconds)}
-        try:
-            with open(_failure(folder, job, restart), "x") as file:
-                json.dump(record, file)
-        except FileExistsError:
-            time.sleep(_LAST_SECONDS)
-            return
+    def _after_failure(self, job: SlurmJobEnvironment, status: int, seconds: float, asked: list[int]) -> None:
+        """Have the job begin again after a lost process. Every process asks for that: one that is cut off cannot."""
+        folder, restart, host = job.paths.folder, _restart(), socket.gethostname()
+        record = {"rank": job.global_rank, "host": host, "status": status, "seconds": round(seconds)}
+        with suppress(FileExistsError), open(_failure(folder, job, restart), "x") as file:
+            json.dump(record, file)
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        print(f"Rank {job.global_rank} on {socket.gethostname()} {how}.", flush=True)
+        print(f"Rank {job.global_rank} on {host} {how}.", flush=True)
         failures = _in_a_row(folder, job, restart)
         if failures > self.max_failures:
             print(f"{failures} failures in a row, of which max_failures={self.max_failures} are borne.", flush=True)
             return
         _requeue(job, f"failure {failures} of at most {self.max_failures} in a row")
-        time.sleep(_LAST_SECONDS)
+        _wait_for_the_end(asked)
 
 
 def place(job: SlurmJobEnvironment, nodes: int) -> dict[str, str]:
@@ -147,6 +143,13 @@ def _requeue(job: SlurmJobEnvironment, why: str) -> None:
     done = subprocess.run(["scontrol", "requeue", job.raw_job_id], capture_output=True, text=True)
     if done.returncode:
         print(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to go on.", flush=True)
+
+
+def _wait_for_the_end(asked: list[int]) -> None:
+    """Wait until SLURM ends this process: to leave by itself would look like a failure of the job."""
+    deadline = time.monotonic() + _LAST_SECONDS
+    while signal.SIGTERM not in asked and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _restart() -> int:

@@ -8,6 +8,7 @@ import yaml
 from click.testing import CliRunner
 
 from launchers.grid import StudySettings, cells_of, check_settings
+from launchers.slurm_profile import SlurmProfile
 from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config import load, to_tree, to_yaml
@@ -17,6 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.y*ml"))
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
+BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings}
 
 
 def name(path: Path) -> str:
@@ -30,7 +32,7 @@ def test_there_are_configs_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
-    cls = PretrainSettings if path in PRETRAIN else StudySettings if path in STUDIES else ClusterSettings
+    cls = PretrainSettings if path in PRETRAIN else BY_FOLDER[path.parent.name]
     config = load(cls, path)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(config))

@@ -44,14 +44,16 @@ def bench() -> None:
 @click.option("--experts", type=Numbers(), default="8", show_default=True, help="Experts a layer, E.")
 @click.option("--width", type=Numbers(), default="384", show_default=True, help="Width, D.")
 @click.option("--processes", default=2, show_default=True, help="For expert parallelism; 1: only one process's cases.")
+@click.option("--starts", default=3, show_default=True, type=click.IntRange(1), help="Sets of new processes.")
 @click.option("--plot", type=PATH, help="Write bars of the ratios to this PNG.")
-@_repeats(9)
+@_repeats(7)
 @_json_option
 def layer(
     batch: list[int],
     experts: list[int],
     width: list[int],
     processes: int,
+    starts: int,
     plot: Path | None,
     repeats: int,
     json_file: Path | None,
@@ -69,7 +71,7 @@ def layer(
     odd = [count for count in experts if count % processes]
     if odd:
         raise ConfigError(f"--experts: {odd[0]} is not a multiple of --processes {processes}.")
-    rows = measure(batch, experts, width, repeats, processes)
+    rows = measure(batch, experts, width, repeats, processes, starts)
     _show(rows, json_file)
     if plot is not None:
         plot_rows(rows, plot)
@@ -123,12 +125,15 @@ def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     title = " ".join(f"{name} {value}" for name, value in machine().items() if value)
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(
-            *(
-                f"{value:.3f}" if isinstance(value, float) else str("" if value is None else value)
-                for value in row.values()
-            )
-        )
+        table.add_row(*map(_text, row.values()))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file is not None:
         write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "" if value is None else str(value)

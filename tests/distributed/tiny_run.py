@@ -124,7 +124,12 @@ def assert_same(runs: Path, first: str, second: str, tolerance: float = TOLERANC
     records = [read_metrics(runs / name / "metrics.jsonl") for name in (first, second)]
     norms = [numbers(record["grad_norm"] for record in of_run) for of_run in records]
     np.testing.assert_allclose(norms[0], norms[1], rtol=10 * tolerance)
-    states = [final_state(runs / name) for name in (first, second)]
+    assert_same_state(runs / first, runs / second, tolerance)
+
+
+def assert_same_state(first: Path, second: Path, tolerance: float = TOLERANCE) -> None:
+    """Final weights and moments of two runs agree; exactly for tolerance 0."""
+    states = [final_state(run) for run in (first, second)]
     if tolerance:
         states = [comparable(state) for state in states]
     assert states[0].keys() == states[1].keys()
