@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import click
 
-from launchers.hold import held
+from launchers.hold import held, is_held
 from launchers.local import run_processes
 from moce_ds.config import to_tree
 from moce_ds.errors import STOPPED, MoceError
@@ -120,17 +120,24 @@ def run_stage(stage: Stage, shared: Sequence[str], processes: int) -> int:
     Raises:
         StageError: it failed.
     """
-    with held(stage.lock):
-        if stage.is_done():
-            return 0
-        if not stage.parallel:
-            _work(stage)
-            return 0
-    status = run_processes(shared, processes)  # of which the first holds the stage
-    if status in (0, STOPPED):
-        return status
+    while True:
+        with held(stage.lock):
+            if stage.is_done():
+                return 0
+            if not stage.parallel:
+                _work(stage)
+                return 0
+        status = run_processes(shared, processes)  # of which the first holds the stage
+        if status in (0, STOPPED):
+            return status
+        if not is_held(stage.lock):  # else those of another start were faster, and are waited for
+            return _explained(stage, status)
+
+
+def _explained(stage: Stage, status: int) -> int:
+    """The status with which a stage's processes failed. Raises StageError where the first of them left no reason."""
     record = stage.record()
-    if record is None or record.state != "failed":  # killed, or by an error that is a defect
+    if record is None or record.state != "failed":  # killed, or by a defect
         told = f"its processes ended with status {status}; what they said is above."
         known = record or StageRecord(stage.made_from(), _now())
         write_record(stage, replace(known, at=_now(), state="failed", told=told))

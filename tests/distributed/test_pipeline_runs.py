@@ -28,7 +28,7 @@ def write_pipeline(path: Path, **given: object) -> dict[str, Stage]:
     layers = ",".join(map(str, EXPERT_LAYERS))
     words = {
         "clusters": ["num_clusters=6", "fit_images_per_cluster=null"],
-        "moce": ["model.arch=moce", "experts.num=4", "experts.ep_size=2", f"experts.layers=[{layers}]"],
+        "moce": ["model.arch=moce", "experts.num=4", f"experts.layers=[{layers}]"],
     }
     tree = {"out": str(path.with_suffix("")), "mae": str(TINY), "moce": str(TINY), "words": words, **given}
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
@@ -52,7 +52,8 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
         write_images(tmp_path / part, count)
     path, out = tmp_path / "pipeline.yaml", tmp_path / "pipeline"
     task = str(tmp_path / "task")
-    stages = write_pipeline(path, images=str(tmp_path / "images"), tasks={"some": task}, heldout=f"{task}/test")
+    given = {"images": str(tmp_path / "images"), "tasks": {"some": task}, "heldout": f"{task}/test"}
+    stages = write_pipeline(path, **given, processes=1)
     with launched(*PIPELINE, path) as pipeline:
         wait_for_step(out / "moce", 1)
         send(signal.SIGKILL, *processes_of(pipeline))
