@@ -6,17 +6,15 @@
 """
 
 import dataclasses
-import fcntl
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launchers.grid import Cell, StudySettings, cells_of
+from launchers.hold import held
 from launchers.local import run_processes
 from moce_ds import config as configuration
 from moce_ds.analysis.run_folder import read_metrics, read_results
@@ -26,7 +24,6 @@ from moce_ds.files import read_record, write_json, writes_to
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.training.settings import PretrainSettings
 
-_LOCK = ".lock"
 _HELD_OUT = "held out"
 
 
@@ -54,7 +51,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     if int(os.environ.get("RANK", "0")):
         return _pretrain(cell)
     began = time.monotonic()
-    with held(cell):
+    with held(cell.lock):
         if is_done(study, cell):
             print(f"{cell.name} was done meanwhile by another process.")
             return 0
@@ -80,34 +77,6 @@ def write_record(cell: Cell, record: CellRecord) -> None:
     """Replace `cell.json`. Raises ArtefactError."""
     with writes_to(cell.folder):
         write_json(cell.folder / CELL, dataclasses.asdict(record))
-
-
-@contextmanager
-def held(cell: Cell) -> Iterator[None]:
-    """Hold a cell, waiting for a process that does: one at a time works on it. A killed process lets go.
-
-    Raises:
-        ArtefactError: the folder cannot be written, or its file system knows no locks.
-    """
-    with writes_to(cell.folder):
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(cell.folder / _LOCK, "w")  # noqa: SIM115 (closed below; only locking is to be explained)
-    with lock:
-        with writes_to(cell.folder):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def is_held(cell: Cell) -> bool:
-    """Whether a process works on the cell now."""
-    try:
-        with open(cell.folder / _LOCK, "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:

@@ -2,23 +2,24 @@
 
     python -m launchers.demo [--short] [--out runs/demo]
 
-Each stage is a `moce` command, printed before it runs; pre-training and features run in two processes, the experts
-two to a process. Interrupted, the same command goes on.
+This is `moce pipeline configs/demo/pipeline.yaml` on images that are written first. Every command is printed before it
+runs; pre-training and features run in two processes, two experts a layer in each. Interrupted, it goes on when
+started again.
 """
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from launchers.local import run_processes
+from launchers.pipeline import run_pipeline
 from moce_ds.errors import MoceError
 
+CONFIG = "configs/demo/pipeline.yaml"
 TASKS = ("digits", "textiles")
-SHORT = ["optim.epochs=1", "run.log_every=5"]
+SHORT = ("optim.epochs=1", "run.log_every=5")
 
 
 def main() -> int:
@@ -31,78 +32,23 @@ def main() -> int:
     given = parser.parse_args()
     began = time.monotonic()
     try:
-        status = run_demo(given.out, SHORT if given.short else [])
+        status = run_demo(given.out, given.short)
     except MoceError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     print(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
 
-def run_demo(out: Path, overrides: list[str]) -> int:
-    """All stages in order; stops at the first that fails."""
+def run_demo(out: Path, short: bool) -> int:
+    """Write the images, run all stages on them, and say what came out; returns the exit status."""
     from moce_ds.data.demo_images import write_demo_images
 
     write_demo_images(out / "images")
-    mae = ["configs/demo/mae.yaml", f"data.shards={out}/shards", f"run.out={out}/mae", *overrides]
-    moce = ["configs/demo/moce.yaml", f"data.shards={out}/shards", f"run.out={out}/moce", *overrides]
-    moce += [f"experts.clusters={out}/clusters", f"run.init_from={out}/mae"]
-    clusters = "configs/demo/clusters.yaml"
-    return (
-        _moce("shards", out / "images/pretrain", out / "shards")
-        or _two_processes("pretrain", *mae)
-        or _two_processes("features", out / "mae", out / "shards", out / "features")
-        or _moce("cluster", out / "features", out / "clusters", "--shards", out / "shards", clusters)
-        or _two_processes("pretrain", *moce)
-        or any(_task(out, task) for task in TASKS)
-        or _moce("report", out)
-        or _summary(out)
-    )
-
-
-def _task(out: Path, task: str) -> int:
-    """Select and export the task's expert, and measure it beside the dense MAE."""
-    results = ("--results", out / "results.json", "--task", task)
-    split = {part: out / "tasks" / task / part for part in ("train", "test")}
-    for part, shards in split.items():
-        if _moce("shards", out / "images/tasks" / task / part, shards):
-            return 1
-    expert = out / "experts" / task
-    if _moce("select", out / "moce", "--data", split["train"], *results):
-        return 1
-    if not expert.exists() and _moce("export", out / "moce", expert, "--route", _selected(out, task)):
-        return 1
-    return int(
-        any(
-            _moce(verb, encoder, "--train", split["train"], "--test", split["test"], "--model", model, *results)
-            for model, encoder in (("dense", out / "mae"), ("expert", expert))
-            for verb in ("knn", "probe")
-        )
-    )
-
-
-def _selected(out: Path, task: str) -> str:
-    """The route that `moce select` recorded, as `moce export --route` takes it."""
-    from moce_ds.files import read_json
-
-    records = read_json(out / "results.json", "results", "moce select")
-    return ",".join(str(expert) for r in records if (r["verb"], r["task"]) == ("select", task) for expert in r["route"])
-
-
-def _moce(*words: object) -> int:
-    """A verb in this process: the packages are imported once for all of them."""
-    from moce_ds.cli import moce
-
-    command = [str(word) for word in words]
-    print(f"\n$ moce {shlex.join(command)}", flush=True)
-    moce(command, standalone_mode=False)
-    return 0
-
-
-def _two_processes(*words: object) -> int:
-    command = [str(word) for word in words]
-    print(f"\n$ moce launch local --nproc 2 {shlex.join(command)}", flush=True)
-    return run_processes([sys.executable, "-m", "moce_ds", *command], 2)
+    words = [CONFIG, f"out={out}", f"images={out}/images/pretrain"]
+    words += [f"tasks.{task}={out}/images/tasks/{task}" for task in TASKS]
+    words += [f"words.{stage}=[{','.join(SHORT)}]" for stage in ("mae", "moce") if short]
+    return run_pipeline(words) or _summary(out)
 
 
 def _summary(out: Path) -> int:

@@ -93,6 +93,11 @@ class Cell:
         """What it said, of all its starts."""
         return self.folder / "log.txt"
 
+    @property
+    def lock(self) -> Path:
+        """What the process holds that works on it."""
+        return self.folder / ".lock"
+
     def config(self) -> PretrainSettings:
         """The settings of its run. Raises ConfigError."""
         return configuration.load(PretrainSettings, Path(self.words[0]), self.words[1:])
@@ -167,13 +172,13 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
 
     inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
     inputs |= {"heldout": [study.heldout]} if study.heldout else {}
-    _check_there(inputs)
+    check_there(inputs)
 
     def check(cell: Cell) -> None:
         config, record = cell.config(), cell.record()
         read = {"data.shards": config.data.shards, "run.init_from": config.run.init_from}
         read |= {"experts.clusters": config.experts.clusters} if config.model.arch == "moce" else {}
-        _check_there({key: [path] for key, path in read.items() if path})
+        check_there({key: [path] for key, path in read.items() if path})
         check_run(config)
         if record and cell.run.exists() and (record.processes, record.nodes) != (cell.processes, cell.nodes):
             raise ConfigError(
@@ -184,7 +189,8 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
     _collect(cells, check)
 
 
-def _check_there(places: dict[str, list[Path]]) -> None:
+def check_there(places: dict[str, list[Path]]) -> None:
+    """Raise ConfigError if anything that settings name is missing, listing all of it."""
     missing = [f"{key}: {path} not found" for key, paths in places.items() for path in paths if not path.exists()]
     if missing:
         raise ConfigError("\n".join(missing))

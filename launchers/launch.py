@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 
 import click
@@ -12,8 +12,11 @@ from launchers.grid import Cell, StudySettings, cells_of, check_places, check_se
 from launchers.slurm import Submitted, submit
 from launchers.slurm_profile import SlurmProfile
 from launchers.snapshot import begin_launch, record_jobs, refuse_second
+from launchers.stage import Stage
+from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from launchers.study import keep_record
 from moce_ds.command_line import read_settings
+from moce_ds.config import from_tree, to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
@@ -31,7 +34,8 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
     """
     verb, *rest = words
     queue: Callable[[SlurmProfile, Sequence[str]], list[Submitted]]
-    queue = {"pretrain": _queue_pretrain, "study": _queue_study}.get(verb) or _queue_other(verb)
+    known = {"pretrain": _queue_pretrain, "study": _queue_study, "pipeline": _queue_pipeline}
+    queue = known.get(verb) or _queue_other(verb)
     for job in queue(profile, rest):
         click.echo(f"Job {job.job} is queued: {job.what}\n  log     tail -F {job.log}")
         click.echo(f"  state   squeue --jobs {job.job}\n  cancel  scancel {job.job}")
@@ -89,6 +93,43 @@ def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]
 
 def _size(cell: Cell) -> tuple[int, int]:
     return cell.nodes, cell.processes
+
+
+def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
+    """A chain of jobs: each stage that is not done, after the one before it has succeeded."""
+    pipeline = read_settings(PipelineSettings, words)
+    stages = stages_of(pipeline)
+    check_folders(pipeline, stages)
+    queued = queued_stages(profile, pipeline, stages)
+    refuse_second(pipeline.out / LAUNCHES)
+    folder = begin_launch(pipeline.out / LAUNCHES, ["pipeline", *words], profile, pipeline)
+    skipped = [stage.name for stage in stages[: len(stages) - len(queued)]]
+    click.echo(f"Done in {pipeline.out}: {', '.join(skipped) or 'no stage'}.")
+    jobs: list[Submitted] = []
+    for stage, sized, usable in queued:
+        command, after = ["pipeline", *words, "--stage", stage.name], [job.job for job in jobs[-1:]]
+        job = submit(sized, [command], folder, f"{pipeline.out.name}-{stage.name}", after, usable)
+        jobs.append(replace(job, what=f"{stage.name}, {job.what}"))
+        record_jobs(folder, jobs)  # at once: sbatch may refuse the next
+    return jobs
+
+
+def queued_stages(
+    profile: SlurmProfile, pipeline: PipelineSettings, stages: Sequence[Stage]
+) -> list[tuple[Stage, SlurmProfile, list[int]]]:
+    """What a pipeline queues: the first stage that is not done and all after it, which may change with it.
+
+    Each comes with its profile and the numbers of nodes that it can use (none: all). Raises ConfigError.
+    """
+    queued = []
+    for stage in dropwhile(Stage.is_done, stages):
+        changes = pipeline.resources.get(stage.name, {})
+        sized = from_tree(SlurmProfile, to_tree(profile) | changes, f"resources.{stage.name}")
+        sized = sized if stage.parallel else sized.for_one_process()
+        check_batches([stage], sized.nodes * sized.processes_per_node)
+        usable = usable_nodes(stage.config, sized) if isinstance(stage.config, PretrainSettings) else []
+        queued.append((stage, sized, usable))
+    return queued
 
 
 def _queue_other(verb: str) -> Callable[[SlurmProfile, Sequence[str]], list[Submitted]]:

@@ -21,6 +21,7 @@ from types import FrameType
 from moce_ds.errors import LOST_PEER, STOPPED
 
 _GRACE_SECONDS = 20.0
+_INTERRUPTED = 130  # how a verb ends at a Ctrl-C that comes between its steps
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -48,7 +49,7 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
 def _leave(number: int, frame: FrameType | None) -> None:
     """End before anything has been started. Not by an exception: one raised inside an import can be swallowed there."""
     print("Interrupted.", file=sys.stderr, flush=True)
-    os._exit(130)
+    os._exit(_INTERRUPTED)
 
 
 def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, bool]:
@@ -103,6 +104,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     if failed is None:
         return 0
     rank, status = failed
+    if -status in asked or (status == _INTERRUPTED and signal.SIGINT in asked):  # a verb that knows no step to stop at
+        return STOPPED
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself
         print(f"Process {rank} {how}.", file=sys.stderr)

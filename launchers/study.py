@@ -13,8 +13,9 @@ from types import FrameType
 
 from rich.table import Table
 
-from launchers.cell import is_done, is_held, run_cell, write_record
+from launchers.cell import is_done, run_cell, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
+from launchers.hold import is_held
 from launchers.local import PASSED_ON
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
@@ -67,7 +68,7 @@ def states_table(study: StudySettings) -> Table:
         state: str = "waiting" if record is None else record.state
         if state == "done" and not is_done(study, cell):
             state = "to be evaluated"
-        if is_held(cell):
+        if is_held(cell.lock):
             state = "running"
         seconds = f"{record.seconds:.0f}" if record and record.seconds else ""
         table.add_row(cell.name, str(cell.world_size), state, seconds)
@@ -108,7 +109,7 @@ def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> l
     pending = [cell for cell in cells if not is_done(study, cell)]
     failed, took, total = [], [], len(pending)
     while pending and not asked:
-        cell = next((cell for cell in pending if not is_held(cell)), pending[0])
+        cell = next((cell for cell in pending if not is_held(cell.lock)), pending[0])
         pending.remove(cell)
         print(f"cell {total - len(pending)} of {total} {cell.name} ...", end=" ", flush=True)
         began = time.monotonic()

@@ -32,7 +32,8 @@ def moce() -> None:
       cluster   features -> clusters            probe     accuracy of a linear classifier
       pretrain  the experts (arch=moce)         report    one HTML page of a run
 
-    Before a long run, `plan` says what it would take on other machines; `study` runs many, to compare them.
+    `pipeline` runs them all. Before a long run, `plan` says what it would take on other machines; `study` runs many, to
+    compare them.
     """
 
 
@@ -190,6 +191,23 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
         show(states_table(config))
         return
     sys.exit(run_study(config, cell))
+
+
+@moce.command(cls=Verb, settings="launchers.stages:PipelineSettings")
+@words(required=True)
+@click.option("--list", "listed", is_flag=True, help="Print the stages and how far they are, and do nothing.")
+@click.option("--stage", help="Run this stage only, such as features.")
+def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
+    """Run all stages, from images to the experts of tasks, their evaluation and a report.
+
+    Stages that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    """
+    from launchers.pipeline import run_pipeline, states_table
+
+    if listed:
+        show(states_table(words))
+        return
+    sys.exit(run_pipeline(words, stage))
 
 
 # What follows the launched verb is the verb's own, options too.

@@ -163,7 +163,7 @@ def _set_dotted(tree: dict[str, Any], word: str) -> None:
 
 
 def _describe(cls: Any, fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(str(part) for part in fault["loc"] if part != "[key]")  # pydantic marks faults of a mapping's keys
     if fault["type"] == "unexpected_keyword_argument":
         return f"{key}: no such setting.{_suggestion(cls, key)}"
     if fault["type"] == "missing":

@@ -9,15 +9,17 @@ from click.testing import CliRunner
 
 from launchers.grid import StudySettings, cells_of, check_settings
 from launchers.slurm_profile import SlurmProfile
+from launchers.stages import PipelineSettings, check_batches, stages_of
 from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
-from moce_ds.config import load, to_tree, to_yaml
+from moce_ds.config import from_tree, load, to_tree, to_yaml
 from moce_ds.training.settings import PretrainSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.y*ml"))
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
+PIPELINES = [path for path in ALL if "mae" in yaml.safe_load(path.read_text())]
 BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings}
 
 
@@ -32,7 +34,8 @@ def test_there_are_configs_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
-    cls = PretrainSettings if path in PRETRAIN else BY_FOLDER[path.parent.name]
+    special = dict.fromkeys(PRETRAIN, PretrainSettings) | dict.fromkeys(PIPELINES, PipelineSettings)
+    cls = special.get(path) or BY_FOLDER[path.parent.name]
     config = load(cls, path)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(config))
@@ -92,3 +95,14 @@ def test_every_cell_of_a_study_is_accepted(
     cells = cells_of(load(StudySettings, CONFIGS / "studies" / f"{study}.yaml"))
     check_settings(cells)
     assert len(cells) == count and {cell.world_size for cell in cells} == sizes
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=name)
+def test_every_stage_of_a_pipeline_is_accepted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    pipeline = load(PipelineSettings, path)
+    stages = stages_of(pipeline)
+    check_batches(stages, pipeline.processes)
+    assert [stage.name for stage in stages] == ["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
+    for stage, changes in pipeline.resources.items():
+        from_tree(SlurmProfile, changes, f"resources.{stage}")

@@ -67,22 +67,21 @@ def choose_selected(checkpoint: Checkpoint, selection: Selection) -> Chosen:
 
 
 def export_route(
-    checkpoint: Checkpoint, clusters: Clusters, chosen: Chosen, out: Path, extra: dict[str, Any]
+    checkpoint: Checkpoint, clusters: Clusters, chosen: Chosen, out: Path, extra: dict[str, Any], replace: bool = False
 ) -> dict[str, Any]:
     """Write the dense ViT of a route as an encoder folder; returns its provenance.
 
     The gate value folded in is that of the cluster, or the mean over `chosen.clusters` by their shares.
 
     Args:
-        out: the folder; must not exist.
+        out: the folder; must not exist, unless `replace` is given and it holds an earlier export.
         extra: goes into `provenance.json` (the votes, say).
 
     Raises:
         ConfigError: `out` exists.
         ArtefactError: the export does not compute what the trained model computes; nothing is written.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists: export into another folder, or remove it.")
+    _check_free(out, replace)
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     assert spec.experts is not None, "the caller opens runs with experts only"
     if spec.experts.k > 1 or spec.experts.shared:
@@ -120,15 +119,19 @@ def export_route(
     return provenance
 
 
-def export_dense(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
-    """Write the encoder of a dense run as an encoder folder; returns its provenance. Raises ConfigError."""
-    if out.exists():
-        raise ConfigError(f"{out} exists: export into another folder, or remove it.")
+def export_dense(checkpoint: Checkpoint, out: Path, replace: bool = False) -> dict[str, Any]:
+    """Write the encoder of a dense run as `export_route` does; returns its provenance. Raises ConfigError."""
+    _check_free(out, replace)
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     provenance = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "route": None}
     with atomic_folder(out) as draft:
         save_encoder(draft, encoder_state(checkpoint, spec, DENSE), spec.shape, spec.input, provenance)
     return provenance
+
+
+def _check_free(out: Path, replace: bool) -> None:
+    if out.exists() and not (replace and (out / "provenance.json").is_file()):
+        raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
 
 
 @torch.inference_mode()

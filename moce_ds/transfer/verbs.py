@@ -36,9 +36,16 @@ def select(run: Path, data: Path, task: str | None, results: Path | None, words:
 @click.option("--data", type=PATH, help="Choose the route by a task's images (a shard set or a folder).")
 @click.option("--cluster", type=int, help="Choose the route of one cluster.")
 @click.option("--route", help="Choose the experts, one a layer: 3,5.")
+@click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
 @words()
 def export(
-    run: Path, out: Path, data: Path | None, cluster: int | None, route: str | None, words: Sequence[str]
+    run: Path,
+    out: Path,
+    data: Path | None,
+    cluster: int | None,
+    route: str | None,
+    replace: bool,
+    words: Sequence[str],
 ) -> None:
     """Write one route of RUN as a dense ViT (timm's layout) to OUT; the encoder of a dense RUN needs no choice."""
     from moce_ds.checkpoint_files import find
@@ -55,7 +62,7 @@ def export(
     if not checkpoint.manifest["model"]["experts"]:
         if choices:
             raise ConfigError(f"{choices[0]}: {run} is a dense run, which has one encoder and no routes.")
-        exporting.export_dense(checkpoint, out)
+        exporting.export_dense(checkpoint, out, replace)
         click.echo(f"{out}: the dense encoder of step {checkpoint.step}")
         return
     if len(choices) != 1:
@@ -70,7 +77,7 @@ def export(
         chosen = exporting.choose_cluster(checkpoint, cluster)
     else:
         chosen = exporting.choose_route(checkpoint, _experts(str(route)))
-    said = exporting.export_route(checkpoint, clusters, chosen, out, extra)
+    said = exporting.export_route(checkpoint, clusters, chosen, out, extra, replace)
     click.echo(
         f"{out}: route {'-'.join(map(str, said['route']))} of step {said['step']}; differs from the trained model by "
         f"{said['max_difference']:.1e} (of the largest output)"

@@ -14,8 +14,8 @@ from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_u
 from moce_command import run_here
 from tiny_run import STEPS, TinyData, tiny_settings, write_images
 
-from launchers.cell import is_held
 from launchers.grid import Cell, StudySettings, cells_of
+from launchers.hold import is_held
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CellRecord
 from moce_ds.checkpoint_files import steps_of
@@ -73,7 +73,7 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
     with launched(*STUDY, path) as study:
         wait_for_step(four.run, 1)
         send(signal.SIGKILL, *processes_of(study))
-        wait_until(lambda: not is_held(four))
+        wait_until(lambda: not is_held(four.lock))
     assert record_of(four).state == "begun" and failing.record() is None
 
     status, output = run_to_end(*STUDY, path)

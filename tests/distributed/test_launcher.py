@@ -51,6 +51,27 @@ def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
     assert not run.exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_by_the_signal_was_stopped_as_asked(number: signal.Signals, tmp_path: Path) -> None:
+    """Verbs without steps, such as features; 130 is how they end at a Ctrl-C."""
+    said = tmp_path / "said"
+    waiting = f"""
+import signal, sys, time
+open({str(said)!r}, "a").write("waiting,")
+try:
+    time.sleep({SECONDS})
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    two = f"run_processes({[sys.executable, '-c', waiting]}, 2)"
+    code = f"import sys; from launchers.local import run_processes; sys.exit({two})"
+    with launched(sys.executable, "-c", code) as launcher:
+        wait_until(lambda: said.exists() and said.read_text() == "waiting," * 2)
+        launcher.send_signal(number)
+        output, _ = launcher.communicate(timeout=SECONDS)
+    assert (launcher.returncode, output) == (STOPPED, "")
+
+
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with launched(

@@ -174,6 +174,18 @@ def test_an_export_overwrites_nothing(moce_run: Callable[..., Path], tmp_path: P
     assert list((tmp_path / "mine").iterdir()) == []
 
 
+def test_an_earlier_export_is_replaced_if_asked(moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, clusters = run_clusters(moce_run())
+    out, chosen = tmp_path / "mine", choose_cluster(checkpoint, 0)
+    out.mkdir()
+    with pytest.raises(ConfigError, match="mine exists"):  # this is none
+        export_route(checkpoint, clusters, chosen, out, {}, replace=True)
+    out.rmdir()
+    export_route(checkpoint, clusters, chosen, out, {"votes": "old"})
+    said = export_route(checkpoint, clusters, chosen, out, {"votes": "new"}, replace=True)
+    assert said["votes"] == json.loads((out / "provenance.json").read_text())["votes"] == "new"
+
+
 def test_routes_and_clusters_that_are_not_there(moce_run: Callable[..., Path]) -> None:
     checkpoint, _ = run_clusters(moce_run())
     for cluster in (-1, 6):

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
-from launchers.cell import held, is_done, is_held, measures, write_record
+from launchers.cell import is_done, measures, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
+from launchers.hold import held, is_held
 from launchers.study import run_study
 from moce_ds.analysis.report import build_report
 from moce_ds.analysis.study_chapter import scalings
@@ -167,8 +168,8 @@ def test_states_are_listed(make: Make, tmp_path: Path) -> None:
     one, two, four = cells_of(study)
     write_record(one, dataclasses.replace(begun(study, one), state="done", seconds=31.4))
     write_record(two, dataclasses.replace(begun(study, two), state="failed"))
-    with held(four):
-        assert is_held(four) and not is_held(two)
+    with held(four.lock):
+        assert is_held(four.lock) and not is_held(two.lock)
         said = run_here("study", tmp_path / "study.yaml", "--list")
     assert said.status == 0
     for row in (r"num=1 .* done .* 31 ", r"num=2 .* failed ", r"num=4 .* running "):
@@ -179,19 +180,18 @@ def test_states_are_listed(make: Make, tmp_path: Path) -> None:
 def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
     (cell,) = cells_of(make())
     code = f"""
-import dataclasses, pathlib, time
-from launchers.cell import held
-from launchers.grid import Cell
-with held(Cell("only", {{}}, [], 1, 1, pathlib.Path({str(cell.folder)!r}))):
+import pathlib, time
+from launchers.hold import held
+with held(pathlib.Path({str(cell.lock)!r})):
     print("held", flush=True)
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        assert is_held(cell)
+        assert is_held(cell.lock)
         other.kill()
         other.wait()
-        assert not is_held(cell)
+        assert not is_held(cell.lock)
 
 
 def test_no_such_cell(make: Make, tmp_path: Path) -> None:

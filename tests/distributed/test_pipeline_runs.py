@@ -1,0 +1,96 @@
+"""A real pipeline of tiny runs: killed and finished by the same command; a stage that fails, and is stopped."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
+from tiny_run import EXPERT_LAYERS, STEPS, TinyData, write_images
+
+from launchers.hold import is_held
+from launchers.stage import Stage, StageRecord
+from launchers.stages import PipelineSettings, stages_of
+from moce_ds.analysis.run_folder import read_metrics
+from moce_ds.checkpoint_files import steps_of
+from moce_ds.config import load
+from moce_ds.errors import STOPPED
+
+PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
+TINY = Path(__file__).with_name("tiny.yaml")
+
+
+def write_pipeline(path: Path, **given: object) -> dict[str, Stage]:
+    """Write a pipeline file; returns its stages by name."""
+    layers = ",".join(map(str, EXPERT_LAYERS))
+    words = {
+        "clusters": ["num_clusters=6", "fit_images_per_cluster=null"],
+        "moce": ["model.arch=moce", "experts.num=4", f"experts.layers=[{layers}]"],
+    }
+    tree = {"out": str(path.with_suffix("")), "mae": str(TINY), "moce": str(TINY), "words": words, **given}
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return {stage.name: stage for stage in stages_of(load(PipelineSettings, path))}
+
+
+def record_of(stage: Stage) -> StageRecord:
+    record = stage.record()
+    assert record is not None
+    return record
+
+
+def processes_of(pipeline: subprocess.Popen[str]) -> list[int]:
+    """A pipeline's process, and those of the stage that it runs."""
+    children = Path(f"/proc/{pipeline.pid}/task/{pipeline.pid}/children")
+    return [pipeline.pid, *map(int, children.read_text().split())]
+
+
+def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> None:
+    for part, count in (("images", 90), ("task/train", 60), ("task/test", 30)):
+        write_images(tmp_path / part, count)
+    path, out = tmp_path / "pipeline.yaml", tmp_path / "pipeline"
+    task = str(tmp_path / "task")
+    given = {"images": str(tmp_path / "images"), "tasks": {"some": task}, "heldout": f"{task}/test"}
+    stages = write_pipeline(path, **given, processes=1)
+    with launched(*PIPELINE, path) as pipeline:
+        wait_for_step(out / "moce", 1)
+        send(signal.SIGKILL, *processes_of(pipeline))
+        wait_until(lambda: not is_held(stages["moce"].lock))
+    finished = ("shards", "mae", "features", "clusters")
+    kept = {name: record_of(stages[name]) for name in finished}
+    assert [record.state for record in kept.values()] == ["done"] * 4
+    assert record_of(stages["moce"]).state == "begun" and stages["export"].record() is None
+
+    status, output = run_to_end(*PIPELINE, path)
+    assert status == 0 and "Traceback" not in output, output
+    assert all(f"{name} is done" in output for name in finished)
+    ran = " ".join(re.findall(r"^\$ moce (\w+)", output, re.MULTILINE))
+    assert ran == "pretrain shards shards select export knn probe knn probe evaluate report"
+    assert "7 of 7 stages are done" in output
+    assert {name: record_of(stages[name]) for name in finished} == kept
+    assert all(stage.is_done() for stage in stages.values())
+    assert [len(read_metrics(out / run / "metrics.jsonl")) for run in ("mae", "moce")] == [STEPS] * 2
+    found = {(r["verb"], r["task"], r.get("model")) for r in json.loads((out / "results.json").read_text())}
+    measured = {(verb, "some", model) for verb in ("knn", "probe") for model in ("dense", "expert")}
+    assert found == measured | {("select", "some", None), ("evaluate", "held out", "moce")}
+    assert ">some</td>" in (out / "report.html").read_text()
+
+
+def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(data: TinyData, tmp_path: Path) -> None:
+    path = tmp_path / "pipeline.yaml"
+    mae = write_pipeline(path, shards=str(data.shards))["mae"]
+    status, output = run_to_end(*PIPELINE, path, "words.mae=[run.init_from=none]")
+    assert status == 1 and output.count("Error:") == 1 and "Traceback" not in output, output
+    assert f"Error: Stage mae failed: run.init_from: none not found.\nIts state is in {mae.state}" in output
+    assert (record_of(mae).state, record_of(mae).told) == ("failed", "run.init_from: none not found.")
+
+    run = tmp_path / "pipeline" / "mae"
+    with launched(*PIPELINE, path) as pipeline:
+        wait_for_step(run, 2)
+        pipeline.send_signal(signal.SIGINT)
+        output, _ = pipeline.communicate(timeout=SECONDS)
+    assert pipeline.returncode == STOPPED, output
+    assert "Stopped as asked in stage mae; the same command goes on from there." in output
+    assert record_of(mae).state == "begun" and steps_of(run)[0] < STEPS and not is_held(mae.lock)
