@@ -7,32 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
 from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
-from tiny_run import EXPERT_LAYERS, STEPS, TinyData, write_images
+from tiny_pipeline import write_pipeline
+from tiny_run import STEPS, TinyData, write_images
 
 from launchers.hold import is_held
 from launchers.stage import Stage, StageRecord
-from launchers.stages import PipelineSettings, stages_of
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import steps_of
-from moce_ds.config import load
 from moce_ds.errors import STOPPED
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
-TINY = Path(__file__).with_name("tiny.yaml")
-
-
-def write_pipeline(path: Path, **given: object) -> dict[str, Stage]:
-    """Write a pipeline file; returns its stages by name."""
-    layers = ",".join(map(str, EXPERT_LAYERS))
-    words = {
-        "clusters": ["num_clusters=6", "fit_images_per_cluster=null"],
-        "moce": ["model.arch=moce", "experts.num=4", f"experts.layers=[{layers}]"],
-    }
-    tree = {"out": str(path.with_suffix("")), "mae": str(TINY), "moce": str(TINY), "words": words, **given}
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return {stage.name: stage for stage in stages_of(load(PipelineSettings, path))}
 
 
 def record_of(stage: Stage) -> StageRecord:

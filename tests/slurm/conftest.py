@@ -30,7 +30,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
         yield cluster
-        jobs = cluster.run("sacct", "--allusers", "--allocations", "--array", "--noheader", "--format=JobID")
+        jobs = cluster.run("sacct", "--allusers", "--allocations", "--noheader", "--format=JobID")
         request.config.stash[JOBS] = len(set(jobs.split()))
 
 
