@@ -8,6 +8,7 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import ConfigError
+from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
@@ -182,4 +183,4 @@ def _experts(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
 
 
-VERBS = (select, export, knn, probe, evaluate)
+VERBS = (select, export, knn, probe, evaluate, *PROTOCOL_VERBS)
