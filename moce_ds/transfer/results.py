@@ -6,20 +6,19 @@ from typing import Any
 from rich.table import Table
 
 from moce_ds.files import read_json, write_json
-from moce_ds.transfer.knn import Score
+from moce_ds.transfer.metrics import MultiLabelScore, Score
 from moce_ds.transfer.select import Selection
 
 _ROUTES_SHOWN = 5
 
 
-def accuracy_record(verb: str, task: str, model: str, score: Score) -> dict[str, Any]:
-    """A k-NN or probe result as plain data."""
+def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
+    """A k-NN, probe or fine-tuning result as plain data."""
     return {
         "verb": verb,
         "task": task,
         "model": model,
-        "top1": score.top1,
-        "mean_per_class": score.mean_per_class,
+        **score.figures,
         "n_train": score.n_train,
         "n_test": score.n_test,
         "settings": dict(score.settings),

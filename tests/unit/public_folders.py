@@ -55,9 +55,8 @@ def cars(root: Path) -> None:
 
 def _cifar_rows(labels: Iterable[tuple[int, ...]]) -> bytes:
     pixels = np.arange(3 * 32 * 32, dtype=np.uint32)
-    return b"".join(
-        bytes(label) + ((pixels * (n + 1)) % 251).astype(np.uint8).tobytes() for n, label in enumerate(labels)
-    )
+    rows = (bytes(label) + (pixels * number % 251).astype(np.uint8).tobytes() for number, label in enumerate(labels, 1))
+    return b"".join(rows)
 
 
 def cifar10(root: Path) -> None:
@@ -99,9 +98,7 @@ def food101(root: Path) -> None:
 
 
 def pets(root: Path) -> None:
-    rows = {
-        "trainval": ["Abyssinian_1 1 1 1", "Abyssinian_2 1 1 1", "american_bulldog_3 2 2 1", "american_bulldog_4 2 2 1"]
-    }
+    rows = {"trainval": [f"Abyssinian_{n} 1 1 1" for n in (1, 2)] + [f"american_bulldog_{n} 2 2 1" for n in (3, 4)]}
     rows["test"] = ["Abyssinian_100 1 1 1", "american_bulldog_200 2 2 1"]
     for split, lines in rows.items():
         text(root / f"annotations/{split}.txt", *lines)

@@ -23,8 +23,10 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @pytest.fixture(scope="module")
 def digits() -> Split:
+    """Random features of the pixels: none is constant, as those of an encoder are not."""
     pixels, labels = load_digits(return_X_y=True)
-    features_ND, labels_N = torch.from_numpy(pixels).float(), torch.from_numpy(labels).long()
+    directions = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    features_ND, labels_N = torch.relu(torch.from_numpy(pixels).float() @ directions), torch.from_numpy(labels).long()
     return features_ND[:600], labels_N[:600], features_ND[600:1100], labels_N[600:1100]
 
 

@@ -42,9 +42,8 @@ def several(images: Path, tmp_path: Path) -> Path:
 
 
 def test_one_class_an_image(images: Path, tmp_path: Path) -> None:
-    listing = Listing(
-        [Listed("3.jpg", ("b/c",)), Listed("1.jpg", ("a",)), Listed("0.jpg")], ["a", "b/c"], origin=Path("/x")
-    )
+    named = [Listed("3.jpg", ("b/c",)), Listed("1.jpg", ("a",)), Listed("0.jpg")]
+    listing = Listing(named, ["a", "b/c"], origin=Path("/x"))
     write_shards(images, tmp_path / "set", ONE, listing)
     shards = ShardSet.open(tmp_path / "set")
     assert [shards.source(i) for i in range(shards.count)] == ["0.jpg", "1.jpg", "3.jpg"]
