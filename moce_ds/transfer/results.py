@@ -26,13 +26,13 @@ def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelS
 
 
 def add_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Add a record to a results file, replacing one of the same verb, task and model; None: nowhere."""
+    """Add a record to a results file, replacing one of the same verb, task, model and seed; None: nowhere."""
     if path is None:
         return
     records = read_json(path, "a list of results", "moce knn, probe or select") if path.exists() else []
 
     def key(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one["verb"], one["task"], one.get("model")
+        return one["verb"], one["task"], one.get("model"), one.get("seed")
 
     write_json(path, [one for one in records if key(one) != key(record)] + [record])
 
