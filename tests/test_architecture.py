@@ -39,7 +39,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.compat",
         "moce_ds.bench",
     ),
-    "scipy": ("moce_ds.moe.placement",),
+    "scipy": ("moce_ds.moe.placement", "moce_ds.data.public.mat_files"),
     "nvidia": ("moce_ds.data.loader",),
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),

@@ -14,13 +14,14 @@ from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config import from_tree, load, to_tree, to_yaml
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.transfer.tasks import TaskSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.y*ml"))
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
 PIPELINES = [path for path in ALL if "mae" in yaml.safe_load(path.read_text())]
-BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings}
+BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings, "transfer": TaskSettings}
 
 
 def name(path: Path) -> str:

@@ -6,20 +6,19 @@ from typing import Any
 from rich.table import Table
 
 from moce_ds.files import read_json, write_json
-from moce_ds.transfer.knn import Score
+from moce_ds.transfer.metrics import MultiLabelScore, Score
 from moce_ds.transfer.select import Selection
 
 _ROUTES_SHOWN = 5
 
 
-def accuracy_record(verb: str, task: str, model: str, score: Score) -> dict[str, Any]:
-    """A k-NN or probe result as plain data."""
+def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
+    """A k-NN, probe or fine-tuning result as plain data."""
     return {
         "verb": verb,
         "task": task,
         "model": model,
-        "top1": score.top1,
-        "mean_per_class": score.mean_per_class,
+        **score.figures,
         "n_train": score.n_train,
         "n_test": score.n_test,
         "settings": dict(score.settings),
@@ -27,13 +26,13 @@ def accuracy_record(verb: str, task: str, model: str, score: Score) -> dict[str,
 
 
 def add_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Add a record to a results file, replacing one of the same verb, task and model; None: nowhere."""
+    """Add a record to a results file, replacing one of the same verb, task, model and seed; None: nowhere."""
     if path is None:
         return
     records = read_json(path, "a list of results", "moce knn, probe or select") if path.exists() else []
 
     def key(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one["verb"], one["task"], one.get("model")
+        return one["verb"], one["task"], one.get("model"), one.get("seed")
 
     write_json(path, [one for one in records if key(one) != key(record)] + [record])
 

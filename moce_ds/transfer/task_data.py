@@ -5,7 +5,8 @@ Axes: N images, D width.
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,26 +33,52 @@ def opened_images(path: Path) -> Iterator[ShardSet]:
         yield ShardSet.open(Path(scratch) / "shards")
 
 
-def encoded_split(
-    encoder: Encoder, train: ShardSet, test: ShardSet, config: EncodeSettings, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features [N, D] and labels [N] of the training images, then of the test images, labels by class *name*.
+@dataclass(frozen=True)
+class Splits:
+    """A task's labelled images; `val` is None where some of the training images choose in its place."""
+
+    train: ShardSet
+    val: ShardSet | None
+    test: ShardSet
+
+
+@contextmanager
+def opened_task(train: Path, val: Path | None, test: Path) -> Iterator[Splits]:
+    """The splits of a task, each a shard set or a folder. Raises DataError as `opened_images`."""
+    with ExitStack() as opened:
+        of_train, of_test = (opened.enter_context(opened_images(path)) for path in (train, test))
+        yield Splits(of_train, opened.enter_context(opened_images(val)) if val else None, of_test)
+
+
+def encoded(
+    encoder: Encoder, images: ShardSet, training: ShardSet, config: EncodeSettings, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of a split, and its labels [N] or targets [N, K], both by the classes of the training split.
 
     Raises:
-        DataError: an image has no class, or a test class is not among the training classes.
+        DataError: an image has no class, or the classes are not those of the training split.
     """
-    for images in (train, test):
-        if (images.labels < 0).any():
-            lost = images.source(int((images.labels < 0).argmax()))
-            raise DataError(f"{images.path}: {lost} has no class; expected every image in the folder of its class.")
-    unknown = sorted(set(test.classes) - set(train.classes))
-    if unknown:
-        raise DataError(f"{test.path}: classes {unknown[:5]} are not among the training classes of {train.path}.")
-    number_of = {name: k for k, name in enumerate(train.classes)}
-    translate = np.array([number_of[name] for name in test.classes], dtype=np.int64)
-    return (
-        encode_all(encoder, train, config, device),
-        torch.from_numpy(train.labels.astype(np.int64)),
-        encode_all(encoder, test, config, device),
-        torch.from_numpy(translate[test.labels]),
-    )
+    labels = _labels(images, training)
+    return encode_all(encoder, images, config, device), labels
+
+
+def _labels(images: ShardSet, training: ShardSet) -> Tensor:
+    if (images.targets is None) != (training.targets is None):
+        one, several = (images, training) if images.targets is None else (training, images)
+        raise DataError(
+            f"{one.path} has one label an image, {several.path} several: expected all splits of a task to be alike."
+        )
+    if images.targets is None and (images.labels < 0).any():
+        lost = images.source(int((images.labels < 0).argmax()))
+        raise DataError(f"{images.path}: {lost} has no class; expected every image in the folder of its class.")
+    if unknown := sorted(set(images.classes) - set(training.classes)):
+        raise DataError(
+            f"{images.path}: classes {unknown[:5]} are not among the training classes of {training.path}: expected "
+            "folders of the same names in all splits."
+        )
+    place_K = np.array([training.classes.index(name) for name in images.classes], dtype=np.int64)
+    if images.targets is None:
+        return torch.from_numpy(place_K[images.labels])
+    targets_NK = np.zeros((images.count, len(training.classes)), np.int8)
+    targets_NK[:, place_K] = images.targets
+    return torch.from_numpy(targets_NK)

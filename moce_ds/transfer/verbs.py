@@ -8,6 +8,7 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import ConfigError
+from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
@@ -91,6 +92,7 @@ def _accuracy_options(function: Any) -> Any:
         click.option("--model", default=None, help="The encoder's name in results (default: its folder's)."),
         click.option("--task", default=None, help="The task's name in results (default: the folder of --test)."),
         click.option("--test", type=PATH, required=True, help="Labelled test images."),
+        click.option("--val", type=PATH, help="Labelled images for choosing (probe; default: some of --train)."),
         click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder."),
         click.argument("encoder", type=PATH),
     ):
@@ -98,49 +100,44 @@ def _accuracy_options(function: Any) -> Any:
     return function
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.knn:KnnSettings")
 @_accuracy_options
 def knn(**given: Any) -> None:
-    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features."""
-    from moce_ds.transfer.knn import knn_accuracy
-
-    _accuracy("knn", knn_accuracy, **given)
+    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; nothing is chosen, --val votes too."""
+    _accuracy("knn", **given)
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.probe:ProbeSettings")
 @_accuracy_options
 def probe(**given: Any) -> None:
-    """Accuracy of a linear classifier on ENCODER's features, tuned on part of the training images."""
-    from moce_ds.transfer.probe import linear_probe
-
-    _accuracy("probe", linear_probe, **given)
+    """Accuracy of a linear classifier on ENCODER's features, its strength chosen on validation images."""
+    _accuracy("probe", **given)
 
 
 def _accuracy(
     verb: str,
-    measure: Any,
     encoder: Path,
     train: Path,
+    val: Path | None,
     test: Path,
     task: str | None,
     model: str | None,
     results: Path | None,
     words: Sequence[str],
 ) -> None:
-    from moce_ds.models.encode import EncodeSettings, open_encoder
+    from moce_ds.models.encode import open_encoder
+    from moce_ds.transfer.frozen import SETTINGS, measure_frozen
+    from moce_ds.transfer.metrics import SPOKEN
     from moce_ds.transfer.results import accuracy_record, add_record
-    from moce_ds.transfer.task_data import encoded_split, opened_images
+    from moce_ds.transfer.task_data import opened_task
 
-    config, device = read_settings(EncodeSettings, words), _device()
+    config, device = read_settings(SETTINGS[verb], words), _device()
     opened = open_encoder(encoder, device)
-    with opened_images(train) as train_set, opened_images(test) as test_set:
-        split = encoded_split(opened, train_set, test_set, config, device)
-    score = measure(*split)
+    with opened_task(train, val, test) as splits:
+        score = measure_frozen(opened, splits, config, device)
     name, task_name = model or encoder.name, task or _task_name(test)
-    click.echo(
-        f"{verb} {task_name} {name}: top-1 {score.top1:.4f}, mean per class {score.mean_per_class:.4f} "
-        f"({score.n_train} training, {score.n_test} test images)"
-    )
+    told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
+    click.echo(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
     add_record(results, accuracy_record(verb, task_name, name, score))
 
 
@@ -189,4 +186,4 @@ def _experts(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
 
 
-VERBS = (select, export, knn, probe, evaluate)
+VERBS = (select, export, knn, probe, evaluate, *PROTOCOL_VERBS)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moce_ds.errors import ArtefactError
-from moce_ds.transfer.knn import Score
+from moce_ds.transfer.metrics import MultiLabelScore, Score
 from moce_ds.transfer.results import accuracy_record, accuracy_table, add_record, selection_table
 from moce_ds.transfer.select import count_votes
 
@@ -37,6 +37,12 @@ def test_a_record_holds_all_of_a_score() -> None:
     assert accuracy_record("knn", "birds", "expert", score(0.75)) == {
         "verb": "knn", "task": "birds", "model": "expert", "top1": 0.75, "mean_per_class": 0.65,
         "n_train": 80, "n_test": 20, "settings": {"k": 5},
+    }  # fmt: skip
+
+
+def test_a_record_of_several_labels_an_image_has_another_metric() -> None:
+    assert accuracy_record("probe", "voc", "expert", MultiLabelScore(0.5, 8, 2)) == {
+        "verb": "probe", "task": "voc", "model": "expert", "map11": 0.5, "n_train": 8, "n_test": 2, "settings": {},
     }  # fmt: skip
 
 

@@ -1,0 +1,37 @@
+"""How good an encoder's frozen features are for a task: k-NN or linear probe on its splits.
+
+Axes: N images of a split, D features.
+"""
+
+import torch
+
+from moce_ds.models.vit import Encoder
+from moce_ds.transfer.knn import KnnSettings, knn_accuracy
+from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score
+from moce_ds.transfer.probe import ProbeSettings, linear_probe
+from moce_ds.transfer.task_data import Splits, encoded
+
+SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
+"""Of each verb; they say what is measured."""
+
+
+def measure_frozen(
+    encoder: Encoder,
+    splits: Splits,
+    config: KnnSettings | ProbeSettings,
+    device: torch.device,
+    choose_by: Metric | None = None,
+) -> Score | MultiLabelScore:
+    """k-NN, in which the validation images vote too, or the linear probe, whose strength they choose.
+
+    Raises:
+        DataError: the splits do not go together, or no classifier can be judged on them.
+    """
+    train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, device)
+    validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
+    test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
+    if isinstance(config, ProbeSettings):
+        return linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
+    if validation is not None:
+        train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
+    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config)

@@ -1,0 +1,90 @@
+"""The models that the transfer protocol compares: runs, their names, and the encoder that each gives a task."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.errors import ArtefactError
+from moce_ds.models.vit import read_provenance
+from moce_ds.transfer.export import choose_selected, export_route
+from moce_ds.transfer.select import run_clusters, select_route
+from moce_ds.transfer.task_data import opened_images
+from moce_ds.transfer.tasks import Task
+
+_BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE"}
+_ORDER = ("MAE", "TokenMoE", "MoCE, random gate", "MoCE")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, and the name it has in tables."""
+
+    name: str
+    run: Path
+    checkpoint: Checkpoint
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return "".join(c if c.isalnum() else "-" for c in self.name)
+
+
+def find_subjects(places: list[Path]) -> list[Subject]:
+    """The runs that `places` are, or hold: dense ones first, each named by its settings.
+
+    Raises:
+        ArtefactError: a place is neither a run nor a folder of runs; or a run routes by token.
+    """
+    runs = list(dict.fromkeys(run for place in places for run in _runs(place)))
+    checkpoints = {run: find(run) for run in runs}
+    names = {run: _model_name(checkpoint) for run, checkpoint in checkpoints.items()}
+    for run, name in names.items():
+        if name == _BY_GATE["token"]:
+            raise ArtefactError(
+                f"{run} routes by token (experts.gate=token): its encoder is no dense ViT, and cannot be compared yet."
+            )
+    runs.sort(key=lambda run: _ORDER.index(names[run]))
+    alike = list(names.values())
+    return [
+        Subject(names[run] if alike.count(names[run]) == 1 else f"{names[run]} ({run})", run, checkpoints[run])
+        for run in runs
+    ]
+
+
+def _runs(place: Path) -> list[Path]:
+    if steps_of(place) or not place.is_dir():
+        return [place]
+    return sorted(path for path in place.iterdir() if path.is_dir() and steps_of(path)) or [place]
+
+
+def _model_name(checkpoint: Checkpoint) -> str:
+    experts = checkpoint.manifest["model"]["experts"]
+    return _BY_GATE[experts["gate"]] if experts else "MAE"
+
+
+def encoder_for(subject: Subject, task: Task, out: Path, device: torch.device) -> tuple[Path, dict[str, Any] | None]:
+    """The encoder that serves a task, and how it was selected: the run itself where it is dense, else its expert for
+    the task's training images, exported to `out` unless it is there.
+
+    Raises:
+        MoceError: as `moce select` and `moce export`.
+    """
+    if not subject.checkpoint.manifest["model"]["experts"]:
+        return subject.run, None
+    checkpoint, clusters = run_clusters(subject.run)
+    expert = out / subject.slug / task.name
+    with opened_images(task.train) as images:
+        made_from = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": images.fingerprint}
+        if expert.exists():
+            provenance = read_provenance(expert)
+            if all(provenance.get(key) == value for key, value in made_from.items()):
+                return expert, dict(provenance["votes"])
+            shutil.rmtree(expert)  # of an earlier step of the run, or of other images
+        selection = select_route(subject.run, images, task.config.knn, device)
+    votes = selection.record(task.name)
+    export_route(checkpoint, clusters, choose_selected(checkpoint, selection), expert, {**made_from, "votes": votes})
+    return expert, votes
