@@ -1,8 +1,12 @@
-"""The dense ViT inside a checkpoint: one route through the expert layers, the decoder and the gates left out."""
+"""The dense ViT inside a checkpoint: chosen experts in place of the expert layers, the gates left out.
+
+Experts are read one at a time: the memory taken is that of the dense model and one expert, however many there are.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
@@ -17,43 +21,66 @@ _MLP = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 @dataclass(frozen=True)
-class Route:
-    """One expert of every expert layer, and the gate value that is folded into each."""
+class Share:
+    """An expert's part in the dense MLP of a layer: its weight in the average of the layer's chosen experts (1 where it
+    is alone), and the gate value that is folded in."""
 
-    experts: tuple[int, ...]
-    weights: tuple[float, ...]
-
-
-DENSE = Route((), ())
+    weight: float = 1.0
+    gate: float = 1.0
 
 
-def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    """Weights of the route's dense ViT, by timm's names; reads none but their files.
+Mixture = tuple[Mapping[int, Share], ...]
+"""The chosen experts of every expert layer; one of each layer is a route."""
 
-    The gate value is folded in: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
-    """
-    chosen = {}
+DENSE: Mixture = ()
+
+
+def route_of(experts: tuple[int, ...], gates: tuple[float, ...]) -> Mixture:
+    """The mixture that is one route."""
+    return tuple({expert: Share(gate=gate)} for expert, gate in zip(experts, gates, strict=True))
+
+
+def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> dict[str, Tensor]:
+    """Weights of the dense ViT, by timm's names; reads none but their files. Raises ArtefactError."""
     layers = spec.experts.layers if spec.experts else ()
-    for block, expert, weight in zip(layers, route.experts, route.weights, strict=True):
-        for rest in _MLP:
-            chosen[expert_key(block, expert, rest)] = (f"blocks.{block}.mlp.{rest}", weight if "fc2" in rest else 1.0)
     shared = ["cls_token", *(f"blocks.{block}.norm1.weight" for block in range(spec.shape.depth))]
-    tensors = checkpoint.load(WEIGHTS, [*shared, *chosen])
     state = {"pos_embed": sincos_positions(spec.shape, spec.shape.width)}
-    for name, tensor in tensors.items():
-        if name in chosen:
-            dense_name, weight = chosen[name]
-            state[dense_name] = tensor * weight
-        elif not is_decoder(name) and not name.startswith("gate."):
+    for name, tensor in checkpoint.load(WEIGHTS, shared).items():
+        if not is_decoder(name) and not name.startswith("gate."):
             state[name] = tensor
+    for block, shares in zip(layers, mixture, strict=True):
+        merged = merged_expert(checkpoint, block, shares)
+        state |= {f"blocks.{block}.mlp.{rest}": tensor for rest, tensor in merged.items()}
     return state
 
 
+def decoder_state(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Tensor]:
+    """Weights of the decoder, by the names of the public MAE. Raises ArtefactError."""
+    names = ["mask_token", *(f"decoder_blocks.{block}.norm1.weight" for block in range(spec.decoder.depth))]
+    state = {name: tensor for name, tensor in checkpoint.load(WEIGHTS, names).items() if is_decoder(name)}
+    return state | {"decoder_pos_embed": sincos_positions(spec.shape, spec.decoder.width)}
+
+
+def merged_expert(checkpoint: Checkpoint, block: int, shares: Mapping[int, Share]) -> dict[str, Tensor]:
+    """The MLP of a block: the average of its chosen experts, each with its gate value folded in.
+
+    The gate value p goes into the second matrix: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
+    """
+    merged: dict[str, Tensor] = {}
+    for expert, share in shares.items():
+        tensors = checkpoint.load(WEIGHTS, [expert_key(block, expert, _MLP[0])])
+        for rest in _MLP:
+            part = tensors[expert_key(block, expert, rest)] * (share.weight * (share.gate if "fc2" in rest else 1.0))
+            merged[rest] = merged[rest].add_(part) if rest in merged else part
+    return merged
+
+
 def as_encoder(state: Mapping[str, Tensor], spec: ModelSpec, provenance: dict[str, object], source: str) -> Encoder:
-    """An encoder in memory, its weights checked against the shape."""
-    model = timm_vit(spec.shape)
+    """An encoder in memory that has these tensors for weights, checked against the shape. Raises ArtefactError."""
+    with torch.device("meta"):  # no second copy
+        model = timm_vit(spec.shape)
     check_state(model, state, source)
-    model.load_state_dict(dict(state))
+    model.load_state_dict(dict(state), assign=True)
     return Encoder(model.eval(), spec.shape, spec.input, provenance)
 
 

@@ -20,6 +20,9 @@ from timm.models.vision_transformer import Block  # isort: skip
 
 NORM_EPS = 1e-6
 
+RunBlock = Callable[[int, Block, Tensor], Tensor]
+"""Runs an encoder block, given its number, on tokens [B, T, D]."""
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -86,24 +89,27 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Reconstruction:
         """Reconstruct masked images; the patches with the lowest noise stay visible."""
-        return self.reconstruct(images_BCHW, noise_BN, lambda _, block, x_BTD: block(x_BTD))
+        return self.reconstruct(images_BCHW, noise_BN, run_plainly)
 
-    def reconstruct(
-        self, images_BCHW: Tensor, noise_BN: Tensor, run_block: Callable[[int, Block, Tensor], Tensor]
-    ) -> Reconstruction:
+    def reconstruct(self, images_BCHW: Tensor, noise_BN: Tensor, run_block: RunBlock) -> Reconstruction:
         """As `forward`, each encoder block run by `run_block(index, block, tokens)`."""
         masking = random_masking(noise_BN, self.mask_ratio)
+        x_BTD = self.encode(images_BCHW, masking, run_block)
+        patches_BNP = self.decode(x_BTD, masking)
+        target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
+        error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
+        loss = (error_BN * masking.mask_BN).sum() / masking.mask_BN.sum()
+        return Reconstruction(loss, patches_BNP, masking.mask_BN)
+
+    def encode(self, images_BCHW: Tensor, masking: Masking, run_block: RunBlock) -> Tensor:
+        """Tokens after the final norm, cls and the visible patches, [B, V + 1, D]."""
         x_BTD = self.visible_tokens(images_BCHW, masking)
         for index, block in enumerate(self.blocks):
             if self.checkpoint_activations:
                 x_BTD = checkpoint(run_block, index, block, x_BTD, use_reentrant=False)
             else:
                 x_BTD = run_block(index, block, x_BTD)
-        patches_BNP = self.decode(self.norm(x_BTD), masking)
-        target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
-        error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
-        loss = (error_BN * masking.mask_BN).sum() / masking.mask_BN.sum()
-        return Reconstruction(loss, patches_BNP, masking.mask_BN)
+        return self.norm(x_BTD)
 
     def visible_tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
         """Tokens that enter the encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
@@ -126,6 +132,11 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x_BTD))[:, 1:]
 
 
+def run_plainly(_: int, block: Block, x_BTD: Tensor) -> Tensor:
+    """A block as timm runs it."""
+    return block(x_BTD)
+
+
 def make_block(width: int, heads: int, mlp_ratio: float) -> Block:
     """One of timm's pre-norm blocks with MAE's settings."""
     return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=NORM_EPS))
@@ -140,6 +151,11 @@ def mask_noise(seed: int, ids_B: np.ndarray, epochs_B: np.ndarray, num_patches: 
     """Uniform noise that decides which patches are hidden, [B, N] float32: a function of (seed, epoch, image id)."""
     noise_BN = uniform(MASK, seed, epochs_B[:, None], ids_B[:, None], np.arange(num_patches))
     return torch.from_numpy(noise_BN.astype(np.float32))
+
+
+def nothing_masked(B: int, N: int) -> Masking:
+    """All patches visible, in their order."""
+    return random_masking(torch.arange(N).expand(B, -1).float(), 0.0)
 
 
 def random_masking(noise_BN: Tensor, mask_ratio: float) -> Masking:

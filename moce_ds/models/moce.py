@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, make_mlp, random_masking
+from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import ClusterGate, GateLosses, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import in_order
@@ -124,23 +124,22 @@ class Moce(MaskedAutoencoder):
         reconstruction = self.reconstruct(images_BCHW, noise_BN, run_block)
         return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
 
-    def tokens_on_route(self, images_BCHW: Tensor, experts: Sequence[int], weights: Sequence[float]) -> Tensor:
-        """Tokens after the final norm, nothing masked, [B, T, D], all images on one route with given combine weights.
+    def on_route(self, experts: Sequence[int], weights: Sequence[float]) -> RunBlock:
+        """What runs the blocks, for `encode` and `reconstruct`, when all images take one route with given weights.
 
-        For one process that holds all experts, one expert an image; the export is checked against it.
+        For one process that holds all experts of the route; an export is checked against it.
         """
-        B = len(images_BCHW)
-        everything = random_masking(torch.arange(self.shape.num_patches).expand(B, -1).float(), 0.0)
-        x_BTD = self.visible_tokens(images_BCHW, everything)
         slots = in_order(1, self.experts.num_experts)[0]
-        for index, block in enumerate(self.blocks):
+
+        def run_block(index: int, block: Block, x_BTD: Tensor) -> Tensor:
             layer = self.layer_of_block.get(index)
             if layer is None:
-                x_BTD = block(x_BTD)
-            else:
-                plan = plan_layer(np.full((1, B, 1), experts[layer]), slots, 0, 1)
-                x_BTD = expert_block(block, x_BTD, plan, torch.full((B, 1), weights[layer]))
-        return self.norm(x_BTD)
+                return block(x_BTD)
+            B = len(x_BTD)
+            plan = plan_layer(np.full((1, B, 1), experts[layer]), slots, 0, 1)
+            return expert_block(block, x_BTD, plan, torch.full((B, 1), weights[layer]))
+
+        return run_block
 
 
 def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> ClusterGate | RandomGate:

@@ -1,9 +1,12 @@
-"""A route of a trained MoCE as an ordinary dense ViT, checked against the model it comes from before it is written.
+"""Experts of a trained MoCE as an ordinary dense ViT, checked against the model they come from before it is published.
 
-Axes: B images, T tokens, D width, L expert layers, M clusters, E experts.
+Peak memory is that of the dense model and one expert, however many experts the run has: the trained model's answer is
+worked out first, with the chosen experts alone; then the dense model is put together and written; then it is loaded.
+
+Axes: T tokens, D width, L expert layers, M clusters, E experts.
 """
 
-from dataclasses import dataclass
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,75 +16,42 @@ from torch import Tensor
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_folder
-from moce_ds.models.dense import DENSE, Route, as_encoder, encoder_state
-from moce_ds.models.moce import Moce
-from moce_ds.models.spec import ModelSpec, build_model, give_weights
-from moce_ds.models.vit import save_encoder
-from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.transfer.select import Selection
+from moce_ds.files import atomic_folder, write_json, writes_to
+from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
+from moce_ds.models.mae import MaskedAutoencoder, run_plainly
+from moce_ds.models.moce import make_gate
+from moce_ds.models.spec import ModelSpec, give_weights
+from moce_ds.models.vit import check_state
+from moce_ds.transfer.chosen import Chosen, Voices
+from moce_ds.transfer.formats.registry import TIMM
+from moce_ds.transfer.formats.target import DenseModel, Format, installed, library_version, write_record
+from moce_ds.transfer.trained import Output, Trial, output_of, trained_model
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, between the export and the model that was trained."""
 
-_CHECK_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A route to export: its experts, and the share of each cluster that speaks for it (summing to 1)."""
-
-    experts: tuple[int, ...]
-    clusters: dict[int, float]
-
-
-def choose_cluster(checkpoint: Checkpoint, cluster: int) -> Chosen:
-    """The route of one cluster. Raises ConfigError when there is no such cluster."""
-    table = checkpoint.manifest["routing"]["expert_ML"]
-    if not 0 <= cluster < len(table):
-        raise ConfigError(f"--cluster: got {cluster}; the run has clusters 0 to {len(table) - 1}.")
-    return Chosen(tuple(table[cluster]), {cluster: 1.0})
-
-
-def choose_route(checkpoint: Checkpoint, experts: tuple[int, ...]) -> Chosen:
-    """A route by its experts, the clusters on it weighed by their share of the training set.
-
-    Raises:
-        ConfigError: the route has the wrong length, or no cluster takes it; those that are taken are listed.
-    """
-    routing = checkpoint.manifest["routing"]
-    table = [tuple(row) for row in routing["expert_ML"]]
-    on_route = {c: routing["cluster_share_M"][c] for c, row in enumerate(table) if row == experts}
-    total = sum(on_route.values())
-    if not total:
-        taken = ", ".join("-".join(map(str, route)) for route in sorted(set(table)))
-        raise ConfigError(f"--route: no cluster takes {'-'.join(map(str, experts))}; routes of this run: {taken}.")
-    return Chosen(experts, {c: share / total for c, share in on_route.items()})
-
-
-def choose_selected(checkpoint: Checkpoint, selection: Selection) -> Chosen:
-    """The route that a task's images voted for, its clusters weighed by those votes."""
-    table = checkpoint.manifest["routing"]["expert_ML"]
-    on_route = {c: share for c, share in selection.clusters.items() if tuple(table[c]) == selection.route}
-    return Chosen(selection.route, {c: share / selection.share for c, share in on_route.items()})
-
 
 def export_route(
-    checkpoint: Checkpoint, clusters: Clusters, chosen: Chosen, out: Path, extra: dict[str, Any], replace: bool = False
+    checkpoint: Checkpoint,
+    clusters: Clusters,
+    chosen: Chosen,
+    out: Path,
+    extra: dict[str, Any],
+    format: Format = TIMM,
+    replace: bool = False,
 ) -> dict[str, Any]:
-    """Write the dense ViT of a route as an encoder folder; returns its provenance.
+    """Write the dense ViT of chosen experts; returns its provenance.
 
-    The gate value folded in is that of the cluster, or the mean over `chosen.clusters` by their shares.
+    The gate value folded in is that of the cluster, or the mean over the clusters that speak for an expert.
 
     Args:
         out: the folder; must not exist, unless `replace` is given and it holds an earlier export.
         extra: goes into `provenance.json` (the votes, say).
 
     Raises:
-        ConfigError: `out` exists.
+        ConfigError: `out` exists, or the run's routes are no dense ViTs.
         ArtefactError: the export does not compute what the trained model computes; nothing is written.
     """
-    _check_free(out, replace)
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     assert spec.experts is not None, "the caller opens runs with experts only"
     if spec.experts.k > 1 or spec.experts.shared:
@@ -89,68 +59,126 @@ def export_route(
             f"{checkpoint.folder}: k={spec.experts.k}, shared_expert={spec.experts.shared}: an image goes through "
             "several MLPs a layer: a route is no dense ViT. Export a run with experts.k=1 and no shared expert."
         )
-    trained = build_model(spec, clusters, ReferenceMoE)
-    give_weights(dict(trained.named_parameters()), checkpoint.load(WEIGHTS), str(checkpoint.folder))
-    assert isinstance(trained, Moce)
-    route = Route(chosen.experts, _gate_values(trained.eval(), chosen))
+    mixture = _mixture(chosen, _gate_table(checkpoint, spec, clusters))
     provenance: dict[str, Any] = {
-        "checkpoint": str(checkpoint.folder),
-        "step": checkpoint.step,
         "clusters_hash": clusters.hash,
         "layers": list(spec.experts.layers),
-        "route": list(route.experts),
-        "gate_values": list(route.weights),
+        "route": None if chosen.average else list(chosen.experts or ()),
         "combine": spec.experts.combine,
         "clusters": {str(cluster): share for cluster, share in chosen.clusters.items()},
-        "exact_for": "every image of the cluster" if len(chosen.clusters) == 1 else "mean gate value of the clusters",
-        **extra,
     }
-    state = encoder_state(checkpoint, spec, route)
-    exported = as_encoder(state, spec, provenance, str(checkpoint.folder))
-    provenance["max_difference"] = difference(trained, exported.model, route)
-    if provenance["max_difference"] > TOLERANCE:
-        raise ArtefactError(
-            f"The export of route {route.experts} differs from the trained model by "
-            f"{provenance['max_difference']:.1e}, more than {TOLERANCE:.0e}: nothing was written. "
-            "This is a defect of moce_ds; please report it."
-        )
-    with atomic_folder(out) as draft:
-        save_encoder(draft, state, spec.shape, spec.input, provenance)
-    return provenance
+    if chosen.average:
+        provenance["average"] = chosen.average
+        provenance["experts"] = [{str(e): vars(share) for e, share in layer.items()} for layer in mixture]
+        provenance["exact_for"] = "nothing: an average of experts is a model that was not trained"
+    else:
+        provenance["gate_values"] = [share.gate for layer in mixture for share in layer.values()]
+        exact = len(chosen.clusters) == 1
+        provenance["exact_for"] = "every image of the cluster" if exact else "mean gate value of the clusters"
+    check_free(out, replace)
+    return _export(checkpoint, spec, clusters, mixture, out, provenance | extra, format, chosen.spoken)
 
 
-def export_dense(checkpoint: Checkpoint, out: Path, replace: bool = False) -> dict[str, Any]:
-    """Write the encoder of a dense run as `export_route` does; returns its provenance. Raises ConfigError."""
-    _check_free(out, replace)
+def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
+    """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
-    provenance = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "route": None}
-    with atomic_folder(out) as draft:
-        save_encoder(draft, encoder_state(checkpoint, spec, DENSE), spec.shape, spec.input, provenance)
-    return provenance
+    check_free(out, replace)
+    return _export(checkpoint, spec, None, DENSE, out, {"route": None}, format, "the dense model")
 
 
-def _check_free(out: Path, replace: bool) -> None:
+def check_free(out: Path, replace: bool) -> None:
+    """Nothing is overwritten, but an earlier export where that is asked for. Raises ConfigError."""
     if out.exists() and not (replace and (out / "provenance.json").is_file()):
         raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
 
 
-@torch.inference_mode()
-def _gate_values(trained: Moce, chosen: Chosen) -> tuple[float, ...]:
-    """The gate value p of each layer's expert; 1 with straight_through, which multiplies by 1 in value."""
-    if trained.experts.combine == "straight_through":
-        return (1.0,) * len(chosen.experts)
-    probs_LME = trained.gate().double()
-    return tuple(
-        float(sum(share * probs_LME[layer, cluster, expert] for cluster, share in chosen.clusters.items()))
-        for layer, expert in enumerate(chosen.experts)
-    )
+def _export(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    clusters: Clusters | None,
+    mixture: Mixture,
+    out: Path,
+    told: dict[str, Any],
+    format: Format,
+    what: str,
+) -> dict[str, Any]:
+    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **told}
+    provenance |= {"format": format.name, "part": format.part}
+    trial = Trial.of(spec)
+    before: Output = "patches" if format.part == "full" else "tokens"
+    trained, run_block = trained_model(checkpoint, spec, clusters, mixture)
+    expected = {output: output_of(trained, run_block, trial, output) for output in (before, format.output)}
+    del trained, run_block
+    state = encoder_state(checkpoint, spec, mixture)
+    if format.part == "full":
+        state |= decoder_state(checkpoint, spec)
+    provenance |= _compared(_dense_output(state, spec, trial, before), expected[before], what)
+    with atomic_folder(out) as draft, writes_to(out):
+        format.write(draft, DenseModel(state, spec, provenance))
+        del state
+        gc.collect()  # an exporter may leave cycles behind that hold the weights
+        provenance["loaded_back"] = _loaded_back(format, draft, trial, expected[format.output], what)
+        write_json(draft / "provenance.json", provenance)
+        if not format.is_encoder_folder:
+            write_record(draft, format, spec)
+    return provenance
+
+
+def _gate_table(checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters) -> Tensor | None:
+    """The gate values [L, M, E]; None with straight_through, which multiplies by 1 in value."""
+    assert spec.experts is not None
+    if spec.experts.combine == "straight_through":
+        return None
+    gate = make_gate(spec.experts, torch.from_numpy(clusters.embeddings_MD))
+    shared = checkpoint.load(WEIGHTS, ["cls_token"])
+    weights = {name.removeprefix("gate."): t for name, t in shared.items() if name.startswith("gate.")}
+    give_weights(dict(gate.named_parameters()), weights, str(checkpoint.folder))
+    with torch.inference_mode():
+        return gate().double()
+
+
+def _mixture(chosen: Chosen, probs_LME: Tensor | None) -> Mixture:
+    """What each expert contributes: its share, and its gate value, the mean over the clusters that speak for it."""
+
+    def share(layer: int, expert: int, voices: Voices) -> Share:
+        weight = 1.0 if chosen.experts else sum(voices.values())
+        if probs_LME is None:
+            return Share(weight)
+        return Share(weight, sum(part / weight * float(probs_LME[layer, c, expert]) for c, part in voices.items()))
+
+    return tuple({e: share(layer, e, v) for e, v in experts.items()} for layer, experts in enumerate(chosen.layers))
 
 
 @torch.inference_mode()
-def difference(trained: Moce, exported: torch.nn.Module, route: Route) -> float:
-    """Largest difference of the output tokens on random images, over the largest output."""
-    size = trained.shape.image_size
-    images_BCHW = torch.randn(_CHECK_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected_BTD = trained.tokens_on_route(images_BCHW, route.experts, route.weights)
-    got_BTD: Tensor = exported.forward_features(images_BCHW)  # type: ignore[operator]
-    return float((got_BTD - expected_BTD).abs().max() / expected_BTD.abs().max())
+def _dense_output(state: dict[str, Tensor], spec: ModelSpec, trial: Trial, output: Output) -> Tensor:
+    """What the dense model in memory computes: timm's ViT, or the masked autoencoder where the decoder goes along."""
+    if output == "tokens":
+        return as_encoder(state, spec, {}, "the export").model.forward_features(trial.images_BCHW)
+    with torch.device("meta"):  # no second copy
+        mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    check_state(mae, state, "the export")
+    mae.load_state_dict(state, assign=True)
+    return output_of(mae.eval(), run_plainly, trial, output)
+
+
+def _compared(found: Tensor, expected: Tensor, what: str) -> dict[str, float]:
+    """How far an output is from the trained model's. Raises ArtefactError where that is too far."""
+    largest = float((found - expected).abs().max())
+    relative = largest / float(expected.abs().max())
+    if not relative <= TOLERANCE:  # NaN, too
+        raise ArtefactError(
+            f"The export of {what} differs from the trained model by {relative:.1e}, more than {TOLERANCE:.0e}: "
+            "nothing was written. This is a defect of moce_ds; please report it."
+        )
+    return {"max_difference": relative, "max_abs_difference": largest}
+
+
+def _loaded_back(format: Format, folder: Path, trial: Trial, expected: Tensor, what: str) -> dict[str, Any]:
+    """The library that loaded the written files and how far its output is, or why none did. Raises ArtefactError."""
+    if format.library is None or format.run is None:
+        return {"library": None, "reason": f"{format.name} cannot be installed from a registry"}
+    if not installed(format.library):
+        return {"library": None, "reason": f"{format.library} is not installed"}
+    with torch.inference_mode():
+        found = format.run(folder, trial)
+    return {"library": library_version(format.library), **_compared(found, expected, f"{what} as {format.name}")}

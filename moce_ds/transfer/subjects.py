@@ -10,7 +10,8 @@ import torch
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
 from moce_ds.errors import ArtefactError
 from moce_ds.models.vit import read_provenance
-from moce_ds.transfer.export import choose_selected, export_route
+from moce_ds.transfer.chosen import choose_selected
+from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters, select_route
 from moce_ds.transfer.task_data import opened_images
 from moce_ds.transfer.tasks import Task

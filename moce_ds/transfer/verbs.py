@@ -34,55 +34,27 @@ def select(run: Path, data: Path, task: str | None, results: Path | None, words:
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--data", type=PATH, help="Choose the route by a task's images (a shard set or a folder).")
+@click.option("--data", type=PATH, help="A task's images (a shard set or a folder): their votes choose the route.")
 @click.option("--cluster", type=int, help="Choose the route of one cluster.")
-@click.option("--route", help="Choose the experts, one a layer: 3,5.")
+@click.option("--route", help="Choose the experts, one a layer: 3,5; or auto: by the votes, as with --data alone.")
+@click.option("--expert", type=int, help="Choose the most taken route through this expert of the last expert layer.")
+@click.option("--all", is_flag=True, help="Every route that is taken, each into a folder of OUT.")
+@click.option("--average", help="All experts averaged: uniform, or weighted by --data or the training images.")
+@click.option("--format", default="timm", show_default=True, help="timm, hf-vit, hf-vitmae, onnx, detectron2, mm...")
+@click.option("--part", default="encoder", show_default=True, help="encoder, or full: the decoder, too.")
 @click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
 @words()
-def export(
-    run: Path,
-    out: Path,
-    data: Path | None,
-    cluster: int | None,
-    route: str | None,
-    replace: bool,
-    words: Sequence[str],
-) -> None:
-    """Write one route of RUN as a dense ViT (timm's layout) to OUT; the encoder of a dense RUN needs no choice."""
-    from moce_ds.checkpoint_files import find
+def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
+    """Write experts of RUN as a dense ViT to OUT; the encoder of a dense RUN needs no choice (docs/export.md)."""
     from moce_ds.models.encode import EncodeSettings
-    from moce_ds.transfer import export as exporting
-    from moce_ds.transfer.select import run_clusters, select_route
-    from moce_ds.transfer.task_data import opened_images
+    from moce_ds.transfer.export_request import Request, export_requested, told
+    from moce_ds.transfer.formats.registry import find_format
 
-    config = read_settings(EncodeSettings, words)
-    choices = [
-        name for name, value in (("--data", data), ("--cluster", cluster), ("--route", route)) if value is not None
-    ]
-    checkpoint = find(run)
-    if not checkpoint.manifest["model"]["experts"]:
-        if choices:
-            raise ConfigError(f"{choices[0]}: {run} is a dense run, which has one encoder and no routes.")
-        exporting.export_dense(checkpoint, out, replace)
-        click.echo(f"{out}: the dense encoder of step {checkpoint.step}")
-        return
-    if len(choices) != 1:
-        raise ConfigError(f"{run} has experts: choose a route with one of --data, --cluster, --route.")
-    checkpoint, clusters = run_clusters(run)
-    extra: dict[str, Any] = {}
-    if data is not None:
-        with opened_images(data) as images:
-            selection = select_route(run, images, config, _device())
-        chosen, extra = exporting.choose_selected(checkpoint, selection), {"votes": selection.record(_task_name(data))}
-    elif cluster is not None:
-        chosen = exporting.choose_cluster(checkpoint, cluster)
-    else:
-        chosen = exporting.choose_route(checkpoint, _experts(str(route)))
-    said = exporting.export_route(checkpoint, clusters, chosen, out, extra, replace)
-    click.echo(
-        f"{out}: route {'-'.join(map(str, said['route']))} of step {said['step']}; differs from the trained model by "
-        f"{said['max_difference']:.1e} (of the largest output)"
-    )
+    config, target = read_settings(EncodeSettings, words), find_format(format, part)
+    task = _task_name(request["data"]) if request["data"] else None
+    asked = Request(**request)
+    for folder, provenance in export_requested(run, out, asked, target, config, _device(), task, replace):
+        click.echo(told(folder, provenance))
 
 
 def _accuracy_options(function: Any) -> Any:

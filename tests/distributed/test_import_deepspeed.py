@@ -35,7 +35,8 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.training.loop import pretrain
 from moce_ds.training.native import import_native
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.export import choose_cluster, export_route
+from moce_ds.transfer.chosen import choose_cluster
+from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters
 from tools.import_deepspeed import main
 

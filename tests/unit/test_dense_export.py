@@ -22,9 +22,9 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models import dense
-from moce_ds.models.dense import DENSE, Route, dense_encoder, encoder_state
+from moce_ds.models.dense import DENSE, Mixture, Share, dense_encoder, encoder_state, route_of
 from moce_ds.models.encode import open_encoder
-from moce_ds.models.mae import MaskedAutoencoder
+from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.vit import load_encoder
@@ -34,7 +34,8 @@ from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.transfer import export
-from moce_ds.transfer.export import Chosen, choose_cluster, choose_route, choose_selected, export_dense, export_route
+from moce_ds.transfer.chosen import Chosen, choose_cluster, choose_route, choose_selected
+from moce_ds.transfer.export import export_dense, export_route
 from moce_ds.transfer.select import Selection, run_clusters
 
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
         exported = load_encoder(tmp_path / str(cluster)).model
         p = gate_values(model, cluster, chosen.experts)
         assert max(p) < 0.999 and provenance["gate_values"] == pytest.approx(p, rel=1e-5)
-        expected = model.tokens_on_route(images, chosen.experts, p)
+        expected = model.encode(images, nothing_masked(len(images), 16), model.on_route(chosen.experts, p))
         assert (exported.forward_features(images) - expected).abs().max() < 1e-5
 
         clusters_WB = np.full((1, len(images)), cluster)
@@ -136,16 +137,18 @@ def test_a_route_of_several_clusters_has_their_mean_gate_value(moce_run: Callabl
         assert provenance["exact_for"] == "mean gate value of the clusters"
 
 
-def without_the_fold(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    return encoder_state(checkpoint, spec, Route(route.experts, (1.0,) * len(route.experts)))
+def without_the_fold(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> dict[str, Tensor]:
+    return encoder_state(checkpoint, spec, tuple({e: Share() for e in layer} for layer in mixture))
 
 
-def of_other_experts(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    return encoder_state(checkpoint, spec, Route(tuple((e + 1) % 4 for e in route.experts), route.weights))
+def of_other_experts(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> dict[str, Tensor]:
+    return encoder_state(
+        checkpoint, spec, tuple({(e + 1) % 4: share for e, share in layer.items()} for layer in mixture)
+    )
 
 
-def with_one_number_off(checkpoint: Checkpoint, spec: ModelSpec, route: Route) -> dict[str, Tensor]:
-    state = encoder_state(checkpoint, spec, route)
+def with_one_number_off(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> dict[str, Tensor]:
+    state = encoder_state(checkpoint, spec, mixture)
     state["blocks.1.attn.qkv.bias"][40] += 0.01  # of a value; one of a key would change nothing
     return state
 
@@ -208,9 +211,9 @@ def test_only_the_files_of_the_route_are_read(moce_run: Callable[..., Path]) -> 
         needed = re.fullmatch(r"block-\d\d.safetensors", path.name)
         if not needed and path.name not in ("block-00-expert-001.safetensors", "block-02-expert-003.safetensors"):
             path.unlink()
-    assert "blocks.2.mlp.fc1.weight" in encoder_state(checkpoint, spec, Route((1, 3), (1.0, 1.0)))
+    assert "blocks.2.mlp.fc1.weight" in encoder_state(checkpoint, spec, route_of((1, 3), (1.0, 1.0)))
     with pytest.raises(ArtefactError, match="block-00-expert-002"):
-        encoder_state(checkpoint, spec, Route((2, 3), (1.0, 1.0)))
+        encoder_state(checkpoint, spec, route_of((2, 3), (1.0, 1.0)))
 
 
 # Dense runs
@@ -284,7 +287,7 @@ def test_dense_is_the_route_without_experts(dense_run: tuple[Path, MaskedAutoenc
 def test_choosing_by_hand_is_choosing(moce_run: Callable[..., Path], tmp_path: Path) -> None:
     """Shares may be any weights that sum to 1."""
     checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
-    chosen = Chosen((0, 1), {2: 0.25, 5: 0.75})
+    chosen = Chosen.of_route((0, 1), {2: 0.25, 5: 0.75})
     provenance = export_route(checkpoint, clusters, chosen, tmp_path / "out", {})
     model = trained(checkpoint, clusters)
     values = np.array([gate_values(model, cluster, (0, 1)) for cluster in (2, 5)])

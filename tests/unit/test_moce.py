@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
+from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import ExpertShape, Moce, Routing, make_gate, upcycle
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import RandomGate, chosen_experts
@@ -213,7 +213,7 @@ def test_tokens_on_a_route_show_every_patch_to_the_chosen_experts(images: Tensor
         mae.blocks[block].mlp.load_state_dict(model.blocks[block].mlp.experts[expert].state_dict())
         for tensor in (mae.blocks[block].mlp.fc2.weight, mae.blocks[block].mlp.fc2.bias):
             tensor.data *= (0.3, 0.7)[layer]
-    found = model.tokens_on_route(images, (3, 1), (0.3, 0.7))
+    found = model.encode(images, nothing_masked(6, 16), model.on_route((3, 1), (0.3, 0.7)))
     x = torch.cat([mae.cls_token.expand(6, -1, -1), mae.patch_embed(images)], dim=1) + mae.pos_embed
     for block in mae.blocks:
         x = block(x)
