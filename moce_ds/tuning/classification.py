@@ -73,7 +73,9 @@ class Classification:
         self._input = dataclasses.replace(encoder.input, size=size)
         self._shape = dataclasses.replace(encoder.shape, image_size=size)
         if size % encoder.shape.patch_size:
-            raise ConfigError(f"data.image_size: {size} is no multiple of the encoder's patch, {encoder.shape.patch_size}.")
+            raise ConfigError(
+                f"data.image_size: {size} is no multiple of the encoder's patch, {encoder.shape.patch_size}."
+            )
         self._transform = training_transform(self._input, config.augment)
         self._mix = Mixing(config.augment, config.run.seed)
         if self._mix.in_pairs and shared_batch(config.optim, runtime.world_size).micro % 2:
@@ -128,7 +130,8 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy; with several labels an image, binary cross-entropy of every class."""
-        images_BCHW, targets_BK, counted_BK = (tensor.to(model.device, non_blocking=True) for tensor in batch)
+        device = next(model.parameters()).device
+        images_BCHW, targets_BK, counted_BK = (tensor.to(device, non_blocking=True) for tensor in batch)
         logits_BK = model(images_BCHW).float()
         if self._splits.multi_label:
             return binary_cross_entropy_with_logits(logits_BK, targets_BK, weight=counted_BK)
@@ -158,7 +161,7 @@ class Classification:
     def _scores(self, model: nn.Module, split: Split, runtime: Runtime) -> Tensor:
         """Logits of a split, [N, K] float32 on the host of every process; the processes share the images."""
         transform = test_transform(self._input)
-        places = [part for part in torch.arange(split.count).split(_TEST_BATCH)]
+        places = torch.arange(split.count).split(_TEST_BATCH)
 
         def images_of(index: int) -> Tensor:
             return torch.stack([transform(split.images.decode(int(split.ids_N[i]))) for i in places[index]])

@@ -65,8 +65,8 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
     """The splits of a task; `val` may be a share of `train`, stratified by class, 0-1.
 
     Raises:
-        DataError: an image has no class; there is one class only; the splits do not have the same kind of labels, or one
-            has a class that `train` lacks; a class of one image is to be shared between training and validation.
+        DataError: an image has no class; there is one class only; the splits do not have the same kind of labels, or
+            one has a class that `train` lacks; a class of one image is to be shared between training and validation.
     """
     if len(train.classes) < 2:
         raise DataError(f"{train.path}: {len(train.classes)} class(es); expected two or more, each a folder of images.")

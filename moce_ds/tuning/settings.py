@@ -39,8 +39,7 @@ class TuneOptimSettings(OptimSettings):
     warmup_epochs: NonNegative = option(5, "epochs of linear warm-up")
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "AdamW betas")
     layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
-    ema: RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]
-SmallShare = option(0.0, "decay of a running average of the weights; 0: none")
+    ema: SmallShare = option(0.0, "decay of a running average of the weights; 0: none")
     validate_every: Annotated[float, Field(gt=0)] = option(
         5, "epochs between validations, where there is a validation split; the best weights are kept"
     )
@@ -82,10 +81,8 @@ class AugmentSettings:
     erase: Share = option(0.25, "probability of erasing a rectangle")
     mixup: NonNegative = option(0.8, "alpha of mixup; 0: none")
     cutmix: NonNegative = option(1.0, "alpha of cutmix; 0: none; with both, either at random")
-    smoothing: RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]
-SmallShare = option(0.1, "label smoothing")
-    drop_path: RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]
-SmallShare = option(0.1, "probability that the last block is left out for an image; 0 for the first")
+    smoothing: SmallShare = option(0.1, "label smoothing")
+    drop_path: SmallShare = option(0.1, "probability that the last block is left out for an image; 0 for the first")
 
     def __post_init__(self) -> None:
         if self.crop_scale[0] > self.crop_scale[1]:

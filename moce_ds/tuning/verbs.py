@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
 @words()
 def finetune(
-    encoder: Path, out: Path, task: str | None, model: str | None, results: Path | None, words: Sequence[str], **data: Any
+    encoder: Path,
+    out: Path,
+    task: str | None,
+    model: str | None,
+    results: Path | None,
+    words: Sequence[str],
+    **data: Any,
 ) -> None:
     """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder.
 
@@ -51,7 +57,9 @@ def finetune(
         if runtime.is_main and measures is not None:
             name, named = model or encoder.name, task or task_name(data["test"])
             told = ", ".join(f"{metric} {value:.4f}" for metric, value in measures.items())
-            click.echo(f"finetune {named} {name}: {told} ({splits.train.count} training, {splits.test.count} test images)")
+            click.echo(
+                f"finetune {named} {name}: {told} ({splits.train.count} training, {splits.test.count} test images)"
+            )
             click.echo(f"{out / TUNED}: the tuned encoder and its head")
             add_record(results, _record(named, name, measures, config, splits))
     if measures is None:
