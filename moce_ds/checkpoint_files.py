@@ -163,10 +163,13 @@ def find(path: Path) -> Checkpoint:
     if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
     try:
-        return Checkpoint.open(step_folder(path, steps[-1]))
+        found = Checkpoint.open(step_folder(path, steps[-1]))
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         raise ArtefactError(f"{error}{before}") from None
+    if "model" not in found.manifest:
+        raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
+    return found
 
 
 def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ The runs are made once, by `two` and `one`; the tests compare what they left on 
 
 import json
 import signal
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,16 @@ import pytest
 import torch
 from harness import run_distributed
 from launching import launched, local, ranks_of, run_to_end, send, wait_for_step
+from rich.console import Console
 from safetensors import safe_open
 from tiny_run import comparable, losses, numbers
 from tune_jobs import CLASSES, COUNTS, Tune, Tuned, run_tunings, write_task
 
+from moce_ds.analysis.inspection import describe, faults
 from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import OPTIMIZER, STATE, WEIGHTS, Checkpoint, step_folder, steps_of
+from moce_ds.checkpoint_files import OPTIMIZER, STATE, WEIGHTS, Checkpoint, find, step_folder, steps_of
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import STOPPED
+from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.augmentation import test_transform as centre_transform
 
@@ -111,6 +114,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(root: Path, two: dict[str, Tuned
 def test_a_complete_run_is_not_run_again(root: Path, one: dict[str, Tuned]) -> None:
     assert one["again"].record == one["one"].record and "is complete" in one["again"].text
     assert "optim.layer_decay: 0.8 -> 0.7" in one["other"].error
+
+
+def test_what_a_run_left_is_told(root: Path, one: object) -> None:
+    table = Console(width=200, file=StringIO())
+    table.print(describe(root / "one"))
+    told = table.file.getvalue()  # type: ignore[attr-defined]
+    assert "top1" in told and f"step {STEPS}, loss" in told and str(root / "train") in told
+    assert faults(root / "one") == []
+    with pytest.raises(ArtefactError, match=rf"tuned an encoder, which is in {root / 'one/tuned'}"):
+        find(root / "one")
 
 
 def test_it_learns(root: Path, one: dict[str, Tuned]) -> None:
