@@ -6,8 +6,8 @@
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
       optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
-      state/...                                 of tuning: the running average of the weights, NAME.ema, and the
-                                                statistics of BatchNorm layers
+      state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
+                                                validation), and the statistics of BatchNorm layers
 
 A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
 """

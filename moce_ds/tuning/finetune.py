@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.models.encode import open_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.transfer.task_data import opened_images
@@ -47,8 +48,15 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
 def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> Iterator[Splits]:
     """The splits that the settings name, open for the length of the block. Raises DataError, ArtefactError."""
     with ExitStack() as stack:
+
+        def opened(path: Path) -> ShardSet:
+            images = stack.enter_context(opened_images(path))
+            if rejected := Manifest.read(images.path).rejected:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+                runtime.say(f"{path}: files that are no whole images were left out: {reasons}.")
+            return images
+
         with runtime.together():
-            train, test = (stack.enter_context(opened_images(path)) for path in (data.train, data.test))
-            val = stack.enter_context(opened_images(data.val)) if isinstance(data.val, Path) else data.val
-            splits = make_splits(train, val, test, seed)
+            val = opened(data.val) if data.val else data.val_share
+            splits = make_splits(opened(data.train), val, opened(data.test), seed)
         yield splits

@@ -45,8 +45,9 @@ def finetune(
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
-    named = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test, "data.val": val}
-    given = [f"{key}={_as_yaml(value)}" for key, value in named.items() if value is not None]
+    named = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
+    given = [f"{key}={json.dumps(str(path))}" for key, path in named.items()]  # JSON is YAML
+    given += [f"data.val_share={val}" if _is_number(val) else f"data.val={json.dumps(val)}"] if val else []
     config = read_settings(FinetuneSettings, [*words, *given])
     with started(config.run.peer_timeout) as runtime:
         record = run(config, runtime)
@@ -61,12 +62,12 @@ def finetune(
         add_record(results, record)
 
 
-def _as_yaml(value: Path | str) -> str:
-    """A path or a number as YAML reads it back."""
+def _is_number(text: str) -> bool:
     try:
-        return str(float(str(value)))
+        float(text)
     except ValueError:
-        return json.dumps(str(value))
+        return False
+    return True
 
 
 VERBS = (finetune,)

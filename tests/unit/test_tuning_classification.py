@@ -105,7 +105,8 @@ def test_settings_that_do_not_fit_are_refused(make: Make, words: tuple[str, ...]
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("data.val=5", "data.val"),
+        ("data.val_share=5", "data.val_share: got 5(.0)?; Input should be less than 1"),
+        ("data.val_share=0.1 & data.val=x", "expected one of the two"),
         ("augment.rand_augment=random", "augment.rand_augment"),
         ("augment.crop_scale=[1, 0.5]", r"augment.crop_scale: \[1.0, 0.5\]; expected \[low, high\]"),
         ("optim.layer_decay=0", "optim.layer_decay: got 0"),
@@ -113,4 +114,4 @@ def test_settings_that_do_not_fit_are_refused(make: Make, words: tuple[str, ...]
 )
 def test_settings_out_of_range_are_refused(make: Make, word: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        make(word)
+        make(*word.split(" & "))
