@@ -23,6 +23,8 @@ _MEASURES = (
     ("k-NN per class", "knn", "mean_per_class"),
     ("probe top-1", "probe", "top1"),
     ("probe per class", "probe", "mean_per_class"),
+    ("k-NN mAP", "knn", "map11"),
+    ("probe mAP", "probe", "map11"),
 )
 
 
@@ -95,10 +97,11 @@ def _results(records: Sequence[dict[str, Any]]) -> Iterator[Chapter]:
 
 def _accuracies(records: Sequence[dict[str, Any]]) -> Table:
     scores = {(r["task"], r["model"], r["verb"]): r for r in records if r["verb"] in ("knn", "probe")}
+    measures = [m for m in _MEASURES if any(verb == m[1] and m[2] in r for (*_, verb), r in scores.items())]
     rows = []
     for task in dict.fromkeys(task for task, _, _ in scores):
         models = list(dict.fromkeys(model for named, model, _ in scores if named == task))
-        cells = {model: [_score(scores, task, model, verb, key) for _, verb, key in _MEASURES] for model in models}
+        cells = {model: [_score(scores, task, model, verb, key) for _, verb, key in measures] for model in models}
         best = [max(column, key=lambda value: value or 0) for column in zip(*cells.values(), strict=True)]
         for model in models:
             images = next(record for (t, m, _), record in scores.items() if (t, m) == (task, model))
@@ -113,7 +116,7 @@ def _accuracies(records: Sequence[dict[str, Any]]) -> Table:
                 + [Cell(f"{images['n_train']:,}"), Cell(f"{images['n_test']:,}")]
             )
     return Table(
-        ["task", "model", *(heading for heading, _, _ in _MEASURES), "train", "test"],
+        ["task", "model", *(heading for heading, _, _ in measures), "train", "test"],
         rows,
         "Test accuracy, best of each task in bold. “Per class” averages over classes instead of images.",
         names=2,
@@ -122,7 +125,7 @@ def _accuracies(records: Sequence[dict[str, Any]]) -> Table:
 
 def _score(scores: dict[tuple[str, str, str], Any], task: str, model: str, verb: str, key: str) -> float | None:
     record = scores.get((task, model, verb))
-    return None if record is None else float(record[key])
+    return None if record is None or key not in record else float(record[key])
 
 
 def _routes(records: Sequence[dict[str, Any]]) -> Table:

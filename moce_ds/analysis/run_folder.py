@@ -39,6 +39,16 @@ class _Accuracy(_Result):
 
 
 @dataclass(frozen=True)
+class _Precision(_Result):
+    """Of a task whose images have several labels."""
+
+    model: str
+    map11: float
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
 class _Selection(_Result):
     route: list[int]
     share: float
@@ -132,6 +142,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise ArtefactError(f"{path} holds no list of records: write it again with `{_RESULT_VERBS}`.")
     for number, record in enumerate(records):
         kind = _RESULTS.get(str(record.get("verb")), _Result)
+        kind = _Precision if kind is _Accuracy and "map11" in record else kind
         valid_record(kind, record, f"{path}, record {number},", "it", _RESULT_VERBS)
     return records
 

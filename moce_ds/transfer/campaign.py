@@ -8,6 +8,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +26,47 @@ from moce_ds.transfer.metrics import SPOKEN
 from moce_ds.transfer.results import accuracy_record, add_record
 from moce_ds.transfer.subjects import Subject, encoder_for
 from moce_ds.transfer.task_data import Splits, opened_task
-from moce_ds.transfer.tasks import Task
+from moce_ds.transfer.tasks import Task, check_metric
 
 METHODS = ("knn", "probe", "finetune")
 RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One number to be had: a model on a task by a method, with a seed (None: the method has nothing random)."""
+class Pairing:
+    """A model on a task: the images, and the encoder that serves them."""
 
     subject: Subject
     task: Task
+    splits: Splits
     encoder: Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One number to be had: a method with a seed (None: nothing is random in it)."""
+
+    pairing: Pairing
     method: str
     seed: int | None
 
     @property
     def key(self) -> dict[str, Any]:
         """What its record is known by."""
-        return {"verb": self.method, "task": self.task.name, "model": self.subject.name, "seed": self.seed}
+        task, model = self.pairing.task.name, self.pairing.subject.name
+        return {"verb": self.method, "task": task, "model": model, "seed": self.seed}
 
+    @property
     def settings(self) -> Any:
         """The method's settings for this task, with the seed."""
-        config = getattr(self.task.config, self.method)
+        config = getattr(self.pairing.task.config, self.method)
         return dataclasses.replace(config, seed=self.seed) if self.method == "probe" else config
 
-    def made_from(self, encoder: Encoder, splits: Splits) -> str:
+    def made_from(self, encoder: Encoder) -> str:
         """SHA-256 of everything that decides the number."""
+        splits, metric = self.pairing.splits, self.pairing.task.config.metric
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
-        parts = [encoder.fingerprint, to_tree(self.settings()), self.task.config.metric, images, self.seed]
+        parts = [encoder.fingerprint, to_tree(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -69,60 +82,62 @@ def run_campaign(
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    # First the experts of all tasks: what cannot be exported is refused before anything is measured.
-    encoders: dict[tuple[str, str], Path] = {}
-    for task in tasks:
-        for subject in subjects:
-            encoder, votes = encoder_for(subject, task, out / "experts", device)
-            encoders[task.name, subject.name] = encoder
-            if votes is not None:
-                route = "-".join(map(str, votes["route"]))
-                print(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes", flush=True)
-                add_record(out / RESULTS, {**votes, "model": subject.name})
-    waiting = [
-        Measurement(subject, task, encoders[task.name, subject.name], method, seed)
-        for task in tasks
-        for subject in subjects
-        for method in methods
-        for seed in (seeds if method != "knn" else [None])
-    ]
-    return list(_measured(waiting, out, device))
+    with ExitStack() as opened:
+        splits = [opened.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
+        for task, images in zip(tasks, splits, strict=True):
+            check_metric(task, images)
+        # First the experts of all tasks: what cannot be exported is refused before anything is measured.
+        waiting = [
+            Measurement(pairing, method, seed)
+            for task, images in zip(tasks, splits, strict=True)
+            for pairing in [_paired(subject, task, images, out, device) for subject in subjects]
+            for method in methods
+            for seed in (seeds if method != "knn" else [None])
+        ]
+        return list(_records(waiting, out, device))
 
 
-def _measured(waiting: Sequence[Measurement], out: Path, device: torch.device) -> Iterator[dict[str, Any]]:
-    for number, one in enumerate(waiting, 1):
-        task = one.task
-        with opened_task(task.train, task.val, task.test) as splits:
-            encoder = open_encoder(one.encoder, device)
-            made_from = one.made_from(encoder, splits)
-            record, was_done = _recorded(out, one, made_from), True
+def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: torch.device) -> Pairing:
+    encoder, votes = encoder_for(subject, task, splits.train, out / "experts", device)
+    if votes is not None:
+        route = "-".join(map(str, votes["route"]))
+        print(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes", flush=True)
+        record = {**votes, "model": subject.name}
+        if record not in _results(out):
+            add_record(out / RESULTS, record)
+    return Pairing(subject, task, splits, encoder)
+
+
+def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) -> Iterator[dict[str, Any]]:
+    number = 0
+    for pairing, group in groupby(waiting, key=lambda one: one.pairing):
+        encoder, metric = open_encoder(pairing.encoder, device), pairing.task.config.metric
+        for one in group:
+            number += 1
+            expected = one.key | {"made_from": one.made_from(encoder)}
+            record = next((r for r in _results(out) if all(r.get(k) == v for k, v in expected.items())), None)
+            was_done = " (was done)" if record else ""
             if record is None:
-                record, was_done = _measure(one, encoder, splits, out, made_from, device), False
+                record = _measure(one, encoder, out, expected["made_from"], device) | expected
                 add_record(out / RESULTS, record)
-        seed = "" if one.seed is None else f" seed {one.seed}"
-        told = f"{SPOKEN[task.config.metric]} {record[task.config.metric]:.4f}{' (was done)' if was_done else ''}"
-        print(f"[{number}/{len(waiting)}] {task.name} {one.subject.name} {one.method}{seed}: {told}", flush=True)
-        yield record
+            seed = "" if one.seed is None else f" seed {one.seed}"
+            name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"
+            print(f"[{number}/{len(waiting)}] {name}: {SPOKEN[metric]} {record[metric]:.4f}{was_done}", flush=True)
+            yield record
 
 
-def _measure(
-    one: Measurement, encoder: Encoder, splits: Splits, out: Path, made_from: str, device: torch.device
-) -> dict[str, Any]:
-    metric = one.task.config.metric
+def _measure(one: Measurement, encoder: Encoder, out: Path, made_from: str, device: torch.device) -> dict[str, Any]:
+    task, subject = one.pairing.task, one.pairing.subject
+    metric = task.config.metric
     if one.method == "finetune":
-        record = finetuned(one.encoder, one.task, one.seed or 0, out / "finetune" / made_from[:16])
+        record = finetuned(one.pairing.encoder, task, one.seed or 0, out / "finetune" / made_from[:16])
     else:
-        score = measure_frozen(encoder, splits, one.settings(), device, metric)
-        record = accuracy_record(one.method, one.task.name, one.subject.name, score)
-    if metric not in record:
-        found = ", ".join(key for key in SPOKEN if key in record)
-        raise ConfigError(f"Task {one.task.name}: metric: got {metric}; its labels allow {found}.")
-    return {**record, **one.key, "metric": metric, "run": str(one.subject.run), "made_from": made_from}
+        score = measure_frozen(encoder, one.pairing.splits, one.settings, device, metric)
+        record = accuracy_record(one.method, task.name, subject.name, score)
+    return {**record, "metric": metric, "run": str(subject.run)}
 
 
-def _recorded(out: Path, one: Measurement, made_from: str) -> dict[str, Any] | None:
-    if not (out / RESULTS).exists():
-        return None
-    records: list[dict[str, Any]] = read_json(out / RESULTS, "a list of results", "moce transfer")
-    expected = one.key | {"made_from": made_from}
-    return next((r for r in records if all(r.get(key) == value for key, value in expected.items())), None)
+def _results(out: Path) -> list[dict[str, Any]]:
+    path = out / RESULTS
+    records: list[dict[str, Any]] = read_json(path, "a list of results", "moce transfer") if path.exists() else []
+    return records

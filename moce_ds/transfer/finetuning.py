@@ -51,7 +51,7 @@ def _run(
             raise KeyboardInterrupt
         if status or not result.exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TOLD_LINES:]
-            told = "\n  ".join(lines)
+            told = "\n  ".join(line.removeprefix("Error: ") for line in lines)
             raise ArtefactError(f"moce finetune ended with status {status} (all of it in {log}):\n  {told}")
     record: dict[str, Any] = read_json(result, "the result of fine-tuning", "moce finetune")[0]
     return record

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.models.vit import read_provenance
 from moce_ds.transfer.chosen import choose_selected
 from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters, select_route
-from moce_ds.transfer.task_data import opened_images
 from moce_ds.transfer.tasks import Task
 
 _BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE"}
@@ -67,7 +67,9 @@ def _model_name(checkpoint: Checkpoint) -> str:
     return _BY_GATE[experts["gate"]] if experts else "MAE"
 
 
-def encoder_for(subject: Subject, task: Task, out: Path, device: torch.device) -> tuple[Path, dict[str, Any] | None]:
+def encoder_for(
+    subject: Subject, task: Task, images: ShardSet, out: Path, device: torch.device
+) -> tuple[Path, dict[str, Any] | None]:
     """The encoder that serves a task, and how it was selected: the run itself where it is dense, else its expert for
     the task's training images, exported to `out` unless it is there.
 
@@ -78,14 +80,13 @@ def encoder_for(subject: Subject, task: Task, out: Path, device: torch.device) -
         return subject.run, None
     checkpoint, clusters = run_clusters(subject.run)
     expert = out / subject.slug / task.name
-    with opened_images(task.train) as images:
-        made_from = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": images.fingerprint}
-        if expert.exists():
-            provenance = read_provenance(expert)
-            if all(provenance.get(key) == value for key, value in made_from.items()):
-                return expert, dict(provenance["votes"])
-            shutil.rmtree(expert)  # of an earlier step of the run, or of other images
-        selection = select_route(subject.run, images, task.config.knn, device)
+    made_from = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": images.fingerprint}
+    if expert.exists():
+        provenance = read_provenance(expert)
+        if all(provenance.get(key) == value for key, value in made_from.items()):
+            return expert, dict(provenance["votes"])
+        shutil.rmtree(expert)  # of an earlier step of the run, or of other images
+    selection = select_route(subject.run, images, task.config.knn, device)
     votes = selection.record(task.name)
     export_route(checkpoint, clusters, choose_selected(checkpoint, selection), expert, {**made_from, "votes": votes})
     return expert, votes

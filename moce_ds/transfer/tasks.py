@@ -15,6 +15,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.transfer.knn import KnnSettings
 from moce_ds.transfer.metrics import Metric
 from moce_ds.transfer.probe import ProbeSettings
+from moce_ds.transfer.task_data import Splits
 
 CONFIGS = Path("configs/transfer")
 
@@ -85,6 +86,16 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
     if val is None and config.finetune.choices:
         raise ConfigError(f"Task {path.stem}: finetune.choices need {places['val']}, images to choose by.")
     return Task(path.stem, config, places["train"], val, places["test"])
+
+
+def check_metric(task: Task, splits: Splits) -> None:
+    """Raise ConfigError where the task's labels do not allow its metric."""
+    several = splits.train.targets is not None
+    if several != (task.config.metric == "map11"):
+        kind, allowed = ("several labels", "map11") if several else ("one label", "top1 or mean_per_class")
+        raise ConfigError(
+            f"Task {task.name}: metric: got {task.config.metric}; its images have {kind} each: expected {allowed}."
+        )
 
 
 def _write_missing(name: str, config: TaskSettings) -> None:

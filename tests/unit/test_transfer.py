@@ -1,0 +1,205 @@
+"""`moce transfer` on runs with random weights: everything it does, and that it does nothing twice."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from image_examples import contents
+from moce_command import refused, run_here
+from public_folders import MINIATURES
+from rich.console import Console
+
+from moce_ds.checkpoint_files import step_folder, write_checkpoint
+from moce_ds.config import to_tree
+from moce_ds.models.spec import build_model
+from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.training.settings import PretrainSettings
+from moce_ds.transfer.campaign_table import campaign_table
+
+MakeRun = Callable[..., Path]
+FAST = {"probe": {"method": "closed_form", "threads": 1}, "knn": {"k": 5, "threads": 1}}
+
+
+@pytest.fixture
+def runs(moce_run: MakeRun, tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
+    """A folder that holds a dense run and one with experts, both untrained."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.move(moce_run(), folder / "a_moce")
+    write_dense(folder / "b_mae", tiny_config())
+    return folder
+
+
+def write_dense(run: Path, config: PretrainSettings) -> None:
+    torch.manual_seed(0)
+    weights = {name: p.detach() for name, p in build_model(config.model_spec, None, ReferenceMoE).named_parameters()}
+    manifest = {"step": 5, "config": to_tree(config), "model": config.model_spec.to_tree(), "routing": None}
+    manifest |= {"clusters_hash": None, "shards_fingerprint": "", "placement": None, "skipped": 0, "images_read": 60}
+    write_checkpoint(step_folder(run, 5), weights, {}, {**manifest, "dealt_by": []})
+
+
+@pytest.fixture
+def task(tiny_images: Path, tmp_path: Path) -> Path:
+    """The settings of a task in folders: digits or flower, every other image for testing."""
+    for label in ("digits", "flower"):
+        for number, image in enumerate(sorted((tiny_images / label).iterdir())):
+            place = tmp_path / "tasks/kinds" / ("test" if number % 2 else "train") / label
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, place)
+    return write_task(tmp_path, "kinds")
+
+
+def write_task(folder: Path, name: str, **settings: Any) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({"data": str(folder / "tasks" / name), **FAST, **settings}))
+    return path
+
+
+def records(out: Path, verb: str) -> list[dict[str, Any]]:
+    return [record for record in json.loads((out / "results.json").read_text()) if record["verb"] == verb]
+
+
+def test_a_table_of_all_models_and_nothing_twice(runs: Path, task: Path, tmp_path: Path) -> None:
+    command = ("transfer", runs, "--tasks", task, "--seeds", "3,4")
+    said = run_here(*command)
+    assert said.status == 0, said
+    out = runs / "transfer"
+    (vote,) = records(out, "select")
+    assert f"kinds: MoCE gives route {'-'.join(map(str, vote['route']))}, {vote['share']:.1%} of the votes" in said.out
+    provenance = json.loads((out / "experts/MoCE/kinds/provenance.json").read_text())
+    assert provenance["route"] == vote["route"] and provenance["step"] == 5
+    assert [(r["model"], r["seed"]) for r in records(out, "knn")] == [("MAE", None), ("MoCE", None)]
+    seeds = [(r["model"], r["seed"]) for r in records(out, "probe")]
+    assert seeds == [("MAE", 3), ("MAE", 4), ("MoCE", 3), ("MoCE", 4)]
+    assert all(r["settings"]["method"] == "closed_form" and r["n_test"] == 20 for r in records(out, "probe"))
+    assert "[6/6] kinds MoCE probe seed 4: top-1 " in said.out
+    mean = sum(100 * r["top1"] for r in records(out, "probe")[:2]) / 2
+    assert re.search(rf"linear probe │ MAE +│ +{mean:.1f} ± \d+\.\d │", said.out), said.out
+
+    before = contents(out)
+    again = run_here(*command)
+    assert again.out.count("(was done)") == 6 and contents(out) == before
+    assert [line for line in again.out.splitlines() if "│" in line] == [
+        line for line in said.out.splitlines() if "│" in line
+    ]
+    more = run_here("transfer", runs, "--tasks", task, "--seeds", "4,5")
+    assert more.out.count("(was done)") == 4 and len(records(out, "probe")) == 6
+
+
+def test_a_campaign_that_was_stopped_goes_on(runs: Path, task: Path) -> None:
+    run_here("transfer", runs, "--tasks", task)
+    out = runs / "transfer"
+    whole = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps(whole[:3]))
+    assert run_here("transfer", runs, "--tasks", task).out.count("(was done)") == 2  # the first one is the vote
+    assert sorted(map(str, json.loads((out / "results.json").read_text()))) == sorted(map(str, whole))
+
+
+def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path: Path) -> None:
+    run_here("transfer", runs, "--tasks", task)
+    other = tmp_path / "other.yaml"
+    other.write_text("knn: {k: 3}\n")
+    said = run_here("transfer", runs, "--tasks", task, "--config", other)
+    assert said.out.count("(was done)") == 2
+    assert [r["settings"]["k"] for r in records(runs / "transfer", "knn")] == [3, 3]
+    next((tmp_path / "tasks/kinds/train/digits").iterdir()).unlink()
+    expert = runs / "transfer/experts/MoCE/kinds/provenance.json"
+    before = json.loads(expert.read_text())
+    said = run_here("transfer", runs, "--tasks", task, "--config", other)
+    assert said.status == 0 and "(was done)" not in said.out
+    assert json.loads(expert.read_text())["votes"]["n_images"] == before["votes"]["n_images"] - 1
+
+
+def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(runs / "b_mae", tmp_path / "twin")
+    words = (runs / "b_mae", twin, "--tasks", task, "--methods", "knn", "--out", tmp_path / "out")
+    assert run_here("transfer", *words).status == 0
+    assert [r["model"] for r in records(tmp_path / "out", "knn")] == [f"MAE ({runs / 'b_mae'})", f"MAE ({twin})"]
+
+
+def test_a_public_data_set_is_written_when_it_is_missing(runs: Path, tmp_path: Path) -> None:
+    """And one whose images have several labels is judged by 11-point mAP."""
+    settings = {"dataset": "voc2007", "source": str(tmp_path / "unpacked"), "metric": "map11"}
+    task = write_task(tmp_path, "voc", **settings)
+    told = refused("transfer", runs, "--tasks", task)
+    assert f"write it with `moce dataset voc2007 UNPACKED {tmp_path}/tasks/voc`, or set source" in told
+    MINIATURES["voc2007"](tmp_path / "unpacked")
+    said = run_here("transfer", runs, "--tasks", task)
+    assert said.status == 0, said
+    assert re.search(r"\[1/4\] voc MAE knn: 11-point mAP [01]\.\d{4}", said.out)
+    dense, _ = records(runs / "transfer", "probe")
+    assert dense["metric"] == "map11" and dense["settings"]["n_validation"] == 1 and dense["n_train"] == 4
+    write_task(tmp_path, "voc", **settings | {"metric": "top1"})
+    told = refused("transfer", runs, "--tasks", task)
+    assert "Task voc: metric: got top1; its images have several labels each: expected map11" in told
+
+
+def test_faults_are_named_before_anything_is_measured(runs: Path, task: Path, tmp_path: Path) -> None:
+    def told(*words: object) -> str:
+        message = refused("transfer", runs, *words)
+        assert not (runs / "transfer").exists()
+        return message
+
+    assert "known tasks: aircraft, caltech101, cars" in told("--tasks", "digit")
+    assert "--tasks: kinds is named twice" in told("--tasks", f"{task},{task}")
+    message = told("--tasks", task, "--methods", "svm")
+    assert "--methods: svm is not known; expected some of knn, probe, finetune" in message
+    assert "--seeds: got 'a'" in told("--tasks", task, "--seeds", "a")
+    assert "nowhere/kinds/train not found" in told("--tasks", task, "--data", tmp_path / "nowhere")
+    over = ("--tasks", task, "--config", tmp_path / "over.yaml")
+    (tmp_path / "over.yaml").write_text("probe: {methd: lars}")
+    assert "probe.methd: no such setting. Did you mean probe.method?" in told(*over)
+    (tmp_path / "over.yaml").write_text("finetune: {choices: [[a=1]]}")
+    assert "finetune.choices need" in told(*over)
+    message = refused("transfer", tmp_path / "tasks", "--tasks", task, "--out", tmp_path / "out")
+    assert "holds no checkpoint: expected a run folder" in message
+
+
+def test_bad_images_are_named(runs: Path, task: Path, tmp_path: Path) -> None:
+    test = tmp_path / "tasks/kinds/test"
+    (test / "flower").rename(test / "roses")
+    message = refused("transfer", runs, "--tasks", task)
+    assert re.search(r"classes \['roses'\] are not among the training classes", message)
+    for image in test.rglob("*.*"):
+        image.write_bytes(b"no image")
+    message = refused("transfer", runs, "--tasks", task)
+    assert re.search(rf"{test}: No image to write: of 20 files none could be decoded", message)
+    shutil.rmtree(test)
+    test.mkdir()
+    assert f"{test}: No image to write: of 0 files" in refused("transfer", runs, "--tasks", task)
+    assert not (runs / "transfer/results.json").exists() or records(runs / "transfer", "knn") == []
+
+
+def test_fine_tuning_that_fails_tells_the_end_of_its_log(runs: Path, task: Path, tmp_path: Path) -> None:
+    (tmp_path / "over.yaml").write_text("finetune: {words: [no.such=1]}")
+    words = ("--tasks", task, "--methods", "finetune", "--config", tmp_path / "over.yaml")
+    message = refused("transfer", runs, *words)
+    assert re.search(r"moce finetune ended with status [12] \(all of it in .*log\.txt\):\n  ", message)
+
+
+def test_means_and_spread_by_hand() -> None:
+    made = [
+        {"verb": "probe", "model": model, "task": task, "metric": metric, metric: value}
+        for task, metric, by_model in (
+            ("digits", "top1", {"MAE": (0.5, 0.7), "MoCE": (0.8, 0.8)}),
+            ("pets", "mean_per_class", {"MAE": (0.3, 0.3), "MoCE": (0.4, 0.6)}),
+        )
+        for model, values in by_model.items()
+        for value in values
+    ]
+    console = Console(file=StringIO(), width=100)
+    console.print(campaign_table(made))
+    assert isinstance(console.file, StringIO)
+    lines = [line for line in console.file.getvalue().splitlines() if "│" in line]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert rows == [
+        ["linear probe", "MAE", "60.0 ± 14.1", "30.0 ± 0.0", "45.0"],
+        ["linear probe", "MoCE", "80.0 ± 0.0", "50.0 ± 14.1", "65.0"],
+    ]
