@@ -6,7 +6,6 @@ worked out first, with the chosen experts alone; then the dense model is put tog
 Axes: T tokens, D width, L expert layers, M clusters, E experts.
 """
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,6 @@ def _export(
     with atomic_folder(out) as draft, writes_to(out):
         format.write(draft, DenseModel(state, spec, provenance))
         del state
-        gc.collect()  # an exporter may leave cycles behind that hold the weights
         provenance["loaded_back"] = _loaded_back(format, draft, trial, expected[format.output], what)
         write_json(draft / "provenance.json", provenance)
         if not format.is_encoder_folder:
