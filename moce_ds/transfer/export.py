@@ -23,7 +23,7 @@ from moce_ds.models.spec import ModelSpec, give_weights
 from moce_ds.models.vit import check_state
 from moce_ds.transfer.chosen import Chosen, Voices
 from moce_ds.transfer.formats.registry import TIMM
-from moce_ds.transfer.formats.target import DenseModel, Format, installed, library_version, write_record
+from moce_ds.transfer.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
 from moce_ds.transfer.trained import Output, Trial, output_of, trained_model
 
 TOLERANCE = 1e-5
@@ -174,7 +174,7 @@ def _loaded_back(format: Format, folder: Path, trial: Trial, expected: Tensor, w
     if format.library is None or format.run is None:
         return {"library": None, "reason": f"{format.name} cannot be installed from a registry"}
     if not installed(format.library):
-        return {"library": None, "reason": f"{format.library} is not installed"}
+        return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
     with torch.inference_mode():
         found = format.run(folder, trial)
     return {"library": library_version(format.library), **_compared(found, expected, f"{what} as {format.name}")}
