@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
     | MIDDLE,
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"transfer"},  # lazily: the Python API
 }
 
 # Other people's packages, and the only modules (or packages of them) that may import them.

@@ -53,6 +53,8 @@ def faults(path: Path) -> list[str]:
         return _encoder_faults(path / ENCODER, clusters.encoder_fingerprint)
     if kind == "encoder":
         return _encoder_faults(path)
+    if kind == "export":
+        return _export_faults(path)
     rows(path)  # results are plain text, checked as they are read
     return []
 
@@ -68,6 +70,13 @@ def _encoder_faults(path: Path, fingerprint: str | None = None) -> list[str]:
     if fingerprint:
         check_encoder(path.parent, fingerprint)
     return []
+
+
+def _export_faults(path: Path) -> list[str]:
+    files = {path / name: sha256 for name, sha256 in _export_record(path).files.items()}
+    missing = [f"{file.name}: missing" for file in files if not file.is_file()]
+    differ = [f"{f.name}: checksum differs" for f, sha256 in files.items() if f.is_file() and sha256_of(f) != sha256]
+    return missing + differ
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,22 @@ class _EncoderRecord:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _ExportRecord:
+    """What is shown of an `export.json`: a dense model for another library."""
+
+    target: str
+    part: str
+    shape: _Shape
+    input: dict[str, Any]
+    files: dict[str, str]
+
+
+def _export_record(path: Path) -> _ExportRecord:
+    version = {"format": "moce_ds export 1"}
+    return read_record(path / "export.json", _ExportRecord, "an export", "moce export", **version)
+
+
 def _encoder_record(path: Path) -> _EncoderRecord:
     return read_record(path / "config.json", _EncoderRecord, "an encoder folder", "moce export")
 
@@ -98,6 +123,7 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
         ("features.json", "features", _features),
         ("clusters.json", "clusters", _clusters),
         ("manifest.json", "checkpoint", _checkpoint),
+        ("export.json", "export", _export),
         ("model.safetensors", "encoder", _encoder),
         ("config.yaml", "run", _run),
         ("results.json", "study", _study),
@@ -207,6 +233,18 @@ def _encoder(path: Path) -> Rows:
     return {
         "shape": _shape(config.shape),
         "input": str(config.input),
+        **{name: str(value) for name, value in provenance.items() if not isinstance(value, dict)},
+    }
+
+
+def _export(path: Path) -> Rows:
+    record = _export_record(path)
+    provenance = read_record(path / "provenance.json", dict[str, Any], "an export", "moce export")
+    return {
+        "for": f"{record.target} ({record.part})",
+        "shape": _shape(record.shape),
+        "input": str(record.input),
+        "files": ", ".join(record.files),
         **{name: str(value) for name, value in provenance.items() if not isinstance(value, dict)},
     }
 

@@ -6,7 +6,6 @@ worked out first, with the chosen experts alone; then the dense model is put tog
 Axes: T tokens, D width, L expert layers, M clusters, E experts.
 """
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from moce_ds.models.spec import ModelSpec, give_weights
 from moce_ds.models.vit import check_state
 from moce_ds.transfer.chosen import Chosen, Voices
 from moce_ds.transfer.formats.registry import TIMM
-from moce_ds.transfer.formats.target import DenseModel, Format, installed, library_version, write_record
+from moce_ds.transfer.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
 from moce_ds.transfer.trained import Output, Trial, output_of, trained_model
 
 TOLERANCE = 1e-5
@@ -116,7 +115,6 @@ def _export(
     with atomic_folder(out) as draft, writes_to(out):
         format.write(draft, DenseModel(state, spec, provenance))
         del state
-        gc.collect()  # an exporter may leave cycles behind that hold the weights
         provenance["loaded_back"] = _loaded_back(format, draft, trial, expected[format.output], what)
         write_json(draft / "provenance.json", provenance)
         if not format.is_encoder_folder:
@@ -178,7 +176,7 @@ def _loaded_back(format: Format, folder: Path, trial: Trial, expected: Tensor, w
     if format.library is None or format.run is None:
         return {"library": None, "reason": f"{format.name} cannot be installed from a registry"}
     if not installed(format.library):
-        return {"library": None, "reason": f"{format.library} is not installed"}
+        return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
     with torch.inference_mode():
         found = format.run(folder, trial)
     return {"library": library_version(format.library), **_compared(found, expected, f"{what} as {format.name}")}

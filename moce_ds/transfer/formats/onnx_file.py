@@ -3,6 +3,7 @@
 Axes: B images, T tokens, D width.
 """
 
+import gc
 import logging
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def write(folder: Path, model: DenseModel) -> None:
         external_data=sum(tensor.nbytes for tensor in model.state.values()) > _LARGEST // 2,
         verbose=False,
     )
+    gc.collect()  # the exporter leaves cycles behind that hold the weights
 
 
 def run(folder: Path, trial: Trial) -> Tensor:

@@ -2,7 +2,7 @@
 
 from moce_ds.errors import ConfigError
 from moce_ds.transfer.formats import huggingface, onnx_file, pth, timm_folder
-from moce_ds.transfer.formats.target import Format, installed
+from moce_ds.transfer.formats.target import EXTRA, Format, installed
 
 TIMM = Format("timm", "encoder", timm_folder.write, "timm", timm_folder.run)
 
@@ -45,5 +45,5 @@ def find_format(name: str, part: str = "encoder") -> Format:
         )
     missing = [package for package in parts[part].needs if not installed(package)]
     if missing:
-        raise ConfigError(f"--format {name} needs {', '.join(missing)}: pip install 'moce-ds[formats]'.")
+        raise ConfigError(f"--format {name} needs {', '.join(missing)}: pip install '{EXTRA}'.")
     return parts[part]

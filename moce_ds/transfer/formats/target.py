@@ -14,6 +14,8 @@ from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.trained import Output, Trial
 
 FORMAT = "moce_ds export 1"
+EXTRA = "moce-ds[formats]"
+"""Installs what other formats than timm's are written and loaded back with."""
 
 
 @dataclass(frozen=True)

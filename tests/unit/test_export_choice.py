@@ -1,0 +1,124 @@
+"""Which experts `moce export` takes: by expert, all of them, averages; and options that do not go together.
+
+Axes: L expert layers, M clusters, E experts.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.models.moce import Moce
+from moce_ds.models.spec import ModelSpec, build_model, give_weights
+from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.transfer.chosen import choose_all, choose_average, choose_expert, routes_of
+from moce_ds.transfer.export import export_route
+from moce_ds.transfer.select import run_clusters
+from tests.moce_command import refused, run_here
+
+MakeRun = Callable[..., Path]
+
+
+def test_an_expert_s_route_is_the_one_that_most_images_take_through_it(moce_run: MakeRun) -> None:
+    checkpoint, clusters = run_clusters(moce_run())
+    routes, sizes = routes_of(checkpoint), clusters.sizes_M
+    for expert in {route[-1] for route in routes}:
+        share = {r: sum(sizes[c] for c, other in enumerate(routes) if other == r) for r in routes if r[-1] == expert}
+        chosen = choose_expert(checkpoint, expert)
+        assert chosen.experts is not None and share[chosen.experts] == max(share.values())
+        assert set(chosen.clusters) == {c for c, route in enumerate(routes) if route == chosen.experts}
+
+
+def test_all_are_the_routes_that_are_taken(moce_run: MakeRun, tmp_path: Path) -> None:
+    run = moce_run()
+    checkpoint, _ = run_clusters(run)
+    routes = sorted(set(routes_of(checkpoint)))
+    assert [chosen.experts for chosen in choose_all(checkpoint)] == routes and len(routes) > 1
+    said = run_here("export", run, tmp_path / "experts", "--all")
+    assert said.status == 0, said
+    found = sorted(path.name for path in (tmp_path / "experts").iterdir())
+    assert found == sorted(f"route-{'-'.join(map(str, route))}" for route in routes)
+    for name in found:
+        provenance = json.loads((tmp_path / "experts" / name / "provenance.json").read_text())
+        assert (
+            name == f"route-{'-'.join(map(str, provenance['route']))}" and str(tmp_path / "experts" / name) in said.out
+        )
+
+
+@pytest.mark.parametrize("how", ["uniform", "weighted"])
+@pytest.mark.parametrize("histogram", [None, {1: 0.75, 4: 0.25}], ids=["training set", "task"])
+def test_an_average_is_that_of_the_experts_that_images_take(
+    moce_run: MakeRun, tmp_path: Path, how: str, histogram: dict[int, float] | None
+) -> None:
+    """Against sums written out by hand."""
+    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    said = export_route(checkpoint, clusters, choose_average(checkpoint, how, histogram), tmp_path / "out", {})
+    shares = histogram or dict(enumerate(clusters.share_M))
+    model = build_model(ModelSpec.from_tree(checkpoint.manifest["model"]), clusters, ReferenceMoE)
+    weights = checkpoint.load("weights")
+    give_weights(dict(model.named_parameters()), weights, "the test")
+    assert isinstance(model, Moce)
+    probs_LME, state = model.gate().detach(), load_file(tmp_path / "out" / "model.safetensors")
+    for layer, block in enumerate((0, 2)):
+        taken = {c: routes_of(checkpoint)[c][layer] for c in shares}
+        experts = set(taken.values())
+        expected = {"fc1.weight": torch.zeros(64, 16), "fc2.bias": torch.zeros(16)}
+        for expert in experts:
+            total = sum(share for c, share in shares.items() if taken[c] == expert)
+            gate = sum(shares[c] / total * probs_LME[layer, c, expert] for c in shares if taken[c] == expert)
+            weight = 1 / len(experts) if how == "uniform" else total
+            assert said["experts"][layer][str(expert)]["weight"] == pytest.approx(weight, rel=1e-6)
+            for rest, tensor in expected.items():
+                factor = weight * (gate if rest == "fc2.bias" else 1)
+                tensor += factor * weights[f"blocks.{block}.mlp.experts.{expert}.{rest}"]
+        for rest, tensor in expected.items():
+            assert (state[f"blocks.{block}.mlp.{rest}"] - tensor).abs().max() < 1e-6
+    assert said["route"] is None and said["average"] == how and said["exact_for"].startswith("nothing")
+    assert said["clusters"] == pytest.approx({str(c): s for c, s in shares.items()}, rel=1e-6)
+
+
+def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_path: Path) -> None:
+    run = moce_run()
+    data = ("--data", tiny_images / "digits")
+    for name, words in (("auto", ("--route", "auto")), ("plain", ()), ("soup", ("--average", "weighted"))):
+        said = run_here("export", run, tmp_path / name, *data, *words)
+        assert said.status == 0, said
+    told = {n: json.loads((tmp_path / n / "provenance.json").read_text()) for n in ("auto", "plain", "soup")}
+    assert told["auto"] == told["plain"] and told["auto"]["route"] == told["auto"]["votes"]["route"]
+    assert told["soup"]["clusters"] == told["soup"]["votes"]["clusters"] and told["soup"]["route"] is None
+    assert "weighted encoder of step 5" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--expert 7", "--expert: no cluster takes 7 in the last expert layer; taken there: "),
+        ("--route auto", "--route auto: the images of --data choose the route"),
+        (
+            "--all --cluster 0",
+            "Got --cluster and --all: choose a route with one of --data, --cluster, --route, --expert",
+        ),
+        ("--data {images} --cluster 0", "--data: --cluster needs no images; they go with --route auto and --average."),
+        ("--average mean", "--average: got 'mean'; expected uniform or weighted."),
+    ],
+)
+def test_options_that_cannot_be(moce_run: MakeRun, tiny_images: Path, tmp_path: Path, words: str, told: str) -> None:
+    run = moce_run()
+    before = sorted(tmp_path.iterdir())
+    given = (word.format(images=tiny_images) for word in words.split())
+    assert told in refused("export", run, tmp_path / "out", *given)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_clusters_of_an_average_may_be_those_of_another_share(moce_run: MakeRun) -> None:
+    """Shares of a layer sum to 1, whatever the histogram."""
+    checkpoint, _ = run_clusters(moce_run())
+    clusters = Clusters.load(checkpoint.folder.parent.parent / "clusters")
+    for how in ("uniform", "weighted"):
+        chosen = choose_average(checkpoint, how, dict(enumerate(clusters.share_M)))
+        for layer in chosen.layers:
+            assert sum(sum(voices.values()) for voices in layer.values()) == pytest.approx(1)
