@@ -7,6 +7,8 @@ import sys
 import warnings
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 if not torch.cuda.is_available():
     # DeepSpeed warns at import when it has to find out by itself that there is only a CPU.
@@ -35,6 +37,97 @@ def repair_torchvision() -> None:
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _torchvision_operators.append(library)
         importlib.import_module("torchvision")
+
+
+def supply_torchvision_operators() -> None:
+    """Give torchvision's detectors the operators nms and roi_align where its compiled ones do not load.
+
+    Beside a CPU build of torch (see `repair_torchvision`) `nms` is an error, and `roi_align` falls back to one that
+    needs a C++ compiler at run time. Written in torch, they let the same Mask R-CNN run everywhere. Elsewhere nothing
+    is done. Can go with `repair_torchvision`.
+    """
+    repair_torchvision()
+    extension = importlib.import_module("torchvision.extension")
+    if extension._has_ops():
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.impl("nms", nms, "CompositeExplicitAutograd")
+    library.define(
+        "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
+        "int sampling_ratio, bool aligned) -> Tensor"
+    )
+    library.impl("roi_align", roi_align, "CompositeImplicitAutograd")
+    _torchvision_operators.append(library)
+    # `torchvision.ops.roi_align` is the function; its module has a copy of the name.
+    for module in (extension, importlib.import_module("torchvision.ops.roi_align")):
+        module._has_ops = lambda: True  # type: ignore[attr-defined]
+
+
+def nms(boxes_N4: Tensor, scores_N: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes (x1, y1, x2, y2) that overlap no better-scored kept one by more, best first.
+
+    The greedy choice is the fixed point of "kept unless a kept, better one overlaps", reached after a few rounds.
+    """
+    from torchvision.ops import box_iou
+
+    order_N = scores_N.argsort(descending=True, stable=True)
+    boxes_N4 = boxes_N4[order_N].float()
+    beats_NN = (box_iou(boxes_N4, boxes_N4) > iou_threshold).triu(diagonal=1)
+    kept_N, previous_N = torch.ones_like(order_N, dtype=torch.bool), None
+    while previous_N is None or not torch.equal(kept_N, previous_N):
+        previous_N, kept_N = kept_N, ~(beats_NN & kept_N[:, None]).any(dim=0)
+    return order_N[kept_N]
+
+
+def roi_align(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Means of bilinear samples in the bins of regions, [K, C, pooled_height, pooled_width].
+
+    Args:
+        input: maps, [B, C, H, W].
+        rois: [K, 5]: index of the image, then x1, y1, x2, y2 in pixels of the image, within it.
+        spatial_scale: pixels of the map over pixels of the image.
+        sampling_ratio: samples along each side of a bin, 1 or more (torchvision's choice by size is not offered).
+
+    Raises:
+        ValueError: `sampling_ratio` is below 1.
+    """
+    if sampling_ratio < 1:
+        raise ValueError(f"sampling_ratio: got {sampling_ratio}; expected 1 or more where operators are in torch.")
+    corners_K4 = rois[:, 1:].float() * spatial_scale - (0.5 if aligned else 0.0)
+    sides_K2 = corners_K4[:, 2:] - corners_K4[:, :2]
+    if not aligned:
+        sides_K2 = sides_K2.clamp(min=1.0)
+
+    def samples(axis: int, bins: int) -> Tensor:
+        """Where samples lie along an axis (0: x), [K, bins x sampling_ratio], from -1 to 1 as grid_sample counts."""
+        inside_S = (torch.arange(bins * sampling_ratio, device=input.device) + 0.5) / (bins * sampling_ratio)
+        pixel_KS = corners_K4[:, axis, None] + inside_S * sides_K2[:, axis, None]
+        return (2 * pixel_KS + 1) / input.shape[3 - axis] - 1
+
+    x_KW, y_KH = samples(0, pooled_width), samples(1, pooled_height)
+    grid_KHW2 = torch.stack(torch.broadcast_tensors(x_KW[:, None, :], y_KH[:, :, None]), dim=-1)
+    pooled_KCHW = input.new_zeros((len(rois), input.shape[1], pooled_height, pooled_width))
+    for image in range(len(input)):
+        mine_K = (rois[:, 0] == image).nonzero().flatten()
+        if len(mine_K):
+            sampled_1CSW = F.grid_sample(
+                input[image, None].float(),
+                grid_KHW2[mine_K].flatten(0, 1)[None],
+                padding_mode="border",
+                align_corners=False,
+            )
+            means_CSW = F.avg_pool2d(sampled_1CSW[0], sampling_ratio)
+            means_KCHW = means_CSW.unflatten(1, (len(mine_K), pooled_height)).transpose(0, 1)
+            pooled_KCHW = pooled_KCHW.index_copy(0, mine_K, means_KCHW.to(input.dtype))
+    return pooled_KCHW
 
 
 def quiet_deepspeed() -> None:

@@ -1,0 +1,1 @@
+"""Training on labelled tasks that starts from an encoder: detection and segmentation."""
