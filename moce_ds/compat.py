@@ -94,39 +94,33 @@ def roi_align(
         input: maps, [B, C, H, W].
         rois: [K, 5]: index of the image, then x1, y1, x2, y2 in pixels of the image, within it.
         spatial_scale: pixels of the map over pixels of the image.
-        sampling_ratio: samples along each side of a bin, 1 or more (torchvision's choice by size is not offered).
-
-    Raises:
-        ValueError: `sampling_ratio` is below 1.
+        sampling_ratio: samples along each side of a bin; 0 or less: as many as pixels of the map, by region.
     """
-    if sampling_ratio < 1:
-        raise ValueError(f"sampling_ratio: got {sampling_ratio}; expected 1 or more where operators are in torch.")
+    bins_2 = torch.tensor([pooled_width, pooled_height], device=rois.device)
     corners_K4 = rois[:, 1:].float() * spatial_scale - (0.5 if aligned else 0.0)
-    sides_K2 = corners_K4[:, 2:] - corners_K4[:, :2]
-    if not aligned:
-        sides_K2 = sides_K2.clamp(min=1.0)
-
-    def samples(axis: int, bins: int) -> Tensor:
-        """Where samples lie along an axis (0: x), [K, bins x sampling_ratio], from -1 to 1 as grid_sample counts."""
-        inside_S = (torch.arange(bins * sampling_ratio, device=input.device) + 0.5) / (bins * sampling_ratio)
-        pixel_KS = corners_K4[:, axis, None] + inside_S * sides_K2[:, axis, None]
-        return (2 * pixel_KS + 1) / input.shape[3 - axis] - 1
-
-    x_KW, y_KH = samples(0, pooled_width), samples(1, pooled_height)
-    grid_KHW2 = torch.stack(torch.broadcast_tensors(x_KW[:, None, :], y_KH[:, :, None]), dim=-1)
+    sides_K2 = (corners_K4[:, 2:] - corners_K4[:, :2]).clamp(min=0.0 if aligned else 1.0)
+    counts_K2 = (sides_K2 / bins_2).ceil().clamp(min=1).long()
+    if sampling_ratio > 0:
+        counts_K2 = torch.full_like(counts_K2, sampling_ratio)
     pooled_KCHW = input.new_zeros((len(rois), input.shape[1], pooled_height, pooled_width))
-    for image in range(len(input)):
-        mine_K = (rois[:, 0] == image).nonzero().flatten()
-        if len(mine_K):
-            sampled_1CSW = F.grid_sample(
-                input[image, None].float(),
-                grid_KHW2[mine_K].flatten(0, 1)[None],
-                padding_mode="border",
-                align_corners=False,
-            )
-            means_CSW = F.avg_pool2d(sampled_1CSW[0], sampling_ratio)
-            means_KCHW = means_CSW.unflatten(1, (len(mine_K), pooled_height)).transpose(0, 1)
-            pooled_KCHW = pooled_KCHW.index_copy(0, mine_K, means_KCHW.to(input.dtype))
+    alike_G3, group_K = torch.cat([rois[:, :1].long(), counts_K2], dim=1).unique(dim=0, return_inverse=True)
+    for group, (image, *counts) in enumerate(alike_G3.tolist()):  # regions of one image with as many samples
+        mine_N = (group_K == group).nonzero().flatten()
+        places = []
+        for axis, bins in enumerate((pooled_width, pooled_height)):
+            inside_S = (torch.arange(bins * counts[axis], device=rois.device) + 0.5) / (bins * counts[axis])
+            pixel_NS = corners_K4[mine_N, axis, None] + inside_S * sides_K2[mine_N, axis, None]
+            places.append((2 * pixel_NS + 1) / input.shape[3 - axis] - 1)  # -1 to 1, as grid_sample counts
+        x_NHW, y_NHW = torch.broadcast_tensors(places[0][:, None, :], places[1][:, :, None])
+        sampled_1CSW = F.grid_sample(
+            input[image, None].float(),
+            torch.stack([x_NHW, y_NHW], dim=-1).flatten(0, 1)[None],
+            padding_mode="border",
+            align_corners=False,
+        )
+        means_CSW = F.avg_pool2d(sampled_1CSW[0], (counts[1], counts[0]))
+        means_NCHW = means_CSW.unflatten(1, (len(mine_N), pooled_height)).transpose(0, 1)
+        pooled_KCHW = pooled_KCHW.index_copy(0, mine_N, means_NCHW.to(input.dtype))
     return pooled_KCHW
 
 

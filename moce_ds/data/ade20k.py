@@ -51,7 +51,7 @@ class Ade20kSet:
         there = {file.name for file in masks.iterdir()}
         if lost := [file for file in files if f"{file.stem}.png" not in there]:
             raise DataError(
-                f"{masks / lost[0].stem}.png not found: it is the mask of {lost[0]}; {len(lost)} of {len(files)} images "
+                f"{masks / lost[0].stem}.png not found: the mask of {lost[0]}; {len(lost)} of {len(files)} images "
                 "have none."
             )
         return cls(files, masks, classes, reduce_zero_label)
