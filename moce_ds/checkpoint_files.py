@@ -6,6 +6,8 @@
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
       optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
+      state/...                                 of tuning: the running average of the weights, NAME.ema, and the
+                                                statistics of BatchNorm layers
 
 A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
 """
@@ -33,9 +35,9 @@ from moce_ds.errors import ArtefactError
 from moce_ds.files import read_json, sync
 
 FORMAT = "moce_ds checkpoint 2"
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
+WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
 _BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
-_FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER})/[a-z0-9-]+\.safetensors$")
+_FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
 _STEP = re.compile(r"^step-(\d{8})$")
 _CHUNK = 2**20  # bytes read at a time
 _WRITERS = 4  # threads: while some wait for the disk, others copy and hash
@@ -98,11 +100,11 @@ class Checkpoint:
         return cls(folder, manifest)
 
     def names(self, part: str = WEIGHTS) -> list[str]:
-        """Files of `weights` or `optimizer`, relative to the folder."""
+        """Files of `weights`, `optimizer` or `state`, relative to the folder."""
         return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
 
     def load(self, part: str, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Tensors of `weights` or `optimizer`; with `parameters`, only from the files that hold those.
+        """Tensors of `weights`, `optimizer` or `state`; with `parameters`, only from the files that hold those.
 
         Raises:
             ArtefactError: a file is missing, or its content is not what was written.

@@ -35,4 +35,4 @@ def uniform(*counters: int | NDArray[np.integer]) -> NDArray[np.float64]:
 
 
 # The first counter of every draw says what it is for, so that two uses never share numbers.
-CROP, FLIP, MASK, GATE_NOISE, SHUFFLE, INIT, ROUTE = range(7)
+CROP, FLIP, MASK, GATE_NOISE, SHUFFLE, INIT, ROUTE, AUGMENT, FORWARD = range(9)

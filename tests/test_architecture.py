@@ -18,11 +18,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(BASE | {"checkpoint_files"} | MIDDLE, BASE),
     "models": BASE | {"checkpoint_files"} | MIDDLE,
     "training": BASE | {"checkpoint_files", "models"} | MIDDLE,
+    "tuning": BASE | {"checkpoint_files", "models", "training", "transfer"} | MIDDLE,
     "transfer": BASE | {"checkpoint_files", "models"} | MIDDLE,
     "analysis": BASE | {"checkpoint_files", "data", "clustering"},
     "planning": BASE | {"models", "training"} | MIDDLE,
     "bench": BASE | {"checkpoint_files", "models", "training", "planning"} | MIDDLE,
-    "cli": BASE | {"checkpoint_files", "models", "training", "planning", "transfer", "analysis", "bench"} | MIDDLE,
+    "cli": BASE
+    | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
+    | MIDDLE,
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -36,6 +39,8 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.training.checkpoint",
         "moce_ds.training.saver",
         "moce_ds.training.session",
+        "moce_ds.training.steward",
+        "moce_ds.tuning.loop",
         "moce_ds.compat",
         "moce_ds.bench",
     ),

@@ -22,7 +22,13 @@ from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import load_checkpoint
 from moce_ds.training.engine import start_engine
 from moce_ds.training.saver import Saver
-from moce_ds.training.settings import DataSettings, ModelSettings, PretrainSettings, RunSettings, batch_arithmetic
+from moce_ds.training.settings import (
+    DataSettings,
+    ModelSettings,
+    PretrainRunSettings,
+    PretrainSettings,
+    batch_arithmetic,
+)
 from moce_ds.training.setup import build_for_training
 
 _BLOCK = 4 * 2**20  # bytes a write, as `dd bs=4M`
@@ -44,7 +50,7 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
             config = PretrainSettings(
                 model=ModelSettings(vit=vit),
                 data=DataSettings(shards=scratch / "none"),
-                run=RunSettings(out=scratch / "run", keep_checkpoints=1),
+                run=PretrainRunSettings(out=scratch / "run", keep_checkpoints=1),
             )
             bench = _Rounds(config, runtime, scratch)
             with Saver(bench.engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:

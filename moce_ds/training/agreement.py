@@ -1,10 +1,12 @@
 """What all processes must agree on before a forward pass begins."""
 
 from collections.abc import Iterator
+from typing import TypeVar
 
-from moce_ds.data.loader import Batch
 from moce_ds.errors import MoceError
 from moce_ds.runtime import Runtime
+
+Batch = TypeVar("Batch")
 
 
 def next_agreed(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> Batch:

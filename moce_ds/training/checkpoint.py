@@ -6,7 +6,7 @@ together again. Experts are renamed from local to global numbers, so the files k
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,17 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, file_of, set_aside, step_folder, steps_of
+from moce_ds.checkpoint_files import (
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    file_of,
+    grouped,
+    set_aside,
+    step_folder,
+    steps_of,
+)
 from moce_ds.errors import ArtefactError
 from moce_ds.models.spec import give_weights
 from moce_ds.moe.layer import ClusterMoE
@@ -28,8 +38,10 @@ _LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.dee
 
 
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of this process under their global names: a local expert becomes its global number."""
+    """Parameters of this process that learn, by global names: a local expert becomes its global number."""
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         match = _LOCAL_EXPERT.match(name)
         if match:
             layer = model.get_submodule(match[1])
@@ -66,16 +78,19 @@ class HostBuffers:
         return self._kept[name].copy_(tensor, non_blocking=True)
 
 
-def snapshot(engine: DeepSpeedEngine, runtime: Runtime) -> Files:
-    """The weights and Adam moments that this process is to write, by file; every process must call it.
+def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tensor]) -> Files:
+    """The weights, Adam moments and `state` that this process is to write, by file; every process must call it.
 
     They are the run's own where it holds all of them: the next update changes them. The files are dealt to the
     processes that hold their content: those of shared parameters in turn to all, those of an expert in turn to its
     replicas.
+
+    Args:
+        state: what else the run goes on from, by name; the same on all processes.
     """
     _link_moments(engine)
-    mine = _files_to_write(engine.module, runtime)
-    files: Files = {}
+    mine = _files_to_write(engine.module, state, runtime)
+    files: Files = {file: tensors for file, tensors in grouped(STATE, state).items() if file in mine}
     for name, parameter in global_parameters(engine.module):
         weight, moment = f"{WEIGHTS}/{file_of(name)}", f"{OPTIMIZER}/{file_of(name)}"
         if weight in mine:  # fp32 already: precision bf16 is autocast
@@ -87,9 +102,9 @@ def snapshot(engine: DeepSpeedEngine, runtime: Runtime) -> Files:
     return files
 
 
-def _files_to_write(model: nn.Module, runtime: Runtime) -> set[str]:
+def _files_to_write(model: nn.Module, state: Mapping[str, Tensor], runtime: Runtime) -> set[str]:
     """Of the files whose content this process holds, its share."""
-    held: dict[bool, set[str]] = {False: set(), True: set()}
+    held: dict[bool, set[str]] = {False: set(grouped(STATE, state)), True: set()}
     for name, parameter in global_parameters(model):
         is_expert = not getattr(parameter, "allreduce", True)
         held[is_expert] |= {f"{part}/{file_of(name)}" for part in (WEIGHTS, OPTIMIZER)}

@@ -4,16 +4,26 @@ DeepSpeed gives process groups, ZeRO 1/2, mixed precision, accumulation, clippin
 shared gradients.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 from torch import nn
 
 from moce_ds.compat import quiet_deepspeed
-from moce_ds.training.settings import BatchArithmetic, PretrainSettings
+from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainSettings
 
 
-def deepspeed_config(config: PretrainSettings, batches: BatchArithmetic) -> dict[str, Any]:
+class Trained(Protocol):
+    """The settings of a verb that trains, as far as the engine is concerned."""
+
+    @property
+    def optim(self) -> OptimSettings: ...
+
+    @property
+    def engine(self) -> EngineSettings: ...
+
+
+def deepspeed_config(config: Trained, batches: BatchArithmetic) -> dict[str, Any]:
     """DeepSpeed's settings from ours."""
     optim, engine = config.optim, config.engine
     adam = {"lr": 0.0, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay, "torch_adam": True}
@@ -55,11 +65,18 @@ def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[st
 
 
 def start_engine(model: nn.Module, config: PretrainSettings, batches: BatchArithmetic) -> "deepspeed.DeepSpeedEngine":
-    """Wrap the model; it is moved to the process's device and its experts find their groups."""
+    """Wrap the model of pre-training; its experts find their groups."""
+    return wrap(model, parameter_groups(model, config), config, batches)
+
+
+def wrap(
+    model: nn.Module, groups: list[dict[str, Any]], config: Trained, batches: BatchArithmetic
+) -> "deepspeed.DeepSpeedEngine":
+    """The engine of a model, which is moved to the process's device; each group has its `lr_scale`."""
     quiet_deepspeed()
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, config),
+        model_parameters=groups,
         config=deepspeed_config(config, batches),
         dist_init_required=False,
     )

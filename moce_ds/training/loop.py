@@ -20,12 +20,11 @@ from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import MoceOutput
 from moce_ds.models.token_moe import TokenOutput
 from moce_ds.randomness import GATE_NOISE, hashed
-from moce_ds.runtime import Runtime, StopRequest
+from moce_ds.runtime import Runtime
 from moce_ds.training.agreement import next_agreed
 from moce_ds.training.checkpoint import faults_of
 from moce_ds.training.engine import set_lr
 from moce_ds.training.locality import LocalSampler
-from moce_ds.training.metrics import Meter, Teller
 from moce_ds.training.record import manifest, report_replaced, show_picture, step_record
 from moce_ds.training.router import RouteStatistics
 from moce_ds.training.saver import Saver
@@ -33,7 +32,7 @@ from moce_ds.training.schedule import make_schedule
 from moce_ds.training.session import Session, open_session
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.training.setup import check_run, check_same_data, open_clusters
-from moce_ds.training.skipping import SkippedSteps
+from moce_ds.training.steward import steward_of
 
 _DEAL_EVERY = 32  # steps after which images are dealt to ranks by a new route table
 
@@ -79,54 +78,42 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
 def _train(session: Session) -> int:
     """The steps of this attempt; writes metrics, pictures and checkpoints. Returns the steps taken in all."""
     run, schedule, runtime, engine = session.config.run, session.schedule, session.runtime, session.engine
-    stop, meter = StopRequest(run.max_hours * 3600 if run.max_hours else None), Meter()
     statistics = RouteStatistics(session.router) if session.router else None
-    skips = SkippedSteps(run, session.first_skipped, runtime)
-    loader = _loader(session)
-    stream = iter(loader)
-    step = session.first_step
-    with stop, Saver(engine, run, session.attempt, runtime) as saver, _teller(session) as teller:
-        while step < schedule.steps:
-            runtime.at(f"step {step + 1}")
-            set_lr(engine, schedule.lr(step))
-            totals, waited = _step(session, stream, saver, step)
-            flags = [len(loader.replaced), stop.wanted, runtime.is_main and session.attempt.superseded, saver.written]
-            *totals, replaced, asked, over, written = runtime.sum([*totals, *map(float, flags)])
-            step += 1
-            if over:
-                raise session.attempt.error(step)
-            if written == runtime.world_size or not engine.was_step_applied():
-                saver.finish()
-            skips.count(step, engine.was_step_applied())
-            meter.step(session.batches.global_batch, waited)
-            teller.step()
-            last = step == schedule.steps or asked > 0
+    with steward_of(
+        engine,
+        run,
+        session.attempt,
+        runtime,
+        first_step=session.first_step,
+        skipped=session.first_skipped,
+        steps=schedule.steps,
+        images=session.batches.global_batch,
+    ) as steward:
+        loader = _loader(session)
+        stream = iter(loader)
+        while steward.goes_on:
+            runtime.at(f"step {steward.step + 1}")
+            set_lr(engine, schedule.lr(steward.step))
+            totals, waited = _step(session, stream, steward.saver, steward.step)
+            *totals, replaced = steward.after_step([*totals, float(len(loader.replaced))], waited)
+            step, last = steward.step, not steward.goes_on
             if session.router and not last:
                 session.router.prepare(step)  # of the next step; it reaches the host while this one is recorded
             if step % run.log_every == 0 or last:
-                record = step_record(session, step, totals, meter, statistics)
-                teller.metrics(record | {"images_replaced": int(replaced), "skipped": skips.total})
+                record = step_record(session, step, totals, steward.meter, statistics)
+                steward.teller.metrics(record | {"images_replaced": int(replaced), "skipped": steward.skips.total})
             if isinstance(session.sampler, LocalSampler) and step % _DEAL_EVERY == 0:
                 assert session.router is not None
                 table = session.router.prepare(None).expert_MLK[:, :, 0]
                 session.sampler.use(table, step * session.batches.accumulation)
             if step % run.picture_every == 0 or last:
-                show_picture(session, teller, step)
-            if last or (step % run.checkpoint_every == 0 and not skips.in_a_row):
-                saver.start(manifest(session, step, skips.total))
-            if asked:
-                break
-        saver.finish()
+                show_picture(session, steward.teller, step)
+            if steward.save_due:
+                steward.saver.start(manifest(session, step, steward.skips.total))
     report_replaced(session, loader)
-    if step < schedule.steps:
-        runtime.say(f"Stopped after step {step} as asked; the same command goes on from there.")
-    return step
-
-
-def _teller(session: Session) -> Teller:
-    return Teller(
-        session.attempt, session.first_step, session.schedule.steps, session.batches.global_batch, session.runtime
-    )
+    if steward.step < schedule.steps:
+        runtime.say(f"Stopped after step {steward.step} as asked; the same command goes on from there.")
+    return steward.step
 
 
 def _step(session: Session, stream: Iterator[Batch], saver: Saver, step: int) -> tuple[list[float], float]:

@@ -45,6 +45,26 @@ class Meter:
         return sum(s[2] for s in self._steps) / max(1e-9, sum(s[1] for s in self._steps))
 
 
+def measures(
+    attempt: Attempt, step: int, epoch: float, loss: float, lr: float, grad_norm: float, meter: Meter, runtime: Runtime
+) -> dict[str, Any]:
+    """What every record of metrics.jsonl holds (rates are per second, shares 0 to 1, memory in bytes).
+
+    A collective: `peak_memory` is that of the process with the most.
+    """
+    return {
+        "step": step,
+        "attempt": attempt.number,
+        "epoch": round(epoch, 4),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": round(meter.images_per_second, 2),
+        "data_wait": round(meter.data_wait, 4),
+        "peak_memory": int(runtime.max([float(runtime.peak_memory)])[0]),
+    }
+
+
 class Teller:
     """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context. Making one is a collective.
 

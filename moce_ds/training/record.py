@@ -16,7 +16,7 @@ from moce_ds.data.transform import CenterCrop
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.training.agreement import next_agreed
 from moce_ds.training.locality import LocalSampler
-from moce_ds.training.metrics import Meter, Teller
+from moce_ds.training.metrics import Meter, Teller, measures
 from moce_ds.training.pictures import reconstruction_picture, routing_picture
 from moce_ds.training.router import RouteStatistics
 from moce_ds.training.session import Session
@@ -27,23 +27,12 @@ _PICTURE_IMAGES = 8
 def step_record(
     session: Session, step: int, totals: list[float], meter: Meter, statistics: RouteStatistics | None
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl for the step just taken (rates are per second, shares 0 to 1, memory in bytes).
-
-    A collective: `peak_memory` is that of the process with the most.
-    """
+    """One line of metrics.jsonl for the step just taken; a collective."""
     loss, reconstruction, first, second, moved = totals
-    record: dict[str, Any] = {
-        "step": step,
-        "attempt": session.attempt.number,
-        "epoch": round(step * session.batches.global_batch / session.shards.count, 4),
-        "loss": loss,
-        "reconstruction": reconstruction,
-        "lr": session.schedule.lr(step - 1),
-        "grad_norm": float(session.engine.get_global_grad_norm()),
-        "images_per_second": round(meter.images_per_second, 2),
-        "data_wait": round(meter.data_wait, 4),
-        "peak_memory": int(session.runtime.max([float(session.runtime.peak_memory)])[0]),
-    }
+    epoch = step * session.batches.global_batch / session.shards.count
+    lr, norm = session.schedule.lr(step - 1), float(session.engine.get_global_grad_norm())
+    record = measures(session.attempt, step, epoch, loss, lr, norm, meter, session.runtime)
+    record["reconstruction"] = reconstruction
     if session.config.model_spec.experts is not None and session.router is None:
         record |= {"importance": first, "token_load": second}
     if session.router is not None and statistics is not None:

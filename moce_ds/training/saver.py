@@ -8,11 +8,11 @@ into a draft. When all processes have written theirs, which they learn from a nu
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -53,8 +53,10 @@ class Saver:
         """Whether this process has written its part of it, or failed to."""
         return self._writing is not None and self._writing.done()
 
-    def start(self, manifest: dict[str, Any]) -> None:
+    def start(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Begin the checkpoint of `manifest["step"]`; one that is still on its way is finished first.
+
+        `state` holds what the run goes on from beside weights and moments; only an update may change it.
 
         Raises:
             ArtefactError, SupersededError: as `finish`.
@@ -66,7 +68,7 @@ class Saver:
             if self._runtime.is_main:
                 with self._attempt.writing(manifest["step"]):
                     draft.mkdir()
-        files = snapshot(self._engine, self._runtime)
+        files = snapshot(self._engine, self._runtime, state)
         ready = torch.cuda.current_stream().record_event() if self._runtime.device.type == "cuda" else None
         self._copied.clear()
         self._writing = self._thread.submit(write_files, draft, self._copies(files, ready))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.settings import OptimSettings, PretrainSettings
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,17 @@ class Schedule:
 
 
 def make_schedule(config: PretrainSettings, num_images: int) -> Schedule:
-    """The schedule of a run over a shard set of `num_images`."""
-    optim = config.optim
+    """The schedule of pre-training on a shard set of `num_images`."""
+    return schedule_of(config.optim, num_images, config.experts.imbalance_start)
+
+
+def schedule_of(optim: OptimSettings, num_images: int, imbalance_start: float = 0.0) -> Schedule:
+    """The schedule of a run over `num_images`; `imbalance_start`: share of the run, for pre-training with experts."""
     steps = max(1, math.ceil(optim.epochs * num_images / optim.batch_size))
     return Schedule(
         peak_lr=optim.base_lr * optim.batch_size / 256,
         min_lr=optim.min_lr,
         steps=steps,
         warmup_steps=min(steps, round(optim.warmup_epochs * num_images / optim.batch_size)),
-        imbalance_steps=round(config.experts.imbalance_start * steps),
+        imbalance_steps=round(imbalance_start * steps),
     )

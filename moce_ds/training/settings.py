@@ -6,7 +6,7 @@ for the keys marked `may_change`. All of `engine` and `run` may change, except `
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
@@ -118,9 +118,10 @@ class EngineSettings:
 
 @settings
 class RunSettings:
+    """What pre-training and tuning have in common."""
+
     out: Path = option(help="the run's folder")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "of everything random")
-    init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
     checkpoint_every: Positive = option(1000, "steps between checkpoints (one is written at the end too)")
     async_checkpoint: bool = option(True, "write checkpoints while training goes on, from a copy on the host")
     keep_checkpoints: Positive = option(2, "newest checkpoints to keep")
@@ -129,6 +130,11 @@ class RunSettings:
     max_skipped: Positive = option(10, "stop after so many steps in a row whose gradient is not finite")
     peer_timeout: Annotated[float, Field(gt=0)] = option(120.0, "seconds after which a silent process counts as lost")
     log_every: Positive = option(10, "steps between records in metrics.jsonl")
+
+
+@settings
+class PretrainRunSettings(RunSettings):
+    init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
     picture_every: Positive = option(1000, "steps between pictures (reconstructions, routing) for TensorBoard")
 
 
@@ -141,7 +147,7 @@ class PretrainSettings:
     data: DataSettings
     optim: OptimSettings = dataclasses.field(default_factory=OptimSettings)
     engine: EngineSettings = dataclasses.field(default_factory=EngineSettings)
-    run: RunSettings
+    run: PretrainRunSettings
 
     def __post_init__(self) -> None:
         shape, decoder = self.vit_shape, self.model.decoder
@@ -259,20 +265,35 @@ class BatchArithmetic:
 
 def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmetic:
     """Check the settings against the number of processes. Raises ConfigError."""
-    optim = config.optim
+    batches = shared_batch(config.optim, world_size)
+    if config.model.arch == "moce" and world_size % config.experts.ep_size:
+        raise ConfigError(
+            f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
+        )
+    return batches
+
+
+def shared_batch(optim: OptimSettings, world_size: int) -> BatchArithmetic:
+    """How so many processes share a batch. Raises ConfigError where they cannot."""
     if optim.batch_size % (world_size * optim.accumulation):
         raise ConfigError(
             f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
             f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
         )
-    if config.model.arch == "moce" and world_size % config.experts.ep_size:
-        raise ConfigError(
-            f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
-        )
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
 
-def settings_of_run(path: Path) -> PretrainSettings:
+class AnySettings(Protocol):
+    """The settings of a verb that trains, as far as a run folder is concerned."""
+
+    @property
+    def run(self) -> RunSettings: ...
+
+
+S = TypeVar("S", bound=AnySettings)
+
+
+def settings_of_run(path: Path, kind: type[S]) -> S:
     """The settings in a run's `config.yaml`, which another version of this program may have written.
 
     What that version did not have is at its default, which is what it did. What this version does not have is left out
@@ -281,22 +302,23 @@ def settings_of_run(path: Path) -> PretrainSettings:
     Raises:
         ConfigError: the file cannot be read, or names what this version does not have; every fault is listed.
     """
-    tree, known = read_yaml(path), {key for key, _ in keys(PretrainSettings)}
+    tree, known = read_yaml(path), {key for key, _ in keys(kind)}
     for group in ("engine", "run"):
         if isinstance(tree.get(group), dict):
             tree[group] = {name: value for name, value in tree[group].items() if f"{group}.{name}" in known}
     try:
-        return from_tree(PretrainSettings, tree, str(path))
+        return from_tree(kind, tree, str(path))
     except ConfigError as error:
+        start = f"from its weights: run.init_from={path.parent}" if kind is PretrainSettings else "in another folder"
         raise ConfigError(
             f"{error}\nThe run was begun by another version of moce, or its file was edited. Go on with that version, "
-            f"restore the file, or start another run from its weights: run.init_from={path.parent}."
+            f"restore the file, or start another run {start}."
         ) from None
 
 
-def forbidden_changes(changed: set[str]) -> set[str]:
+def forbidden_changes(changed: set[str], kind: type[AnySettings]) -> set[str]:
     """Of the dotted keys that differ from the run's own settings, those that make it another experiment."""
-    fields = dict(keys(PretrainSettings))
+    fields = dict(keys(kind))
     free = {key for key, field in fields.items() if field.metadata.get("may_change")}
     return {
         key for key in changed if key == "run.seed" or (key.split(".")[0] not in ("run", "engine") and key not in free)

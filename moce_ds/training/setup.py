@@ -28,7 +28,7 @@ from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import ATTEMPTS, LAUNCHES, Attempt
 from moce_ds.training.checkpoint import global_parameters
-from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
+from moce_ds.training.settings import AnySettings, PretrainSettings, forbidden_changes, settings_of_run
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ClusteredData:
     ids_N: np.ndarray
 
 
-def check_run(config: PretrainSettings) -> None:
+def check_run(config: AnySettings) -> None:
     """Check that the run folder is free, or holds the same run.
 
     Raises:
@@ -47,9 +47,9 @@ def check_run(config: PretrainSettings) -> None:
     """
     out, path = config.run.out, config.run.out / "config.yaml"
     if path.exists():
-        old = configuration.to_tree(settings_of_run(path))
+        old = configuration.to_tree(settings_of_run(path, type(config)))
         changed = configuration.differences(old, configuration.to_tree(config))
-        forbidden = forbidden_changes(set(changed))
+        forbidden = forbidden_changes(set(changed), type(config))
         if forbidden:
             listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in sorted(forbidden))
             raise ConfigError(
@@ -69,18 +69,31 @@ def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredD
     Raises:
         ArtefactError: `data.shards` or `experts.clusters` was replaced since the newest checkpoint.
     """
-    checkpoint = _newest_readable(config.run.out)
-    if checkpoint is None:
-        return
     found = [(f"data.shards: {config.data.shards}", "shards_fingerprint", shards.fingerprint)]
     if data is not None:
         found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
+    refuse_other(config.run.out, found, f"start another run: run.init_from={config.run.out}")
+
+
+def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -> None:
+    """Refuse to go on with something else than the newest checkpoint was made with.
+
+    Args:
+        found: for each thing what it is, the record of it in a manifest, and its hash now.
+        otherwise: what to do instead of putting it back.
+
+    Raises:
+        ArtefactError: one has changed; it is named.
+    """
+    checkpoint = _newest_readable(run)
+    if checkpoint is None:
+        return
     for named, record, now in found:
         then = checkpoint.manifest[record]
         if then not in (now, None):  # None: imported from elsewhere, which did not say
             raise ArtefactError(
                 f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
-                f"{checkpoint.step}): put back what was there, or start another run: run.init_from={config.run.out}."
+                f"{checkpoint.step}): put back what was there, or {otherwise}."
             )
 
 
@@ -91,7 +104,7 @@ def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
     return None
 
 
-def keep_settings(config: PretrainSettings, attempt: Attempt, runtime: Runtime) -> None:
+def keep_settings(config: AnySettings, attempt: Attempt, runtime: Runtime) -> None:
     """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused.
 
     Raises:

@@ -7,7 +7,7 @@ skips the update everywhere, so weights and moments stay as they were.
 from moce_ds.checkpoint_files import step_folder, steps_of
 from moce_ds.errors import MoceError
 from moce_ds.runtime import Runtime
-from moce_ds.training.settings import RunSettings
+from moce_ds.training.settings import PretrainRunSettings, RunSettings
 
 
 class DivergedError(MoceError):
@@ -44,7 +44,8 @@ class SkippedSteps:
         if not steps:
             return "No checkpoint had been written yet. Lower optim.base_lr, in another run.out."
         good = step_folder(self._run.out, steps[-1])
+        from_it = f", from there: run.init_from={good}" if isinstance(self._run, PretrainRunSettings) else ""
         return (
             f"The last good checkpoint is {good}. The same command goes on from there: with engine.precision=fp32, if "
-            f"that may help. Or begin another run from it with a lower optim.base_lr: run.init_from={good}."
+            f"that may help. Or begin another run with a lower optim.base_lr{from_it}."
         )

@@ -1,1 +1,1 @@
-"""Training on labelled tasks that starts from an encoder: detection and segmentation."""
+"""Tuning a trained encoder on a task: a loop that all tasks share, and the tasks."""

@@ -40,7 +40,7 @@ def weight() -> Tensor:
 @pytest.fixture
 def saver(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Saver]:
     """A saver of one weight, in the place of an engine's."""
-    monkeypatch.setattr(saving, "snapshot", lambda engine, runtime: {FILE: {"cls_token": weight}})
+    monkeypatch.setattr(saving, "snapshot", lambda *_: {FILE: {"cls_token": weight}})
     monkeypatch.setattr(saving, "HostBuffers", Held)
     with Saver(None, RunSettings(out=tmp_path / "run"), Attempt.claim(tmp_path / "run", ALONE), ALONE) as opened:
         yield opened

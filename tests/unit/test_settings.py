@@ -137,7 +137,7 @@ def test_yaml_gives_the_same_settings_back(tiny_config: Make, tmp_path: Path) ->
 def test_what_a_resumed_run_may_change() -> None:
     """All of `run` and `engine` but the seed, and how the work is shared out; nothing that changes the result."""
     every = {key for key, _ in keys(PretrainSettings)}
-    allowed = every - forbidden_changes(every)
+    allowed = every - forbidden_changes(every, PretrainSettings)
     assert allowed == {
         "experts.ep_size", "experts.loader_locality", "experts.execution", "data.threads", "optim.accumulation",
         "engine.precision", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile", "run.out",
@@ -153,7 +153,7 @@ def test_the_settings_of_an_older_run_are_read(tiny_config: Make, tmp_path: Path
     del tree["data"]["flip"], tree["run"]["max_hours"]
     tree["engine"]["apex"], tree["run"]["visdom"] = "O1", {"port": 8097}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    assert settings_of_run(tmp_path / "config.yaml") == config
+    assert settings_of_run(tmp_path / "config.yaml", PretrainSettings) == config
 
 
 def test_what_an_older_run_was_and_this_version_cannot_be_is_listed(tiny_config: Make, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_an_older_run_was_and_this_version_cannot_be_is_listed(tiny_config:
     tree["model"]["arch"] = "sdr"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError) as caught:
-        settings_of_run(tmp_path / "config.yaml")
+        settings_of_run(tmp_path / "config.yaml", PretrainSettings)
     said = str(caught.value)
     for told in ("optim.lars: no such", "data.fip: no such setting. Did you mean data.flip?", "model.arch: got 'sdr'"):
         assert told in said
@@ -172,4 +172,5 @@ def test_what_an_older_run_was_and_this_version_cannot_be_is_listed(tiny_config:
 
 
 def test_a_setting_that_this_version_does_not_know_may_not_change() -> None:
-    assert forbidden_changes({"optim.invented_later", "run.seed"}) == {"optim.invented_later", "run.seed"}
+    named = {"optim.invented_later", "run.seed"}
+    assert forbidden_changes(named, PretrainSettings) == named
