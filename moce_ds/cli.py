@@ -17,6 +17,7 @@ from moce_ds.bench.verbs import Numbers, bench
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
+from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -254,7 +255,7 @@ def inspect(path: Path, verify: bool) -> None:
         sys.exit(1 if found else 0)
 
 
-for verb in (bench, *TRANSFER_VERBS):
+for verb in (bench, *TRANSFER_VERBS, *DENSE_VERBS):
     moce.add_command(verb)
 
 

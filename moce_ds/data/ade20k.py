@@ -6,6 +6,7 @@ A mask holds 1 to K for the classes and 0 for pixels without one, which are left
 Axes: H x W pixels of an image.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,12 @@ class Ade20kSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and sizes of all files."""
+        files = [*self.images, *(self.masks / f"{image.stem}.png" for image in self.images)]
+        return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.

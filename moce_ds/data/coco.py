@@ -1,13 +1,11 @@
 """Images with boxes and masks in COCO's format: a folder of images and one JSON file of annotations.
 
 Everything that can be seen in the JSON is checked when the set is opened, so that a fault is told before training and
-not hours into it. `pycocotools` reads masks and evaluates.
+not hours into it.
 
 Axes: H x W pixels of an image.
 """
 
-import contextlib
-import io
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
+from moce_ds.data.coco_api import is_polygons, is_rle, unpack
 from moce_ds.data.image_file import read_rgb
 from moce_ds.errors import DataError
 
@@ -132,46 +131,16 @@ class CocoSet:
         Raises:
             DataError: there is none, it is neither polygons nor RLE, or it is of another size than the image.
         """
-        from pycocotools import mask as masks
-
         image, shape = self.images[number], thing.segmentation
         where = f"{self.path}: annotation {thing.id}: segmentation"
-        if _is_rle(shape):
+        if is_rle(shape):
             if list(shape["size"]) != [image.height, image.width]:
                 raise DataError(
                     f"{where} is of height and width {shape['size']}; its image has {[image.height, image.width]}."
                 )
-            packed = isinstance(shape["counts"], str)
-            return masks.decode(shape if packed else masks.frPyObjects(shape, image.height, image.width))
-        if not _is_polygons(shape):
+        elif not is_polygons(shape):
             raise DataError(f"{where} is neither polygons, of three points or more, nor RLE.")
-        return masks.decode(masks.merge(masks.frPyObjects(shape, image.height, image.width)))
-
-    def ground_truth(self) -> Any:
-        """The set as pycocotools' COCO object, for evaluation."""
-        from pycocotools.coco import COCO
-
-        truth = COCO()
-        truth.dataset = json.loads(self.path.read_text(encoding="utf-8"))
-        for thing in truth.dataset["annotations"]:
-            thing.setdefault("iscrowd", 0)
-            thing.setdefault("area", thing["bbox"][2] * thing["bbox"][3])
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-            truth.createIndex()
-        return truth
-
-
-def _is_rle(shape: Any) -> bool:
-    return isinstance(shape, dict) and "size" in shape and isinstance(shape.get("counts"), str | list)
-
-
-def _is_polygons(shape: Any) -> bool:
-    """pycocotools fails on other things, or takes them for boxes."""
-    return (
-        isinstance(shape, list)
-        and bool(shape)
-        and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 for points in shape)
-    )
+        return unpack(shape, image.height, image.width)
 
 
 def _read(path: Path) -> _Content:

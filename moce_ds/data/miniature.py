@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moce_ds.data.coco_api import area_of, box_of, pack
 from moce_ds.data.demo_images import package_folder
 from moce_ds.errors import DataError
 from moce_ds.files import atomic_folder, write_json
@@ -140,17 +141,15 @@ def _compose(
 
 
 def _annotation(number: int, image: int, category: int, mask_HW: NDArray[np.bool_]) -> dict[str, Any]:
-    from pycocotools import mask as masks
-
-    packed = masks.encode(np.asfortranarray(mask_HW.astype(np.uint8)))
+    (packed,) = pack(mask_HW[None])
     return {
         "id": number,
         "image_id": image,
         "category_id": category,
-        "bbox": [float(x) for x in masks.toBbox(packed)],
-        "area": int(masks.area(packed)),
+        "bbox": box_of(packed),
+        "area": area_of(packed),
         "iscrowd": 0,
-        "segmentation": {"size": packed["size"], "counts": packed["counts"].decode("ascii")},
+        "segmentation": packed,
     }
 
 

@@ -1,13 +1,10 @@
-"""Mask R-CNN on the simple feature pyramid: torchvision's detector with the heads of ViTDet, and its scores.
+"""Mask R-CNN on the simple feature pyramid: torchvision's detector with the heads of ViTDet, its examples and results.
 
 Axes: B images, N objects of an image, H x W pixels of the canvas (in) or of the image (out).
 """
 
-import contextlib
-import io
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,9 +13,10 @@ from moce_ds.compat import supply_torchvision_operators
 from moce_ds.config import option, settings
 from moce_ds.data.canvas import View, draw_image, draw_mask
 from moce_ds.data.coco import CocoSet
+from moce_ds.data.coco_api import pack
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Positive, SimpleFeaturePyramid
+from moce_ds.tuning.pyramid import BackboneSettings, Normalise, Positive, SimpleFeaturePyramid
 
 supply_torchvision_operators()
 from timm.layers import LayerNorm2d  # noqa: E402  (needs the operators)
@@ -34,9 +32,6 @@ from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 _LEVELS = ["0", "1", "2", "3"]
 _HIDDEN = 1024  # of the box head
 _SAMPLES = 2  # of RoIAlign, along each side of a bin
-
-SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-"""The first six numbers of pycocotools' summary, 0 to 1; -1 where the set has no such object."""
 
 
 @settings
@@ -55,12 +50,11 @@ class Canvases(nn.Module):
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(encoder.input.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(encoder.input.std)[:, None, None], persistent=False)
+        self.normalise = Normalise(encoder)
 
     def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
         """Images [3, H, W] in [0, 1] as one batch."""
-        images_BCHW = (torch.stack(images) - self.mean) / self.std
+        images_BCHW = self.normalise(torch.stack(images))
         return ImageList(images_BCHW, [(images_BCHW.shape[2], images_BCHW.shape[3])] * len(images)), targets
 
     def postprocess(self, found: list[dict[str, Tensor]], *sizes: Any) -> list[dict[str, Tensor]]:
@@ -143,8 +137,6 @@ def results(data: CocoSet, number: int, view: View, found: dict[str, Tensor]) ->
     Args:
         found: what the detector has found on the canvas where the image is seen as `view`.
     """
-    from pycocotools import mask as masks
-
     image = data.images[number]
     scale_4 = torch.tensor([image.width / view.width, image.height / view.height] * 2)
     limit_4 = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
@@ -152,7 +144,7 @@ def results(data: CocoSet, number: int, view: View, found: dict[str, Tensor]) ->
     if not len(boxes_N4):
         return []
     masks_N1HW = paste_masks_in_image(found["masks"].float().cpu(), boxes_N4, (image.height, image.width))
-    packed = masks.encode(np.asfortranarray((masks_N1HW[:, 0] > 0.5).permute(1, 2, 0).numpy().astype(np.uint8)))
+    packed = pack((masks_N1HW[:, 0] > 0.5).numpy())
     categories = list(data.categories)
     return [
         {
@@ -160,27 +152,9 @@ def results(data: CocoSet, number: int, view: View, found: dict[str, Tensor]) ->
             "category_id": categories[label - 1],
             "score": score,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "segmentation": {"size": mask["size"], "counts": mask["counts"].decode("ascii")},
+            "segmentation": mask,
         }
         for (x1, y1, x2, y2), label, score, mask in zip(
             boxes_N4.tolist(), found["labels"].tolist(), found["scores"].tolist(), packed, strict=True
         )
     ]
-
-
-def average_precision(data: CocoSet, detections: list[dict[str, Any]]) -> dict[str, float]:
-    """pycocotools' average precision of boxes and of masks: box_ap, box_ap50, ..., mask_ap, ... (see `SCORES`)."""
-    from pycocotools.cocoeval import COCOeval
-
-    if not detections:  # pycocotools cannot take none
-        return {f"{kind}_{score}": 0.0 for kind in ("box", "mask") for score in SCORES}
-    told: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        truth = data.ground_truth()
-        for kind, name in (("bbox", "box"), ("segm", "mask")):
-            evaluation = COCOeval(truth, truth.loadRes([dict(found) for found in detections]), kind)
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-            told |= {f"{name}_{score}": float(evaluation.stats[n]) for n, score in enumerate(SCORES)}
-    return told

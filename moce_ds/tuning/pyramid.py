@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,6 +35,22 @@ class BackboneSettings:
         0, "tokens along a window of attention, but for four blocks that see all; 0: all blocks see all"
     )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: share dropped at the last block")
+
+
+class Normalise(nn.Module):
+    """Pixels in [0, 1] as an encoder wants them, [..., 3, H, W]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(encoder.input, name))
+            self.register_buffer(name, values[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
 
 
 class WindowedViT(nn.Module):

@@ -9,10 +9,17 @@ from torch import Tensor, nn
 
 from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED
+from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Positive, SimpleFeaturePyramid
+from moce_ds.tuning.pyramid import BackboneSettings, Normalise, Positive, SimpleFeaturePyramid
 
 from timm.layers import LayerNorm2d  # isort: skip  (after models.vit, which repairs torchvision)
+
+try:
+    from transformers import UperNetConfig
+    from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
+except ImportError:
+    raise ConfigError("Segmentation needs the package transformers: pip install 'moce-ds[dense]'.") from None
 
 
 @settings
@@ -24,28 +31,26 @@ class SegmenterSettings(BackboneSettings):
 class Segmenter(nn.Module):
     """Logits of K classes for every pixel of canvases in [0, 1].
 
-    The head's BatchNorm layers become LayerNorm, as in the pyramid: they would need many images a process, or statistics shared by all.
+    The head's BatchNorm layers become LayerNorm, as in the pyramid: they would need many images in every process.
 
     Raises:
         ConfigError: image size, window and patches do not go together.
     """
 
     def __init__(self, encoder: Encoder, config: SegmenterSettings, classes: int) -> None:
-        from transformers import UperNetConfig
-        from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
-
         super().__init__()
         self.backbone = SimpleFeaturePyramid(encoder, config)
-        self.head = UperNetHead(UperNetConfig(hidden_size=config.hidden, num_labels=classes), [config.channels] * 4)
+        options = UperNetConfig(hidden_size=config.hidden)
+        options.num_labels = classes
+        self.head = UperNetHead(options, [config.channels] * 4)
         for module in self.head.modules():
             if isinstance(module, UperNetConvModule):
                 module.batch_norm = LayerNorm2d(module.conv.out_channels)
-        self.register_buffer("mean", torch.tensor(encoder.input.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(encoder.input.std)[:, None, None], persistent=False)
+        self.normalise = Normalise(encoder)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, K, H, W]."""
-        maps = self.backbone((images_BCHW - self.mean) / self.std)
+        maps = self.backbone(self.normalise(images_BCHW))
         logits_BKhw = self.head(list(maps.values()))
         return F.interpolate(logits_BKhw, images_BCHW.shape[2:], mode="bilinear", align_corners=False)
 
