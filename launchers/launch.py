@@ -18,7 +18,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-PARALLEL = ("pretrain", "features")
+PARALLEL = ("pretrain", "features", "finetune")
 """Verbs whose work several processes share."""
 
 

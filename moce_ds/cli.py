@@ -18,6 +18,7 @@ from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
+from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
@@ -31,7 +32,8 @@ def moce() -> None:
       pretrain  a dense MAE (arch=mae)          export    that expert as a dense ViT
       features  its features of every image     knn       accuracy without training
       cluster   features -> clusters            probe     accuracy of a linear classifier
-      pretrain  the experts (arch=moce)         report    one HTML page of a run
+      pretrain  the experts (arch=moce)         finetune  train encoder and classifier
+                                                report    one HTML page of a run
 
     Before a long run, `plan` says what it would take on other machines; `study` runs many, to compare them.
     """
@@ -255,7 +257,7 @@ def inspect(path: Path, verify: bool) -> None:
         sys.exit(1 if found else 0)
 
 
-for verb in (bench, *TRANSFER_VERBS, *DENSE_VERBS):
+for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):
     moce.add_command(verb)
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from moce_ds.config import differences, option, settings
 from moce_ds.data.image_file import Accepted, Rejected
 from moce_ds.data.image_folder import SourceFile, examined, list_files
+from moce_ds.data.listing import Listing
 from moce_ds.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -33,6 +34,7 @@ from moce_ds.data.shards import (
     SAMPLE,
     SAMPLES,
     SOURCES,
+    TARGETS,
     Manifest,
     ShardFile,
     ShardSet,
@@ -80,11 +82,12 @@ class _Record:
     rejected: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
 
-def write_shards(source: Path, out: Path, config: ShardSettings) -> ShardReport:
+def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listing | None = None) -> ShardReport:
     """Write the images below `source` as a shard set in `out`; continue where an earlier attempt was stopped.
 
-    A set that is complete already is left alone. Files that are no images, damaged, empty or too large are counted
-    and listed in rejected.jsonl with their reason.
+    With a `listing`, only the images that it names are written, with its classes. A set that is complete already is
+    left alone. Files that are no images, damaged, empty or too large are counted and listed in rejected.jsonl with
+    their reason.
 
     Raises:
         DataError: no image can be decoded; `out` lies in `source`, holds other files, or was begun from other
@@ -93,14 +96,14 @@ def write_shards(source: Path, out: Path, config: ShardSettings) -> ShardReport:
     source, out = Path(source).absolute(), Path(out).absolute()
     if out.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{out} lies in the source folder {source}: choose a folder outside of it.")
-    files = list_files(source)
-    plan = _plan(files, config)
+    files = list_files(source) if listing is None else listing.files(source)
+    plan = _plan(files, config) | ({} if listing is None else {"labels_sha256": listing.digest})
     if (out / MANIFEST).exists():
         return _complete(out, source, plan)
     _begin(out, source, plan)
     records = _finished_records(out)
     _write_missing(source, out, files, records, config)
-    manifest = _write_tables(out, records, source, plan)
+    manifest = _write_tables(out, records, source, plan, listing)
     write_json(out / MANIFEST, dataclasses.asdict(manifest))
     shutil.rmtree(out / PROGRESS)
     return _report(out, manifest, already_complete=False)
@@ -236,40 +239,44 @@ def _samples(rows: Sequence[Sequence[int]]) -> np.ndarray:
     return samples
 
 
-def _write_tables(out: Path, records: Sequence[_Record], source: Path, plan: dict[str, Any]) -> Manifest:
+def _write_tables(
+    out: Path, records: Sequence[_Record], source: Path, plan: dict[str, Any], listing: Listing | None
+) -> Manifest:
     """Merge the shards' records into the set's tables; returns the manifest, which is not written yet."""
     rejected = [entry for record in records for entry in record.rejected]
     if not any(record.rows for record in records):
-        _refuse_empty(out, rejected)
+        _refuse_empty(out, source, rejected)
     sources = [path for record in records for path in record.sources]
-    folders = [path.rpartition("/")[0] for path in sources]
-    classes = sorted(set(folders) - {""})
-    label_of = {"": -1} | {name: label for label, name in enumerate(classes)}
+    listing = listing or Listing.of_folders(sources)
     samples = np.concatenate([_samples(record.rows) for record in records if record.rows])
-    samples["label"] = [label_of[folder] for folder in folders]
-    with atomic_file(out / SAMPLES) as temporary, open(temporary, "wb") as file:
-        np.save(file, samples, allow_pickle=False)
+    samples["label"] = listing.labels(sources)
+    targets = listing.targets(sources) if listing.multi_label else None
+    for name, array in ((SAMPLES, samples), (TARGETS, targets)):
+        if array is not None:
+            with atomic_file(out / name) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
     for name, entries in ((SOURCES, sources), (REJECTED, rejected)):
         with atomic_file(out / name) as temporary, open(temporary, "w", encoding="ascii") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
     return Manifest(
         version=FORMAT_VERSION,
         count=len(samples),
-        fingerprint=fingerprint_of(samples),
+        fingerprint=fingerprint_of(samples, targets),
         rejected=dict(sorted(Counter(entry["reason"] for entry in rejected).items())),
-        classes=classes,
+        classes=listing.classes,
         shards=[record.shard for record in records if record.shard],
-        source=str(source),
+        source=str(listing.origin or source),
         made_from=plan,
+        multi_label=listing.multi_label,
     )
 
 
-def _refuse_empty(out: Path, rejected: Sequence[dict[str, str]]) -> None:
+def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -> None:
     shutil.rmtree(out / PROGRESS)
     out.rmdir()
     listed = "".join(f"\n  {entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5])
     more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-    raise DataError(f"No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
+    raise DataError(f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
 
 
 def _report(out: Path, manifest: Manifest, already_complete: bool) -> ShardReport:

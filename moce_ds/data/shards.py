@@ -28,6 +28,7 @@ from moce_ds.files import read_record, sha256_of
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
 SAMPLES = "samples.npy"
+TARGETS = "targets.npy"
 SOURCES = "sources.jsonl"
 REJECTED = "rejected.jsonl"
 PROGRESS = ".progress"
@@ -70,6 +71,7 @@ class Manifest:
     shards: list[ShardFile]
     source: str
     made_from: dict[str, Any]
+    multi_label: bool = False
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -98,6 +100,8 @@ class ShardSet:
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
         shards: the tar files.
         samples: [N] structured, dtype `SAMPLE`, memory-mapped.
+        targets: [N, K] int8 where an image may show several of the K classes: 1 shown, 0 not shown, -1 not counted;
+            all labels are -1 then. None where an image has one label.
     """
 
     path: Path
@@ -106,6 +110,7 @@ class ShardSet:
     fingerprint: str
     shards: list[ShardFile]
     samples: np.ndarray
+    targets: np.ndarray | None = None
 
     @staticmethod
     def open(path: Path) -> "ShardSet":
@@ -126,6 +131,7 @@ class ShardSet:
             fingerprint=manifest.fingerprint,
             shards=manifest.shards,
             samples=_map_samples(path / SAMPLES, manifest),
+            targets=_map_targets(path / TARGETS, manifest) if manifest.multi_label else None,
         )
         opened.verify_sizes()
         return opened
@@ -197,7 +203,7 @@ class ShardSet:
             expected = index_text(self.samples[ids], int(ids[0]))
             if not index.is_file() or index.read_text(encoding="ascii", errors="replace") != expected:
                 faults.append(f"{index.name}: missing or altered")
-        if fingerprint_of(self.samples) != self.fingerprint:
+        if fingerprint_of(self.samples, self.targets) != self.fingerprint:
             faults.append(f"{SAMPLES}: altered; checksums, sizes or labels are not those of the fingerprint")
         if len(self._sources) != self.count:
             faults.append(f"{SOURCES}: {len(self._sources)} lines, expected {self.count}")
@@ -264,12 +270,12 @@ def foreign_member(tar: Path, samples: np.ndarray, first_id: int) -> str | None:
     return None
 
 
-def fingerprint_of(samples: np.ndarray) -> str:
-    """Hex SHA-256 over (crc32 <u4, size <i8, label <i4) of `samples` [N], in the order of the ids."""
+def fingerprint_of(samples: np.ndarray, targets: np.ndarray | None = None) -> str:
+    """Hex SHA-256 over (crc32 <u4, size <i8, label <i4) of `samples` [N], in the order of the ids, then `targets`."""
     table = np.empty(len(samples), np.dtype([(name, SAMPLE[name]) for name in ("crc32", "size", "label")]))
     for name in table.dtype.names or ():
         table[name] = samples[name]
-    return hashlib.sha256(table.tobytes()).hexdigest()
+    return hashlib.sha256(table.tobytes() + (b"" if targets is None else targets.tobytes())).hexdigest()
 
 
 # A set of tens of millions of images has more shards than a process may have open files. A file dropped from the
@@ -283,17 +289,29 @@ def _restore(folder: Path) -> str:
     return f"Restore it from a copy, or delete {folder} and write it again with `moce shards`."
 
 
-def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
-    """The table of images, checked to point nowhere but into the shards and the classes. Raises DataError."""
+def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array that was written beside the shards. Raises DataError where it is another one."""
     try:
-        samples: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError, OverflowError) as error:
         raise DataError(f"{path} cannot be read ({error}). {_restore(path.parent)}") from None
-    if samples.dtype != SAMPLE or samples.shape != (manifest.count,):
-        expected = f"({manifest.count},) of {SAMPLE}"
+    if array.dtype != dtype or array.shape != shape:
         raise DataError(
-            f"{path} holds {samples.shape} of {samples.dtype}, expected {expected}. {_restore(path.parent)}"
+            f"{path} holds {array.shape} of {array.dtype}, expected {shape} of {dtype}. {_restore(path.parent)}"
         )
+    return array
+
+
+def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:
+    targets = _map_array(path, np.dtype(np.int8), (manifest.count, len(manifest.classes)))
+    if not np.isin(targets, (-1, 0, 1)).all():
+        raise DataError(f"{path} holds targets other than 1, 0 and -1. {_restore(path.parent)}")
+    return targets
+
+
+def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
+    """The table of images, checked to point nowhere but into the shards and the classes. Raises DataError."""
+    samples = _map_array(path, SAMPLE, (manifest.count,))
     outside = len(manifest.shards)
     counts = np.bincount(samples["shard"].astype(np.uint32).clip(max=outside), minlength=outside + 1)
     if counts.tolist() != [*(shard.count for shard in manifest.shards), 0]:

@@ -1,100 +1,90 @@
 """Weighted k-nearest-neighbour accuracy on frozen features, as DINO's protocol has it.
 
-Axes: N images of a split, Q images of one block of test images, D features, K classes.
+Labels are classes [N], or targets [N, K] (see `metrics`).
+
+Axes: N images of a split, Q images of one block of test images, D features, K classes, k neighbours.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
-import numpy as np
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from moce_ds.config import option, settings
 from moce_ds.errors import DataError
+from moce_ds.models.encode import EncodeSettings
+from moce_ds.transfer.metrics import MultiLabelScore, Score, judge
 
 _BLOCK_ENTRIES = 2**24  # similarities held at a time: 64 MiB in float32
 
 
-@dataclass(frozen=True)
-class Score:
-    """Accuracy on a task's test images, with how it was obtained.
+@settings
+class KnnSettings(EncodeSettings):
+    """The vote of the nearest training images."""
 
-    Attributes:
-        top1: share of the test images with the right class, 0-1.
-        mean_per_class: the same share per class, averaged over the classes present in the test split, 0-1.
-        n_train: images in the training split, all of them used.
-        n_test: images in the test split.
-        settings: what was set or chosen, such as k or the regularisation; JSON values only.
-    """
-
-    top1: float
-    mean_per_class: float
-    n_train: int
-    n_test: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    k: PositiveInt = option(20, "neighbours that vote; all training images where there are fewer")
+    temperature: Annotated[float, Field(gt=0)] = option(0.07, "of the vote; smaller: the nearest ones weigh more")
 
 
 def knn_accuracy(
-    train_ND: Tensor,
-    train_labels_N: Tensor,
-    test_ND: Tensor,
-    test_labels_N: Tensor,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> Score:
+    train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, config: KnnSettings | None = None
+) -> Score | MultiLabelScore:
     """Accuracy of a vote of the k nearest training images, each weighing exp(cosine / temperature).
 
     Fewer than k training images all vote; `settings["k"]` says how many did. Similarities are computed in
-    blocks of test images, so memory does not grow with the test split.
+    blocks of test images, so memory does not grow with the test split. With targets, the score of a class is the
+    vote's share for it, neighbours that are not counted for the class left out.
 
     Args:
         train_ND, test_ND: float32 features, any scale (they are L2-normalised here).
-        train_labels_N, test_labels_N: integer class of each image.
-        k: number of neighbours.
-        temperature: of the vote; smaller gives the nearest ones more weight.
+        train_labels, test_labels: integer class of each image [N], or targets [N, K].
 
     Raises:
         DataError: see `check_split`.
 
     Source: Wu et al. 2018 (arXiv 1805.01978), with k and temperature of DINO (Caron et al. 2021).
     """
-    check_split(train_ND, train_labels_N, test_ND, test_labels_N)
-    k = min(k, len(train_ND))
-    classes, train_class_N = torch.unique(train_labels_N, return_inverse=True)
+    config = config or KnnSettings()
+    check_split(train_ND, train_labels, test_ND, test_labels)
+    k = min(config.k, len(train_ND))
+    train_y, test_y = positions(train_labels, test_labels)
     train_ND = normalize(train_ND.float(), dim=1)
     block = max(1, _BLOCK_ENTRIES // len(train_ND))
-    votes = [
-        _vote(normalize(test_QD.float(), dim=1) @ train_ND.T, train_class_N, len(classes), k, temperature)
-        for test_QD in test_ND.split(block)
-    ]
-    return score(classes[torch.cat(votes)], test_labels_N, len(train_ND), {"k": k, "temperature": temperature})
+    votes_NK = torch.cat(
+        [
+            _vote(normalize(test_QD.float(), dim=1) @ train_ND.T, train_y, k, config.temperature)
+            for test_QD in test_ND.split(block)
+        ]
+    )
+    chosen = {"k": k, "temperature": config.temperature}
+    return judge(votes_NK.cpu().numpy(), test_y.cpu().numpy(), len(train_ND), chosen)
 
 
-def score(predicted_N: Tensor, labels_N: Tensor, n_train: int, settings: Mapping[str, Any]) -> Score:
-    """The `Score` of predicted classes against the true ones."""
-    right_N = (predicted_N == labels_N).cpu().numpy()
-    _, class_N = np.unique(labels_N.cpu().numpy(), return_inverse=True)
-    per_class_K = np.bincount(class_N, weights=right_N) / np.bincount(class_N)
-    return Score(float(right_N.mean()), float(per_class_K.mean()), n_train, len(right_N), settings)
+def positions(train_labels: Tensor, *others: Tensor) -> list[Tensor]:
+    """Classes as positions in the sorted classes of the training split; targets as they are."""
+    if train_labels.ndim == 2:
+        return [train_labels, *others]
+    classes = torch.unique(train_labels)
+    return [torch.searchsorted(classes, labels) for labels in (train_labels, *others)]
 
 
-def check_split(train_ND: Tensor, train_labels_N: Tensor, test_ND: Tensor, test_labels_N: Tensor) -> None:
-    """Refuse features and labels that no classifier can be judged on.
+def check_split(
+    train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, test: str = "test"
+) -> None:
+    """Refuse features and labels that no classifier can be judged on; `test` names the second split in errors.
 
     Raises:
         DataError: an empty split, labels that do not fit the features, unequal widths, values that are not finite,
             fewer than two classes, or a test class without a training image.
     """
-    for split, features_ND, labels_N in (
-        ("training", train_ND, train_labels_N),
-        ("test", test_ND, test_labels_N),
-    ):
-        if features_ND.ndim != 2 or labels_N.shape != features_ND.shape[:1]:
+    for split, features_ND, labels in (("training", train_ND, train_labels), (test, test_ND, test_labels)):
+        if features_ND.ndim != 2 or labels.ndim not in (1, 2) or labels.shape[:1] != features_ND.shape[:1]:
             raise DataError(
-                f"The {split} split has features {tuple(features_ND.shape)} and labels {tuple(labels_N.shape)}; "
-                "expected [N, D] and [N]: one feature vector and one label per image."
+                f"The {split} split has features {tuple(features_ND.shape)} and labels {tuple(labels.shape)}; "
+                "expected [N, D] and [N] or [N, K]: one feature vector and one label per image, or one target per "
+                "class."
             )
         if len(features_ND) == 0:
             raise DataError(f"The {split} split holds no images; expected at least one per class.")
@@ -106,21 +96,38 @@ def check_split(train_ND: Tensor, train_labels_N: Tensor, test_ND: Tensor, test_
             )
     if train_ND.shape[1] != test_ND.shape[1]:
         raise DataError(
-            f"Training features have {train_ND.shape[1]} dimensions and test features {test_ND.shape[1]}; "
+            f"Training features have {train_ND.shape[1]} dimensions and {test} features {test_ND.shape[1]}; "
             "expected both from the same encoder."
         )
+    if train_labels.shape[1:] != test_labels.shape[1:]:
+        raise DataError(
+            f"Training labels are {list(train_labels.shape)} and {test} labels {list(test_labels.shape)}; "
+            "expected both with one label an image, or with a target for each of the same classes."
+        )
+    if train_labels.ndim == 1:
+        _check_classes(train_labels, test_labels, test)
+
+
+def _check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:
     known = set(train_labels_N.tolist())
     if len(known) < 2:
         raise DataError("The training split holds a single class; accuracy needs at least two.")
     if missing := sorted(set(test_labels_N.tolist()) - known):
         raise DataError(
-            f"Test classes {missing} have no training image; split the task so that every class is in both."
+            f"{test.capitalize()} classes {missing} have no training image; split the task so that every class is in "
+            "both."
         )
 
 
-def _vote(similarity_QN: Tensor, train_class_N: Tensor, n_classes: int, k: int, temperature: float) -> Tensor:
+def _vote(similarity_QN: Tensor, train_y: Tensor, k: int, temperature: float) -> Tensor:
     similarity_Qk, neighbour_Qk = similarity_QN.topk(k, dim=1)
     # A common factor per row changes no vote; dividing by the largest weight keeps small temperatures finite.
     weight_Qk = ((similarity_Qk - similarity_Qk[:, :1]) / temperature).exp()
-    votes_QK = weight_Qk.new_zeros(len(similarity_QN), n_classes)
-    return votes_QK.scatter_add_(1, train_class_N[neighbour_Qk], weight_Qk).argmax(dim=1)
+    if train_y.ndim == 1:
+        votes_QK = weight_Qk.new_zeros(len(similarity_QN), int(train_y.max()) + 1)
+        return votes_QK.scatter_add_(1, train_y[neighbour_Qk], weight_Qk)
+    targets_QkK = train_y[neighbour_Qk]
+    for_QK, all_QK = (
+        torch.einsum("qk,qkc->qc", weight_Qk, part.float()) for part in (targets_QkK == 1, targets_QkK >= 0)
+    )
+    return for_QK / all_QK.clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,70 +1,121 @@
-"""Linear probe: multinomial logistic regression on frozen, standardised features.
+"""Linear probe: a linear classifier on frozen features, its strength chosen on validation images.
 
-Axes: N images of a split, D features.
+Labels are classes [N], or targets [N, K] (see `metrics`).
+
+Axes: N images of a split, D features, K classes.
 """
 
-from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from pydantic import Field
 from torch import Tensor
 
+from moce_ds.config import option, settings
 from moce_ds.errors import DataError
-from moce_ds.transfer.knn import Score, check_split, score
+from moce_ds.models.encode import EncodeSettings
+from moce_ds.transfer.knn import check_split, positions
+from moce_ds.transfer.lars import LarsSettings, lars_fits
+from moce_ds.transfer.linear import Fits, logistic_fits, ridge_fits
+from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score, default_metric, figure, judge
 
-STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-_MAX_ITERATIONS = 500
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+@settings
+class ProbeSettings(EncodeSettings):
+    """Which linear classifier, and among which strengths to choose."""
+
+    method: Literal["logistic", "lars", "closed_form"] = option(
+        "logistic", "logistic regression; lars: MAE's recipe; closed_form: ridge regression, the fastest"
+    )
+    l2: list[Positive] = option(
+        [1.0, 1e-1, 1e-2, 1e-3, 1e-4], "regularisations to choose from (logistic, closed_form)", min_length=1
+    )
+    lars: LarsSettings = option(LarsSettings(), "training by LARS")
+    validation_share: Share = option(0.2, "training images that choose, where there is no split for validation")
+    seed: int = option(0, "of that share, and of the order of training by LARS")
 
 
 def linear_probe(
     train_ND: Tensor,
-    train_labels_N: Tensor,
+    train_labels: Tensor,
     test_ND: Tensor,
-    test_labels_N: Tensor,
-    strengths: Sequence[float] = STRENGTHS,
-    validation_share: float = 0.2,
-    seed: int = 0,
-) -> Score:
-    """Test accuracy of a linear classifier whose regularisation was chosen without looking at the test split.
+    test_labels: Tensor,
+    config: ProbeSettings | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
+    choose_by: Metric | None = None,
+) -> Score | MultiLabelScore:
+    """Test accuracy of a linear classifier whose strength was chosen without looking at the test split.
 
-    Every strength is fitted on a part of the training split and judged on the rest of it (stratified by class); the
-    best one, the stronger of equals, is fitted again on the whole training split and judged on the test split.
-    Features are standardised with the statistics of the images fitted on, which is what the usual probe's
-    BatchNorm without affine part does. Deterministic for a given seed.
+    Every strength (regularisation, or learning rate) is fitted on the training split and judged on `validation`; the
+    best one, the stronger of equals, is fitted again on both and judged on the test split. Without `validation`, a
+    part of the training split takes its place (stratified by class). Features are standardised with the statistics of
+    the images fitted on. Deterministic for a given seed.
 
     Args:
         train_ND, test_ND: float32 features.
-        train_labels_N, test_labels_N: integer class of each image.
-        strengths: weights of `||W||^2 / 2` beside the *mean* cross-entropy, so that they mean the same for any N.
-        validation_share: share of each class of the training split that chooses the strength, between 0 and 1.
-        seed: of the validation split.
+        train_labels, test_labels: integer class of each image [N], or targets [N, K].
+        validation: features and labels of images that choose.
+        choose_by: the metric that chooses; default: top-1, or 11-point mAP for targets.
 
     Raises:
-        DataError: see `check_split`; also when no class has two training images.
+        DataError: see `check_split`; also when no class has two training images, and there is no `validation`.
     """
-    check_split(train_ND, train_labels_N, test_ND, test_labels_N)
-    x_ND, y_N = train_ND.float().cpu().numpy(), train_labels_N.cpu().numpy()
-    validation_N = stratified_mask(y_N, validation_share, seed)
-    accuracies = {
-        strength: fit(x_ND[~validation_N], y_N[~validation_N], strength).score(x_ND[validation_N], y_N[validation_N])
-        for strength in sorted(strengths, reverse=True)
+    config = config or ProbeSettings()
+    check_split(train_ND, train_labels, test_ND, test_labels)
+    if validation is None:
+        held_N = held_out(train_labels.cpu().numpy(), config.validation_share, config.seed)
+    else:
+        check_split(train_ND, train_labels, *validation, test="validation")
+        held_N = np.arange(len(train_ND) + len(validation[0])) >= len(train_ND)
+        train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
+    x_ND, metric = train_ND.float().cpu().numpy(), choose_by or default_metric(train_labels)
+    y, test_y = (labels.cpu().numpy() for labels in positions(train_labels, test_labels))
+
+    figures = {
+        strength: figure(metric, predict(x_ND[held_N]), y[held_N])
+        for strength, predict in _fits(config, x_ND[~held_N], y[~held_N], _strengths(config))
     }
-    best = max(accuracies, key=lambda strength: accuracies[strength])
-    predicted_N = torch.from_numpy(fit(x_ND, y_N, best).predict(test_ND.float().cpu().numpy()))
+    best = max(figures, key=lambda strength: figures[strength])
+    ((_, predict),) = _fits(config, x_ND, y, [best])
     chosen = {
-        "l2": best,
-        "validation_top1": float(accuracies[best]),
-        "n_validation": int(validation_N.sum()),
-        "seed": seed,
+        "method": config.method,
+        "base_lr" if config.method == "lars" else "l2": best,
+        f"validation_{metric}": figures[best],
+        "n_validation": int(held_N.sum()),
+        "seed": config.seed,
     }
-    return score(predicted_N, test_labels_N.cpu(), len(x_ND), chosen)
+    return judge(predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), chosen)
 
 
-def stratified_mask(labels_N: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+def _strengths(config: ProbeSettings) -> list[float]:
+    """The strongest regularisation, and the lowest learning rate, first."""
+    return sorted(config.lars.base_lr) if config.method == "lars" else sorted(config.l2, reverse=True)
+
+
+def _fits(config: ProbeSettings, x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: list[float]) -> Fits:
+    if config.method == "lars":
+        return lars_fits(x_ND, y, strengths, config.lars, config.seed)
+    return {"logistic": logistic_fits, "closed_form": ridge_fits}[config.method](x_ND, y, strengths)
+
+
+def held_out(labels: NDArray[np.integer], share: float, seed: int) -> NDArray[np.bool_]:
+    """True for a random `share` of the images, stratified where each has one label. Raises DataError."""
+    if labels.ndim == 1:
+        return stratified_mask(labels, share, seed)
+    if len(labels) < 2:
+        raise DataError("One training image cannot both train and choose the probe's strength: give it more images.")
+    chosen = np.random.default_rng(seed).permutation(len(labels))[
+        : min(max(1, round(share * len(labels))), len(labels) - 1)
+    ]
+    return np.isin(np.arange(len(labels)), chosen)
+
+
+def stratified_mask(labels_N: NDArray[np.integer], share: float, seed: int) -> NDArray[np.bool_]:
     """True for a random `share` of each class: at least one image, and never all; none of a class of one.
 
     Raises:
@@ -77,14 +128,7 @@ def stratified_mask(labels_N: NDArray[np.int64], share: float, seed: int) -> NDA
         mask_N[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
     if not mask_N.any():
         raise DataError(
-            "No class has two training images, so none can be set aside to choose the probe's regularisation; "
+            "No class has two training images, so none can be set aside to choose the probe's strength; "
             "use k-NN (`moce knn`) on so small a task."
         )
     return mask_N
-
-
-def fit(x_ND: NDArray[np.float32], y_N: NDArray[np.int64], strength: float) -> Pipeline:
-    """Standardisation and classifier, fitted; `strength` as in `linear_probe`."""
-    # scikit-learn weighs the *sum* of the cross-entropy by C.
-    classifier = LogisticRegression(C=1 / (strength * len(x_ND)), max_iter=_MAX_ITERATIONS)
-    return make_pipeline(StandardScaler(), classifier).fit(x_ND, y_N)

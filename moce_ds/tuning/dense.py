@@ -1,8 +1,9 @@
 """What detection and segmentation have in common: settings, the encoder, and the weights that they leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +17,13 @@ from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.randomness import INIT, hashed
 from moce_ds.runtime import Runtime
+from moce_ds.tuning.classification import tuned_execution
+from moce_ds.tuning.pyramid import SimpleFeaturePyramid
 from moce_ds.tuning.settings import TuneDataSettings, TuneOptimSettings, TuneSettings
 
 WEIGHTS = "model.safetensors"
 """File of a complete run: the weights that the final measures are of."""
 
-M = TypeVar("M", bound=nn.Module)
 Scale = Annotated[float, Field(gt=0)]
 
 
@@ -48,12 +50,31 @@ class DenseSettings(TuneSettings):
             raise ValueError("data.val, data.test: give one of them at least, to measure what has been learnt")
 
 
+class DenseModel(Protocol):
+    """A model around a pyramid."""
+
+    backbone: SimpleFeaturePyramid
+
+
+M = TypeVar("M", bound=DenseModel)
+
+
 def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
     """The encoder on the host, and the model that `make` puts around it: the same weights on every process."""
     encoder = open_encoder(config.encoder, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashed(INIT, config.run.seed)[()] >> np.uint64(1)))
-        return encoder, make(encoder)
+        model = make(encoder)
+    tuned_execution(model.backbone.body.vit, config.engine)
+    return encoder, model
+
+
+@contextmanager
+def evaluation(config: DenseSettings, runtime: Runtime) -> Iterator[None]:
+    """Run a block that holds no collective in the precision of training; what fails on one process fails on all."""
+    bf16 = config.engine.precision == "bf16"
+    with runtime.together(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
+        yield
 
 
 def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:

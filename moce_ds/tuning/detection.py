@@ -22,7 +22,7 @@ from moce_ds.data.coco_api import average_precision
 from moce_ds.errors import DataError
 from moce_ds.files import sha256_of
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, Scale, build, keep_weights
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, Scale, build, evaluation, keep_weights
 from moce_ds.tuning.detector import (
     DetectorSettings,
     build_detector,
@@ -30,6 +30,7 @@ from moce_ds.tuning.detector import (
     training_example,
     whole_view,
 )
+from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
 from moce_ds.tuning.task import Measures
@@ -113,15 +114,32 @@ class DetectionTask:
     def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Average precision on the validation split; a collective."""
         assert self._val is not None
-        return measured(model, self._val, self._side, self._mean, runtime)
+        return self._measured(model, self._val, runtime)
 
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Average precision on the test split; leaves the weights in the run's folder. A collective."""
         final = self._test or self._val
         assert final is not None  # DenseSettings sees to it
-        found = measured(model, final, self._side, self._mean, runtime)
+        found = self._measured(model, final, runtime)
         keep_weights(model, self._config.run.out, runtime)
         return found
+
+    def _measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:
+        """Average precision on a set, whose images the processes share."""
+        views = [whole_view((image.width, image.height), self._side) for image in data.images]
+        mine = range(runtime.rank, len(data), runtime.world_size)
+        found: list[dict[str, Any]] = []
+
+        def canvas(number: int) -> Tensor:
+            return draw_image(data.image(number), views[number], self._side, self._mean)
+
+        with evaluation(self._config, runtime):
+            stream = prepared(canvas, mine, self._config.data.workers, runtime.device)
+            for number, image_CHW in zip(mine, stream, strict=True):
+                (detections,) = model([image_CHW.to(runtime.device)])
+                found += results(data, number, views[number], detections)
+        everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
+        return average_precision(data.path, everyone)
 
 
 def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None:
@@ -135,19 +153,3 @@ def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None
             "the same, ids and names."
         )
     return other
-
-
-def measured(
-    model: nn.Module, data: CocoSet, side: int, mean: tuple[float, float, float], runtime: Runtime
-) -> Measures:
-    """Average precision of a detector on a set, whose images the processes share; a collective. Raises DataError."""
-    device = next(model.parameters()).device
-    found: list[dict[str, Any]] = []
-    with runtime.together():
-        for number in range(runtime.rank, len(data), runtime.world_size):
-            told = data.images[number]
-            view = whole_view((told.width, told.height), side)
-            (detections,) = model([draw_image(data.image(number), view, side, mean).to(device)])
-            found += results(data, number, view, detections)
-    everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
-    return average_precision(data.path, everyone)

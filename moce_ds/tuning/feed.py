@@ -1,8 +1,9 @@
-"""Batches of a task, prepared by worker processes ahead of the loop that takes them."""
+"""What worker processes prepare ahead of the loop that takes it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moce_ds.data.sampler import ShuffledSampler
@@ -11,35 +12,38 @@ from moce_ds.runtime import Runtime
 from moce_ds.tuning.task import Task
 
 
-class _Batches(Dataset[Any]):
-    """This process's part of every global batch, by index."""
+class _Made(Dataset[Any]):
+    """What `make` makes of each index; an error as a value: raised in a worker it would arrive with a traceback."""
 
-    def __init__(self, task: Task, sampler: ShuffledSampler, runtime: Runtime) -> None:
-        self._task, self._sampler = task, sampler
-        self._rank, self._world_size = runtime.rank, runtime.world_size
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
 
     def __getitem__(self, index: int) -> Any:
-        part = self._sampler.batch(index).part(self._rank, self._world_size)
         try:
-            return self._task.batch(part.ids, part.epochs)
-        except MoceError as error:  # as a value: raised in a worker it would arrive with a traceback in its message
+            return self._make(index)
+        except MoceError as error:
             return error
 
 
-def feed(task: Task, sampler: ShuffledSampler, first: int, last: int, workers: int, runtime: Runtime) -> Iterator[Any]:
-    """The batches `first` to `last` (exclusive), on the host.
+def prepared(make: Callable[[int], Any], indices: range, workers: int, device: torch.device) -> Iterator[Any]:
+    """`make(index)` for each index in order, by `workers` processes (0: by this one), for use on `device`.
 
     Raises (while iterating):
-        MoceError: what `task.batch` raised.
+        MoceError: what `make` raised.
     """
-    loader = DataLoader(
-        _Batches(task, sampler, runtime),
-        batch_size=None,
-        sampler=range(first, last),
-        num_workers=workers,
-        pin_memory=runtime.device.type == "cuda",
-    )
-    for batch in loader:
-        if isinstance(batch, MoceError):
-            raise batch
-        yield batch
+    pinned = device.type == "cuda"
+    loader = DataLoader(_Made(make), batch_size=None, sampler=indices, num_workers=workers, pin_memory=pinned)
+    for item in loader:
+        if isinstance(item, MoceError):
+            raise item
+        yield item
+
+
+def feed(task: Task, sampler: ShuffledSampler, indices: range, workers: int, runtime: Runtime) -> Iterator[Any]:
+    """This process's part of the global batches `indices`, on the host. Raises what `task.batch` does."""
+
+    def make(index: int) -> Any:
+        part = sampler.batch(index).part(runtime.rank, runtime.world_size)
+        return task.batch(part.ids, part.epochs)
+
+    return prepared(make, indices, workers, runtime.device)

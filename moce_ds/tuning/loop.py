@@ -154,8 +154,8 @@ def _stream(tuning: Tuning) -> Iterator[Any]:
     """This process's part of every micro-batch from where this attempt begins."""
     batches, parts = tuning.batches, tuning.batches.accumulation
     sampler = ShuffledSampler(tuning.task.count, batches.micro_global, tuning.config.run.seed)
-    first, last = tuning.first_step * parts, tuning.schedule.steps * parts
-    return feed(tuning.task, sampler, first, last, tuning.config.data.workers, tuning.runtime)
+    indices = range(tuning.first_step * parts, tuning.schedule.steps * parts)
+    return feed(tuning.task, sampler, indices, tuning.config.data.workers, tuning.runtime)
 
 
 def _step(tuning: Tuning, stream: Iterator[Any], steward: Steward) -> tuple[float, float]:

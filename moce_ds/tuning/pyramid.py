@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError
@@ -85,7 +86,12 @@ class WindowedViT(nn.Module):
         x_BHWD = x_BTD.unflatten(1, (self.side, self.side))
         for index, block in enumerate(vit.blocks):
             window = self.side if index in self.sees_all else self.window
-            x_BHWD = from_windows(block(to_windows(x_BHWD, window)), window, self.side)
+            tokens_NTD = to_windows(x_BHWD, window)
+            if vit.grad_checkpointing and self.training:
+                tokens_NTD = checkpoint(block, tokens_NTD, use_reentrant=False)
+            else:
+                tokens_NTD = block(tokens_NTD)
+            x_BHWD = from_windows(tokens_NTD, window, self.side)
         return x_BHWD.permute(0, 3, 1, 2)
 
 

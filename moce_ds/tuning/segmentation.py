@@ -20,7 +20,8 @@ from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, build, keep_weights
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, build, evaluation, keep_weights
+from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.segmenter import Segmenter, SegmenterSettings, confusion, pixel_loss, segmentation_scores, slide
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
@@ -103,29 +104,32 @@ class SegmentationTask:
     def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Mean intersection over union on the validation split; a collective."""
         assert self._val is not None
-        return measured(model, self._val, self._side, runtime)
+        return self._measured(model, self._val, runtime)
 
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
         """The same of the test split; leaves the weights in the run's folder. A collective."""
         final = self._test or self._val
         assert final is not None  # DenseSettings sees to it
-        found = measured(model, final, self._side, runtime)
+        found = self._measured(model, final, runtime)
         keep_weights(model, self._config.run.out, runtime)
         return found
 
+    def _measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
+        """Scores on a set, whose images the processes share."""
+        counts_KK = torch.zeros((data.classes, data.classes), dtype=torch.int64)
+        mine = range(runtime.rank, len(data), runtime.world_size)
 
-def measured(model: nn.Module, data: Ade20kSet, side: int, runtime: Runtime) -> Measures:
-    """Scores of a segmenter on a set, whose images the processes share; a collective. Raises DataError."""
-    device = next(model.parameters()).device
-    counts_KK = torch.zeros((data.classes, data.classes), dtype=torch.int64)
-    with runtime.together():
-        for number in range(runtime.rank, len(data), runtime.world_size):
+        def example(number: int) -> tuple[Tensor, Tensor]:
             image, labels_HW = data.read(number)
-            logits_KHW = slide(model, fitted(image, side).to(device), side, data.classes)
-            logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
-            counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), torch.from_numpy(labels_HW), data.classes)
-    total = runtime.sum(counts_KK.double().flatten().tolist())
-    return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
+            return fitted(image, self._side), torch.from_numpy(labels_HW)
+
+        with evaluation(self._config, runtime):
+            for image_CHW, labels_HW in prepared(example, mine, self._config.data.workers, runtime.device):
+                logits_KHW = slide(model, image_CHW.to(runtime.device), self._side, data.classes)
+                logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
+                counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)
+        total = runtime.sum(counts_KK.double().flatten().tolist())
+        return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:

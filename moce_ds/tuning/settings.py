@@ -1,17 +1,31 @@
-"""The settings that every tuning verb has; each adds its own.
+"""The settings that every tuning verb has (`TuneSettings`), and those of `moce finetune`.
 
 As in pre-training, everything but `engine` and `run` defines the experiment, except for keys marked `may_change`.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from moce_ds.config import option, settings
-from moce_ds.training.settings import Beta, EngineSettings, NonNegative, OptimSettings, Positive, RunSettings
+from moce_ds.training.settings import (
+    Beta,
+    CropShare,
+    EngineSettings,
+    NonNegative,
+    OpenShare,
+    OptimSettings,
+    Positive,
+    RunSettings,
+    Share,
+)
+from moce_ds.transfer.metrics import Metric
 
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
+RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]
+SmallShare = Annotated[float, Field(ge=0, lt=1)]
 
 
 @settings
@@ -25,7 +39,7 @@ class TuneOptimSettings(OptimSettings):
     warmup_epochs: NonNegative = option(5, "epochs of linear warm-up")
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "AdamW betas")
     layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
-    ema: Annotated[float, Field(ge=0, lt=1)] = option(0.0, "decay of a running average of the weights; 0: none")
+    ema: SmallShare = option(0.0, "decay of a running average of the weights; 0: none")
     validate_every: Annotated[float, Field(gt=0)] = option(
         5, "epochs between validations, where there is a validation split; the best weights are kept"
     )
@@ -44,3 +58,40 @@ class TuneSettings:
     optim: TuneOptimSettings = dataclasses.field(default_factory=TuneOptimSettings)
     engine: EngineSettings = dataclasses.field(default_factory=EngineSettings)
     run: RunSettings
+
+
+@settings
+class FinetuneDataSettings(TuneDataSettings):
+    encoder: Path = option(help="ENCODER of the command line; so for the next three")
+    train: Path = option(help="--train: labelled training images")
+    test: Path = option(help="--test: labelled test images")
+    val: OpenShare | Path | None = option(None, "--val: labelled validation images, or a share of the training images")
+    metric: Metric | None = option(
+        None, "what the best weights are chosen by: top1, mean_per_class, map11; null: top1, or map11 of several labels"
+    )
+    image_size: Positive | None = option(None, "side of an input image; null: the encoder's")
+
+
+@settings
+class AugmentSettings:
+    crop_scale: tuple[CropShare, CropShare] = option((0.08, 1.0), "area of a random crop")
+    flip: bool = option(True, "flip images at random")
+    rand_augment: RandAugment | None = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's words; null: none")
+    color_jitter: NonNegative = option(0.0, "strength of colour jitter, where there is no RandAugment")
+    erase: Share = option(0.25, "probability of erasing a rectangle")
+    mixup: NonNegative = option(0.8, "alpha of mixup; 0: none")
+    cutmix: NonNegative = option(1.0, "alpha of cutmix; 0: none; with both, either at random")
+    smoothing: SmallShare = option(0.1, "label smoothing")
+    drop_path: SmallShare = option(0.1, "probability that the last block is left out for an image; 0 for the first")
+
+    def __post_init__(self) -> None:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"augment.crop_scale: {list(self.crop_scale)}; expected [low, high]")
+
+
+@settings
+class FinetuneSettings(TuneSettings):
+    """Settings of `moce finetune`."""
+
+    data: FinetuneDataSettings
+    augment: AugmentSettings = dataclasses.field(default_factory=AugmentSettings)

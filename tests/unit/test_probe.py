@@ -1,10 +1,13 @@
 """k-NN and linear probe on scikit-learn's 1,797 handwritten digits, against scikit-learn's own."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
@@ -12,10 +15,13 @@ from torch import Tensor
 
 from moce_ds.errors import DataError
 from moce_ds.transfer import knn
-from moce_ds.transfer.knn import knn_accuracy, score
-from moce_ds.transfer.probe import fit, linear_probe, stratified_mask
+from moce_ds.transfer.knn import KnnSettings, knn_accuracy
+from moce_ds.transfer.linear import Fits, logistic_fits, ridge_fits
+from moce_ds.transfer.metrics import score
+from moce_ds.transfer.probe import ProbeSettings, linear_probe, stratified_mask
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
+FitAll = Callable[[NDArray[np.float32], NDArray[np.int64], list[float]], Fits]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def digits() -> Split:
 
 def test_knn_equals_scikit_learn(digits: Split) -> None:
     train_ND, train_labels_N, test_ND, test_labels_N = digits
-    result = knn_accuracy(*digits, k=20, temperature=0.07)
+    result = knn_accuracy(*digits, KnnSettings(k=20, temperature=0.07))
     reference = KNeighborsClassifier(
         n_neighbors=20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
     ).fit(train_ND.numpy(), train_labels_N.numpy())
@@ -43,8 +49,8 @@ def test_knn_weighs_by_similarity() -> None:
     train_ND = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
     labels_N = torch.tensor([7, 3, 3])
     query_ND, truth_N = torch.tensor([[5.0, 0.5]]), torch.tensor([7])
-    assert knn_accuracy(train_ND, labels_N, query_ND, truth_N, k=3).top1 == 1.0
-    majority_wins = knn_accuracy(train_ND, labels_N, query_ND, truth_N, k=3, temperature=100.0)
+    assert knn_accuracy(train_ND, labels_N, query_ND, truth_N, KnnSettings(k=3)).top1 == 1.0
+    majority_wins = knn_accuracy(train_ND, labels_N, query_ND, truth_N, KnnSettings(k=3, temperature=100.0))
     assert majority_wins.top1 == 0.0
 
 
@@ -85,7 +91,7 @@ def test_probe_regularises_where_labels_are_noisy(digits: Split) -> None:
     wrong_N = torch.rand(600, generator=random) < 0.33
     noisy_N = torch.where(wrong_N, torch.randint(10, (600,), generator=random), train_labels_N)
     chosen = linear_probe(train_ND, noisy_N, test_ND, test_labels_N)
-    weak = linear_probe(train_ND, noisy_N, test_ND, test_labels_N, strengths=[1e-6])
+    weak = linear_probe(train_ND, noisy_N, test_ND, test_labels_N, ProbeSettings(l2=[1e-6]))
     assert chosen.settings["l2"] >= 0.1
     assert chosen.top1 > weak.top1 + 0.05
 
@@ -97,17 +103,22 @@ def test_probe_standardises_and_bears_a_constant_feature(digits: Split) -> None:
     assert scaled.top1 == pytest.approx(linear_probe(*digits).top1, abs=0.02)
 
 
-def test_probe_strength_means_the_same_for_any_number_of_images(digits: Split) -> None:
+@pytest.mark.parametrize("fits", [logistic_fits, ridge_fits])
+def test_a_strength_means_the_same_for_any_number_of_images(digits: Split, fits: FitAll) -> None:
     x_ND, y_N = digits[0].numpy(), digits[1].numpy()
-    once, thrice = fit(x_ND, y_N, 0.1), fit(np.tile(x_ND, (3, 1)), np.tile(y_N, 3), 0.1)
-    np.testing.assert_allclose(once[-1].coef_, thrice[-1].coef_, atol=2e-3)
-    assert abs(fit(x_ND, y_N, 0.3)[-1].coef_ - once[-1].coef_).max() > 0.02
+
+    def scores(copies: int, l2: float) -> NDArray[np.floating]:
+        ((_, predict),) = fits(np.tile(x_ND, (copies, 1)), np.tile(y_N, copies), [l2])
+        return predict(digits[2].numpy())
+
+    np.testing.assert_allclose(scores(1, 0.1), scores(3, 0.1), atol=2e-3 * abs(scores(1, 0.1)).max())
+    assert abs(scores(1, 0.3) - scores(1, 0.1)).max() > 0.02
 
 
 def test_probe_prefers_the_stronger_of_equals() -> None:
     x_ND = torch.tensor([[-3.0], [-2.5], [-2.0], [2.0], [2.5], [3.0]])
     y_N = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert linear_probe(x_ND, y_N, x_ND, y_N, strengths=[1e-3, 1e-1, 1e-2]).settings["l2"] == 1e-1
+    assert linear_probe(x_ND, y_N, x_ND, y_N, ProbeSettings(l2=[1e-3, 1e-1, 1e-2])).settings["l2"] == 1e-1
 
 
 @given(

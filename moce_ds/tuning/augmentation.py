@@ -1,0 +1,82 @@
+"""timm's augmentations, each drawn for an image (or a pair of images) and an epoch, whoever prepares it and when.
+
+Axes: B images, C channels, H, W pixels, K classes.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moce_ds.compat import repair_torchvision
+from moce_ds.data.transform import ImageInput
+from moce_ds.tuning.seeding import seed_item
+from moce_ds.tuning.settings import AugmentSettings
+
+repair_torchvision()
+from timm.data import Mixup, create_transform  # noqa: E402  (needs the repair)
+
+Transform = Callable[[Image.Image], Tensor]
+"""An RGB image to [C, H, W] float32, normalised."""
+
+_MIXING = 1  # tells the draws for a pair from those for its first image
+
+
+def training_transform(input: ImageInput, config: AugmentSettings) -> Transform:
+    """Crop, flip, RandAugment and erasing; draws from the global generators."""
+    transform: Transform = create_transform(
+        input.size,
+        is_training=True,
+        scale=config.crop_scale,
+        hflip=0.5 * config.flip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.rand_augment,
+        interpolation="bicubic",
+        mean=input.mean,
+        std=input.std,
+        re_prob=config.erase,
+        re_mode="pixel",
+    )
+    return transform
+
+
+def test_transform(input: ImageInput) -> Transform:
+    """The centre crop that the encoder was made for."""
+    transform: Transform = create_transform(
+        input.size, crop_pct=input.center_crop, interpolation="bicubic", mean=input.mean, std=input.std
+    )
+    return transform
+
+
+class Mixing:
+    """Mixup and cutmix of neighbouring images: the first with the second, the third with the fourth, ...
+
+    The order of images is random, so neighbours are a random pair; being read by one process, whatever the number of
+    processes, a pair is mixed in the same way.
+    """
+
+    def __init__(self, config: AugmentSettings, seed: int) -> None:
+        self._seed = seed
+        self._mix = None
+        if config.mixup or config.cutmix:  # timm mixes which of the two an image is; labels follow from that
+            self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=2)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed at all, so that a batch must be even."""
+        return self._mix is not None
+
+    def __call__(
+        self, images_BCHW: Tensor, targets_BK: Tensor, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]
+    ) -> None:
+        """Mix the images, and in the same shares the rows of `targets_BK`, in place."""
+        if self._mix is None:
+            return
+        for first in range(0, len(ids_B), 2):
+            pair = slice(first, first + 2)
+            seed_item(self._seed, int(epochs_B[first]), int(ids_B[first]), _MIXING)
+            images_BCHW[pair], shares_22 = self._mix(images_BCHW[pair], torch.arange(2))
+            targets_BK[pair] = shares_22 @ targets_BK[pair]

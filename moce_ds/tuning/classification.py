@@ -1,0 +1,201 @@
+"""Fine-tuning for classification: an encoder and a linear head on the mean of its patch tokens.
+
+The head sees exactly `Encoder.features`, so what is tuned is an encoder folder and a matrix.
+
+Axes: B images, N images of a split, K classes, D width, C channels, H, W pixels.
+"""
+
+import dataclasses
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from moce_ds.compat import repair_torchvision
+from moce_ds.errors import ConfigError
+from moce_ds.files import atomic_folder, writes_to
+from moce_ds.models.vit import Encoder, save_encoder
+from moce_ds.runtime import Runtime
+from moce_ds.training.settings import EngineSettings, shared_batch
+from moce_ds.transfer.metrics import default_metric, judge
+from moce_ds.tuning.augmentation import Mixing, test_transform, training_transform
+from moce_ds.tuning.feed import prepared
+from moce_ds.tuning.groups import parameter_groups
+from moce_ds.tuning.labelled import Split, Splits
+from moce_ds.tuning.seeding import seed_item
+from moce_ds.tuning.settings import FinetuneSettings
+from moce_ds.tuning.task import Measures
+
+repair_torchvision()
+from timm.layers import resample_abs_pos_embed  # noqa: E402  (needs the repair)
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+TUNED, HEAD = "tuned", "head.safetensors"
+"""Folder of a complete run with the tuned encoder, and the head's file in it."""
+
+_HEAD_STD = 2e-5  # of MAE's fine-tuning: the first predictions are all alike
+_TEST_BATCH = 64  # images
+
+
+class Batch(NamedTuple):
+    """Images with a share of each class, 0-1, and how much each share counts, 0-1 (VOC's "difficult" do not)."""
+
+    images_BCHW: Tensor
+    targets_BK: Tensor
+    counted_BK: Tensor
+
+
+class Classification:
+    """A `Task`: the images of `splits`, and `encoder` with a new head."""
+
+    def __init__(self, encoder: Encoder, splits: Splits, config: FinetuneSettings, runtime: Runtime) -> None:
+        """
+        Raises:
+            ConfigError: a setting does not fit the encoder, the labels, or the number of processes.
+        """
+        self._encoder, self._splits, self._config = encoder, splits, config
+        metric = config.data.metric or default_metric(splits.train.labels)
+        if (metric == "map11") != splits.multi_label:
+            raise ConfigError(f"data.metric: {metric} is for images with {'one' if splits.multi_label else 'several'} "
+                              "label(s), unlike these: leave it out.")  # fmt: skip
+        self.criterion: str | None = metric if splits.val else None
+        self.count = splits.train.count
+        self.fingerprint = sha256((splits.fingerprint + encoder.fingerprint).encode()).hexdigest()
+        size = config.data.image_size or encoder.shape.image_size
+        self._input = dataclasses.replace(encoder.input, size=size)
+        self._shape = dataclasses.replace(encoder.shape, image_size=size)
+        if size % encoder.shape.patch_size:
+            raise ConfigError(
+                f"data.image_size: {size} is no multiple of the encoder's patch, {encoder.shape.patch_size}."
+            )
+        self._transform = training_transform(self._input, config.augment)
+        self._mix = Mixing(config.augment, config.run.seed)
+        if self._mix.in_pairs and shared_batch(config.optim, runtime.world_size).micro % 2:
+            raise ConfigError(
+                f"optim.batch_size: {config.optim.batch_size} gives a process an odd number of images at a time; mixup "
+                "and cutmix take them in pairs. Change it, or set augment.mixup=0 augment.cutmix=0."
+            )
+        self.model = self._built()
+
+    def _built(self) -> VisionTransformer:
+        """timm's ViT with the encoder's weights, its positions fitted to the image size, and a head that is new."""
+        torch.manual_seed(self._config.run.seed)
+        own = {"num_classes": len(self._splits.classes), "global_pool": "avg", "fc_norm": False}
+        drop_path = self._config.augment.drop_path
+        model = VisionTransformer(**self._shape.timm_arguments() | own, drop_path_rate=drop_path)
+        state = self._encoder.model.state_dict()
+        side = self._shape.image_size // self._shape.patch_size
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [side, side])
+        nn.init.trunc_normal_(model.head.weight, std=_HEAD_STD)
+        nn.init.zeros_(model.head.bias)
+        model.load_state_dict(state | {f"head.{name}": t for name, t in model.head.state_dict().items()})
+        return tuned_execution(model, self._config.engine)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Layer decay from the head to the patches."""
+        return parameter_groups(self.model, self.model, self._config.optim)
+
+    def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Batch:
+        """Training images, augmented and mixed, with their targets. Raises DataError where one cannot be read."""
+        train, seed = self._splits.train, self._config.run.seed
+        images = []
+        for item, epoch in zip(ids_B.tolist(), epochs_B.tolist(), strict=True):
+            image = train.images.decode(int(train.ids_N[item]))
+            seed_item(seed, epoch, item)
+            images.append(self._transform(image))
+        images_BCHW = torch.stack(images)
+        shown_BK, counted_BK = self._targets(train.labels[ids_B])
+        both_BK2 = torch.cat([shown_BK * counted_BK, counted_BK], dim=1)
+        self._mix(images_BCHW, both_BK2, ids_B, epochs_B)
+        shown_BK, counted_BK = both_BK2.chunk(2, dim=1)
+        # Of a mixed image the share of a class among what counts for it.
+        return Batch(images_BCHW, shown_BK / counted_BK.clamp(min=1e-6), counted_BK)
+
+    def _targets(self, labels: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
+        """Smoothed shares of the classes, and which of them count; both [B, K]."""
+        smoothing, K = self._config.augment.smoothing, len(self._splits.classes)
+        if labels.ndim == 1:
+            one_hot_BK = nn.functional.one_hot(torch.from_numpy(labels.astype(np.int64)), K).float()
+            return one_hot_BK * (1 - smoothing) + smoothing / K, torch.ones_like(one_hot_BK)
+        targets_BK = torch.from_numpy(labels)
+        return (targets_BK == 1).float() * (1 - smoothing) + smoothing / 2, (targets_BK >= 0).float()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy; with several labels an image, binary cross-entropy of every class."""
+        device = next(model.parameters()).device
+        images_BCHW, targets_BK, counted_BK = (tensor.to(device, non_blocking=True) for tensor in batch)
+        logits_BK = model(images_BCHW).float()
+        if self._splits.multi_label:
+            return binary_cross_entropy_with_logits(logits_BK, targets_BK, weight=counted_BK)
+        return cross_entropy(logits_BK, targets_BK)
+
+    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Measures of the validation split."""
+        assert self._splits.val is not None
+        return self._measures(model, self._splits.val, runtime)
+
+    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Measures of the test split; writes the encoder folder `tuned` with the head.
+
+        Raises:
+            DataError, ArtefactError: on every process alike.
+        """
+        found = self._measures(model, self._splits.test, runtime)
+        with runtime.together():
+            if runtime.is_main:
+                self._save(model, found)
+        return found
+
+    def _measures(self, model: nn.Module, split: Split, runtime: Runtime) -> Measures:
+        scores_NK = self._scores(model, split, runtime).numpy()
+        return judge(scores_NK, split.labels, self.count, {}).figures
+
+    def _scores(self, model: nn.Module, split: Split, runtime: Runtime) -> Tensor:
+        """Logits of a split, [N, K] float32 on the host of every process; the processes share the images."""
+        transform = test_transform(self._input)
+        places = torch.arange(split.count).split(_TEST_BATCH)
+
+        def images_of(index: int) -> Tensor:
+            return torch.stack([transform(split.images.decode(int(split.ids_N[i]))) for i in places[index]])
+
+        scores_NK = torch.zeros(split.count, len(self._splits.classes))
+        mine = range(runtime.rank, len(places), runtime.world_size)
+        bf16 = self._config.engine.precision == "bf16"
+        with runtime.together(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
+            stream = prepared(images_of, mine, self._config.data.workers, runtime.device)
+            for index, images_BCHW in zip(mine, stream, strict=True):
+                scores_NK[places[index]] = model(images_BCHW.to(runtime.device)).float().cpu()
+        if runtime.world_size > 1:
+            dist.all_reduce(scores_NK)
+        return scores_NK
+
+    def _save(self, model: nn.Module, found: Measures) -> None:
+        state = model.state_dict()
+        head = {name: state.pop(f"head.{name}").float().cpu().contiguous() for name in ("weight", "bias")}
+        provenance = {
+            "tuned_from": str(self._config.data.encoder),
+            "encoder": self._encoder.provenance,
+            "train": str(self._config.data.train),
+            "test": found,
+        }
+        out: Path = self._config.run.out / TUNED
+        with writes_to(out), atomic_folder(out) as draft:
+            save_encoder(draft, state, self._shape, self._input, provenance)
+            save_file(head, draft / HEAD, metadata={"classes": json.dumps(self._splits.classes)})
+
+
+def tuned_execution(vit: VisionTransformer, engine: EngineSettings) -> VisionTransformer:
+    """How the blocks of a ViT are computed while it is tuned; changes speed and memory, never the result."""
+    vit.set_grad_checkpointing(engine.checkpoint_activations)
+    if engine.compile:
+        for block in vit.blocks:
+            block.compile()
+    return vit

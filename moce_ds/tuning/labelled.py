@@ -1,0 +1,101 @@
+"""The splits of a classification task: images with what they show, by the class names of the training images.
+
+Axes: N images of a split, K classes.
+"""
+
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import DataError
+from moce_ds.transfer.probe import held_out
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a shard set.
+
+    Attributes:
+        ids_N: which.
+        labels: the class of each [N]; or targets [N, K]: 1 shown, 0 not shown, -1 not counted.
+    """
+
+    images: ShardSet
+    ids_N: NDArray[np.int64]
+    labels: NDArray[np.integer]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.ids_N)
+
+    def part(self, chosen_N: NDArray[np.bool_]) -> "Split":
+        """The images where `chosen_N` holds."""
+        return Split(self.images, self.ids_N[chosen_N], self.labels[chosen_N])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task; `val` chooses among weights, if there is one, and `test` judges those chosen."""
+
+    classes: list[str]
+    train: Split
+    val: Split | None
+    test: Split
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes."""
+        return self.train.labels.ndim == 2
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of images and labels of all splits."""
+        digest = sha256("\0".join(self.classes).encode())
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                digest.update(split.images.fingerprint.encode() + split.ids_N.tobytes() + split.labels.tobytes())
+        return digest.hexdigest()
+
+
+def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, seed: int) -> Splits:
+    """The splits of a task; `val` may be a share of `train`, stratified by class, 0-1.
+
+    Raises:
+        DataError: an image has no class; there is one class only; the splits do not have the same kind of labels, or
+            one has a class that `train` lacks; a class of one image is to be shared between training and validation.
+    """
+    if len(train.classes) < 2:
+        raise DataError(f"{train.path}: {len(train.classes)} class(es); expected two or more, each a folder of images.")
+    whole, tested = (_labelled(images, train) for images in (train, test))
+    if not isinstance(val, float):
+        return Splits(train.classes, whole, _labelled(val, train) if val else None, tested)
+    counts_K = np.bincount(whole.labels) if whole.labels.ndim == 1 else np.zeros(0)
+    if (counts_K == 1).any():
+        alone = train.classes[int((counts_K == 1).argmax())]
+        raise DataError(
+            f"{train.path}: class {alone} has a single image, which cannot both train and validate: add images of it, "
+            "or give validation images of their own with --val DATA."
+        )
+    held_N = held_out(whole.labels, val, seed)
+    return Splits(train.classes, whole.part(~held_N), whole.part(held_N), tested)
+
+
+def _labelled(images: ShardSet, train: ShardSet) -> Split:
+    if (images.targets is None) != (train.targets is None):
+        raise DataError(f"{images.path} and {train.path}: one has a label for each image, the other several.")
+    if unknown := sorted(set(images.classes) - set(train.classes)):
+        raise DataError(f"{images.path}: classes {unknown[:5]} are not among the training classes of {train.path}.")
+    ids_N, position = np.arange(images.count), {name: k for k, name in enumerate(train.classes)}
+    place_K = np.array([position[name] for name in images.classes], dtype=np.int64)
+    if images.targets is not None:
+        targets_NK = np.zeros((images.count, len(train.classes)), np.int8)
+        targets_NK[:, place_K] = images.targets
+        return Split(images, ids_N, targets_NK)
+    if (images.labels < 0).any():
+        lost = images.source(int((images.labels < 0).argmax()))
+        raise DataError(f"{images.path}: {lost} has no class; expected every image in the folder of its class.")
+    return Split(images, ids_N, place_K[images.labels])
