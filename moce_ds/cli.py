@@ -17,6 +17,7 @@ from moce_ds.bench.verbs import Numbers, bench
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
 from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
+from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
 
 
@@ -274,7 +275,7 @@ def inspect(path: Path, verify: bool) -> None:
         sys.exit(1 if found else 0)
 
 
-for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS):
+for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):
     moce.add_command(verb)
 
 

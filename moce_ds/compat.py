@@ -7,6 +7,8 @@ import sys
 import warnings
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 if not torch.cuda.is_available():
     # DeepSpeed warns at import when it has to find out by itself that there is only a CPU.
@@ -35,6 +37,91 @@ def repair_torchvision() -> None:
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _torchvision_operators.append(library)
         importlib.import_module("torchvision")
+
+
+def supply_torchvision_operators() -> None:
+    """Give torchvision's detectors the operators nms and roi_align where its compiled ones do not load.
+
+    Beside a CPU build of torch (see `repair_torchvision`) `nms` is an error, and `roi_align` falls back to one that
+    needs a C++ compiler at run time. Written in torch, they let the same Mask R-CNN run everywhere. Elsewhere nothing
+    is done. Can go with `repair_torchvision`.
+    """
+    repair_torchvision()
+    extension = importlib.import_module("torchvision.extension")
+    if extension._has_ops():
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.impl("nms", nms, "CompositeExplicitAutograd")
+    library.define(
+        "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
+        "int sampling_ratio, bool aligned) -> Tensor"
+    )
+    library.impl("roi_align", roi_align, "CompositeImplicitAutograd")
+    _torchvision_operators.append(library)
+    # `torchvision.ops.roi_align` is the function; its module has a copy of the name.
+    for module in (extension, importlib.import_module("torchvision.ops.roi_align")):
+        module._has_ops = lambda: True  # type: ignore[attr-defined]
+
+
+def nms(boxes_N4: Tensor, scores_N: Tensor, iou_threshold: float) -> Tensor:
+    """Indices of the boxes (x1, y1, x2, y2) that overlap no better-scored kept one by more, best first.
+
+    The greedy choice is the fixed point of "kept unless a kept, better one overlaps", reached after a few rounds.
+    """
+    from torchvision.ops import box_iou
+
+    order_N = scores_N.argsort(descending=True, stable=True)
+    boxes_N4 = boxes_N4[order_N].float()
+    beats_NN = (box_iou(boxes_N4, boxes_N4) > iou_threshold).triu(diagonal=1)
+    kept_N, previous_N = torch.ones_like(order_N, dtype=torch.bool), None
+    while previous_N is None or not torch.equal(kept_N, previous_N):
+        previous_N, kept_N = kept_N, ~(beats_NN & kept_N[:, None]).any(dim=0)
+    return order_N[kept_N]
+
+
+def roi_align(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    pooled_height: int,
+    pooled_width: int,
+    sampling_ratio: int,
+    aligned: bool,
+) -> Tensor:
+    """Means of bilinear samples in the bins of regions, [K, C, pooled_height, pooled_width].
+
+    Args:
+        input: maps, [B, C, H, W].
+        rois: [K, 5]: index of the image, then x1, y1, x2, y2 in pixels of the image, within it.
+        spatial_scale: pixels of the map over pixels of the image.
+        sampling_ratio: samples along each side of a bin; 0 or less: as many as pixels of the map, by region.
+    """
+    bins_2 = torch.tensor([pooled_width, pooled_height], device=rois.device)
+    corners_K4 = rois[:, 1:].float() * spatial_scale - (0.5 if aligned else 0.0)
+    sides_K2 = (corners_K4[:, 2:] - corners_K4[:, :2]).clamp(min=0.0 if aligned else 1.0)
+    counts_K2 = (sides_K2 / bins_2).ceil().clamp(min=1).long()
+    if sampling_ratio > 0:
+        counts_K2 = torch.full_like(counts_K2, sampling_ratio)
+    pooled_KCHW = input.new_zeros((len(rois), input.shape[1], pooled_height, pooled_width))
+    alike_G3, group_K = torch.cat([rois[:, :1].long(), counts_K2], dim=1).unique(dim=0, return_inverse=True)
+    for group, (image, *counts) in enumerate(alike_G3.tolist()):  # regions of one image with as many samples
+        mine_N = (group_K == group).nonzero().flatten()
+        places = []
+        for axis, bins in enumerate((pooled_width, pooled_height)):
+            inside_S = (torch.arange(bins * counts[axis], device=rois.device) + 0.5) / (bins * counts[axis])
+            pixel_NS = corners_K4[mine_N, axis, None] + inside_S * sides_K2[mine_N, axis, None]
+            places.append((2 * pixel_NS + 1) / input.shape[3 - axis] - 1)  # -1 to 1, as grid_sample counts
+        x_NHW, y_NHW = torch.broadcast_tensors(places[0][:, None, :], places[1][:, :, None])
+        sampled_1CSW = F.grid_sample(
+            input[image, None].float(),
+            torch.stack([x_NHW, y_NHW], dim=-1).flatten(0, 1)[None],
+            padding_mode="border",
+            align_corners=False,
+        )
+        means_CSW = F.avg_pool2d(sampled_1CSW[0], (counts[1], counts[0]))
+        means_NCHW = means_CSW.unflatten(1, (len(mine_N), pooled_height)).transpose(0, 1)
+        pooled_KCHW = pooled_KCHW.index_copy(0, mine_N, means_NCHW.to(input.dtype))
+    return pooled_KCHW
 
 
 def quiet_deepspeed() -> None:

@@ -46,6 +46,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     ),
     "scipy": ("moce_ds.moe.placement", "moce_ds.data.public.mat_files"),
     "nvidia": ("moce_ds.data.loader",),
+    "pycocotools": ("moce_ds.data.coco_api",),
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),
     "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises

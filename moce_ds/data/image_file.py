@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moce_ds.data.containers import is_flawless_png, jpeg_orientation, known_orientation
+from moce_ds.errors import DataError
 
 EMPTY = "empty"
 NOT_AN_IMAGE = "not an image"
@@ -72,6 +73,15 @@ def examine(path: Path) -> Accepted | Rejected:
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault
         return Rejected(reason, f"{type(fault).__name__}: {detail}")
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """The image at `path`, upright and RGB. Raises DataError."""
+    try:
+        with open(path, "rb") as opened:
+            return to_rgb(open_image(opened))
+    except _DECODER_FAULTS as fault:
+        raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
 
 
 def _decide(file: BinaryIO) -> Accepted | Rejected:

@@ -1,0 +1,94 @@
+"""Images with a class for every pixel in ADE20K's format: a folder of images and one of PNG masks of the same names.
+
+A mask holds 1 to K for the classes and 0 for pixels without one, which are left out of loss and score
+(`reduce_zero_label`); or 0 to K - 1, where 255 is left out.
+
+Axes: H x W pixels of an image.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from moce_ds.data.image_file import read_rgb
+from moce_ds.errors import DataError
+
+IGNORED = 255
+"""The label of pixels that count for nothing."""
+
+
+@dataclass(frozen=True)
+class Ade20kSet:
+    """An opened set: its image files, sorted; the folder of their masks; and `classes`, K."""
+
+    images: list[Path]
+    masks: Path
+    classes: int
+    reduce_zero_label: bool
+
+    @classmethod
+    def open(cls, folder: Path, classes: int, reduce_zero_label: bool) -> "Ade20kSet":
+        """Open `folder` with images/ and annotations/ inside; or images/NAME, whose masks are in annotations/NAME.
+
+        Raises:
+            DataError: a folder is missing, there are no images, or an image has no mask.
+        """
+        images, masks = folder / "images", folder / "annotations"
+        if not images.is_dir() and folder.parent.name == "images":
+            images, masks = folder, folder.parent.parent / "annotations" / folder.name
+        for part in (images, masks):
+            if not part.is_dir():
+                raise DataError(
+                    f"{part} is not a folder: expected ADE20K's format, with images/ and annotations/ in {folder}, or "
+                    "with images/NAME given and annotations/NAME beside it."
+                )
+        files = sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        if not files:
+            raise DataError(f"{images} holds no .jpg or .png files.")
+        there = {file.name for file in masks.iterdir()}
+        if lost := [file for file in files if f"{file.stem}.png" not in there]:
+            raise DataError(
+                f"{masks / lost[0].stem}.png not found: the mask of {lost[0]}; {len(lost)} of {len(files)} images "
+                "have none."
+            )
+        return cls(files, masks, classes, reduce_zero_label)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over names and sizes of all files."""
+        files = [*self.images, *(self.masks / f"{image.stem}.png" for image in self.images)]
+        return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
+
+    def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.
+
+        Raises:
+            DataError: one of them cannot be read, their sizes differ, or a label is beyond the classes.
+        """
+        image = read_rgb(self.images[number])
+        path = self.masks / f"{self.images[number].stem}.png"
+        try:
+            with Image.open(path) as opened:
+                labels_HW = np.array(opened)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise DataError(f"{path} is no mask that can be read ({error}).") from None
+        if labels_HW.shape != (image.height, image.width) or labels_HW.dtype != np.uint8:
+            raise DataError(
+                f"{path} holds {labels_HW.dtype} of shape {labels_HW.shape}; expected 8 bits for each of the "
+                f"{image.height} x {image.width} pixels of its image."
+            )
+        if self.reduce_zero_label:
+            labels_HW = labels_HW - 1  # of 8 bits, so 0 becomes 255
+        if (beyond := labels_HW[(labels_HW >= self.classes) & (labels_HW != IGNORED)]).size:
+            raise DataError(
+                f"{path} holds the class {int(beyond.max()) + self.reduce_zero_label}; data.classes={self.classes} "
+                f"{'from 1' if self.reduce_zero_label else 'from 0'} were expected."
+            )
+        return image, labels_HW

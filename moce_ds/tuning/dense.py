@@ -1,0 +1,86 @@
+"""What detection and segmentation have in common: settings, the encoder, and the weights that they leave."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Protocol, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import nn
+
+from moce_ds.config import option, settings
+from moce_ds.files import atomic_file, writes_to
+from moce_ds.models.encode import open_encoder
+from moce_ds.models.vit import Encoder
+from moce_ds.randomness import INIT, hashed
+from moce_ds.runtime import Runtime
+from moce_ds.tuning.classification import tuned_execution
+from moce_ds.tuning.pyramid import SimpleFeaturePyramid
+from moce_ds.tuning.settings import TuneDataSettings, TuneOptimSettings, TuneSettings
+
+WEIGHTS = "model.safetensors"
+"""File of a complete run: the weights that the final measures are of."""
+
+Scale = Annotated[float, Field(gt=0)]
+
+
+@settings
+class DenseDataSettings(TuneDataSettings):
+    val: Path | None = option(None, "validation split, in the format of data.train: chooses the best weights")
+    test: Path | None = option(None, "what the final measures are of; null: the validation split")
+    scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")
+    flip: bool = option(True, "mirror images at random")
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"data.scale: {list(self.scale)}; expected [low, high]")
+
+
+@settings
+class DenseSettings(TuneSettings):
+    encoder: Path = option(help="encoder folder from `moce export`, or a dense run")
+    data: DenseDataSettings
+    optim: TuneOptimSettings
+
+    def __post_init__(self) -> None:
+        if self.data.val is None and self.data.test is None:
+            raise ValueError("data.val, data.test: give one of them at least, to measure what has been learnt")
+
+
+class DenseModel(Protocol):
+    """A model around a pyramid."""
+
+    backbone: SimpleFeaturePyramid
+
+
+M = TypeVar("M", bound=DenseModel)
+
+
+def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
+    """The encoder on the host, and the model that `make` puts around it: the same weights on every process."""
+    encoder = open_encoder(config.encoder, torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(hashed(INIT, config.run.seed)[()] >> np.uint64(1)))
+        model = make(encoder)
+    tuned_execution(model.backbone.body.vit, config.engine)
+    return encoder, model
+
+
+@contextmanager
+def evaluation(config: DenseSettings, runtime: Runtime) -> Iterator[None]:
+    """Run a block that holds no collective in the precision of training; what fails on one process fails on all."""
+    bf16 = config.engine.precision == "bf16"
+    with runtime.together(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
+        yield
+
+
+def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:
+    """Write the model's weights to `folder`; a collective. Raises ArtefactError on every process alike."""
+    path = folder / WEIGHTS
+    with runtime.together(), writes_to(path):
+        if runtime.is_main:
+            with atomic_file(path) as draft:
+                save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, draft)

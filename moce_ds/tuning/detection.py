@@ -1,0 +1,155 @@
+"""`moce detect`: objects, their boxes and masks, learnt from a set in COCO's format.
+
+Axes: B images of a micro-batch of one process.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from moce_ds.config import option, settings
+from moce_ds.data.canvas import Jitter, draw_image
+from moce_ds.data.coco import CocoSet
+from moce_ds.data.coco_api import average_precision
+from moce_ds.errors import DataError
+from moce_ds.files import sha256_of
+from moce_ds.runtime import Runtime
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, Scale, build, evaluation, keep_weights
+from moce_ds.tuning.detector import (
+    DetectorSettings,
+    build_detector,
+    results,
+    training_example,
+    whole_view,
+)
+from moce_ds.tuning.feed import prepared
+from moce_ds.tuning.groups import parameter_groups
+from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
+from moce_ds.tuning.task import Measures
+
+
+@settings
+class DetectDataSettings(DenseDataSettings):
+    train: Path = option(help="COCO's JSON of the training images")
+    images: Path = option(help="folder of the training images")
+    eval_images: Path | None = option(None, "folder of the images of val and test; null: that of the training images")
+    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training, over the one that fits the canvas")
+
+
+@settings
+class DetectOptimSettings(TuneOptimSettings):
+    """The defaults of ViTDet for a ViT-B on COCO."""
+
+    batch_size: Positive = option(64, "images in a step, over all processes")
+    base_lr: Annotated[float, Field(gt=0)] = option(4e-4, "learning rate of the head per 256 images")
+    warmup_epochs: NonNegative = option(0.15, "epochs of linear warm-up")
+    weight_decay: NonNegative = option(0.1, "AdamW weight decay, on matrices only")
+    layer_decay: LayerDecay = option(0.7, "learning rate of a block over that of the next one; 1: all alike")
+
+
+@settings
+class DetectSettings(DenseSettings):
+    """All settings of a run."""
+
+    data: DetectDataSettings
+    model: DetectorSettings = dataclasses.field(default_factory=DetectorSettings)
+    optim: DetectOptimSettings = dataclasses.field(default_factory=DetectOptimSettings)
+
+
+class DetectionTask:
+    """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
+
+    Raises:
+        ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
+    """
+
+    def __init__(self, config: DetectSettings) -> None:
+        data = config.data
+        self._config, self._side = config, config.model.image_size
+        self._train = CocoSet.open(data.train, data.images)
+        self._val, self._test = (
+            open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test)
+        )
+        self._numbers = self._train.with_objects
+        if not self._numbers:
+            raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
+        self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
+        classes = len(self._train.categories)
+        encoder, self.model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
+        self._mean = encoder.input.mean
+        self.count = len(self._numbers)
+        self.fingerprint = hashlib.sha256((sha256_of(data.train) + encoder.fingerprint).encode()).hexdigest()
+        self.criterion = "box_ap" if self._val else None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups, with layer decay."""
+        return parameter_groups(self.model, self.model.backbone.body.vit, self._config.optim)
+
+    def batch(
+        self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Canvases, and the objects on each. Raises DataError."""
+        examples = []
+        for number, epoch in zip((self._numbers[i] for i in ids_B), epochs_B, strict=True):
+            told = self._train.images[number]
+            view = self._jitter.view((told.width, told.height), int(epoch), number)
+            examples.append(training_example(self._train, number, view, self._side, self._mean))
+        return [image for image, _ in examples], [target for _, target in examples]
+
+    def loss(self, model: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
+        """The sum of the losses of proposals, classes, boxes and masks."""
+        device = next(self.model.parameters()).device
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        targets = [{name: t.to(device, non_blocking=True) for name, t in target.items()} for target in batch[1]]
+        return torch.stack(list(model(images, targets).values())).sum()
+
+    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Average precision on the validation split; a collective."""
+        assert self._val is not None
+        return self._measured(model, self._val, runtime)
+
+    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Average precision on the test split; leaves the weights in the run's folder. A collective."""
+        final = self._test or self._val
+        assert final is not None  # DenseSettings sees to it
+        found = self._measured(model, final, runtime)
+        keep_weights(model, self._config.run.out, runtime)
+        return found
+
+    def _measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:
+        """Average precision on a set, whose images the processes share."""
+        views = [whole_view((image.width, image.height), self._side) for image in data.images]
+        mine = range(runtime.rank, len(data), runtime.world_size)
+        found: list[dict[str, Any]] = []
+
+        def canvas(number: int) -> Tensor:
+            return draw_image(data.image(number), views[number], self._side, self._mean)
+
+        with evaluation(self._config, runtime):
+            stream = prepared(canvas, mine, self._config.data.workers, runtime.device)
+            for number, image_CHW in zip(mine, stream, strict=True):
+                (detections,) = model([image_CHW.to(runtime.device)])
+                found += results(data, number, views[number], detections)
+        everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
+        return average_precision(data.path, everyone)
+
+
+def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None:
+    """Another split, of the same categories. Raises DataError: they differ."""
+    if path is None:
+        return None
+    other = CocoSet.open(path, folder)
+    if other.categories != train.categories:
+        raise DataError(
+            f"{path} has the categories {other.categories}; those of {train.path} are {train.categories}. They must be "
+            "the same, ids and names."
+        )
+    return other

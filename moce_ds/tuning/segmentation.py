@@ -1,0 +1,139 @@
+"""`moce segment`: a class for every pixel, learnt from a set in ADE20K's format.
+
+Axes: B images of a micro-batch of one process, K classes, C channels, H x W pixels.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from moce_ds.config import option, settings
+from moce_ds.data.ade20k import IGNORED, Ade20kSet
+from moce_ds.data.canvas import Jitter, draw_image, draw_mask
+from moce_ds.runtime import Runtime
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, build, evaluation, keep_weights
+from moce_ds.tuning.feed import prepared
+from moce_ds.tuning.groups import parameter_groups
+from moce_ds.tuning.segmenter import Segmenter, SegmenterSettings, confusion, pixel_loss, segmentation_scores, slide
+from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
+from moce_ds.tuning.task import Measures
+
+
+@settings
+class SegmentDataSettings(DenseDataSettings):
+    train: Path = option(
+        help="training split: a folder with images/ and annotations/, or images/NAME of ADE20K's release"
+    )
+    classes: Annotated[int, Field(ge=2, le=255)] = option(150, "classes, K")
+    reduce_zero_label: bool = option(
+        True, "0 in a mask is no class, and 1 to K are; false: 0 to K - 1, and 255 is none"
+    )
+
+
+@settings
+class SegmentOptimSettings(TuneOptimSettings):
+    """The defaults of MAE's segmentation with a ViT-B on ADE20K."""
+
+    epochs: Annotated[float, Field(gt=0)] = option(127, "passes over the training images")
+    batch_size: Positive = option(16, "images in a step, over all processes")
+    base_lr: Annotated[float, Field(gt=0)] = option(1.6e-3, "learning rate of the head per 256 images")
+    warmup_epochs: NonNegative = option(1.2, "epochs of linear warm-up")
+    layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
+
+
+@settings
+class SegmentSettings(DenseSettings):
+    """All settings of a run."""
+
+    data: SegmentDataSettings
+    model: SegmenterSettings = dataclasses.field(default_factory=SegmenterSettings)
+    optim: SegmentOptimSettings = dataclasses.field(default_factory=SegmentOptimSettings)
+
+
+class SegmentationTask:
+    """UperNet around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
+
+    Raises:
+        ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
+    """
+
+    def __init__(self, config: SegmentSettings) -> None:
+        data = config.data
+        self._config, self._side = config, config.model.image_size
+        self._train = Ade20kSet.open(data.train, data.classes, data.reduce_zero_label)
+        self._val, self._test = (
+            Ade20kSet.open(folder, data.classes, data.reduce_zero_label) if folder else None
+            for folder in (data.val, data.test)
+        )
+        self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
+        encoder, self.model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
+        self._mean = encoder.input.mean
+        self.count = len(self._train)
+        self.fingerprint = hashlib.sha256((self._train.fingerprint + encoder.fingerprint).encode()).hexdigest()
+        self.criterion = "miou" if self._val else None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups, with layer decay."""
+        return parameter_groups(self.model, self.model.backbone.body.vit, self._config.optim)
+
+    def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Canvases [B, 3, H, W] and the classes of their pixels [B, H, W]. Raises DataError."""
+        images, labels = [], []
+        for number, epoch in zip(ids_B.tolist(), epochs_B.tolist(), strict=True):
+            image, classes_HW = self._train.read(number)
+            view = self._jitter.view(image.size, epoch, number)
+            images.append(draw_image(image, view, self._side, self._mean))
+            labels.append(draw_mask(classes_HW, view, self._side, fill=IGNORED))
+        return torch.stack(images), torch.stack(labels)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of the pixels."""
+        device = next(self.model.parameters()).device
+        images_BCHW, labels_BHW = (tensor.to(device, non_blocking=True) for tensor in batch)
+        return pixel_loss(model(images_BCHW), labels_BHW)
+
+    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Mean intersection over union on the validation split; a collective."""
+        assert self._val is not None
+        return self._measured(model, self._val, runtime)
+
+    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """The same of the test split; leaves the weights in the run's folder. A collective."""
+        final = self._test or self._val
+        assert final is not None  # DenseSettings sees to it
+        found = self._measured(model, final, runtime)
+        keep_weights(model, self._config.run.out, runtime)
+        return found
+
+    def _measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
+        """Scores on a set, whose images the processes share."""
+        counts_KK = torch.zeros((data.classes, data.classes), dtype=torch.int64)
+        mine = range(runtime.rank, len(data), runtime.world_size)
+
+        def example(number: int) -> tuple[Tensor, Tensor]:
+            image, labels_HW = data.read(number)
+            return fitted(image, self._side), torch.from_numpy(labels_HW)
+
+        with evaluation(self._config, runtime):
+            for image_CHW, labels_HW in prepared(example, mine, self._config.data.workers, runtime.device):
+                logits_KHW = slide(model, image_CHW.to(runtime.device), self._side, data.classes)
+                logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
+                counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)
+        total = runtime.sum(counts_KK.double().flatten().tolist())
+        return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
+
+
+def fitted(image: Image.Image, side: int) -> Tensor:
+    """An image with its shorter side that of the canvas, [3, H, W] in [0, 1]."""
+    width, height = (max(side, round(length * side / min(image.size))) for length in image.size)
+    pixels_HWC = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
+    return pixels_HWC.permute(2, 0, 1).float() / 255

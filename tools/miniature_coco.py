@@ -1,0 +1,26 @@
+"""Write a miniature set in COCO's and ADE20K's format: `python -m tools.miniature_coco -h`."""
+
+from pathlib import Path
+
+import click
+
+from moce_ds.command_line import PATH
+from moce_ds.data.miniature import Material, write_miniature
+
+
+@click.command()
+@click.argument("out", type=PATH)
+@click.option("--photographs", type=PATH, help="Folder where the two Debian packages are unpacked.")
+@click.option("--side", default=128, show_default=True, type=click.IntRange(16), help="Side of a picture, pixels.")
+@click.option("--train", default=1000, show_default=True, type=click.IntRange(1), help="Pictures to train on.")
+@click.option("--val", default=200, show_default=True, type=click.IntRange(1), help="Pictures to validate on.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random.")
+def main(out: Path, photographs: Path | None, side: int, train: int, val: int, seed: int) -> None:
+    """Write OUT/train and OUT/val, each with images/, instances.json (COCO) and annotations/ (ADE20K)."""
+    material = Material.from_debian(photographs) if photographs else Material.from_packages()
+    write_miniature(out, material, side, train, val, seed)
+    click.echo(f"{out}: {train} + {val} pictures of {len(material.cuts)} classes")
+
+
+if __name__ == "__main__":
+    main()
