@@ -12,6 +12,7 @@ from launchers.slurm_profile import SlurmProfile
 from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config import load, to_tree, to_yaml
+from moce_ds.data.public.datasets import NAMES
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.transfer.tasks import TaskSettings
 
@@ -93,3 +94,13 @@ def test_every_cell_of_a_study_is_accepted(
     cells = cells_of(load(StudySettings, CONFIGS / "studies" / f"{study}.yaml"))
     check_settings(cells)
     assert len(cells) == count and {cell.world_size for cell in cells} == sizes
+
+
+def test_the_eleven_tasks_have_their_metrics() -> None:
+    tasks = {path.stem: load(TaskSettings, path) for path in (CONFIGS / "transfer").glob("*.yaml")}
+    public = {name: config for name, config in tasks.items() if config.dataset}
+    assert sorted(public) == NAMES and set(tasks) - set(public) == {"digits", "textiles"}
+    assert all((config.dataset, config.data) == (name, Path("tasks") / name) for name, config in public.items())
+    per_class = {name for name, config in public.items() if config.metric == "mean_per_class"}
+    assert per_class == {"aircraft", "caltech101", "flowers102", "pets"}
+    assert [name for name, config in public.items() if config.metric == "map11"] == ["voc2007"]
