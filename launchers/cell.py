@@ -103,7 +103,7 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
         found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * all_rows_bytes(config)
     for record in read_results(cell.folder / "results.json"):
         if record["verb"] == "probe":
-            found[f"probe {record['task']}"] = record["top1"]
+            found[f"probe {record['task']}"] = record["map11" if "map11" in record else "top1"]
         elif record["verb"] == "evaluate":
             found |= {f"{_HELD_OUT}, selected route": record["selected"], f"{_HELD_OUT}, own routes": record["own"]}
     return found

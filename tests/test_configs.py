@@ -13,6 +13,7 @@ from launchers.stages import PipelineSettings, check_batches, stages_of
 from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config import from_tree, load, to_tree, to_yaml
+from moce_ds.data.public.datasets import NAMES
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.transfer.tasks import TaskSettings
 
@@ -107,3 +108,13 @@ def test_every_stage_of_a_pipeline_is_accepted(path: Path, monkeypatch: pytest.M
     assert [stage.name for stage in stages] == ["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
     for stage, changes in pipeline.resources.items():
         from_tree(SlurmProfile, changes, f"resources.{stage}")
+
+
+def test_the_eleven_tasks_have_their_metrics() -> None:
+    tasks = {path.stem: load(TaskSettings, path) for path in (CONFIGS / "transfer").glob("*.yaml")}
+    public = {name: config for name, config in tasks.items() if config.dataset}
+    assert sorted(public) == NAMES and set(tasks) - set(public) == {"digits", "textiles"}
+    assert all((config.dataset, config.data) == (name, Path("tasks") / name) for name, config in public.items())
+    per_class = {name for name, config in public.items() if config.metric == "mean_per_class"}
+    assert per_class == {"aircraft", "caltech101", "flowers102", "pets"}
+    assert [name for name, config in public.items() if config.metric == "map11"] == ["voc2007"]

@@ -18,7 +18,6 @@ import torch
 from moce_ds.config import to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.files import read_json
-from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.transfer.finetuning import finetuned
 from moce_ds.transfer.frozen import measure_frozen
@@ -81,6 +80,12 @@ def run_campaign(
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
+    by_token = next((subject for subject in subjects if subject.by_token), None)
+    if by_token and "finetune" in methods:
+        raise ConfigError(
+            f"--methods: {by_token.run} routes by token, so there is no dense ViT to fine-tune: leave out finetune, or "
+            "this run."
+        )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with ExitStack() as opened:
         splits = [opened.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
@@ -111,7 +116,7 @@ def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: tor
 def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) -> Iterator[dict[str, Any]]:
     number = 0
     for pairing, group in groupby(waiting, key=lambda one: one.pairing):
-        encoder, metric = open_encoder(pairing.encoder, device), pairing.task.config.metric
+        encoder, metric = pairing.subject.open(pairing.encoder, device), pairing.task.config.metric
         for one in group:
             number += 1
             expected = one.key | {"made_from": one.made_from(encoder)}

@@ -23,8 +23,8 @@ def campaign_table(records: Sequence[dict[str, Any]]) -> Table:
     tasks = {record["task"]: SPOKEN[record["metric"]] for record in records}
     rows = dict.fromkeys((verb, model) for verb in _METHODS for v, model, _ in by_cell if v == verb)
     seeds = max(map(len, by_cell.values()), default=0)
-    spread = f", mean ± standard deviation of {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"Test images of each task, in percent{spread}", title_justify="left")
+    spread = f", mean ± deviation of {seeds} seeds" if seeds > 1 else ""
+    table = Table(title=f"Percent on test images{spread}", title_justify="left")
     table.add_column("method")
     table.add_column("model")
     for task, metric in tasks.items():

@@ -43,6 +43,7 @@ def _run(
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
+        print(f"fine-tuning: tail -F {log}", flush=True)
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
             with open(log, "a", encoding="utf-8") as opened:

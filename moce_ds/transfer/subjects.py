@@ -9,8 +9,9 @@ import torch
 
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError
-from moce_ds.models.vit import read_provenance
+from moce_ds.models.encode import open_encoder
+from moce_ds.models.token_encoder import token_encoder
+from moce_ds.models.vit import Encoder, read_provenance
 from moce_ds.transfer.chosen import choose_selected
 from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters, select_route
@@ -29,6 +30,16 @@ class Subject:
     checkpoint: Checkpoint
 
     @property
+    def by_token(self) -> bool:
+        """Whether every token chooses its experts, so that there is no route, and no dense ViT to cut out."""
+        experts = self.checkpoint.manifest["model"]["experts"]
+        return bool(experts) and experts["gate"] == "token"
+
+    def open(self, encoder: Path, device: torch.device) -> Encoder:
+        """The model behind what `encoder_for` gave. Raises ArtefactError."""
+        return token_encoder(self.checkpoint, device) if self.by_token else open_encoder(encoder, device)
+
+    @property
     def slug(self) -> str:
         """The name as a folder."""
         return "".join(c if c.isalnum() else "-" for c in self.name)
@@ -38,16 +49,11 @@ def find_subjects(places: list[Path]) -> list[Subject]:
     """The runs that `places` are, or hold: dense ones first, each named by its settings.
 
     Raises:
-        ArtefactError: a place is neither a run nor a folder of runs; or a run routes by token.
+        ArtefactError: a place is neither a run nor a folder of runs.
     """
     runs = list(dict.fromkeys(run for place in places for run in _runs(place)))
     checkpoints = {run: find(run) for run in runs}
     names = {run: _model_name(checkpoint) for run, checkpoint in checkpoints.items()}
-    for run, name in names.items():
-        if name == _BY_GATE["token"]:
-            raise ArtefactError(
-                f"{run} routes by token (experts.gate=token): its encoder is no dense ViT, and cannot be compared yet."
-            )
     runs.sort(key=lambda run: _ORDER.index(names[run]))
     alike = list(names.values())
     return [
@@ -70,13 +76,13 @@ def _model_name(checkpoint: Checkpoint) -> str:
 def encoder_for(
     subject: Subject, task: Task, images: ShardSet, out: Path, device: torch.device
 ) -> tuple[Path, dict[str, Any] | None]:
-    """The encoder that serves a task, and how it was selected: the run itself where it is dense, else its expert for
-    the task's training images, exported to `out` unless it is there.
+    """The encoder that serves a task, and how it was selected: the run itself where it is dense or routes by token,
+    else its expert for the task's training images, exported to `out` unless it is there.
 
     Raises:
         MoceError: as `moce select` and `moce export`.
     """
-    if not subject.checkpoint.manifest["model"]["experts"]:
+    if subject.by_token or not subject.checkpoint.manifest["model"]["experts"]:
         return subject.run, None
     checkpoint, clusters = run_clusters(subject.run)
     expert = out / subject.slug / task.name

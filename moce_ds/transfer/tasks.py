@@ -26,7 +26,7 @@ class FinetuneWords:
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
     choices: list[list[str]] = option(
-        [], "lists of further settings, of which the best on the validation split is taken, by the first seed"
+        [], "lists of further settings, of which the best on the validation split is taken"
     )
     validation_share: Annotated[float, Field(gt=0, lt=1)] = option(
         0.2, "training images that choose the weights, where there is no split for validation"

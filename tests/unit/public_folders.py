@@ -35,6 +35,7 @@ def aircraft(root: Path) -> None:
 
 def caltech101(root: Path) -> None:
     for name, count in (("BACKGROUND_Google", 33), ("accordion", 6), ("yin_yang", 40)):
+        text(root / "101_ObjectCategories" / name / "tmp", "no image")
         pictures(root / "101_ObjectCategories" / name, [f"image_{i:04d}.jpg" for i in range(1, count + 1)])
 
 

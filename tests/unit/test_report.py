@@ -178,6 +178,15 @@ def test_names_are_escaped(study: Path) -> None:
     assert "<b>&c" not in page.text
 
 
+def test_results_of_several_labels_an_image(study: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(study, tmp_path / "study")
+    records = json.loads((folder / "results.json").read_text())
+    voc = {"verb": "probe", "task": "voc", "model": "dense", "map11": 0.4321, "n_train": 8, "n_test": 2, "settings": {}}
+    (folder / "results.json").write_text(json.dumps([*records, voc]))
+    page = build_report(folder).read_text()
+    assert "probe mAP" in page and "43.2%" in page and "k-NN mAP" not in page
+
+
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(ArtefactError, match="is no run folder"):

@@ -15,10 +15,13 @@ from image_examples import contents
 from moce_command import refused, run_here
 from public_folders import MINIATURES
 from rich.console import Console
+from torch import nn
 
 from moce_ds.checkpoint_files import step_folder, write_checkpoint
 from moce_ds.config import to_tree
+from moce_ds.models.moce import MakeLayer
 from moce_ds.models.spec import build_model
+from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.transfer.campaign_table import campaign_table
@@ -37,9 +40,9 @@ def runs(moce_run: MakeRun, tiny_config: Callable[..., PretrainSettings], tmp_pa
     return folder
 
 
-def write_dense(run: Path, config: PretrainSettings) -> None:
+def write_dense(run: Path, config: PretrainSettings, make_layer: MakeLayer = ReferenceMoE) -> None:
     torch.manual_seed(0)
-    weights = {name: p.detach() for name, p in build_model(config.model_spec, None, ReferenceMoE).named_parameters()}
+    weights = {name: p.detach() for name, p in build_model(config.model_spec, None, make_layer).named_parameters()}
     manifest = {"step": 5, "config": to_tree(config), "model": config.model_spec.to_tree(), "routing": None}
     manifest |= {"clusters_hash": None, "shards_fingerprint": "", "placement": None, "skipped": 0, "images_read": 60}
     write_checkpoint(step_folder(run, 5), weights, {}, {**manifest, "dealt_by": []})
@@ -122,6 +125,19 @@ def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> No
     words = (runs / "b_mae", twin, "--tasks", task, "--methods", "knn", "--out", tmp_path / "out")
     assert run_here("transfer", *words).status == 0
     assert [r["model"] for r in records(tmp_path / "out", "knn")] == [f"MAE ({runs / 'b_mae'})", f"MAE ({twin})"]
+
+
+def test_tokens_that_choose_their_experts(runs: Path, task: Path, tiny_config: Callable[..., PretrainSettings]) -> None:
+    def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
+        return TokenExperts(make_expert, 16, num_experts, 1)
+
+    config = tiny_config("model.arch=moce", "experts.gate=token", "experts.num=4", "experts.layers=[0,2]")
+    write_dense(runs / "c_token", config, make_layer)
+    assert run_here("transfer", runs, "--tasks", task).status == 0
+    found = {r["model"]: r["top1"] for r in records(runs / "transfer", "probe")}
+    assert list(found) == ["MAE", "TokenMoE", "MoCE"] and found["TokenMoE"] > 0.6
+    message = refused("transfer", runs, "--tasks", task, "--methods", "probe,finetune")
+    assert "c_token routes by token, so there is no dense ViT to fine-tune" in message
 
 
 def test_a_public_data_set_is_written_when_it_is_missing(runs: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ def caltech101(source: Path, seed: int) -> Found:
     """Caltech 101 (101 and the background): `101_ObjectCategories/CLASS/*.jpg`. No split is official: 30 images of each
     class are drawn for training, five of them for validation, as the literature does."""
     root = first_there(source, "101_ObjectCategories", "caltech-101/101_ObjectCategories")
-    images = [Listed(file.path, (file.path.rpartition("/")[0],)) for file in list_files(root) if "/" in file.path]
+    # The background's folder ships a file that is no image.
+    paths = [file.path for file in list_files(root) if file.path.endswith(".jpg") and "/" in file.path]
+    images = [Listed(path, (path.rpartition("/")[0],)) for path in paths]
     test, drawn = draw(images, seed, lambda count: min(_CALTECH_TRAINING, count - 1))
     train, val = draw(drawn, seed, lambda count: min(_CALTECH_VALIDATION, count - 1))
     return Found(root, {"train": train, "val": val, "test": test})
