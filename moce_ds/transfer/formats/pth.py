@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moce_ds.transfer.formats.target import DenseModel, renamed
+from moce_ds.transfer.formats.target import DenseModel, renamed, writing
 
 # The MLP of mmcv's `FFN` is Sequential(Sequential(Linear, ...), Linear, ...).
 _OPENMMLAB = (
@@ -53,6 +53,7 @@ def writer(rename: Rename, key: str) -> Callable[[Path, DenseModel], None]:
     """What writes `model.pth`: the renamed weights under `key`."""
 
     def write(folder: Path, model: DenseModel) -> None:
-        torch.save({key: rename(model.state)}, folder / "model.pth")
+        with writing(folder / "model.pth"):
+            torch.save({key: rename(model.state)}, folder / "model.pth")
 
     return write
