@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from moce_ds.files import read_json
 from tests.moce_command import run_here
 from tests.test_docs import ROOT, shell_commands
 
@@ -52,9 +51,3 @@ def test_every_format_is_on_the_page() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     for format in FORMATS:
         assert any(f"`{format.name}`" in row and format.part in row for row in rows), (format.name, format.part)
-
-
-def test_measurements_have_a_source() -> None:
-    """The fixtures that the page speaks of say where their names were read."""
-    for path in sorted((ROOT / "tests" / "fixtures" / "state_dicts").glob("*.json")):
-        assert all(url.startswith("https://github.com/") for url in read_json(path, "names", "hand")["source"]), path

@@ -173,7 +173,7 @@ def _card(model: DenseModel, architecture: str) -> str:
     )
 
 
-def run_vit(folder: Path, trial: Trial) -> Tensor:
+def run_vit(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Tokens of `ViTModel`."""
     from transformers import ViTModel
 
@@ -182,7 +182,7 @@ def run_vit(folder: Path, trial: Trial) -> Tensor:
         return model(pixel_values=trial.images_BCHW).last_hidden_state
 
 
-def run_vitmae_encoder(folder: Path, trial: Trial) -> Tensor:
+def run_vitmae_encoder(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Visible tokens of `ViTMAEModel`, which masks whatever it is given."""
     from transformers import ViTMAEModel
 
@@ -190,7 +190,7 @@ def run_vitmae_encoder(folder: Path, trial: Trial) -> Tensor:
         return _loaded(ViTMAEModel, folder)(pixel_values=trial.images_BCHW, noise=trial.noise_BN).last_hidden_state
 
 
-def run_vitmae(folder: Path, trial: Trial) -> Tensor:
+def run_vitmae(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Patches of `ViTMAEForPreTraining`."""
     from transformers import ViTMAEForPreTraining
 

@@ -38,7 +38,7 @@ class Format:
         name: as in `--format`.
         part: "encoder", or "full": the decoder too.
         write: writes the model's files into a folder.
-        library: the package that loads them back; None where there is none to install from a registry.
+        library: the package that loads them back; None where there is no package of it.
         run: what `library` computes from the folder, given a trial: compared with the trained model's `output`.
         needs: packages without which nothing can be written.
     """
@@ -47,7 +47,7 @@ class Format:
     part: str
     write: Callable[[Path, DenseModel], None]
     library: str | None = None
-    run: Callable[[Path, Trial], Tensor] | None = None
+    run: Callable[[Path, ModelSpec, Trial], Tensor] | None = None
     output: Output = "tokens"
     needs: tuple[str, ...] = ()
 

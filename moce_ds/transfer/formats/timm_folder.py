@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.transfer.formats.target import DenseModel, writing
 from moce_ds.transfer.trained import Trial
@@ -17,6 +18,6 @@ def write(folder: Path, model: DenseModel) -> None:
 
 
 @torch.inference_mode()
-def run(folder: Path, trial: Trial) -> Tensor:
+def run(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Tokens of timm's VisionTransformer."""
     return load_encoder(folder).model.forward_features(trial.images_BCHW)
