@@ -6,6 +6,7 @@ worked out first, with the chosen experts alone; then the dense model is put tog
 Axes: T tokens, D width, L expert layers, M clusters, E experts.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from moce_ds.transfer.trained import Output, Trial, output_of, trained_model
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, between the export and the model that was trained."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: experts of a checkpoint, or a dense one; `spoken` names it in errors."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    clusters: Clusters | None
+    mixture: Mixture
+    spoken: str
 
 
 def export_route(
@@ -75,14 +87,14 @@ def export_route(
         exact = len(chosen.clusters) == 1
         provenance["exact_for"] = "every image of the cluster" if exact else "mean gate value of the clusters"
     check_free(out, replace)
-    return _export(checkpoint, spec, clusters, mixture, out, provenance | extra, format, chosen.spoken)
+    return _export(_Source(checkpoint, spec, clusters, mixture, chosen.spoken), out, provenance | extra, format)
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
     """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     check_free(out, replace)
-    return _export(checkpoint, spec, None, DENSE, out, {"route": None}, format, "the dense model")
+    return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
 
 
 def check_free(out: Path, replace: bool) -> None:
@@ -91,31 +103,23 @@ def check_free(out: Path, replace: bool) -> None:
         raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
 
 
-def _export(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    clusters: Clusters | None,
-    mixture: Mixture,
-    out: Path,
-    told: dict[str, Any],
-    format: Format,
-    what: str,
-) -> dict[str, Any]:
+def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) -> dict[str, Any]:
+    checkpoint, spec = source.checkpoint, source.spec
     provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **told}
     provenance |= {"format": format.name, "part": format.part}
     trial = Trial.of(spec)
     before: Output = "patches" if format.part == "full" else "tokens"
-    trained, run_block = trained_model(checkpoint, spec, clusters, mixture)
+    trained, run_block = trained_model(checkpoint, spec, source.clusters, source.mixture)
     expected = {output: output_of(trained, run_block, trial, output) for output in (before, format.output)}
     del trained, run_block
-    state = encoder_state(checkpoint, spec, mixture)
+    state = encoder_state(checkpoint, spec, source.mixture)
     if format.part == "full":
         state |= decoder_state(checkpoint, spec)
-    provenance |= _compared(_dense_output(state, spec, trial, before), expected[before], what)
+    provenance |= _compared(_dense_output(state, spec, trial, before), expected[before], source.spoken)
     with atomic_folder(out) as draft, writes_to(out):
         format.write(draft, DenseModel(state, spec, provenance))
         del state
-        provenance["loaded_back"] = _loaded_back(format, draft, trial, expected[format.output], what)
+        provenance["loaded_back"] = _loaded_back(format, draft, source, trial, expected[format.output])
         write_json(draft / "provenance.json", provenance)
         if not format.is_encoder_folder:
             write_record(draft, format, spec)
@@ -171,12 +175,13 @@ def _compared(found: Tensor, expected: Tensor, what: str) -> dict[str, float]:
     return {"max_difference": relative, "max_abs_difference": largest}
 
 
-def _loaded_back(format: Format, folder: Path, trial: Trial, expected: Tensor, what: str) -> dict[str, Any]:
+def _loaded_back(format: Format, folder: Path, source: _Source, trial: Trial, expected: Tensor) -> dict[str, Any]:
     """The library that loaded the written files and how far its output is, or why none did. Raises ArtefactError."""
     if format.library is None or format.run is None:
-        return {"library": None, "reason": f"{format.name} cannot be installed from a registry"}
+        return {"library": None, "reason": f"{format.name} cannot be installed as a package"}
     if not installed(format.library):
         return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
     with torch.inference_mode():
-        found = format.run(folder, trial)
-    return {"library": library_version(format.library), **_compared(found, expected, f"{what} as {format.name}")}
+        found = format.run(folder, source.spec, trial)
+    compared = _compared(found, expected, f"{source.spoken} as {format.name}")
+    return {"library": library_version(format.library), **compared}

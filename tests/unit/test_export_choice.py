@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.checkpoint_files import find
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.moe.reference import ReferenceMoE
@@ -114,11 +114,30 @@ def test_options_that_cannot_be(moce_run: MakeRun, tiny_images: Path, tmp_path: 
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_clusters_of_an_average_may_be_those_of_another_share(moce_run: MakeRun) -> None:
-    """Shares of a layer sum to 1, whatever the histogram."""
-    checkpoint, _ = run_clusters(moce_run())
-    clusters = Clusters.load(checkpoint.folder.parent.parent / "clusters")
+def test_shares_of_a_layer_sum_to_1(moce_run: MakeRun) -> None:
+    checkpoint, clusters = run_clusters(moce_run())
     for how in ("uniform", "weighted"):
-        chosen = choose_average(checkpoint, how, dict(enumerate(clusters.share_M)))
-        for layer in chosen.layers:
+        for layer in choose_average(checkpoint, how, dict(enumerate(clusters.share_M))).layers:
             assert sum(sum(voices.values()) for voices in layer.values()) == pytest.approx(1)
+
+
+def test_a_checkpoint_of_another_version_is_refused(moce_run: MakeRun, tmp_path: Path) -> None:
+    run = moce_run()
+    manifest = find(run).folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("moce_ds checkpoint 2", "moce_ds checkpoint 3"))
+    told = refused("export", run, tmp_path / "out", "--cluster", 0)
+    assert "format 'moce_ds checkpoint 3'; this version reads 'moce_ds checkpoint 2'" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_s_damaged_file_is_named_and_nothing_written(moce_run: MakeRun, tmp_path: Path) -> None:
+    run = moce_run()
+    checkpoint = find(run)
+    expert = routes_of(checkpoint)[0][1]
+    file = checkpoint.folder / "weights" / f"block-02-expert-{expert:03d}.safetensors"
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
+    file.write_bytes(flipped)
+    assert f"{file} is damaged" in refused("export", run, tmp_path / "exports" / "out", "--cluster", 0)
+    assert "is damaged" in refused("export", run, tmp_path / "exports" / "all", "--all")
+    assert list((tmp_path / "exports").iterdir()) == []

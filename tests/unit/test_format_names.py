@@ -35,10 +35,16 @@ def exported(run: Path, out: Path, format: str, part: str = "encoder") -> dict[s
     checkpoint, clusters = run_clusters(run)
     said = export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), out, {}, find_format(format, part))
     assert (
-        said["loaded_back"] == {"library": None, "reason": f"{format} cannot be installed from a registry"}
+        said["loaded_back"] == {"library": None, "reason": f"{format} cannot be installed as a package"}
         or part == "full"
     )
     return torch.load(out / "model.pth", weights_only=True)
+
+
+def test_fixtures_say_where_their_names_were_read() -> None:
+    for format in KEYS:
+        source = read_json(FIXTURES / f"{format}.json", "names", "hand")["source"]
+        assert source and all(url.startswith("https://github.com/") for url in source)
 
 
 @pytest.mark.parametrize("format", KEYS)

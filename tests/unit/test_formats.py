@@ -1,7 +1,9 @@
 """Exports that other libraries load: what they compute there, and what lies in the folder."""
 
 import json
-from collections.abc import Callable
+import resource
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Pat
     assert json.loads((out / "provenance.json").read_text()) == said
     assert said["max_abs_difference"] < 1e-5 and (said["format"], said["part"]) == (format.name, format.part)
     if format.library:
-        assert said["loaded_back"]["library"].startswith(f"{format.library} ")
+        assert said["loaded_back"]["library"].split()[0] == format.library
         assert said["loaded_back"]["max_abs_difference"] < 1e-5
     seen = run_here("inspect", out, "--verify")
     assert seen.status == 0 and "Verified" in seen.out, seen
@@ -165,3 +167,25 @@ def test_what_writes_a_format_is_named_where_it_is_missing() -> None:
     ):
         patch.setattr(registry, "FORMATS", (missing,))
         find_format("onnx")
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may get larger than 20 kB, which is what a full disk comes to for those who write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet"])
+def test_what_does_not_fit_on_the_disk_is_named(
+    moce_run: MakeRun, tmp_path: Path, format: str, request: pytest.FixtureRequest
+) -> None:
+    run = moce_run()
+    request.getfixturevalue("small_files")
+    told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
+    assert f"{'model.pth' if format == 'mmdet' else 'model.safetensors'} cannot be written: " in told
+    assert list((tmp_path / "exports").iterdir()) == []

@@ -13,7 +13,7 @@ from moce_ds.errors import ArtefactError
 from moce_ds.files import write_json
 from moce_ds.models.mae import NORM_EPS
 from moce_ds.models.spec import ModelSpec
-from moce_ds.transfer.formats.target import DenseModel, renamed
+from moce_ds.transfer.formats.target import DenseModel, renamed, writing
 from moce_ds.transfer.trained import Trial
 
 _BLOCK = (
@@ -108,7 +108,9 @@ def _write(
         "attention_probs_dropout_prob": 0.0,
         "torch_dtype": "float32",
     }
-    save_file({name: t.contiguous() for name, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    weights = folder / "model.safetensors"
+    with writing(weights):
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
     write_json(folder / "config.json", config | more)
     write_json(folder / "preprocessor_config.json", _preprocessor(model.spec))
     (folder / "README.md").write_text(_card(model, architecture), encoding="utf-8")
@@ -171,7 +173,7 @@ def _card(model: DenseModel, architecture: str) -> str:
     )
 
 
-def run_vit(folder: Path, trial: Trial) -> Tensor:
+def run_vit(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Tokens of `ViTModel`."""
     from transformers import ViTModel
 
@@ -180,7 +182,7 @@ def run_vit(folder: Path, trial: Trial) -> Tensor:
         return model(pixel_values=trial.images_BCHW).last_hidden_state
 
 
-def run_vitmae_encoder(folder: Path, trial: Trial) -> Tensor:
+def run_vitmae_encoder(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Visible tokens of `ViTMAEModel`, which masks whatever it is given."""
     from transformers import ViTMAEModel
 
@@ -188,7 +190,7 @@ def run_vitmae_encoder(folder: Path, trial: Trial) -> Tensor:
         return _loaded(ViTMAEModel, folder)(pixel_values=trial.images_BCHW, noise=trial.noise_BN).last_hidden_state
 
 
-def run_vitmae(folder: Path, trial: Trial) -> Tensor:
+def run_vitmae(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Patches of `ViTMAEForPreTraining`."""
     from transformers import ViTMAEForPreTraining
 

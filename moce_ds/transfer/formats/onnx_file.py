@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.models.dense import as_encoder
+from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.formats.target import DenseModel
 from moce_ds.transfer.trained import Trial
 
@@ -49,7 +50,7 @@ def write(folder: Path, model: DenseModel) -> None:
     gc.collect()  # the exporter leaves cycles behind that hold the weights
 
 
-def run(folder: Path, trial: Trial) -> Tensor:
+def run(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Tokens by onnxruntime, one image and then the others, since the axis of images must be free."""
     import onnxruntime
 

@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moce_ds.transfer.formats.target import DenseModel, renamed
+from moce_ds.models.mae import MaskedAutoencoder, run_plainly
+from moce_ds.models.spec import ModelSpec
+from moce_ds.models.vit import check_state
+from moce_ds.transfer.formats.target import DenseModel, renamed, writing
+from moce_ds.transfer.trained import Trial, output_of
 
 # The MLP of mmcv's `FFN` is Sequential(Sequential(Linear, ...), Linear, ...).
 _OPENMMLAB = (
@@ -53,6 +57,17 @@ def writer(rename: Rename, key: str) -> Callable[[Path, DenseModel], None]:
     """What writes `model.pth`: the renamed weights under `key`."""
 
     def write(folder: Path, model: DenseModel) -> None:
-        torch.save({key: rename(model.state)}, folder / "model.pth")
+        with writing(folder / "model.pth"):
+            torch.save({key: rename(model.state)}, folder / "model.pth")
 
     return write
+
+
+def run_public_mae(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
+    """Patches of the masked autoencoder, whose names are the public MAE's."""
+    state = torch.load(folder / "model.pth", weights_only=True)["model"]
+    with torch.device("meta"):  # no second copy
+        mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    check_state(mae, state, str(folder / "model.pth"))
+    mae.load_state_dict(state, assign=True)
+    return output_of(mae.eval(), run_plainly, trial, "patches")

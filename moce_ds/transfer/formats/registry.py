@@ -8,7 +8,7 @@ TIMM = Format("timm", "encoder", timm_folder.write, "timm", timm_folder.run)
 
 FORMATS = (
     TIMM,
-    Format("timm", "full", pth.writer(pth.public_mae, "model"), output="patches"),
+    Format("timm", "full", pth.writer(pth.public_mae, "model"), "moce_ds", pth.run_public_mae, output="patches"),
     Format("hf-vit", "encoder", huggingface.write_vit, "transformers", huggingface.run_vit),
     Format(
         "hf-vitmae",

@@ -1,14 +1,17 @@
 """What a format is: how the dense model is written for one library, and how it is loaded back and run there."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
+from moce_ds.errors import ArtefactError
 from moce_ds.files import sha256_of, write_json
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.trained import Output, Trial
@@ -35,7 +38,7 @@ class Format:
         name: as in `--format`.
         part: "encoder", or "full": the decoder too.
         write: writes the model's files into a folder.
-        library: the package that loads them back; None where there is none to install from a registry.
+        library: the package that loads them back; None where there is no package of it.
         run: what `library` computes from the folder, given a trial: compared with the trained model's `output`.
         needs: packages without which nothing can be written.
     """
@@ -44,7 +47,7 @@ class Format:
     part: str
     write: Callable[[Path, DenseModel], None]
     library: str | None = None
-    run: Callable[[Path, Trial], Tensor] | None = None
+    run: Callable[[Path, ModelSpec, Trial], Tensor] | None = None
     output: Output = "tokens"
     needs: tuple[str, ...] = ()
 
@@ -71,6 +74,19 @@ def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     write_json(
         folder / "export.json", record | {"shape": asdict(spec.shape), "input": spec.input.to_tree(), "files": files}
     )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name a file that cannot be written, as on a full disk: the two libraries raise errors of their own for that.
+
+    Raises:
+        ArtefactError: with the file and the library's reason.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise ArtefactError(f"{path} cannot be written: {error}") from None
 
 
 def renamed(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
