@@ -6,8 +6,8 @@
       weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
       weights/block-03-expert-002.safetensors   one *global* expert of one block
       optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
-      state/...                                 of tuning: the running average of the weights, NAME.ema, and the
-                                                statistics of BatchNorm layers
+      state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
+                                                validation), and the statistics of BatchNorm layers
 
 A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
 """
@@ -163,10 +163,13 @@ def find(path: Path) -> Checkpoint:
     if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
     try:
-        return Checkpoint.open(step_folder(path, steps[-1]))
+        found = Checkpoint.open(step_folder(path, steps[-1]))
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         raise ArtefactError(f"{error}{before}") from None
+    if "model" not in found.manifest:
+        raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
+    return found
 
 
 def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -99,6 +99,15 @@ def test_every_fault_is_listed() -> None:
         ("knn {encoder} --train {none} --test {shards}", "{none} not found: expected a shard set .* or a folder"),
         ("probe {none} --train {shards} --test {shards}", "{none} not found: expected an encoder folder"),
         ("probe {encoder} --train {shards} --test {none}", "{none} not found: expected a shard set"),
+        (
+            "finetune {none} --train {shards} --test {shards} --out {out}",
+            "{none} not found: expected an encoder folder",
+        ),
+        ("finetune {encoder} --train {empty} --test {shards} --out {out}", "{empty}: No image to write"),
+        (
+            "finetune {encoder} --train {shards} --test {shards} --out {full}",
+            "run.out: {full} is not empty and holds no",
+        ),
         ("report {none}", "{none} is no run folder: expected config.yaml"),
         ("inspect {none}", "{none} not found."),
         ("inspect {full}", r"{full} is nothing that moce writes. Known by a file in them: shard set \(shards.json\)"),

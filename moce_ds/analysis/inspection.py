@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from moce_ds.analysis.run_folder import read_results, read_run
+from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
 from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
+from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_record, sha256_of, valid_record
@@ -171,14 +172,33 @@ def _checkpoint(path: Path) -> Rows:
 
 
 def _run(path: Path) -> Rows:
+    return _tuning(path) if is_tuning(path) else _pretraining(path)
+
+
+def _tuning(path: Path) -> Rows:
+    config = read_yaml(path / "config.yaml")
+    rows = {name: str(value) for name, value in config["data"].items() if isinstance(value, str)}
+    rows |= _last_record(read_metrics(path / "metrics.jsonl"))
+    if (path / "result.json").exists():
+        result = read_record(path / "result.json", dict[str, Any], "a result", "moce finetune")
+        rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in result["measures"].items())
+    return rows | {"checkpoints": ", ".join(map(str, steps_of(path))) or "none"}
+
+
+def _pretraining(path: Path) -> Rows:
     run = read_run(path)
     rows = {"arch": run.arch, "shards": str(run.shards)}
-    if metrics := run.metrics:
-        loss = metrics[-1]["loss"]  # null where it was not finite
-        rows["last record"] = f"step {metrics[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.4f}'}"
+    rows |= _last_record(run.metrics)
     steps = steps_of(path)
     rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
     return rows | {f"  {name}": value for name, value in (_checkpoint(find(path).folder) if steps else {}).items()}
+
+
+def _last_record(metrics: list[dict[str, Any]]) -> Rows:
+    if not metrics:
+        return {}
+    loss = metrics[-1]["loss"]  # null where it was not finite
+    return {"last record": f"step {metrics[-1]['step']}, loss {'not finite' if loss is None else f'{loss:.4f}'}"}
 
 
 def _encoder(path: Path) -> Rows:

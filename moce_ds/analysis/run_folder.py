@@ -108,13 +108,19 @@ def read_study(folder: Path) -> Study:
     if (folder / "config.yaml").is_file():
         paths = [folder]
     else:
-        paths = [config.parent for config in folder.glob("*/config.yaml")]
+        paths = [config.parent for config in folder.glob("*/config.yaml") if not is_tuning(config.parent)]
     if not paths:
         raise ArtefactError(
             f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."
         )
     runs = sorted((read_run(path) for path in paths), key=lambda run: (run.arch != "mae", _natural(run.name)))
     return Study(folder, runs, read_results(folder / "results.json"))
+
+
+def is_tuning(path: Path) -> bool:
+    """Whether a run folder is of a tuning verb, and not of pre-training. Raises ConfigError."""
+    config = read_yaml(path / "config.yaml")
+    return "model" not in config and isinstance(config.get("data"), dict) and "encoder" in config["data"]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

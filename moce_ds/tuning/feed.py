@@ -31,8 +31,14 @@ def prepared(make: Callable[[int], Any], indices: range, workers: int, device: t
     Raises (while iterating):
         MoceError: what `make` raised.
     """
-    pinned = device.type == "cuda"
-    loader = DataLoader(_Made(make), batch_size=None, sampler=indices, num_workers=workers, pin_memory=pinned)
+    loader = DataLoader(
+        _Made(make),
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # what is read lies in memory already
+        pin_memory=device.type == "cuda",
+    )
     for item in loader:
         if isinstance(item, MoceError):
             raise item

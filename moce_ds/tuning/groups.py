@@ -1,5 +1,10 @@
-"""AdamW's groups of a model around a ViT: learning rates that fall from the head to the patches (layer decay)."""
+"""AdamW's groups of a model around a ViT: learning rates that fall from the head to the patches (layer decay).
 
+timm's own groups put the final norm with the last block, and leave the last block at the full rate where the ViT has no
+head, as in a detector; here the rates are those of BEiT, MAE and ViTDet in both cases.
+"""
+
+import re
 from typing import Any
 
 from torch import nn
@@ -9,24 +14,33 @@ from moce_ds.tuning.settings import TuneOptimSettings
 
 repair_torchvision()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402  (needs the repair)
-from timm.optim import param_groups_layer_decay  # noqa: E402
+
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"^(cls_token|pos_embed|patch_embed\.)")
 
 
 def parameter_groups(model: nn.Module, vit: VisionTransformer, optim: TuneOptimSettings) -> list[dict[str, Any]]:
-    """The groups of timm for `vit`, a part of `model` or all of it, and the rest of `model` at the full learning rate.
+    """Groups of all parameters of `model` that learn; `vit` is a part of it, or all of it.
 
-    With depth N, block b (from 0) has `layer_decay ** (N - b)` of the learning rate (`lr_scale`), embeddings
-    `layer_decay ** (N + 1)`, final norm and head all of it, as in BEiT and MAE. Weight decay is on matrices only.
+    With N blocks, block b (from 0) has `layer_decay ** (N - b)` of the learning rate (`lr_scale`), embeddings
+    `layer_decay ** (N + 1)`, all else the full rate. Weight decay is on matrices only, not on tokens and positions.
     """
-    groups: list[dict[str, Any]] = param_groups_layer_decay(
-        vit, optim.weight_decay, no_weight_decay_list=vit.no_weight_decay(), layer_decay=optim.layer_decay
-    )
-    own = {id(parameter) for parameter in vit.parameters()}
-    rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-    for decay, params in (
-        (optim.weight_decay, [p for p in rest if p.ndim > 1]),
-        (0.0, [p for p in rest if p.ndim <= 1]),
-    ):
-        if params:
-            groups.append({"params": params, "weight_decay": decay, "lr_scale": 1.0})
-    return groups
+    inside = {id(parameter): name for name, parameter in vit.named_parameters()}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        name = inside.get(id(parameter), "")
+        scale = optim.layer_decay ** _distance(name, len(vit.blocks))
+        plain = parameter.ndim < 2 or name in vit.no_weight_decay()
+        decay = 0.0 if plain else optim.weight_decay
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _distance(name: str, depth: int) -> int:
+    """Layers between a parameter of the ViT and the head; 0 for what lies behind the blocks or outside."""
+    if match := _BLOCK.match(name):
+        return depth - int(match[1])
+    return depth + 1 if _EMBEDDING.match(name) else 0

@@ -94,7 +94,7 @@ def _open(task: Task, config: TuneSettings, runtime: Runtime, batches: BatchArit
     resume_from = newest_whole(config.run.out, runtime)
     keep_settings(config, attempt, runtime)
     task.model.to(runtime.device).train()
-    state = TuneState(task.model, config.optim.ema)
+    state = TuneState(task.model, config.optim.ema, runtime)
     engine = wrap(task.model, task.parameter_groups(), config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)

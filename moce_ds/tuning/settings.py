@@ -62,14 +62,19 @@ class TuneSettings:
 
 @settings
 class FinetuneDataSettings(TuneDataSettings):
-    encoder: Path = option(help="ENCODER of the command line; so for the next three")
-    train: Path = option(help="--train: labelled training images")
-    test: Path = option(help="--test: labelled test images")
-    val: OpenShare | Path | None = option(None, "--val: labelled validation images, or a share of the training images")
+    encoder: Path = option(help="ENCODER of the command line")
+    train: Path = option(help="--train of the command line")
+    test: Path = option(help="--test of the command line")
+    val: Path | None = option(None, "--val of the command line, where it is a folder")
+    val_share: OpenShare | None = option(None, "--val of the command line, where it is a share of the training images")
     metric: Metric | None = option(
         None, "what the best weights are chosen by: top1, mean_per_class, map11; null: top1, or map11 of several labels"
     )
     image_size: Positive | None = option(None, "side of an input image; null: the encoder's")
+
+    def __post_init__(self) -> None:
+        if self.val is not None and self.val_share is not None:
+            raise ValueError("data.val_share: there are validation images (data.val) already; expected one of the two")
 
 
 @settings

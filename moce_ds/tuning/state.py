@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moce_ds.compat import repair_torchvision
 from moce_ds.models.vit import check_fit
+from moce_ds.runtime import Runtime
 from moce_ds.tuning.task import Measures
 
 repair_torchvision()
@@ -32,8 +33,8 @@ class TuneState:
         best: record of the best weights: their step and measures; empty before the first validation.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, decay: float, runtime: Runtime) -> None:
+        self._model, self._runtime = model, runtime
         self._ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
         self._best: dict[str, Tensor] = {}
         self.best: dict[str, Any] = {}
@@ -57,7 +58,7 @@ class TuneState:
 
     def _settle_statistics(self, applied: bool) -> None:
         buffers = self._statistics.values()
-        if applied and buffers and dist.get_world_size() > 1:
+        if applied and buffers and self._runtime.world_size > 1:
             flat = torch.cat([buffer.flatten() for buffer in buffers])
             dist.broadcast(flat, 0)
             for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):

@@ -2,22 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, words
 from moce_ds.errors import STOPPED
 
-if TYPE_CHECKING:
-    from moce_ds.tuning.labelled import Splits
-    from moce_ds.tuning.settings import FinetuneSettings
 
-
-@click.command(cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
+@click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder.")
 @click.option("--test", type=PATH, required=True, help="Labelled test images, looked at once, at the end.")
@@ -29,83 +23,51 @@ if TYPE_CHECKING:
 @words()
 def finetune(
     encoder: Path,
+    train: Path,
+    test: Path,
+    val: str | None,
     out: Path,
     task: str | None,
     model: str | None,
     results: Path | None,
     words: Sequence[str],
-    **data: Any,
 ) -> None:
-    """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder.
+    """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder with its head.
 
     Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
     weights by validation are kept, else the last.
     """
-    from moce_ds.models.encode import open_encoder
     from moce_ds.runtime import started
+    from moce_ds.transfer.metrics import SPOKEN
     from moce_ds.transfer.results import add_record
     from moce_ds.transfer.verbs import _task_name as task_name
-    from moce_ds.tuning.classification import TUNED, Classification
-    from moce_ds.tuning.loop import tune
+    from moce_ds.tuning.classification import TUNED
+    from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
-    given = {"run.out": out, "data.encoder": encoder} | {f"data.{name}": path for name, path in data.items() if path}
-    config = read_settings(FinetuneSettings, [*words, *(f"{key}={_as_yaml(value)}" for key, value in given.items())])
-    with started(config.run.peer_timeout) as runtime, _splits(config) as splits:
-        opened = open_encoder(encoder, runtime.device)
-        measures = tune(Classification(opened, splits, config, runtime), config, runtime)
-        if runtime.is_main and measures is not None:
-            name, named = model or encoder.name, task or task_name(data["test"])
-            told = ", ".join(f"{metric} {value:.4f}" for metric, value in measures.items())
-            click.echo(
-                f"finetune {named} {name}: {told} ({splits.train.count} training, {splits.test.count} test images)"
-            )
-            click.echo(f"{out / TUNED}: the tuned encoder and its head")
-            add_record(results, _record(named, name, measures, config, splits))
-    if measures is None:
+    named = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
+    given = [f"{key}={json.dumps(str(path))}" for key, path in named.items()]  # JSON is YAML
+    given += [f"data.val_share={val}" if _is_number(val) else f"data.val={json.dumps(val)}"] if val else []
+    config = read_settings(FinetuneSettings, [*words, *given])
+    with started(config.run.peer_timeout) as runtime:
+        record = run(config, runtime)
+    if record is None:
         sys.exit(STOPPED)
+    if runtime.is_main:
+        record |= {"task": task or task_name(test), "model": model or encoder.name}
+        told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
+        counted = f"({record['n_train']} training, {record['n_test']} test images)"
+        click.echo(f"finetune {record['task']} {record['model']}: {told} {counted}")
+        click.echo(f"{out / TUNED}: the tuned encoder and its head")
+        add_record(results, record)
 
 
-def _as_yaml(value: Any) -> str:
-    """A path or a number as YAML reads it back."""
+def _is_number(text: str) -> bool:
     try:
-        return str(float(value))
-    except (TypeError, ValueError):
-        return json.dumps(str(value))
-
-
-@contextmanager
-def _splits(config: "FinetuneSettings") -> Iterator["Splits"]:
-    """The splits that the settings name, open for the length of the block. Raises DataError, ArtefactError."""
-    from moce_ds.transfer.task_data import opened_images
-    from moce_ds.tuning.labelled import make_splits
-
-    data = config.data
-    with ExitStack() as stack:
-        train, test = (stack.enter_context(opened_images(path)) for path in (data.train, data.test))
-        val = stack.enter_context(opened_images(data.val)) if isinstance(data.val, Path) else data.val
-        yield make_splits(train, val, test, config.run.seed)
-
-
-def _record(
-    task: str, model: str, measures: dict[str, float], config: "FinetuneSettings", splits: "Splits"
-) -> dict[str, Any]:
-    """The result as plain data for results.json."""
-    optim = config.optim
-    return {
-        "verb": "finetune",
-        "task": task,
-        "model": model,
-        **measures,
-        "n_train": splits.train.count + (splits.val.count if splits.val else 0),
-        "n_test": splits.test.count,
-        "settings": {
-            "base_lr": optim.base_lr,
-            "epochs": optim.epochs,
-            "layer_decay": optim.layer_decay,
-            "seed": config.run.seed,
-        },
-    }
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 VERBS = (finetune,)

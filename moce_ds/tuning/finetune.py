@@ -1,0 +1,62 @@
+"""Fine-tuning from settings to a record: what `moce finetune` does."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.models.encode import open_encoder
+from moce_ds.runtime import Runtime
+from moce_ds.transfer.task_data import opened_images
+from moce_ds.tuning.classification import Classification
+from moce_ds.tuning.labelled import Splits, make_splits
+from moce_ds.tuning.loop import tune
+from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
+
+
+def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | None:
+    """Run, or resume, fine-tuning; a collective.
+
+    Returns a record for results.json without the names of task and model, or None where the run was stopped.
+
+    Raises:
+        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
+    """
+    with runtime.together():
+        encoder = open_encoder(config.data.encoder, runtime.device)
+    with opened_splits(config.data, config.run.seed, runtime) as splits:
+        measures = tune(Classification(encoder, splits, config, runtime), config, runtime)
+        if measures is None:
+            return None
+        optim = config.optim
+        return {
+            "verb": "finetune",
+            **measures,
+            "n_train": splits.train.count + (splits.val.count if splits.val else 0),
+            "n_test": splits.test.count,
+            "settings": {
+                "base_lr": optim.base_lr,
+                "epochs": optim.epochs,
+                "layer_decay": optim.layer_decay,
+                "seed": config.run.seed,
+            },
+        }
+
+
+@contextmanager
+def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> Iterator[Splits]:
+    """The splits that the settings name, open for the length of the block. Raises DataError, ArtefactError."""
+    with ExitStack() as stack:
+
+        def opened(path: Path) -> ShardSet:
+            images = stack.enter_context(opened_images(path))
+            if rejected := Manifest.read(images.path).rejected:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+                runtime.say(f"{path}: files that are no whole images were left out: {reasons}.")
+            return images
+
+        with runtime.together():
+            val = opened(data.val) if data.val else data.val_share
+            splits = make_splits(opened(data.train), val, opened(data.test), seed)
+        yield splits

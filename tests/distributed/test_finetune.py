@@ -1,0 +1,178 @@
+"""Fine-tuning learns, stops, resumes and gives up as pre-training does, whatever the number of processes.
+
+The runs are made once, by `two` and `one`; the tests compare what they left on disk.
+"""
+
+import json
+import signal
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from harness import run_distributed
+from launching import launched, local, ranks_of, run_to_end, send, wait_for_step
+from rich.console import Console
+from safetensors import safe_open
+from tiny_run import comparable, losses, numbers
+from tune_jobs import CLASSES, COUNTS, Tune, Tuned, run_tunings, write_task
+
+from moce_ds.analysis.inspection import describe, faults
+from moce_ds.analysis.run_folder import read_metrics
+from moce_ds.checkpoint_files import OPTIMIZER, STATE, WEIGHTS, Checkpoint, find, step_folder, steps_of
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import STOPPED, ArtefactError
+from moce_ds.models.vit import load_encoder
+from moce_ds.tuning.augmentation import test_transform as centre_transform
+
+STEPS = 12
+TINY = ("optim.batch_size=16", "optim.epochs=0.8", "optim.warmup_epochs=0.2", "optim.base_lr=2e-2", "optim.ema=0.9")
+TINY += ("optim.layer_decay=0.8", "optim.validate_every=0.2", "data.workers=0", "engine.precision=fp32")
+PLAIN = ("augment.flip=false", "augment.rand_augment=null", "augment.erase=0", "augment.mixup=0", "augment.cutmix=0")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the task, for all runs."""
+    return write_task(tmp_path_factory.mktemp("finetune"))
+
+
+def words(root: Path, name: str, *other: str) -> list[str]:
+    """Settings of a run of twelve steps; drawn by image, all of them the same for any number of processes."""
+    data = [f"data.{split}={root / split}" for split in ("encoder", "train", "val", "test")]
+    return [*data, f"run.out={root / name}", "run.log_every=1", "augment.drop_path=0", *TINY, *other]
+
+
+@pytest.fixture(scope="module")
+def two(root: Path) -> dict[str, Tuned]:
+    """All runs of two processes."""
+    moving = ("augment.drop_path=0.3", "engine.precision=bf16", "data.workers=1")
+    every_step = ("run.checkpoint_every=1", "run.keep_checkpoints=99", "run.max_skipped=3")
+    jobs = {
+        "two": Tune(words(root, "two")),
+        "two-parts": Tune(words(root, "two-parts", "optim.accumulation=2", "engine.zero_stage=2")),
+        "whole": Tune(words(root, "whole", *moving)),
+        "stopped": Tune(words(root, "stopped", *moving), stop_after=5),
+        "resumed": Tune(words(root, "stopped", *moving)),  # the same command
+        "then-one": Tune(words(root, "then-one"), stop_after=5),
+        "skipping": Tune(words(root, "skipping"), not_finite=(3,)),
+        "given-up": Tune(words(root, "given-up", *every_step), not_finite=(4, 5, 6)),
+    }
+    first, second = run_distributed(run_tunings, 2, jobs, seconds=200)
+    assert {n: (t.record, t.error) for n, t in first.items()} == {n: (t.record, t.error) for n, t in second.items()}
+    return first
+
+
+@pytest.fixture(scope="module")
+def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
+    """All runs of one process, the end of one that was begun with two, and one that is long enough to learn."""
+    learning = (*PLAIN, "optim.epochs=20", "optim.warmup_epochs=2", "optim.validate_every=4", "run.log_every=100")
+    jobs = {
+        "one": Tune(words(root, "one")),
+        "then-one": Tune(words(root, "then-one")),
+        "again": Tune(words(root, "one")),
+        "other": Tune(words(root, "one", "optim.layer_decay=0.7")),
+        "learning": Tune(words(root, "learning", "augment.crop_scale=[0.7,1]", *learning)),
+    }
+    return run_distributed(run_tunings, 1, jobs, seconds=200)[0]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(step_folder(run, STEPS))
+    assert {"head.weight.ema", "head.weight.best"} <= checkpoint.load(STATE).keys()
+    return checkpoint.load(WEIGHTS) | checkpoint.load(OPTIMIZER) | checkpoint.load(STATE)
+
+
+def assert_same(first: Path, second: Path, tolerance: float) -> None:
+    """Losses, gradient norms, final weights, moments, averages and measures agree; exactly for tolerance 0."""
+    assert len(losses(first)) == len(losses(second)) == STEPS
+    np.testing.assert_allclose(losses(first), losses(second), rtol=0, atol=tolerance)
+    norms = [numbers(r["grad_norm"] for r in read_metrics(run / "metrics.jsonl")) for run in (first, second)]
+    np.testing.assert_allclose(*norms, rtol=10 * tolerance)
+    states = [state_of(run) for run in (first, second)]
+    states = [comparable(state) for state in states] if tolerance else states
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        if "qkv.bias" not in name or not tolerance:  # `comparable` knows the weights' own only, not their averages
+            torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=tolerance, msg=name)
+    assert (first / "result.json").read_text() == (second / "result.json").read_text()
+
+
+@pytest.mark.parametrize("other", ["two", "two-parts", "then-one"])
+def test_the_result_does_not_depend_on_the_processes(root: Path, one: object, other: str) -> None:
+    assert_same(root / "one", root / other, tolerance=1e-6)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(root: Path, two: dict[str, Tuned]) -> None:
+    """Bit for bit, with dropped paths, bf16, a running average and worker processes."""
+    assert two["stopped"].record is None and "as asked; the same command goes on" in two["stopped"].text
+    assert "Resuming" in two["resumed"].text and two["resumed"].record == two["whole"].record
+    assert_same(root / "whole", root / "stopped", tolerance=0)
+
+
+def test_a_complete_run_is_not_run_again(root: Path, one: dict[str, Tuned]) -> None:
+    assert one["again"].record == one["one"].record and "is complete" in one["again"].text
+    assert "optim.layer_decay: 0.8 -> 0.7" in one["other"].error
+
+
+def test_what_a_run_left_is_told(root: Path, one: object) -> None:
+    table = Console(width=200, file=StringIO())
+    table.print(describe(root / "one"))
+    told = table.file.getvalue()  # type: ignore[attr-defined]
+    assert "top1" in told and f"step {STEPS}, loss" in told and str(root / "train") in told
+    assert faults(root / "one") == []
+    with pytest.raises(ArtefactError, match=rf"tuned an encoder, which is in {root / 'one/tuned'}"):
+        find(root / "one")
+
+
+def test_it_learns(root: Path, one: dict[str, Tuned]) -> None:
+    record = one["learning"].record
+    assert record is not None and record["top1"] > 2 / CLASSES, record
+    assert (record["n_train"], record["n_test"]) == (COUNTS["train"] + COUNTS["val"], COUNTS["test"])
+    result = json.loads((root / "learning/result.json").read_text())
+    validated = [r for r in read_metrics(root / "learning/metrics.jsonl") if "validation" in r]
+    assert len(validated) == 5
+    best = max(validated, key=lambda r: r["validation"]["top1"])
+    assert (result["step"], result["validation"]) == (best["step"], best["validation"])
+
+
+def test_the_tuned_folder_predicts_what_was_measured(root: Path, one: dict[str, Tuned]) -> None:
+    """An encoder folder as `moce export` writes it, and the head on its features."""
+    encoder, test = load_encoder(root / "learning/tuned"), ShardSet.open(root / "test")
+    images = torch.stack([centre_transform(encoder.input)(test.decode(i)) for i in range(test.count)])
+    with safe_open(root / "learning/tuned/head.safetensors", "pt") as head:
+        classes = json.loads(head.metadata()["classes"])
+        scores = encoder.features(images) @ head.get_tensor("weight").T + head.get_tensor("bias")
+    right = [classes[k] == test.classes[label] for k, label in zip(scores.argmax(1), test.labels, strict=True)]
+    record = one["learning"].record
+    assert record is not None and np.mean(right) == pytest.approx(record["top1"])
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two: dict[str, Tuned]) -> None:
+    records = read_metrics(root / "skipping/metrics.jsonl")
+    assert [record["skipped"] for record in records] == [0, 0] + [1] * (STEPS - 2)
+    assert two["skipping"].record is not None
+    assert all(torch.isfinite(tensor).all() for tensor in state_of(root / "skipping").values())
+
+
+def test_too_many_of_them_end_the_run(root: Path, two: dict[str, Tuned]) -> None:
+    assert two["given-up"].error.startswith("DivergedError: Step 6: the gradient was not finite in 3 steps in a row")
+    assert steps_of(root / "given-up") == [1, 2, 3] and not (root / "given-up/result.json").exists()
+
+
+def test_the_command_stops_and_goes_on(root: Path, two: object) -> None:
+    """As a user runs it, in two processes with workers; a signal to one of them."""
+    out, data = root / "command", [f"--{split}={root / split}" for split in ("train", "test")]
+    settings = [*TINY, "data.workers=1", "optim.epochs=4", "run.log_every=1"]
+    command = (*local(2), "finetune", str(root / "encoder"), *data, "--val=0.2", f"--out={out}", *settings)
+    command += (f"--results={root / 'results.json'}",)
+    with launched(*command) as process:
+        wait_for_step(out, 3)
+        send(signal.SIGTERM, ranks_of(process)[1])
+        assert process.wait(timeout=60) == STOPPED
+    assert len(steps_of(out)) == 1 and not (out / "tuned").exists()
+    status, said = run_to_end(*command)
+    assert status == 0 and "Resuming" in said and "finetune" in said, said
+    (record,) = json.loads((root / "results.json").read_text())
+    assert record["verb"] == "finetune" and 0 <= record["top1"] <= 1
