@@ -55,7 +55,7 @@ def segment(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | N
 
 
 def settings(cls: type[Any], folder: Path, *words: str) -> Any:
-    return load(cls, None, [f"encoder={folder.parent}/encoder", f"run.out={folder}", *MODEL, *RUN, *words])
+    return load(cls, None, [f"data.encoder={folder.parent}/encoder", f"run.out={folder}", *MODEL, *RUN, *words])
 
 
 STOP = "run.max_hours=0.000001"  # so after the first step
