@@ -130,7 +130,7 @@ def read_study(folder: Path) -> Study:
 def is_tuning(path: Path) -> bool:
     """Whether a run folder is of a tuning verb, and not of pre-training. Raises ConfigError."""
     config = read_yaml(path / "config.yaml")
-    return "model" not in config and isinstance(config.get("data"), dict) and "encoder" in config["data"]
+    return isinstance(config.get("data"), dict) and "encoder" in config["data"]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ Scale = Annotated[float, Field(gt=0)]
 
 @settings
 class DenseDataSettings(TuneDataSettings):
+    encoder: Path = option(help="encoder folder from `moce export`, or a dense run")
     val: Path | None = option(None, "validation split, in the format of data.train: chooses the best weights")
     test: Path | None = option(None, "what the final measures are of; null: the validation split")
     scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")
@@ -41,7 +42,6 @@ class DenseDataSettings(TuneDataSettings):
 
 @settings
 class DenseSettings(TuneSettings):
-    encoder: Path = option(help="encoder folder from `moce export`, or a dense run")
     data: DenseDataSettings
     optim: TuneOptimSettings
 
@@ -61,7 +61,7 @@ M = TypeVar("M", bound=DenseModel)
 
 def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
     """The encoder on the host, and the model that `make` puts around it: the same weights on every process."""
-    encoder = open_encoder(config.encoder, torch.device("cpu"))
+    encoder = open_encoder(config.data.encoder, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashed(INIT, config.run.seed)[()] >> np.uint64(1)))
         model = make(encoder)

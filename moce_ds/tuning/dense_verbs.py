@@ -48,15 +48,13 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
     _tune(SegmentSettings, SegmentationTask, paths, words)
 
 
-_KEYS = {"encoder": "encoder", "out": "run.out"}  # of the others: data.NAME
-
-
 def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
     """Settings out of the verb's paths (as JSON, which is YAML) and words; then the whole run."""
     from moce_ds.runtime import started
     from moce_ds.tuning.loop import tune
 
-    given = [f"{_KEYS.get(name, f'data.{name}')}={json.dumps(str(path))}" for name, path in paths.items() if path]
+    keys = {"out": "run.out"}
+    given = [f"{keys.get(name, f'data.{name}')}={json.dumps(str(path))}" for name, path in paths.items() if path]
     config = read_settings(cls, [*words, *given])
     with started(config.run.peer_timeout) as runtime:
         with runtime.together():

@@ -1,0 +1,134 @@
+"""Sets in COCO's format: what is read, what is refused, and the average precision."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dense_examples import CATEGORIES, OBJECTS, write_coco
+from PIL import Image
+
+from moce_ds.data.canvas import View
+from moce_ds.data.coco import CocoSet
+from moce_ds.data.coco_api import average_precision, box_of, pack
+from moce_ds.errors import DataError
+from moce_ds.tuning.detector import training_example
+
+
+def test_a_set_is_read(tmp_path: Path) -> None:
+    data = CocoSet.open(*write_coco(tmp_path))
+    assert [image.id for image in data.images] == [10, 20, 30]
+    assert [[thing.id for thing in objects] for objects in data.objects] == [[4], [1, 2, 3], []]
+    assert data.labels == {3: 0, 7: 1} and data.categories == {3: "petal", 7: "roof"}
+    assert data.with_objects == [0, 1]
+    assert data.image(2).size == (48, 32)
+
+
+def test_masks_of_polygons_and_of_both_kinds_of_rle(tmp_path: Path) -> None:
+    data = CocoSet.open(*write_coco(tmp_path))
+    rectangle, triangle, crowd = data.objects[1]
+    mask_HW = data.mask(1, rectangle)
+    assert mask_HW.shape == (32, 48) and mask_HW[8:18, 4:20].all() and mask_HW.sum() == 160
+    assert 80 < data.mask(1, triangle).sum() < 120
+    assert data.mask(1, crowd)[:, :8].all() and data.mask(1, crowd).sum() == 256
+    (packed,) = pack(mask_HW[None].astype(bool))
+    assert box_of(packed) == [4, 8, 16, 10]
+    np.testing.assert_array_equal(data.mask(1, type(rectangle)(9, 20, 7, (0, 0, 1, 1), packed)), mask_HW)
+
+
+def test_an_example_holds_what_is_seen(tmp_path: Path) -> None:
+    """Magnified twice and mirrored, from pixel (16, 0): the rectangle ends at the cut, crowds are left out."""
+    data = CocoSet.open(*write_coco(tmp_path))
+    view = View((16, 0, 48, 32), 64, 64, mirror=True)
+    image_CHW, target = training_example(data, 1, view, 80, (0.5, 0.5, 0.5))
+    assert image_CHW.shape == (3, 80, 80) and (image_CHW[:, 64:] == 0.5).all() and (image_CHW[:, :, 64:] == 0.5).all()
+    assert target["labels"].tolist() == [2, 1]
+    assert target["boxes"][0].tolist() == [56, 16, 64, 36]  # x 16-20 and y 8-18 of the image
+    assert target["masks"].shape == (2, 80, 80) and target["masks"][0].sum() == 8 * 20
+    _, nothing = training_example(data, 1, View((21, 0, 29, 32), 16, 64), 80, (0.5, 0.5, 0.5))
+    assert nothing["boxes"].shape == (0, 4) and nothing["masks"].shape == (0, 80, 80)
+
+
+def changed(number: int, **values: Any) -> list[dict[str, Any]]:
+    """The annotations with one of them changed."""
+    objects = copy.deepcopy(OBJECTS)
+    objects[number] |= values
+    return objects
+
+
+MISSING = [{"id": 1, "file_name": "lost.png", "width": 48, "height": 32}]
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"annotations": changed(1, bbox=[30, 10, 30, 20])}, "annotation 2: box .* leaves its image 20.png of 48 x 32"),
+    ({"annotations": changed(1, bbox=[-9, 10, 10, 20])}, "annotation 2: box"),
+    ({"annotations": changed(1, category_id=8)}, "annotation 2 has category 8"),
+    ({"annotations": changed(1, image_id=5)}, "annotation 2 belongs to image 5"),
+    ({"annotations": changed(1, bbox=[1, 2, 3])}, r"annotations\.1\.bbox"),
+    ({"images": MISSING}, "lost.png not found: .* has it as image 1; 1 of 1"),
+    ({"categories": [*CATEGORIES, {"id": 3, "name": "stalk"}]}, "categories: 2 have the id 3"),
+    ({"categories": []}, "`categories` is empty"),
+    ({"images": None}, r"images: .*list"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), FAULTS)
+def test_a_fault_of_the_file_is_named(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        CocoSet.open(*write_coco(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ({"size": [48, 32], "counts": [0, 256, 1280]}, r"annotation 2: segmentation is of height and width \[48, 32\]"),
+        ([[1, 2, 3, 4]], "annotation 2: segmentation is neither"),
+        (None, "annotation 2: segmentation is neither"),
+        ([], "annotation 2: segmentation is neither"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_named(tmp_path: Path, shape: Any, told: str) -> None:
+    data = CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=shape)))
+    with pytest.raises(DataError, match=told):
+        data.mask(1, data.objects[1][1])
+
+
+def test_a_file_that_is_no_json_an_image_of_other_size_and_one_that_is_damaged(tmp_path: Path) -> None:
+    path, images = write_coco(tmp_path)
+    data = CocoSet.open(path, images)
+    Image.new("RGB", (40, 32)).save(images / "10.png")
+    with pytest.raises(DataError, match=r"10\.png has 40 x 32 pixels; .* says 48 x 32"):
+        data.image(0)
+    (images / "20.png").write_bytes((images / "20.png").read_bytes()[:200])
+    with pytest.raises(DataError, match=r"20\.png is no image that can be read"):
+        data.image(1)
+    path.write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        CocoSet.open(path, images)
+    with pytest.raises(DataError, match="cannot be read"):
+        CocoSet.open(tmp_path / "other.json", images)
+
+
+def test_average_precision(tmp_path: Path) -> None:
+    """What is there, found exactly, is worth 1; one of three objects missed and a box far off cost what they must."""
+    data = CocoSet.open(*write_coco(tmp_path))
+    truth = [(number, thing) for number, objects in enumerate(data.objects) for thing in objects if not thing.iscrowd]
+    found = [
+        {
+            "image_id": thing.image_id,
+            "category_id": thing.category_id,
+            "score": 0.9,
+            "bbox": list(thing.bbox),
+            "segmentation": pack(data.mask(number, thing)[None])[0],
+        }
+        for number, thing in truth
+    ]
+    perfect = average_precision(data.path, found)
+    assert perfect["box_ap"] == pytest.approx(1) and perfect["mask_ap"] == pytest.approx(1)
+    assert perfect["box_ap_large"] == -1
+    # Of two petals one is found: precision 1 up to a recall of a half, so 51 of the 101 points; the roof stays whole.
+    missed = average_precision(data.path, found[1:])
+    assert missed["box_ap"] == pytest.approx((51 / 101 + 1) / 2)
+    found[1]["bbox"] = [30, 20, 16, 10]  # the roof's box, elsewhere; its mask stays
+    moved = average_precision(data.path, found)
+    assert moved["box_ap"] == pytest.approx(0.5) and moved["mask_ap"] == pytest.approx(1)
+    assert average_precision(data.path, [])["mask_ap"] == 0

@@ -1,0 +1,60 @@
+"""What `moce detect` and `moce segment` refuse, before a run folder is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dense_examples import CATEGORIES, write_ade, write_coco
+from moce_command import refused
+
+SMALL = ("model.image_size=32", "model.channels=8")
+
+
+def detect(tmp_path: Path, encoder: Path, *words: object) -> str:
+    path, images = tmp_path / "coco" / "instances.json", tmp_path / "coco" / "images"
+    if not path.exists():
+        write_coco(tmp_path / "coco")
+    given = ("--train", path, "--images", images, "--out", tmp_path / "run", *SMALL)
+    return refused("detect", encoder, *given, *words)
+
+
+def test_something_must_be_measured(tmp_path: Path, tiny_encoder: Path) -> None:
+    assert "data.val, data.test: give one of them" in detect(tmp_path, tiny_encoder)
+
+
+def test_splits_have_the_same_categories(tmp_path: Path, tiny_encoder: Path) -> None:
+    other, _ = write_coco(tmp_path / "other", categories=[CATEGORIES[0], {"id": 3, "name": "leaf"}])
+    told = detect(tmp_path, tiny_encoder, "--val", other)
+    assert "{3: 'leaf', 7: 'roof'}" in told and "must be the same" in told
+
+
+def test_there_must_be_something_to_learn_from(tmp_path: Path, tiny_encoder: Path) -> None:
+    path, _ = write_coco(tmp_path / "coco")
+    content = json.loads(path.read_text())
+    content["annotations"] = [thing for thing in content["annotations"] if thing.get("iscrowd")]
+    path.write_text(json.dumps(content))
+    assert "has no annotation to learn from" in detect(tmp_path, tiny_encoder, "--test", path)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.scale=[2,1]", "data.scale: [2.0, 1.0]; expected [low, high]"),
+        ("model.image_size=40", "model.image_size: got 40; expected a multiple of 32"),
+        ("model.windows=3", "model.windows: no such setting. Did you mean model.window?"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path: Path, tiny_encoder: Path, word: str, told: str) -> None:
+    write_coco(tmp_path / "coco")
+    assert told in detect(tmp_path, tiny_encoder, "--val", tmp_path / "coco" / "instances.json", word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_encoder_or_no_set(tmp_path: Path, tiny_encoder: Path) -> None:
+    ade = write_ade(tmp_path / "ade")
+    out = ("--out", tmp_path / "run", *SMALL)
+    assert "none not found: expected an encoder" in refused(
+        "segment", tmp_path / "none", "--train", ade, "--val", ade, *out
+    )
+    told = refused("segment", tiny_encoder, "--train", tmp_path, "--val", ade, *out)
+    assert "images is not a folder: expected ADE20K's format" in told
