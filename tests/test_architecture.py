@@ -49,6 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pycocotools": ("moce_ds.data.coco_api",),
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),
+    "datasets": ("moce_ds.data.saved_dataset",),
     "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises
 }
 

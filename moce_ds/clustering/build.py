@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
-from moce_ds.clustering.clusters import Clusters, load_ids, normalised, save_ids
+from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
 from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.sinkhorn import Solution, balance
@@ -182,7 +182,19 @@ def _label(feature_set: FeatureSet, clusters: Clusters) -> tuple[Clusters, np.nd
     ids_N, cosine_N = (np.concatenate(parts) for parts in zip(*labelled, strict=True))
     sizes_M = np.bincount(ids_N, minlength=clusters.num_clusters)
     cosine_M = np.bincount(ids_N, weights=cosine_N, minlength=clusters.num_clusters) / np.maximum(sizes_M, 1)
-    return replace(clusters, sizes_M=sizes_M, cosine_M=cosine_M.astype(np.float32)), ids_N
+    low_M = _low_cosines(ids_N, cosine_N, sizes_M)
+    return replace(clusters, sizes_M=sizes_M, cosine_M=cosine_M.astype(np.float32), low_cosine_M=low_M), ids_N
+
+
+def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -> np.ndarray:
+    """What the least typical images of each cluster do not reach, float32 [M].
+
+    Weibull's quantile is the one that a further image of the cluster stays below with that probability, small
+    clusters included.
+    """
+    of_cluster = np.split(cosine_N[np.argsort(ids_N, kind="stable")], np.cumsum(sizes_M)[:-1])
+    lows = [np.quantile(part, LOW, method="weibull") if len(part) else 1.0 for part in of_cluster]
+    return np.array(lows, dtype=np.float32)
 
 
 def _check_same(out: Path, made_from: dict[str, Any]) -> None:

@@ -25,6 +25,11 @@ from moce_ds.files import atomic_file, read_record, write_json
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
 _TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine_M": 1}
+_LATER = {"low_cosine_M": 1}
+"""Tensors that earlier versions did not write."""
+
+LOW = 0.05
+"""Share of a cluster's images below `low_cosine_M`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Clusters:
         mean_D: float32, subtracted from features before they are normalised.
         sizes_M: int64, images of the shard set in each cluster (hard assignment).
         cosine_M: float32, mean cosine of a cluster's images to its centroid; 0 where there are none.
+        low_cosine_M: float32, the cosine that the least typical 5% of a cluster's images do not reach; 1 where there
+            are none. None where an earlier version wrote the clusters.
         eps: weight of the entropy, in the units of a cosine.
         method: "sinkhorn" or "kmeans".
         shards_fingerprint: of the shard set that was clustered.
@@ -69,6 +76,7 @@ class Clusters:
     encoder_fingerprint: str
     encoder_input: dict[str, Any]
     provenance: dict[str, Any]
+    low_cosine_M: np.ndarray | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -109,10 +117,11 @@ class Clusters:
     def save(self, folder: Path) -> None:
         """Write clusters.safetensors, then clusters.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
+        known = {name: getattr(self, name) for name in _TENSORS | _LATER}
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
         with atomic_file(folder / "clusters.safetensors") as temporary:
             save_file(tensors, temporary)
-        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in known}
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
         write_json(folder / "clusters.json", header | record)
 
@@ -139,6 +148,8 @@ class Clusters:
         """Refuse tensors that do not fit together."""
         m, d = self.embeddings_MD.shape
         expected = {"embeddings_MD": (m, d), "duals_M": (m,), "mean_D": (d,), "sizes_M": (m,), "cosine_M": (m,)}
+        if self.low_cosine_M is not None:
+            expected["low_cosine_M"] = (m,)
         for name, shape in expected.items():
             tensor = getattr(self, name)
             if tensor.shape != shape:
@@ -200,9 +211,10 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
         raise ArtefactError(f"{path} is missing: {again}") from None
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
-    for name, axes in _TENSORS.items():
-        if name not in tensors:
-            raise ArtefactError(f"{path} is damaged, without {name}: {again}")
+    if missing := [name for name in _TENSORS if name not in tensors]:
+        raise ArtefactError(f"{path} is damaged, without {', '.join(missing)}: {again}")
+    found = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}
+    for name, axes in found.items():
         if tensors[name].ndim != axes:
             raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {again}")
-    return {name: tensors[name] for name in _TENSORS}
+    return {name: tensors[name] for name in found}

@@ -58,6 +58,7 @@ def export_requested(
     device: torch.device,
     task: str | None,
     replace: bool = False,
+    selection: Selection | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write what is asked for; yields every folder written with its provenance.
 
@@ -66,6 +67,7 @@ def export_requested(
     Args:
         task: the name of the task of `request.data`.
         replace: put it in the place of an earlier export.
+        selection: the vote of those images, where it has been counted.
 
     Raises:
         ConfigError: the options do not fit the run, or `out` exists.
@@ -87,7 +89,7 @@ def export_requested(
                 name = f"route-{choosing.spoken(chosen.experts or ())}"
                 yield out / name, export_route(checkpoint, clusters, chosen, draft / name, {}, format)
         return
-    selection = _selected(run, request.data, config, device)
+    selection = selection or _selected(run, request.data, config, device)
     votes = {"votes": selection.record(task or "")} if selection else {}
     chosen = _chosen(checkpoint, request, selection)
     yield out, export_route(checkpoint, clusters, chosen, out, votes, format, replace)

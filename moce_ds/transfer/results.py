@@ -7,9 +7,6 @@ from rich.table import Table
 
 from moce_ds.files import read_json, write_json
 from moce_ds.transfer.metrics import MultiLabelScore, Score
-from moce_ds.transfer.select import Selection
-
-_ROUTES_SHOWN = 5
 
 
 def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
@@ -35,21 +32,6 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
         return one["verb"], one["task"], one.get("model"), one.get("seed")
 
     write_json(path, [one for one in records if key(one) != key(record)] + [record])
-
-
-def selection_table(selection: Selection, task: str) -> Table:
-    """The routes that got votes, the winner first."""
-    table = Table(
-        title=f"{task}: {selection.n_images} images in {len(selection.clusters)} clusters", title_justify="left"
-    )
-    table.add_column("route (expert of each layer)")
-    table.add_column("share of the votes", justify="right")
-    for route, share in selection.routes[:_ROUTES_SHOWN]:
-        table.add_row("-".join(map(str, route)), f"{share:.1%}")
-    if len(selection.routes) > _ROUTES_SHOWN:
-        rest = sum(share for _, share in selection.routes[_ROUTES_SHOWN:])
-        table.add_row(f"{len(selection.routes) - _ROUTES_SHOWN} others", f"{rest:.1%}")
-    return table
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> Table:

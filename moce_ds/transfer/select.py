@@ -3,7 +3,7 @@
 Axes: N images, M clusters, L expert layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder, load_encoder
+from moce_ds.transfer.typicality import Typicality
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Selection:
         routes: every route that got votes with its share, falling.
         clusters: share of the images in each cluster that holds any, falling.
         n_images: images that voted.
+        typicality: how much they look like the images of pre-training; None where only clusters were counted.
     """
 
     route: tuple[int, ...]
@@ -37,6 +39,7 @@ class Selection:
     routes: list[tuple[tuple[int, ...], float]]
     clusters: dict[int, float]
     n_images: int
+    typicality: Typicality | None = None
 
     def record(self, task: str) -> dict[str, Any]:
         """Plain data for results.json."""
@@ -48,6 +51,7 @@ class Selection:
             "routes": [{"route": list(route), "share": share} for route, share in self.routes],
             "clusters": {str(cluster): share for cluster, share in self.clusters.items()},
             "n_images": self.n_images,
+            "typicality": self.typicality and self.typicality.record(),
         }
 
 
@@ -86,9 +90,9 @@ def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torc
     encoder = clusters_encoder(checkpoint, clusters, device)
     features_ND = encode_all(encoder, task, config, device)
     # Features of the pre-training set went through float16 on disk; the task's take the same way.
-    ids_N = clusters.assign(features_ND.half().float().numpy())
+    ids_N, cosine_N = clusters.assign_with_cosine(features_ND.half().float().numpy())
     expert_ML = np.array(checkpoint.manifest["routing"]["expert_ML"], dtype=np.int64)
-    return count_votes(ids_N, expert_ML)
+    return replace(count_votes(ids_N, expert_ML), typicality=Typicality.of(ids_N, cosine_N, clusters))
 
 
 def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selection:

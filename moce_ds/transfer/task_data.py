@@ -1,4 +1,4 @@
-"""A task's images, as a shard set or as a plain folder, and their features.
+"""A task's images, as a shard set, a plain folder or a saved data set of the `datasets` library, and their features.
 
 Axes: N images, D width.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError
@@ -22,14 +23,23 @@ from moce_ds.models.vit import Encoder
 
 @contextmanager
 def opened_images(path: Path) -> Iterator[ShardSet]:
-    """A shard set; a folder of images becomes a temporary one. Raises DataError when `path` is neither."""
+    """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
+
+    Raises:
+        DataError: `path` is none of these, or holds several splits or no images.
+        ConfigError: the `datasets` library is needed and not installed.
+    """
     if (path / "shards.json").exists():
         yield ShardSet.open(path)
         return
     if not path.is_dir():
         raise DataError(f"{path} not found: expected a shard set (`moce shards`) or a folder of images.")
     with tempfile.TemporaryDirectory(prefix="moce-") as scratch:
-        write_shards(path, Path(scratch) / "shards", ShardSettings())
+        source, listing = path, None
+        if is_saved_dataset(path):
+            source = Path(scratch) / "images"
+            listing = unpack_images(path, source)
+        write_shards(source, Path(scratch) / "shards", ShardSettings(), listing)
         yield ShardSet.open(Path(scratch) / "shards")
 
 

@@ -13,22 +13,57 @@ from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
 @click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="The task's images: a shard set or a folder of images.")
+@click.option("--data", type=PATH, required=True, help="The task's images: shards, a folder, or a saved data set.")
 @click.option("--task", default=None, help="The task's name in results (default: that of --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Routes in the table.")
+@click.option("--picture", type=PATH, help="A PNG: the task's images beside those that trained the chosen expert.")
+@click.option("--export", "out", type=PATH, help="Go on and export the winning route to this folder.")
+@click.option("--format", default="timm", show_default=True, help="Of the export, as in moce export.")
+@click.option("--part", default="encoder", show_default=True, help="Of the export: encoder, or full.")
+@click.option("--replace", is_flag=True, help="Replace an earlier export.")
 @words()
-def select(run: Path, data: Path, task: str | None, results: Path | None, words: Sequence[str]) -> None:
-    """Find the route through the experts of RUN that serves a task's images best."""
+def select(
+    run: Path,
+    data: Path,
+    task: str | None,
+    results: Path | None,
+    top: int,
+    picture: Path | None,
+    out: Path | None,
+    format: str,
+    part: str,
+    replace: bool,
+    words: Sequence[str],
+) -> None:
+    """Find the route through the experts of RUN that serves a task's images best, and say how typical they are."""
     from moce_ds.models.encode import EncodeSettings
-    from moce_ds.transfer.results import add_record, selection_table
-    from moce_ds.transfer.select import select_route
+    from moce_ds.transfer.chosen import routes_of
+    from moce_ds.transfer.export import check_free
+    from moce_ds.transfer.export_request import Request, export_requested, told
+    from moce_ds.transfer.formats.registry import find_format
+    from moce_ds.transfer.results import add_record
+    from moce_ds.transfer.select import run_clusters, select_route
+    from moce_ds.transfer.selection_picture import write_picture
+    from moce_ds.transfer.selection_report import selection_report
     from moce_ds.transfer.task_data import opened_images
 
-    config = read_settings(EncodeSettings, words)
+    config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or _task_name(data)
+    if out:
+        check_free(out, replace)
+    checkpoint, _ = run_clusters(run)
+    run = checkpoint.folder  # of one step to the end, also when the run is training on
     with opened_images(data) as images:
         selection = select_route(run, images, config, _device())
-    show(selection_table(selection, task or _task_name(data)))
-    add_record(results, selection.record(task or _task_name(data)))
+        show(selection_report(selection, name, routes_of(checkpoint), top))
+        if picture:
+            note = write_picture(picture, images, name, selection, checkpoint)
+            click.echo(f"{picture}: written. {note or ''}".rstrip())
+    add_record(results, selection.record(name))
+    if out:
+        asked = Request(data=data)
+        for folder, made in export_requested(run, out, asked, target, config, _device(), name, replace, selection):
+            click.echo(told(folder, made))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")

@@ -90,7 +90,7 @@ def test_save_and_load_are_bit_exact(built, tmp_path):
     clusters = Clusters.load(built)
     clusters.save(tmp_path / "copy")
     again = Clusters.load(tmp_path / "copy")
-    for name in ("embeddings_MD", "duals_M", "mean_D", "sizes_M", "cosine_M"):
+    for name in ("embeddings_MD", "duals_M", "mean_D", "sizes_M", "cosine_M", "low_cosine_M"):
         assert getattr(again, name).tobytes() == getattr(clusters, name).tobytes()
         assert getattr(again, name).dtype == getattr(clusters, name).dtype
     assert (again.eps, again.method, again.encoder_input) == (clusters.eps, "sinkhorn", {"size": 8})
@@ -212,6 +212,7 @@ def truncate(folder: Path) -> None:
         (edit_tensor("duals_M", None), "without duals_M"),
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
+        (edit_tensor("low_cosine_M", lambda t: t[:-1]), r"low_cosine_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("mean_D", lambda t: t * np.nan), "mean_D holds numbers that are not finite"),
         (edit_tensor("embeddings_MD", lambda t: t[0]), r"embeddings_MD has shape \(64,\), expected 2 axes"),
         (edit_tensor("embeddings_MD", lambda t: 2 * t), "not of norm 1"),
@@ -222,6 +223,15 @@ def test_damaged_clusters_are_refused_by_name(folder, damage, message):
     damage(folder)
     with pytest.raises(ArtefactError, match=message):
         Clusters.load(folder)
+
+
+def test_clusters_of_an_earlier_version_are_read(folder):
+    whole = Clusters.load(folder)
+    edit_tensor("low_cosine_M", None)(folder)
+    earlier = Clusters.load(folder)
+    assert earlier.low_cosine_M is None and earlier.hash == whole.hash
+    earlier.save(folder / "again")
+    assert Clusters.load(folder / "again").low_cosine_M is None
 
 
 def test_ids_belong_to_their_shard_set(folder):

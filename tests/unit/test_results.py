@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moce_ds.errors import ArtefactError
 from moce_ds.transfer.metrics import MultiLabelScore, Score
-from moce_ds.transfer.results import accuracy_record, accuracy_table, add_record, selection_table
+from moce_ds.transfer.results import accuracy_record, accuracy_table, add_record
 from moce_ds.transfer.select import count_votes
 
 
@@ -96,13 +96,3 @@ def test_accuracy_table() -> None:
     assert ["birds", "expert", "2-3", "75.0%", "75.0%"] in rows  # no k-NN was run
     assert ["fish", "expert", "25.0%"] in rows  # nothing was selected for it
     assert accuracy_table([]).row_count == 0
-
-
-def test_selection_table_names_the_first_routes_and_counts_the_others() -> None:
-    ids_N = np.repeat(np.arange(8), [30, 20, 15, 12, 10, 6, 4, 3])
-    rows = printed(selection_table(count_votes(ids_N, np.arange(16).reshape(8, 2)), "birds"))
-    assert rows[0] == ["birds:", "100", "images", "in", "8", "clusters"]
-    body = [row for row in rows if row and row[-1].endswith("%")]
-    assert body == [["0-1", "30.0%"], ["2-3", "20.0%"], ["4-5", "15.0%"], ["6-7", "12.0%"], ["8-9", "10.0%"],
-                    ["3", "others", "13.0%"]]  # fmt: skip
-    assert ["0-1", "100.0%"] in printed(selection_table(count_votes(np.array([0]), np.array([[0, 1]])), "birds"))

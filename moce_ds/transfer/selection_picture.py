@@ -1,0 +1,81 @@
+"""A picture to judge a selection by: some of the task's images beside images that trained the chosen expert.
+
+Axes: N images of the training set.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from moce_ds.checkpoint_files import Checkpoint
+from moce_ds.clustering.clusters import load_ids
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.files import atomic_file, writes_to
+from moce_ds.transfer.chosen import choose_selected, spoken
+from moce_ds.transfer.select import Selection, clusters_folder
+
+_SIDE, _GAP, _COLUMNS, _ROWS = 80, 6, 6, 5
+_TITLE, _MARGIN = 28, 20
+_WIDTH = _COLUMNS * (_SIDE + _GAP) - _GAP
+_HEIGHT = _ROWS * (_SIDE + _GAP) - _GAP
+_PAPER, _INK = "white", "#2b2f36"
+
+
+def write_picture(path: Path, images: ShardSet, task: str, selection: Selection, checkpoint: Checkpoint) -> str | None:
+    """Write a PNG: left the task's images, right training images on the winning route, drawn by the task's votes.
+
+    The same selection gives the same picture. Returns why there are no training images in it; None where they are.
+
+    Raises:
+        ArtefactError: `path` cannot be written.
+        DataError: a task's image was altered after writing.
+    """
+    number = min(_COLUMNS * _ROWS, images.count)
+    ids = np.random.default_rng(0).choice(images.count, number, replace=False)
+    left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in np.sort(ids).tolist()])
+    title, note = f"route {spoken(selection.route)}: what its experts were trained on", None
+    try:
+        right = _block(title, _training_images(checkpoint, choose_selected(checkpoint, selection).clusters))
+    except (ArtefactError, DataError) as error:
+        note = f"No training images to show: {error}"
+        right = _block(title, [], note)
+    sheet = Image.new("RGB", (2 * left.width + 3 * _MARGIN, left.height + 2 * _MARGIN), _PAPER)
+    sheet.paste(left, (_MARGIN, _MARGIN))
+    sheet.paste(right, (left.width + 2 * _MARGIN, _MARGIN))
+    with writes_to(path), atomic_file(path) as temporary:
+        sheet.save(temporary, "PNG")
+    return note
+
+
+def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
+    """Images of the clusters on the route, more of those with more votes.
+
+    Raises:
+        ArtefactError, DataError: the shards that the run was trained on are not where its settings name them.
+    """
+    shards = ShardSet.open(Path(checkpoint.manifest["config"]["data"]["shards"]))
+    ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
+    weight_M = np.zeros(len(checkpoint.manifest["routing"]["expert_ML"]))
+    weight_M[list(votes)] = list(votes.values())
+    weight_N = (weight_M / np.maximum(np.bincount(ids_N, minlength=len(weight_M)), 1))[ids_N]
+    number = min(_COLUMNS * _ROWS, int(np.count_nonzero(weight_N)))
+    if not number:
+        raise DataError(f"no image of {shards.path} is in the clusters that voted.")
+    ids = np.random.default_rng(0).choice(shards.count, number, replace=False, p=weight_N / weight_N.sum())
+    return [shards.decode(image_id) for image_id in np.sort(ids).tolist()]
+
+
+def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:
+    block = Image.new("RGB", (_WIDTH, _TITLE + _HEIGHT), _PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), title, fill=_INK, font=ImageFont.load_default(16))
+    draw.multiline_text((0, _TITLE), fill(note, 70), fill=_INK, font=ImageFont.load_default(14))
+    for place, image in enumerate(images):
+        row, column = divmod(place, _COLUMNS)
+        tile = ImageOps.pad(image, (_SIDE, _SIDE), color=_PAPER)
+        block.paste(tile, (column * (_SIDE + _GAP), _TITLE + row * (_SIDE + _GAP)))
+    return block

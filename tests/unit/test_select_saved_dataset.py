@@ -1,0 +1,123 @@
+"""Data sets that the `datasets` library saved: their images and classes as a task's, and what cannot be read."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from image_examples import crop
+from moce_command import refused
+
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ConfigError, DataError
+from moce_ds.transfer.task_data import opened_images
+
+KINDS = ClassLabel(names=["small", "large", "none of these"])
+
+
+def encoded(number: int, kind: str = "PNG") -> dict[str, object]:
+    file = io.BytesIO()
+    crop(number).save(file, kind)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Seven rows: two classes, one image without a class, one row without an image, one image that is damaged."""
+    images = [encoded(number) for number in range(5)] + [None, {"bytes": b"\x89PNG, or not", "path": None}]
+    columns = {"name": [*"abcdefg"], "picture": images, "size": [0, 1, 0, 1, -1, 0, 0]}
+    features = Features({"name": Value("string"), "picture": ImageFeature(), "size": KINDS})
+    Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def fault(path: Path) -> str:
+    """What is said where a data set cannot be read."""
+    with pytest.raises(DataError) as raised, opened_images(path):
+        pass
+    return str(raised.value)
+
+
+def test_images_and_classes_are_those_of_the_rows(saved: Path) -> None:
+    with opened_images(saved) as images:
+        assert images.classes == ["small", "large", "none of these"]
+        assert images.labels.tolist() == [0, 1, 0, 1, -1]
+        assert [images.source(i) for i in range(5)] == [f"{row:09d}" for row in range(5)]
+        assert images.read(3) == encoded(3)["bytes"]
+        scratch = images.path
+    assert not scratch.exists()
+
+
+def test_of_several_columns_the_one_of_a_usual_name_is_taken_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"mask": [encoded(8)], "image": [encoded(1)], "fine": [2], "coarse": [0]}
+    features = Features({"mask": ImageFeature(), "image": ImageFeature(), "fine": KINDS, "coarse": KINDS})
+    Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    with opened_images(tmp_path / "saved") as images:
+        assert images.read(0) == encoded(1)["bytes"] and images.labels.tolist() == [2]
+    said = capsys.readouterr().err
+    assert "columns mask, image are all Image: image is taken" in said
+    assert "columns fine, coarse are all ClassLabel: fine is taken" in said
+
+
+def test_without_classes_images_have_none(tmp_path: Path) -> None:
+    Dataset.from_dict({"img": [encoded(0, "JPEG")]}, features=Features({"img": ImageFeature()})).save_to_disk(
+        tmp_path / "saved"
+    )
+    with opened_images(tmp_path / "saved") as images:
+        assert images.classes == [] and images.labels.tolist() == [-1]
+
+
+def test_a_split_has_to_be_named(saved: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    one = Dataset.load_from_disk(saved)
+    DatasetDict(train=one, test=one.select(range(2))).save_to_disk(both)
+    assert f"{both} holds the splits train, test: name one of them, such as {both / 'train'}" in fault(both)
+    with opened_images(both / "test") as images:
+        assert images.count == 2
+
+
+def test_no_column_of_images(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": ["a"], "kind": ["b"]}).save_to_disk(tmp_path / "saved")
+    assert "has no column of images; its columns: text, kind" in fault(tmp_path / "saved")
+
+
+def test_no_image_that_decodes(tmp_path: Path) -> None:
+    features = Features({"image": ImageFeature()})
+    Dataset.from_dict({"image": [None, {"bytes": b"none", "path": None}]}, features=features).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert "of 2 files none could be decoded" in fault(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "data-00000-of-00001.arrow"])
+def test_damage_is_named(saved: Path, damaged: str) -> None:
+    (saved / damaged).write_bytes((saved / damaged).read_bytes()[:20])
+    said = fault(saved)
+    assert said.startswith(f"{saved} cannot be read (") and said.endswith("write it again with datasets' save_to_disk.")
+
+
+def test_the_extra_is_named_where_the_library_is_missing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with (
+        pytest.raises(ConfigError, match=r"needs the datasets library, .* pip install 'moce-ds\[hf\]'"),
+        opened_images(saved),
+    ):
+        pass
+
+
+def test_a_shard_set_and_a_folder_do_not_need_the_library(
+    tiny_images: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with opened_images(tiny_images) as images:
+        assert images.fingerprint == ShardSet.open(tiny_shards).fingerprint
+
+
+def test_the_verb_says_so(tmp_path: Path, moce_run: object) -> None:
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    run = moce_run()  # type: ignore[operator]
+    assert "has no column of images" in refused("select", run, "--data", tmp_path / "saved")
