@@ -90,7 +90,7 @@ def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_
     told = {n: json.loads((tmp_path / n / "provenance.json").read_text()) for n in ("auto", "plain", "soup")}
     assert told["auto"] == told["plain"] and told["auto"]["route"] == told["auto"]["votes"]["route"]
     assert told["soup"]["clusters"] == told["soup"]["votes"]["clusters"] and told["soup"]["route"] is None
-    assert "weighted encoder of step 5" in said.out
+    assert "weighted average of step 5" in said.out
 
 
 @pytest.mark.parametrize(
