@@ -124,12 +124,16 @@ def _experts(text: str) -> tuple[int, ...]:
 def told(out: Path, provenance: dict[str, Any]) -> str:
     """What the terminal says of an export."""
     route, back = provenance["route"], provenance["loaded_back"]
-    what = f"route {choosing.spoken(tuple(route))}" if route else f"{provenance.get('average', 'dense')} encoder"
+    what, twin = "dense encoder", "the trained model"
+    if route:
+        what = f"route {choosing.spoken(tuple(route))}"
+    elif "average" in provenance:
+        what, twin = f"{provenance['average']} average", "trained blocks around averaged experts"
     if back["library"]:
         check = f"loaded back by {back['library']}: {back['max_difference']:.1e}"
     else:
         check = f"not loaded back: {back['reason']}"
     return (
-        f"{out}: {what} of step {provenance['step']} as {provenance['format']}, {provenance['part']}; differs from the "
-        f"trained model by {provenance['max_difference']:.1e} (of the largest output); {check}"
+        f"{out}: {what} of step {provenance['step']} as {provenance['format']}, {provenance['part']}; differs from "
+        f"{twin} by {provenance['max_difference']:.1e} (of the largest output); {check}"
     )

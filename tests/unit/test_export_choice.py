@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moce_ds.checkpoint_files import find
+from moce_ds.checkpoint_files import Checkpoint, find
+from moce_ds.errors import ConfigError
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.moe.reference import ReferenceMoE
@@ -23,14 +24,15 @@ from tests.moce_command import refused, run_here
 MakeRun = Callable[..., Path]
 
 
-def test_an_expert_s_route_is_the_one_that_most_images_take_through_it(moce_run: MakeRun) -> None:
-    checkpoint, clusters = run_clusters(moce_run())
-    routes, sizes = routes_of(checkpoint), clusters.sizes_M
-    for expert in {route[-1] for route in routes}:
-        share = {r: sum(sizes[c] for c, other in enumerate(routes) if other == r) for r in routes if r[-1] == expert}
-        chosen = choose_expert(checkpoint, expert)
-        assert chosen.experts is not None and share[chosen.experts] == max(share.values())
-        assert set(chosen.clusters) == {c for c, route in enumerate(routes) if route == chosen.experts}
+def test_an_expert_s_route_is_the_one_that_most_images_take_through_it() -> None:
+    """By the last layer; two small clusters on a route outweigh one that is larger than either."""
+    routing = {"expert_ML": [[0, 1], [2, 1], [0, 1], [1, 0]], "cluster_share_M": [0.2, 0.3, 0.2, 0.3]}
+    checkpoint = Checkpoint(Path("nowhere"), {"routing": routing})
+    chosen = choose_expert(checkpoint, 1)
+    assert chosen.experts == (0, 1) and chosen.clusters == {0: 0.5, 2: 0.5}
+    assert choose_expert(checkpoint, 0).experts == (1, 0)
+    with pytest.raises(ConfigError, match="no cluster takes 2 in the last expert layer; taken there: 0, 1"):
+        choose_expert(checkpoint, 2)
 
 
 def test_all_are_the_routes_that_are_taken(moce_run: MakeRun, tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_
     told = {n: json.loads((tmp_path / n / "provenance.json").read_text()) for n in ("auto", "plain", "soup")}
     assert told["auto"] == told["plain"] and told["auto"]["route"] == told["auto"]["votes"]["route"]
     assert told["soup"]["clusters"] == told["soup"]["votes"]["clusters"] and told["soup"]["route"] is None
-    assert "weighted encoder of step 5" in said.out
+    assert "weighted average of step 5" in said.out
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Axes: B images, T tokens, D width.
 
 import gc
 import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -36,17 +37,19 @@ def write(folder: Path, model: DenseModel) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     encoder = as_encoder(model.state, model.spec, model.provenance, "the export")
     size = model.spec.shape.image_size
-    torch.onnx.export(
-        _Outputs(encoder.model).eval(),
-        (torch.zeros(2, 3, size, size),),
-        folder / "model.onnx",
-        input_names=["images"],
-        output_names=["features", "tokens"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        opset_version=_OPSET,
-        external_data=sum(tensor.nbytes for tensor in model.state.values()) > _LARGEST // 2,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of torch
+        torch.onnx.export(
+            _Outputs(encoder.model).eval(),
+            (torch.zeros(2, 3, size, size),),
+            folder / "model.onnx",
+            input_names=["images"],
+            output_names=["features", "tokens"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            opset_version=_OPSET,
+            external_data=sum(tensor.nbytes for tensor in model.state.values()) > _LARGEST // 2,
+            verbose=False,
+        )
     gc.collect()  # the exporter leaves cycles behind that hold the weights
 
 
