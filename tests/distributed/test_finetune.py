@@ -27,7 +27,7 @@ from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.models.vit import load_encoder
-from moce_ds.tuning.augmentation import test_transform as centre_transform
+from moce_ds.tuning.augmentation import centre_transform
 
 STEPS = 12
 TINY = ("optim.batch_size=16", "optim.epochs=0.8", "optim.warmup_epochs=0.2", "optim.base_lr=2e-2", "optim.ema=0.9")
