@@ -40,12 +40,12 @@ def runs(moce_run: MakeRun, tiny_config: Callable[..., PretrainSettings], tmp_pa
     return folder
 
 
-def write_dense(run: Path, config: PretrainSettings, make_layer: MakeLayer = ReferenceMoE) -> None:
-    torch.manual_seed(0)
+def write_dense(run: Path, config: PretrainSettings, make_layer: MakeLayer = ReferenceMoE, step: int = 5) -> None:
+    torch.manual_seed(step)
     weights = {name: p.detach() for name, p in build_model(config.model_spec, None, make_layer).named_parameters()}
-    manifest = {"step": 5, "config": to_tree(config), "model": config.model_spec.to_tree(), "routing": None}
+    manifest = {"step": step, "config": to_tree(config), "model": config.model_spec.to_tree(), "routing": None}
     manifest |= {"clusters_hash": None, "shards_fingerprint": "", "placement": None, "skipped": 0, "images_read": 60}
-    write_checkpoint(step_folder(run, 5), weights, {}, {**manifest, "dealt_by": []})
+    write_checkpoint(step_folder(run, step), weights, {}, {**manifest, "dealt_by": []})
 
 
 @pytest.fixture
@@ -118,6 +118,15 @@ def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path:
     said = run_here("transfer", runs, "--tasks", task, "--config", other)
     assert said.status == 0 and "(was done)" not in said.out
     assert json.loads(expert.read_text())["votes"]["n_images"] == before["votes"]["n_images"] - 1
+
+
+def test_a_run_that_was_trained_further_is_measured_again(
+    runs: Path, task: Path, tiny_config: Callable[..., PretrainSettings]
+) -> None:
+    run_here("transfer", runs, "--tasks", task, "--methods", "knn")
+    write_dense(runs / "b_mae", tiny_config(), step=6)
+    said = run_here("transfer", runs, "--tasks", task, "--methods", "knn")
+    assert [line.endswith("(was done)") for line in said.out.splitlines() if line.startswith("[")] == [False, True]
 
 
 def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> None:
