@@ -167,7 +167,7 @@ def find(path: Path) -> Checkpoint:
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         raise ArtefactError(f"{error}{before}") from None
-    if "model" not in found.manifest:
+    if "task_fingerprint" in found.manifest:
         raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
     return found
 

@@ -43,7 +43,7 @@ def training_transform(input: ImageInput, config: AugmentSettings) -> Transform:
     return transform
 
 
-def test_transform(input: ImageInput) -> Transform:
+def centre_transform(input: ImageInput) -> Transform:
     """The centre crop that the encoder was made for."""
     transform: Transform = create_transform(
         input.size, crop_pct=input.center_crop, interpolation="bicubic", mean=input.mean, std=input.std

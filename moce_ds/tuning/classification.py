@@ -26,7 +26,7 @@ from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.training.settings import EngineSettings, shared_batch
 from moce_ds.transfer.metrics import default_metric, judge
-from moce_ds.tuning.augmentation import Mixing, test_transform, training_transform
+from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
 from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.labelled import Split, Splits
@@ -64,8 +64,8 @@ class Classification:
         self._encoder, self._splits, self._config = encoder, splits, config
         metric = config.data.metric or default_metric(splits.train.labels)
         if (metric == "map11") != splits.multi_label:
-            raise ConfigError(f"data.metric: {metric} is for images with {'one' if splits.multi_label else 'several'} "
-                              "label(s), unlike these: leave it out.")  # fmt: skip
+            labels = "several labels" if splits.multi_label else "one label"
+            raise ConfigError(f"data.metric: {metric} is no measure of images with {labels} each: leave it out.")
         self.criterion: str | None = metric if splits.val else None
         self.count = splits.train.count
         self.fingerprint = sha256((splits.fingerprint + encoder.fingerprint).encode()).hexdigest()
@@ -160,7 +160,7 @@ class Classification:
 
     def _scores(self, model: nn.Module, split: Split, runtime: Runtime) -> Tensor:
         """Logits of a split, [N, K] float32 on the host of every process; the processes share the images."""
-        transform = test_transform(self._input)
+        transform = centre_transform(self._input)
         places = torch.arange(split.count).split(_TEST_BATCH)
 
         def images_of(index: int) -> Tensor:

@@ -5,13 +5,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.files import read_json
 from moce_ds.models.encode import open_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.transfer.task_data import opened_images
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
-from moce_ds.tuning.loop import tune
+from moce_ds.tuning.loop import RESULT, tune
 from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
 
 
@@ -24,12 +27,12 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
     with runtime.together():
-        encoder = open_encoder(config.data.encoder, runtime.device)
+        encoder = open_encoder(config.data.encoder, torch.device("cpu"))
     with opened_splits(config.data, config.run.seed, runtime) as splits:
         measures = tune(Classification(encoder, splits, config, runtime), config, runtime)
         if measures is None:
             return None
-        optim = config.optim
+        result, optim = read_json(config.run.out / RESULT, "a result", "moce finetune"), config.optim
         return {
             "verb": "finetune",
             **measures,
@@ -40,6 +43,8 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
                 "epochs": optim.epochs,
                 "layer_decay": optim.layer_decay,
                 "seed": config.run.seed,
+                "step": result["step"],
+                **{f"validation_{metric}": value for metric, value in result["validation"].items()},
             },
         }
 

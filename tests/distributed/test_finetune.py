@@ -4,7 +4,9 @@ The runs are made once, by `two` and `one`; the tests compare what they left on 
 """
 
 import json
+import shutil
 import signal
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -15,16 +17,17 @@ from harness import run_distributed
 from launching import launched, local, ranks_of, run_to_end, send, wait_for_step
 from rich.console import Console
 from safetensors import safe_open
-from tiny_run import comparable, losses, numbers
+from tiny_run import alter_images, comparable, losses, numbers
 from tune_jobs import CLASSES, COUNTS, Tune, Tuned, run_tunings, write_task
 
 from moce_ds.analysis.inspection import describe, faults
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import OPTIMIZER, STATE, WEIGHTS, Checkpoint, find, step_folder, steps_of
+from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.models.vit import load_encoder
-from moce_ds.tuning.augmentation import test_transform as centre_transform
+from moce_ds.tuning.augmentation import centre_transform
 
 STEPS = 12
 TINY = ("optim.batch_size=16", "optim.epochs=0.8", "optim.warmup_epochs=0.2", "optim.base_lr=2e-2", "optim.ema=0.9")
@@ -49,6 +52,9 @@ def two(root: Path) -> dict[str, Tuned]:
     """All runs of two processes."""
     moving = ("augment.drop_path=0.3", "engine.precision=bf16", "data.workers=1")
     every_step = ("run.checkpoint_every=1", "run.keep_checkpoints=99", "run.max_skipped=3")
+    for name in ("altered", "copy"):
+        shutil.copytree(root / "train", root / name)
+    alter_images(root / "altered", [int(ShuffledSampler(COUNTS["train"], 16, seed=0).batch(2).part(1, 2).ids[3])])
     jobs = {
         "two": Tune(words(root, "two")),
         "two-parts": Tune(words(root, "two-parts", "optim.accumulation=2", "engine.zero_stage=2")),
@@ -58,24 +64,38 @@ def two(root: Path) -> dict[str, Tuned]:
         "then-one": Tune(words(root, "then-one"), stop_after=5),
         "skipping": Tune(words(root, "skipping"), not_finite=(3,)),
         "given-up": Tune(words(root, "given-up", *every_step), not_finite=(4, 5, 6)),
+        "damaged": Tune(words(root, "damaged", f"data.train={root / 'altered'}", "data.workers=1")),
+        "exchanged": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), stop_after=3),
+        "then-other": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), before=partial(exchange, root)),
     }
     first, second = run_distributed(run_tunings, 2, jobs, seconds=200)
-    assert {n: (t.record, t.error) for n, t in first.items()} == {n: (t.record, t.error) for n, t in second.items()}
+    assert [t.record for t in first.values()] == [t.record for t in second.values()]
+    assert [bool(t.error) for t in first.values()] == [bool(t.error) for t in second.values()]
     return first
 
 
 @pytest.fixture(scope="module")
 def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
     """All runs of one process, the end of one that was begun with two, and one that is long enough to learn."""
-    learning = (*PLAIN, "optim.epochs=20", "optim.warmup_epochs=2", "optim.validate_every=4", "run.log_every=100")
+    learning = (*PLAIN, "optim.epochs=12", "optim.warmup_epochs=1", "optim.validate_every=3", "optim.base_lr=5e-2")
+    learning += ("optim.layer_decay=1", "augment.crop_scale=[0.9,1]", "run.log_every=100")
     jobs = {
         "one": Tune(words(root, "one")),
         "then-one": Tune(words(root, "then-one")),
         "again": Tune(words(root, "one")),
         "other": Tune(words(root, "one", "optim.layer_decay=0.7")),
-        "learning": Tune(words(root, "learning", "augment.crop_scale=[0.7,1]", *learning)),
+        "several": Tune(
+            words(root, "several", *(f"data.{split}={root}/several-{split}" for split in COUNTS), *learning)
+        ),
+        "learning": Tune(words(root, "learning", *learning)),
     }
     return run_distributed(run_tunings, 1, jobs, seconds=200)[0]
+
+
+def exchange(root: Path) -> None:
+    """Put other images in the place of those that a run was begun with."""
+    shutil.rmtree(root / "copy")
+    shutil.copytree(root / "val", root / "copy")
 
 
 def state_of(run: Path) -> dict[str, torch.Tensor]:
@@ -132,9 +152,15 @@ def test_it_learns(root: Path, one: dict[str, Tuned]) -> None:
     assert (record["n_train"], record["n_test"]) == (COUNTS["train"] + COUNTS["val"], COUNTS["test"])
     result = json.loads((root / "learning/result.json").read_text())
     validated = [r for r in read_metrics(root / "learning/metrics.jsonl") if "validation" in r]
-    assert len(validated) == 5
+    assert len(validated) == 4
     best = max(validated, key=lambda r: r["validation"]["top1"])
     assert (result["step"], result["validation"]) == (best["step"], best["validation"])
+
+
+def test_several_labels_an_image_are_learnt(one: dict[str, Tuned]) -> None:
+    """A classifier that knows nothing ranks at random: the precision is the share of images, a half."""
+    record = one["several"].record
+    assert record is not None and record["map11"] > 0.7 and "top1" not in record, record
 
 
 def test_the_tuned_folder_predicts_what_was_measured(root: Path, one: dict[str, Tuned]) -> None:
@@ -159,6 +185,16 @@ def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two: dict[str, 
 def test_too_many_of_them_end_the_run(root: Path, two: dict[str, Tuned]) -> None:
     assert two["given-up"].error.startswith("DivergedError: Step 6: the gradient was not finite in 3 steps in a row")
     assert steps_of(root / "given-up") == [1, 2, 3] and not (root / "given-up/result.json").exists()
+
+
+def test_a_damaged_image_is_named(two: dict[str, Tuned]) -> None:
+    """To both ranks, though only one reads it, in a worker."""
+    error = two["damaged"].error.partition(": ")[2]
+    assert error.startswith("Image ") and "was altered after writing" in error and "Traceback" not in error
+
+
+def test_other_images_than_it_was_begun_with_are_refused(two: dict[str, Tuned]) -> None:
+    assert "The task is not what the run was trained with" in two["then-other"].error
 
 
 def test_the_command_stops_and_goes_on(root: Path, two: object) -> None:

@@ -1,7 +1,7 @@
 """Several runs of `moce finetune` one after the other in one world."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from moce_ds.cli import read_settings
+from moce_ds.data.listing import Listed, Listing
 from moce_ds.data.shard_writer import ShardSettings, write_shards
+from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import MoceError
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
@@ -26,17 +28,27 @@ from moce_ds.tuning.finetune import finetune
 from moce_ds.tuning.settings import FinetuneSettings
 
 CLASSES = 4
+SHOWN: list[tuple[str, ...]] = [("even",), (), ("even", "large"), ("large",)]
+"""What a digit shows where classes are shared."""
+
 COUNTS = {"train": 240, "val": 40, "test": 120}
 
 
 @dataclass(frozen=True)
 class Tune:
-    """One call: its settings, the step after whose record the last rank gets a SIGINT, and the steps (from 1) at which
-    the last rank's loss is not a number."""
+    """One call.
+
+    Attributes:
+        words: its settings.
+        stop_after: the step after whose record the last rank gets a SIGINT.
+        not_finite: the steps (from 1) at which the last rank's loss is not a number.
+        before: what rank 0 does first.
+    """
 
     words: list[str]
     stop_after: int | None = None
     not_finite: tuple[int, ...] = ()
+    before: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Tuned:
 
 
 def write_task(root: Path) -> Path:
-    """Handwritten digits of four classes as shards `train`, `val`, `test`, and an untrained `encoder`."""
+    """Handwritten digits of four classes as shards `train`, `val`, `test`, and an untrained `encoder`; the same as
+    `several-train` and `several-test` with classes that they share."""
     digits, first = load_digits(n_class=CLASSES), 0
     for split, count in COUNTS.items():
         for number in range(first, first + count):
@@ -57,6 +70,11 @@ def write_task(root: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).resize((16, 16)).save(path)
         write_shards(root / "images" / split, root / split, ShardSettings(workers=1))
+        images = [
+            Listed(source, SHOWN[int(source[0])]) for source in map(ShardSet.open(root / split).source, range(count))
+        ]
+        several = Listing(images, ["even", "large"], multi_label=True)
+        write_shards(root / "images" / split, root / f"several-{split}", ShardSettings(workers=1), several)
         first += count
     torch.manual_seed(0)
     shape = ViTShape(image_size=16, patch_size=4, width=32, depth=2, heads=2)
@@ -73,6 +91,9 @@ def run_tunings(jobs: dict[str, Tune]) -> dict[str, Tuned]:
 
 def _run(job: Tune, runtime: Runtime) -> Tuned:
     config = read_settings(FinetuneSettings, job.words)
+    if job.before is not None and runtime.is_main:
+        job.before()
+    runtime.barrier()
     last = runtime.rank == runtime.world_size - 1
     acts = job.stop_after if last else None
     with (

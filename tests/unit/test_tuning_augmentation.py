@@ -7,8 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.data.transform import ImageInput
-from moce_ds.tuning.augmentation import Mixing, training_transform
-from moce_ds.tuning.augmentation import test_transform as centre_transform
+from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
 from moce_ds.tuning.seeding import seed_item
 from moce_ds.tuning.settings import AugmentSettings
 

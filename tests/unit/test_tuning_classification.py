@@ -93,7 +93,7 @@ def test_mixed_labels_share_what_counts(make: Make) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("data.metric=map11",), "data.metric: map11 is for images with several label"),
+        (("data.metric=map11",), "data.metric: map11 is no measure of images with one label"),
         (("optim.batch_size=15",), "optim.batch_size: 15 gives a process an odd number of images"),
     ],
 )
