@@ -16,7 +16,8 @@ from moce_ds.data.coco import CocoSet
 from moce_ds.data.coco_api import pack
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Normalise, Positive, SimpleFeaturePyramid
+from moce_ds.tuning.pyramid import BackboneSettings, Normalise, SimpleFeaturePyramid
+from moce_ds.tuning.settings import Positive
 
 supply_torchvision_operators()
 from timm.layers import LayerNorm2d  # noqa: E402  (needs the operators)

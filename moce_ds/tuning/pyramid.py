@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
+from moce_ds.tuning.settings import Positive
 
 from timm.layers import LayerNorm2d, resample_abs_pos_embed  # isort: skip  (after models.vit, as it repairs torchvision)
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
 
-Positive = Annotated[int, Field(gt=0)]
 GLOBAL_BLOCKS = 4
 
 _FINEST = 4  # pixels: the stride of the finest map, where the patches allow it

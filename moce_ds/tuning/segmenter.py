@@ -11,7 +11,8 @@ from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Normalise, Positive, SimpleFeaturePyramid
+from moce_ds.tuning.pyramid import BackboneSettings, Normalise, SimpleFeaturePyramid
+from moce_ds.tuning.settings import Positive
 
 from timm.layers import LayerNorm2d  # isort: skip  (after models.vit, which repairs torchvision)
 

@@ -90,7 +90,8 @@ def pooled(map_HW: Tensor, box: list[float], scale: float, bins: tuple[int, int]
 @pytest.mark.parametrize("align", [compat.roi_align, "of torchvision"])
 def test_roi_align_is_the_mean_of_samples(align: object, ratio: int, aligned: bool) -> None:
     maps_BCHW = torch.randn(2, 2, 10, 12, generator=torch.Generator().manual_seed(0))
-    boxes_K4, image_K = some_boxes(6, seed=1), torch.tensor([1, 0, 0, 1, 1, 0])
+    whole = torch.tensor([[0.0, 0, 48, 40]])  # samples lie beyond the centres of the outer pixels
+    boxes_K4, image_K = torch.cat([some_boxes(5, seed=1), whole]), torch.tensor([1, 0, 0, 1, 1, 0])
     rois_K5 = torch.cat([image_K[:, None].float(), boxes_K4], dim=1)
     if align is compat.roi_align:
         found = compat.roi_align(maps_BCHW, rois_K5, 0.25, 3, 2, ratio, aligned)
