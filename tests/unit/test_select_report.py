@@ -21,7 +21,7 @@ from moce_ds.models.vit import load_encoder
 from moce_ds.transfer.export_request import Request, export_requested
 from moce_ds.transfer.formats.registry import find_format
 from moce_ds.transfer.select import Selection, count_votes
-from moce_ds.transfer.selection_picture import write_picture
+from moce_ds.transfer.selection_picture import draw_by_votes, write_picture
 from moce_ds.transfer.selection_report import selection_report
 from moce_ds.transfer.typicality import Typicality
 
@@ -130,6 +130,16 @@ def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
     left, right = (0, titles, middle, first.height), (middle, titles, first.width, first.height)
     assert first.crop(left).tobytes() == other.crop(left).tobytes()
     assert first.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_training_images_are_drawn_by_the_votes_of_their_clusters() -> None:
+    ids_N = np.arange(1000) % 5
+    drawn = draw_by_votes(ids_N, {1: 0.9, 3: 0.1})
+    assert len(set(drawn)) == len(drawn) == 30 and drawn == sorted(drawn)
+    clusters = ids_N[drawn].tolist()
+    assert set(clusters) == {1, 3} and clusters.count(1) > 20
+    assert draw_by_votes(np.array([0, 1, 2, 1]), {1: 1.0}) == [1, 3]
+    assert draw_by_votes(np.array([0, 1]), {4: 1.0}) == []
 
 
 def test_without_the_training_images_the_picture_says_why(moce_run: MoceRun, tiny_shards: Path, tmp_path: Path) -> None:
