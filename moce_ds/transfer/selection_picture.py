@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moce_ds.checkpoint_files import Checkpoint
@@ -36,7 +37,7 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
     """
     number = min(_COLUMNS * _ROWS, images.count)
     ids = np.random.default_rng(0).choice(images.count, number, replace=False)
-    left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in np.sort(ids).tolist()])
+    left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in sorted(ids.tolist())])
     title, note = f"route {spoken(selection.route)}: what its experts were trained on", None
     try:
         right = _block(title, _training_images(checkpoint, choose_selected(checkpoint, selection).clusters))
@@ -52,21 +53,30 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
 
 
 def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
-    """Images of the clusters on the route, more of those with more votes.
-
-    Raises:
-        ArtefactError, DataError: the shards that the run was trained on are not where its settings name them.
-    """
+    """Raises ArtefactError, DataError: the run's shards are not where its settings name them, are other ones, or hold
+    no image of the clusters that voted."""
     shards = ShardSet.open(Path(checkpoint.manifest["config"]["data"]["shards"]))
     ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
-    weight_M = np.zeros(len(checkpoint.manifest["routing"]["expert_ML"]))
+    if not (drawn := draw_by_votes(ids_N, votes)):
+        raise DataError(f"no image of {shards.path} is in the clusters that voted.")
+    return [shards.decode(image_id) for image_id in drawn]
+
+
+def draw_by_votes(ids_N: NDArray[np.int64], votes: Mapping[int, float]) -> list[int]:
+    """Different images of the clusters that have votes, more of those with more; in order, the same ones every time.
+
+    Args:
+        ids_N: cluster of each image.
+        votes: share of each cluster.
+    """
+    weight_M = np.zeros(max(ids_N.max(), *votes) + 1)
     weight_M[list(votes)] = list(votes.values())
     weight_N = (weight_M / np.maximum(np.bincount(ids_N, minlength=len(weight_M)), 1))[ids_N]
+    if not weight_N.any():
+        return []
     number = min(_COLUMNS * _ROWS, int(np.count_nonzero(weight_N)))
-    if not number:
-        raise DataError(f"no image of {shards.path} is in the clusters that voted.")
-    ids = np.random.default_rng(0).choice(shards.count, number, replace=False, p=weight_N / weight_N.sum())
-    return [shards.decode(image_id) for image_id in np.sort(ids).tolist()]
+    ids = np.random.default_rng(0).choice(len(ids_N), number, replace=False, p=weight_N / weight_N.sum())
+    return sorted(ids.tolist())
 
 
 def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:

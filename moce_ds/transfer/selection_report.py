@@ -53,10 +53,9 @@ def _histogram(selection: Selection, routes: Sequence[Route]) -> Table:
     table.add_column("its route")
     table.add_column("share of the images", justify="right")
     table.add_column("")
-    rows = [(str(cluster), spoken(routes[cluster]), share) for cluster, share in clusters[:_CLUSTERS]]
+    for cluster, share in clusters[:_CLUSTERS]:
+        bar = Bar(clusters[0][1], 0, share, width=_BAR)
+        table.add_row(str(cluster), spoken(routes[cluster]), f"{share:.1%}", bar)
     if others := clusters[_CLUSTERS:]:
-        rows.append((f"{len(others)} others", "", sum(share for _, share in others)))
-    longest = max(share for *_, share in rows)
-    for cluster, route, share in rows:
-        table.add_row(cluster, route, f"{share:.1%}", Bar(longest, 0, share, width=_BAR))
+        table.add_row(f"{len(others)} others", "", f"{sum(share for _, share in others):.1%}")
     return table

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from moce_ds.clustering.clusters import LOW, Clusters
 
-# Measured on the demo (docs/select.md): held-out images of the training domains 2-8%, photographs of other scenes
-# 14-18%, a domain that was left out of the clusters 57-100%.
+# Measured on the demo (docs/select.md): held-out images of the clustered domains 2-8%, images of a domain that was left
+# out of the clusters 57-100%.
 UNUSUAL = 0.15
 UNLIKE = 0.5
 

@@ -21,7 +21,7 @@ from moce_ds.models.vit import load_encoder
 from moce_ds.transfer.export_request import Request, export_requested
 from moce_ds.transfer.formats.registry import find_format
 from moce_ds.transfer.select import Selection, count_votes
-from moce_ds.transfer.selection_picture import write_picture
+from moce_ds.transfer.selection_picture import draw_by_votes, write_picture
 from moce_ds.transfer.selection_report import selection_report
 from moce_ds.transfer.typicality import Typicality
 
@@ -57,7 +57,7 @@ def test_bars_are_as_long_as_the_shares_and_small_clusters_are_summed() -> None:
     rows = cells(lines)
     assert ["Images", "in", "13", "of", "14", "clusters"] in rows
     bars = [len(row[-1]) for row in rows if row and set(row[-1]) <= {*"█▉▊▋▌▍▎▏"}]
-    assert bars == [40, 20, 10, *[3] * 7, 9]  # ten clusters and the others
+    assert bars == [40, 20, 10, *[3] * 7]  # of ten clusters
     assert any(row[:3] == ["3", "others", "9.0%"] for row in rows)
     assert max(map(len, lines)) <= 100
 
@@ -113,10 +113,6 @@ def picture(run: Path, images: ShardSet, selection: Selection, path: Path) -> tu
     return Image.open(path), note
 
 
-def columns_with(colour: tuple[int, int, int], image: Image.Image) -> np.ndarray:
-    return np.flatnonzero((np.asarray(image) == colour).all(axis=2).any(axis=0))
-
-
 def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
     moce_run: MoceRun, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
 ) -> None:
@@ -130,9 +126,20 @@ def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
         for number, selection in enumerate((here, here, there))
     )
     assert note is None and first.tobytes() == again.tobytes()
-    left, right = (0, 0, first.width // 2, first.height), (first.width // 2, 0, first.width, first.height)
+    titles, middle = 50, first.width // 2
+    left, right = (0, titles, middle, first.height), (middle, titles, first.width, first.height)
     assert first.crop(left).tobytes() == other.crop(left).tobytes()
     assert first.crop(right).tobytes() != other.crop(right).tobytes()
+
+
+def test_training_images_are_drawn_by_the_votes_of_their_clusters() -> None:
+    ids_N = np.arange(1000) % 5
+    drawn = draw_by_votes(ids_N, {1: 0.9, 3: 0.1})
+    assert len(set(drawn)) == len(drawn) == 30 and drawn == sorted(drawn)
+    clusters = ids_N[drawn].tolist()
+    assert set(clusters) == {1, 3} and clusters.count(1) > 20
+    assert draw_by_votes(np.array([0, 1, 2, 1]), {1: 1.0}) == [1, 3]
+    assert draw_by_votes(np.array([0, 1]), {4: 1.0}) == []
 
 
 def test_without_the_training_images_the_picture_says_why(moce_run: MoceRun, tiny_shards: Path, tmp_path: Path) -> None:
