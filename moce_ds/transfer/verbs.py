@@ -75,8 +75,13 @@ def select(
 @click.option("--expert", type=int, help="Choose the most taken route through this expert of the last expert layer.")
 @click.option("--all", is_flag=True, help="Every route that is taken, each into a folder of OUT.")
 @click.option("--average", help="All experts averaged: uniform, or weighted by --data or the training images.")
-@click.option("--format", default="timm", show_default=True, help="timm, hf-vit, hf-vitmae, onnx, detectron2, mm...")
-@click.option("--part", default="encoder", show_default=True, help="encoder, or full: the decoder, too.")
+@click.option(
+    "--format",
+    default="timm",
+    show_default=True,
+    help="Or hf-vit, hf-vitmae, onnx, detectron2, mmdet, mmseg, mmpretrain.",
+)
+@click.option("--part", default="encoder", show_default=True, help="Or full: the decoder, too (timm, hf-vitmae).")
 @click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
 @words()
 def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
