@@ -48,7 +48,7 @@ def select(
     from moce_ds.transfer.selection_report import selection_report
     from moce_ds.transfer.task_data import opened_images
 
-    config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or _task_name(data)
+    config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or task_of(data)
     if out:
         check_free(out, replace)
     checkpoint, _ = run_clusters(run)
@@ -91,7 +91,7 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
     from moce_ds.transfer.formats.registry import find_format
 
     config, target = read_settings(EncodeSettings, words), find_format(format, part)
-    task = _task_name(request["data"]) if request["data"] else None
+    task = task_of(request["data"]) if request["data"] else None
     asked = Request(**request)
     for folder, provenance in export_requested(run, out, asked, target, config, _device(), task, replace):
         click.echo(told(folder, provenance))
@@ -147,7 +147,7 @@ def _accuracy(
     opened = open_encoder(encoder, device)
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
-    name, task_name = model or encoder.name, task or _task_name(test)
+    name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
     click.echo(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
     add_record(results, accuracy_record(verb, task_name, name, score))
@@ -177,10 +177,10 @@ def evaluate(
     for name, error in named.items():
         if error is not None:
             click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
-    add_record(results, found.record(task or _task_name(data), run.name))
+    add_record(results, found.record(task or task_of(data), run.name))
 
 
-def _task_name(data: Path) -> str:
+def task_of(data: Path) -> str:
     """The task behind `digits/train` and behind `digits`: digits."""
     return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
 

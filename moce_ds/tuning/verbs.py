@@ -40,7 +40,7 @@ def finetune(
     from moce_ds.runtime import started
     from moce_ds.transfer.metrics import SPOKEN
     from moce_ds.transfer.results import add_record
-    from moce_ds.transfer.verbs import _task_name as task_name
+    from moce_ds.transfer.verbs import task_of
     from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
@@ -54,7 +54,7 @@ def finetune(
     if record is None:
         sys.exit(STOPPED)
     if runtime.is_main:
-        record |= {"task": task or task_name(test), "model": model or encoder.name}
+        record |= {"task": task or task_of(test), "model": model or encoder.name}
         told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
         counted = f"({record['n_train']} training, {record['n_test']} test images)"
         click.echo(f"finetune {record['task']} {record['model']}: {told} {counted}")
