@@ -57,7 +57,7 @@ def test_nms_by_class() -> None:
 def sample(map_HW: Tensor, y: float, x: float) -> float:
     """Bilinear interpolation between the centres of pixels; beyond the outer ones, the outer ones."""
     height, width = map_HW.shape
-    y, x = min(max(y, 0.0), height - 1), min(max(x, 0.0), width - 1)
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
     top, left = min(int(y), height - 2), min(int(x), width - 2)
     dy, dx = y - top, x - left
     rows = torch.tensor([1 - dy, dy]), torch.tensor([1 - dx, dx])
