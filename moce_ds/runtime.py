@@ -22,6 +22,9 @@ from moce_ds.errors import LostPeerError, MoceError
 from moce_ds.liveness import Watch
 
 _PEER_TIMEOUT = timedelta(minutes=10)
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+# DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
+_NOWHERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,26 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
 
     A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
     """
-    rank = int(os.environ.setdefault("RANK", "0"))
-    world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    with _unless_given(_ALONE | (_NOWHERE if alone else {})), _joined(peer_timeout) as runtime:
+        yield runtime
+
+
+@contextmanager
+def _unless_given(values: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment for the length of the block; a process that is started later must not see them."""
+    own = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+@contextmanager
+def _joined(peer_timeout: float) -> Iterator[Runtime]:
+    rank, world_size, local_rank = (int(os.environ[name]) for name in _ALONE)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -119,9 +139,6 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
         device, backend = torch.device("cpu"), "gloo"
     watch = None
     if world_size == 1:
-        # DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
