@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,23 +170,26 @@ def test_what_writes_a_format_is_named_where_it_is_missing() -> None:
         find_format("onnx")
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may get larger than 20 kB, which is what a full disk comes to for those who write."""
+    """No file may get larger than 20 kB, which is what a full disk comes to for those who write.
+
+    Only around the call: a log to which the tests themselves write may be larger.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
 
 
 @pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet"])
-def test_what_does_not_fit_on_the_disk_is_named(
-    moce_run: MakeRun, tmp_path: Path, format: str, request: pytest.FixtureRequest
-) -> None:
+def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str) -> None:
     run = moce_run()
-    request.getfixturevalue("small_files")
-    told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
+    with small_files():
+        told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
     assert f"{'model.pth' if format == 'mmdet' else 'model.safetensors'} cannot be written: " in told
     assert list((tmp_path / "exports").iterdir()) == []
