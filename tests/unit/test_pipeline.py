@@ -188,7 +188,8 @@ def test_a_failed_stage_says_so_and_is_run_by_the_same_command(make: Make, tmp_p
     (tmp_path / "images" / "no-image.txt").write_text("Dear reader,")
     path, state = tmp_path / "pipeline.yaml", tmp_path / "out/pipeline/shards.json"
     told = refused("pipeline", path)
-    assert told.startswith("Stage shards failed: No image to write: of 1 files none could be decoded.")
+    assert told.startswith("Stage shards failed: ")
+    assert "images: No image to write: of 1 files none could be decoded." in told
     assert f"Its state is in {state}; the same command goes on with it." in told
     record = json.loads(state.read_text())
     assert record["state"] == "failed" and record["told"].startswith("No image to write")
