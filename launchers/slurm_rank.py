@@ -14,16 +14,14 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from launchers.signals import kept_signals, wait_for
 from moce_ds.errors import LOST_PEER, STOPPED
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -50,14 +48,15 @@ class Rank:
 
     def __call__(self) -> None:
         """Run the command; returns when it has done its work, and else ends the process with its status."""
-        with _signals() as asked:
+        with kept_signals(_PASSED_ON) as asked:
             job, began = SlurmJobEnvironment(), time.monotonic()
             nodes = max((n for n in self.usable_nodes if n <= job.num_nodes), default=job.num_nodes)
             if job.node >= nodes:
                 print(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
                 return
             child = subprocess.Popen(self.command, env={**os.environ, **place(job, nodes)})
-            status = _wait(child, asked)
+            # SLURM may have sent the child the same signals, which does not mind: only the first counts.
+            status = wait_for(child, asked)
             if status == 0:
                 return
             stopped = status == STOPPED or -status in asked
@@ -102,34 +101,6 @@ def place(job: SlurmJobEnvironment, nodes: int) -> dict[str, str]:
         "MASTER_ADDR": job.hostnames[0],
         "MASTER_PORT": str(port),
     }
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Keep the signals that arrive, instead of whoever handled them before."""
-    asked: list[int] = []
-
-    def keep(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    before: dict[int, Any] = {number: signal.signal(number, keep) for number in _PASSED_ON}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(child: subprocess.Popen[bytes], asked: list[int]) -> int:
-    """Wait for the child; what is asked meanwhile is passed on. SLURM may have sent it to the child too, which does
-    not mind: only the first counts."""
-    passed_on = 0
-    while child.poll() is None:
-        for number in asked[passed_on:]:
-            child.send_signal(number)
-            passed_on += 1
-        time.sleep(0.05)
-    return child.returncode
 
 
 def _requeue(job: SlurmJobEnvironment, why: str) -> None:

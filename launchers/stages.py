@@ -154,8 +154,8 @@ def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
         if shards != (images := pipeline.tasks[task] / part):
             yield ["shards", images, shards, *pipeline.words_of("shards")]
     more = ["--data", split["train"], *pipeline.words_of("export")]
-    yield ["select", moce, "--task", task, "--results", pipeline.out / "results.json", *more]
-    yield ["export", moce, pipeline.out / "experts" / task, "--replace", *more]
+    exporting = ["--export", pipeline.out / "experts" / task, "--replace"]
+    yield ["select", moce, "--task", task, "--results", pipeline.out / "results.json", *exporting, *more]
 
 
 def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:

@@ -6,10 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.table import Table
 
@@ -17,6 +15,7 @@ from launchers.cell import is_done, run_cell, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
 from launchers.hold import is_held
 from launchers.local import PASSED_ON
+from launchers.signals import kept_signals, wait_for
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
 from moce_ds.errors import STOPPED, ConfigError
@@ -45,7 +44,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         if only is None:
             raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
         return run_cell(study, cells[0])
-    with _signals() as asked:
+    with kept_signals(PASSED_ON) as asked:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
@@ -128,22 +127,6 @@ def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> l
     return failed
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Signals that ask for a stop, collected while the block runs instead of ending this process."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    before = {number: signal.signal(number, ask) for number in PASSED_ON}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _work(study: StudySettings, cell: Cell, asked: Sequence[int]) -> int:
     """Run a cell in a process of its own, whose output is the cell's log; returns how it ended."""
     with writes_to(cell.folder):
@@ -153,13 +136,7 @@ def _work(study: StudySettings, cell: Cell, asked: Sequence[int]) -> int:
         command = [sys.executable, "-m", "launchers.cell", str(study.out), cell.name]
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
         worker = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        passed_on = 0
-        while worker.poll() is None:
-            for number in asked[passed_on:]:
-                worker.send_signal(number)
-                passed_on += 1
-            time.sleep(0.05)
-    return worker.returncode
+        return wait_for(worker, asked)
 
 
 def _note_failure(cell: Cell, status: int, seconds: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
@@ -68,11 +69,16 @@ def encoded(
     Raises:
         DataError: an image has no class, or the classes are not those of the training split.
     """
-    labels = _labels(images, training)
+    labels = torch.from_numpy(labels_of(images, training))
     return encode_all(encoder, images, config, device), labels
 
 
-def _labels(images: ShardSet, training: ShardSet) -> Tensor:
+def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
+    """Labels [N], or targets [N, K] of images with several, as positions among the classes of the training split.
+
+    Raises:
+        DataError: an image has no class, or the classes are not those of the training split.
+    """
     if (images.targets is None) != (training.targets is None):
         one, several = (images, training) if images.targets is None else (training, images)
         raise DataError(
@@ -86,9 +92,10 @@ def _labels(images: ShardSet, training: ShardSet) -> Tensor:
             f"{images.path}: classes {unknown[:5]} are not among the training classes of {training.path}: expected "
             "folders of the same names in all splits."
         )
-    place_K = np.array([training.classes.index(name) for name in images.classes], dtype=np.int64)
+    position = {name: k for k, name in enumerate(training.classes)}
+    place_K = np.array([position[name] for name in images.classes], dtype=np.int64)
     if images.targets is None:
-        return torch.from_numpy(place_K[images.labels])
+        return place_K[images.labels]
     targets_NK = np.zeros((images.count, len(training.classes)), np.int8)
     targets_NK[:, place_K] = images.targets
-    return torch.from_numpy(targets_NK)
+    return targets_NK

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
-from moce_ds.errors import ConfigError
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -189,13 +188,6 @@ def _device() -> Any:
     import torch
 
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _experts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
 
 
 VERBS = (select, export, knn, probe, evaluate, *PROTOCOL_VERBS)

@@ -1,9 +1,10 @@
 """What detection and segmentation have in common: settings, the encoder, and the weights that they leave."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from moce_ds.models.vit import Encoder
 from moce_ds.randomness import INIT, hashed
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.classification import tuned_execution
+from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
 from moce_ds.tuning.settings import TuneDataSettings, TuneOptimSettings, TuneSettings
+from moce_ds.tuning.task import Measures
 
 WEIGHTS = "model.safetensors"
 """File of a complete run: the weights that the final measures are of."""
@@ -57,6 +60,7 @@ class DenseModel(Protocol):
 
 
 M = TypeVar("M", bound=DenseModel)
+DataT = TypeVar("DataT")
 
 
 def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
@@ -67,6 +71,40 @@ def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder,
         model = make(encoder)
     tuned_execution(model.backbone.body.vit, config.engine)
     return encoder, model
+
+
+class DenseTask(ABC, Generic[DataT]):
+    """What the tasks (`moce_ds.tuning.task.Task`) of detection and segmentation share.
+
+    Attributes:
+        config: the settings of the run.
+        model: around a pyramid.
+        val, test: the splits to measure on, where they are given.
+    """
+
+    def __init__(self, config: DenseSettings, model: Any, val: DataT | None, test: DataT | None) -> None:
+        self.config, self.model, self.val, self.test = config, model, val, test
+
+    @abstractmethod
+    def measured(self, model: nn.Module, data: DataT, runtime: Runtime) -> Measures:
+        """Measures on a split, whose images the processes share; a collective."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's groups, with layer decay."""
+        return parameter_groups(self.model, self.model.backbone.body.vit, self.config.optim)
+
+    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Measures of the validation split; a collective."""
+        assert self.val is not None
+        return self.measured(model, self.val, runtime)
+
+    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
+        """Measures of the test split; leaves the weights in the run's folder. A collective."""
+        final = self.test or self.val
+        assert final is not None  # DenseSettings sees to it
+        found = self.measured(model, final, runtime)
+        keep_weights(model, self.config.run.out, runtime)
+        return found
 
 
 @contextmanager

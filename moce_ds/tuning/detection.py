@@ -22,7 +22,7 @@ from moce_ds.data.coco_api import average_precision
 from moce_ds.errors import DataError
 from moce_ds.files import sha256_of
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, Scale, build, evaluation, keep_weights
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, DenseTask, Scale, build, evaluation
 from moce_ds.tuning.detector import (
     DetectorSettings,
     build_detector,
@@ -31,7 +31,6 @@ from moce_ds.tuning.detector import (
     whole_view,
 )
 from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
 from moce_ds.tuning.task import Measures
 
@@ -64,7 +63,7 @@ class DetectSettings(DenseSettings):
     optim: DetectOptimSettings = dataclasses.field(default_factory=DetectOptimSettings)
 
 
-class DetectionTask:
+class DetectionTask(DenseTask[CocoSet]):
     """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
 
     Raises:
@@ -73,25 +72,20 @@ class DetectionTask:
 
     def __init__(self, config: DetectSettings) -> None:
         data = config.data
-        self._config, self._side = config, config.model.image_size
+        self._side = config.model.image_size
         self._train = CocoSet.open(data.train, data.images)
-        self._val, self._test = (
-            open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test)
-        )
+        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._numbers = self._train.with_objects
         if not self._numbers:
             raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
         self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
         classes = len(self._train.categories)
-        encoder, self.model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
+        encoder, model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
+        super().__init__(config, model, val, test)
         self._mean = encoder.input.mean
         self.count = len(self._numbers)
         self.fingerprint = hashlib.sha256((sha256_of(data.train) + encoder.fingerprint).encode()).hexdigest()
-        self.criterion = "box_ap" if self._val else None
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups, with layer decay."""
-        return parameter_groups(self.model, self.model.backbone.body.vit, self._config.optim)
+        self.criterion = "box_ap" if val else None
 
     def batch(
         self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]
@@ -111,21 +105,8 @@ class DetectionTask:
         targets = [{name: t.to(device, non_blocking=True) for name, t in target.items()} for target in batch[1]]
         return torch.stack(list(model(images, targets).values())).sum()
 
-    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
-        """Average precision on the validation split; a collective."""
-        assert self._val is not None
-        return self._measured(model, self._val, runtime)
-
-    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
-        """Average precision on the test split; leaves the weights in the run's folder. A collective."""
-        final = self._test or self._val
-        assert final is not None  # DenseSettings sees to it
-        found = self._measured(model, final, runtime)
-        keep_weights(model, self._config.run.out, runtime)
-        return found
-
-    def _measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:
-        """Average precision on a set, whose images the processes share."""
+    def measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:
+        """Average precision on a set, whose images the processes share; a collective."""
         views = [whole_view((image.width, image.height), self._side) for image in data.images]
         mine = range(runtime.rank, len(data), runtime.world_size)
         found: list[dict[str, Any]] = []
@@ -133,8 +114,8 @@ class DetectionTask:
         def canvas(number: int) -> Tensor:
             return draw_image(data.image(number), views[number], self._side, self._mean)
 
-        with evaluation(self._config, runtime):
-            stream = prepared(canvas, mine, self._config.data.workers, runtime.device)
+        with evaluation(self.config, runtime):
+            stream = prepared(canvas, mine, self.config.data.workers, runtime.device)
             for number, image_CHW in zip(mine, stream, strict=True):
                 (detections,) = model([image_CHW.to(runtime.device)])
                 found += results(data, number, views[number], detections)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError
 from moce_ds.transfer.probe import held_out
+from moce_ds.transfer.task_data import labels_of
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,4 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
 
 
 def _labelled(images: ShardSet, train: ShardSet) -> Split:
-    if (images.targets is None) != (train.targets is None):
-        raise DataError(f"{images.path} and {train.path}: one has a label for each image, the other several.")
-    if unknown := sorted(set(images.classes) - set(train.classes)):
-        raise DataError(f"{images.path}: classes {unknown[:5]} are not among the training classes of {train.path}.")
-    ids_N, position = np.arange(images.count), {name: k for k, name in enumerate(train.classes)}
-    place_K = np.array([position[name] for name in images.classes], dtype=np.int64)
-    if images.targets is not None:
-        targets_NK = np.zeros((images.count, len(train.classes)), np.int8)
-        targets_NK[:, place_K] = images.targets
-        return Split(images, ids_N, targets_NK)
-    if (images.labels < 0).any():
-        lost = images.source(int((images.labels < 0).argmax()))
-        raise DataError(f"{images.path}: {lost} has no class; expected every image in the folder of its class.")
-    return Split(images, ids_N, place_K[images.labels])
+    return Split(images, np.arange(images.count), labels_of(images, train))

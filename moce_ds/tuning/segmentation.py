@@ -6,7 +6,7 @@ Axes: B images of a micro-batch of one process, K classes, C channels, H x W pix
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -20,9 +20,8 @@ from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, build, evaluation, keep_weights
+from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, DenseTask, build, evaluation
 from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.segmenter import Segmenter, SegmenterSettings, confusion, pixel_loss, segmentation_scores, slide
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
 from moce_ds.tuning.task import Measures
@@ -59,7 +58,7 @@ class SegmentSettings(DenseSettings):
     optim: SegmentOptimSettings = dataclasses.field(default_factory=SegmentOptimSettings)
 
 
-class SegmentationTask:
+class SegmentationTask(DenseTask[Ade20kSet]):
     """UperNet around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
 
     Raises:
@@ -68,22 +67,19 @@ class SegmentationTask:
 
     def __init__(self, config: SegmentSettings) -> None:
         data = config.data
-        self._config, self._side = config, config.model.image_size
+        self._side = config.model.image_size
         self._train = Ade20kSet.open(data.train, data.classes, data.reduce_zero_label)
-        self._val, self._test = (
+        val, test = (
             Ade20kSet.open(folder, data.classes, data.reduce_zero_label) if folder else None
             for folder in (data.val, data.test)
         )
         self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
-        encoder, self.model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
+        encoder, model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
+        super().__init__(config, model, val, test)
         self._mean = encoder.input.mean
         self.count = len(self._train)
         self.fingerprint = hashlib.sha256((self._train.fingerprint + encoder.fingerprint).encode()).hexdigest()
-        self.criterion = "miou" if self._val else None
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """AdamW's groups, with layer decay."""
-        return parameter_groups(self.model, self.model.backbone.body.vit, self._config.optim)
+        self.criterion = "miou" if val else None
 
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Canvases [B, 3, H, W] and the classes of their pixels [B, H, W]. Raises DataError."""
@@ -101,21 +97,8 @@ class SegmentationTask:
         images_BCHW, labels_BHW = (tensor.to(device, non_blocking=True) for tensor in batch)
         return pixel_loss(model(images_BCHW), labels_BHW)
 
-    def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
-        """Mean intersection over union on the validation split; a collective."""
-        assert self._val is not None
-        return self._measured(model, self._val, runtime)
-
-    def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
-        """The same of the test split; leaves the weights in the run's folder. A collective."""
-        final = self._test or self._val
-        assert final is not None  # DenseSettings sees to it
-        found = self._measured(model, final, runtime)
-        keep_weights(model, self._config.run.out, runtime)
-        return found
-
-    def _measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
-        """Scores on a set, whose images the processes share."""
+    def measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
+        """Scores on a set, whose images the processes share; a collective."""
         counts_KK = torch.zeros((data.classes, data.classes), dtype=torch.int64)
         mine = range(runtime.rank, len(data), runtime.world_size)
 
@@ -123,8 +106,8 @@ class SegmentationTask:
             image, labels_HW = data.read(number)
             return fitted(image, self._side), torch.from_numpy(labels_HW)
 
-        with evaluation(self._config, runtime):
-            for image_CHW, labels_HW in prepared(example, mine, self._config.data.workers, runtime.device):
+        with evaluation(self.config, runtime):
+            for image_CHW, labels_HW in prepared(example, mine, self.config.data.workers, runtime.device):
                 logits_KHW = slide(model, image_CHW.to(runtime.device), self._side, data.classes)
                 logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
                 counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)

@@ -52,7 +52,7 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
     assert status == 0 and "Traceback" not in output, output
     assert all(f"{name} is done" in output for name in finished)
     ran = " ".join(re.findall(r"^\$ moce (\w+)", output, re.MULTILINE))
-    assert ran == "pretrain shards shards select export knn probe knn probe evaluate report"
+    assert ran == "pretrain shards shards select knn probe knn probe evaluate report"
     assert "7 of 7 stages are done" in output
     assert {name: record_of(stages[name]) for name in finished} == kept
     assert all(stage.is_done() for stage in stages.values())

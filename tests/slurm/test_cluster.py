@@ -88,6 +88,7 @@ def test_a_cut_node_comes_back(cluster):
     cluster.wait_until(lambda: cluster.state("node2") == "idle*", 60, "node2 is missed")
     cluster.join("node2")
     cluster.wait_until(lambda: cluster.state("node2") == "idle", 60, "node2 is back")
+    assert cluster.run("srun", "--nodelist=node2", "hostname").strip() == "node2"
 
 
 def test_another_cluster_leaves_nothing(cluster, tmp_path):

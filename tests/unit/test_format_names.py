@@ -91,4 +91,6 @@ def test_the_public_mae_s_file_holds_the_decoder(moce_run: Callable[..., Path], 
     run = moce_run()
     state = exported(run, tmp_path / "out", "timm", "full")["model"]
     spec = ModelSpec.from_tree(run_clusters(run)[0].manifest["model"])
-    MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio).load_state_dict(state, strict=True)
+    mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    assert mae.state_dict().keys() == state.keys()
+    mae.load_state_dict(state, strict=True)

@@ -77,8 +77,7 @@ def test_the_stages_and_their_commands(make: Make, task: Path, tiny_images: Path
     train, results = f"{out}/tasks/digits/train", f"--task digits --results {out}/results.json"
     assert stages["export"] == [
         f"shards {task}/train {train} workers=1",  # the test images are shards already
-        f"select {out}/moce {results} --data {train}",
-        f"export {out}/moce {out}/experts/digits --replace --data {train}",
+        f"select {out}/moce {results} --export {out}/experts/digits --replace --data {train}",
     ]
     split = f"--train {train} --test {task}/test {results}"
     both = [("dense", out / "mae"), ("expert", out / "experts/digits")]
