@@ -1,5 +1,6 @@
 """The queue of SLURM, through submitit: put jobs into it, and ask what is in it."""
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,8 +60,11 @@ def submit(
     ]
     try:
         # Its own count of time-outs would end a run that is meant to be requeued for weeks.
-        executor = SlurmExecutor(folder, max_num_timeout=10**6, python=f"{profile.container} {python}".strip())
-        executor.update_parameters(job_name=name, **profile.sbatch(after))
+        inside = f"{profile.container} {python}".strip()
+        executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
+        last = f"{inside} -m launchers.slurm_end {shlex.quote(str(folder.absolute()))} $status {profile.max_failures}"
+        teardown = ["status=$?", f"[ $status -eq 0 ] || {last}", "exit $status"]
+        executor.update_parameters(job_name=name, teardown=teardown, **profile.sbatch(after))
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:

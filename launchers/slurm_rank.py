@@ -6,7 +6,6 @@ runs in a child, which asks its peers to stop with it, and here is what remains:
 child has ended before its work was done the job is put back into the queue, unless SLURM is about to end it anyway.
 """
 
-import json
 import os
 import signal
 import socket
@@ -14,19 +13,17 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from launchers.signals import kept_signals, wait_for
+from launchers.slurm_job import JobStart
 from moce_ds.errors import LOST_PEER, STOPPED
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
-_STEADY_SECONDS = 3600.0
 _LAST_SECONDS = 90.0  # in which SLURM ends a job that was put back into the queue
 
 
@@ -50,49 +47,42 @@ class Rank:
         """Run the command; returns when it has done its work, and else ends the process with its status."""
         with kept_signals(_PASSED_ON) as asked:
             job, began = SlurmJobEnvironment(), time.monotonic()
+            start = JobStart.of(job, job.paths.folder)
             nodes = max((n for n in self.usable_nodes if n <= job.num_nodes), default=job.num_nodes)
             if job.node >= nodes:
                 print(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
                 return
-            child = subprocess.Popen(self.command, env={**os.environ, **place(job, nodes)})
+            child = subprocess.Popen(self.command, env={**os.environ, **place(job, start, nodes)})
             # SLURM may have sent the child the same signals, which does not mind: only the first counts.
             status = wait_for(child, asked)
             if status == 0:
                 return
             stopped = status == STOPPED or -status in asked
+            lost = not stopped and (status < 0 or status == LOST_PEER)
+            who = f"rank {job.global_rank} on {socket.gethostname()}"
+            start.record_end(who, status, time.monotonic() - began, lost=lost)
             if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
-                _requeue(job, "stopped as asked")
+                start.requeue("stopped as asked")
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
-            if status < 0 or status == LOST_PEER:
-                self._after_failure(job, status, time.monotonic() - began, asked)
+            if lost:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                print(f"{who.capitalize()} {how}.", flush=True)
+                # Every process asks for that: one that is cut off cannot.
+                if start.begin_again(self.max_failures):
+                    _wait_for_the_end(asked)
             sys.exit(status if status > 0 else LOST_PEER)
 
     def checkpoint(self) -> DelayedSubmission:
         """For submitit, when the warning comes before this object is called: nothing is done yet, so begin again."""
         return DelayedSubmission(self)
 
-    def _after_failure(self, job: SlurmJobEnvironment, status: int, seconds: float, asked: list[int]) -> None:
-        """Have the job begin again after a lost process. Every process asks for that: one that is cut off cannot."""
-        folder, restart, host = job.paths.folder, _restart(), socket.gethostname()
-        record = {"rank": job.global_rank, "host": host, "status": status, "seconds": round(seconds)}
-        with suppress(FileExistsError), open(_failure(folder, job, restart), "x") as file:
-            json.dump(record, file)
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        print(f"Rank {job.global_rank} on {host} {how}.", flush=True)
-        failures = _in_a_row(folder, job, restart)
-        if failures > self.max_failures:
-            print(f"{failures} failures in a row, of which max_failures={self.max_failures} are borne.", flush=True)
-            return
-        _requeue(job, f"failure {failures} of at most {self.max_failures} in a row")
-        _wait_for_the_end(asked)
 
-
-def place(job: SlurmJobEnvironment, nodes: int) -> dict[str, str]:
+def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, str]:
     """The variables by which the processes of a job on its first `nodes` nodes find each other."""
     each = job.num_tasks // job.num_nodes
     # Another port at each start: what the last one left may still hold the old one.
-    port = _FIRST_PORT + zlib.crc32(f"{job.raw_job_id} {_restart()}".encode()) % _PORTS
+    port = _FIRST_PORT + zlib.crc32(f"{start.number} {start.restart}".encode()) % _PORTS
     return {
         "RANK": str(job.global_rank),
         "WORLD_SIZE": str(nodes * each),
@@ -103,41 +93,8 @@ def place(job: SlurmJobEnvironment, nodes: int) -> dict[str, str]:
     }
 
 
-def _requeue(job: SlurmJobEnvironment, why: str) -> None:
-    """Put the job back into the queue, if it is running: else SLURM ends it, or has done that itself."""
-    asked = ["squeue", "--noheader", f"--jobs={job.raw_job_id}", "--format=%T"]
-    state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    if state != "RUNNING":
-        print(f"Job {job.job_id} is {state or 'gone'}: not put back into the queue by itself ({why}).", flush=True)
-        return
-    print(f"Job {job.job_id} goes back into the queue: {why}.", flush=True)
-    done = subprocess.run(["scontrol", "requeue", job.raw_job_id], capture_output=True, text=True)
-    if done.returncode:
-        print(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to go on.", flush=True)
-
-
 def _wait_for_the_end(asked: list[int]) -> None:
     """Wait until SLURM ends this process: to leave by itself would look like a failure of the job."""
     deadline = time.monotonic() + _LAST_SECONDS
     while signal.SIGTERM not in asked and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
-def _failure(folder: Path, job: SlurmJobEnvironment, restart: int) -> Path:
-    return folder / f"{job.job_id}_failure_{restart}.json"
-
-
-def _in_a_row(folder: Path, job: SlurmJobEnvironment, restart: int) -> int:
-    """Failures of this start and those just before it, back to one that ran steadily."""
-    count = 0
-    while _failure(folder, job, restart).exists():
-        count += 1
-        restart -= 1
-        path = _failure(folder, job, restart)
-        if path.exists() and json.loads(path.read_text())["seconds"] > _STEADY_SECONDS:
-            break
-    return count

@@ -1,5 +1,6 @@
 """What a path of ours is and what it holds, for `moce inspect`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
+from moce_ds.analysis.study_folder import STUDY, read_study_folder
 from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
@@ -55,7 +57,7 @@ def faults(path: Path) -> list[str]:
         return _encoder_faults(path)
     if kind == "export":
         return _export_faults(path)
-    rows(path)  # results are plain text, checked as they are read
+    rows(path)  # results and studies are plain text, checked as they are read
     return []
 
 
@@ -126,13 +128,14 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
         ("export.json", "export", _export),
         ("model.safetensors", "encoder", _encoder),
         ("config.yaml", "run", _run),
-        ("results.json", "study", _study),
+        (STUDY, "study", _study),
+        ("results.json", "results", _results),
     ]
     for mark, kind, rows in marks:
         if (path / mark).exists():
             return kind, rows
     if path.name == "results.json" and path.exists():
-        return "results", lambda p: _study(p.parent)
+        return "results", lambda p: _results(p.parent)
     if not path.exists():
         raise ArtefactError(f"{path} not found.")
     known = ", ".join(f"{kind} ({mark})" for mark, kind, _ in marks)
@@ -250,6 +253,17 @@ def _export(path: Path) -> Rows:
 
 
 def _study(path: Path) -> Rows:
+    study = read_study_folder(path)
+    states = Counter(cell.state for cell in study.cells)
+    return {
+        "grid": ", ".join(study.keys),
+        "cells": ", ".join([*(f"{count} {state}" for state, count in states.items()), f"{len(study.waiting)} waiting"]),
+        "measured": _some(study.measures),
+        **{f"failed: {cell.name}": cell.told for cell in study.cells if cell.state == "failed"},
+    }
+
+
+def _results(path: Path) -> Rows:
     def told(record: dict[str, Any]) -> str:
         if "top1" in record:
             return f"top-1 {record['top1']:.4f}"

@@ -133,7 +133,7 @@ class Cluster:
         head.tell(f"""
             mount --bind {folder}/hosts /etc/hosts
             mount -t tmpfs tmpfs {folder}/sql
-            ip link add switch type bridge
+            ip link add switch address {network.card("head")} type bridge
             ip addr add {network.head}/24 dev switch
             ip link set switch up
             ip link set outside master switch
@@ -168,6 +168,7 @@ class Cluster:
             mount --bind {self.folder}/hosts /etc/hosts
             mount --bind {self.folder}/etc /etc/slurm  # for programs that lose their SLURM_CONF
             mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+            ip link set eth0 address {self._network.card(node)}
             ip addr add {self._network.node(node)}/24 dev eth0
             ip link set eth0 up
             slurmd -D &

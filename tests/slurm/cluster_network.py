@@ -50,6 +50,11 @@ class Network:
         """Address of a node."""
         return f"198.18.{self.number}.{10 + int(name.removeprefix('node'))}"
 
+    def card(self, name: str) -> str:
+        """Hardware address of a node or the head: the same after it was off, or others could not reach it at once."""
+        place = 1 if name == "head" else 10 + int(name.removeprefix("node"))
+        return f"02:00:00:00:{self.number:02x}:{place:02x}"
+
 
 def _add_cable(network: Network, head: int) -> subprocess.CompletedProcess[str]:
     peer = ["peer", "name", "outside", "netns", str(head)]

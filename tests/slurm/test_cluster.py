@@ -91,6 +91,14 @@ def test_a_cut_node_comes_back(cluster):
     assert cluster.run("srun", "--nodelist=node2", "hostname").strip() == "node2"
 
 
+def test_a_node_that_was_off_is_reached_by_the_others(cluster):
+    everywhere = ("sbatch", "--wait", "--nodes=4", "--output=/dev/null", "--wrap=srun hostname")
+    cluster.run(*everywhere)
+    cluster.kill("node2")
+    cluster.revive("node2")
+    cluster.run(*everywhere)  # raises, if one cannot be reached
+
+
 def test_another_cluster_leaves_nothing(cluster, tmp_path):
     with Cluster.start(tmp_path, nodes=2) as other:
         assert other.run("srun", "--nodes=2", "hostname").split() != []

@@ -53,6 +53,20 @@ def test_fewer_nodes_are_left(cluster: Cluster, data: TinyData, alone: Path, tal
     np.testing.assert_allclose(losses(run), losses(alone), rtol=0, atol=1e-4)  # other sums, over two hundred steps
 
 
+def test_node_is_dead_before_the_job_begins(
+    cluster: Cluster, data: TinyData, alone: Path, tally: Tally, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    cluster.kill("node2")  # which SLURM does not know yet
+    job = submit(cluster, "nodes=4", "min_nodes=2", "minutes=30", *experts(data, run))
+    job.wait_for("COMPLETED")
+    assert "no process of the job said why" in job.told()
+    assert "goes back into the queue: failure 1 of at most 3 in a row" in job.told()
+    assert job.known("Restarts") == "1" and missing_steps(job.told()) == 0
+    tally.requeues += 1
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=0, atol=1e-4)
+
+
 def test_network_is_cut(cluster: Cluster, data: TinyData, alone: Path, tally: Tally, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, *PAIR, *experts(data, run))

@@ -276,6 +276,15 @@ def test_means_and_deviations_over_seeds(experts: Path) -> None:
     assert study.points[0].mean_and_deviation("loss") is None
 
 
+def test_inspect_tells_of_a_study(experts: Path) -> None:
+    record = json.loads((experts / "study.json").read_text())
+    write_json(experts / "study.json", record | {"cells": [*record["cells"], "num=32,seed=0"]})
+    path = experts / "cells" / record["cells"][0] / "cell.json"
+    write_json(path, json.loads(path.read_text()) | {"state": "failed", "told": "no space left"})
+    said = run_here("inspect", experts)
+    assert said.status == 0 and "1 failed, 11 done, 1 waiting" in said.out and "no space left" in said.out, said
+
+
 def test_the_report_and_its_csv(experts: Path, tmp_path: Path) -> None:
     record = json.loads((experts / "study.json").read_text())
     record["cells"] += ["num=32,seed=0"]

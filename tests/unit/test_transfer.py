@@ -202,6 +202,28 @@ def test_bad_images_are_named(runs: Path, task: Path, tmp_path: Path) -> None:
     assert not (runs / "transfer/results.json").exists() or records(runs / "transfer", "knn") == []
 
 
+def test_fine_tuning_takes_the_choice_that_validates_better(runs: Path, task: Path, tmp_path: Path) -> None:
+    kinds = tmp_path / "tasks/kinds"
+    shutil.copytree(kinds / "test", kinds / "val")
+    still, learning = ["optim.base_lr=1.0e-9"], ["optim.base_lr=0.05"]
+    words = ["optim.epochs=12", "optim.batch_size=5", "optim.warmup_epochs=1", "data.workers=0", "optim.layer_decay=1"]
+    words += ["augment.mixup=0", "augment.cutmix=0", "augment.rand_augment=null", "augment.erase=0"]
+    words += ["augment.crop_scale=[0.9,1]", "augment.drop_path=0", "engine.precision=fp32", "optim.validate_every=6"]
+    write_task(tmp_path, "kinds", finetune={"words": words, "choices": [still, learning]})
+    command = ("transfer", runs / "b_mae", "--tasks", task, "--methods", "finetune", "--seeds", "3")
+    said = run_here(*command)
+    assert said.status == 0, said
+    out = runs / "b_mae/transfer"
+    (record,) = records(out, "finetune")
+    assert record["settings"]["chosen"] == learning and record["seed"] == 3
+    judged = {
+        path.parent.name: json.loads(path.read_text())[0]["top1"] for path in out.glob("finetune/*/*/result.json")
+    }
+    assert judged["choice-0"] < judged["choice-1"] and judged["final"] == record["top1"] > 0.6
+    assert re.search(rf"fine-tuning │ MAE +│ +{100 * record['top1']:.1f} │", said.out), said.out
+    assert "(was done)" in run_here(*command).out
+
+
 def test_fine_tuning_that_fails_tells_the_end_of_its_log(runs: Path, task: Path, tmp_path: Path) -> None:
     (tmp_path / "over.yaml").write_text("finetune: {words: [no.such=1]}")
     words = ("--tasks", task, "--methods", "finetune", "--config", tmp_path / "over.yaml")

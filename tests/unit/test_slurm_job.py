@@ -1,0 +1,42 @@
+"""How often a job begins again. Real jobs are in tests/slurm."""
+
+from pathlib import Path
+
+import pytest
+
+from launchers.slurm_job import JobStart
+
+LOST, STOPPED = 77, 76
+
+
+def start(folder: Path, restart: int) -> JobStart:
+    return JobStart("7_1", "9", folder, restart)
+
+
+def after(capsys: pytest.CaptureFixture[str], folder: Path, ends: list[tuple[int, float]]) -> str:
+    """What a start says that bears no failure, after starts that ended with a status after some seconds."""
+    for restart, (status, seconds) in enumerate(ends):
+        start(folder, restart).record_end("rank 0", status, seconds, lost=status == LOST)
+    assert not start(folder, len(ends) - 1).begin_again(max_failures=0)
+    return capsys.readouterr().out
+
+
+def test_losses_in_a_row_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "3 failures in a row" in after(capsys, tmp_path, [(LOST, 5)] * 3)
+
+
+@pytest.mark.parametrize("between", [(STOPPED, 5), (LOST, 4000)], ids=["stopped as asked", "lost after an hour"])
+def test_what_ran_well_begins_the_count_anew(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, between: tuple[int, float]
+) -> None:
+    assert "2 failures in a row" in after(capsys, tmp_path, [(LOST, 5), (LOST, 5), between, (LOST, 5), (LOST, 4000)])
+
+
+def test_the_first_to_record_an_end_is_right(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert not start(tmp_path, 0).is_explained
+    start(tmp_path, 0).record_end("rank 1 on node2", LOST, 5, lost=True)
+    start(tmp_path, 0).record_end("rank 0 on node1", 1, 5, lost=False)
+    assert start(tmp_path, 0).is_explained
+    assert [path.name for path in tmp_path.iterdir()] == ["7_1_end_0.json"], "no draft is left"
+    start(tmp_path, 0).begin_again(max_failures=0)
+    assert "1 failures in a row" in capsys.readouterr().out
