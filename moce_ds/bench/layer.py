@@ -146,6 +146,7 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         axis.set_xticks(range(len(sizes)), sizes, fontsize=7)
         axis.set_ylabel("time over dense MLP")
         axis.set_title(f"{mode}, {routing} routing", loc="left", fontsize=10)
-        axis.legend(fontsize=7, ncols=3)
+        axis.margins(y=0.3)  # room for the legend
+        axis.legend(fontsize=7, ncols=3, loc="upper right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
