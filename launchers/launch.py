@@ -21,7 +21,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-PARALLEL = ("pretrain", "features", "finetune")
+PARALLEL = ("pretrain", "features", "finetune", "detect", "segment")
 """Verbs whose work several processes share."""
 
 

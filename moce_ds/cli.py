@@ -239,8 +239,9 @@ def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None
 def slurm(words: Sequence[str]) -> None:
     """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
 
-    `pretrain` and `features` use all processes. `study` becomes an array of jobs, and `pipeline` a chain. Other verbs
-    run in one process. A job whose time is over, that was preempted, or that lost a node goes on by itself.
+    `pretrain`, `features`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array of jobs, and
+    `pipeline` a chain. Other verbs run in one process. A job whose time is over, that was preempted, or that lost a
+    node goes on by itself.
     """
     from launchers.launch import launch_on_slurm
     from launchers.slurm_profile import SlurmProfile

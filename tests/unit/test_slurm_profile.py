@@ -5,9 +5,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from moce_command import run_here
 
-from launchers.launch import usable_nodes
+from launchers.launch import PARALLEL, usable_nodes
 from launchers.slurm_profile import SlurmProfile
+from moce_ds.cli import moce
 from moce_ds.config import keys, load
 from moce_ds.errors import ConfigError
 from moce_ds.training.settings import PretrainSettings
@@ -77,3 +79,9 @@ def test_the_settings_that_the_page_names_are_there() -> None:
     named = re.findall(r"`([a-z_]+)(?:\.\w+)?=[^`]*`", DOCS.read_text())
     assert len(named) > 5
     assert set(named) <= known
+
+
+def test_the_help_names_the_verbs_that_use_all_processes() -> None:
+    told, _, _ = " ".join(run_here("launch", "slurm", "--help").out.split()).partition("use all processes")
+    named = re.findall(r"`(\w+)`", told)
+    assert tuple(named) == PARALLEL and set(named) <= set(moce.commands)
