@@ -21,7 +21,8 @@ from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-PARALLEL = ("pretrain", "features", "finetune", "detect", "segment")
+TUNING = ("finetune", "detect", "segment")
+PARALLEL = ("pretrain", "features", *TUNING)
 """Verbs whose work several processes share."""
 
 
@@ -140,6 +141,10 @@ def _queue_other(verb: str) -> Callable[[SlurmProfile, Sequence[str]], list[Subm
         raise ConfigError(f"{verb} is no verb of moce; expected one of {', '.join(known)}.")
 
     def queue(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
+        if verb in TUNING and profile.min_nodes:
+            raise ConfigError(
+                f"min_nodes: {verb} runs on a fixed number of nodes, as its batch is shared; leave it out."
+            )
         fitting = profile if verb in PARALLEL else profile.for_one_process()
         folder = begin_launch(Path(LAUNCHES), [verb, *words], fitting)
         return record_jobs(folder, [submit(fitting, [[verb, *words]], folder, f"moce-{verb}")])

@@ -62,8 +62,8 @@ def submit(
         # Its own count of time-outs would end a run that is meant to be requeued for weeks.
         inside = f"{profile.container} {python}".strip()
         executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
-        last = f"{inside} -m launchers.slurm_end {shlex.quote(str(folder.absolute()))} $status {profile.max_failures}"
-        teardown = ["status=$?", f"[ $status -eq 0 ] || {last}", "exit $status"]
+        told = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
+        teardown = ["status=$?", f"[ $status -eq 0 ] || {inside} -m launchers.slurm_end {told}", "exit $status"]
         executor.update_parameters(job_name=name, teardown=teardown, **profile.sbatch(after))
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]

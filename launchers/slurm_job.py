@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,35 +17,31 @@ class JobStart:
     """One start of a job; the next one is another.
 
     Attributes:
-        name: number of the job, and of an array's task, as in the names of its files.
-        number: by which scontrol knows it.
+        name: number of the job, and of an array's task: 7, 7_2. (Its raw number alone may be that of a whole array.)
         folder: of its logs.
         restart: how often it was put back into the queue before.
     """
 
     name: str
-    number: str
     folder: Path
     restart: int
 
     @classmethod
     def of(cls, job: SlurmJobEnvironment, folder: Path) -> "JobStart":
         """The start that this process belongs to."""
-        return cls(job.job_id, job.raw_job_id, folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+        return cls(job.job_id, folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     @property
-    def is_explained(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether a process has recorded how it ended."""
-        return self._end(self.restart).exists()
+        return self._file("end", self.restart).exists() or self._file("lost", self.restart).exists()
 
     def record_end(self, who: str, status: int, seconds: float, *, lost: bool) -> None:
-        """Keep how this start ended, unless another process has done so; `lost`: a failure that may not come again."""
-        record = {"who": who, "status": status, "seconds": round(seconds), "lost": lost}
-        draft = self._end(self.restart).with_suffix(f".{socket.gethostname()}-{os.getpid()}")
+        """Keep how a process of this start ended; `lost`: by what may not happen again. Raises OSError."""
+        record = {"who": who, "status": status, "seconds": round(seconds)}
+        draft = self.folder / f"{self.name}_{socket.gethostname()}-{os.getpid()}.draft"
         draft.write_text(json.dumps(record))
-        with suppress(FileExistsError):
-            os.link(draft, self._end(self.restart))  # whole at once, for processes that read it now
-        draft.unlink()
+        draft.replace(self._file("lost" if lost else "end", self.restart))  # whole at once: others may read it now
 
     def begin_again(self, max_failures: int) -> bool:
         """Put the job back into the queue after a loss, the `max_failures`th in a row at most; whether it was tried."""
@@ -59,28 +54,24 @@ class JobStart:
 
     def requeue(self, why: str) -> None:
         """Put the job back into the queue, if it is running: else SLURM ends it, or has done that itself."""
-        asked = ["squeue", "--noheader", f"--jobs={self.number}", "--format=%T"]
+        asked = ["squeue", "--noheader", f"--jobs={self.name}", "--format=%T"]
         state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
         if state != "RUNNING":
             print(f"Job {self.name} is {state or 'gone'}: not put back into the queue by itself ({why}).", flush=True)
             return
         print(f"Job {self.name} goes back into the queue: {why}.", flush=True)
-        done = subprocess.run(["scontrol", "requeue", self.number], capture_output=True, text=True)
+        done = subprocess.run(["scontrol", "requeue", self.name], capture_output=True, text=True)
         if done.returncode:
             print(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to go on.", flush=True)
 
     def _in_a_row(self) -> int:
-        """Losses of this start and those just before it, back to one that ran steadily."""
+        """Starts that lost a process: this one and those just before it, back to one that ran steadily."""
         count, restart = 0, self.restart
-        while (record := self._read(restart)) and record["lost"]:
-            if count and record["seconds"] > _STEADY_SECONDS:
-                return count
+        while (file := self._file("lost", restart)).exists():
+            if count and json.loads(file.read_text())["seconds"] > _STEADY_SECONDS:
+                break
             count, restart = count + 1, restart - 1
         return count
 
-    def _read(self, restart: int) -> dict[str, float] | None:
-        path = self._end(restart)
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def _end(self, restart: int) -> Path:
-        return self.folder / f"{self.name}_end_{restart}.json"
+    def _file(self, kind: str, restart: int) -> Path:
+        return self.folder / f"{self.name}_{kind}_{restart}.json"

@@ -82,7 +82,8 @@ class SlurmProfile:
             "dependency": f"afterok:{':'.join(after)}" if after else None,
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
-            "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items())],
+            # A job that fails is still to say so (launchers/slurm_end.py), whatever the set-up commands have set.
+            "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items()), "set +e"],
             # One process that fails ends all: without it the others wait to the time limit.
             "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],
             "additional_parameters": {

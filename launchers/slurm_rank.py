@@ -59,10 +59,10 @@ class Rank:
                 return
             stopped = status == STOPPED or -status in asked
             lost = not stopped and (status < 0 or status == LOST_PEER)
-            who = f"rank {job.global_rank} on {socket.gethostname()}"
-            start.record_end(who, status, time.monotonic() - began, lost=lost)
             if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
                 start.requeue("stopped as asked")
+            who = f"rank {job.global_rank} on {socket.gethostname()}"
+            start.record_end(who, status, time.monotonic() - began, lost=lost)
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
             if lost:
@@ -82,7 +82,7 @@ def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, st
     """The variables by which the processes of a job on its first `nodes` nodes find each other."""
     each = job.num_tasks // job.num_nodes
     # Another port at each start: what the last one left may still hold the old one.
-    port = _FIRST_PORT + zlib.crc32(f"{start.number} {start.restart}".encode()) % _PORTS
+    port = _FIRST_PORT + zlib.crc32(f"{start.name} {start.restart}".encode()) % _PORTS
     return {
         "RANK": str(job.global_rank),
         "WORLD_SIZE": str(nodes * each),

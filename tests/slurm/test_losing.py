@@ -1,6 +1,7 @@
 """Jobs that lose a node, the network or a process: they end soon, begin again by themselves and lose little."""
 
 import os
+import re
 import signal
 import time
 from contextlib import suppress
@@ -8,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from cluster import Cluster
-from submitted import SECONDS, Submitted, Tally, experts, missing_steps, repeated_steps, resumed_after, submit
-from tiny_run import TinyData, assert_same_state, losses
+from submitted import SECONDS, Submitted, Tally, experts, missing_steps, moce, repeated_steps, resumed_after, submit
+from tiny_run import TinyData, assert_same_state, losses, tiny_settings
+
+from moce_ds.analysis.study_folder import read_study_folder
 
 PAIR = ("nodes=2", "minutes=30")
 EVERY = 10  # steps from checkpoint to checkpoint
@@ -57,8 +61,9 @@ def test_node_is_dead_before_the_job_begins(
     cluster: Cluster, data: TinyData, alone: Path, tally: Tally, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    cluster.kill("node2")  # which SLURM does not know yet
-    job = submit(cluster, "nodes=4", "min_nodes=2", "minutes=30", *experts(data, run))
+    job = submit(cluster, "nodes=4", "min_nodes=2", "minutes=30", "extra.hold=true", *experts(data, run))
+    cluster.kill("node2")
+    cluster.run("scontrol", "release", job.number)  # SLURM has not missed the node yet
     job.wait_for("COMPLETED")
     assert "no process of the job said why" in job.told()
     assert "goes back into the queue: failure 1 of at most 3 in a row" in job.told()
@@ -100,6 +105,24 @@ def test_too_many_failures_end_the_job(cluster: Cluster, data: TinyData, tmp_pat
     job.wait_for("FAILED")
     assert "1 failures in a row, of which max_failures=0 are borne." in job.told()
     assert job.known("Restarts") == "0"
+
+
+def test_a_cell_of_an_array_begins_again_alone(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
+    base, shards, _, *words = tiny_settings(data.shards, tmp_path, "optim.epochs=30", "run.checkpoint_every=10")
+    grid = {"grid": {"run.seed": [0, 1]}, "cells": [{"nodes": 2}]}
+    settings = {"out": str(tmp_path / "study"), "base": base, "set": [shards, *words], **grid}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    status, output = moce("launch", "slurm", "minutes=5", "study", tmp_path / "study.yaml")
+    assert status == 0, output
+    number = re.findall(r"^Job (\d+) is queued", output, re.MULTILINE)[0]
+    begun = tmp_path.glob
+    cluster.wait_until(lambda: len(list(begun("study/**/metrics.jsonl"))) == 2, SECONDS, "both cells train")
+    # That task whose own number is the array's.
+    os.kill(_trainer(Submitted(cluster, number, tmp_path), rank=0), signal.SIGKILL)
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS, "the queue is empty")
+    shown = cluster.run("scontrol", "--oneliner", "show", "job", number)
+    assert sorted(re.findall(r"Restarts=(\d+)", shown)) == ["0", "1"], shown
+    assert [cell.state for cell in read_study_folder(tmp_path / "study").cells] == ["done"] * 2
 
 
 def _trainer(job: Submitted, rank: int) -> int:

@@ -10,7 +10,7 @@ LOST, STOPPED = 77, 76
 
 
 def start(folder: Path, restart: int) -> JobStart:
-    return JobStart("7_1", "9", folder, restart)
+    return JobStart("7_1", folder, restart)
 
 
 def after(capsys: pytest.CaptureFixture[str], folder: Path, ends: list[tuple[int, float]]) -> str:
@@ -32,11 +32,14 @@ def test_what_ran_well_begins_the_count_anew(
     assert "2 failures in a row" in after(capsys, tmp_path, [(LOST, 5), (LOST, 5), between, (LOST, 5), (LOST, 4000)])
 
 
-def test_the_first_to_record_an_end_is_right(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert not start(tmp_path, 0).is_explained
-    start(tmp_path, 0).record_end("rank 1 on node2", LOST, 5, lost=True)
-    start(tmp_path, 0).record_end("rank 0 on node1", 1, 5, lost=False)
-    assert start(tmp_path, 0).is_explained
-    assert [path.name for path in tmp_path.iterdir()] == ["7_1_end_0.json"], "no draft is left"
+@pytest.mark.parametrize("statuses", [(1, LOST), (LOST, 1)], ids=str)
+def test_a_loss_counts_whoever_records_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, statuses: tuple[int, int]
+) -> None:
+    assert not start(tmp_path, 0).has_ended
+    for rank, status in enumerate(statuses):
+        start(tmp_path, 0).record_end(f"rank {rank}", status, 5, lost=status == LOST)
+    assert start(tmp_path, 0).has_ended and not start(tmp_path, 1).has_ended
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7_1_end_0.json", "7_1_lost_0.json"], "no draft is left"
     start(tmp_path, 0).begin_again(max_failures=0)
     assert "1 failures in a row" in capsys.readouterr().out
