@@ -65,11 +65,24 @@ def test_node_is_dead_before_the_job_begins(
     cluster.kill("node2")
     cluster.run("scontrol", "release", job.number)  # SLURM has not missed the node yet
     job.wait_for("COMPLETED")
-    assert "no process of the job said why" in job.told()
-    assert "goes back into the queue: failure 1 of at most 3 in a row" in job.told()
+    # By the first process, if srun stops it before it kills it, else by the end of the job's script.
+    assert "Application launch failed" in job.told() and "goes back into the queue" in job.told()
     assert job.known("Restarts") == "1" and missing_steps(job.told()) == 0
     tally.requeues += 1
     np.testing.assert_allclose(losses(run), losses(alone), rtol=0, atol=1e-4)
+
+
+def test_srun_that_fails_is_tried_again(
+    cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    failing = 'if [ -z "$SLURM_RESTART_COUNT" ]; then srun() { return 7; }; fi'
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump({"minutes": 5, "setup": ["set -e", failing]}))
+    job = submit(cluster, "profile.yaml", "inspect", data.shards)
+    job.wait_for("COMPLETED")
+    assert "srun ended with status 7, and no process of the job said why." in job.told()
+    assert "goes back into the queue: failure 1 of at most 3 in a row" in job.told()
+    assert job.known("Restarts") == "1"
 
 
 def test_network_is_cut(cluster: Cluster, data: TinyData, alone: Path, tally: Tally, tmp_path: Path) -> None:
