@@ -91,12 +91,15 @@ def test_a_cut_node_comes_back(cluster):
     assert cluster.run("srun", "--nodelist=node2", "hostname").strip() == "node2"
 
 
-def test_a_node_that_was_off_is_reached_by_the_others(cluster):
-    everywhere = ("sbatch", "--wait", "--nodes=4", "--output=/dev/null", "--wrap=srun hostname")
-    cluster.run(*everywhere)
+def test_a_node_that_was_off_is_reached_by_the_others(cluster, tmp_path):
+    def names(output):
+        cluster.run("sbatch", "--wait", "--nodes=4", f"--output={output}", "--wrap=srun hostname")
+        return sorted(output.read_text().split())
+
+    assert names(tmp_path / "before") == cluster.nodes
     cluster.kill("node2")
     cluster.revive("node2")
-    cluster.run(*everywhere)  # raises, if one cannot be reached
+    assert names(tmp_path / "after") == cluster.nodes
 
 
 def test_another_cluster_leaves_nothing(cluster, tmp_path):

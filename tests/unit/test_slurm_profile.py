@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from moce_command import run_here
+from moce_command import refused, run_here
 
 from launchers.launch import PARALLEL, usable_nodes
 from launchers.slurm_profile import SlurmProfile
@@ -85,3 +85,8 @@ def test_the_help_names_the_verbs_that_use_all_processes() -> None:
     told, _, _ = " ".join(run_here("launch", "slurm", "--help").out.split()).partition("use all processes")
     named = re.findall(r"`(\w+)`", told)
     assert tuple(named) == PARALLEL and set(named) <= set(moce.commands)
+
+
+def test_a_range_of_nodes_is_refused_where_the_batch_is_not_looked_at() -> None:
+    told = refused("launch", "slurm", "nodes=4", "min_nodes=2", "detect", "encoder")
+    assert "min_nodes: detect runs on a fixed number of nodes" in told
