@@ -100,7 +100,7 @@ class DenseTask(ABC, Generic[DataT]):
 
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Measures of the test split; leaves the weights in the run's folder. A collective."""
-        final = self.test or self.val
+        final = self.test if self.test is not None else self.val
         assert final is not None  # DenseSettings sees to it
         found = self.measured(model, final, runtime)
         keep_weights(model, self.config.run.out, runtime)
