@@ -24,6 +24,7 @@ from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.encode import FeatureSettings, write_features
+from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import build_model
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
@@ -115,6 +116,19 @@ def tiny_config(tiny_shards: Path, tmp_path: Path) -> Callable[..., PretrainSett
 
 
 @pytest.fixture
+def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
+    """A dense MAE with random weights."""
+    config = tiny_config(f"run.out={tmp_path / 'dense'}")
+    spec = config.model_spec
+    torch.manual_seed(5)
+    mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    weights = {name: p.detach() for name, p in mae.named_parameters()}
+    manifest = {"step": 3, "config": to_tree(config), "model": spec.to_tree()}
+    write_checkpoint(step_folder(config.run.out, 3), weights, {}, manifest)
+    return config.run.out
+
+
+@pytest.fixture
 def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
     """Write the run folder of a MoCE: random weights, four experts in blocks 0 and 2, a gate sure enough for routes to
     differ; one checkpoint without optimizer. Call it with `key=value` words to change its settings."""
@@ -129,7 +143,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             for name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=3.0 if name.startswith("gate.") else 0.2)
         ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
-        slot_LE = in_order(2, 4)
+        slot_LE = in_order(len(config.expert_layers), config.experts.num)
         router = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE)
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         manifest = {

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from moce_ds import config as configuration
 from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ConfigError
-from moce_ds.models.mae import make_block
-from moce_ds.models.moce import Moce
+from moce_ds.models.mae import Reconstruction, make_block
+from moce_ds.models.moce import Moce, MoceOutput
+from moce_ds.models.sdr import SdrOutput, Teacher
+from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import in_order
 from moce_ds.planning import work
 from moce_ds.planning.devices import Device
@@ -30,7 +32,7 @@ from moce_ds.planning.work import Machines
 from moce_ds.runtime import Runtime
 from moce_ds.training.engine import set_lr, start_engine
 from moce_ds.training.router import Router
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import ExpertSettings, PretrainSettings, batch_arithmetic
 from moce_ds.training.setup import ClusteredData, build_for_training, tune_execution
 
 _COPIED = 2**28  # bytes; more than caches hold
@@ -190,7 +192,10 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
         assert isinstance(model, Moce)
         slots = in_order(len(config.expert_layers), config.experts.num)
         router = Router(model, data.ids_N, slots, config.experts, config.run.seed, runtime)
-    side, patches = config.vit_shape.image_size, config.vit_shape.num_patches
+    shape = config.vit_shape
+    side, patches = shape.image_size, shape.num_patches
+    vit = timm_vit(shape).to(runtime.device) if config.wants_teacher else None
+    teachers = [Teacher(Encoder(vit, shape, config.image_input, {}))] if vit else []
     images_BCHW = torch.randn(batches.micro, 3, side, side, device=runtime.device)
     noise_BN = torch.rand(batches.micro, patches, device=runtime.device)
     ids_G = np.arange(batches.micro_global) % _IMAGES
@@ -198,15 +203,21 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
     def step() -> None:
         table = router.prepare(0) if router else None
         for _ in range(batches.accumulation):
+            inputs: list[Any] = [images_BCHW, noise_BN]
             if router and table:
-                output = engine(images_BCHW, noise_BN, router.route(table, ids_G))
-                loss = output.reconstruction.loss + config.experts.imbalance_weight * output.gate.imbalance
-            else:
-                loss = engine(images_BCHW, noise_BN).loss
-            engine.backward(loss)
+                inputs += [router.route(table, ids_G), *teachers]
+            engine.backward(_loss(engine(*inputs), config.experts))
             engine.step()
 
     return step
+
+
+def _loss(output: Reconstruction | MoceOutput | SdrOutput, experts: ExpertSettings) -> Tensor:
+    if isinstance(output, Reconstruction):
+        return output.loss
+    if isinstance(output, SdrOutput):
+        return output.reconstruction.loss + experts.distillation_weight * output.distillation
+    return output.reconstruction.loss + experts.imbalance_weight * output.gate.imbalance
 
 
 def _random_clusters(config: PretrainSettings) -> ClusteredData:

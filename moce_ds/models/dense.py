@@ -13,6 +13,7 @@ from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.moce import expert_key
+from moce_ds.models.sdr import join_units
 from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import Encoder, check_state, timm_vit
 from moce_ds.models.warm_start import is_decoder
@@ -50,6 +51,8 @@ def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> 
             state[name] = tensor
     for block, shares in zip(layers, mixture, strict=True):
         merged = merged_expert(checkpoint, block, shares)
+        if spec.experts and spec.experts.gate == "path":
+            merged = join_units(state, block, merged)
         state |= {f"blocks.{block}.mlp.{rest}": tensor for rest, tensor in merged.items()}
     return state
 

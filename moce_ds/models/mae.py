@@ -16,7 +16,7 @@ from moce_ds.models.vit import ViTShape
 from moce_ds.randomness import MASK, uniform
 
 from timm.layers import Mlp, PatchEmbed  # isort: skip  (after models.vit, which repairs torchvision)
-from timm.models.vision_transformer import Block  # isort: skip
+from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip
 
 NORM_EPS = 1e-6
 
@@ -94,7 +94,10 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(self, images_BCHW: Tensor, noise_BN: Tensor, run_block: RunBlock) -> Reconstruction:
         """As `forward`, each encoder block run by `run_block(index, block, tokens)`."""
         masking = random_masking(noise_BN, self.mask_ratio)
-        x_BTD = self.encode(images_BCHW, masking, run_block)
+        return self.from_tokens(self.encode(images_BCHW, masking, run_block), images_BCHW, masking)
+
+    def from_tokens(self, x_BTD: Tensor, images_BCHW: Tensor, masking: Masking) -> Reconstruction:
+        """Reconstruct images from what `encode` made of them."""
         patches_BNP = self.decode(x_BTD, masking)
         target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
         error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
@@ -103,21 +106,13 @@ class MaskedAutoencoder(nn.Module):
 
     def encode(self, images_BCHW: Tensor, masking: Masking, run_block: RunBlock) -> Tensor:
         """Tokens after the final norm, cls and the visible patches, [B, V + 1, D]."""
-        x_BTD = self.visible_tokens(images_BCHW, masking)
+        x_BTD = visible_tokens(self, images_BCHW, masking)
         for index, block in enumerate(self.blocks):
             if self.checkpoint_activations:
                 x_BTD = checkpoint(run_block, index, block, x_BTD, use_reentrant=False)
             else:
                 x_BTD = run_block(index, block, x_BTD)
         return self.norm(x_BTD)
-
-    def visible_tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
-        """Tokens that enter the encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
-        x_BND = self.patch_embed(images_BCHW) + self.pos_embed[:, 1:]
-        index_BVD = masking.visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1])
-        x_BVD = x_BND.gather(1, index_BVD)
-        cls_B1D = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BVD), -1, -1)
-        return torch.cat([cls_B1D.to(x_BVD.dtype), x_BVD], dim=1)
 
     def decode(self, x_BTD: Tensor, masking: Masking) -> Tensor:
         """Predicted patches [B, N, P] from the encoder's output."""
@@ -130,6 +125,15 @@ class MaskedAutoencoder(nn.Module):
         for block in self.decoder_blocks:
             x_BTD = block(x_BTD)
         return self.decoder_pred(self.decoder_norm(x_BTD))[:, 1:]
+
+
+def visible_tokens(vit: MaskedAutoencoder | VisionTransformer, images_BCHW: Tensor, masking: Masking) -> Tensor:
+    """Tokens that enter an encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
+    x_BND = vit.patch_embed(images_BCHW) + vit.pos_embed[:, 1:]
+    index_BVD = masking.visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1])
+    x_BVD = x_BND.gather(1, index_BVD)
+    cls_B1D = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x_BVD), -1, -1)
+    return torch.cat([cls_B1D.to(x_BVD.dtype), x_BVD], dim=1)
 
 
 def run_plainly(_: int, block: Block, x_BTD: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
 from moce_ds.models.vit import ViTShape
-from moce_ds.moe.gate import ClusterGate, GateLosses, RandomGate, combine_weights, gate_losses
+from moce_ds.moe.gate import ClusterGate, Gate, GateLosses, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
 from moce_ds.randomness import INIT, hashed
@@ -28,7 +28,7 @@ class ExpertShape:
 
     Attributes:
         num_experts, layers: E, and the blocks with experts.
-        gate: "cluster", or "random" (a fixed table, the control experiment).
+        gate: "cluster", "random" (a fixed table, the control experiment), "token" (TokenMoE) or "path" (SDR).
         k: experts an image is sent to.
         temperature: divides the gate's logits.
         tied: one gate for all layers.
@@ -37,6 +37,7 @@ class ExpertShape:
         combine: "prob" or "straight_through".
         shared: whether each layer has a shared expert too.
         seed: of the random table.
+        stages, common_units: of SDR: digits of a path, and hidden units of an MLP that all paths have.
     """
 
     num_experts: int
@@ -50,6 +51,8 @@ class ExpertShape:
     combine: str = "straight_through"
     shared: bool = False
     seed: int = 0
+    stages: int = 0
+    common_units: int = 0
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ExpertShape":
@@ -105,13 +108,20 @@ class Moce(MaskedAutoencoder):
         self.register_buffer("share_M", share_M.float())
         self.layer_of_block = {block: layer for layer, block in enumerate(experts.layers)}
         for block in experts.layers:
-            self.blocks[block].mlp = make_layer(
-                lambda: make_mlp(shape.width, shape.mlp_ratio), experts.num_experts, experts.shared
-            )
+            self.blocks[block].mlp = make_layer(self.make_expert, experts.num_experts, experts.shared)
+
+    def make_expert(self) -> nn.Module:
+        """One expert, of random weights."""
+        return make_mlp(self.shape.width, self.shape.mlp_ratio)
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> MoceOutput:  # type: ignore[override]
         """Reconstruct masked images, each on the route of its cluster."""
         probs_LME = self.gate(routing.noise_LME)
+        reconstruction = self.reconstruct(images_BCHW, noise_BN, self.routed(routing, probs_LME))
+        return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
+
+    def routed(self, routing: Routing, probs_LME: Tensor) -> RunBlock:
+        """What runs the blocks, for `encode` and `reconstruct`, when each image takes its own route."""
 
         def run_block(index: int, block: Block, x_BTD: Tensor) -> Tensor:
             layer = self.layer_of_block.get(index)
@@ -119,10 +129,9 @@ class Moce(MaskedAutoencoder):
                 return block(x_BTD)
             plan = routing.plan.layers[layer]
             weight_BK = combine_weights(probs_LME, layer, routing.clusters_B, plan.experts_BK, self.experts.combine)
-            return expert_block(block, x_BTD, plan, weight_BK)
+            return self.expert_block(block, x_BTD, plan, weight_BK)
 
-        reconstruction = self.reconstruct(images_BCHW, noise_BN, run_block)
-        return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
+        return run_block
 
     def on_route(self, experts: Sequence[int], weights: Sequence[float]) -> RunBlock:
         """What runs the blocks, for `encode` and `reconstruct`, when all images take one route with given weights.
@@ -137,16 +146,23 @@ class Moce(MaskedAutoencoder):
                 return block(x_BTD)
             B = len(x_BTD)
             plan = plan_layer(np.full((1, B, 1), experts[layer]), slots, 0, 1)
-            return expert_block(block, x_BTD, plan, torch.full((B, 1), weights[layer]))
+            return self.expert_block(block, x_BTD, plan, torch.full((B, 1), weights[layer]))
 
         return run_block
 
+    def expert_block(self, block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
+        """timm's block with experts for its MLP; drop path and layer scale are identities in MAE."""
+        x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
+        return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_BK)
 
-def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> ClusterGate | RandomGate:
+
+def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
     """The gate of a shape."""
     L, E = len(experts.layers), experts.num_experts
     if experts.gate == "random":
         return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
+    if experts.gate == "path":
+        return PathGate(len(embeddings_MC), L, E, experts.stages)
     return ClusterGate(
         embeddings_MC,
         L,
@@ -158,15 +174,15 @@ def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> ClusterGate | Rand
     )
 
 
-def expert_block(block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
-    """timm's block with experts for its MLP; drop path and layer scale are identities in MAE."""
-    x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
-    return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_BK)
-
-
 def expert_key(block: int, expert: int, rest: str) -> str:
     """The name of one expert's parameter, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
     return f"blocks.{block}.mlp.experts.{expert}.{rest}"
+
+
+def is_replaced(name: str, experts: ExpertShape) -> bool:
+    """Whether a dense MAE's parameter belongs to an MLP in whose place experts stand."""
+    parts = name.split(".")
+    return parts[0] == "blocks" and int(parts[1]) in experts.layers and parts[2] == "mlp"
 
 
 def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
@@ -183,12 +199,11 @@ def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float,
     """
     state = {}
     for name, tensor in dense.items():
-        parts = name.split(".")
-        is_expert = parts[0] == "blocks" and int(parts[1]) in experts.layers and parts[2] == "mlp"
-        if not is_expert:
+        if not is_replaced(name, experts):
             state[name] = tensor
             continue
-        block, rest = int(parts[1]), ".".join(parts[3:])
+        parts = name.split(".", 3)
+        block, rest = int(parts[1]), parts[3]
         for expert in range(experts.num_experts):
             copy = tensor.clone()
             if tensor.ndim > 1 and perturbation > 0:

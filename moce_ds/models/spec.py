@@ -1,7 +1,7 @@
 """A model on paper: what a checkpoint's manifest says of it, and how to build it from that."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.files import valid_record
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
+from moce_ds.models.sdr import Sdr, path_shape
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape, check_fit
 
@@ -29,6 +30,13 @@ class ModelSpec:
     def to_tree(self) -> dict[str, Any]:
         """Plain data for a manifest; `from_tree` is the inverse."""
         return asdict(self)
+
+    @property
+    def dense(self) -> "ModelSpec":
+        """The dense model that a route through the experts is."""
+        if self.experts is not None and self.experts.gate == "path":
+            return replace(self, shape=path_shape(self.shape, self.experts), experts=None)
+        return replace(self, experts=None)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ModelSpec":
@@ -50,7 +58,8 @@ def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLaye
             lambda make_mlp: make_layer(make_mlp, experts.num_experts, False),
         )
     assert clusters is not None, "a model routed by clusters is built from clusters"
-    return Moce(
+    kind = Sdr if experts.gate == "path" else Moce
+    return kind(
         spec.shape,
         spec.decoder,
         spec.mask_ratio,

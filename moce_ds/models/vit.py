@@ -8,8 +8,9 @@ Axes: B images, N patches, T tokens (patches and cls), D width.
 """
 
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,17 @@ class ViTShape:
     def num_patches(self) -> int:
         """N, patches of an image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def hidden(self) -> int:
+        """H, hidden units of an MLP, as timm works them out."""
+        return int(self.width * self.mlp_ratio)
+
+    def with_hidden(self, units: int) -> "ViTShape":
+        """The same with MLPs of so many hidden units."""
+        ratio = units / self.width
+        exact = int(self.width * ratio) == units  # the quotient may be a hair too small
+        return replace(self, mlp_ratio=ratio if exact else math.nextafter(ratio, math.inf))
 
     def timm_arguments(self) -> dict[str, Any]:
         """Keyword arguments for timm's VisionTransformer without a classifier."""

@@ -69,27 +69,54 @@ class ClusterGate(nn.Module):
         return probs_LME.expand(self.num_layers, -1, -1)
 
 
-class RandomGate(nn.Module):
+class FixedGate(nn.Module):
+    """A table that is given: each cluster has its expert in every layer, nothing is learnt.
+
+    Args:
+        expert_ML: that table, int64.
+        num_experts: E.
+    """
+
+    probs_LME: Tensor
+
+    def __init__(self, expert_ML: NDArray[np.int64], num_experts: int) -> None:
+        super().__init__()
+        chosen_LME = nn.functional.one_hot(torch.from_numpy(expert_ML.T.copy()), num_experts)
+        self.register_buffer("probs_LME", chosen_LME.float())
+
+    def forward(self, noise_LME: Tensor | None = None) -> Tensor:
+        """The table, [L, M, E]: 1 for the cluster's expert, 0 for the others; noise changes nothing."""
+        return self.probs_LME
+
+
+class RandomGate(FixedGate):
     """The control experiment: a fixed random table with nearly equal numbers of clusters an expert, no parameters.
 
     If it does as well as `ClusterGate`, meaning does not matter, only capacity (docs/method.md, "Gates").
     """
 
-    probs_LME: Tensor
-
     def __init__(self, num_clusters: int, num_layers: int, num_experts: int, seed: int, *, tied: bool = False) -> None:
-        super().__init__()
-        self.num_layers, self.num_experts = num_layers, num_experts
-        rows = []
+        columns = []
         for layer in range(num_layers):
             key = int(hashed(ROUTE, seed, 0 if tied else layer)[()])
-            expert_M = np.random.Generator(np.random.Philox(key=key)).permutation(num_clusters) % num_experts
-            rows.append(nn.functional.one_hot(torch.from_numpy(expert_M), num_experts).float())
-        self.register_buffer("probs_LME", torch.stack(rows))
+            columns.append(np.random.Generator(np.random.Philox(key=key)).permutation(num_clusters) % num_experts)
+        super().__init__(np.stack(columns, axis=1), num_experts)
 
-    def forward(self, noise_LME: Tensor | None = None) -> Tensor:
-        """The table, [L, M, E]: 1 for the cluster's expert, 0 for the others; noise changes nothing."""
-        return self.probs_LME
+
+class PathGate(FixedGate):
+    """The paths of SDR: a layer's expert is a digit of the cluster's number in base E (docs/method.md, "SDR").
+
+    The layers form `stages` of equal length, of which the last reads the last digit. Clusters E^stages apart share a
+    path.
+    """
+
+    def __init__(self, num_clusters: int, num_layers: int, num_experts: int, stages: int) -> None:
+        stage_L = np.arange(num_layers) * stages // num_layers
+        number_M1 = np.arange(num_clusters)[:, None]
+        super().__init__(number_M1 // num_experts ** (stages - 1 - stage_L) % num_experts, num_experts)
+
+
+Gate = ClusterGate | FixedGate
 
 
 def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: float) -> Tensor:
@@ -101,9 +128,15 @@ def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: flo
     return torch.randn(shape_LME, generator=generator) * (scale / shape_LME[-1])
 
 
-def route_table(probs_LME: Tensor, share_M: Tensor, k: int, balance: str) -> Tensor:
-    """The K experts of every cluster, [M, L, K] int64, by `experts.balance`: "sinkhorn" or "loss"."""
-    return balanced_experts(probs_LME, share_M, k) if balance == "sinkhorn" else chosen_experts(probs_LME, k)
+def route_table(gate: Gate, probs_LME: Tensor, share_M: Tensor, k: int, balance: str) -> Tensor:
+    """The K experts of every cluster, [M, L, K] int64, by `experts.balance`: "sinkhorn" or "loss"; a path is a path.
+
+    Args:
+        probs_LME: what `gate` gave.
+    """
+    if balance == "sinkhorn" and not isinstance(gate, PathGate):
+        return balanced_experts(probs_LME, share_M, k)
+    return chosen_experts(probs_LME, k)
 
 
 def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:

@@ -5,12 +5,15 @@ A FLOP is one multiplication or addition; only products of matrices count. Ranks
 Axes in formulas: N patches, T tokens, D width, H hidden width, P values of a patch, k experts an image is sent to.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moce_ds.errors import ConfigError
-from moce_ds.models.mae import MaskedAutoencoder, make_mlp
+from moce_ds.models.mae import MaskedAutoencoder
+from moce_ds.models.sdr import group_units
+from moce_ds.models.spec import ModelSpec
+from moce_ds.models.warm_start import is_decoder
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 _DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks
@@ -57,16 +60,15 @@ class Parameters:
 def count_parameters(config: PretrainSettings) -> Parameters:
     """Count without allocating."""
     spec = config.model_spec
-    with torch.device("meta"):
-        model = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
-        mlp = sum(p.numel() for p in make_mlp(spec.shape.width, spec.shape.mlp_ratio).parameters())
-    dense = sum(p.numel() for p in model.parameters())
-    encoder = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("decoder_", "mask_token")))
-    experts = spec.experts
+    experts, shape = spec.experts, spec.dense.shape
+    dense, encoder = _dense_parameters(spec.dense)
     if experts is None:
         return Parameters(dense, dense, dense, 0, 0, encoder)
-    a_layer = len(experts.layers) * mlp
+    units = group_units(spec.shape, experts) if experts.gate == "path" else shape.hidden
+    a_layer = len(experts.layers) * (2 * shape.width * units + units + shape.width)
     shared = dense if experts.shared else dense - a_layer
+    if experts.gate == "path":
+        shared += len(experts.layers) * shape.width  # common units and groups have a second bias each
     held = experts.num_experts // config.experts.ep_size * a_layer
     return Parameters(
         active=shared + experts.k * a_layer,
@@ -76,6 +78,14 @@ def count_parameters(config: PretrainSettings) -> Parameters:
         spare=held - a_layer,
         encoder=encoder,
     )
+
+
+def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
+    """Of a dense masked autoencoder, and of its encoder."""
+    with torch.device("meta"):
+        model = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(counts.values()), sum(count for name, count in counts.items() if not is_decoder(name))
 
 
 def visible_tokens(config: PretrainSettings) -> int:
@@ -90,18 +100,19 @@ def block_flops(tokens: int, width: int, mlp_ratio: float, mlps: int = 1) -> int
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image: forward through the embedding of all its patches, the encoder's blocks, and the decoder; and
-    what `checkpoint_activations` computes again."""
+    """FLOPs of one image: forward through the embedding of all its patches, the encoder's blocks, and the decoder; what
+    `checkpoint_activations` computes again; and SDR's teacher."""
 
     patches: int
     encoder: int
     decoder: int
     again: int
+    teacher: int
 
     @property
     def step(self) -> int:
         """Forward and backward. Backward costs twice as much, for the embedding as much: images need no gradient."""
-        return 2 * self.patches + 3 * (self.encoder + self.decoder) + self.again
+        return 2 * self.patches + 3 * (self.encoder + self.decoder) + self.again + self.teacher
 
 
 def image_flops(config: PretrainSettings) -> Flops:
@@ -110,7 +121,7 @@ def image_flops(config: PretrainSettings) -> Flops:
     N, D, P = shape.num_patches, shape.width, 3 * shape.patch_size**2
     with_experts = _expert_layers(config)
     plain = (shape.depth - with_experts) * block_flops(T, D, shape.mlp_ratio)
-    expert = with_experts * block_flops(T, D, shape.mlp_ratio, _mlps(config))
+    expert = with_experts * block_flops(T, D, _path_ratio(config), _mlps(config))
     # PyTorch stops as soon as all is there that the backward pass needs; the last product's result is not.
     spared = (shape.depth - with_experts) * 2 * T * D * int(D * shape.mlp_ratio)
     blocks = decoder.depth * block_flops(N + 1, decoder.width, _DECODER_RATIO)
@@ -120,11 +131,17 @@ def image_flops(config: PretrainSettings) -> Flops:
         encoder=plain + expert,
         decoder=blocks + around,
         again=plain - spared + expert if config.engine.checkpoint_activations else 0,
+        teacher=shape.depth * block_flops(T, D, shape.mlp_ratio) + 2 * N * D * P if config.wants_teacher else 0,
     )
 
 
 def _expert_layers(config: PretrainSettings) -> int:
     return len(config.expert_layers) if config.model.arch == "moce" else 0
+
+
+def _path_ratio(config: PretrainSettings) -> float:
+    """Hidden width over width of the MLP of one route."""
+    return config.model_spec.dense.shape.mlp_ratio
 
 
 def _mlps(config: PretrainSettings) -> int:
@@ -247,15 +264,17 @@ def memory(config: PretrainSettings, world_size: int) -> Memory:
     shape, decoder = config.vit_shape, config.model.decoder
     size, T, N = _bytes_each(config), visible_tokens(config), shape.num_patches
     with_experts = _expert_layers(config)
-    plain, expert = (T * shape.width * (16 + 2 * shape.mlp_ratio * mlps) * size for mlps in (1, _mlps(config)))
+    hidden = (shape.mlp_ratio, _path_ratio(config) * _mlps(config))  # over the width
+    plain, expert = (T * shape.width * (16 + 2 * ratio) * size for ratio in hidden)
     if config.engine.checkpoint_activations:
         kept = shape.depth * T * shape.width * 4 + max(plain, expert if with_experts else 0)
     else:
         kept = (shape.depth - with_experts) * plain + with_experts * expert
     kept += decoder.depth * (N + 1) * decoder.width * (16 + 2 * _DECODER_RATIO) * size
     kept += 4 * 4 * 3 * shape.image_size**2  # images, targets, predictions and their difference, fp32
+    teacher = _dense_parameters(replace(config.model_spec, experts=None))[1] if config.wants_teacher else 0
     return Memory(
-        state=4 * (count.held + gradients + 3 * owned),
+        state=4 * (count.held + gradients + 3 * owned + teacher),
         buffers=4 * _BUFFER * (2 if config.engine.precision == "bf16" else 1),
         activations=batch_arithmetic(config, world_size).micro * kept,
     )

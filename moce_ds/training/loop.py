@@ -18,6 +18,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import RandomCrop
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import MoceOutput
+from moce_ds.models.sdr import SdrOutput
 from moce_ds.models.token_moe import TokenOutput
 from moce_ds.randomness import GATE_NOISE, hashed
 from moce_ds.runtime import Runtime
@@ -138,7 +139,8 @@ def _step(session: Session, stream: Iterator[Batch], saver: Saver, step: int) ->
             session.config.run.seed, batch.ids_B, batch.epochs_B, session.config.vit_shape.num_patches
         )
         inputs: list[Any] = [batch.images_BCHW, noise_BN.to(runtime.device, non_blocking=True)]
-        loss, parts = _loss(engine(*inputs, *([routing] if routing else [])), session, step)
+        inputs += [further for further in (routing, session.teacher) if further is not None]
+        loss, parts = _loss(engine(*inputs), session, step)
         engine.backward(loss)
         saver.settle()
         engine.step()
@@ -149,13 +151,17 @@ def _step(session: Session, stream: Iterator[Batch], saver: Saver, step: int) ->
 
 
 def _loss(
-    output: Reconstruction | MoceOutput | TokenOutput, session: Session, step: int
+    output: Reconstruction | MoceOutput | SdrOutput | TokenOutput, session: Session, step: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, the gate's two."""
+    """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, and two of
+    the model's own."""
     own = session.config.experts
     if isinstance(output, Reconstruction):
         zero = torch.zeros_like(output.loss)
         loss, terms = output.loss, [output.loss, zero, zero]
+    elif isinstance(output, SdrOutput):
+        terms = [output.reconstruction.loss, output.distillation, torch.zeros_like(output.distillation)]
+        loss = terms[0] + own.distillation_weight * terms[1]
     elif isinstance(output, TokenOutput):
         terms = [output.reconstruction.loss, output.importance, output.load]
         loss = terms[0] + own.token_balance_weight * (terms[1] + terms[2])

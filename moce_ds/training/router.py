@@ -73,8 +73,9 @@ class Router:
         if step is not None and self.experts.gate_noise > 0:
             noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
             noise_LME = on_device(noise_LME, self.runtime.device)
-        probs_LME = self.model.gate(noise_LME)
-        expert_MLK = route_table(probs_LME, self.model.share_M, self.model.experts.k, self.experts.balance)
+        model = self.model
+        probs_LME = model.gate(noise_LME)
+        expert_MLK = route_table(model.gate, probs_LME, model.share_M, model.experts.k, self.experts.balance)
         arrived = None
         if expert_MLK.is_cuda:
             host = torch.empty(expert_MLK.shape, dtype=torch.int64, pin_memory=True)

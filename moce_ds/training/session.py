@@ -14,6 +14,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
+from moce_ds.models.sdr import Teacher
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import load_checkpoint, newest_whole
@@ -33,6 +34,7 @@ from moce_ds.training.setup import (
     take_weights,
     tune_execution,
 )
+from moce_ds.training.teacher import keep_teacher, read_teacher
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Session:
     engine: DeepSpeedEngine
     router: Router | None
     slot_LE: np.ndarray
+    teacher: Teacher | None
     clusters_hash: str | None
     first_step: int
     first_skipped: int
@@ -74,6 +77,7 @@ def open_session(
     try:
         resume_from = newest_whole(config.run.out, runtime)
         model, slot_LE = _placed_model(config, runtime, data, resume_from)
+        teacher = read_teacher(config)
     except MoceError:
         if runtime.is_main and not (config.run.out / "config.yaml").exists():
             attempt.withdraw()
@@ -106,6 +110,7 @@ def open_session(
         engine=engine,
         router=router,
         slot_LE=slot_LE,
+        teacher=keep_teacher(teacher, config, runtime) if teacher else None,
         clusters_hash=data.clusters.hash if data else None,
         first_step=first_step,
         first_skipped=resume_from.manifest["skipped"] if resume_from else 0,

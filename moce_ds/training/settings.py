@@ -54,8 +54,10 @@ class ExpertSettings:
     layers: list[Annotated[int, Field(ge=0)]] | None = option(
         None, "blocks whose MLP becomes experts, from 0; null: the last and the last but two"
     )
-    gate: Literal["cluster", "random", "token"] = option(
-        "cluster", "what chooses experts: the image's cluster; a fixed random table (control); each token (TokenMoE)"
+    gate: Literal["cluster", "random", "token", "path"] = option(
+        "cluster",
+        "what chooses experts: the image's cluster; a fixed random table (control); each token (TokenMoE); the digits "
+        "of the cluster's number (SDR)",
     )
     k: Literal[1, 2] = option(1, "experts that an image is sent to")
     gate_sharing: Literal["per_layer", "tied"] = option("per_layer", "tied: all expert layers have one gate")
@@ -76,6 +78,11 @@ class ExpertSettings:
     )
     balance_weight: NonNegative = option(0.1, "weight of the balance loss (with balance=loss)")
     token_balance_weight: NonNegative = option(0.005, "weight of importance and of load loss (with gate=token)")
+    stages: Positive = option(4, "parts of the encoder, each for one digit of the cluster's number (with gate=path)")
+    common: OpenShare = option(0.5, "share of an MLP's hidden units that all paths have (with gate=path)")
+    distillation_weight: NonNegative = option(
+        1.0, "weight of staying near the tokens of the dense MAE that the run starts from (with gate=path)"
+    )
     ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
     loader_locality: bool = option(True, "read images where their expert lives", may_change=True)
     execution: Literal["auto", "one_by_one", "grouped"] = option(
@@ -187,6 +194,29 @@ class PretrainSettings:
             raise ValueError(
                 f"experts.layers: block {layers[-1]} is beyond the encoder's {depth} blocks (0-{depth - 1})"
             )
+        if experts.gate == "path":
+            self._check_paths()
+
+    def _check_paths(self) -> None:
+        experts, shape = self.experts, self.vit_shape
+        if experts.layers is not None or experts.k > 1 or experts.shared_expert:
+            raise ValueError(
+                "experts.gate=path: leave out experts.layers, experts.k and experts.shared_expert; every block has "
+                "groups of hidden units, of which an image computes one"
+            )
+        if experts.stages > shape.depth:
+            raise ValueError(f"experts.stages: {experts.stages} parts of an encoder of {shape.depth} blocks")
+        grouped = shape.hidden - self._common_units
+        if not self._common_units or not grouped or grouped % experts.num:
+            raise ValueError(
+                f"experts.common: {experts.common} of {shape.hidden} hidden units leaves {grouped}, which do not make "
+                f"experts.num={experts.num} groups"
+            )
+        if self.wants_teacher and self.run.init_from is None:
+            raise ValueError(
+                "run.init_from: required for experts.gate=path: SDR's first phase is a dense MAE (model.arch=mae), the "
+                "teacher of the second; or set experts.distillation_weight=0"
+            )
 
     @property
     def vit_shape(self) -> ViTShape:
@@ -203,11 +233,23 @@ class PretrainSettings:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Blocks with experts; by default V-MoE's "last 2" (docs/method.md, "Gates"): 9 and 11 of 12."""
+        """Blocks with experts; by default V-MoE's "last 2" (docs/method.md, "Gates"): 9 and 11 of 12; of SDR all."""
         if self.experts.layers is not None:
             return tuple(self.experts.layers)
         depth = self.vit_shape.depth
+        if self.experts.gate == "path":
+            return tuple(range(depth))
         return tuple(sorted({max(0, depth - 3), depth - 1}))
+
+    @property
+    def _common_units(self) -> int:
+        """Hidden units of an MLP that all paths of SDR have; 0 with other gates."""
+        return round(self.experts.common * self.vit_shape.hidden) if self.experts.gate == "path" else 0
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the dense MAE that the run starts from is to be imitated, too."""
+        return self.model.arch == "moce" and self.experts.gate == "path" and self.experts.distillation_weight > 0
 
     @property
     def model_spec(self) -> ModelSpec:
@@ -227,6 +269,8 @@ class PretrainSettings:
                 combine=own.combine,
                 shared=own.shared_expert,
                 seed=self.run.seed,
+                stages=own.stages if own.gate == "path" else 0,
+                common_units=self._common_units,
             )
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
 

@@ -17,7 +17,8 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import Moce, upcycle
+from moce_ds.models.moce import ExpertShape, Moce, upcycle
+from moce_ds.models.sdr import part_units
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
@@ -124,7 +125,18 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
         return None
     clusters = Clusters.load(folder)
     check_encoder(folder, clusters.encoder_fingerprint)  # labels a task's images when the run is over
+    check_paths(config, len(clusters.sizes_M))
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
+
+
+def check_paths(config: PretrainSettings, clusters: int) -> None:
+    """Raise ConfigError where the paths of SDR are more than the clusters, so that some groups would learn nothing."""
+    own = config.experts
+    if own.gate == "path" and own.num**own.stages > clusters:
+        raise ConfigError(
+            f"experts.stages: {own.num} groups in {own.stages} stages make {own.num**own.stages} paths for {clusters} "
+            f"clusters: expected at most as many. Lower experts.stages, or cluster into {own.num**own.stages}."
+        )
 
 
 def keep_clusters(config: PretrainSettings, runtime: Runtime) -> None:
@@ -199,7 +211,7 @@ def choose_placement(
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
         give_weights(gates, given, str(config.run.init_from))
         with torch.no_grad():
-            expert_ML = route_table(model.gate(), model.share_M, 1, own.balance)[:, :, 0].numpy()
+            expert_ML = route_table(model.gate, model.gate(), model.share_M, 1, own.balance)[:, :, 0].numpy()
     return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)
 
 
@@ -233,10 +245,16 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
                 f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
             )
     elif not has_experts(weights):
-        weights = upcycle(weights, spec.experts, config.experts.perturbation, config.run.seed)
+        weights = _with_experts(weights, spec.experts, config)
         gates = {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
         weights |= gates
     return weights, said
+
+
+def _with_experts(dense: dict[str, Tensor], experts: ExpertShape, config: PretrainSettings) -> dict[str, Tensor]:
+    if experts.gate == "path":
+        return part_units(dense, experts)
+    return upcycle(dense, experts, config.experts.perturbation, config.run.seed)
 
 
 def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: Path | None) -> None:

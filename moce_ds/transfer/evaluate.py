@@ -28,7 +28,7 @@ from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.moe.experts import ExpertLayer
-from moce_ds.moe.gate import balanced_experts, chosen_experts
+from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.transfer.select import clusters_encoder, count_votes, run_clusters
@@ -60,7 +60,7 @@ def evaluate_run(
     assert isinstance(model, Moce)
     encoder = clusters_encoder(checkpoint, clusters, device)
     ids_N = clusters.assign(encode_all(encoder, held_out, config, device).half().float().numpy())
-    expert_MLK = route_table(model, checkpoint)
+    expert_MLK = run_routes(model, checkpoint)
     selection = count_votes(ids_N, expert_MLK[:, :, 0])
     # The cluster that stands for the winning route: the commonest one among the images that voted for it.
     winner = next(c for c in selection.clusters if tuple(expert_MLK[c, :, 0]) == selection.route)
@@ -105,15 +105,11 @@ def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoe
     return model.eval()
 
 
-def route_table(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
+def run_routes(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
     """The noise-free choice of experts, [M, L, K], by the rule that the run was trained with."""
     balance = checkpoint.manifest["config"]["experts"]["balance"]
     with torch.inference_mode():
-        probs_LME, k = model.gate(), model.experts.k
-        chosen = (
-            balanced_experts(probs_LME, model.share_M, k) if balance == "sinkhorn" else chosen_experts(probs_LME, k)
-        )
-    return chosen.cpu().numpy()
+        return route_table(model.gate, model.gate(), model.share_M, model.experts.k, balance).cpu().numpy()
 
 
 @torch.inference_mode()

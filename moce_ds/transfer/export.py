@@ -104,10 +104,10 @@ def check_free(out: Path, replace: bool) -> None:
 
 
 def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) -> dict[str, Any]:
-    checkpoint, spec = source.checkpoint, source.spec
+    checkpoint, spec, dense = source.checkpoint, source.spec, source.spec.dense
     provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **told}
     provenance |= {"format": format.name, "part": format.part}
-    trial = Trial.of(spec)
+    trial = Trial.of(dense)
     before: Output = "patches" if format.part == "full" else "tokens"
     trained, run_block = trained_model(checkpoint, spec, source.clusters, source.mixture)
     expected = {output: output_of(trained, run_block, trial, output) for output in (before, format.output)}
@@ -115,14 +115,14 @@ def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) ->
     state = encoder_state(checkpoint, spec, source.mixture)
     if format.part == "full":
         state |= decoder_state(checkpoint, spec)
-    provenance |= _compared(_dense_output(state, spec, trial, before), expected[before], source.spoken)
+    provenance |= _compared(_dense_output(state, dense, trial, before), expected[before], source.spoken)
     with atomic_folder(out) as draft, writes_to(out):
-        format.write(draft, DenseModel(state, spec, provenance))
+        format.write(draft, DenseModel(state, dense, provenance))
         del state
         provenance["loaded_back"] = _loaded_back(format, draft, source, trial, expected[format.output])
         write_json(draft / "provenance.json", provenance)
         if not format.is_encoder_folder:
-            write_record(draft, format, spec)
+            write_record(draft, format, dense)
     return provenance
 
 
@@ -182,6 +182,6 @@ def _loaded_back(format: Format, folder: Path, source: _Source, trial: Trial, ex
     if not installed(format.library):
         return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
     with torch.inference_mode():
-        found = format.run(folder, source.spec, trial)
+        found = format.run(folder, source.spec.dense, trial)
     compared = _compared(found, expected, f"{source.spoken} as {format.name}")
     return {"library": library_version(format.library), **compared}

@@ -83,6 +83,8 @@ def export_requested(
     if not choice:
         raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
     checkpoint, clusters = run_clusters(run)
+    if request.average and checkpoint.manifest["model"]["experts"]["gate"] == "path":
+        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units are no copies of one another.")
     if request.all:
         with atomic_folder(out) as draft:
             for chosen in choosing.choose_all(checkpoint):

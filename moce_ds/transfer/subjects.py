@@ -17,8 +17,8 @@ from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters, select_route
 from moce_ds.transfer.tasks import Task
 
-_BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE"}
-_ORDER = ("MAE", "TokenMoE", "MoCE, random gate", "MoCE")
+_BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE", "path": "SDR"}
+_ORDER = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
 
 
 @dataclass(frozen=True)

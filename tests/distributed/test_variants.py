@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import EXPERT_LAYERS, STEPS, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import find
+from moce_ds.models.encode import open_encoder
 
 VARIANTS = {
     "plain": [],
@@ -23,6 +25,7 @@ VARIANTS = {
     "tied": ["experts.gate_sharing=tied", "experts.combine=prob"],
     "sinkhorn": ["experts.balance=sinkhorn"],
     "random": ["experts.gate=random", "experts.k=2"],
+    "paths": ["experts.gate=path", "experts.layers=null", "experts.stages=1", "run.init_from={dense}"],
     "token": ["experts.gate=token"],
     "two-tokens": ["experts.gate=token", "experts.k=2", "engine.zero_stage=2"],
 }
@@ -36,10 +39,10 @@ def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     runs = tmp_path_factory.mktemp("variants")
 
     def words(name: str, run: str, ep_size: int) -> list[str]:
-        other = [f"experts.ep_size={ep_size}", *VARIANTS[name]]
+        other = [f"experts.ep_size={ep_size}", *(word.format(dense=runs / "dense") for word in VARIANTS[name])]
         return tiny_settings(data.shards, runs / f"{name}-{run}", *other, clusters=data.clusters)
 
-    jobs = {}
+    jobs = {"dense": Job(tiny_settings(data.shards, runs / "dense"))}
     for name in VARIANTS:
         jobs[f"{name}-two"] = Job(words(name, "two", 2))
         jobs[f"{name}-stopped"] = Job(words(name, "resumed", 2), stop_after=3)
@@ -80,17 +83,19 @@ def test_the_variants_are_what_they_say(made: tuple[Path, dict[str, Told]]) -> N
         name: sorted(key for key in state if "gate." in key and "exp_avg" not in key) for name, state in states.items()
     }
     assert gates["plain"] == ["gate.weights.0", "gate.weights.1"] and gates["tied"] == ["gate.weights.0"]
-    assert gates["random"] == [] and "gate.embeddings_MC" in gates["two-experts"]
+    assert gates["random"] == gates["paths"] == [] and "gate.embeddings_MC" in gates["two-experts"]
     assert gates["token"] == [f"blocks.{block}.mlp.gate.weight" for block in EXPERT_LAYERS]
     for name, state in states.items():
         assert any(".mlp.shared." in key for key in state) == (name == "shared")
+        assert any(".common." in key for key in state) == (name == "paths")
         assert all(f"blocks.{EXPERT_LAYERS[1]}.mlp.experts.{e}.fc1.weight" in state for e in range(4))
     assert len({losses(runs / f"{name}-two")[-1] for name in VARIANTS}) >= len(VARIANTS) - 2
     expert_ML = np.array(find(runs / "tied-two").manifest["routing"]["expert_ML"])
     assert (expert_ML[:, 0] == expert_ML[:, 1]).all()
     for name in VARIANTS:
         record = read_metrics(runs / f"{name}-two" / "metrics.jsonl")[-1]
-        expected = {"importance", "token_load"} if "token" in name else {"imbalance", "balance", "moved", "layers"}
+        expected = {"importance", "token_load"} if "token" in name else {"moved", "layers"}
+        expected |= {"distillation"} if name == "paths" else set() if "token" in name else {"imbalance", "balance"}
         assert expected <= set(record)
         assert (find(runs / f"{name}-two").manifest["routing"] is None) == ("token" in name)
 
@@ -101,3 +106,11 @@ def test_a_balanced_choice_keeps_loads_even(made: tuple[Path, dict[str, Told]]) 
     for expert_M in np.array(routing["expert_ML"]).T:
         load = np.bincount(expert_M, weights=routing["cluster_share_M"], minlength=4)
         assert load.min() > 0 and load.max() < 0.5
+
+
+def test_the_teacher_of_paths_is_the_dense_run_and_is_imitated(made: tuple[Path, dict[str, Told]]) -> None:
+    run = made[0] / "paths-two"
+    teacher, dense = (open_encoder(path, torch.device("cpu")) for path in (run / "teacher", made[0] / "dense"))
+    assert teacher.fingerprint == dense.fingerprint
+    distance = [record["distillation"] for record in read_metrics(run / "metrics.jsonl")]
+    assert 0 < distance[-1] < distance[0]

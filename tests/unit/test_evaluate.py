@@ -15,15 +15,12 @@ from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.cli import moce
-from moce_ds.config import to_tree
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.models.encode import EncodeSettings
-from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import upcycle
 from moce_ds.models.spec import ModelSpec
-from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.evaluate import Reconstructions, evaluate_run, load_whole, route_table
+from moce_ds.transfer.evaluate import Reconstructions, evaluate_run, load_whole, run_routes
 from moce_ds.transfer.select import run_clusters, select_route
 
 CPU = torch.device("cpu")
@@ -35,19 +32,6 @@ def with_weights(run: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
     step = old.step + 1
     write_checkpoint(step_folder(run, step), change(old.load(WEIGHTS)), {}, {**old.manifest, "step": step})
     return run
-
-
-@pytest.fixture
-def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
-    """A dense MAE with random weights."""
-    config = tiny_config(f"run.out={tmp_path / 'dense'}")
-    spec = config.model_spec
-    torch.manual_seed(5)
-    mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
-    weights = {name: p.detach() for name, p in mae.named_parameters()}
-    manifest = {"step": 3, "config": to_tree(config), "model": spec.to_tree()}
-    write_checkpoint(step_folder(config.run.out, 3), weights, {}, manifest)
-    return config.run.out
 
 
 def evaluated(run: Path, shards: Path, dense: Path | None = None, batch_size: int = 16) -> Reconstructions:
@@ -99,7 +83,7 @@ def test_with_copies_of_a_dense_mae_all_three_are_the_same(
 def test_the_choice_of_experts_is_that_of_training(moce_run: Callable[..., Path], balance: str) -> None:
     checkpoint, clusters = run_clusters(moce_run(f"experts.balance={balance}"))
     model = load_whole(checkpoint, clusters)
-    expert_MLK = route_table(model, checkpoint)  # type: ignore[arg-type]
+    expert_MLK = run_routes(model, checkpoint)  # type: ignore[arg-type]
     np.testing.assert_array_equal(expert_MLK[:, :, 0], checkpoint.manifest["routing"]["expert_ML"])
 
 

@@ -21,6 +21,8 @@ from moce_ds.config import to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.sdr import Sdr, Teacher
+from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
@@ -33,6 +35,8 @@ from moce_ds.training.settings import PretrainSettings
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 EXPERTS = ("model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.layers=[0,2]")
+PATHS = ("model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.gate=path", "experts.stages=1",
+         "run.init_from=dense")  # fmt: skip
 M, IMAGES = 8, 3
 
 Make = Callable[..., PretrainSettings]
@@ -49,22 +53,19 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
         dense.checkpoint_activations = config.engine.checkpoint_activations
         return lambda: dense(images, noise).loss.backward()
     layers = len(spec.experts.layers)
-    model = Moce(
-        spec.shape,
-        spec.decoder,
-        spec.mask_ratio,
-        spec.experts,
-        torch.randn(M, 4),
-        torch.full((M,), 1 / M),
-        ReferenceMoE,
-    )
+    clusters = torch.randn(M, 4), torch.full((M,), 1 / M)
+    kind = Sdr if spec.experts.gate == "path" else Moce
+    model = kind(spec.shape, spec.decoder, spec.mask_ratio, spec.experts, *clusters, ReferenceMoE)
     model.checkpoint_activations = config.engine.checkpoint_activations
     clusters_WB = np.arange(IMAGES)[None]
     expert_MLK = np.random.default_rng(0).permuted(np.tile(np.arange(4), (M, layers, 1)), axis=2)[
         :, :, : spec.experts.k
     ]
     routing = Routing(torch.arange(IMAGES), make_plan(clusters_WB, expert_MLK, in_order(layers, 4), 0, 1), None)
-    return lambda: model(images, noise, routing).reconstruction.loss.backward()
+    inputs = [images, noise, routing]
+    if config.wants_teacher:
+        inputs.append(Teacher(Encoder(timm_vit(spec.shape), spec.shape, spec.input, {})))
+    return lambda: model(*inputs).reconstruction.loss.backward()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,8 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
         (*EXPERTS, "experts.k=2"),
         (*EXPERTS, "experts.combine=prob", "experts.shared_expert=true"),
         (*EXPERTS, "engine.checkpoint_activations=true"),
+        PATHS,
+        (*PATHS, "experts.distillation_weight=0"),
     ],
 )
 def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str, ...]) -> None:
@@ -87,6 +90,20 @@ def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str
     counted = IMAGES * work.image_flops(config).step
     # An expert layer's weighted sum and its gate are products too, and left out.
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.model.arch == "moce" else 0)
+
+
+def test_parameters_of_paths_are_those_of_the_model(tiny_config: Make) -> None:
+    config = tiny_config(*PATHS)
+    spec, count = config.model_spec, work.count_parameters(config)
+    assert spec.experts is not None
+    model = Sdr(spec.shape, spec.decoder, 0.75, spec.experts, torch.randn(M, 4), torch.ones(M), ReferenceMoE)
+    groups = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert (count.total, count.experts) == (sum(p.numel() for p in model.parameters()), groups)
+    assert count.active == count.total - groups * 3 // 4
+    assert count.encoder == sum(p.numel() for p in timm_vit(spec.dense.shape).parameters()) - spec.shape.width * 17
+    without = work.memory(tiny_config(*PATHS, "experts.distillation_weight=0"), 1)
+    teacher = work.count_parameters(tiny_config()).encoder
+    assert work.memory(config, 1).state - without.state == 4 * teacher
 
 
 @pytest.mark.parametrize("words", [(), ("engine.checkpoint_activations=true",), EXPERTS, (*EXPERTS, "experts.k=2")])

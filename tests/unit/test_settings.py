@@ -14,6 +14,8 @@ from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbid
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
+PATHS = ["model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.gate=path", "experts.stages=1",
+         "run.init_from=dense"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -47,7 +49,12 @@ MOCE = ("model.arch=moce", "experts.clusters=clusters")
         ([*MOCE, "experts.shared_expert=true"], "experts.shared_expert: needs experts.combine=prob and a gate"),
         ([*MOCE, "experts.shared_expert=true", "experts.combine=prob", "experts.gate=token"], "experts.shared_exp"),
         ([*MOCE, "experts.k=3"], "experts.k: got 3; Input should be 1 or 2"),
-        ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster', 'random' or 'token'"),
+        ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster', 'random', 'token' or"),
+        ([*PATHS, "experts.layers=[0]"], "experts.gate=path: leave out experts.layers, experts.k"),
+        ([*PATHS, "experts.k=2"], "experts.gate=path: leave out experts.layers, experts.k"),
+        ([*PATHS, "experts.stages=4"], "experts.stages: 4 parts of an encoder of 3 blocks"),
+        ([*PATHS, "experts.num=5"], "experts.common: 0.5 of 64 hidden units leaves 32, which do not make"),
+        ([*PATHS, "run.init_from=null"], "run.init_from: required for experts.gate=path: SDR's first phase is a dense"),
         (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
         (["mask_ratio=0.5"], "mask_ratio: no such setting. Did you mean model.mask_ratio?"),
         (["model.vit=vit_gigantic"], "model.vit: got 'vit_gigantic'; expected the name of a ViT in timm."),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, mask_noise, random_masking
+from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, mask_noise, random_masking, visible_tokens
 from moce_ds.models.vit import Encoder, ViTShape, fingerprint, load_encoder, save_encoder, shape_of, timm_vit
 from moce_ds.models.warm_start import is_decoder
 
@@ -29,7 +29,7 @@ def encoder_part(mae: MaskedAutoencoder) -> dict[str, Tensor]:
 def tokens(mae: MaskedAutoencoder, images: Tensor, noise: Tensor) -> Tensor:
     """The encoder's output with everything visible, in the order of the image."""
     masking = random_masking(noise, 0.0)
-    x = mae.visible_tokens(images, masking)
+    x = visible_tokens(mae, images, masking)
     for block in mae.blocks:
         x = block(x)
     x = mae.norm(x)
@@ -218,4 +218,4 @@ def test_masks_of_training_show_timm_s_tokens_too(images: Tensor) -> None:
         x = model.patch_embed(small)
         x = model._pos_embed(x)
         kept = torch.stack([x[b, [0, *(1 + masking.visible_BV[b]).tolist()]] for b in range(2)])
-        assert (mae.visible_tokens(small, masking) - kept).abs().max() < 1e-12
+        assert (visible_tokens(mae, small, masking) - kept).abs().max() < 1e-12

@@ -1,0 +1,133 @@
+"""SDR, a baseline: "Scalable Dynamic Routing" (Liu et al., AAAI 2022) carried over to masked autoencoders.
+
+Its first phase is a dense MAE. In the second, the hidden units of every MLP are parted: some are common, the others
+form E groups, of which an image computes one. Blocks form stages; the digits of the image's cluster number in base E
+say which group each stage computes. So E^stages paths share one network; no gate is learnt. The dense MAE's tokens are
+the teacher.
+
+A group is an expert of `Moce` (blocks.B.mlp), so plan, exchange, placement and checkpoints are those of MoCE; the
+common units are blocks.B.common.
+
+Axes: B images, N patches, T tokens (cls and visible patches), D width, H hidden units of a dense MLP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moce_ds.models.mae import Block, Masking, Mlp, Reconstruction, random_masking, visible_tokens
+from moce_ds.models.moce import ExpertShape, Moce, Routing, expert_key, is_replaced
+from moce_ds.models.vit import Encoder, ViTShape
+from moce_ds.moe.plan import LayerPlan
+
+FC1, FC2 = "fc1.weight", "fc2.weight"
+BIAS1, BIAS2 = "fc1.bias", "fc2.bias"
+_PARTS = (FC1, BIAS1, FC2, BIAS2)
+
+
+@dataclass(frozen=True)
+class SdrOutput:
+    """Reconstruction, and the distance from the teacher's tokens (0 without a teacher), not yet weighted."""
+
+    reconstruction: Reconstruction
+    distillation: Tensor
+
+
+class Teacher:
+    """The encoder of the dense MAE that the first phase has trained, on the patches that the student sees."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.model = encoder.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
+        """Tokens after the final norm, as `MaskedAutoencoder.encode` gives them, [B, T, D]."""
+        x_BTD = visible_tokens(self.model, images_BCHW, masking)
+        for block in self.model.blocks:
+            x_BTD = block(x_BTD)
+        tokens_BTD: Tensor = self.model.norm(x_BTD)
+        return tokens_BTD
+
+
+class Sdr(Moce):
+    """A MaskedAutoencoder whose blocks hold E groups of hidden units as `mlp`, and the common units as `common`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        for block in self.experts.layers:
+            self.blocks[block].common = Mlp(self.shape.width, self.experts.common_units)
+
+    def make_expert(self) -> nn.Module:
+        """One group of hidden units."""
+        return Mlp(self.shape.width, group_units(self.shape, self.experts))
+
+    def forward(  # type: ignore[override]
+        self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing, teacher: Teacher | None = None
+    ) -> SdrOutput:
+        """Reconstruct masked images, each on its path."""
+        masking = random_masking(noise_BN, self.mask_ratio)
+        x_BTD = self.encode(images_BCHW, masking, self.routed(routing, self.gate()))
+        reconstruction = self.from_tokens(x_BTD, images_BCHW, masking)
+        if teacher is None:
+            return SdrOutput(reconstruction, torch.zeros_like(reconstruction.loss))
+        return SdrOutput(reconstruction, distance(x_BTD, teacher.tokens(images_BCHW, masking)))
+
+    def expert_block(self, block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
+        """timm's block; its MLP is the sum of the common units and of the image's group."""
+        x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
+        h_BTD = block.norm2(x_BTD)
+        return x_BTD + block.common(h_BTD) + block.mlp(h_BTD, plan, weight_BK)
+
+
+def distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
+    """Mean squared difference of tokens, each normalised to mean 0 and variance 1 over its D values, in float32."""
+    D = student_BTD.shape[-1:]
+    return F.mse_loss(F.layer_norm(student_BTD.float(), D), F.layer_norm(teacher_BTD.float(), D))
+
+
+def group_units(shape: ViTShape, experts: ExpertShape) -> int:
+    """Hidden units of a group: what the common ones leave, divided by E."""
+    return (shape.hidden - experts.common_units) // experts.num_experts
+
+
+def path_shape(shape: ViTShape, experts: ExpertShape) -> ViTShape:
+    """The dense ViT that a path is: its MLPs have the common units and those of one group."""
+    return shape.with_hidden(experts.common_units + group_units(shape, experts))
+
+
+def part_units(dense: Mapping[str, Tensor], experts: ExpertShape) -> dict[str, Tensor]:
+    """Weights of an SDR from those of a dense MAE; the groups together with the common units are its MLPs.
+
+    The units that weigh most, by the norms of their row of fc1 and their column of fc2 multiplied, are the common ones;
+    the others are dealt in turn to the groups, so that these are alike. The second bias stays with the common units.
+    """
+    state = {name: tensor for name, tensor in dense.items() if not is_replaced(name, experts)}
+    for block in experts.layers:
+        mlp = {part: dense[f"blocks.{block}.mlp.{part}"] for part in _PARTS}
+        weight_H = mlp[FC1].norm(dim=1) * mlp[FC2].norm(dim=0)
+        order_H = weight_H.argsort(descending=True, stable=True)
+        common, others = order_H[: experts.common_units], order_H[experts.common_units :]
+        state |= {f"blocks.{block}.common.{part}": t for part, t in _units(mlp, common, mlp[BIAS2]).items()}
+        for group in range(experts.num_experts):
+            units = _units(mlp, others[group :: experts.num_experts], torch.zeros_like(mlp[BIAS2]))
+            state |= {expert_key(block, group, part): tensor for part, tensor in units.items()}
+    return state
+
+
+def join_units(state: dict[str, Tensor], block: int, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The dense MLP of a path: the common units of a block, which are taken out of `state`, and those of a group."""
+    common = {part: state.pop(f"blocks.{block}.common.{part}") for part in _PARTS}
+    return {
+        FC1: torch.cat([common[FC1], group[FC1]]),
+        BIAS1: torch.cat([common[BIAS1], group[BIAS1]]),
+        FC2: torch.cat([common[FC2], group[FC2]], dim=1),
+        BIAS2: common[BIAS2] + group[BIAS2],
+    }
+
+
+def _units(mlp: Mapping[str, Tensor], index: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {FC1: mlp[FC1][index], BIAS1: mlp[BIAS1][index], FC2: mlp[FC2][:, index].contiguous(), BIAS2: bias.clone()}

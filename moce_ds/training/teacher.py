@@ -1,0 +1,41 @@
+"""The teacher of SDR's second phase: the dense MAE that the run starts from, which the run folder keeps."""
+
+from moce_ds.files import atomic_folder, writes_to
+from moce_ds.models.dense import as_encoder
+from moce_ds.models.mae import sincos_positions
+from moce_ds.models.sdr import Teacher
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.models.warm_start import is_decoder, read_weights
+from moce_ds.runtime import Runtime
+from moce_ds.training.settings import PretrainSettings
+
+TEACHER = "teacher"
+"""Encoder folder in a run folder: the same teacher when the run goes on, wherever `run.init_from` is by then."""
+
+
+def read_teacher(config: PretrainSettings) -> Encoder | None:
+    """The teacher's encoder, where the run wants one. Raises ArtefactError: it cannot be read, or does not fit."""
+    if not config.wants_teacher:
+        return None
+    if (kept := config.run.out / TEACHER).exists():
+        return load_encoder(kept)
+    source, spec = config.run.init_from, config.model_spec
+    assert source is not None, "PretrainSettings sees to it"
+    state = {name: tensor for name, tensor in read_weights(source).items() if not is_decoder(name)}
+    state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
+    return as_encoder(state, spec, {"init_from": str(source)}, str(source))
+
+
+def keep_teacher(encoder: Encoder, config: PretrainSettings, runtime: Runtime) -> Teacher:
+    """Leave the teacher in the run folder, and make it ready on this process's device; a collective.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
+    folder = config.run.out / TEACHER
+    with runtime.together(), writes_to(folder):
+        if runtime.is_main and not folder.exists():
+            with atomic_folder(folder) as draft:
+                save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    encoder.model.to(runtime.device)
+    return Teacher(encoder)
