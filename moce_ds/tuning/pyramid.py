@@ -36,6 +36,7 @@ class BackboneSettings:
         0, "tokens along a window of attention, but for four blocks that see all; 0: all blocks see all"
     )
     drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: share dropped at the last block")
+    frozen: bool = option(False, "the encoder stays as it is; pyramid and heads learn")
 
 
 class Normalise(nn.Module):
@@ -75,7 +76,9 @@ class WindowedViT(nn.Module):
                 f"model.window: got {config.window}; it must divide the {self.side} tokens along an image of "
                 f"{config.image_size} pixels."
             )
-        self.vit = _without_cls(encoder, self.shape.timm_arguments() | {"drop_path_rate": config.drop_path})
+        drop_path = 0.0 if config.frozen else config.drop_path
+        self.vit = _without_cls(encoder, self.shape.timm_arguments() | {"drop_path_rate": drop_path})
+        self.vit.requires_grad_(not config.frozen)
         count = min(GLOBAL_BLOCKS, self.shape.depth)
         self.sees_all = {(i + 1) * self.shape.depth // count - 1 for i in range(count)}
 

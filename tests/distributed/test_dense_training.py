@@ -68,6 +68,9 @@ def runs_alone(folder: Path) -> dict[str, Any]:
             "detect": detect(runtime, folder / "detect"),
             "detect-stopped": detect(runtime, folder / "detect-resumed", STOP, "engine.checkpoint_activations=true"),
             "detect-resumed": detect(runtime, folder / "detect-resumed"),
+            "frozen": segment(runtime, folder / "frozen", "model.frozen=true"),
+            "frozen-stopped": segment(runtime, folder / "frozen-resumed", STOP, "model.frozen=true"),
+            "frozen-resumed": segment(runtime, folder / "frozen-resumed", "model.frozen=true"),
             "segment": segment(runtime, folder / "segment"),
             "segment-stopped": segment(runtime, folder / "segment-resumed", STOP),
             "segment-resumed": segment(runtime, folder / "segment-resumed"),
@@ -100,7 +103,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", "segment", "frozen"])
 def test_a_resumed_run_is_the_run(workplace: Path, one: dict[str, Any], task: str) -> None:
     assert one[f"{task}-stopped"] is None and one[f"{task}-resumed"] == one[task] is not None
     runs = [workplace / task, workplace / f"{task}-resumed"]
@@ -111,10 +114,18 @@ def test_a_resumed_run_is_the_run(workplace: Path, one: dict[str, Any], task: st
 
 
 def test_it_trains_and_measures(workplace: Path, one: dict[str, Any]) -> None:
-    for task in ("detect", "segment"):
+    for task in ("detect", "segment", "frozen"):
         run = losses(workplace / task)
         assert all(0 < loss < 20 for loss in run) and run[-1] < run[0]
     assert {"box_ap", "mask_ap", "box_ap50"} <= set(one["detect"]) and set(one["segment"]) == {"miou", "accuracy"}
+
+
+def test_a_frozen_encoder_is_what_it_was(workplace: Path, one: dict[str, Any]) -> None:
+    given = load_file(workplace / "encoder/model.safetensors")
+    for task, frozen in (("frozen", True), ("segment", False)):
+        found = load_file(workplace / task / "model.safetensors")
+        blocks = [name for name in given if name.startswith("blocks.") and name.endswith(".weight")]
+        assert all(torch.equal(given[name], found[f"backbone.body.vit.{name}"]) == frozen for name in blocks)
 
 
 def test_segmentation_does_not_depend_on_processes(workplace: Path, one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -49,6 +49,16 @@ def test_all_weights_learn_and_come_from_the_encoder(tiny_encoder: Path) -> None
     assert not [name for name, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()]
 
 
+def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass() -> None:
+    """Training mode too: blocks are not dropped, or the encoder would not be what it was."""
+    given, x_BCHW = encoder(), torch.rand(2, 3, 64, 64)
+    pyramid = SimpleFeaturePyramid(given, settings(frozen=True, drop_path=0.9)).train()
+    map_BDHW = pyramid.body(x_BCHW)
+    assert not map_BDHW.requires_grad and torch.equal(map_BDHW, pyramid.body(x_BCHW))
+    learning = {name for name, p in pyramid.named_parameters() if p.requires_grad}
+    assert learning and not any(name.startswith("body.") for name in learning)
+
+
 def test_at_its_own_size_the_encoder_computes_what_it_did() -> None:
     """The tokens of timm's own model, once its cls token is out of everyone's sight."""
     given = encoder()
