@@ -32,7 +32,6 @@ from moce_ds.transfer.select import run_clusters
 from tests.moce_command import refused, run_here
 
 MakeRun = Callable[..., Path]
-FAST = [format for format in FORMATS if format.name != "onnx"]
 
 
 def write(run: Path, out: Path, format: Format) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def write(run: Path, out: Path, format: Format) -> dict[str, Any]:
     return export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), out, {}, format)
 
 
-@pytest.mark.parametrize("format", FAST, ids=lambda format: f"{format.name}-{format.part}")
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}-{format.part}")
 def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Path, format: Format) -> None:
     out = tmp_path / "out"
     said = write(moce_run("experts.combine=prob"), out, format)
@@ -52,7 +51,7 @@ def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Pat
     seen = run_here("inspect", out, "--verify")
     assert seen.status == 0 and "Verified" in seen.out, seen
     assert (f"{format.name} ({format.part})" in seen.out) is not format.is_encoder_folder
-    files = [path for path in out.iterdir() if path.suffix in (".pth", ".safetensors")]
+    files = [path for path in out.iterdir() if path.suffix in (".pth", ".safetensors", ".data")]
     flipped = bytearray(files[0].read_bytes())
     flipped[-1] ^= 1
     files[0].write_bytes(flipped)
@@ -186,10 +185,18 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet"])
-def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str) -> None:
+@pytest.mark.parametrize(
+    ("format", "file"),
+    [
+        ("timm", "model.safetensors"),
+        ("hf-vit", "model.safetensors"),
+        ("mmdet", "model.pth"),
+        ("onnx", "model.onnx.data"),
+    ],
+)
+def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str, file: str) -> None:
     run = moce_run()
     with small_files():
         told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
-    assert f"{'model.pth' if format == 'mmdet' else 'model.safetensors'} cannot be written: " in told
+    assert f"{file} cannot be written: " in told
     assert list((tmp_path / "exports").iterdir()) == []

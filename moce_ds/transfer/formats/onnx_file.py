@@ -1,63 +1,37 @@
-"""`model.onnx`: images in, features and tokens out, any number of images at a time.
+"""`model.onnx`: images in, features and tokens out, any number of images at a time; its weights in `model.onnx.data`.
 
-Axes: B images, T tokens, D width.
+A protobuf file ends at 2 GB, and whatever reads one holds all of it in memory. Weights in a file beside it have no such
+bound, are written one at a time, and are mapped by onnxruntime.
 """
 
-import gc
-import logging
-import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moce_ds.models.dense import as_encoder
+from moce_ds.files import writes_to
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.formats.target import DenseModel
 from moce_ds.transfer.trained import Trial
 
-_OPSET = 18
-_LARGEST = 2**31  # bytes of a protobuf file; weights beyond go beside it
-
-
-class _Outputs(nn.Module):
-    """The mean of the patch tokens, as `moce features` takes it, [B, D], and all tokens, [B, T, D]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens_BTD = self.model.forward_features(images)  # type: ignore[operator]
-        return tokens_BTD[:, 1:].mean(dim=1), tokens_BTD
+_GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
 
 
 def write(folder: Path, model: DenseModel) -> None:
-    """Trace timm's ViT. Memory: several times the dense model."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    encoder = as_encoder(model.state, model.spec, model.provenance, "the export")
-    size = model.spec.shape.image_size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of torch
-        torch.onnx.export(
-            _Outputs(encoder.model).eval(),
-            (torch.zeros(2, 3, size, size),),
-            folder / "model.onnx",
-            input_names=["images"],
-            output_names=["features", "tokens"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            opset_version=_OPSET,
-            external_data=sum(tensor.nbytes for tensor in model.state.values()) > _LARGEST // 2,
-            verbose=False,
-        )
-    gc.collect()  # the exporter leaves cycles behind that hold the weights
+    """Both files; the graph names the other relative to itself, so they can be moved together."""
+    from moce_ds.transfer.formats.onnx_graph import vit_model, write_weights  # onnx need not be installed
+
+    with writes_to(folder / _WEIGHTS):
+        weights = write_weights(folder / _WEIGHTS, model.state)
+    with writes_to(folder / _GRAPH):
+        (folder / _GRAPH).write_bytes(vit_model(model.spec.shape, weights).SerializeToString())
 
 
 def run(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
     """Tokens by onnxruntime, one image and then the others, since the axis of images must be free."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(folder / _GRAPH, providers=["CPUExecutionProvider"])
     images = trial.images_BCHW
     parts = [session.run(["tokens"], {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
     return torch.cat([torch.from_numpy(part) for part in parts])

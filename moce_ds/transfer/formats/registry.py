@@ -23,7 +23,7 @@ FORMATS = (
     Format("mmdet", "encoder", pth.writer(pth.vitdet, "model")),
     Format("mmseg", "encoder", pth.writer(pth.mmseg, "state_dict")),
     Format("mmpretrain", "encoder", pth.writer(pth.mmpretrain, "state_dict")),
-    Format("onnx", "encoder", onnx_file.write, "onnxruntime", onnx_file.run, needs=("onnx", "onnxscript")),
+    Format("onnx", "encoder", onnx_file.write, "onnxruntime", onnx_file.run, needs=("onnx",)),
 )
 
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
