@@ -1,7 +1,9 @@
 """Maps of several scales from a plain ViT: the simple feature pyramid of ViTDet (Li et al., 2022).
 
 Only the last block's tokens are used: they are brought to four scales by transposed convolutions and pooling. As in
-ViTDet there is no cls token and no final norm, and position embeddings are resized to the grid of the larger image.
+ViTDet there is no cls token, and position embeddings are resized to the grid of the larger image. Unlike there the
+tokens pass the encoder's final norm, as they did before MAE's decoder: without it their scale is that of the
+pre-training (a deviation of 5 was seen where an untrained encoder has 2), and fresh layers behind them learn badly.
 
 Axes: B images, H x W tokens of the grid, T = H W, D width, C channels of a map, N windows.
 """
@@ -83,7 +85,7 @@ class WindowedViT(nn.Module):
         self.sees_all = {(i + 1) * self.shape.depth // count - 1 for i in range(count)}
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Tokens of the last block as a map, [B, D, H, W]."""
+        """Tokens after the final norm as a map, [B, D, H, W]."""
         vit = self.vit
         x_BTD = vit.patch_embed(images_BCHW) + vit.pos_embed
         x_BHWD = x_BTD.unflatten(1, (self.side, self.side))
@@ -95,12 +97,12 @@ class WindowedViT(nn.Module):
             else:
                 tokens_NTD = block(tokens_NTD)
             x_BHWD = from_windows(tokens_NTD, window, self.side)
-        return x_BHWD.permute(0, 3, 1, 2)
+        return vit.norm(x_BHWD).permute(0, 3, 1, 2)
 
 
 def _without_cls(encoder: Encoder, arguments: dict[str, object]) -> VisionTransformer:
-    """timm's ViT of another image size with the encoder's weights, but for cls token and final norm."""
-    vit = VisionTransformer(**arguments, class_token=False, global_pool="", final_norm=False)
+    """timm's ViT of another image size with the encoder's weights, but for the cls token."""
+    vit = VisionTransformer(**arguments, class_token=False, global_pool="")
     state = encoder.model.state_dict()
     grid = vit.patch_embed.grid_size
     state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], grid, num_prefix_tokens=1)[:, 1:]

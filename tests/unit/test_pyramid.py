@@ -65,7 +65,8 @@ def test_at_its_own_size_the_encoder_computes_what_it_did() -> None:
     x_BCHW = torch.rand(2, 3, 16, 16)
     body = WindowedViT(given, settings(image_size=16)).eval()
     x_BTD = given.model.patch_embed(x_BCHW) + given.model.pos_embed[:, 1:]
-    torch.testing.assert_close(body(x_BCHW), given.model.blocks(x_BTD).transpose(1, 2).unflatten(2, (4, 4)))
+    expected_BTD = given.model.norm(given.model.blocks(x_BTD))
+    torch.testing.assert_close(body(x_BCHW), expected_BTD.transpose(1, 2).unflatten(2, (4, 4)))
 
 
 def test_positions_are_resized() -> None:
