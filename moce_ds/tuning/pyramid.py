@@ -2,8 +2,8 @@
 
 Only the last block's tokens are used: they are brought to four scales by transposed convolutions and pooling. As in
 ViTDet there is no cls token, and position embeddings are resized to the grid of the larger image. Unlike there the
-tokens pass the encoder's final norm, as they did before MAE's decoder: without it their scale is that of the
-pre-training (a deviation of 5 was seen where an untrained encoder has 2), and fresh layers behind them learn badly.
+tokens pass the encoder's final norm, as they did before MAE's decoder: the scale before it depends on the pre-training
+(a deviation of 5 was seen where an untrained encoder has 2), so what suits the layers behind it would, too.
 
 Axes: B images, H x W tokens of the grid, T = H W, D width, C channels of a map, N windows.
 """
