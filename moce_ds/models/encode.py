@@ -99,7 +99,7 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
         return _kept_features[key]
     while len(_kept_features) >= _KEPT:
         _kept_features.pop(next(iter(_kept_features)))
-    with _bar(shards.count, f"encoding {shards.path.name}", visible=True) as bar:
+    with _bar(shards.count, f"encoding {'/'.join(shards.named.parts[-2:])}", visible=True) as bar:
         parts = []
         for part_ND in encode(encoder, shards, range(shards.count), config, device):
             parts.append(part_ND)

@@ -198,7 +198,7 @@ def test_bad_images_are_named(runs: Path, task: Path, tmp_path: Path) -> None:
     assert re.search(rf"{test}: No image to write: of 20 files none could be decoded", message)
     shutil.rmtree(test)
     test.mkdir()
-    assert f"{test}: No image to write: of 0 files" in refused("transfer", runs, "--tasks", task)
+    assert f"{test}: No image to write: the folder holds no files" in refused("transfer", runs, "--tasks", task)
     assert not (runs / "transfer/results.json").exists() or records(runs / "transfer", "knn") == []
 
 
