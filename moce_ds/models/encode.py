@@ -23,7 +23,7 @@ from moce_ds.data.transform import CenterCrop
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder
 from moce_ds.models.dense import dense_encoder
-from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.models.vit import CONFIG, WEIGHTS, Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 
 _KEPT = 4
@@ -53,7 +53,7 @@ def open_encoder(path: Path, device: torch.device) -> Encoder:
     """
     if not path.is_dir():
         raise ArtefactError(f"{path} not found: expected an encoder folder, or the run of a dense MAE.")
-    if (path / "model.safetensors").exists():
+    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone is half of an export, and says so
         return load_encoder(path, device)
     encoder = dense_encoder(find(path))
     encoder.model.to(device)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from moce_command import refused
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -267,6 +268,20 @@ def rewrite_manifest(run: Path, **changes: object) -> Path:
 def dense_only(run: Path) -> Path:
     """A checkpoint whose manifest says that it has no experts."""
     return rewrite_manifest(run, model=find(run).manifest["model"] | {"experts": None})
+
+
+def test_half_an_export_is_called_one(
+    dense_run: tuple[Path, MaskedAutoencoder], tiny_images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_dense(find(dense_run[0]), out)
+    weights, task = out / "model.safetensors", tiny_images / "digits"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert f"{weights} is damaged (" in refused("inspect", out)
+    weights.unlink()
+    assert f"{weights} is damaged (" in refused("inspect", out)
+    message = refused("knn", out, "--train", task, "--test", task)
+    assert f"{weights} is missing: {out} is an export that is half written" in message
 
 
 def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., Path]) -> None:
