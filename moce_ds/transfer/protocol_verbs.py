@@ -48,17 +48,19 @@ def transfer(
 ) -> None:
     """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
 
-    One table at the end; every number is kept in OUT/results.json. The same command goes on, or adds what is new.
+    A table for each method at the end; every number is kept in OUT/results.json. The same command goes on, or adds
+    what is new.
     """
     from moce_ds.transfer.campaign import run_campaign
-    from moce_ds.transfer.campaign_table import campaign_table
+    from moce_ds.transfer.campaign_table import campaign_tables
     from moce_ds.transfer.subjects import find_subjects
     from moce_ds.transfer.tasks import read_tasks
 
     subjects = find_subjects(list(runs))
     read = read_tasks(tasks.split(","), config, data)
     records = run_campaign(subjects, read, methods.split(","), _seeds(seeds), out or runs[0] / "transfer")
-    show(campaign_table(records))
+    for table in campaign_tables(records):
+        show(table)
 
 
 def _seeds(text: str) -> list[int]:
