@@ -10,6 +10,7 @@ from typing import Never
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,15 +35,15 @@ _kept_features: dict[tuple[str, str, str], Tensor] = {}
 class EncodeSettings:
     """How images are run through an encoder."""
 
-    batch_size: int = option(256, "images at a time in each process")
-    threads: int = option(2, "decoding threads of each process")
+    batch_size: PositiveInt = option(256, "images at a time in each process")
+    threads: PositiveInt = option(2, "decoding threads of each process")
 
 
 @settings
 class FeatureSettings(EncodeSettings):
     """How the features of a shard set are written."""
 
-    block_rows: int = option(4096, "images in a file of features; what is lost at most by a kill")
+    block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
 def open_encoder(path: Path, device: torch.device) -> Encoder:

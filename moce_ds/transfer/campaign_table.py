@@ -15,13 +15,12 @@ Cells = dict[tuple[str, str], list[float]]
 """Percent for each seed, by task and model."""
 
 
-def campaign_tables(records: Sequence[dict[str, Any]]) -> list[Table]:
-    """A table for each method: a row for each task and their mean, a column for each model, as `records` have them.
+def campaign_tables(records: Sequence[dict[str, Any]], models: Sequence[str]) -> list[Table]:
+    """A table for each method: a row for each task, in the order of `records`, and their mean, a column for each model.
 
     Percent; ± is the sample standard deviation over seeds, where there are several. What was not measured is "-".
     """
     tasks = {record["task"]: _METRICS[record["metric"]] for record in records}
-    models = list(dict.fromkeys(record["model"] for record in records))
     tables = []
     for verb, method in _METHODS.items():
         cells: Cells = {}

@@ -34,7 +34,9 @@ class LarsSettings:
     """How the classifier of MAE's recipe is trained."""
 
     base_lr: list[Annotated[float, Field(gt=0)]] = option(
-        [0.1, 1.0, 10.0, 30.0, 100.0], "learning rates per 256 images to choose from; MAE's on ImageNet is 0.1"
+        [0.1, 1.0, 10.0, 30.0, 100.0],
+        "learning rates per 256 images to choose from; MAE's on ImageNet is 0.1",
+        min_length=1,
     )
     epochs: PositiveInt = option(90, "passes over the training images")
     warmup_epochs: Annotated[float, Field(ge=0)] = option(10.0, "epochs of linear warm-up")

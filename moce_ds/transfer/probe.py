@@ -23,6 +23,7 @@ from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score, default_met
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @settings
@@ -37,7 +38,7 @@ class ProbeSettings(EncodeSettings):
     )
     lars: LarsSettings = option(LarsSettings(), "training by LARS")
     validation_share: Share = option(0.2, "training images that choose, where there is no split for validation")
-    seed: int = option(0, "of that share, and of the order of training by LARS")
+    seed: Seed = option(0, "of that share, and of the order of training by LARS")
 
 
 def linear_probe(

@@ -59,12 +59,12 @@ def transfer(
     subjects = find_subjects(list(runs))
     read = read_tasks(tasks.split(","), config, data)
     records = run_campaign(subjects, read, methods.split(","), _seeds(seeds), out or runs[0] / "transfer")
-    for table in campaign_tables(records):
+    for table in campaign_tables(records, [subject.name for subject in subjects]):
         show(table)
 
 
 def _seeds(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
+    if not all(part.isdecimal() and len(part) < 19 for part in text.split(",")):  # 64 bits hold 18 digits
         raise ConfigError(f"--seeds: got {text!r}; expected numbers with commas between them, such as 0,1,2.")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 

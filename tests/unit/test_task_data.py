@@ -112,3 +112,33 @@ def test_a_copy_for_another_process_keeps_its_name(tiny_shards: Path) -> None:
     images = ShardSet.open(tiny_shards, named=Path("kinds/train"))
     opened, words = images.__reduce__()
     assert opened(*words).named == Path("kinds/train")
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '[{"verb": "knn"}]', '[{"verb": 1, "task": "a"}]', "null"])
+def test_results_of_another_shape_are_refused_first(
+    task: Path, tiny_encoder: Path, moce_run: Callable[..., Path], tmp_path: Path, content: str
+) -> None:
+    results = tmp_path / "results.json"
+    results.write_text(content)
+    (task / "test").rename(task / "later")  # would be noticed next
+    for words in (measured("knn", task, tiny_encoder), ["select", moce_run(), "--data", task / "test"]):
+        assert f"{results} is damaged (" in refused(*words, "--results", results)
+        told = refused(*words, "--results", results / "sub.json")
+        assert told.startswith(f"{results}/sub.json cannot be written: {results} is a file")
+    assert results.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("verb", "word"),
+    [
+        ("knn", "batch_size=0"),
+        ("knn", "threads=-1"),
+        ("probe", "batch_size=-4"),
+        ("probe", "threads=0"),
+        ("probe", "lars.base_lr=[]"),
+        ("probe", "seed=-1"),
+        ("probe", f"seed={2**63}"),
+    ],
+)
+def test_settings_out_of_bounds(task: Path, tiny_encoder: Path, verb: str, word: str) -> None:
+    assert f"  {word.partition('=')[0]}: " in refused(*measured(verb, task, tiny_encoder), word)
