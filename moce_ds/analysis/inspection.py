@@ -183,7 +183,7 @@ def _clusters(path: Path) -> Rows:
 
 
 def _checkpoint(path: Path) -> Rows:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, stripped=True)
     manifest, shapes = checkpoint.manifest, checkpoint.shapes()
     experts = manifest["model"]["experts"]
     rows = {
@@ -192,7 +192,7 @@ def _checkpoint(path: Path) -> Rows:
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
-    if not checkpoint.names(OPTIMIZER):
+    if not (path / OPTIMIZER).exists():
         rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"

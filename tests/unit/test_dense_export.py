@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from moce_command import refused
+from moce_command import refused, run_here
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -268,6 +268,20 @@ def rewrite_manifest(run: Path, **changes: object) -> Path:
 def dense_only(run: Path) -> Path:
     """A checkpoint whose manifest says that it has no experts."""
     return rewrite_manifest(run, model=find(run).manifest["model"] | {"experts": None})
+
+
+def test_a_run_is_passed_on_without_its_optimizer(dense_run: tuple[Path, MaskedAutoencoder], tmp_path: Path) -> None:
+    run, mae = dense_run
+    weights = {name: p.detach() for name, p in mae.named_parameters()}
+    moments = {f"{name}.exp_avg": tensor for name, tensor in weights.items()}
+    manifest = {**find(run).manifest, "step": 10, "images_read": 7}
+    folder = write_checkpoint(step_folder(run, 10), weights, moments, manifest).folder
+    assert "no run can go on" not in run_here("inspect", folder).out
+    shutil.rmtree(folder / "optimizer")
+    assert run_here("export", run, tmp_path / "out").status == 0
+    assert "no run can go on" in run_here("inspect", folder).out
+    verified = run_here("inspect", folder, "--verify")
+    assert verified.status == 1 and "is damaged: missing" in verified.err + verified.out
 
 
 def test_half_an_export_is_called_one(
