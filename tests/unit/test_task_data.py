@@ -10,6 +10,7 @@ from moce_command import refused, run_here
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError
+from moce_ds.transfer import linear
 from moce_ds.transfer.task_data import opened_images
 from moce_ds.tuning.labelled import make_splits
 
@@ -112,6 +113,13 @@ def test_a_copy_for_another_process_keeps_its_name(tiny_shards: Path) -> None:
     images = ShardSet.open(tiny_shards, named=Path("kinds/train"))
     opened, words = images.__reduce__()
     assert opened(*words).named == Path("kinds/train")
+
+
+def test_one_line_tells_what_did_not_converge(task: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MAX_ITERATIONS", 3)
+    said = run_here(*measured("probe", task, tiny_encoder), "l2=[1.0e-6,1.0e-5,1.0e-4]")
+    assert said.status == 0 and "Warning" not in said.err, said
+    assert said.err.count("iterations with l2=1e-06, 1e-05, 0.0001; l2=0.0001 was chosen") == 1, said.err
 
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"verb": "knn"}]', '[{"verb": 1, "task": "a"}]', "null"])
