@@ -57,10 +57,18 @@ def transfer(
     from moce_ds.transfer.tasks import read_tasks
 
     subjects = find_subjects(list(runs))
-    read = read_tasks(tasks.split(","), config, data)
-    records = run_campaign(subjects, read, methods.split(","), _seeds(seeds), out or runs[0] / "transfer")
+    read = read_tasks(_names("--tasks", tasks), config, data)
+    chosen = _names("--methods", methods)
+    records = run_campaign(subjects, read, chosen, _seeds(seeds), out or runs[0] / "transfer")
     for table in campaign_tables(records, [subject.name for subject in subjects]):
         show(table)
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise ConfigError(f"{option}: got {text!r}; expected one name or more, with a comma between two.")
+    return names
 
 
 def _seeds(text: str) -> list[int]:

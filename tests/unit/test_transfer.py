@@ -199,6 +199,9 @@ def test_faults_are_named_before_anything_is_measured(runs: Path, task: Path, tm
         return message
 
     assert "known tasks: aircraft, caltech101, cars" in told("--tasks", "digit")
+    for option, words in (("--tasks", ""), ("--tasks", f"{task},"), ("--methods", "knn,,probe")):
+        message = told("--tasks", task, option, words)
+        assert f"{option}: got '{words}'; expected one name or more, with a comma between two" in message
     assert "--tasks: kinds is named twice" in told("--tasks", f"{task},{task}")
     message = told("--tasks", task, "--methods", "svm")
     assert "--methods: svm is not known; expected some of knn, probe, finetune" in message
