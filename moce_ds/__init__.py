@@ -9,6 +9,10 @@ __version__ = "0.1.0"
 __all__ = ["Clusters", "__version__", "load_expert"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """The Python API is imported when it is used: `import moce_ds` alone loads no torch."""
     if name not in ("Clusters", "load_expert"):

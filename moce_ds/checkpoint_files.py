@@ -76,8 +76,13 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, stripped: bool = False) -> "Checkpoint":
         """Read the manifest and check that every file is there with its size.
+
+        Args:
+            folder: where it lies.
+            stripped: whether one will do whose whole optimizer folder was removed, as people do to pass on a run; no
+                run can go on from it.
 
         Raises:
             ArtefactError: something is missing, cut short, or of another version; it is named.
@@ -89,9 +94,12 @@ class Checkpoint:
             raise ArtefactError(f"{path}: format {found!r}; this version reads {FORMAT!r}.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
+        left_out = stripped and not (folder / OPTIMIZER).exists()
         for name, record in manifest["files"].items():
             if not _FILE.match(name):
                 raise ArtefactError(f"{path} names {name!r}, which is no file of a checkpoint.")
+            if left_out and name.startswith(f"{OPTIMIZER}/"):
+                continue
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
@@ -156,14 +164,18 @@ def steps_of(run: Path) -> list[int]:
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint that `path` names: itself, or the newest of a run folder. Raises ArtefactError."""
+    """The checkpoint that `path` names, for its weights (see `stripped`): itself, or the newest of a run folder.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
     if (path / "manifest.json").exists():
-        return Checkpoint.open(path)
+        return Checkpoint.open(path, stripped=True)
     steps = steps_of(path)
     if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
     try:
-        found = Checkpoint.open(step_folder(path, steps[-1]))
+        found = Checkpoint.open(step_folder(path, steps[-1]), stripped=True)
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         raise ArtefactError(f"{error}{before}") from None

@@ -15,7 +15,7 @@ from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
 from moce_ds.command_line import PATH, Verb, read_settings, show, words
-from moce_ds.errors import STOPPED, ConfigError, MoceError
+from moce_ds.errors import STOPPED, ConfigError, MoceError, printable
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
@@ -287,9 +287,7 @@ def main() -> None:
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
             # Names out of a file may hold what a terminal takes for commands.
-            click.echo(
-                "Error: " + "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(error)), err=True
-            )
+            click.echo(f"Error: {printable(str(error))}", err=True)
         sys.exit(error.status)
     except click.ClickException as error:
         error.show()

@@ -33,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
-    An existing `path` is moved aside first and removed last, so that one of the two is always whole.
+    An existing `path` is moved aside first and removed last, and put back where the new one does not come.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,6 +47,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():  # stopped between the two
+            os.replace(replaced, path)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -57,6 +59,17 @@ def writes_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {error}") from None
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written to, before anything is computed for it. Raises ArtefactError."""
+    above = path.parent
+    while not os.access(above, os.F_OK):  # unlike Path.exists, says no where looking is forbidden
+        above = above.parent
+    if not above.is_dir():
+        raise ArtefactError(f"{path} cannot be written: {above} is a file. Name a place in a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtefactError(f"{path} cannot be written: {above} does not allow it. Name another place.")
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from safetensors import SafetensorError, safe_open
 
 from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
 from moce_ds.analysis.study_folder import STUDY, read_study_folder
@@ -127,6 +128,7 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
         ("manifest.json", "checkpoint", _checkpoint),
         ("export.json", "export", _export),
         ("model.safetensors", "encoder", _encoder),
+        ("provenance.json", "encoder", _encoder),  # without its weights: told as damaged
         ("config.yaml", "run", _run),
         (STUDY, "study", _study),
         ("results.json", "results", _results),
@@ -181,7 +183,7 @@ def _clusters(path: Path) -> Rows:
 
 
 def _checkpoint(path: Path) -> Rows:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, stripped=True)
     manifest, shapes = checkpoint.manifest, checkpoint.shapes()
     experts = manifest["model"]["experts"]
     rows = {
@@ -190,7 +192,7 @@ def _checkpoint(path: Path) -> Rows:
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
-    if not checkpoint.names(OPTIMIZER):
+    if not (path / OPTIMIZER).exists():
         rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
@@ -233,9 +235,16 @@ def _last_record(metrics: list[dict[str, Any]]) -> Rows:
 def _encoder(path: Path) -> Rows:
     config = _encoder_record(path)
     provenance = read_record(path / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
+    weights = path / "model.safetensors"
+    try:
+        with safe_open(weights, "np") as file:  # reads the header, and compares the file's size with it
+            tensors = len(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ArtefactError(f"{weights} is damaged ({error}): export it again.") from None
     return {
         "shape": _shape(config.shape),
         "input": str(config.input),
+        "weights": f"{tensors} tensors, {_mebibytes([weights.stat().st_size])}",
         **{name: str(value) for name, value in provenance.items() if not isinstance(value, dict)},
     }
 

@@ -245,7 +245,7 @@ def _write_tables(
     """Merge the shards' records into the set's tables; returns the manifest, which is not written yet."""
     rejected = [entry for record in records for entry in record.rejected]
     if not any(record.rows for record in records):
-        _refuse_empty(out, source, rejected)
+        _refuse_empty(out, (listing and listing.origin) or source, rejected)
     sources = [path for record in records for path in record.sources]
     listing = listing or Listing.of_folders(sources)
     samples = np.concatenate([_samples(record.rows) for record in records if record.rows])
@@ -274,6 +274,8 @@ def _write_tables(
 def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -> None:
     shutil.rmtree(out / PROGRESS)
     out.rmdir()
+    if not rejected:
+        raise DataError(f"{source}: No image to write: the folder holds no files; expected images, at any depth.")
     listed = "".join(f"\n  {entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5])
     more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     raise DataError(f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")

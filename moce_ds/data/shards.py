@@ -95,6 +95,7 @@ class ShardSet:
 
     Attributes:
         path: its folder.
+        named: what messages call it: its folder as it was given, or the images that it was made from for a while.
         count: N.
         classes: names, in the order of the labels.
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
@@ -105,6 +106,7 @@ class ShardSet:
     """
 
     path: Path
+    named: Path
     count: int
     classes: list[str]
     fingerprint: str
@@ -113,19 +115,24 @@ class ShardSet:
     targets: np.ndarray | None = None
 
     @staticmethod
-    def open(path: Path) -> "ShardSet":
+    def open(path: Path, named: Path | None = None) -> "ShardSet":
         """Open the set in folder `path` and check that its shards are there with the sizes they were written with.
+
+        Args:
+            path: the folder.
+            named: what messages call it instead.
 
         Raises:
             ArtefactError: there is no shard set, or its manifest is damaged or of another version.
             DataError: the set is unfinished; a file is missing, cut short or grown; or its parts contradict each other.
         """
-        path = Path(path).absolute()
+        named, path = Path(named or path), Path(path).absolute()
         if (path / PROGRESS).is_dir() and not (path / MANIFEST).exists():
             raise DataError(f"{path} is an unfinished shard set: run the same `moce shards` command to finish it.")
         manifest = Manifest.read(path)
         opened = ShardSet(
             path=path,
+            named=named,
             count=manifest.count,
             classes=manifest.classes,
             fingerprint=manifest.fingerprint,
@@ -137,7 +144,7 @@ class ShardSet:
         return opened
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet.open, (self.path,)
+        return ShardSet.open, (self.path, self.named)
 
     @property
     def labels(self) -> np.ndarray:

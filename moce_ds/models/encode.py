@@ -10,6 +10,7 @@ from typing import Never
 
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from moce_ds.data.transform import CenterCrop
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder
 from moce_ds.models.dense import dense_encoder
-from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.models.vit import CONFIG, WEIGHTS, Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 
 _KEPT = 4
@@ -34,15 +35,15 @@ _kept_features: dict[tuple[str, str, str], Tensor] = {}
 class EncodeSettings:
     """How images are run through an encoder."""
 
-    batch_size: int = option(256, "images at a time in each process")
-    threads: int = option(2, "decoding threads of each process")
+    batch_size: PositiveInt = option(256, "images at a time in each process")
+    threads: PositiveInt = option(2, "decoding threads of each process")
 
 
 @settings
 class FeatureSettings(EncodeSettings):
     """How the features of a shard set are written."""
 
-    block_rows: int = option(4096, "images in a file of features; what is lost at most by a kill")
+    block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
 def open_encoder(path: Path, device: torch.device) -> Encoder:
@@ -53,7 +54,7 @@ def open_encoder(path: Path, device: torch.device) -> Encoder:
     """
     if not path.is_dir():
         raise ArtefactError(f"{path} not found: expected an encoder folder, or the run of a dense MAE.")
-    if (path / "model.safetensors").exists():
+    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone is half of an export, and says so
         return load_encoder(path, device)
     encoder = dense_encoder(find(path))
     encoder.model.to(device)
@@ -99,7 +100,7 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
         return _kept_features[key]
     while len(_kept_features) >= _KEPT:
         _kept_features.pop(next(iter(_kept_features)))
-    with _bar(shards.count, f"encoding {shards.path.name}", visible=True) as bar:
+    with _bar(shards.count, f"encoding {'/'.join(shards.named.parts[-2:])}", visible=True) as bar:
         parts = []
         for part_ND in encode(encoder, shards, range(shards.count), config, device):
             parts.append(part_ND)

@@ -32,6 +32,7 @@ import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 FORMAT = "moce_ds encoder 1"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _LISTED = 20  # weights of each kind of misfit that are named
 
@@ -148,18 +149,16 @@ def save_encoder(
     folder: Path, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any
 ) -> None:
     """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic)."""
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors"
-    )
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
     write_json(folder / "provenance.json", provenance)
     config = {
         "format": FORMAT,
         "shape": asdict(shape),
         "timm": shape.timm_arguments(),
         "input": input.to_tree(),
-        "sha256": sha256_of(folder / "model.safetensors"),
+        "sha256": sha256_of(folder / WEIGHTS),
     }
-    write_json(folder / "config.json", config)
+    write_json(folder / CONFIG, config)
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ class EncoderRecord:
     @classmethod
     def read(cls, folder: Path) -> "EncoderRecord":
         """Raises ArtefactError: the file is missing, damaged or of another version."""
-        return read_record(folder / "config.json", cls, "an encoder folder", "moce export", format=FORMAT)
+        return read_record(folder / CONFIG, cls, "an encoder folder", "moce export", format=FORMAT)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -190,16 +189,22 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
     """Read an encoder folder.
 
     Raises:
-        ArtefactError: a file is missing or damaged, or the weights do not fit the shape; the names are listed.
+        ArtefactError: a file is missing, damaged or exchanged, or the weights do not fit the shape; names are listed.
     """
-    config, provenance = EncoderRecord.read(folder), read_provenance(folder)
+    config, provenance, weights = EncoderRecord.read(folder), read_provenance(folder), folder / WEIGHTS
+    if not weights.exists():
+        raise ArtefactError(f"{weights} is missing: {folder} is an export that is half written: export it again.")
     with torch.device("meta"):  # no memory for sizes that the file turns out not to have
         model = timm_vit(config.shape)
     try:
-        state = load_file(folder / "model.safetensors")
+        found, state = sha256_of(weights), load_file(weights)
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{folder / 'model.safetensors'} cannot be read ({error}): export it again.") from None
-    check_state(model, state, str(folder / "model.safetensors"))
+        raise ArtefactError(f"{weights} cannot be read ({error}): export it again.") from None
+    check_state(model, state, str(weights))
+    if found != config.sha256:
+        raise ArtefactError(
+            f"{weights} is damaged or exchanged: its checksum is not the one in {folder / CONFIG}: export it again."
+        )
     model.load_state_dict(state, assign=True)
     return Encoder(model.float().eval().to(device or "cpu"), config.shape, config.input, provenance)
 

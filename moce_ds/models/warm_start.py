@@ -41,6 +41,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"run.init_from: {path} not found.")
     if path.is_dir():
         encoder = path / "model.safetensors"
+        if (path / "config.json").exists() and not encoder.exists():
+            raise ArtefactError(f"run.init_from: {encoder} is missing: the export is half written: export it again.")
         state = _read_safetensors(encoder) if encoder.exists() else find(path).load(WEIGHTS)
     elif not path.is_file():
         raise ArtefactError(f"run.init_from: {path} is neither a file nor a folder.")

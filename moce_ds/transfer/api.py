@@ -4,7 +4,7 @@ Axes: N images, B images at a time, D feature width.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -74,25 +74,30 @@ class Clusters:
         check_encoder(folder, clusters.encoder_fingerprint)
         return cls(clusters, load_encoder(folder / ENCODER, torch.device(device)))
 
-    def assign(self, images: Sequence[AnyImage] | NDArray[np.floating]) -> NDArray[np.int64]:
+    def assign(self, images: Iterable[AnyImage] | NDArray[np.floating] | Tensor) -> NDArray[np.int64]:
         """The cluster of every image, [N].
 
         Args:
             images: paths, or Pillow images; or features [N, D] as the encoder gives them (not centred, not normalised).
 
         Raises:
-            DataError: an image cannot be read, or features have another width or are not finite.
+            DataError: one image is given alone, or something else than images; an image cannot be read, or features
+                have another width or are not finite.
         """
+        if isinstance(images, Tensor):
+            images = images.detach().float().cpu().numpy()
         features_ND = images if isinstance(images, np.ndarray) else self.features(images)
         # Features of the pre-training set went through float16 on disk; these take the same way.
         return self.clusters.assign(features_ND.astype(np.float16).astype(np.float32))
 
-    def features(self, images: Sequence[AnyImage]) -> NDArray[np.float32]:
+    def features(self, images: Iterable[AnyImage]) -> NDArray[np.float32]:
         """The encoder's features, [N, D]; decoded by Pillow where `moce select` takes DALI. Raises DataError."""
-        device = next(self.encoder.model.parameters()).device
+        if isinstance(images, str | PathLike | Image.Image):
+            raise DataError(f"Got {images!r} alone: expected a list of images, such as [{images!r}].")
+        device, listed = next(self.encoder.model.parameters()).device, list(images)
         parts = [np.zeros((0, self.encoder.shape.width), np.float32)]
-        for start in range(0, len(images), _BATCH):
-            batch_BCHW = torch.stack([_pixels(image, self.encoder.input) for image in images[start : start + _BATCH]])
+        for start in range(0, len(listed), _BATCH):
+            batch_BCHW = torch.stack([_pixels(image, self.encoder.input) for image in listed[start : start + _BATCH]])
             parts.append(self.encoder.features(batch_BCHW.to(device)).cpu().numpy())
         return np.concatenate(parts)
 
@@ -101,6 +106,8 @@ def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
     """The centre crop of evaluation, resized and normalised, [3, H, W]. Raises DataError."""
     if isinstance(image, Image.Image):
         rgb = to_rgb(image)
+    elif not isinstance(image, str | PathLike):
+        raise DataError(f"Got an image of type {type(image).__name__}: expected a path or a Pillow image.")
     else:
         found = examine(Path(image))
         if isinstance(found, Rejected):

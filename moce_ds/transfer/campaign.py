@@ -17,14 +17,13 @@ import torch
 
 from moce_ds.config import to_tree
 from moce_ds.errors import ConfigError
-from moce_ds.files import read_json
 from moce_ds.models.vit import Encoder
 from moce_ds.transfer.finetuning import finetuned
 from moce_ds.transfer.frozen import measure_frozen
 from moce_ds.transfer.metrics import SPOKEN
-from moce_ds.transfer.results import accuracy_record, add_record
+from moce_ds.transfer.results import accuracy_record, add_record, check_results, read_results
 from moce_ds.transfer.subjects import Subject, encoder_for
-from moce_ds.transfer.task_data import Splits, opened_task
+from moce_ds.transfer.task_data import Splits, opened_task, to_terminal
 from moce_ds.transfer.tasks import Task, check_metric
 
 METHODS = ("knn", "probe", "finetune")
@@ -75,17 +74,13 @@ def run_campaign(
     """Measure what is missing; returns the records of this campaign, in the order of tasks and models.
 
     Raises:
-        ConfigError: a method is not known.
+        ConfigError: a method is not known, or no model can be measured by any.
         MoceError: as select, export and the methods; what was measured before is kept.
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
-    by_token = next((subject for subject in subjects if subject.by_token), None)
-    if by_token and "finetune" in methods:
-        raise ConfigError(
-            f"--methods: {by_token.run} routes by token, so there is no dense ViT to fine-tune: leave out finetune, or "
-            "this run."
-        )
+    check_results(out / RESULTS)
+    _tell_untunable(subjects, methods)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     with ExitStack() as opened:
         splits = [opened.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
@@ -95,11 +90,23 @@ def run_campaign(
         waiting = [
             Measurement(pairing, method, seed)
             for task, images in zip(tasks, splits, strict=True)
-            for pairing in [_paired(subject, task, images, out, device) for subject in subjects]
+            for subject, pairing in [(one, _paired(one, task, images, out, device)) for one in subjects]
             for method in methods
+            if not (subject.by_token and method == "finetune")
             for seed in (seeds if method != "knn" else [None])
         ]
         return list(_records(waiting, out, device))
+
+
+def _tell_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None:
+    """Say which models are not fine-tuned. Raises ConfigError where that leaves nothing to measure."""
+    if "finetune" not in methods or not (by_token := [subject for subject in subjects if subject.by_token]):
+        return
+    runs = ", ".join(str(subject.run) for subject in by_token)
+    told = f"--methods: {runs} routes by token, so there is no dense ViT to fine-tune"
+    if len(by_token) == len(subjects) and set(methods) == {"finetune"}:
+        raise ConfigError(f"{told}: name another method, or other runs.")
+    to_terminal(f"{told}: its places in that table stay empty.")
 
 
 def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: torch.device) -> Pairing:
@@ -108,7 +115,7 @@ def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: tor
         route = "-".join(map(str, votes["route"]))
         print(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes", flush=True)
         record = {**votes, "model": subject.name}
-        if record not in _results(out):
+        if record not in read_results(out / RESULTS):
             add_record(out / RESULTS, record)
     return Pairing(subject, task, splits, encoder)
 
@@ -120,7 +127,9 @@ def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) ->
         for one in group:
             number += 1
             expected = one.key | {"made_from": one.made_from(encoder)}
-            record = next((r for r in _results(out) if all(r.get(k) == v for k, v in expected.items())), None)
+            record = next(
+                (r for r in read_results(out / RESULTS) if all(r.get(k) == v for k, v in expected.items())), None
+            )
             was_done = " (was done)" if record else ""
             if record is None:
                 record = _measure(one, encoder, out, expected["made_from"], device) | expected
@@ -140,9 +149,3 @@ def _measure(one: Measurement, encoder: Encoder, out: Path, made_from: str, devi
         score = measure_frozen(encoder, one.pairing.splits, one.settings, device, metric)
         record = accuracy_record(one.method, task.name, subject.name, score)
     return {**record, "metric": metric, "run": str(subject.run)}
-
-
-def _results(out: Path) -> list[dict[str, Any]]:
-    path = out / RESULTS
-    records: list[dict[str, Any]] = read_json(path, "a list of results", "moce transfer") if path.exists() else []
-    return records

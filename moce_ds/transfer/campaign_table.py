@@ -1,4 +1,4 @@
-"""The table of `moce transfer`: models and methods by tasks, mean and spread over seeds."""
+"""The tables of `moce transfer`: tasks by models, one for each method, mean and spread over seeds."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,37 +6,55 @@ from typing import Any
 
 from rich.table import Table
 
-from moce_ds.transfer.metrics import SPOKEN
-
 _METHODS = {"knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
+_METRICS = {"top1": "top-1", "mean_per_class": "per class", "map11": "mAP"}
+"""Short, so that eleven tasks and five models go into 100 columns."""
+_NONE = "-"
+
+Cells = dict[tuple[str, str], list[float]]
+"""Percent for each seed, by task and model."""
 
 
-def campaign_table(records: Sequence[dict[str, Any]]) -> Table:
-    """A row for each model and method, a column for each task, in the order of `records`, and the mean over tasks.
+def campaign_tables(records: Sequence[dict[str, Any]], models: Sequence[str]) -> list[Table]:
+    """A table for each method: a row for each task, in the order of `records`, and their mean, a column for each model.
 
-    Percent; ± is the sample standard deviation over seeds, where there are several.
+    Percent; ± is the sample standard deviation over seeds, where there are several. What was not measured is "-".
     """
-    by_cell: dict[tuple[str, str, str], list[float]] = {}
-    for record in records:
-        value = 100 * record[record["metric"]]
-        by_cell.setdefault((record["verb"], record["model"], record["task"]), []).append(value)
-    tasks = {record["task"]: SPOKEN[record["metric"]] for record in records}
-    rows = dict.fromkeys((verb, model) for verb in _METHODS for v, model, _ in by_cell if v == verb)
-    seeds = max(map(len, by_cell.values()), default=0)
+    tasks = {record["task"]: _METRICS[record["metric"]] for record in records}
+    tables = []
+    for verb, method in _METHODS.items():
+        cells: Cells = {}
+        for record in records:
+            if record["verb"] == verb:
+                cells.setdefault((record["task"], record["model"]), []).append(100 * record[record["metric"]])
+        if cells:
+            tables.append(_table(method, tasks, models, cells))
+    return tables
+
+
+def _table(method: str, tasks: dict[str, str], models: Sequence[str], cells: Cells) -> Table:
+    seeds = max(map(len, cells.values()))
     spread = f", mean ± deviation of {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=f"Percent on test images{spread}", title_justify="left")
-    table.add_column("method")
-    table.add_column("model")
+    table = Table(title=f"{method}: percent on test images{spread}", title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    told = {place: _spoken(values) for place, values in cells.items()}
+    for model in models:
+        width = max((len(figure) for (_, name), figure in told.items() if name == model), default=len(_NONE))
+        # A long name is folded, a figure is not.
+        table.add_column(model, justify="right", overflow="fold", min_width=width)
     for task, metric in tasks.items():
-        table.add_column(f"{task}\n{metric}", justify="right")
-    table.add_column("mean", justify="right")
-    for verb, model in rows:
-        cells = [by_cell[verb, model, task] for task in tasks]
-        mean = statistics.fmean(map(statistics.fmean, cells))
-        table.add_row(_METHODS[verb], model, *map(_spoken, cells), f"{mean:.1f}")
+        table.add_row(task, metric, *(told.get((task, model), _NONE) for model in models))
+    table.add_section()
+    table.add_row("mean", "", *(_mean([cells.get((task, model), []) for task in tasks]) for model in models))
     return table
 
 
 def _spoken(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _mean(by_task: Sequence[Sequence[float]]) -> str:
+    """Over tasks; of some of them alone it would not compare."""
+    return f"{statistics.fmean(map(statistics.fmean, by_task)):.1f}" if all(by_task) else _NONE

@@ -16,7 +16,7 @@ from torch import Tensor
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_folder, write_json, writes_to
+from moce_ds.files import atomic_folder, check_writable, write_json, writes_to
 from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.moce import make_gate
@@ -26,6 +26,9 @@ from moce_ds.transfer.chosen import Chosen, Voices
 from moce_ds.transfer.formats.registry import TIMM
 from moce_ds.transfer.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
 from moce_ds.transfer.trained import Output, Trial, output_of, trained_model
+
+ROUTE = "route-"
+"""How the names of the folders begin that `--all` writes."""
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, between the export and the model that was trained."""
@@ -98,9 +101,25 @@ def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, repla
 
 
 def check_free(out: Path, replace: bool) -> None:
-    """Nothing is overwritten, but an earlier export where that is asked for. Raises ConfigError."""
-    if out.exists() and not (replace and (out / "provenance.json").is_file()):
+    """Nothing is overwritten, but an earlier export where that is asked for.
+
+    Raises:
+        ConfigError: something else is there, or replacing was not asked for.
+        ArtefactError: `out` cannot be written.
+    """
+    check_writable(out)
+    if out.exists() and not (replace and (_is_export(out) or _holds_all(out))):
         raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / "provenance.json").is_file()
+
+
+def _holds_all(folder: Path) -> bool:
+    """Whether an `--all` wrote a folder: every route of a run, and nothing else."""
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    return bool(inside) and all(path.name.startswith(ROUTE) and _is_export(path) for path in inside)
 
 
 def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) ->
     if format.part == "full":
         state |= decoder_state(checkpoint, spec)
     provenance |= _compared(_dense_output(state, dense, trial, before), expected[before], source.spoken)
-    with atomic_folder(out) as draft, writes_to(out):
+    with writes_to(out), atomic_folder(out) as draft:
         format.write(draft, DenseModel(state, dense, provenance))
         del state
         provenance["loaded_back"] = _loaded_back(format, draft, source, trial, expected[format.output])

@@ -9,11 +9,11 @@ import torch
 
 from moce_ds.checkpoint_files import Checkpoint, find
 from moce_ds.errors import ConfigError
-from moce_ds.files import atomic_folder
+from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.encode import EncodeSettings
 from moce_ds.transfer import chosen as choosing
 from moce_ds.transfer.chosen import AVERAGES, Chosen
-from moce_ds.transfer.export import check_free, export_dense, export_route
+from moce_ds.transfer.export import ROUTE, check_free, export_dense, export_route
 from moce_ds.transfer.formats.target import Format
 from moce_ds.transfer.select import Selection, run_clusters, select_route
 from moce_ds.transfer.task_data import opened_images
@@ -71,7 +71,7 @@ def export_requested(
 
     Raises:
         ConfigError: the options do not fit the run, or `out` exists.
-        ArtefactError: the run is damaged.
+        ArtefactError: the run is damaged, or `out` cannot be written.
     """
     choice, checkpoint = request.choice, find(run)
     check_free(out, replace)
@@ -86,9 +86,9 @@ def export_requested(
     if request.average and checkpoint.manifest["model"]["experts"]["gate"] == "path":
         raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units are no copies of one another.")
     if request.all:
-        with atomic_folder(out) as draft:
+        with writes_to(out), atomic_folder(out) as draft:
             for chosen in choosing.choose_all(checkpoint):
-                name = f"route-{choosing.spoken(chosen.experts or ())}"
+                name = f"{ROUTE}{choosing.spoken(chosen.experts or ())}"
                 yield out / name, export_route(checkpoint, clusters, chosen, draft / name, {}, format)
         return
     selection = selection or _selected(run, request.data, config, device)

@@ -7,9 +7,10 @@ import torch
 
 from moce_ds.models.vit import Encoder
 from moce_ds.transfer.knn import KnnSettings, knn_accuracy
+from moce_ds.transfer.linear import MAX_ITERATIONS
 from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score
 from moce_ds.transfer.probe import ProbeSettings, linear_probe
-from moce_ds.transfer.task_data import Splits, encoded
+from moce_ds.transfer.task_data import Splits, encoded, to_terminal
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Of each verb; they say what is measured."""
@@ -31,7 +32,14 @@ def measure_frozen(
     validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
     test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
     if isinstance(config, ProbeSettings):
-        return linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
+        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
+        if unfinished := score.settings.get("not_converged"):
+            to_terminal(
+                f"probe: logistic regression had not converged after {MAX_ITERATIONS} iterations with "
+                f"l2={', '.join(map(str, unfinished))}; l2={score.settings['l2']} was chosen. Features are nearly "
+                "separable there: leave these strengths out of l2, or take method=closed_form."
+            )
+        return score
     if validation is not None:
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
     return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.config import option, settings
-from moce_ds.transfer.linear import Fits, Predict
+from moce_ds.transfer.linear import Fit, Fits, Predict
 
 _INIT_STD = 0.01
 _NORM_EPS = 1e-6
@@ -34,7 +34,9 @@ class LarsSettings:
     """How the classifier of MAE's recipe is trained."""
 
     base_lr: list[Annotated[float, Field(gt=0)]] = option(
-        [0.1, 1.0, 10.0, 30.0, 100.0], "learning rates per 256 images to choose from; MAE's on ImageNet is 0.1"
+        [0.1, 1.0, 10.0, 30.0, 100.0],
+        "learning rates per 256 images to choose from; MAE's on ImageNet is 0.1",
+        min_length=1,
     )
     epochs: PositiveInt = option(90, "passes over the training images")
     warmup_epochs: Annotated[float, Field(ge=0)] = option(10.0, "epochs of linear warm-up")
@@ -49,7 +51,7 @@ def lars_fits(
     """A classifier for each learning rate, all from the same first weights and in the same order of images."""
     x, labels = torch.from_numpy(x_ND), torch.from_numpy(y.astype(np.int64))
     for base_lr in base_lrs:
-        yield base_lr, _trained(x, labels, base_lr, config, seed)
+        yield Fit(base_lr, _trained(x, labels, base_lr, config, seed))
 
 
 def _trained(x_ND: Tensor, labels: Tensor, base_lr: float, config: LarsSettings, seed: int) -> Predict:

@@ -5,10 +5,13 @@ Labels are positions [N], or targets [N, K] (see `metrics`).
 Axes: N images, D features, K classes.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -16,10 +19,19 @@ from sklearn.preprocessing import StandardScaler
 Predict = Callable[[NDArray[np.float32]], NDArray[np.floating]]
 """Features [N, D] -> scores [N, K]; the highest one is the class."""
 
-Fits = Iterator[tuple[float, Predict]]
-"""Strengths with what was fitted with each."""
+MAX_ITERATIONS = 500
+"""Of logistic regression, which reaches its optimum before that unless it is hardly regularised."""
 
-_MAX_ITERATIONS = 500
+
+class Fit(NamedTuple):
+    """What was fitted with a strength, and whether it got to its optimum."""
+
+    strength: float
+    predict: Predict
+    converged: bool = True
+
+
+Fits = Iterator[Fit]
 
 
 def logistic_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:
@@ -27,13 +39,20 @@ def logistic_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: 
 
     A strength is the weight of `||W||^2 / 2` beside the *mean* cross-entropy, so that it means the same for any N.
     """
+    fit = _logistic if y.ndim == 1 else _one_by_one
     for strength in strengths:
-        yield strength, _logistic(x_ND, y, strength) if y.ndim == 1 else _one_by_one(x_ND, y, strength)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", ConvergenceWarning)
+            predict = fit(x_ND, y, strength)
+        others = [warning for warning in warned if not issubclass(warning.category, ConvergenceWarning)]
+        for warning in others:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        yield Fit(strength, predict, converged=len(others) == len(warned))
 
 
 def _logistic(x_ND: NDArray[np.float32], y_N: NDArray[np.integer], strength: float) -> Predict:
     # scikit-learn weighs the *sum* of the cross-entropy by C.
-    classifier = LogisticRegression(C=1 / (strength * len(x_ND)), max_iter=_MAX_ITERATIONS)
+    classifier = LogisticRegression(C=1 / (strength * len(x_ND)), max_iter=MAX_ITERATIONS)
     fitted = make_pipeline(StandardScaler(), classifier).fit(x_ND, y_N)
     if len(fitted.classes_) == 2:  # scikit-learn gives the score of the second class only
         return lambda x: np.stack([np.zeros(len(x)), fitted.decision_function(x)], axis=1)
@@ -64,4 +83,4 @@ def ridge_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Seq
     rotated_DK = vectors_DD.T @ (z_ND.T @ (goal_NK - mean_K) / len(z_ND))
     for strength in strengths:
         weight_DK = vectors_DD @ (rotated_DK / (values_D.clip(min=0) + strength)[:, None])
-        yield strength, lambda x, weight_DK=weight_DK: scaler.transform(x) @ weight_DK + mean_K  # type: ignore[misc]
+        yield Fit(strength, lambda x, weight_DK=weight_DK: scaler.transform(x) @ weight_DK + mean_K)  # type: ignore[misc]

@@ -23,6 +23,7 @@ from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score, default_met
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @settings
@@ -37,7 +38,7 @@ class ProbeSettings(EncodeSettings):
     )
     lars: LarsSettings = option(LarsSettings(), "training by LARS")
     validation_share: Share = option(0.2, "training images that choose, where there is no split for validation")
-    seed: int = option(0, "of that share, and of the order of training by LARS")
+    seed: Seed = option(0, "of that share, and of the order of training by LARS")
 
 
 def linear_probe(
@@ -76,20 +77,22 @@ def linear_probe(
     x_ND, metric = train_ND.float().cpu().numpy(), choose_by or default_metric(train_labels)
     y, test_y = (labels.cpu().numpy() for labels in positions(train_labels, test_labels))
 
-    figures = {
-        strength: figure(metric, predict(x_ND[held_N]), y[held_N])
-        for strength, predict in _fits(config, x_ND[~held_N], y[~held_N], _strengths(config))
-    }
+    figures, unfinished = {}, set()
+    for fit in _fits(config, x_ND[~held_N], y[~held_N], _strengths(config)):
+        figures[fit.strength] = figure(metric, fit.predict(x_ND[held_N]), y[held_N])
+        unfinished |= set() if fit.converged else {fit.strength}
     best = max(figures, key=lambda strength: figures[strength])
-    ((_, predict),) = _fits(config, x_ND, y, [best])
+    (final,) = _fits(config, x_ND, y, [best])
+    unfinished |= set() if final.converged else {best}
     chosen = {
         "method": config.method,
         "base_lr" if config.method == "lars" else "l2": best,
         f"validation_{metric}": figures[best],
         "n_validation": int(held_N.sum()),
         "seed": config.seed,
+        **({"not_converged": sorted(unfinished)} if unfinished else {}),
     }
-    return judge(predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), chosen)
+    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), chosen)
 
 
 def _strengths(config: ProbeSettings) -> list[float]:

@@ -48,21 +48,31 @@ def transfer(
 ) -> None:
     """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
 
-    One table at the end; every number is kept in OUT/results.json. The same command goes on, or adds what is new.
+    A table for each method at the end; every number is kept in OUT/results.json. The same command goes on, or adds
+    what is new.
     """
     from moce_ds.transfer.campaign import run_campaign
-    from moce_ds.transfer.campaign_table import campaign_table
+    from moce_ds.transfer.campaign_table import campaign_tables
     from moce_ds.transfer.subjects import find_subjects
     from moce_ds.transfer.tasks import read_tasks
 
     subjects = find_subjects(list(runs))
-    read = read_tasks(tasks.split(","), config, data)
-    records = run_campaign(subjects, read, methods.split(","), _seeds(seeds), out or runs[0] / "transfer")
-    show(campaign_table(records))
+    read = read_tasks(_names("--tasks", tasks), config, data)
+    chosen = _names("--methods", methods)
+    records = run_campaign(subjects, read, chosen, _seeds(seeds), out or runs[0] / "transfer")
+    for table in campaign_tables(records, [subject.name for subject in subjects]):
+        show(table)
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise ConfigError(f"{option}: got {text!r}; expected one name or more, with a comma between two.")
+    return names
 
 
 def _seeds(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in text.split(",")):
+    if not all(part.isdecimal() and len(part) < 19 for part in text.split(",")):  # 64 bits hold 18 digits
         raise ConfigError(f"--seeds: got {text!r}; expected numbers with commas between them, such as 0,1,2.")
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 

@@ -1,12 +1,43 @@
 """Results of evaluations: records in a `results.json`, and tables for the terminal."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from moce_ds.files import read_json, write_json
+from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.transfer.metrics import MultiLabelScore, Score
+
+_WRITTEN_BY = "moce knn, probe or select"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What every record has."""
+
+    verb: str
+    task: str
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file; none where it is not there yet.
+
+    Raises:
+        ArtefactError: it is damaged, or holds something else.
+    """
+    if not path.exists():
+        return []
+    records: list[dict[str, Any]] = read_json(path, "a list of results", _WRITTEN_BY)
+    valid_record(list[_Record], records, str(path), "a list of results", _WRITTEN_BY)
+    return records
+
+
+def check_results(path: Path | None) -> None:
+    """Refuse, before anything is measured, a results file that no record can be added to. Raises ArtefactError."""
+    if path is not None:
+        check_writable(path)
+        read_results(path)
 
 
 def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
@@ -23,15 +54,20 @@ def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelS
 
 
 def add_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Add a record to a results file, replacing one of the same verb, task, model and seed; None: nowhere."""
+    """Add a record to a results file, replacing one of the same verb, task, model and seed; None: nowhere.
+
+    Raises:
+        ArtefactError: the file holds something else, or cannot be written.
+    """
     if path is None:
         return
-    records = read_json(path, "a list of results", "moce knn, probe or select") if path.exists() else []
+    records = read_results(path)
 
     def key(one: dict[str, Any]) -> tuple[Any, ...]:
         return one["verb"], one["task"], one.get("model"), one.get("seed")
 
-    write_json(path, [one for one in records if key(one) != key(record)] + [record])
+    with writes_to(path):
+        write_json(path, [one for one in records if key(one) != key(record)] + [record])
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> Table:

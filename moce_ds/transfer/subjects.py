@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
 from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.token_encoder import token_encoder
-from moce_ds.models.vit import Encoder, read_provenance
+from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.transfer.chosen import choose_selected
 from moce_ds.transfer.export import export_route
 from moce_ds.transfer.select import run_clusters, select_route
@@ -88,11 +90,20 @@ def encoder_for(
     expert = out / subject.slug / task.name
     made_from = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": images.fingerprint}
     if expert.exists():
-        provenance = read_provenance(expert)
-        if all(provenance.get(key) == value for key, value in made_from.items()):
+        provenance = _whole(expert)
+        if provenance and all(provenance.get(key) == value for key, value in made_from.items()):
             return expert, dict(provenance["votes"])
-        shutil.rmtree(expert)  # of an earlier step of the run, or of other images
+        shutil.rmtree(expert)  # of an earlier step of the run, or of other images, or damaged
     selection = select_route(subject.run, images, task.config.knn, device)
     votes = selection.record(task.name)
     export_route(checkpoint, clusters, choose_selected(checkpoint, selection), expert, {**made_from, "votes": votes})
     return expert, votes
+
+
+def _whole(expert: Path) -> dict[str, Any] | None:
+    """Where an exported expert comes from; None, which is said, where it is damaged: whoever exported it can again."""
+    try:
+        return load_encoder(expert).provenance
+    except ArtefactError as error:
+        click.echo(f"{error} It is made anew.", err=True)
+        return None

@@ -4,44 +4,69 @@ Axes: N images, D width.
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.data.left_out import left_out
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import ShardSet
+from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
 from moce_ds.errors import DataError
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
 
 
+def to_terminal(text: str) -> None:
+    """Say something that is no result, on standard error."""
+    click.echo(text, err=True)
+
+
 @contextmanager
-def opened_images(path: Path) -> Iterator[ShardSet]:
+def opened_images(path: Path, say: Callable[[str], None] = to_terminal) -> Iterator[ShardSet]:
     """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
+
+    Args:
+        path: what messages name, whatever is read in its place.
+        say: is told which files are no whole images and were left out, since no figure counts them.
 
     Raises:
         DataError: `path` is none of these, or holds several splits or no images.
         ConfigError: the `datasets` library is needed and not installed.
     """
-    if (path / "shards.json").exists():
+    with _shards_of(path) as images:
+        if told := left_out(images.path, path):
+            say(told)
+        yield images
+
+
+@contextmanager
+def _shards_of(path: Path) -> Iterator[ShardSet]:
+    if (path / MANIFEST).exists() or (path / PROGRESS).is_dir():
         yield ShardSet.open(path)
         return
     if not path.is_dir():
-        raise DataError(f"{path} not found: expected a shard set (`moce shards`) or a folder of images.")
+        what = "is a file" if path.exists() else "not found"
+        raise DataError(f"{path} {what}: expected a shard set (`moce shards`) or a folder of images.")
+    if (path / SAMPLES).exists():
+        raise DataError(
+            f"{path} is a shard set without its {MANIFEST}: restore that from a copy, or write the set again with "
+            "`moce shards`."
+        )
     with tempfile.TemporaryDirectory(prefix="moce-") as scratch:
         source, listing = path, None
         if is_saved_dataset(path):
             source = Path(scratch) / "images"
             listing = unpack_images(path, source)
         write_shards(source, Path(scratch) / "shards", ShardSettings(), listing)
-        yield ShardSet.open(Path(scratch) / "shards")
+        yield ShardSet.open(Path(scratch) / "shards", named=path)
 
 
 @dataclass(frozen=True)
@@ -82,14 +107,14 @@ def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
     if (images.targets is None) != (training.targets is None):
         one, several = (images, training) if images.targets is None else (training, images)
         raise DataError(
-            f"{one.path} has one label an image, {several.path} several: expected all splits of a task to be alike."
+            f"{one.named} has one label an image, {several.named} several: expected all splits of a task to be alike."
         )
     if images.targets is None and (images.labels < 0).any():
         lost = images.source(int((images.labels < 0).argmax()))
-        raise DataError(f"{images.path}: {lost} has no class; expected every image in the folder of its class.")
+        raise DataError(f"{images.named}: {lost} has no class; expected every image in the folder of its class.")
     if unknown := sorted(set(images.classes) - set(training.classes)):
         raise DataError(
-            f"{images.path}: classes {unknown[:5]} are not among the training classes of {training.path}: expected "
+            f"{images.named}: classes {unknown[:5]} are not among the training classes of {training.named}: expected "
             "folders of the same names in all splits."
         )
     position = {name: k for k, name in enumerate(training.classes)}

@@ -36,12 +36,13 @@ def select(
     words: Sequence[str],
 ) -> None:
     """Find the route through the experts of RUN that serves a task's images best, and say how typical they are."""
+    from moce_ds.files import check_writable
     from moce_ds.models.encode import EncodeSettings
     from moce_ds.transfer.chosen import routes_of
     from moce_ds.transfer.export import check_free
     from moce_ds.transfer.export_request import Request, export_requested, told
     from moce_ds.transfer.formats.registry import find_format
-    from moce_ds.transfer.results import add_record
+    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.select import run_clusters, select_route
     from moce_ds.transfer.selection_picture import write_picture
     from moce_ds.transfer.selection_report import selection_report
@@ -50,6 +51,9 @@ def select(
     config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or task_of(data)
     if out:
         check_free(out, replace)
+    if picture:
+        check_writable(picture)
+    check_results(results)
     checkpoint, _ = run_clusters(run)
     run = checkpoint.folder  # of one step to the end, also when the run is training on
     with opened_images(data) as images:
@@ -139,10 +143,11 @@ def _accuracy(
     from moce_ds.models.encode import open_encoder
     from moce_ds.transfer.frozen import SETTINGS, measure_frozen
     from moce_ds.transfer.metrics import SPOKEN
-    from moce_ds.transfer.results import accuracy_record, add_record
+    from moce_ds.transfer.results import accuracy_record, add_record, check_results
     from moce_ds.transfer.task_data import opened_task
 
     config, device = read_settings(SETTINGS[verb], words), _device()
+    check_results(results)
     opened = open_encoder(encoder, device)
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
@@ -165,10 +170,11 @@ def evaluate(
     """Reconstruction error of RUN on held-out images: selected route, each image's own route, dense twin."""
     from moce_ds.models.encode import EncodeSettings
     from moce_ds.transfer.evaluate import evaluate_run
-    from moce_ds.transfer.results import add_record
+    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.task_data import opened_images
 
     config = read_settings(EncodeSettings, words)
+    check_results(results)
     with opened_images(data) as images:
         found = evaluate_run(run, images, dense, config, _device())
     named = {"dense twin": found.dense, "selected route": found.selected, "own routes": found.own}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.data.shards import ShardSet
 from moce_ds.files import read_json
 from moce_ds.models.encode import open_encoder
 from moce_ds.runtime import Runtime
@@ -55,11 +55,7 @@ def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> It
     with ExitStack() as stack:
 
         def opened(path: Path) -> ShardSet:
-            images = stack.enter_context(opened_images(path))
-            if rejected := Manifest.read(images.path).rejected:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-                runtime.say(f"{path}: files that are no whole images were left out: {reasons}.")
-            return images
+            return stack.enter_context(opened_images(path, runtime.say))
 
         with runtime.together():
             val = opened(data.val) if data.val else data.val_share

@@ -70,7 +70,9 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
             one has a class that `train` lacks; a class of one image is to be shared between training and validation.
     """
     if len(train.classes) < 2:
-        raise DataError(f"{train.path}: {len(train.classes)} class(es); expected two or more, each a folder of images.")
+        raise DataError(
+            f"{train.named}: {len(train.classes)} class(es); expected two or more, each a folder of images."
+        )
     whole, tested = (_labelled(images, train) for images in (train, test))
     if not isinstance(val, float):
         return Splits(train.classes, whole, _labelled(val, train) if val else None, tested)
@@ -78,7 +80,7 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
     if (counts_K == 1).any():
         alone = train.classes[int((counts_K == 1).argmax())]
         raise DataError(
-            f"{train.path}: class {alone} has a single image, which cannot both train and validate: add images of it, "
+            f"{train.named}: class {alone} has a single image, which cannot both train and validate: add images of it, "
             "or give validation images of their own with --val DATA."
         )
     held_N = held_out(whole.labels, val, seed)

@@ -39,7 +39,7 @@ def finetune(
     """
     from moce_ds.runtime import started
     from moce_ds.transfer.metrics import SPOKEN
-    from moce_ds.transfer.results import add_record
+    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.verbs import task_of
     from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
@@ -49,6 +49,7 @@ def finetune(
     given = [f"{key}={json.dumps(str(path))}" for key, path in named.items()]  # JSON is YAML
     given += [f"data.val_share={val}" if _is_number(val) else f"data.val={json.dumps(val)}"] if val else []
     config = read_settings(FinetuneSettings, [*words, *given])
+    check_results(results)
     with started(config.run.peer_timeout) as runtime:
         record = run(config, runtime)
     if record is None:

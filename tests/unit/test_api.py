@@ -35,6 +35,7 @@ def expert(moce_run: MakeRun, tmp_path: Path) -> Path:
 def test_the_package_alone_loads_no_torch() -> None:
     code = "import sys, moce_ds; alone = 'torch' not in sys.modules; sys.exit(not (alone and moce_ds.load_expert))"
     assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+    assert {"Clusters", "load_expert", "__version__"} <= set(dir(moce_ds))
     with pytest.raises(AttributeError, match="has no attribute 'load_experts'"):
         _ = moce_ds.load_experts
 
@@ -88,6 +89,21 @@ def test_images_get_the_labels_of_the_shard_set(tiny_clusters: Path, tiny_images
     assert np.array_equal(clusters.assign([Image.open(path) for path in paths]), found)
     assert np.array_equal(clusters.assign(FeatureSet.open(tiny_clusters.parent / "features").all()), ids_N)
     assert clusters.assign([]).shape == (0,)
+
+
+def test_images_in_whatever_holds_them(tiny_clusters: Path, tiny_images: Path) -> None:
+    clusters = moce_ds.Clusters.load(tiny_clusters)
+    paths = sorted((tiny_images / "digits").iterdir())[:3]
+    expected = clusters.assign(paths).tolist()
+    assert clusters.assign(path for path in paths).tolist() == expected
+    assert clusters.assign(torch.from_numpy(clusters.features(paths)).requires_grad_()).tolist() == expected
+    for alone in (str(paths[0]), paths[0], Image.open(paths[0])):
+        with pytest.raises(DataError, match=r"alone: expected a list of images, such as \["):
+            clusters.assign(alone)  # type: ignore[arg-type]  # a text is a sequence of texts
+    with pytest.raises(DataError, match="Got an image of type int: expected a path or a Pillow image"):
+        clusters.assign([3])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"Features have shape \(2, 3, 16, 16\)"):
+        clusters.assign(torch.zeros(2, 3, 16, 16))
 
 
 def test_a_run_has_its_clusters(moce_run: MakeRun, tiny_images: Path) -> None:

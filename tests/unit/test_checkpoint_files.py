@@ -1,6 +1,7 @@
 """The checkpoint format: one file an expert, nothing visible before it is whole, damage named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,18 @@ def test_a_file_cut_short_or_missing_is_named(
     with pytest.raises(ArtefactError, match=message + "$"):
         Checkpoint.open(folder)
     with pytest.raises(ArtefactError, match=f"{message} {step_folder(tmp_path, 4)} is the one before it"):
+        find(tmp_path)
+
+
+def test_weights_can_be_read_without_the_optimizer(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    shutil.rmtree(folder / OPTIMIZER)
+    for path in (tmp_path, folder):
+        assert same(find(path).load(WEIGHTS), weights(5))
+    with pytest.raises(ArtefactError, match=r"optimizer/.* is damaged: missing"):
+        Checkpoint.open(folder)  # as a run does that goes on
+    (folder / "weights/shared.safetensors").unlink()
+    with pytest.raises(ArtefactError, match=r"weights/shared.safetensors is damaged: missing"):
         find(tmp_path)
 
 

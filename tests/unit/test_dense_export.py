@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from moce_command import refused, run_here
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -267,6 +268,34 @@ def rewrite_manifest(run: Path, **changes: object) -> Path:
 def dense_only(run: Path) -> Path:
     """A checkpoint whose manifest says that it has no experts."""
     return rewrite_manifest(run, model=find(run).manifest["model"] | {"experts": None})
+
+
+def test_a_run_is_passed_on_without_its_optimizer(dense_run: tuple[Path, MaskedAutoencoder], tmp_path: Path) -> None:
+    run, mae = dense_run
+    weights = {name: p.detach() for name, p in mae.named_parameters()}
+    moments = {f"{name}.exp_avg": tensor for name, tensor in weights.items()}
+    manifest = {**find(run).manifest, "step": 10, "images_read": 7}
+    folder = write_checkpoint(step_folder(run, 10), weights, moments, manifest).folder
+    assert "no run can go on" not in run_here("inspect", folder).out
+    shutil.rmtree(folder / "optimizer")
+    assert run_here("export", run, tmp_path / "out").status == 0
+    assert "no run can go on" in run_here("inspect", folder).out
+    verified = run_here("inspect", folder, "--verify")
+    assert verified.status == 1 and "is damaged: missing" in verified.err + verified.out
+
+
+def test_half_an_export_is_called_one(
+    dense_run: tuple[Path, MaskedAutoencoder], tiny_images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_dense(find(dense_run[0]), out)
+    weights, task = out / "model.safetensors", tiny_images / "digits"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert f"{weights} is damaged (" in refused("inspect", out)
+    weights.unlink()
+    assert f"{weights} is damaged (" in refused("inspect", out)
+    message = refused("knn", out, "--train", task, "--test", task)
+    assert f"{weights} is missing: {out} is an export that is half written" in message
 
 
 def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., Path]) -> None:

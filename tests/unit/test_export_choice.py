@@ -51,6 +51,24 @@ def test_all_are_the_routes_that_are_taken(moce_run: MakeRun, tmp_path: Path) ->
         )
 
 
+def test_all_are_replaced_if_asked(moce_run: MakeRun, tmp_path: Path) -> None:
+    command = ("export", moce_run(), tmp_path / "experts", "--all", "--replace")
+    assert run_here(*command).status == 0
+    route = next((tmp_path / "experts").iterdir())
+    (route / "config.json").unlink()
+    assert run_here(*command).status == 0 and (route / "config.json").exists()
+    mine = route.rename(route.with_name("mine"))  # exports, but not of --all
+    assert "experts exists" in refused(*command) and (mine / "config.json").exists()
+
+
+@pytest.mark.parametrize("words", [["--cluster", "0"], ["--all"]])
+@pytest.mark.parametrize("place", ["file/sub", "/proc/none/sub"])
+def test_a_place_that_cannot_be_written(moce_run: MakeRun, tmp_path: Path, words: list[str], place: str) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / place
+    assert refused("export", moce_run(), out, *words).startswith(f"{out} cannot be written: ")
+
+
 @pytest.mark.parametrize("how", ["uniform", "weighted"])
 @pytest.mark.parametrize("histogram", [None, {1: 0.75, 4: 0.25}], ids=["training set", "task"])
 def test_an_average_is_that_of_the_experts_that_images_take(

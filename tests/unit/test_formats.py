@@ -149,9 +149,9 @@ def test_a_library_that_is_not_installed_is_named(
         ("--format hf", f"--format: got 'hf'; expected one of {', '.join(NAMES)}."),
         (
             "--format onnx --part full",
-            "--part: onnx holds the encoder only, not 'full'; the decoder goes with timm, hf-vitmae.",
+            "--part: got 'full'; --format onnx takes encoder; full, with the decoder, goes with timm, hf-vitmae.",
         ),
-        ("--part half", "--part: timm holds the encoder or the full only, not 'half'"),
+        ("--part half", "--part: got 'half'; --format timm takes encoder or full;"),
     ],
 )
 def test_formats_that_are_not_there(moce_run: MakeRun, tmp_path: Path, words: str, told: str) -> None:

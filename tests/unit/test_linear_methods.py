@@ -108,7 +108,7 @@ def test_what_does_not_count_is_learnt_neither_as_shown_nor_as_not_shown(unsure:
 def test_the_first_step_of_lars_is_a_thousandth_of_the_weights_times_the_rate(digits: Split) -> None:
     x_ND = StandardScaler().fit_transform(digits[0].numpy()).astype(np.float32)
     one_step = LarsSettings(epochs=1, warmup_epochs=0, batch_size=600)
-    predicts = [p for _, p in lars_fits(x_ND, digits[1].numpy(), [1e-9, 50.0], one_step, seed=0)]
+    predicts = [fit.predict for fit in lars_fits(x_ND, digits[1].numpy(), [1e-9, 50.0], one_step, seed=0)]
     # Scores are affine: what a unit of each feature adds is the weight, but for one factor that all have.
     start_DK, after_DK = (p(np.eye(128, dtype=np.float32)) - p(np.zeros((1, 128), np.float32)) for p in predicts)
     moved = np.linalg.norm(after_DK - start_DK) / np.linalg.norm(start_DK)
@@ -123,7 +123,7 @@ def test_knn_votes_for_several_labels(several: Split) -> None:
 def test_ridge_equals_scikit_learn(digits: Split) -> None:
     x_ND, y_N, test_ND = digits[0].numpy(), digits[1].numpy(), digits[2].numpy()
     scaler = StandardScaler().fit(x_ND)
-    for strength, predict in ridge_fits(x_ND, y_N, [10.0, 1e-2]):
+    for strength, predict, _ in ridge_fits(x_ND, y_N, [10.0, 1e-2]):
         reference = Ridge(alpha=strength * len(x_ND)).fit(scaler.transform(x_ND).astype(np.float64), np.eye(10)[y_N])
         np.testing.assert_allclose(predict(test_ND), reference.predict(scaler.transform(test_ND)), atol=1e-5)
 

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from moce_ds.errors import DataError
-from moce_ds.transfer import knn
+from moce_ds.transfer import knn, linear
 from moce_ds.transfer.knn import KnnSettings, knn_accuracy
 from moce_ds.transfer.linear import Fits, logistic_fits, ridge_fits
 from moce_ds.transfer.metrics import score
@@ -108,11 +108,22 @@ def test_a_strength_means_the_same_for_any_number_of_images(digits: Split, fits:
     x_ND, y_N = digits[0].numpy(), digits[1].numpy()
 
     def scores(copies: int, l2: float) -> NDArray[np.floating]:
-        ((_, predict),) = fits(np.tile(x_ND, (copies, 1)), np.tile(y_N, copies), [l2])
-        return predict(digits[2].numpy())
+        (fit,) = fits(np.tile(x_ND, (copies, 1)), np.tile(y_N, copies), [l2])
+        return fit.predict(digits[2].numpy())
 
     np.testing.assert_allclose(scores(1, 0.1), scores(3, 0.1), atol=2e-3 * abs(scores(1, 0.1)).max())
     assert abs(scores(1, 0.3) - scores(1, 0.1)).max() > 0.02
+
+
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+def test_strengths_that_do_not_converge_are_told(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not_converged" not in linear_probe(*digits, ProbeSettings(l2=[1.0])).settings
+    monkeypatch.setattr(linear, "MAX_ITERATIONS", 12)
+    found = linear_probe(*digits, ProbeSettings(l2=[1e-4, 10.0, 1e-2]))
+    assert found.settings["not_converged"] == [1e-4, 1e-2]
+    targets = [torch.nn.functional.one_hot(labels) for labels in (digits[1], digits[3])]
+    several = linear_probe(digits[0], targets[0], digits[2], targets[1], ProbeSettings(l2=[1e-6]))
+    assert several.settings["not_converged"] == [1e-6]
 
 
 def test_probe_prefers_the_stronger_of_equals() -> None:

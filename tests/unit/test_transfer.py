@@ -24,7 +24,7 @@ from moce_ds.models.spec import build_model
 from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.campaign_table import campaign_table
+from moce_ds.transfer.campaign_table import campaign_tables
 
 MakeRun = Callable[..., Path]
 FAST = {"probe": {"method": "closed_form", "threads": 1}, "knn": {"k": 5, "threads": 1}}
@@ -84,7 +84,8 @@ def test_a_table_of_all_models_and_nothing_twice(runs: Path, task: Path, tmp_pat
     assert all(r["settings"]["method"] == "closed_form" and r["n_test"] == 20 for r in records(out, "probe"))
     assert "[6/6] kinds MoCE probe seed 4: top-1 " in said.out
     mean = sum(100 * r["top1"] for r in records(out, "probe")[:2]) / 2
-    assert re.search(rf"linear probe │ MAE +│ +{mean:.1f} ± \d+\.\d │", said.out), said.out
+    assert re.search(r"linear probe: percent [^┃]* 2 seeds[^┃]*┃ task .* MAE .* MoCE ", said.out), said.out
+    assert re.search(rf"│ kinds │ top-1 +│ +{mean:.1f} ± \d+\.\d │", said.out), said.out
 
     before = contents(out)
     again = run_here(*command)
@@ -103,6 +104,28 @@ def test_a_campaign_that_was_stopped_goes_on(runs: Path, task: Path) -> None:
     (out / "results.json").write_text(json.dumps(whole[:3]))
     assert run_here("transfer", runs, "--tasks", task).out.count("(was done)") == 2  # the first one is the vote
     assert sorted(map(str, json.loads((out / "results.json").read_text()))) == sorted(map(str, whole))
+
+
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (Path.unlink, "config.json"),
+        (Path.unlink, "provenance.json"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3] + b"abc"), "model.safetensors"),
+    ],
+)
+def test_a_damaged_export_is_made_anew(
+    moce_run: MakeRun, task: Path, harm: Callable[[Path], object], name: str
+) -> None:
+    command = ("transfer", moce_run(), "--tasks", task, "--methods", "knn")
+    run_here(*command)
+    out = Path(command[1]) / "transfer"
+    whole, made = contents(out / "experts"), len(records(out, "knn"))
+    harm(out / "experts/MoCE/kinds" / name)
+    said = run_here(*command)
+    assert said.status == 0 and said.err.count("It is made anew.") == 1 and name in said.err, said
+    assert contents(out / "experts") == whole and "(was done)" in said.out and len(records(out, "knn")) == made
+    assert "made anew" not in run_here(*command).err
 
 
 def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path: Path) -> None:
@@ -145,8 +168,11 @@ def test_tokens_that_choose_their_experts(runs: Path, task: Path, tiny_config: C
     assert run_here("transfer", runs, "--tasks", task).status == 0
     found = {r["model"]: r["top1"] for r in records(runs / "transfer", "probe")}
     assert list(found) == ["MAE", "TokenMoE", "MoCE"] and found["TokenMoE"] > 0.6
-    message = refused("transfer", runs, "--tasks", task, "--methods", "probe,finetune")
-    assert "c_token routes by token, so there is no dense ViT to fine-tune" in message
+    message = refused("transfer", runs / "c_token", "--tasks", task, "--methods", "finetune")
+    assert "c_token routes by token, so there is no dense ViT to fine-tune: name another method" in message
+    said = run_here("transfer", runs / "c_token", "--tasks", task, "--methods", "knn,finetune")
+    assert said.status == 0 and said.err.count("its places in that table stay empty") == 1, said
+    assert "[1/1] kinds TokenMoE knn" in said.out
 
 
 def test_a_public_data_set_is_written_when_it_is_missing(runs: Path, tmp_path: Path) -> None:
@@ -173,10 +199,14 @@ def test_faults_are_named_before_anything_is_measured(runs: Path, task: Path, tm
         return message
 
     assert "known tasks: aircraft, caltech101, cars" in told("--tasks", "digit")
+    for option, words in (("--tasks", ""), ("--tasks", f"{task},"), ("--methods", "knn,,probe")):
+        message = told("--tasks", task, option, words)
+        assert f"{option}: got '{words}'; expected one name or more, with a comma between two" in message
     assert "--tasks: kinds is named twice" in told("--tasks", f"{task},{task}")
     message = told("--tasks", task, "--methods", "svm")
     assert "--methods: svm is not known; expected some of knn, probe, finetune" in message
-    assert "--seeds: got 'a'" in told("--tasks", task, "--seeds", "a")
+    for seed in ("a", "-1", 2**70):
+        assert f"--seeds: got '{seed}'" in told("--tasks", task, "--seeds", seed)
     assert "nowhere/kinds/train not found" in told("--tasks", task, "--data", tmp_path / "nowhere")
     over = ("--tasks", task, "--config", tmp_path / "over.yaml")
     (tmp_path / "over.yaml").write_text("probe: {methd: lars}")
@@ -185,6 +215,15 @@ def test_faults_are_named_before_anything_is_measured(runs: Path, task: Path, tm
     assert "finetune.choices need" in told(*over)
     message = refused("transfer", tmp_path / "tasks", "--tasks", task, "--out", tmp_path / "out")
     assert "holds no checkpoint: expected a run folder" in message
+
+
+@pytest.mark.parametrize("content", ["{}", '[{"verb": "knn"}]', "[1]", "3"])
+def test_results_of_another_shape_are_left_alone(runs: Path, task: Path, content: str) -> None:
+    results = runs / "transfer/results.json"
+    results.parent.mkdir()
+    results.write_text(content)
+    assert f"{results} is damaged (" in refused("transfer", runs, "--tasks", task, "--methods", "knn")
+    assert [path.name for path in results.parent.iterdir()] == ["results.json"] and results.read_text() == content
 
 
 def test_bad_images_are_named(runs: Path, task: Path, tmp_path: Path) -> None:
@@ -198,7 +237,7 @@ def test_bad_images_are_named(runs: Path, task: Path, tmp_path: Path) -> None:
     assert re.search(rf"{test}: No image to write: of 20 files none could be decoded", message)
     shutil.rmtree(test)
     test.mkdir()
-    assert f"{test}: No image to write: of 0 files" in refused("transfer", runs, "--tasks", task)
+    assert f"{test}: No image to write: the folder holds no files" in refused("transfer", runs, "--tasks", task)
     assert not (runs / "transfer/results.json").exists() or records(runs / "transfer", "knn") == []
 
 
@@ -220,7 +259,7 @@ def test_fine_tuning_takes_the_choice_that_validates_better(runs: Path, task: Pa
         path.parent.name: json.loads(path.read_text())[0]["top1"] for path in out.glob("finetune/*/*/result.json")
     }
     assert judged["choice-0"] < judged["choice-1"] and judged["final"] == record["top1"] > 0.6
-    assert re.search(rf"fine-tuning │ MAE +│ +{100 * record['top1']:.1f} │", said.out), said.out
+    assert re.search(rf"fine-tuning: percent[^±│]*│ kinds │ top-1 +│ +{100 * record['top1']:.1f} │", said.out), said.out
     assert "(was done)" in run_here(*command).out
 
 
@@ -241,12 +280,41 @@ def test_means_and_spread_by_hand() -> None:
         for model, values in by_model.items()
         for value in values
     ]
-    console = Console(file=StringIO(), width=100)
-    console.print(campaign_table(made))
+    assert rows_of(made, width=100) == [
+        ["digits", "top-1", "60.0 ± 14.1", "80.0 ± 0.0"],
+        ["pets", "per class", "30.0 ± 0.0", "50.0 ± 14.1"],
+        ["mean", "", "45.0", "65.0"],
+    ]
+    assert rows_of([record for record in made if (record["task"], record["model"]) != ("pets", "MAE")], width=100) == [
+        ["digits", "top-1", "60.0 ± 14.1", "80.0 ± 0.0"],
+        ["pets", "per class", "-", "50.0 ± 14.1"],
+        ["mean", "", "-", "65.0"],
+    ]
+
+
+def rows_of(made: list[dict[str, Any]], width: int) -> list[list[str]]:
+    """The rows of all tables, as they are printed."""
+    console = Console(file=StringIO(), width=width)
+    for table in campaign_tables(made, list(dict.fromkeys(record["model"] for record in made))):
+        console.print(table)
     assert isinstance(console.file, StringIO)
     lines = [line for line in console.file.getvalue().splitlines() if "│" in line]
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
-    assert rows == [
-        ["linear probe", "MAE", "60.0 ± 14.1", "30.0 ± 0.0", "45.0"],
-        ["linear probe", "MoCE", "80.0 ± 0.0", "50.0 ± 14.1", "65.0"],
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+
+
+def test_eleven_tasks_and_five_models_fit_into_100_columns() -> None:
+    models = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
+    tasks = [path.stem for path in sorted(Path("configs/transfer").glob("*.yaml"))]
+    made = [
+        {"verb": verb, "model": model, "task": task, "metric": metric, metric: value}
+        for task, metric in zip(tasks, ("mean_per_class", "top1", "map11") * 5, strict=False)
+        for model in models
+        for verb in ("knn", "probe", "finetune")
+        for value in ((0.5,) if verb == "knn" else (0.0, 1.0))
+        if (model, verb) != ("TokenMoE", "finetune")
     ]
+    rows = rows_of(made, width=100)
+    assert [row[0] for row in rows] == 3 * [*tasks, "mean"] and len(tasks) > 10
+    assert all(row[2:] == 5 * ["50.0"] for row in rows[: len(tasks) + 1]), "k-NN, means too"
+    assert all(row[2] == row[6] == "50.0 ± 70.7" for row in rows[len(tasks) + 1 :] if row[0] != "mean")
+    assert {row[3] for row in rows[2 * (len(tasks) + 1) :]} == {"-"}

@@ -154,7 +154,7 @@ def test_names_of_other_models_are_refused(name: str, message: str) -> None:
         shape_of(name)
 
 
-def change_state(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+def change_state(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
         change(state)
@@ -175,9 +175,13 @@ def wrong(state: dict[str, Tensor]) -> None:
         (lambda f: (f / "config.json").unlink(), ["config.json not found: expected an encoder folder"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json is damaged"]),
         (lambda f: (f / "config.json").write_text('{"format": "other"}'), ["'other'; this program reads format"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors cannot be read", "export it again"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors is missing", "half written"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40), ["safetensors cannot be read"]),
         (lambda f: (f / "provenance.json").unlink(), ["provenance.json not found"]),
+        (
+            change_state(lambda state: state["norm.bias"].add_(1)),
+            ["model.safetensors is damaged or exchanged: its checksum is not", "config.json: export it again"],
+        ),
         (
             change_state(wrong),
             [

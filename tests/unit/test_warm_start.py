@@ -342,6 +342,9 @@ def test_an_encoder_folder_cut_short_is_refused(source: MaskedAutoencoder, tiny_
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is no safetensors file"):
         read_weights(folder)
+    path.unlink()
+    with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is missing: the export is half"):
+        read_weights(folder)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def find_format(name: str, part: str = "encoder") -> Format:
     if part not in parts:
         full = ", ".join(format.name for format in FORMATS if format.part == "full")
         raise ConfigError(
-            f"--part: {name} holds the {' or the '.join(parts)} only, not {part!r}; the decoder goes with {full}."
+            f"--part: got {part!r}; --format {name} takes {' or '.join(parts)}; full, with the decoder, goes with "
+            f"{full}."
         )
     missing = [package for package in parts[part].needs if not installed(package)]
     if missing:
