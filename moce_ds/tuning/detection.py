@@ -74,10 +74,10 @@ class DetectionTask(DenseTask[CocoSet]):
         data = config.data
         self._side = config.model.image_size
         self._train = CocoSet.open(data.train, data.images)
-        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._numbers = self._train.with_objects
         if not self._numbers:
             raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
+        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
         classes = len(self._train.categories)
         encoder, model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
@@ -120,11 +120,15 @@ class DetectionTask(DenseTask[CocoSet]):
                 (detections,) = model([image_CHW.to(runtime.device)])
                 found += results(data, number, views[number], detections)
         everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
-        return average_precision(data.path, everyone)
+        return average_precision(data.truth, everyone)
 
 
 def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None:
-    """Another split, of the same categories. Raises DataError: they differ."""
+    """Another split, to measure on, of the same categories.
+
+    Raises:
+        DataError: they differ, there is nothing to find, or an image has another size than the JSON says.
+    """
     if path is None:
         return None
     other = CocoSet.open(path, folder)
@@ -133,4 +137,7 @@ def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None
             f"{path} has the categories {other.categories}; those of {train.path} are {train.categories}. They must be "
             "the same, ids and names."
         )
+    if not other.with_objects:
+        raise DataError(f"{path} has no annotation to measure by; expected one at least that is no crowd.")
+    other.check_sizes()
     return other

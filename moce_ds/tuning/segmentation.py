@@ -69,10 +69,7 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         data = config.data
         self._side = config.model.image_size
         self._train = Ade20kSet.open(data.train, data.classes, data.reduce_zero_label)
-        val, test = (
-            Ade20kSet.open(folder, data.classes, data.reduce_zero_label) if folder else None
-            for folder in (data.val, data.test)
-        )
+        val, test = (_evaluation_set(folder, data) for folder in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
         encoder, model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
         super().__init__(config, model, val, test)
@@ -113,6 +110,15 @@ class SegmentationTask(DenseTask[Ade20kSet]):
                 counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)
         total = runtime.sum(counts_KK.double().flatten().tolist())
         return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
+
+
+def _evaluation_set(folder: Path | None, data: SegmentDataSettings) -> Ade20kSet | None:
+    """A split to measure on, whose masks are first read when there is a model to measure. Raises DataError."""
+    if folder is None:
+        return None
+    opened = Ade20kSet.open(folder, data.classes, data.reduce_zero_label)
+    opened.check_headers()
+    return opened
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:

@@ -99,7 +99,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path, tiny_encoder: Path) -
     losses: dict[str, Tensor] = model([image_CHW], [target])
     assert torch.stack(list(losses.values())).isfinite().all() and losses["loss_mask"] == 0
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0), "masks": torch.zeros(0)}
-    assert average_precision(data.path, results(data, 2, whole_view((48, 32), 64), empty))["box_ap"] == 0
+    assert average_precision(data.truth, results(data, 2, whole_view((48, 32), 64), empty))["box_ap"] == 0
 
 
 def test_patches_that_are_no_power_of_two_are_refused() -> None:
