@@ -108,6 +108,17 @@ def test_every_fault_is_listed() -> None:
             "finetune {encoder} --train {shards} --test {shards} --out {full}",
             "run.out: {full} is not empty and holds no",
         ),
+        ("pretrain {tiny} data.shards={shards} run.out={file}", "run.out: {file} is a file; expected a folder"),
+        (
+            "finetune {encoder} --train {shards} --test {shards} --out {file}",
+            "run.out: {file} is a file; expected a folder",
+        ),
+        ("pretrain {tiny} data.shards={shards} run.out={file}/run", "{file}/run cannot be written: .*Not a directory"),
+        ("shards {images} {file}/set", "{file} is a file; expected a folder, or nothing, there for {file}/set"),
+        (
+            "finetune {encoder} --train {shards} --test {shards} --out {out} optim.batch_size=100000",
+            "optim.batch_size: 100000 images in a step, of 60 to learn from: expected 60 at most",
+        ),
         ("report {none}", "{none} is no run folder: expected config.yaml"),
         ("inspect {none}", "{none} not found."),
         ("inspect {full}", r"{full} is nothing that moce writes. Known by a file in them: shard set \(shards.json\)"),
@@ -121,6 +132,7 @@ def test_what_is_missing_is_named(
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear reader,")
+    places["file"] = tmp_path / "full" / "letter.txt"
     message = refused(*(word.format(**places) for word in words.split()))
     assert re.search(told.format(**places), message, re.DOTALL), message
     assert not places["out"].exists()

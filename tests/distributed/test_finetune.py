@@ -4,6 +4,7 @@ The runs are made once, by `two` and `one`; the tests compare what they left on 
 """
 
 import json
+import re
 import shutil
 import signal
 from functools import partial
@@ -84,6 +85,11 @@ def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
         "then-one": Tune(words(root, "then-one")),
         "again": Tune(words(root, "one")),
         "other": Tune(words(root, "one", "optim.layer_decay=0.7")),
+        "diverged": Tune(words(root, "diverged", *PLAIN, "optim.base_lr=1e9", "optim.warmup_epochs=0")),
+        "diverged-again": Tune(words(root, "diverged", *PLAIN, "optim.base_lr=1e9", "optim.warmup_epochs=0")),
+        "never": Tune(words(root, "never", "optim.epochs=0.2"), not_finite=(1, 2, 3)),
+        "at-last": Tune(words(root, "at-last"), not_finite=(STEPS,)),
+        "huge": Tune(words(root, "huge", "optim.epochs=0.07", "optim.base_lr=1e38", "optim.warmup_epochs=0")),
         "several": Tune(
             words(root, "several", *(f"data.{split}={root}/several-{split}" for split in COUNTS), *learning)
         ),
@@ -185,6 +191,23 @@ def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two: dict[str, 
 def test_too_many_of_them_end_the_run(root: Path, two: dict[str, Tuned]) -> None:
     assert two["given-up"].error.startswith("DivergedError: Step 6: the gradient was not finite in 3 steps in a row")
     assert steps_of(root / "given-up") == [1, 2, 3] and not (root / "given-up/result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("diverged", f"Step {STEPS}, the last one: the loss is not finite"),
+        ("diverged-again", f"Step {STEPS}, the last one: the loss is not finite"),
+        ("never", "Step 3, the last one: no step had a finite gradient"),
+        ("at-last", f"Step {STEPS}, the last one: the loss is not finite"),
+        ("huge", "(Step 1, the last one: weights|The model's predictions of test images) are not finite"),
+    ],
+)
+def test_a_run_that_ends_without_a_model_leaves_none(root: Path, one: dict[str, Tuned], name: str, told: str) -> None:
+    """Though it is too short for many skipped steps in a row."""
+    assert re.match(f"DivergedError: {told}", one[name].error), one[name]
+    run = root / name.removesuffix("-again")
+    assert not (run / "result.json").exists() and not (run / "tuned").exists()
 
 
 def test_a_damaged_image_is_named(two: dict[str, Tuned]) -> None:

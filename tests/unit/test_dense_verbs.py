@@ -93,3 +93,11 @@ def test_a_mask_that_cannot_be_measured_by_is_refused_before_training(tmp_path: 
     told = refused("segment", tiny_encoder, "--train", train, "--test", test, *words)
     assert f"{test / 'annotations' / 'a.png'} is no mask that can be read" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_no_file_and_a_step_no_more_than_the_set(tmp_path: Path, tiny_encoder: Path) -> None:
+    path, _ = write_coco(tmp_path / "coco")
+    assert "optim.batch_size: 64 images in a step, of 2 to learn from" in detect(tmp_path, tiny_encoder, "--val", path)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").write_text("")
+    assert f"run.out: {tmp_path / 'run'} is a file" in detect(tmp_path, tiny_encoder, "--val", path)
