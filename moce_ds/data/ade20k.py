@@ -116,6 +116,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _check_fit(path: Path, mask: Image.Image, size: tuple[int, int]) -> None:
     if mask.mode not in _BYTES or mask.size != size:
         raise DataError(
-            f"{path} holds {mask.width} x {mask.height} pixels of Pillow's mode {mask.mode!r}; expected 8 bits (L or P) "
+            f"{path} holds {mask.width} x {mask.height} pixels of Pillow's mode {mask.mode!r}; expected 8 bits (L, P) "
             f"for each of the {size[0]} x {size[1]} pixels of its image."
         )

@@ -43,7 +43,7 @@ class SkippedSteps:
         )
 
     def check_end(self, loss: float, step: int, model: nn.Module) -> None:
-        """Look at a run after its last step, before its checkpoint: a short run ends before there are too many in a row.
+        """Look at a run after its last step, before its checkpoint: a short one ends before too many are in a row.
 
         Raises:
             DivergedError: every step was skipped, or the last loss or a weight of `model` is not finite. On all

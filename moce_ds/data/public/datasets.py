@@ -66,7 +66,7 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
 def _write_splits(
     root: Path, out: Path, config: DatasetSettings, listings: dict[str, Listing]
 ) -> dict[str, ShardReport]:
-    """One split after the other. Those that are complete stay where a later one fails, since they are whole and right."""
+    """One split after the other; those that are complete stay where a later one fails, since they are right."""
     reports: dict[str, ShardReport] = {}
     for split, listing in listings.items():
         try:
