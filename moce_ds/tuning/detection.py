@@ -3,64 +3,32 @@
 Axes: B images of a micro-batch of one process.
 """
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
-from moce_ds.config import option, settings
 from moce_ds.data.canvas import Jitter, draw_image
 from moce_ds.data.coco import CocoSet
 from moce_ds.data.coco_api import average_precision
 from moce_ds.errors import DataError
 from moce_ds.files import sha256_of
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, DenseTask, Scale, build, evaluation
+from moce_ds.tuning.dense import DenseTask, build, evaluation
+from moce_ds.tuning.dense_settings import DetectSettings
 from moce_ds.tuning.detector import (
-    DetectorSettings,
     build_detector,
     results,
     training_example,
     whole_view,
 )
 from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
 from moce_ds.tuning.task import Measures
-
-
-@settings
-class DetectDataSettings(DenseDataSettings):
-    train: Path = option(help="COCO's JSON of the training images")
-    images: Path = option(help="folder of the training images")
-    eval_images: Path | None = option(None, "folder of the images of val and test; null: that of the training images")
-    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training, over the one that fits the canvas")
-
-
-@settings
-class DetectOptimSettings(TuneOptimSettings):
-    """The defaults of ViTDet for a ViT-B on COCO."""
-
-    batch_size: Positive = option(64, "images in a step, over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(4e-4, "learning rate of the head per 256 images")
-    warmup_epochs: NonNegative = option(0.15, "epochs of linear warm-up")
-    weight_decay: NonNegative = option(0.1, "AdamW weight decay, on matrices only")
-    layer_decay: LayerDecay = option(0.7, "learning rate of a block over that of the next one; 1: all alike")
-
-
-@settings
-class DetectSettings(DenseSettings):
-    """All settings of a run."""
-
-    data: DetectDataSettings
-    model: DetectorSettings = dataclasses.field(default_factory=DetectorSettings)
-    optim: DetectOptimSettings = dataclasses.field(default_factory=DetectOptimSettings)
 
 
 class DetectionTask(DenseTask[CocoSet]):

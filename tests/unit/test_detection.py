@@ -14,7 +14,8 @@ from moce_ds.data.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.tuning.detector import DetectorSettings, build_detector, results, training_example, whole_view
+from moce_ds.tuning.dense_settings import DetectorSettings
+from moce_ds.tuning.detector import build_detector, results, training_example, whole_view
 
 GREY = (0.5, 0.5, 0.5)
 SMALL = DetectorSettings(image_size=64, channels=16, proposals=40, samples=16, anchor=4.0, drop_path=0.0)
