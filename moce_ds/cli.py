@@ -14,8 +14,8 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, read_settings, show, words
-from moce_ds.errors import STOPPED, ConfigError, MoceError, printable
+from moce_ds.command_line import PATH, Verb, read_settings, run_command, show, words
+from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
@@ -281,17 +281,5 @@ for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):
 
 
 def main() -> None:
-    """Entry point: user errors in one message and their status, Ctrl-C without a traceback."""
-    try:
-        moce(prog_name="moce", standalone_mode=False)
-    except MoceError as error:
-        if os.environ.get("RANK", "0") == "0":
-            # Names out of a file may hold what a terminal takes for commands.
-            click.echo(f"Error: {printable(str(error))}", err=True)
-        sys.exit(error.status)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+    """Entry point."""
+    run_command(moce, "moce")

@@ -1,9 +1,10 @@
-"""What the verbs share: words of settings on the command line, and printing.
+"""What the verbs share: words of settings on the command line, printing, and how errors are told.
 
 A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
 packages.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 from rich.console import Console
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError
+from moce_ds.errors import ConfigError, MoceError, printable
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -53,3 +54,21 @@ def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configura
 def show(renderable: Any) -> None:
     """Print a table or text: as wide as the terminal, or 100 columns into a file."""
     Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(renderable)
+
+
+def run_command(command: click.Command, name: str) -> None:
+    """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
+    traceback."""
+    try:
+        command(prog_name=name, standalone_mode=False)
+    except MoceError as error:
+        if os.environ.get("RANK", "0") == "0":
+            # Names out of a file may hold what a terminal takes for commands.
+            click.echo(f"Error: {printable(str(error))}", err=True)
+        sys.exit(error.status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)

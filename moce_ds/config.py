@@ -8,6 +8,7 @@ holds the machinery; each stage's settings stand beside the stage, those of pre-
 import dataclasses
 import difflib
 import reprlib
+import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeErr
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200
 _short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
+
+
+_HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
@@ -93,7 +97,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 
 def help_text(cls: Any) -> str:
-    """One line per key: name, default, and the field's help."""
+    """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
     lines = []
     for key, field in keys(cls):
         if field.default is not dataclasses.MISSING:
@@ -102,7 +106,14 @@ def help_text(cls: Any) -> str:
             default = _plain(field.default_factory())
         else:
             default = "(required)"
-        lines.append(f"  {key + '=' + default:<38} {field.metadata.get('help', '')}".rstrip())
+        lines += textwrap.wrap(
+            field.metadata.get("help", ""),
+            _HELP_WIDTH,
+            initial_indent=f"  {key + '=' + default:<{_HELP_INDENT - 3}} ",
+            subsequent_indent=" " * _HELP_INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [f"  {key}={default}"]
     return "\n".join(lines)
 
 

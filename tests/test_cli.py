@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from moce_command import TINY, refused, run_alone, run_here
+from moce_command import TINY, Said, refused, run_alone, run_here
 
 from moce_ds import __version__
 from moce_ds import config as configuration
@@ -34,11 +35,38 @@ def test_help_lists_every_setting(verb: str) -> None:
     if isinstance(described, Verb) and described.settings:
         module, name = described.settings.split(":")
         cls = getattr(__import__(module, fromlist=[name]), name)
-        lines = told.out.splitlines()
+        assert max(map(len, told.out.splitlines())) <= 100
+        unwrapped = re.sub(r"\n {41}", " ", told.out).splitlines()
         for key, field in configuration.keys(cls):
-            (line,) = (line for line in lines if line.startswith(f"  {key}="))
+            (line,) = (line for line in unwrapped if line.startswith(f"  {key}="))
             assert line.endswith(field.metadata["help"]) and field.metadata["help"], f"{key} has no help"
         assert "[CONFIG.yaml] [key=value ...]" in " ".join(told.out.split())
+
+
+def said_without(packages: Sequence[str], *words: object) -> Said:
+    """Run `moce ...` where some packages cannot be imported."""
+    code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
+    return Said(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("verb", ["detect", "segment"])
+def test_help_needs_no_extra(verb: str) -> None:
+    told = said_without(["pycocotools", "transformers", "nvidia", "faiss", "datasets"], verb, "--help")
+    assert told.status == 0 and "  run.out=(required) " in told.out, told
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "told"),
+    [
+        ("nvidia", "select run --data images", r"needs NVIDIA DALI, .* 'moce-ds\[cpu\]', 'moce-ds\[cu13\]' or"),
+        ("pycocotools", "detect e --train t --images i --val v --out o", r"pip install 'moce-ds\[dense\]'"),
+        ("transformers", "segment e --train t --val v --out o", r"pip install 'moce-ds\[dense\]'"),
+    ],
+)
+def test_a_missing_extra_is_named(package: str, words: str, told: str) -> None:
+    said = said_without([package], *words.split())
+    assert said.status == 1 and said.err.startswith("Error: ") and re.search(told, said.err), said
 
 
 @pytest.mark.parametrize(
@@ -108,6 +136,17 @@ def test_every_fault_is_listed() -> None:
             "finetune {encoder} --train {shards} --test {shards} --out {full}",
             "run.out: {full} is not empty and holds no",
         ),
+        ("pretrain {tiny} data.shards={shards} run.out={file}", "run.out: {file} is a file; expected a folder"),
+        (
+            "finetune {encoder} --train {shards} --test {shards} --out {file}",
+            "run.out: {file} is a file; expected a folder",
+        ),
+        ("pretrain {tiny} data.shards={shards} run.out={file}/run", "{file}/run cannot be written: .*Not a directory"),
+        ("shards {images} {file}/set", "{file} is a file; expected a folder, or nothing, there for {file}/set"),
+        (
+            "finetune {encoder} --train {shards} --test {shards} --out {out} optim.batch_size=100000",
+            "optim.batch_size: 100000 images in a step, of 60 to learn from: expected 60 at most",
+        ),
         ("report {none}", "{none} is no run folder: expected config.yaml"),
         ("inspect {none}", "{none} not found."),
         ("inspect {full}", r"{full} is nothing that moce writes. Known by a file in them: shard set \(shards.json\)"),
@@ -121,6 +160,7 @@ def test_what_is_missing_is_named(
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("Dear reader,")
+    places["file"] = tmp_path / "full" / "letter.txt"
     message = refused(*(word.format(**places) for word in words.split()))
     assert re.search(told.format(**places), message, re.DOTALL), message
     assert not places["out"].exists()

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from moce_ds.command_line import PATH
+from moce_ds.command_line import PATH, run_command
 from moce_ds.data.miniature import Material, write_miniature
 
 
-@click.command()
+@click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.argument("out", type=PATH)
 @click.option("--photographs", type=PATH, help="Folder where the two Debian packages are unpacked.")
 @click.option("--side", default=128, show_default=True, type=click.IntRange(16), help="Side of a picture, pixels.")
@@ -23,4 +23,4 @@ def main(out: Path, photographs: Path | None, side: int, train: int, val: int, s
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "python -m tools.miniature_coco")

@@ -7,6 +7,8 @@ Axes: H x W pixels of an image.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from moce_ds.data.image_file import read_rgb
+from moce_ds.data.image_file import read_rgb, upright_size
 from moce_ds.errors import DataError
 
 IGNORED = 255
 """The label of pixels that count for nothing."""
+
+_BYTES = ("L", "P")
+"""Pillow's modes of 8 bits a pixel; the colours of a palette say nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class Ade20kSet:
         files = [*self.images, *(self.masks / f"{image.stem}.png" for image in self.images)]
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
+    def check_headers(self) -> None:
+        """Look at the headers of all images and masks; what their pixels hold is seen by `read` alone.
+
+        Raises:
+            DataError: one cannot be read, their sizes differ, or a mask is not of 8 bits.
+        """
+        for image in self.images:
+            path = self.masks / f"{image.stem}.png"
+            with _opened(path) as mask:
+                _check_fit(path, mask, upright_size(image))
+
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.
 
@@ -74,16 +90,9 @@ class Ade20kSet:
         """
         image = read_rgb(self.images[number])
         path = self.masks / f"{self.images[number].stem}.png"
-        try:
-            with Image.open(path) as opened:
-                labels_HW = np.array(opened)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise DataError(f"{path} is no mask that can be read ({error}).") from None
-        if labels_HW.shape != (image.height, image.width) or labels_HW.dtype != np.uint8:
-            raise DataError(
-                f"{path} holds {labels_HW.dtype} of shape {labels_HW.shape}; expected 8 bits for each of the "
-                f"{image.height} x {image.width} pixels of its image."
-            )
+        with _opened(path) as mask:
+            _check_fit(path, mask, image.size)
+            labels_HW = np.array(mask)
         if self.reduce_zero_label:
             labels_HW = labels_HW - 1  # of 8 bits, so 0 becomes 255
         if (beyond := labels_HW[(labels_HW >= self.classes) & (labels_HW != IGNORED)]).size:
@@ -92,3 +101,21 @@ class Ade20kSet:
                 f"{'from 1' if self.reduce_zero_label else 'from 0'} were expected."
             )
         return image, labels_HW
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A mask, not decoded yet. Raises DataError, also for what Pillow raises in the block."""
+    try:
+        with Image.open(path) as mask:
+            yield mask
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{path} is no mask that can be read ({error}).") from None
+
+
+def _check_fit(path: Path, mask: Image.Image, size: tuple[int, int]) -> None:
+    if mask.mode not in _BYTES or mask.size != size:
+        raise DataError(
+            f"{path} holds {mask.width} x {mask.height} pixels of Pillow's mode {mask.mode!r}; expected 8 bits (L, P) "
+            f"for each of the {size[0]} x {size[1]} pixels of its image."
+        )

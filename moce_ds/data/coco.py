@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moce_ds.data.coco_api import is_polygons, is_rle, unpack
-from moce_ds.data.image_file import read_rgb
+from moce_ds.data.coco_api import segmentation_fault, unpack
+from moce_ds.data.image_file import read_rgb, upright_size
 from moce_ds.errors import DataError
 
 _SLACK = 2.0  # pixels by which a box may leave its image: rounding
@@ -36,7 +36,8 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """An annotation of the JSON file; `bbox` is x, y, width, height in pixels, `segmentation` polygons or RLE."""
+    """An annotation of the JSON file; `bbox` is x, y, width, height in pixels, `segmentation` polygons or RLE, `area`
+    that of the mask."""
 
     id: int
     image_id: int
@@ -44,6 +45,7 @@ class CocoObject:
     bbox: tuple[float, float, float, float]
     segmentation: Any = None
     iscrowd: int = 0
+    area: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,15 +85,15 @@ class CocoSet:
 
         Raises:
             DataError: the JSON is not COCO's; an id appears twice; an image is not there; an annotation, which is then
-                named, has an unknown image or category, or a box that leaves the image.
+                named, has an unknown image or category, a box that leaves the image, no segmentation, or one that
+                cannot be.
         """
         content = _read(path)
         for kind, things in (("images", content.images), ("categories", content.categories)):
             if not things:
                 raise DataError(f"{path}: `{kind}` is empty; expected at least one.")
-            (most, times), *_ = Counter(thing.id for thing in things).most_common(1)
-            if times > 1:
-                raise DataError(f"{path}: {kind}: {times} have the id {most}; expected another id for each.")
+            _check_ids(path, kind, [thing.id for thing in things])
+        _check_ids(path, "annotations", [thing.id for thing in content.annotations])
         images = sorted(content.images, key=lambda image: image.id)
         _check_files(path, folder, images)
         categories = {c.id: c.name for c in sorted(content.categories, key=lambda c: c.id)}
@@ -114,48 +116,75 @@ class CocoSet:
         """Numbers of the images that have an object to learn from, which is no crowd."""
         return [n for n, objects in enumerate(self.objects) if any(not thing.iscrowd for thing in objects)]
 
+    @property
+    def truth(self) -> dict[str, Any]:
+        """What pycocotools compares detections with. It takes 0 for the id of no annotation, so they are numbered from
+        1; only crowds and servers need what a file may leave out."""
+        things = [thing for objects in self.objects for thing in objects]
+        return {
+            "info": {},
+            "images": [dict(vars(image)) for image in self.images],
+            "categories": [{"id": category, "name": name} for category, name in self.categories.items()],
+            "annotations": [
+                {**vars(t), "id": n, "bbox": list(t.bbox), "area": t.bbox[2] * t.bbox[3] if t.area is None else t.area}
+                for n, t in enumerate(things, 1)
+            ],
+        }
+
+    def check_sizes(self) -> None:
+        """Look at the headers of all images. Raises DataError: one is no image, or its size is not the JSON's."""
+        for image in self.images:
+            self._check_size(image, upright_size(self.folder / image.file_name))
+
     def image(self, number: int) -> Image.Image:
         """Image number `number`, RGB. Raises DataError: it cannot be read, or its size is not the JSON's."""
-        told = self.images[number]
-        image = read_rgb(self.folder / told.file_name)
-        if image.size != (told.width, told.height):
-            raise DataError(
-                f"{self.folder / told.file_name} has {image.width} x {image.height} pixels; {self.path} says "
-                f"{told.width} x {told.height}."
-            )
+        image = read_rgb(self.folder / self.images[number].file_name)
+        self._check_size(self.images[number], image.size)
         return image
 
-    def mask(self, number: int, thing: CocoObject) -> NDArray[np.uint8]:
-        """The mask of an object of image number `number`, [H, W] of 0 and 1.
+    def _check_size(self, told: CocoImage, size: tuple[int, int]) -> None:
+        if size != (told.width, told.height):
+            raise DataError(
+                f"{self.folder / told.file_name} has {size[0]} x {size[1]} pixels; {self.path} says "
+                f"{told.width} x {told.height}."
+            )
 
-        Raises:
-            DataError: there is none, it is neither polygons nor RLE, or it is of another size than the image.
-        """
-        image, shape = self.images[number], thing.segmentation
-        where = f"{self.path}: annotation {thing.id}: segmentation"
-        if is_rle(shape):
-            if list(shape["size"]) != [image.height, image.width]:
-                raise DataError(
-                    f"{where} is of height and width {shape['size']}; its image has {[image.height, image.width]}."
-                )
-        elif not is_polygons(shape):
-            raise DataError(f"{where} is neither polygons, of three points or more, nor RLE.")
-        return unpack(shape, image.height, image.width)
+    def mask(self, number: int, thing: CocoObject) -> NDArray[np.uint8]:
+        """The mask of an object of image number `number`, [H, W] of 0 and 1."""
+        image = self.images[number]
+        return unpack(thing.segmentation, image.height, image.width)
 
 
 def _read(path: Path) -> _Content:
+    content: Any = None
     try:
-        return TypeAdapter(_Content).validate_python(json.loads(path.read_bytes()))
+        content = json.loads(path.read_bytes())
+        return TypeAdapter(_Content).validate_python(content)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): expected COCO's instances in JSON.") from None
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise DataError(
-            f"{path}: {where}: {fault['msg']} ({error.error_count()} faults); expected COCO's format."
+            f"{path}: {where}{_id_at(content, fault['loc'])}: {fault['msg']} ({error.error_count()} faults); expected "
+            "COCO's format."
         ) from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): expected COCO's instances.") from None
+
+
+def _id_at(content: Any, place: tuple[int | str, ...]) -> str:
+    """The id of the entry of a list that `place` lies in, to be told beside its position; "" where it has none."""
+    if len(place) < 3:
+        return ""
+    entry = content[place[0]][place[1]]
+    return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
+
+
+def _check_ids(path: Path, kind: str, ids: list[int]) -> None:
+    for most, times in Counter(ids).most_common(1):
+        if times > 1:
+            raise DataError(f"{path}: {kind}: {times} have the id {most}; expected another id for each.")
 
 
 def _check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
@@ -184,3 +213,5 @@ def _check_object(path: Path, thing: CocoObject, image: CocoImage | None, catego
             f"{where}: box {[x, y, width, height]} (x, y, width, height) leaves its image {image.file_name} of "
             f"{image.width} x {image.height} pixels."
         )
+    if fault := segmentation_fault(thing.segmentation, image.height, image.width):
+        raise DataError(f"{where}: segmentation {fault}.")

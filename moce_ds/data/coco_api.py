@@ -5,8 +5,7 @@ Axes: N objects, H x W pixels of an image.
 
 import contextlib
 import io
-import json
-from pathlib import Path
+import math
 from typing import Any
 
 import numpy as np
@@ -25,23 +24,63 @@ SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six numbers of pycocotools' summary, 0 to 1; -1 where the set has no such object."""
 
 
-def is_rle(shape: Any) -> bool:
-    """Whether a segmentation is run-length encoded, packed or not."""
+def segmentation_fault(shape: Any, height: int, width: int) -> str | None:
+    """What is wrong with the segmentation of an object on an image of this size, without unpacking it; None: nothing.
+
+    pycocotools fails on most of it, but takes some for boxes and some for masks of another size.
+    """
+    if shape is None:
+        return "is missing; masks are learnt and measured, so boxes alone do not do"
+    if not _is_rle(shape):
+        return None if _is_polygons(shape) else "is neither polygons, of three points or more, nor RLE"
+    if shape["size"] != [height, width]:
+        return f"is of height and width {shape['size']}; its image has {[height, width]}"
+    runs = _runs(shape["counts"]) if isinstance(shape["counts"], str) else shape["counts"]
+    if not set(map(type, runs)) <= {int} or min(runs, default=0) < 0 or sum(runs) != height * width:
+        return f"is RLE whose runs do not add up to the {height} x {width} pixels of its image"
+    return None
+
+
+def _is_rle(shape: Any) -> bool:
     return isinstance(shape, dict) and "size" in shape and isinstance(shape.get("counts"), str | list)
 
 
-def is_polygons(shape: Any) -> bool:
-    """Whether a segmentation is polygons; pycocotools fails on other lists, or takes them for boxes."""
+def _is_polygons(shape: Any) -> bool:
     return (
         isinstance(shape, list)
         and bool(shape)
-        and all(isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0 for points in shape)
+        and all(
+            isinstance(points, list)
+            and len(points) >= 6
+            and len(points) % 2 == 0
+            and set(map(type, points)) <= {int, float}
+            and math.isfinite(sum(points))
+            for points in shape
+        )
     )
+
+
+def _runs(text: str) -> list[int]:
+    """The lengths of the runs that a packed RLE holds: numbers of 5 bits a character, each from the third on less the
+    one before the last. Of a text that is none, at least one is negative."""
+    runs: list[int] = []
+    number, shift = 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return [-1]
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits & 16) << (shift - 4)  # the sign
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            number, shift = 0, 0
+    return runs if not shift else [-1]
 
 
 def unpack(shape: Any, height: int, width: int) -> NDArray[np.uint8]:
     """The mask of a segmentation that is RLE or polygons, [H, W] of 0 and 1."""
-    if is_rle(shape):
+    if _is_rle(shape):
         return masks.decode(shape if isinstance(shape["counts"], str) else masks.frPyObjects(shape, height, width))
     return masks.decode(masks.merge(masks.frPyObjects(shape, height, width)))
 
@@ -62,18 +101,20 @@ def area_of(packed: dict[str, Any]) -> int:
     return int(masks.area(packed))
 
 
-def average_precision(truth: Path, detections: list[dict[str, Any]]) -> dict[str, float]:
+def average_precision(truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, float]:
     """Average precision of boxes and of masks: box_ap, box_ap50, ..., mask_ap, ... (see `SCORES`).
 
     Args:
-        truth: COCO's JSON of the images.
+        truth: what is on the images, see `CocoSet.truth`.
         detections: with image_id, category_id, score, bbox and packed segmentation, as COCO's servers take them.
     """
     if not detections:  # pycocotools cannot take none
         return {f"{kind}_{score}": 0.0 for kind in ("box", "mask") for score in SCORES}
     told: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        opened = _opened(truth)
+        opened = COCO()
+        opened.dataset = truth
+        opened.createIndex()
         for kind, name in (("bbox", "box"), ("segm", "mask")):
             evaluation = COCOeval(opened, opened.loadRes([dict(found) for found in detections]), kind)
             evaluation.evaluate()
@@ -81,15 +122,3 @@ def average_precision(truth: Path, detections: list[dict[str, Any]]) -> dict[str
             evaluation.summarize()
             told |= {f"{name}_{score}": float(evaluation.stats[n]) for n, score in enumerate(SCORES)}
     return told
-
-
-def _opened(truth: Path) -> COCO:
-    """The set as pycocotools wants it; what only crowds and servers need may be left out of the file."""
-    opened = COCO()
-    opened.dataset = json.loads(truth.read_text(encoding="utf-8"))
-    opened.dataset.setdefault("info", {})
-    for thing in opened.dataset["annotations"]:
-        thing.setdefault("iscrowd", 0)
-        thing.setdefault("area", thing["bbox"][2] * thing["bbox"][3])
-    opened.createIndex()
-    return opened

@@ -46,6 +46,10 @@ _TURNS = {
 }
 
 
+_LYING = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
+
+
 class Accepted(NamedTuple):
     """Bytes to store, and the image's size in pixels after EXIF orientation."""
 
@@ -84,6 +88,16 @@ def read_rgb(path: Path) -> Image.Image:
         raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height of the image at `path` as `read_rgb` gives it, from its header. Raises DataError."""
+    try:
+        with open(path, "rb") as opened:
+            image = open_image(opened)
+            return image.size[::-1] if _orientation(image) in _LYING else image.size
+    except _DECODER_FAULTS as fault:
+        raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
+
+
 def _decide(file: BinaryIO) -> Accepted | Rejected:
     try:
         image = open_image(file)
@@ -95,8 +109,7 @@ def _decide(file: BinaryIO) -> Accepted | Rejected:
         file.seek(0)
         data = file.read()
         if _is_plain(image, data):
-            turned = _orientation(image) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
+            width, height = image.size[::-1] if _orientation(image) in _LYING else image.size
             return Accepted(data, height, width)
     rgb = to_rgb(image)
     encoded = io.BytesIO()

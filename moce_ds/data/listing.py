@@ -36,12 +36,14 @@ class Listing:
         classes: names in the order of the labels; all that an image names.
         multi_label: whether an image may show several classes, or none.
         origin: what is said to be the source, where that is not the folder that is read.
+        seed: what the images may have been drawn with.
     """
 
     images: Sequence[Listed]
     classes: list[str]
     multi_label: bool = False
     origin: Path | None = None
+    seed: int | None = None
 
     @classmethod
     def of_folders(cls, paths: Sequence[str]) -> "Listing":

@@ -13,13 +13,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, Windows
-from moce_ds.errors import DataError
+from moce_ds.errors import ConfigError, DataError
+
+try:
+    from nvidia.dali import fn, pipeline_def, types
+except ImportError as error:
+    raise ConfigError(
+        f"Reading images for a model needs NVIDIA DALI, which does not import here ({error}). Install one of the "
+        "extras: pip install 'moce-ds[cpu]', 'moce-ds[cu13]' or 'moce-ds[cu12]'."
+    ) from None
 
 # Other images tried in the place of a bad one before the shard set as a whole is called damaged.
 _REPLACEMENTS = 100

@@ -45,7 +45,7 @@ from moce_ds.data.shards import (
     shard_name,
 )
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_file, read_json, read_record, sha256_of, write_json
+from moce_ds.files import atomic_file, read_json, read_record, sha256_of, write_json, writes_to
 
 
 @settings
@@ -90,6 +90,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     their reason.
 
     Raises:
+        ArtefactError: `out` cannot be written to.
         DataError: no image can be decoded; `out` lies in `source`, holds other files, or was begun from other
             files or with other settings; or a worker process died.
     """
@@ -97,7 +98,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     if out.resolve().is_relative_to(source.resolve()):
         raise DataError(f"{out} lies in the source folder {source}: choose a folder outside of it.")
     files = list_files(source) if listing is None else listing.files(source)
-    plan = _plan(files, config) | ({} if listing is None else {"labels_sha256": listing.digest})
+    plan = _plan(files, config) | ({} if listing is None else {"labels_sha256": listing.digest, "seed": listing.seed})
     if (out / MANIFEST).exists():
         return _complete(out, source, plan)
     _begin(out, source, plan)
@@ -139,14 +140,20 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
         return
     if out.exists() and (not out.is_dir() or any(entry.name != PROGRESS for entry in out.iterdir())):
         raise DataError(f"{out} is not an empty folder and holds no shard set: choose another one, or empty it.")
-    write_json(plan_file, plan)
+    if not (above := next(parent for parent in out.parents if parent.exists())).is_dir():
+        raise DataError(f"{above} is a file; expected a folder, or nothing, there for {out}: choose another one.")
+    with writes_to(out):
+        write_json(plan_file, plan)
 
 
 def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = differences(old, new)
+    seed_before, seed_now = changed.pop("seed", (None, None))  # matters only where it has drawn other images
     if "listing_sha256" in changed:
         before, now = changed.get("files", (new["files"],) * 2)
         what = f"{source} had other files or file sizes then ({before} files then, {now} now)"
+        if seed_before is not None:
+            what = f"seed was {seed_before}, now {seed_now}, which may draw other images; or {what}"
     elif changed:
         what = ", ".join(f"{key} was {before}, now {now}" for key, (before, now) in changed.items())
     else:

@@ -44,9 +44,12 @@ def check_run(config: AnySettings) -> None:
     """Check that the run folder is free, or holds the same run.
 
     Raises:
-        ConfigError: the folder holds a run with other settings that define the experiment; they are listed.
+        ConfigError: it is no folder; or holds something else, or a run with other settings that define the experiment,
+            which are listed.
     """
     out, path = config.run.out, config.run.out / "config.yaml"
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"run.out: {out} is a file; expected a folder, or nothing, there: choose another one.")
     if path.exists():
         old = configuration.to_tree(settings_of_run(path, type(config)))
         changed = configuration.differences(old, configuration.to_tree(config))

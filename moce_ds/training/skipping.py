@@ -4,6 +4,8 @@ DeepSpeed (0.19.8) reduces the gradient's norm over all processes before it upda
 skips the update everywhere, so weights and moments stay as they were.
 """
 
+from torch import nn
+
 from moce_ds.checkpoint_files import step_folder, steps_of
 from moce_ds.errors import MoceError
 from moce_ds.runtime import Runtime
@@ -11,7 +13,7 @@ from moce_ds.training.settings import PretrainRunSettings, RunSettings
 
 
 class DivergedError(MoceError):
-    """Too many steps in a row had a gradient that is not finite."""
+    """Training has come to numbers that are not finite, and not back: no model is left of it."""
 
 
 class SkippedSteps:
@@ -37,6 +39,23 @@ class SkippedSteps:
             f"WARNING: step {step}: the gradient is not finite; the step was skipped "
             f"({self.in_a_row} in a row, {self.total} in all)."
         )
+
+    def check_end(self, step: int, model: nn.Module) -> None:
+        """Look at a run after its last step, before its checkpoint: a short one ends before too many are in a row.
+
+        Raises:
+            DivergedError: every step was skipped, or the last ones (one alone may pass), or a weight of `model` is not
+                finite. On all processes, which hold the same.
+        """
+        if self.total == step:
+            fault = "no step had a finite gradient, so nothing was learnt"
+        elif self.in_a_row > 1:
+            fault = f"the last {self.in_a_row} had no finite gradient"
+        elif spoilt := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
+            fault = f"weights are not finite: {spoilt[0]}, and {len(spoilt) - 1} more tensors"
+        else:
+            return
+        raise DivergedError(f"Step {step}, the last one: {fault}. {self._advice()}")
 
     def _advice(self) -> str:
         """No checkpoint is written while steps are being skipped, so the newest one is from before."""

@@ -25,6 +25,7 @@ from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.training.settings import EngineSettings, shared_batch
+from moce_ds.training.skipping import DivergedError
 from moce_ds.transfer.metrics import default_metric, judge
 from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
 from moce_ds.tuning.feed import prepared
@@ -140,23 +141,29 @@ class Classification:
     def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Measures of the validation split."""
         assert self._splits.val is not None
-        return self._measures(model, self._splits.val, runtime)
+        scores_NK = self._scores(model, self._splits.val, runtime).numpy()
+        return judge(scores_NK, self._splits.val.labels, self.count, {}).figures
 
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Measures of the test split; writes the encoder folder `tuned` with the head.
 
         Raises:
             DataError, ArtefactError: on every process alike.
+            DivergedError: the predictions are no numbers, though all weights are.
         """
-        found = self._measures(model, self._splits.test, runtime)
+        split = self._splits.test
+        scores_NK = self._scores(model, split, runtime)
+        if not scores_NK.isfinite().all():
+            raise DivergedError(
+                "The model's predictions of test images are not finite: its weights have grown beyond what "
+                f"engine.precision={self._config.engine.precision} can compute with. Lower optim.base_lr, in another "
+                "run.out."
+            )
+        found = judge(scores_NK.numpy(), split.labels, self.count, {}).figures
         with runtime.together():
             if runtime.is_main:
                 self._save(model, found)
         return found
-
-    def _measures(self, model: nn.Module, split: Split, runtime: Runtime) -> Measures:
-        scores_NK = self._scores(model, split, runtime).numpy()
-        return judge(scores_NK, split.labels, self.count, {}).figures
 
     def _scores(self, model: nn.Module, split: Split, runtime: Runtime) -> Tensor:
         """Logits of a split, [N, K] float32 on the host of every process; the processes share the images."""

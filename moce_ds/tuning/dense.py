@@ -1,56 +1,29 @@
-"""What detection and segmentation have in common: settings, the encoder, and the weights that they leave."""
+"""What detection and segmentation have in common: the encoder, and the weights that they leave."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 from torch import nn
 
-from moce_ds.config import option, settings
 from moce_ds.files import atomic_file, writes_to
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.randomness import INIT, hashed
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.classification import tuned_execution
+from moce_ds.tuning.dense_settings import DenseSettings
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
-from moce_ds.tuning.settings import TuneDataSettings, TuneOptimSettings, TuneSettings
 from moce_ds.tuning.task import Measures
 
 WEIGHTS = "model.safetensors"
 """File of a complete run: the weights that the final measures are of."""
-
-Scale = Annotated[float, Field(gt=0)]
-
-
-@settings
-class DenseDataSettings(TuneDataSettings):
-    encoder: Path = option(help="encoder folder from `moce export`, or a dense run")
-    val: Path | None = option(None, "validation split, in the format of data.train: chooses the best weights")
-    test: Path | None = option(None, "what the final measures are of; null: the validation split")
-    scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")
-    flip: bool = option(True, "mirror images at random")
-
-    def __post_init__(self) -> None:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"data.scale: {list(self.scale)}; expected [low, high]")
-
-
-@settings
-class DenseSettings(TuneSettings):
-    data: DenseDataSettings
-    optim: TuneOptimSettings
-
-    def __post_init__(self) -> None:
-        if self.data.val is None and self.data.test is None:
-            raise ValueError("data.val, data.test: give one of them at least, to measure what has been learnt")
 
 
 class DenseModel(Protocol):

@@ -12,7 +12,7 @@ from moce_ds.command_line import PATH, Verb, read_settings, words
 from moce_ds.errors import STOPPED
 
 
-@click.command(cls=Verb, settings="moce_ds.tuning.detection:DetectSettings")
+@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:DetectSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="COCO's JSON of the training images.")
 @click.option("--images", type=PATH, required=True, help="Folder of the training images.")
@@ -26,12 +26,13 @@ def detect(words: Sequence[str], **paths: Path | None) -> None:
 
     Runs alone, under torchrun, or with `moce launch local --nproc N detect ...`. The same command resumes.
     """
-    from moce_ds.tuning.detection import DetectionTask, DetectSettings
+    from moce_ds.tuning.dense_settings import DetectSettings
+    from moce_ds.tuning.detection import DetectionTask
 
     _tune(DetectSettings, DetectionTask, paths, words)
 
 
-@click.command(cls=Verb, settings="moce_ds.tuning.segmentation:SegmentSettings")
+@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:SegmentSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="Folder with images/ and annotations/, or images/NAME.")
 @click.option("--val", type=PATH, help="Such a folder, which chooses the best weights.")
@@ -43,7 +44,8 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
 
     Runs alone, under torchrun, or with `moce launch local --nproc N segment ...`. The same command resumes.
     """
-    from moce_ds.tuning.segmentation import SegmentationTask, SegmentSettings
+    from moce_ds.tuning.dense_settings import SegmentSettings
+    from moce_ds.tuning.segmentation import SegmentationTask
 
     _tune(SegmentSettings, SegmentationTask, paths, words)
 

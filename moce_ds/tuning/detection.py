@@ -3,64 +3,32 @@
 Axes: B images of a micro-batch of one process.
 """
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 
-from moce_ds.config import option, settings
 from moce_ds.data.canvas import Jitter, draw_image
 from moce_ds.data.coco import CocoSet
 from moce_ds.data.coco_api import average_precision
 from moce_ds.errors import DataError
 from moce_ds.files import sha256_of
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, DenseTask, Scale, build, evaluation
+from moce_ds.tuning.dense import DenseTask, build, evaluation
+from moce_ds.tuning.dense_settings import DetectSettings
 from moce_ds.tuning.detector import (
-    DetectorSettings,
     build_detector,
     results,
     training_example,
     whole_view,
 )
 from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
 from moce_ds.tuning.task import Measures
-
-
-@settings
-class DetectDataSettings(DenseDataSettings):
-    train: Path = option(help="COCO's JSON of the training images")
-    images: Path = option(help="folder of the training images")
-    eval_images: Path | None = option(None, "folder of the images of val and test; null: that of the training images")
-    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training, over the one that fits the canvas")
-
-
-@settings
-class DetectOptimSettings(TuneOptimSettings):
-    """The defaults of ViTDet for a ViT-B on COCO."""
-
-    batch_size: Positive = option(64, "images in a step, over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(4e-4, "learning rate of the head per 256 images")
-    warmup_epochs: NonNegative = option(0.15, "epochs of linear warm-up")
-    weight_decay: NonNegative = option(0.1, "AdamW weight decay, on matrices only")
-    layer_decay: LayerDecay = option(0.7, "learning rate of a block over that of the next one; 1: all alike")
-
-
-@settings
-class DetectSettings(DenseSettings):
-    """All settings of a run."""
-
-    data: DetectDataSettings
-    model: DetectorSettings = dataclasses.field(default_factory=DetectorSettings)
-    optim: DetectOptimSettings = dataclasses.field(default_factory=DetectOptimSettings)
 
 
 class DetectionTask(DenseTask[CocoSet]):
@@ -74,10 +42,10 @@ class DetectionTask(DenseTask[CocoSet]):
         data = config.data
         self._side = config.model.image_size
         self._train = CocoSet.open(data.train, data.images)
-        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._numbers = self._train.with_objects
         if not self._numbers:
             raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
+        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
         classes = len(self._train.categories)
         encoder, model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
@@ -120,11 +88,15 @@ class DetectionTask(DenseTask[CocoSet]):
                 (detections,) = model([image_CHW.to(runtime.device)])
                 found += results(data, number, views[number], detections)
         everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
-        return average_precision(data.path, everyone)
+        return average_precision(data.truth, everyone)
 
 
 def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None:
-    """Another split, of the same categories. Raises DataError: they differ."""
+    """Another split, to measure on, of the same categories.
+
+    Raises:
+        DataError: they differ, there is nothing to find, or an image has another size than the JSON says.
+    """
     if path is None:
         return None
     other = CocoSet.open(path, folder)
@@ -133,4 +105,7 @@ def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None
             f"{path} has the categories {other.categories}; those of {train.path} are {train.categories}. They must be "
             "the same, ids and names."
         )
+    if not other.with_objects:
+        raise DataError(f"{path} has no annotation to measure by; expected one at least that is no crowd.")
+    other.check_sizes()
     return other

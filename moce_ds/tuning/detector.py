@@ -3,21 +3,19 @@
 Axes: B images, N objects of an image, H x W pixels of the canvas (in) or of the image (out).
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from moce_ds.compat import supply_torchvision_operators
-from moce_ds.config import option, settings
 from moce_ds.data.canvas import View, draw_image, draw_mask
 from moce_ds.data.coco import CocoSet
 from moce_ds.data.coco_api import pack
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Normalise, SimpleFeaturePyramid
-from moce_ds.tuning.settings import Positive
+from moce_ds.tuning.dense_settings import DetectorSettings
+from moce_ds.tuning.pyramid import Normalise, SimpleFeaturePyramid
 
 supply_torchvision_operators()
 from timm.layers import LayerNorm2d  # noqa: E402  (needs the operators)
@@ -33,14 +31,6 @@ from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 _LEVELS = ["0", "1", "2", "3"]
 _HIDDEN = 1024  # of the box head
 _SAMPLES = 2  # of RoIAlign, along each side of a bin
-
-
-@settings
-class DetectorSettings(BackboneSettings):
-    proposals: Positive = option(1000, "boxes of an image that the proposal network hands on")
-    samples: Positive = option(512, "of these, the ones that the heads learn from")
-    anchor: Annotated[float, Field(gt=0)] = option(8.0, "side of an anchor over the stride of its map")
-    least_score: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "detections with a lower score are left out")
 
 
 class Canvases(nn.Module):

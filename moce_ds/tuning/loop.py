@@ -16,6 +16,7 @@ from deepspeed import DeepSpeedEngine
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import STATE
 from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.errors import ConfigError
 from moce_ds.files import read_json
 from moce_ds.randomness import FORWARD, hashed
 from moce_ds.runtime import Runtime
@@ -74,6 +75,11 @@ def tune(task: Task, config: TuneSettings, runtime: Runtime) -> Measures | None:
     if runtime.max([float((out / RESULT).exists())])[0]:
         runtime.say(f"{out} is complete.")
         return dict(read_json(out / RESULT, "a result", "moce finetune")["measures"])
+    if batches.global_batch > task.count:
+        raise ConfigError(
+            f"optim.batch_size: {batches.global_batch} images in a step, of {task.count} to learn from: expected "
+            f"{task.count} at most."
+        )
     tuning = _open(task, config, runtime, batches)
     schedule = tuning.schedule
     runtime.say(
@@ -137,6 +143,8 @@ def _train(tuning: Tuning) -> int:
             (loss,) = steward.after_step([mine], waited)
             step = steward.step
             state.update(step - steward.skips.total, engine.was_step_applied())
+            if step == schedule.steps:
+                steward.skips.check_end(step, state.model)
             due = tuning.task.criterion is not None and (step % tuning.validate_every == 0 or step == schedule.steps)
             found = _validate(tuning, step) if due else {}
             if step % config.run.log_every == 0 or not steward.goes_on or due:

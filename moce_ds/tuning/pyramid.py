@@ -10,17 +10,15 @@ Axes: B images, H x W tokens of the grid, T = H W, D width, C channels of a map,
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.settings import Positive
+from moce_ds.tuning.dense_settings import BackboneSettings
 
 from timm.layers import LayerNorm2d, resample_abs_pos_embed  # isort: skip  (after models.vit, as it repairs torchvision)
 from timm.models.vision_transformer import VisionTransformer  # isort: skip
@@ -28,17 +26,6 @@ from timm.models.vision_transformer import VisionTransformer  # isort: skip
 GLOBAL_BLOCKS = 4
 
 _FINEST = 4  # pixels: the stride of the finest map, where the patches allow it
-
-
-@settings
-class BackboneSettings:
-    image_size: Positive = option(1024, "side of the square that the encoder sees, pixels")
-    channels: Positive = option(256, "channels of a map of the pyramid")
-    window: Annotated[int, Field(ge=0)] = option(
-        0, "tokens along a window of attention, but for four blocks that see all; 0: all blocks see all"
-    )
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: share dropped at the last block")
-    frozen: bool = option(False, "the encoder stays as it is; pyramid and heads learn")
 
 
 class Normalise(nn.Module):

@@ -3,59 +3,24 @@
 Axes: B images of a micro-batch of one process, K classes, C channels, H x W pixels.
 """
 
-import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
-from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
 from moce_ds.runtime import Runtime
-from moce_ds.tuning.dense import DenseDataSettings, DenseSettings, DenseTask, build, evaluation
+from moce_ds.tuning.dense import DenseTask, build, evaluation
+from moce_ds.tuning.dense_settings import SegmentDataSettings, SegmentSettings
 from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.segmenter import Segmenter, SegmenterSettings, confusion, pixel_loss, segmentation_scores, slide
-from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneOptimSettings
+from moce_ds.tuning.segmenter import Segmenter, confusion, pixel_loss, segmentation_scores, slide
 from moce_ds.tuning.task import Measures
-
-
-@settings
-class SegmentDataSettings(DenseDataSettings):
-    train: Path = option(
-        help="training split: a folder with images/ and annotations/, or images/NAME of ADE20K's release"
-    )
-    classes: Annotated[int, Field(ge=2, le=255)] = option(150, "classes, K")
-    reduce_zero_label: bool = option(
-        True, "0 in a mask is no class, and 1 to K are; false: 0 to K - 1, and 255 is none"
-    )
-
-
-@settings
-class SegmentOptimSettings(TuneOptimSettings):
-    """The defaults of MAE's segmentation with a ViT-B on ADE20K."""
-
-    epochs: Annotated[float, Field(gt=0)] = option(127, "passes over the training images")
-    batch_size: Positive = option(16, "images in a step, over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(1.6e-3, "learning rate of the head per 256 images")
-    warmup_epochs: NonNegative = option(1.2, "epochs of linear warm-up")
-    layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
-
-
-@settings
-class SegmentSettings(DenseSettings):
-    """All settings of a run."""
-
-    data: SegmentDataSettings
-    model: SegmenterSettings = dataclasses.field(default_factory=SegmenterSettings)
-    optim: SegmentOptimSettings = dataclasses.field(default_factory=SegmentOptimSettings)
 
 
 class SegmentationTask(DenseTask[Ade20kSet]):
@@ -69,10 +34,7 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         data = config.data
         self._side = config.model.image_size
         self._train = Ade20kSet.open(data.train, data.classes, data.reduce_zero_label)
-        val, test = (
-            Ade20kSet.open(folder, data.classes, data.reduce_zero_label) if folder else None
-            for folder in (data.val, data.test)
-        )
+        val, test = (_evaluation_set(folder, data) for folder in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
         encoder, model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
         super().__init__(config, model, val, test)
@@ -113,6 +75,15 @@ class SegmentationTask(DenseTask[Ade20kSet]):
                 counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)
         total = runtime.sum(counts_KK.double().flatten().tolist())
         return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
+
+
+def _evaluation_set(folder: Path | None, data: SegmentDataSettings) -> Ade20kSet | None:
+    """A split to measure on, whose masks are first read when there is a model to measure. Raises DataError."""
+    if folder is None:
+        return None
+    opened = Ade20kSet.open(folder, data.classes, data.reduce_zero_label)
+    opened.check_headers()
+    return opened
 
 
 def fitted(image: Image.Image, side: int) -> Tensor:

@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.config import option, settings
 from moce_ds.data.ade20k import IGNORED
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.pyramid import BackboneSettings, Normalise, SimpleFeaturePyramid
-from moce_ds.tuning.settings import Positive
+from moce_ds.tuning.dense_settings import SegmenterSettings
+from moce_ds.tuning.pyramid import Normalise, SimpleFeaturePyramid
 
 from timm.layers import LayerNorm2d  # isort: skip  (after models.vit, which repairs torchvision)
 
@@ -21,12 +20,6 @@ try:
     from transformers.models.upernet.modeling_upernet import UperNetConvModule, UperNetHead
 except ImportError:
     raise ConfigError("Segmentation needs the package transformers: pip install 'moce-ds[dense]'.") from None
-
-
-@settings
-class SegmenterSettings(BackboneSettings):
-    image_size: Positive = option(512, "side of the square that the encoder sees, pixels")
-    hidden: Positive = option(512, "channels of the head")
 
 
 class Segmenter(nn.Module):

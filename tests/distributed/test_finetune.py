@@ -4,6 +4,7 @@ The runs are made once, by `two` and `one`; the tests compare what they left on 
 """
 
 import json
+import re
 import shutil
 import signal
 from functools import partial
@@ -79,11 +80,18 @@ def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
     """All runs of one process, the end of one that was begun with two, and one that is long enough to learn."""
     learning = (*PLAIN, "optim.epochs=12", "optim.warmup_epochs=1", "optim.validate_every=3", "optim.base_lr=5e-2")
     learning += ("optim.layer_decay=1", "augment.crop_scale=[0.9,1]", "run.log_every=100")
+    diverging = ("optim.epochs=0.4", "optim.warmup_epochs=0")
     jobs = {
         "one": Tune(words(root, "one")),
         "then-one": Tune(words(root, "then-one")),
         "again": Tune(words(root, "one")),
         "other": Tune(words(root, "one", "optim.layer_decay=0.7")),
+        "diverged": Tune(words(root, "diverged", *diverging, "optim.base_lr=1e9")),
+        "diverged-again": Tune(words(root, "diverged", *diverging, "optim.base_lr=1e9")),  # the same command
+        "never": Tune(words(root, "never", "optim.epochs=0.2"), not_finite=(1, 2, 3)),
+        "at-last": Tune(words(root, "at-last"), not_finite=(STEPS - 1, STEPS)),
+        "one-at-last": Tune(words(root, "one-at-last"), not_finite=(STEPS,)),
+        "huge": Tune(words(root, "huge", *diverging, "optim.epochs=0.05", "optim.base_lr=1e38")),
         "several": Tune(
             words(root, "several", *(f"data.{split}={root}/several-{split}" for split in COUNTS), *learning)
         ),
@@ -185,6 +193,27 @@ def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two: dict[str, 
 def test_too_many_of_them_end_the_run(root: Path, two: dict[str, Tuned]) -> None:
     assert two["given-up"].error.startswith("DivergedError: Step 6: the gradient was not finite in 3 steps in a row")
     assert steps_of(root / "given-up") == [1, 2, 3] and not (root / "given-up/result.json").exists()
+
+
+def test_a_single_bad_gradient_at_the_end_spoils_nothing(root: Path, one: dict[str, Tuned]) -> None:
+    assert one["one-at-last"].error == "" and (root / "one-at-last" / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("diverged", r"Step 6, the last one: the last \d had no finite gradient"),
+        ("diverged-again", r"Step 6, the last one: the last \d had no finite gradient"),
+        ("never", "Step 3, the last one: no step had a finite gradient"),
+        ("at-last", f"Step {STEPS}, the last one: the last 2 had no finite gradient"),
+        ("huge", "(Step 1, the last one: weights|The model's predictions of test images) are not finite"),
+    ],
+)
+def test_a_run_that_ends_without_a_model_leaves_none(root: Path, one: dict[str, Tuned], name: str, told: str) -> None:
+    """Though it is too short for many skipped steps in a row."""
+    assert re.match(f"DivergedError: {told}", one[name].error), one[name]
+    run = root / name.removesuffix("-again")
+    assert not (run / "result.json").exists() and not (run / "tuned").exists()
 
 
 def test_a_damaged_image_is_named(two: dict[str, Tuned]) -> None:

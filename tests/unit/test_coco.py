@@ -1,6 +1,7 @@
 """Sets in COCO's format: what is read, what is refused, and the average precision."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def test_masks_of_polygons_and_of_both_kinds_of_rle(tmp_path: Path) -> None:
     assert mask_HW.shape == (32, 48) and mask_HW[8:18, 4:20].all() and mask_HW.sum() == 160
     assert 80 < data.mask(1, triangle).sum() < 120
     assert data.mask(1, crowd)[:, :8].all() and data.mask(1, crowd).sum() == 256
-    (packed,) = pack(mask_HW[None].astype(bool))
-    assert box_of(packed) == [4, 8, 16, 10]
-    np.testing.assert_array_equal(data.mask(1, type(rectangle)(9, 20, 7, (0, 0, 1, 1), packed)), mask_HW)
+    (again,) = pack(mask_HW[None].astype(bool))
+    assert box_of(again) == [4, 8, 16, 10]
+    np.testing.assert_array_equal(data.mask(1, type(rectangle)(9, 20, 7, (0, 0, 1, 1), again)), mask_HW)
 
 
 def test_an_example_holds_what_is_seen(tmp_path: Path) -> None:
@@ -68,6 +69,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"categories": [*CATEGORIES, {"id": 3, "name": "stalk"}]}, "categories: 2 have the id 3"),
     ({"categories": []}, "`categories` is empty"),
     ({"images": None}, r"images: .*list"),
+    ({"annotations": changed(1, bbox=[1, 2, "x", 3])}, r"annotations\.1\.bbox\.2 \(id 2\)"),
+    ({"annotations": [*OBJECTS, OBJECTS[1]]}, "annotations: 2 have the id 2"),
 ]
 
 
@@ -77,27 +80,48 @@ def test_a_fault_of_the_file_is_named(tmp_path: Path, changes: dict[str, Any], t
         CocoSet.open(*write_coco(tmp_path, **changes))
 
 
+def packed(mask_HW: Any) -> dict[str, Any]:
+    return pack(mask_HW[None])[0]
+
+
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ({"size": [48, 32], "counts": [0, 256, 1280]}, r"annotation 2: segmentation is of height and width \[48, 32\]"),
-        ([[1, 2, 3, 4]], "annotation 2: segmentation is neither"),
-        (None, "annotation 2: segmentation is neither"),
-        ([], "annotation 2: segmentation is neither"),
+        ({"size": [48, 32], "counts": [0, 256, 1280]}, r"is of height and width \[48, 32\]; its image has \[32, 48\]"),
+        (packed(np.ones((48, 32), bool)), "is of height and width"),
+        ({"size": [32, 48], "counts": [0, 256, 1281]}, "is RLE whose runs do not add up to the 32 x 48 pixels"),
+        ({"size": [32, 48], "counts": [300, -44, 1280]}, "is RLE whose runs do not add up"),
+        ({"size": [32, 48], "counts": ["0"]}, "is RLE whose runs do not add up"),
+        (packed(np.eye(32, 48, dtype=bool)) | {"counts": packed(np.eye(32, 48, dtype=bool))["counts"][:-3]}, "is RLE"),
+        ({"size": [32, 48], "counts": "\u1234"}, "is RLE"),
+        ({"size": 7, "counts": []}, "is of height and width 7"),
+        ([[1, 2, 3, 4]], "is neither polygons, of three points or more, nor RLE"),
+        ([[1, 2, 3, 4, 5, "6"]], "is neither"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "is neither"),
+        (None, "is missing"),
+        ([], "is neither"),
     ],
 )
 def test_a_mask_that_cannot_be_is_named(tmp_path: Path, shape: Any, told: str) -> None:
-    data = CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=shape)))
-    with pytest.raises(DataError, match=told):
-        data.mask(1, data.objects[1][1])
+    """When the set is opened: pycocotools would only see it after training."""
+    with pytest.raises(DataError, match=rf"instances\.json: annotation 2: segmentation {told}"):
+        CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=shape)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_packed_masks_of_any_kind_are_taken(tmp_path: Path, share: float) -> None:
+    mask_HW = np.random.default_rng(0).random((32, 48)) < share
+    data = CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=packed(mask_HW))))
+    np.testing.assert_array_equal(data.mask(1, data.objects[1][1]), mask_HW)
 
 
 def test_a_file_that_is_no_json_an_image_of_other_size_and_one_that_is_damaged(tmp_path: Path) -> None:
     path, images = write_coco(tmp_path)
     data = CocoSet.open(path, images)
     Image.new("RGB", (40, 32)).save(images / "10.png")
-    with pytest.raises(DataError, match=r"10\.png has 40 x 32 pixels; .* says 48 x 32"):
-        data.image(0)
+    for look in (partial(data.image, 0), data.check_sizes):
+        with pytest.raises(DataError, match=r"10\.png has 40 x 32 pixels; .* says 48 x 32"):
+            look()
     (images / "20.png").write_bytes((images / "20.png").read_bytes()[:200])
     with pytest.raises(DataError, match=r"20\.png is no image that can be read"):
         data.image(1)
@@ -108,9 +132,11 @@ def test_a_file_that_is_no_json_an_image_of_other_size_and_one_that_is_damaged(t
         CocoSet.open(tmp_path / "other.json", images)
 
 
-def test_average_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first_id", [1, 0])  # pycocotools counts what is found of the annotation 0 as not found
+def test_average_precision(tmp_path: Path, first_id: int) -> None:
     """What is there, found exactly, is worth 1; one of three objects missed and a box far off cost what they must."""
-    data = CocoSet.open(*write_coco(tmp_path))
+    objects = [thing | {"id": number} for number, thing in enumerate(OBJECTS, first_id)]
+    data = CocoSet.open(*write_coco(tmp_path, annotations=objects))
     truth = [(number, thing) for number, objects in enumerate(data.objects) for thing in objects if not thing.iscrowd]
     found = [
         {
@@ -122,13 +148,13 @@ def test_average_precision(tmp_path: Path) -> None:
         }
         for number, thing in truth
     ]
-    perfect = average_precision(data.path, found)
+    perfect = average_precision(data.truth, found)
     assert perfect["box_ap"] == pytest.approx(1) and perfect["mask_ap"] == pytest.approx(1)
     assert perfect["box_ap_large"] == -1
     # Of two petals one is found: precision 1 up to a recall of a half, so 51 of the 101 points; the roof stays whole.
-    missed = average_precision(data.path, found[1:])
+    missed = average_precision(data.truth, found[1:])
     assert missed["box_ap"] == pytest.approx((51 / 101 + 1) / 2)
     found[1]["bbox"] = [30, 20, 16, 10]  # the roof's box, elsewhere; its mask stays
-    moved = average_precision(data.path, found)
+    moved = average_precision(data.truth, found)
     assert moved["box_ap"] == pytest.approx(0.5) and moved["mask_ap"] == pytest.approx(1)
-    assert average_precision(data.path, [])["mask_ap"] == 0
+    assert average_precision(data.truth, [])["mask_ap"] == 0

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dense_examples import CATEGORIES, write_ade, write_coco
+from dense_examples import CATEGORIES, OBJECTS, write_ade, write_coco
 from moce_command import refused
+from PIL import Image
 
 SMALL = ("model.image_size=32", "model.channels=8")
 
@@ -37,6 +39,30 @@ def test_there_must_be_something_to_learn_from(tmp_path: Path, tiny_encoder: Pat
 
 
 @pytest.mark.parametrize(
+    ("annotations", "told"),
+    [
+        ([], "has no annotation to measure by"),
+        ([{k: v for k, v in OBJECTS[0].items() if k != "segmentation"}], "annotation 1: segmentation is missing"),
+    ],
+)
+@pytest.mark.parametrize("split", ["--val", "--test"])
+def test_what_cannot_be_measured_is_refused_before_training(
+    tmp_path: Path, tiny_encoder: Path, split: str, annotations: list[Any], told: str
+) -> None:
+    other, _ = write_coco(tmp_path / "other", annotations=annotations)
+    said = detect(tmp_path, tiny_encoder, split, other)
+    assert str(other) in said and told in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_of_another_size_is_refused_before_training(tmp_path: Path, tiny_encoder: Path) -> None:
+    other, images = write_coco(tmp_path / "other")
+    Image.new("RGB", (48, 31)).save(images / "30.png")
+    said = detect(tmp_path, tiny_encoder, "--test", other, "--eval-images", images)
+    assert "30.png has 48 x 31 pixels" in said
+
+
+@pytest.mark.parametrize(
     ("word", "told"),
     [
         ("data.scale=[2,1]", "data.scale: [2.0, 1.0]; expected [low, high]"),
@@ -58,3 +84,20 @@ def test_what_is_no_encoder_or_no_set(tmp_path: Path, tiny_encoder: Path) -> Non
     )
     told = refused("segment", tiny_encoder, "--train", tmp_path, "--val", ade, *out)
     assert "images is not a folder: expected ADE20K's format" in told
+
+
+def test_a_mask_that_cannot_be_measured_by_is_refused_before_training(tmp_path: Path, tiny_encoder: Path) -> None:
+    train, test = write_ade(tmp_path / "train"), write_ade(tmp_path / "test")
+    (test / "annotations" / "a.png").write_text("no mask")
+    words = ("--out", tmp_path / "run", "data.classes=2", *SMALL)
+    told = refused("segment", tiny_encoder, "--train", train, "--test", test, *words)
+    assert f"{test / 'annotations' / 'a.png'} is no mask that can be read" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_no_file_and_a_step_no_more_than_the_set(tmp_path: Path, tiny_encoder: Path) -> None:
+    path, _ = write_coco(tmp_path / "coco")
+    assert "optim.batch_size: 64 images in a step, of 2 to learn from" in detect(tmp_path, tiny_encoder, "--val", path)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").write_text("")
+    assert f"run.out: {tmp_path / 'run'} is a file" in detect(tmp_path, tiny_encoder, "--val", path)

@@ -14,7 +14,8 @@ from moce_ds.data.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.tuning.detector import DetectorSettings, build_detector, results, training_example, whole_view
+from moce_ds.tuning.dense_settings import DetectorSettings
+from moce_ds.tuning.detector import build_detector, results, training_example, whole_view
 
 GREY = (0.5, 0.5, 0.5)
 SMALL = DetectorSettings(image_size=64, channels=16, proposals=40, samples=16, anchor=4.0, drop_path=0.0)
@@ -99,7 +100,7 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path, tiny_encoder: Path) -
     losses: dict[str, Tensor] = model([image_CHW], [target])
     assert torch.stack(list(losses.values())).isfinite().all() and losses["loss_mask"] == 0
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0), "scores": torch.zeros(0), "masks": torch.zeros(0)}
-    assert average_precision(data.path, results(data, 2, whole_view((48, 32), 64), empty))["box_ap"] == 0
+    assert average_precision(data.truth, results(data, 2, whole_view((48, 32), 64), empty))["box_ap"] == 0
 
 
 def test_patches_that_are_no_power_of_two_are_refused() -> None:

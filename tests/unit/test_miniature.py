@@ -1,5 +1,7 @@
 """The miniature set: both formats tell the same, and cut-outs of validation are not in training."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,13 @@ def written(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("miniature") / "set"
     write_miniature(folder, material, side=64, train=12, val=4, seed=1)
     return folder
+
+
+def test_the_tool_tells_errors_as_the_verbs_do(written: Path) -> None:
+    command = [sys.executable, "-m", "tools.miniature_coco", written]
+    root = Path(__file__).parents[2]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    assert (said.returncode, said.stderr) == (1, f"Error: {written} exists: choose another folder, or delete it.\n")
 
 
 def test_both_formats_tell_the_same(written: Path) -> None:

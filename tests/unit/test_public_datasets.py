@@ -179,6 +179,11 @@ def spoil_mat(root: Path) -> None:
     (root / "devkit/cars_train_annos.mat").write_bytes(b"no matlab")
 
 
+def spoil_mat_end(root: Path) -> None:
+    path = root / "setid.mat"
+    path.write_bytes(path.read_bytes()[:60])
+
+
 def spoil_class_number(root: Path) -> None:
     savemat(root / "devkit/cars_meta.mat", {"class_names": np.array(["one", "two"], object)[:1]})
 
@@ -199,6 +204,10 @@ def spoil_empty(root: Path) -> None:
     text(root / "data/images_variant_val.txt", "")
 
 
+def spoil_test_image(root: Path) -> None:
+    (root / "jpg/image_00005.jpg").unlink()
+
+
 def spoil_image(root: Path) -> None:
     (root / "dtd/images/banded/banded_0003.jpg").unlink()
 
@@ -214,6 +223,8 @@ def spoil_image(root: Path) -> None:
         ("cifar10", spoil_label, r"names class 7 of 2"),
         ("cars", spoil_mat, r"cars_train_annos.mat: annotations cannot be read"),
         ("cars", spoil_class_number, r"names class 2 of 1"),
+        ("flowers102", spoil_mat_end, r"setid.mat: trnid cannot be read"),
+        ("flowers102", spoil_test_image, r"image_00005.jpg is listed and cannot be read"),
         ("flowers102", spoil_ids, r"names images that 6 labels do not cover"),
         ("aircraft", spoil_line, r"images_variant_val.txt, line 2: got '21'; expected 2 words"),
         ("aircraft", spoil_empty, r"the val split lists no image"),
@@ -225,7 +236,40 @@ def test_damaged_data_sets_are_named(name: str, spoil: Callable[[Path], None], t
     spoil(tmp_path / name)
     with pytest.raises(DataError, match=told):
         write_dataset(name, tmp_path / name, tmp_path / "out", ONE)
-    assert not (tmp_path / "out/test/shards.json").exists()
+    assert not (tmp_path / "out").exists(), "nothing is written before all is looked at"
+
+
+def test_complete_splits_stay_where_a_later_one_fails(tmp_path: Path) -> None:
+    MINIATURES["flowers102"](tmp_path / "flowers102")
+    images = [tmp_path / "flowers102/jpg" / f"image_{number:05d}.jpg" for number in (5, 6)]
+    whole = [image.read_bytes() for image in images]
+    for image in images:
+        image.write_bytes(b"x" * image.stat().st_size)
+    words = ("dataset", "flowers102", tmp_path / "flowers102", tmp_path / "out", "workers=1")
+    told = refused(*words)
+    assert "No image to write" in told
+    assert f"Complete: {tmp_path}/out/train, {tmp_path}/out/val. Mended, the same command goes on from there." in told
+    for image, content in zip(images, whole, strict=True):
+        image.write_bytes(content)
+    said = run_here(*words)
+    assert said.status == 0 and said.out.count("(was complete)") == 2, said
+
+
+def test_another_seed_is_named_where_it_draws_other_images(tmp_path: Path) -> None:
+    for name in ("cars", "dtd"):
+        MINIATURES[name](tmp_path / name)
+        write_dataset(name, tmp_path / name, tmp_path / f"{name}-out", ONE)
+    other = DatasetSettings(workers=1, seed=3)
+    assert len(write_dataset("dtd", tmp_path / "dtd", tmp_path / "dtd-out", other)) == 3, "the splits are official"
+    with pytest.raises(DataError, match="seed was 0, now 3, which may draw other images"):
+        write_dataset("cars", tmp_path / "cars", tmp_path / "cars-out", other)
+
+
+def test_the_output_is_no_file(tmp_path: Path) -> None:
+    MINIATURES["dtd"](tmp_path / "dtd")
+    (tmp_path / "out").write_text("")
+    with pytest.raises(DataError, match=f"{tmp_path}/out is a file; expected a folder"):
+        write_dataset("dtd", tmp_path / "dtd", tmp_path / "out", ONE)
 
 
 def test_pickled_cifar_is_not_opened(tmp_path: Path) -> None:

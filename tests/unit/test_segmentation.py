@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from moce_ds.data.ade20k import IGNORED
 from moce_ds.models.vit import load_encoder
+from moce_ds.tuning.dense_settings import SegmenterSettings
 from moce_ds.tuning.segmentation import fitted
 from moce_ds.tuning.segmenter import (
     Segmenter,
-    SegmenterSettings,
     confusion,
     pixel_loss,
     segmentation_scores,

@@ -43,6 +43,7 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
     Raises:
         ConfigError: no reader has this name.
         DataError: a file of the data set is missing or damaged, or the splits do not go together; see `write_shards`.
+            Splits that are complete stay, and are named.
     """
     if name not in NAMES:
         raise ConfigError(f"No data set {name!r} is known; known: {', '.join(NAMES)}. For your own: moce shards.")
@@ -53,9 +54,25 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
             found = checked(PACKED[name](source, config.seed, Path(scratch)))
         else:
             found = checked(READERS[name](source, config.seed))
-        return {
-            split: write_shards(
-                found.root, out / split, config, Listing(images, found.classes, found.multi_label, source.absolute())
-            )
+        listings = {
+            split: Listing(images, found.classes, found.multi_label, source.absolute(), config.seed)
             for split, images in found.splits.items()
         }
+        for listing in listings.values():
+            listing.files(found.root)  # before anything is written, since a later split may lack one
+        return _write_splits(found.root, out, config, listings)
+
+
+def _write_splits(
+    root: Path, out: Path, config: DatasetSettings, listings: dict[str, Listing]
+) -> dict[str, ShardReport]:
+    """One split after the other; those that are complete stay where a later one fails, since they are right."""
+    reports: dict[str, ShardReport] = {}
+    for split, listing in listings.items():
+        try:
+            reports[split] = write_shards(root, out / split, config, listing)
+        except DataError as error:
+            done = ", ".join(str(report.path) for report in reports.values())
+            goes_on = f"\nComplete: {done}. Mended, the same command goes on from there." if done else ""
+            raise DataError(f"{error}{goes_on}") from None
+    return reports

@@ -58,5 +58,5 @@ def _read(path: Path, variable: str) -> np.ndarray:
     """A vector out of a MATLAB file, version 5 or older. Raises DataError."""
     try:  # what loadmat was seen to raise on damaged files has no common base
         return np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=[variable])[variable])
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, MatReadError) as error:
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError) as error:
         raise DataError(f"{path}: {variable} cannot be read ({error}): unpack the data set anew.") from None
