@@ -68,6 +68,7 @@ class _ViT:
         self.constants: dict[str, TensorProto] = {}
 
     def graph(self, weights: Sequence[TensorProto]) -> GraphProto:
+        """All nodes with inputs, outputs and weights; once, since it adds the nodes."""
         shape, size = self.shape, self.shape.image_size
         x_BTD = self.embedded("images")
         for block in range(shape.depth):
@@ -104,6 +105,7 @@ class _ViT:
         return self.add("Add", name, x_BTD, mlp_BTD)
 
     def attention(self, x_BTD: str, name: str) -> str:
+        """Every head's softmax(q k^T / sqrt(K)) v, joined and projected."""
         width, heads = self.shape.width, self.shape.heads
         each = width // heads
         qkv_BT3HK = self.reshape(self.linear(x_BTD, f"{name}.qkv"), (0, 0, 3, heads, each), f"{name}.heads")
