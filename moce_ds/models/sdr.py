@@ -41,7 +41,7 @@ class Teacher:
     """The encoder of the dense MAE that the first phase has trained, on the patches that the student sees."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.model = encoder.model.requires_grad_(False)
+        self.model = encoder.model
 
     @torch.no_grad()
     def tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
