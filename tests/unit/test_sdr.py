@@ -76,9 +76,16 @@ def test_digits_of_the_clusters_number_are_the_path() -> None:
     expert_ML = gate().argmax(dim=-1).T
     assert expert_ML[0b11_01_00_10].tolist() == [3] * 3 + [1] * 3 + [0] * 3 + [2] * 3
     assert len({tuple(row) for row in expert_ML.tolist()}) == 256
-    few = PathGate(8, 4, 4, stages=2)  # two groups of the first stage are idle, which balancing would change
-    table_MLK = route_table(few, few(), torch.full((8,), 1 / 8), 1, "sinkhorn")
-    assert torch.equal(table_MLK[:, :, 0], few().argmax(dim=-1).T)
+
+
+@pytest.mark.parametrize("largest", [1 / 256, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("clusters", [8, 256])
+def test_balance_leaves_a_path_as_it_is(clusters: int, largest: float) -> None:
+    """However many images one cluster has, and with groups that none has."""
+    gate = PathGate(clusters, 4, 4, stages=4)
+    share_M = torch.full((clusters,), (1 - largest) / (clusters - 1))
+    share_M[0] = largest
+    assert torch.equal(route_table(gate, gate(), share_M, 1, "sinkhorn")[:, :, 0], gate().argmax(dim=-1).T)
 
 
 def test_the_groups_and_the_common_units_are_the_dense_mlp() -> None:
