@@ -62,7 +62,8 @@ class Rank:
             if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
                 start.requeue("stopped as asked")
             who = f"rank {job.global_rank} on {socket.gethostname()}"
-            start.record_end(who, status, time.monotonic() - began, lost=lost)
+            if not stopped or job.global_rank == 0:  # others may be stopped by a srun that fails
+                start.record_end(who, status, time.monotonic() - began, lost=lost)
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
             if lost:

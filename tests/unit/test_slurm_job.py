@@ -1,5 +1,9 @@
 """How often a job begins again. Real jobs are in tests/slurm."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,8 @@ import pytest
 from launchers.slurm_job import JobStart
 
 LOST, STOPPED = 77, 76
+ROOT = Path(__file__).parent.parent.parent
+RANK = "import signal, sys; from launchers.slurm_rank import Rank; Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"
 
 
 def start(folder: Path, restart: int) -> JobStart:
@@ -43,3 +49,25 @@ def test_a_loss_counts_whoever_records_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7_1_end_0.json", "7_1_lost_0.json"], "no draft is left"
     start(tmp_path, 0).begin_again(max_failures=0)
     assert "1 failures in a row" in capsys.readouterr().out
+
+
+def fourth_process(folder: Path, child: str, asked: bool) -> int:
+    """The status of the last of a job's four processes, whose child runs some Python and says when it is there."""
+    job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "4", "NODEID": "3", "PROCID": "3", "LOCALID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in (job | {"JOB_NODELIST": "node[1-4]"}).items()}
+    command = [sys.executable, "-c", RANK, sys.executable, "-c", f"print('there', flush=True); {child}"]
+    environment = {**os.environ, **slurm, "SUBMITIT_FOLDER": str(folder)}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        if asked:
+            process.send_signal(signal.SIGTERM)
+        return process.wait(timeout=60)
+
+
+def test_a_stop_is_told_by_the_first_process_alone(tmp_path: Path) -> None:
+    """A srun that cannot start all processes asks the others to stop. If the first is killed before it can say so, none
+    of them explains the end of the job, which then begins again."""
+    assert fourth_process(tmp_path, "import time; time.sleep(60)", asked=True) == 0
+    assert not JobStart("7", tmp_path, 0).has_ended
+    assert fourth_process(tmp_path, "raise SystemExit(2)", asked=False) == 2
+    assert JobStart("7", tmp_path, 0).has_ended
