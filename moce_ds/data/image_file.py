@@ -42,11 +42,11 @@ MAX_SIDE = 1_000_000
 # those that any bytes can be taken for (TGA).
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
-# What Pillow's decoders were seen to raise on damaged files; they have no common base.
-_DECODER_FAULTS = (
+DECODER_FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError,
     EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
+"""What Pillow's decoders were seen to raise on damaged files; they have no common base."""
 
 # EXIF orientation -> what brings the image upright. Pillow's own exif_transpose also rewrites the EXIF and fails
 # where that is damaged elsewhere.
@@ -85,7 +85,7 @@ def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
     try:
         with _opened(path) as file, pixel_limit(max_pixels):
             return _decide(file)
-    except _DECODER_FAULTS as fault:
+    except DECODER_FAULTS as fault:
         # Only the operating system sets errno; Pillow's own OSErrors are about the content.
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault
@@ -110,7 +110,7 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
             png = _png_in(opened, file) if strictly else None
             image = to_rgb(opened)
         fault = (png and png.pixel_fault) or f"{image.width} x {image.height} pixels" * (image.size != size)
-    except (*_DECODER_FAULTS, Image.DecompressionBombError) as error:
+    except (*DECODER_FAULTS, Image.DecompressionBombError) as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         raise DataError(
@@ -167,17 +167,30 @@ def _image_at(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, Binary
         raise DataError(
             f"{path}: {_excess(fault, max_pixels)}. Make it smaller, or allow more with data.max_pixels."
         ) from None
-    except _DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
+    except DECODER_FAULTS as fault:
+        raise DataError(f"{path} is no image that can be read ({in_words(fault)}).") from None
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A file, opened to read; a pipe, on which opening would wait, is refused with OSError."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("not a regular file")
-    return file
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; a pipe, on which opening would wait, is refused with OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
+        yield file
+
+
+def file_content(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError."""
+    with _opened(path) as file:
+        return file.read()
+
+
+def in_words(fault: BaseException) -> str:
+    """What a decoder has raised. Pillow names the object in memory that it cannot identify."""
+    if isinstance(fault, UnidentifiedImageError):
+        return "it is in none of the formats that are read"
+    return f"{type(fault).__name__}: {fault}"
 
 
 def _excess(fault: Image.DecompressionBombError, max_pixels: int) -> str:
@@ -261,16 +274,20 @@ def _orientation(image: Image.Image) -> int:
     return known_orientation(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """`image`, decoded, upright as its EXIF says."""
+    image.load()
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` upright, 8-bit RGB, without metadata; transparency over white.
 
     16-bit gray is divided by 257; 32-bit integers and floats have no fixed range, so the image's own minimum and
     maximum become 0 and 255.
     """
-    image.load()
-    orientation = _orientation(image)
-    if orientation != 1:
-        image = image.transpose(_TURNS[orientation])
+    image = turned(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):

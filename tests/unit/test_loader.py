@@ -270,7 +270,10 @@ def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_s
     ("harm", "told"),
     [
         (flip_byte, "is not as written, .*`moce inspect --verify`, .*`moce shards`"),
-        (make_undecodable, "is not a whole image of 16 x 16 pixels .*into another folder, which leaves such images out"),
+        (
+            make_undecodable,
+            "is not a whole image of 16 x 16 pixels .*into another folder, which leaves such images out",
+        ),
     ],
 )
 def test_where_a_feature_stands_for_its_image_damage_is_an_error(
