@@ -4,7 +4,7 @@ import argparse
 import pickle
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -23,10 +23,10 @@ _DECODER = ("decoder_", "mask_token")
 
 # What the `args` of a training script hold beside tensors and plain values: attributes, and paths, which become pure
 # ones. Python 3.13 has another name for the module.
-_VALUES = [argparse.Namespace] + [
-    (pure, f"{module}.{name}")
-    for module in ("pathlib", "pathlib._local")
-    for pure, name in ((PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath"))
+_VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
 
 # What torch's reader was seen to raise on damaged files; they have no common base.
@@ -131,8 +131,10 @@ def read_torch_file(path: Path, named: str) -> Any:
         with torch.serialization.safe_globals(_VALUES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
-        # torch's own first line advises to run the file's code.
-        (reason,) = re.findall(r"WeightsUnpickler error: (.*)", str(error)) or [type(error).__name__]
+        # What torch advises, before and behind the reason, is to run the file's code.
+        (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [
+            type(error).__name__
+        ]
         raise ArtefactError(
             f"{named} refused: more than tensors in it, or damaged; nothing was run ({reason.strip()}). "
             "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."

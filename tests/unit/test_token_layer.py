@@ -48,7 +48,7 @@ def test_load_is_the_variation_of_the_chance_to_be_chosen_again(k: int) -> None:
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_gradient_of_load_is_the_derivative_of_the_formula(k: int) -> None:
-    """By central differences with the noise held, threshold included; a constant on all logits of a token is nothing."""
+    """Central differences with the noise held; the threshold moves along, so a constant changes nothing."""
     rng = np.random.default_rng(3)
     start_SE, e_SE, noise = rng.normal(size=(7, 4)), rng.normal(size=(7, 4)) / 4, 1 / 4
 

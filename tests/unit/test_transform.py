@@ -1,7 +1,6 @@
 """Windows of crops: inside the image, distributed as torchvision's, a function of (seed, epoch, image id)."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
