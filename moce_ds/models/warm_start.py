@@ -9,16 +9,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, find
 from moce_ds.errors import ArtefactError
+from moce_ds.files import load_tensors
 from moce_ds.models.vit import cut
 
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
 _NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
+_INIT = "run.init_from"
 _DECODER = ("decoder_", "mask_token")
 
 # What the `args` of a training script hold beside tensors and plain values: attributes, and paths, which become pure
@@ -50,27 +50,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         encoder = path / "model.safetensors"
         if (path / "config.json").exists() and not encoder.exists():
             raise ArtefactError(f"run.init_from: {encoder} is missing: the export is half written: export it again.")
-        named = f"run.init_from: {encoder}"
-        state = _read_safetensors(encoder, named) if encoder.exists() else find(path).load(WEIGHTS)
+        state = load_tensors(encoder, _cure(_INIT)) if encoder.exists() else find(path).load(WEIGHTS)
     else:
-        state = read_file(path, f"run.init_from: {path}")
+        state = read_file(path, _INIT)
     kept = {name: tensor for name, tensor in state.items() if name not in _NOT_NEEDED}
     return as_float32(kept, f"run.init_from: {path}")
 
 
-def read_file(path: Path, named: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, `.pth` or `.pt` file as they are, by name; `named` begins the errors.
+def read_file(path: Path, reader: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.pth` or `.pt` file as they are, by name.
+
+    Args:
+        path: the file.
+        reader: the setting or argument that names it, for errors.
 
     Raises:
         ArtefactError: there is nothing to read at `path`, or it holds something else.
     """
+    named = f"{reader}: {path}"
     if not path.is_file():
         raise ArtefactError(f"{named} is neither a file nor a folder." if path.exists() else f"{named} not found.")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, named)
+        return load_tensors(path, _cure(reader))
     if path.suffix in (".pth", ".pt"):
         return _read_torch(path, named)
     raise ArtefactError(f"{named}: expected a folder of ours, .safetensors, .pth or .pt.")
+
+
+def _cure(reader: str) -> str:
+    return f"{reader} expects a whole safetensors file."
 
 
 def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
@@ -110,13 +118,6 @@ def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
 def is_decoder(name: str) -> bool:
     """Whether a parameter belongs to the decoder, which an encoder-only file does not have."""
     return name.startswith(_DECODER)
-
-
-def _read_safetensors(path: Path, named: str) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{named} is no safetensors file ({error}).") from None
 
 
 def read_torch_file(path: Path, named: str) -> Any:
