@@ -296,6 +296,5 @@ def _mebibytes(sizes: Iterable[int]) -> str:
 
 
 def _some(names: list[str], shown: int = 12) -> str:
-    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + (
-        f" and {len(names) - shown} more" if len(names) > shown else ""
-    )
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + more

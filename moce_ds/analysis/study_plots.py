@@ -45,17 +45,8 @@ def error_bars(
     for line in lines:
         x_P = [place[str(value)] for value in line.at_P]
         error_P = line.deviation_P if line.deviation_P.any() else None
-        axes.errorbar(
-            x_P,
-            line.mean_P,
-            error_P,
-            fmt="o-",
-            ms=4,
-            lw=1.6,
-            capsize=3,
-            color=line.colour,
-            label=plottable(line.name) or None,
-        )
+        name = plottable(line.name) or None
+        axes.errorbar(x_P, line.mean_P, error_P, fmt="o-", ms=4, lw=1.6, capsize=3, color=line.colour, label=name)
     for line in ideal:
         x_P = [place[str(value)] for value in line.at_P]
         axes.plot(x_P, line.mean_P, lw=1.2, ls=(0, (4, 3)), color=line.colour, label=plottable(line.name))
