@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
 from moce_ds.analysis.study_folder import STUDY, read_study_folder
@@ -18,7 +18,7 @@ from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_record, sha256_of, valid_record
+from moce_ds.files import read_record, reads_from, sha256_of, valid_record
 from moce_ds.text import in_line, shortened
 
 Rows = dict[str, str]
@@ -238,11 +238,8 @@ def _encoder(path: Path) -> Rows:
     config = _encoder_record(path)
     provenance = read_record(path / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
     weights = path / "model.safetensors"
-    try:
-        with safe_open(weights, "np") as file:  # reads the header, and compares the file's size with it
-            tensors = len(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} is damaged ({error}): export it again.") from None
+    with reads_from(weights, "export it again."), safe_open(weights, "np") as file:
+        tensors = len(file.keys())  # from the header, whose sizes are compared with the file's
     return {
         "shape": _shape(config.shape),
         "input": str(config.input),

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, find
 from moce_ds.errors import ArtefactError
+from moce_ds.files import load_tensors
 from moce_ds.models.vit import cut
 
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
 _NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
+_CURE = "run.init_from expects a whole safetensors file."
 _DECODER = ("decoder_", "mask_token")
 
 # What torch's reader was seen to raise on damaged files; they have no common base.
@@ -43,11 +43,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         encoder = path / "model.safetensors"
         if (path / "config.json").exists() and not encoder.exists():
             raise ArtefactError(f"run.init_from: {encoder} is missing: the export is half written: export it again.")
-        state = _read_safetensors(encoder) if encoder.exists() else find(path).load(WEIGHTS)
+        state = load_tensors(encoder, _CURE) if encoder.exists() else find(path).load(WEIGHTS)
     elif not path.is_file():
         raise ArtefactError(f"run.init_from: {path} is neither a file nor a folder.")
     elif path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state = load_tensors(path, _CURE)
     elif path.suffix in (".pth", ".pt"):
         state = _read_torch(path)
     else:
@@ -88,13 +88,6 @@ def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
 def is_decoder(name: str) -> bool:
     """Whether a parameter belongs to the decoder, which an encoder-only file does not have."""
     return name.startswith(_DECODER)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"run.init_from: {path} is no safetensors file ({error}).") from None
 
 
 def read_torch_file(path: Path, named: str) -> Any:

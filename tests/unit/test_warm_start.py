@@ -305,9 +305,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path, content: bytes) -
 )
 def test_hostile_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(
-        ArtefactError, match=r"run.init_from: .*w.safetensors is no safetensors file \(.*header|metadata"
-    ):
+    with pytest.raises(ArtefactError, match=r"w.safetensors is damaged \(.*header.*\): run.init_from expects"):
         read_weights(tmp_path / "w.safetensors")
 
 
@@ -332,7 +330,7 @@ def test_a_file_cut_short_is_refused(source: MaskedAutoencoder, tmp_path: Path) 
     for name, save in (("w.pth", torch.save), ("w.safetensors", save_file)):
         path = saved(save, parameters(source), tmp_path / name)
         path.write_bytes(path.read_bytes()[:-100])
-        with pytest.raises(ArtefactError, match=rf"run.init_from: .*{name}"):
+        with pytest.raises(ArtefactError, match=rf"{name} (refused|is damaged)"):
             read_weights(path)
 
 
@@ -340,7 +338,7 @@ def test_an_encoder_folder_cut_short_is_refused(source: MaskedAutoencoder, tiny_
     folder = encoder_folder(source, tiny_config(), tmp_path / "encoder")
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is no safetensors file"):
+    with pytest.raises(ArtefactError, match=r"model.safetensors is damaged .*: run.init_from expects"):
         read_weights(folder)
     path.unlink()
     with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is missing: the export is half"):
