@@ -2,6 +2,7 @@
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -11,8 +12,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 _GRACE_SECONDS = 5.0
+
+# The ranks are forked from a process that has imported what takes seconds, has one thread and has done nothing else.
+# It is not the one of `multiprocessing`, which serves the product and must not know more than the product tells it.
+_nursery = multiprocessing.forkserver.ForkServer()
+_nursery.set_forkserver_preload(["moce_ds.training.loop", "moce_ds.tuning.loop", "torch._dynamo"])
 
 
 class WorldError(AssertionError):
@@ -38,18 +45,24 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
     """
     from torch.distributed import TCPStore  # here, since the new processes import this module too
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # joined by all: no port is guessed
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world_size)]
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(fn, args, rank, world_size, store.port, logs[rank], sender))
+            context.Process(target=_rank_main, args=(fn, args, {**os.environ, **places[rank]}, logs[rank], sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
-                process.start()
+                with patch.object(
+                    multiprocessing.forkserver, "connect_to_new_process", _nursery.connect_to_new_process
+                ):
+                    process.start()
                 sender.close()  # the child's copy is the only one left, so that its end is seen here
             return _results([receiver for receiver, _ in pipes], processes, logs, seconds)
         finally:
@@ -59,16 +72,15 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
 
 
 def _rank_main(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, log: Path, sender: Connection
+    fn: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path, sender: Connection
 ) -> None:
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.clear()
+    os.environ.update(environment)
     sender.send(fn(*args))
 
 
