@@ -43,25 +43,23 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
     Raises:
         WorldError: names the rank that failed first, with its traceback, or says that time was up.
     """
-    from torch.distributed import TCPStore  # here, since the new processes import this module too
+    # Here, since the new processes import this module too.
+    from moce_ds.rendezvous import host_on_loopback
+    from moce_ds.sealing import SECRET, new_secret
 
     context = multiprocessing.get_context("forkserver")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # joined by all: no port is guessed
+    store = host_on_loopback()  # joined by all: no port is guessed
+    given = os.environ | {"MASTER_PORT": str(store.port), SECRET: new_secret()}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world_size)]
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-        common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        common["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-        places = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(fn, args, {**os.environ, **places[rank]}, logs[rank], sender))
+            context.Process(target=_rank_main, args=(fn, args, given | _place(rank, world_size), logs[rank], sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
-                with patch.object(
-                    multiprocessing.forkserver, "connect_to_new_process", _nursery.connect_to_new_process
-                ):
+                with patch("multiprocessing.forkserver.connect_to_new_process", _nursery.connect_to_new_process):
                     process.start()
                 sender.close()  # the child's copy is the only one left, so that its end is seen here
             return _results([receiver for receiver, _ in pipes], processes, logs, seconds)
@@ -69,6 +67,12 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
             for process in processes:
                 process.kill()
                 process.join()
+
+
+def _place(rank: int, world_size: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    known = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return known | {name: str(number) for name, number in numbers.items()}
 
 
 def _rank_main(
