@@ -17,15 +17,14 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import read_record, sha256_of, write_json
+from moce_ds.files import load_tensors, read_record, reads_from, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -43,7 +42,8 @@ Size = Annotated[int, Field(gt=0, le=100_000)]
 
 @dataclass(frozen=True)
 class ViTShape:
-    """The size of a vision transformer with one cls token."""
+    """The size of a vision transformer with one cls token; `pooled_norm`: its final norm follows the mean of the patch
+    tokens, as where the public MAE is fine-tuned, instead of going before."""
 
     image_size: Size
     patch_size: Size
@@ -51,6 +51,7 @@ class ViTShape:
     depth: Annotated[int, Field(gt=0, le=1000)]
     heads: Size
     mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    pooled_norm: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -78,6 +79,7 @@ class ViTShape:
             "num_heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
+            **({"global_pool": "avg", "fc_norm": True} if self.pooled_norm else {}),
         }
 
 
@@ -135,9 +137,11 @@ class Encoder:
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering")."""
+        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering"); with
+        `pooled_norm` the norm of their mean."""
         tokens_BTD = self.model.forward_features(images_BCHW)
-        return tokens_BTD[:, 1:].float().mean(dim=1)
+        features_BD: Tensor = self.model.fc_norm(tokens_BTD[:, 1:].float().mean(dim=1))
+        return features_BD
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -196,10 +200,9 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
         raise ArtefactError(f"{weights} is missing: {folder} is an export that is half written: export it again.")
     with torch.device("meta"):  # no memory for sizes that the file turns out not to have
         model = timm_vit(config.shape)
-    try:
-        found, state = sha256_of(weights), load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} cannot be read ({error}): export it again.") from None
+    with reads_from(weights, "export it again."):
+        found = sha256_of(weights)
+    state = load_tensors(weights, "export it again.")
     check_state(model, state, str(weights))
     if found != config.sha256:
         raise ArtefactError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, read_settings, say, show, warn, words
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -61,12 +61,12 @@ def select(
         show(selection_report(selection, name, routes_of(checkpoint), top))
         if picture:
             note = write_picture(picture, images, name, selection, checkpoint)
-            click.echo(f"{picture}: written. {note or ''}".rstrip())
+            say(f"{picture}: written. {note or ''}".rstrip())
     add_record(results, selection.record(name))
     if out:
         asked = Request(data=data)
         for folder, made in export_requested(run, out, asked, target, config, _device(), name, replace, selection):
-            click.echo(told(folder, made))
+            say(told(folder, made))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
@@ -97,12 +97,13 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
     task = task_of(request["data"]) if request["data"] else None
     asked = Request(**request)
     for folder, provenance in export_requested(run, out, asked, target, config, _device(), task, replace):
-        click.echo(told(folder, provenance))
+        say(told(folder, provenance))
 
 
 def _accuracy_options(function: Any) -> Any:
     for decorate in (
         words(),
+        heads_option(),
         click.option("--results", type=PATH, help="A results.json to add the record to."),
         click.option("--model", default=None, help="The encoder's name in results (default: its folder's)."),
         click.option("--task", default=None, help="The task's name in results (default: the folder of --test)."),
@@ -138,6 +139,7 @@ def _accuracy(
     task: str | None,
     model: str | None,
     results: Path | None,
+    heads: int | None,
     words: Sequence[str],
 ) -> None:
     from moce_ds.models.encode import open_encoder
@@ -148,12 +150,14 @@ def _accuracy(
 
     config, device = read_settings(SETTINGS[verb], words), _device()
     check_results(results)
-    opened = open_encoder(encoder, device)
+    opened = open_encoder(encoder, device, heads)
+    if encoder.is_file():
+        warn(f"{encoder}: {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
     name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
-    click.echo(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
+    say(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
     add_record(results, accuracy_record(verb, task_name, name, score))
 
 
@@ -181,7 +185,7 @@ def evaluate(
     base = found.dense or found.own
     for name, error in named.items():
         if error is not None:
-            click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
+            say(f"{name:<15} {error:.5f}  x {error / base:.4f}")
     add_record(results, found.record(task or task_of(data), run.name))
 
 
