@@ -174,7 +174,7 @@ class _Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | click.Abort):
             return
         ended = replace(self._record, at=_now(), seconds=round(time.monotonic() - self._began, 1))
         if error is None:

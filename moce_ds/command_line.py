@@ -14,7 +14,8 @@ import click
 from rich.console import Console
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError, MoceError, printable
+from moce_ds.errors import STOPPED, ConfigError, MoceError, printable
+from moce_ds.interrupts import interruptible
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -57,10 +58,11 @@ def show(renderable: Any) -> None:
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
-    traceback."""
+    """Run a command with the words of this process: user errors in one message and their status, signals without a
+    traceback and with status STOPPED."""
     try:
-        command(prog_name=name, standalone_mode=False)
+        with interruptible():
+            command(prog_name=name, standalone_mode=False)
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
             # Names out of a file may hold what a terminal takes for commands.
@@ -70,5 +72,6 @@ def run_command(command: click.Command, name: str) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo("Interrupted.", err=True)
+        sys.exit(STOPPED)

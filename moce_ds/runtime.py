@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from moce_ds.errors import LostPeerError, MoceError
+from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
 from moce_ds.rendezvous import Rendezvous, interfaces
 
@@ -195,18 +196,17 @@ def _group_store(meeting: Rendezvous, peer_timeout: float) -> dist.Store:
 class StopRequest:
     """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
 
-    A second Ctrl-C ends the process at once, as an impatient user expects.
+    A second Ctrl-C ends the process at once, as an impatient user expects. SIGHUP, of a terminal that is gone, asks for
+    a stop too, unless it is ignored, as under nohup.
 
     Args:
         seconds: after so long a stop is wanted too; None: never.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, seconds: float | None = None) -> None:
         self._received: signal.Signals | None = None
         self._deadline = time.monotonic() + seconds if seconds is not None else float("inf")
-        self._previous = {number: signal.signal(number, self._remember) for number in self.signals}
+        self._previous = {number: signal.signal(number, self._remember) for number in obeyed()}
 
     @property
     def wanted(self) -> bool:

@@ -16,6 +16,7 @@ Sources = Mapping[str, str]
 BASE = {
     "errors",
     "machine",
+    "interrupts",
     "command_line",
     "files",
     "config",
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
     | MIDDLE,
-    "__main__": {"cli"},
+    "__main__": {"cli", "interrupts"},
     "__init__": {"transfer"},  # lazily: the Python API
 }
 
