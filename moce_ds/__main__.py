@@ -2,14 +2,13 @@
 
 import signal
 
-from moce_ds.interrupts import leave, obeyed, outlive_readers
+from moce_ds.interrupts import leave, obeyed
 
 
 def main() -> None:
     """Entry point."""
     for number in obeyed():
         signal.signal(number, leave)
-    outlive_readers()
     from moce_ds.cli import main as run
 
     run()

@@ -77,7 +77,7 @@ def outlive_readers() -> None:
     more is said, and the work goes on. A full disk is still an error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if _is_descriptor(stream):
             stream.flush()
             output = _Output(stream.fileno())
             unbuffered = isinstance(stream.buffer, io.RawIOBase)  # by PYTHONUNBUFFERED
@@ -89,3 +89,9 @@ def outlive_readers() -> None:
                 write_through=stream.write_through,
             )
             setattr(sys, name, text)
+
+
+def _is_descriptor(stream: Any) -> bool:
+    """Whether a text stream writes to a descriptor, and is not one that `outlive_readers` has made."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
+    return isinstance(stream, io.TextIOWrapper) and isinstance(raw, io.FileIO) and not isinstance(raw, _Output)

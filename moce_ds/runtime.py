@@ -22,6 +22,7 @@ from moce_ds.errors import LostPeerError, MoceError
 from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
 from moce_ds.rendezvous import Rendezvous, interfaces
+from moce_ds.text import encoded, printable
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
@@ -49,7 +50,7 @@ class Runtime:
     def say(self, text: str) -> None:
         """Print to standard error, once for all processes, clear of a progress bar."""
         if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def at(self, doing: str) -> None:
         """Say what this process is at, such as "step 12": told to the others if it is lost."""
@@ -111,7 +112,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return [text]
-        mine = torch.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")) or bytearray(1), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(encoded(text)) or bytearray(1), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
         longest = max(map(int, sizes))
