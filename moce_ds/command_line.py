@@ -43,6 +43,13 @@ def words(required: bool = False) -> Any:
     return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
 
 
+def heads_option() -> Any:
+    """What a file of the public MAE does not say of an ENCODER."""
+    return click.option(
+        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
+    )
+
+
 def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
     """Settings from a verb's trailing words. Raises ConfigError."""
     files = [word for word in given if "=" not in word]
