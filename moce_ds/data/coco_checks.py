@@ -15,6 +15,7 @@ from pydantic import Field
 
 from moce_ds.data.coco_api import has_pixels, polygons_of, segmentation_fault
 from moce_ds.data.image_file import MAX_SIDE
+from moce_ds.data.walk import ODD, list_folder
 from moce_ds.errors import DataError
 
 SLACK = 2.0
@@ -82,8 +83,7 @@ def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
     """Raise DataError where an image is not there."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected the images of {path}.")
-    with os.scandir(folder) as entries:
-        there = {entry.name for entry in entries if _is_there(entry)}
+    there = {name for name, size in list_folder(folder).items() if size != ODD}
     missing = [i for i in images if i.file_name not in there and not _is_there(folder / i.file_name)]
     if missing:
         first = missing[0]
@@ -93,7 +93,7 @@ def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
         )
 
 
-def _is_there(file: "Path | os.DirEntry[str]") -> bool:
+def _is_there(file: Path) -> bool:
     try:
         return file.is_file()
     except OSError:  # a link to itself, a name that is too long
