@@ -4,17 +4,18 @@ A verb imports its stage inside the function, so that `moce --help` answers at o
 packages.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import click
 from rich.console import Console
 
 from moce_ds import config as configuration
 from moce_ds.errors import ConfigError, MoceError, printable
+from moce_ds.machine import machine_fault
+from moce_ds.place import is_first
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -57,18 +58,27 @@ def show(renderable: Any) -> None:
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
-    traceback."""
+    """Run a command with the words of this process: errors of the user and of the machine in one message and their
+    status, Ctrl-C without a traceback."""
     try:
         command(prog_name=name, standalone_mode=False)
     except MoceError as error:
-        if os.environ.get("RANK", "0") == "0":
-            # Names out of a file may hold what a terminal takes for commands.
-            click.echo(f"Error: {printable(str(error))}", err=True)
-        sys.exit(error.status)
+        _end_with(error)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)
         sys.exit(130)
+    except (OSError, MemoryError, RuntimeError) as error:
+        fault = None if isinstance(error, BrokenPipeError) else machine_fault(error)
+        if fault is None:
+            raise
+        _end_with(fault)
+
+
+def _end_with(error: MoceError) -> Never:
+    if error.every_process or is_first():
+        # Names out of a file may hold what a terminal takes for commands.
+        click.echo(f"Error: {printable(str(error))}", err=True)
+    sys.exit(error.status)

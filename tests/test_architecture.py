@@ -16,6 +16,7 @@ Sources = Mapping[str, str]
 BASE = {
     "errors",
     "machine",
+    "place",
     "command_line",
     "files",
     "config",
