@@ -18,9 +18,10 @@ from ipaddress import ip_address
 
 from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 
-from moce_ds.errors import LostPeerError, printable
+from moce_ds.errors import LostPeerError
 from moce_ds.place import Place, PlaceError
 from moce_ds.sealing import SECRET, Sealer
+from moce_ds.text import printable
 
 LONGEST_TEXT = 4000
 """Characters of a sealed text; a longer one is cut as it is written, and is not ours where it is read."""

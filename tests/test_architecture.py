@@ -15,6 +15,7 @@ Sources = Mapping[str, str]
 # Which part of the package may import which other parts, besides itself.
 BASE = {
     "errors",
+    "text",
     "machine",
     "place",
     "command_line",

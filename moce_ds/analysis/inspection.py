@@ -19,8 +19,10 @@ from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_record, reads_from, sha256_of, valid_record
+from moce_ds.text import in_line, shortened
 
 Rows = dict[str, str]
+_NAME = 60  # characters shown of a class
 
 
 def describe(path: Path) -> Table:
@@ -279,7 +281,7 @@ def _results(path: Path) -> Rows:
         return _some([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
 
     records = read_results(path / "results.json")
-    return {f"{r['verb']} {r['task']} {r.get('model', '')}".strip(): told(r) for r in records}
+    return {in_line(f"{r['verb']} {r['task']} {r.get('model', '')}".strip()): told(r) for r in records}
 
 
 def _shape(shape: _Shape) -> str:
@@ -291,4 +293,5 @@ def _mebibytes(sizes: Iterable[int]) -> str:
 
 
 def _some(names: list[str], shown: int = 12) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + more
