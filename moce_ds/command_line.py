@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError, MoceError
+from moce_ds.errors import STOPPED, ConfigError, MoceError
+from moce_ds.interrupts import interruptible, outlive_readers
 from moce_ds.machine import machine_fault
 from moce_ds.place import is_first
 from moce_ds.text import printable, tolerate_any_text
@@ -42,6 +43,13 @@ class Verb(click.Command):
 def words(required: bool = False) -> Any:
     """The trailing words of a verb: a YAML file and `key=value` settings."""
     return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
+
+
+def heads_option() -> Any:
+    """What a file of the public MAE does not say of an ENCODER."""
+    return click.option(
+        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
+    )
 
 
 def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
@@ -80,10 +88,12 @@ def warn(text: str) -> None:
 
 def run_command(command: click.Command, name: str) -> None:
     """Run a command with the words of this process: errors of the user and of the machine in one message and their
-    status, Ctrl-C without a traceback."""
+    status, signals without a traceback and with status STOPPED."""
+    outlive_readers()
     tolerate_any_text()
     try:
-        command(prog_name=name, standalone_mode=False)
+        with interruptible():
+            command(prog_name=name, standalone_mode=False)
     except MoceError as error:
         _end_with(error)
     except click.ClickException as error:
@@ -92,10 +102,11 @@ def run_command(command: click.Command, name: str) -> None:
         say(told.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        if is_first():
+            click.echo("Interrupted.", err=True)
+        sys.exit(STOPPED)
     except (OSError, MemoryError, RuntimeError) as error:
-        fault = None if isinstance(error, BrokenPipeError) else machine_fault(error)
+        fault = machine_fault(error)
         if fault is None:
             raise
         _end_with(fault)

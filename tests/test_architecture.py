@@ -18,6 +18,7 @@ BASE = {
     "text",
     "machine",
     "place",
+    "interrupts",
     "command_line",
     "files",
     "config",
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
     | MIDDLE,
-    "__main__": {"cli"},
+    "__main__": {"cli", "interrupts"},
     "__init__": {"transfer"},  # lazily: the Python API
 }
 
