@@ -14,7 +14,7 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, read_settings, run_command, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
@@ -139,10 +139,12 @@ def plan(
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
+@heads_option()
 @words()
-def features(encoder: Path, shards: Path, out: Path, words: Sequence[str]) -> None:
-    """Write the features that ENCODER (a dense run, or an exported encoder) gives the images of SHARDS to OUT.
+def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: Sequence[str]) -> None:
+    """Write the features that ENCODER gives the images of SHARDS to OUT.
 
+    ENCODER is a dense run, an exported encoder, or a .pth file of the public MAE.
     Several processes share the work. Interrupted, the same command goes on.
     """
     from moce_ds.data.shards import ShardSet
@@ -151,7 +153,9 @@ def features(encoder: Path, shards: Path, out: Path, words: Sequence[str]) -> No
 
     config = read_settings(FeatureSettings, words)
     with started() as runtime:
-        opened = open_encoder(encoder, runtime.device)
+        opened = open_encoder(encoder, runtime.device, heads)
+        if encoder.is_file():
+            runtime.say(f"{encoder}: {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
