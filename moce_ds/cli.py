@@ -3,7 +3,6 @@
 Stages are imported inside the verbs, so that `moce --help` answers at once and a verb needs only its own packages.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
 from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.place import Place
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
@@ -76,7 +76,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     if dry_run:
         from moce_ds.planning.dry_run import plan_table
 
-        show(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
+        show(plan_table(config, processes or Place.here().world_size))
         say(configuration.to_yaml(config))
         return
     from moce_ds.runtime import started

@@ -17,6 +17,7 @@ BASE = {
     "errors",
     "text",
     "machine",
+    "place",
     "interrupts",
     "drafts",
     "command_line",
