@@ -46,9 +46,9 @@ def put_in_place(draft: Path, path: Path) -> None:
         os.replace(path, replaced)
         try:
             os.replace(draft, path)
-        except BaseException:
-            os.replace(replaced, path)
-            raise
+        finally:
+            if not os.path.lexists(path):  # stopped between the two
+                os.replace(replaced, path)
         _remove(replaced)
 
 
