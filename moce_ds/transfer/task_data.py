@@ -18,8 +18,8 @@ from moce_ds.data.left_out import left_out
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
+from moce_ds.drafts import scratch_folder
 from moce_ds.errors import DataError
-from moce_ds.files import scratch_folder
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
 from moce_ds.text import in_line

@@ -8,8 +8,8 @@ from moce_ds.data.listing import Listing
 from moce_ds.data.public import mat_files, text_lists, unlisted
 from moce_ds.data.public.found import Found, checked
 from moce_ds.data.shard_writer import ShardReport, ShardSettings, write_shards
+from moce_ds.drafts import scratch_folder
 from moce_ds.errors import ConfigError, DataError
-from moce_ds.files import scratch_folder
 
 READERS: dict[str, Callable[[Path, int], Found]] = {
     "aircraft": text_lists.aircraft,
