@@ -48,7 +48,7 @@ def submit(
     Raises:
         ConfigError: there is no SLURM here, or sbatch refuses; what it says is passed on.
     """
-    python = profile.python or sys.executable
+    python = str(profile.python or sys.executable)
     ranks = [
         Rank(
             (python, "-m", "moce_ds", *words),
