@@ -19,9 +19,11 @@ from launchers.local import run_processes
 from moce_ds import config as configuration
 from moce_ds.analysis.run_folder import read_metrics, read_results
 from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
 from moce_ds.files import read_record, write_json, writes_to
 from moce_ds.planning.work import all_rows_bytes, count_parameters
+from moce_ds.text import tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.values import arguments
 
@@ -30,13 +32,14 @@ _HELD_OUT = "held out"
 
 def main() -> int:
     """Run the cell that the arguments name; returns the exit status."""
+    tolerate_any_text()
     folder, name = Path(sys.argv[1]), sys.argv[2]
     try:
         record = read_record(folder / STUDY, StudyRecord, "a study's record", "moce study")
         study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
         return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
     except MoceError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error}", err=True)
         return error.status
 
 
@@ -54,7 +57,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     began = time.monotonic()
     with held(cell.lock):
         if is_done(study, cell):
-            print(f"{cell.name} was done meanwhile by another process.")
+            say(f"{cell.name} was done meanwhile by another process.")
             return 0
         config = cell.config()
         write_record(cell, record := _begun(study, cell, config))

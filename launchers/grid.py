@@ -17,7 +17,10 @@ from moce_ds.config import KeysOf, option, settings, word
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.files import read_record
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.values import path_text
+from moce_ds.values import arguments
+
+TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+"""Of a task that the settings name: a folder is called by it, and a word of a command."""
 
 Single = bool | int | float | str | None
 Value = Single | list[Single]
@@ -41,7 +44,7 @@ class StudySettings:
     )
     processes: Positive = option(1, "processes of a cell on each machine, where the grid does not say")
     nodes: Positive = option(1, "machines of a cell, where the grid does not say")
-    tasks: dict[str, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
+    tasks: dict[TaskName, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of cells with experts")
     x: str | None = option(None, "key on the report's horizontal axis; null: the one with the most values")
 
@@ -129,7 +132,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
     own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [path_text(study.base), *study.set, *own, word("run.out", folder / "run")]
+    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / "run")]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

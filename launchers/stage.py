@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import click
-
 from launchers.hold import held, is_held
 from launchers.local import run_processes
+from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import STOPPED, MoceError
 from moce_ds.files import read_record, sha256_of, write_json, writes_to
+from moce_ds.text import in_line
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
 """The stages, in order."""
@@ -197,7 +197,7 @@ def _run_commands(stage: Stage) -> None:
 
     for command in stage.commands:
         if os.environ.get("RANK", "0") == "0":
-            click.echo(f"\n$ moce {shlex.join(command)}")
+            say(f"\n$ moce {in_line(shlex.join(command))}")
         moce(command, standalone_mode=False)
 
 

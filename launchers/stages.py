@@ -4,9 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from launchers.grid import check_there
+from launchers.grid import TaskName, check_there
 from launchers.slurm_profile import SlurmProfile
 from launchers.stage import Name, Stage
 from moce_ds.clustering.build import ClusterSettings
@@ -16,7 +14,7 @@ from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
 from moce_ds.models.encode import EncodeSettings, FeatureSettings
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.values import arguments, path_text
+from moce_ds.values import arguments
 
 _SETTINGS: dict[Name, type[Any]] = {
     "shards": ShardSettings,
@@ -40,7 +38,7 @@ class PipelineSettings:
     mae: Path = option(help="YAML file of `moce pretrain` for the dense MAE")
     moce: Path = option(help="YAML file of `moce pretrain` for the model with experts")
     words: dict[Name, list[str]] = option({}, "for each stage, more words for its verbs: key=value, or a YAML file")
-    tasks: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Path] = option(
+    tasks: dict[TaskName, Path] = option(
         {}, "name and folder of tasks; a folder holds train/ and test/, of images or of shards"
     )
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of the experts")
@@ -73,7 +71,7 @@ class PipelineSettings:
         """The settings of a stage's verbs, as words."""
         given = self.words.get(stage, [])
         if stage == "mae" or stage == "moce":
-            return [path_text(self.mae if stage == "mae" else self.moce), *given, *self.chosen(stage)]
+            return [*arguments([self.mae if stage == "mae" else self.moce]), *given, *self.chosen(stage)]
         return given
 
 

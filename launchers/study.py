@@ -18,6 +18,7 @@ from launchers.local import PASSED_ON
 from launchers.signals import kept_signals, wait_for
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.files import write_json, writes_to
 
@@ -48,12 +49,12 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
-        print(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
+        say(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
         return STOPPED
-    print(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
+    say(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
     for cell in failed:
         told = _tail(cell.log).replace("\n", "\n    ")
-        print(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", file=sys.stderr)
+        say(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", err=True)
     return 1 if failed else 0
 
 

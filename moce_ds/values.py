@@ -222,5 +222,6 @@ def path_text(path: Path) -> str:
 
 
 def arguments(words: Iterable[object]) -> list[str]:
-    """The words of a command for another process, which reads its paths as exactly these."""
-    return [path_text(word) if isinstance(word, Path) else str(word) for word in words]
+    """The words of a command for another process, which reads its paths as exactly these, and none as an option."""
+    texts = ((path_text(word) if isinstance(word, Path) else str(word), word) for word in words)
+    return [f"./{text}" if isinstance(word, Path) and text.startswith("-") else text for text, word in texts]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
 from moce_ds.analysis.study_folder import STUDY, read_study_folder
@@ -18,9 +18,11 @@ from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_record, sha256_of, valid_record
+from moce_ds.files import read_record, reads_from, sha256_of, valid_record
+from moce_ds.text import in_line, shortened
 
 Rows = dict[str, str]
+_NAME = 60  # characters shown of a class
 
 
 def describe(path: Path) -> Table:
@@ -236,11 +238,8 @@ def _encoder(path: Path) -> Rows:
     config = _encoder_record(path)
     provenance = read_record(path / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
     weights = path / "model.safetensors"
-    try:
-        with safe_open(weights, "np") as file:  # reads the header, and compares the file's size with it
-            tensors = len(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} is damaged ({error}): export it again.") from None
+    with reads_from(weights, "export it again."), safe_open(weights, "np") as file:
+        tensors = len(file.keys())  # from the header, whose sizes are compared with the file's
     return {
         "shape": _shape(config.shape),
         "input": str(config.input),
@@ -282,7 +281,7 @@ def _results(path: Path) -> Rows:
         return _some([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
 
     records = read_results(path / "results.json")
-    return {f"{r['verb']} {r['task']} {r.get('model', '')}".strip(): told(r) for r in records}
+    return {in_line(f"{r['verb']} {r['task']} {r.get('model', '')}".strip()): told(r) for r in records}
 
 
 def _shape(shape: _Shape) -> str:
@@ -294,4 +293,5 @@ def _mebibytes(sizes: Iterable[int]) -> str:
 
 
 def _some(names: list[str], shown: int = 12) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + more

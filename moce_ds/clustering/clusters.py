@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, read_record, write_json
+from moce_ds.files import atomic_file, load_array, read_record, reads_from, save_array, write_json
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
@@ -169,8 +168,7 @@ def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
 
 def save_ids(folder: Path, ids_N: np.ndarray) -> None:
     """Write the cluster of every image of the shard set, as int32, beside the clusters."""
-    with atomic_file(folder / "ids.npy") as temporary, open(temporary, "wb") as opened:
-        np.save(opened, ids_N.astype(np.int32), allow_pickle=False)
+    save_array(folder / "ids.npy", ids_N.astype(np.int32))
 
 
 def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
@@ -188,14 +186,7 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
         )
     path = folder / "ids.npy"
     again = f"write the clusters again with `{MADE_BY}`."
-    try:
-        ids_N = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing: {again}") from None
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
-    if ids_N.shape != (count,) or ids_N.dtype != np.int32:
-        raise ArtefactError(f"{path} holds {ids_N.dtype} {ids_N.shape}, expected int32 {(count,)}: {again}")
+    ids_N = load_array(path, np.int32, (count,), again)
     m = clusters.num_clusters
     counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: of what is no cluster
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
@@ -205,12 +196,8 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     again = f"write the clusters again with `{MADE_BY}`."
-    try:
+    with reads_from(path, again):
         tensors: dict[str, np.ndarray] = load_file(path)
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing: {again}") from None
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
     if missing := [name for name in _TENSORS if name not in tensors]:
         raise ArtefactError(f"{path} is damaged, without {', '.join(missing)}: {again}")
     found = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}

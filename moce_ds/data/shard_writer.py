@@ -45,7 +45,7 @@ from moce_ds.data.shards import (
     shard_name,
 )
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_file, read_json, read_record, sha256_of, write_json, writes_to
+from moce_ds.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
 
 
 @settings
@@ -260,8 +260,7 @@ def _write_tables(
     targets = listing.targets(sources) if listing.multi_label else None
     for name, array in ((SAMPLES, samples), (TARGETS, targets)):
         if array is not None:
-            with atomic_file(out / name) as temporary, open(temporary, "wb") as file:
-                np.save(file, array, allow_pickle=False)
+            save_array(out / name, array)
     for name, entries in ((SOURCES, sources), (REJECTED, rejected)):
         with atomic_file(out / name) as temporary, open(temporary, "w", encoding="ascii") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from moce_ds.data.image_file import open_image, to_rgb
 from moce_ds.errors import DataError
-from moce_ds.files import read_record, sha256_of
+from moce_ds.files import load_array, read_record, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -298,15 +298,7 @@ def _restore(folder: Path) -> str:
 
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """An array that was written beside the shards. Raises DataError where it is another one."""
-    try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{path} cannot be read ({error}). {_restore(path.parent)}") from None
-    if array.dtype != dtype or array.shape != shape:
-        raise DataError(
-            f"{path} holds {array.shape} of {array.dtype}, expected {shape} of {dtype}. {_restore(path.parent)}"
-        )
-    return array
+    return load_array(path, dtype, shape, _restore(path.parent), DataError)
 
 
 def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:

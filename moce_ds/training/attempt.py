@@ -20,6 +20,7 @@ from pathlib import Path
 
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.files import sync, writes_to
+from moce_ds.machine import reason
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
@@ -85,7 +86,8 @@ class Attempt:
         except (ArtefactError, OSError) as error:
             if self.superseded:
                 raise self.error(step) from None
-            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {error}") from None
+            why = reason(error) if isinstance(error, OSError) else error
+            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {why}") from None
 
     @contextmanager
     def file(self, path: Path, step: int) -> Iterator[Path]:

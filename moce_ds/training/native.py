@@ -8,7 +8,6 @@
 The files are pickles. They are read with `weights_only=True`, so that nothing in them is executed.
 """
 
-import argparse
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -169,8 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
     """What a file holds by key. Raises ArtefactError."""
     if not path.is_file():
         raise ArtefactError(f"{path} not found: expected what save_checkpoint writes with ZeRO stage 0, 1 or 2.")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # common in `client_state`; holds attributes, no more
-        content = read_torch_file(path, str(path))
+    content = read_torch_file(path, str(path))
     if not isinstance(content, dict):
         raise ArtefactError(
             f"{path} holds a {type(content).__name__}; expected what DeepSpeed's save_checkpoint writes."

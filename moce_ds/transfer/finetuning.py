@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.files import read_json, writes_to
 from moce_ds.transfer.tasks import Task
@@ -44,7 +45,7 @@ def _run(
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
-        print(f"fine-tuning: tail -F {log}", flush=True)
+        say(f"fine-tuning: tail -F {log}")
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
             with open(log, "a", encoding="utf-8") as opened:

@@ -92,7 +92,7 @@ def test_altered_targets_are_found(several: Path, tmp_path: Path) -> None:
     np.save(several / "targets.npy", np.where(targets == 0, 1, targets).astype(np.int8))
     assert any("samples.npy: altered" in fault for fault in ShardSet.open(several).verify())
     (several / "targets.npy").unlink()
-    with pytest.raises(DataError, match=r"targets\.npy cannot be read"):
+    with pytest.raises(DataError, match=r"targets\.npy is missing"):
         ShardSet.open(several)
 
 

@@ -176,7 +176,7 @@ def wrong(state: dict[str, Tensor]) -> None:
         (lambda f: (f / "config.json").write_text("{"), ["config.json is damaged"]),
         (lambda f: (f / "config.json").write_text('{"format": "other"}'), ["'other'; this program reads format"]),
         (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors is missing", "half written"]),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40), ["safetensors cannot be read"]),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40), ["safetensors is damaged"]),
         (lambda f: (f / "provenance.json").unlink(), ["provenance.json not found"]),
         (
             change_state(lambda state: state["norm.bias"].add_(1)),
