@@ -155,7 +155,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device, heads)
         if encoder.is_file():
-            runtime.say(f"{encoder}: {opened.provenance['taken_for']}")
+            runtime.say(f"{encoder}: taken for {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
