@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
+
 from launchers.grid import Cell, StudySettings, cells_of
 from launchers.hold import held
 from launchers.local import run_processes
@@ -150,6 +152,6 @@ def _moce(*words: Any) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         print("Interrupted.", file=sys.stderr)
         sys.exit(STOPPED)

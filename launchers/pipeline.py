@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import click
 from rich.table import Table
 
 from launchers.hold import is_held
@@ -97,7 +98,7 @@ def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
     shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
     try:
         status = run_stage(stage, shared, processes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # click makes the one into the other
         return STOPPED
     if status == 0 and (record := stage.record()):
         say(f"{place} done in {record.seconds:.0f} s")

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import click
+
 from launchers.hold import held, is_held
 from launchers.local import run_processes
 from moce_ds.command_line import say
@@ -174,7 +176,7 @@ class _Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | click.Abort):
             return
         ended = replace(self._record, at=_now(), seconds=round(time.monotonic() - self._began, 1))
         if error is None:

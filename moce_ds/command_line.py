@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError, MoceError
+from moce_ds.errors import STOPPED, ConfigError, MoceError
+from moce_ds.interrupts import interruptible, outlive_readers
 from moce_ds.text import printable, tolerate_any_text
 
 PATH = click.Path(path_type=Path)
@@ -85,11 +86,13 @@ def warn(text: str) -> None:
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
-    traceback."""
+    """Run a command with the words of this process: user errors in one message and their status, signals without a
+    traceback and with status STOPPED."""
+    outlive_readers()
     tolerate_any_text()
     try:
-        command(prog_name=name, standalone_mode=False)
+        with interruptible():
+            command(prog_name=name, standalone_mode=False)
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
             # Names out of a file may hold what a terminal takes for commands.
@@ -101,5 +104,6 @@ def run_command(command: click.Command, name: str) -> None:
         say(told.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo("Interrupted.", err=True)
+        sys.exit(STOPPED)

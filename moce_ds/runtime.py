@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 
 from moce_ds.errors import LostPeerError, MoceError
+from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
 from moce_ds.rendezvous import Rendezvous, interfaces
-from moce_ds.text import printable
+from moce_ds.text import encoded, printable
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
@@ -111,7 +112,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return [text]
-        mine = torch.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")) or bytearray(1), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(encoded(text)) or bytearray(1), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
         longest = max(map(int, sizes))
@@ -196,18 +197,17 @@ def _group_store(meeting: Rendezvous, peer_timeout: float) -> dist.Store:
 class StopRequest:
     """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
 
-    A second Ctrl-C ends the process at once, as an impatient user expects.
+    A second Ctrl-C ends the process at once, as an impatient user expects. SIGHUP, of a terminal that is gone, asks for
+    a stop too, unless it is ignored, as under nohup.
 
     Args:
         seconds: after so long a stop is wanted too; None: never.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, seconds: float | None = None) -> None:
         self._received: signal.Signals | None = None
         self._deadline = time.monotonic() + seconds if seconds is not None else float("inf")
-        self._previous = {number: signal.signal(number, self._remember) for number in self.signals}
+        self._previous = {number: signal.signal(number, self._remember) for number in obeyed()}
 
     @property
     def wanted(self) -> bool:

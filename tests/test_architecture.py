@@ -17,6 +17,7 @@ BASE = {
     "errors",
     "text",
     "machine",
+    "interrupts",
     "command_line",
     "files",
     "config",
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
     | MIDDLE,
-    "__main__": {"cli"},
+    "__main__": {"cli", "interrupts"},
     "__init__": {"transfer"},  # lazily: the Python API
 }
 

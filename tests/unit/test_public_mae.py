@@ -126,7 +126,7 @@ def test_a_fine_tuned_model_is_tuned_further_but_not_on_pixels(
     with torch.no_grad():
         torch.testing.assert_close(model(photo_pixels.float()), model.head(encoder.features(photo_pixels.float())))
     with pytest.raises(ConfigError, match=r"data.encoder: .*Give the encoder as it was pre-trained"):
-        SimpleFeaturePyramid(encoder, BackboneSettings(image_size=16, channels=8))
+        SimpleFeaturePyramid(encoder, BackboneSettings(image_size=32, channels=8))
 
 
 def on_paper(width: int, depth: int, patch: int, side: int) -> State:

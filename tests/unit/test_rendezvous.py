@@ -76,7 +76,7 @@ def test_what_is_heard_is_short_and_printable(store: TCPStore) -> None:
     assert sealed.get("text") == ""
 
 
-@pytest.mark.parametrize("verdict", ["", "0 done", "76 stopped", "-1 x", "075 x", "255 x", "x", "1"])
+@pytest.mark.parametrize("verdict", ["", "0 done", "2 x", "-1 x", "075 x", "255 x", "x", "1"])
 def test_a_verdict_ends_nobody_as_if_all_were_well(verdict: str) -> None:
     found = _parsed(verdict)
     assert found is None or found == (1, "")
