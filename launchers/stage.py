@@ -199,7 +199,7 @@ def _run_commands(stage: Stage) -> None:
 
     for command in stage.commands:
         if os.environ.get("RANK", "0") == "0":
-            say(f"\n$ moce {in_line(shlex.join(command))}")
+            say("", f"$ moce {in_line(shlex.join(command))}")
         moce(command, standalone_mode=False)
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from moce_ds import config as configuration
 from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.interrupts import interruptible, outlive_readers
-from moce_ds.text import printable, tolerate_any_text
+from moce_ds.text import hanging, printable, tolerate_any_text
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -74,9 +74,10 @@ def show(renderable: Any, width: int = 100) -> None:
     _PlainConsole(width=None if sys.stdout.isatty() else width, soft_wrap=False).print(renderable)
 
 
-def say(text: str, err: bool = False) -> None:
-    """Print lines, which may hold foreign names, to standard output or error."""
-    print(printable(text), file=sys.stderr if err else sys.stdout, flush=True)
+def say(*texts: str, err: bool = False) -> None:
+    """Print texts, which may hold foreign names, to standard output or error; each begins a line, and it alone does."""
+    for text in texts:
+        print(hanging(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def warn(text: str) -> None:
@@ -101,7 +102,7 @@ def run_command(command: click.Command, name: str) -> None:
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
-        say(told.getvalue().rstrip("\n"), err=True)
+        say(*told.getvalue().splitlines(), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         if os.environ.get("RANK", "0") == "0":
