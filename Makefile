@@ -40,7 +40,7 @@ check: install  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: install  ## speed of this machine: loading, expert layers, a training step
 	$(BIN)/moce bench load

@@ -6,7 +6,6 @@
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 import time
@@ -24,9 +23,11 @@ from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
 from moce_ds.files import read_record, write_json, writes_to
+from moce_ds.place import Place
 from moce_ds.planning.work import all_rows_bytes, count_parameters
-from moce_ds.text import argument, tolerate_any_text
+from moce_ds.text import tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.values import arguments
 
 _HELD_OUT = "held out"
 
@@ -53,7 +54,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     Raises:
         MoceError: as the stages.
     """
-    if int(os.environ.get("RANK", "0")):
+    if Place.here().rank:
         return _pretrain(cell)
     began = time.monotonic()
     with held(cell.lock):
@@ -120,7 +121,7 @@ def _begun(study: StudySettings, cell: Cell, config: PretrainSettings) -> CellRe
 
 
 def _pretrain(cell: Cell) -> int:
-    here = int(os.environ.get("WORLD_SIZE", "1"))
+    here = Place.here().world_size
     if here == 1:
         return run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes)
     if here != cell.world_size:
@@ -146,7 +147,7 @@ def _moce(*words: Any) -> None:
     """A verb in this process: the packages are imported once for all of them."""
     from moce_ds.cli import moce
 
-    moce([argument(word) if isinstance(word, Path) else str(word) for word in words], standalone_mode=False)
+    moce(arguments(words), standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """One stage of a pipeline: what it is known by, its state on disk, and running it."""
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import STOPPED, MoceError
 from moce_ds.files import read_record, sha256_of, write_json, writes_to
+from moce_ds.place import Place, is_first
 from moce_ds.text import in_line
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
@@ -149,7 +149,7 @@ def _explained(stage: Stage, status: int) -> int:
 
 def share_stage(stage: Stage) -> None:
     """Run a parallel stage as one of its processes, of which the first keeps the record. Raises StageError."""
-    if int(os.environ["RANK"]):
+    if Place.here().rank:
         _run_commands(stage)
         return
     with held(stage.lock):
@@ -198,7 +198,7 @@ def _run_commands(stage: Stage) -> None:
     from moce_ds.cli import moce
 
     for command in stage.commands:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             say("", f"$ moce {in_line(shlex.join(command))}")
         moce(command, standalone_mode=False)
 

@@ -1,7 +1,6 @@
 """A grid of runs: `moce study CONFIG`. Cells that are done stay; the same command goes on with the others."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from moce_ds.command_line import say
 from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.files import write_json, writes_to
 from moce_ds.interrupts import obeyed
+from moce_ds.place import Place
 from moce_ds.text import in_line
 
 _TOLD_LINES = 8
@@ -36,13 +36,13 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         ConfigError: before anything is run: a fault in the settings of any cell, or a folder that holds another run.
     """
     cells = _checked(study)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if Place.here().world_size == 1:
         _refuse_other_machines(cells if only is None else [_named(cells, only)])
     check_places(study, cells)
     keep_record(study, cells)
     if only is not None:
         cells = [_named(cells, only)]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Place.here().world_size > 1:
         if only is None:
             raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
         return run_cell(study, cells[0])

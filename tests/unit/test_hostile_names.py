@@ -39,6 +39,7 @@ from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.classification import TUNED, Classification
 from moce_ds.tuning.labelled import make_splits
 from moce_ds.tuning.settings import FinetuneSettings
+from moce_ds.values import arguments
 
 FORGED = "Verified: forged"
 """What some names put at the beginning of a line."""
@@ -60,7 +61,7 @@ def run_in_ascii(*words: object) -> Said:
     """As `run_here`, with outputs that can encode nothing but ASCII, and refuse the rest."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", "strict", newline="") for _ in range(2))
     status = 0
-    with patch.object(sys, "argv", ["moce", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
+    with patch.object(sys, "argv", ["moce", *arguments(words)]), redirect_stdout(out), redirect_stderr(err):
         try:
             main()
         except SystemExit as end:
