@@ -69,7 +69,7 @@ def two(root: Path) -> dict[str, Tuned]:
         "exchanged": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), stop_after=3),
         "then-other": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), before=partial(exchange, root)),
     }
-    first, second = run_distributed(run_tunings, 2, jobs, seconds=200)
+    first, second = run_distributed(run_tunings, 2, jobs)
     assert [t.record for t in first.values()] == [t.record for t in second.values()]
     assert [bool(t.error) for t in first.values()] == [bool(t.error) for t in second.values()]
     return first
@@ -97,7 +97,7 @@ def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
         ),
         "learning": Tune(words(root, "learning", *learning)),
     }
-    return run_distributed(run_tunings, 1, jobs, seconds=200)[0]
+    return run_distributed(run_tunings, 1, jobs)[0]
 
 
 def exchange(root: Path) -> None:
