@@ -13,7 +13,7 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, is_config_word, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.place import Place
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
@@ -155,7 +155,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device, heads)
         if encoder.is_file():
-            runtime.say(f"{encoder}: {opened.provenance['taken_for']}")
+            runtime.say(f"{encoder}: taken for {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
@@ -250,7 +250,7 @@ def slurm(words: Sequence[str]) -> None:
     from launchers.launch import launch_on_slurm
     from launchers.slurm_profile import SlurmProfile
 
-    verb = next((i for i, word in enumerate(words) if "=" not in word and not word.endswith((".yaml", ".yml"))), None)
+    verb = next((i for i, word in enumerate(words) if word in moce.commands or not is_config_word(word)), None)
     if verb is None:
         raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
     launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])

@@ -17,6 +17,7 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_record, reads_from, sha256_of, valid_record
 from moce_ds.text import in_line, shortened
@@ -123,6 +124,7 @@ def _encoder_record(path: Path) -> _EncoderRecord:
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
     """Kind and reader of an artefact, by the file that marks it."""
+    restore(path)
     marks: list[tuple[str, str, Callable[[Path], Rows]]] = [
         ("shards.json", "shard set", _shards),
         ("features.json", "features", _features),
