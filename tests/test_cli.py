@@ -16,9 +16,9 @@ from moce_ds.cli import Verb, moce
 
 def test_the_two_names_of_the_command() -> None:
     script = Path(sys.executable).with_name("moce")
-    told = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
+    told = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=300)
     assert told.stdout.strip() == f"moce, version {__version__}"
-    module = subprocess.run([sys.executable, "-m", "moce_ds", "--version"], capture_output=True, text=True, timeout=60)
+    module = subprocess.run([sys.executable, "-m", "moce_ds", "--version"], capture_output=True, text=True, timeout=300)
     assert module.stdout == told.stdout
 
 

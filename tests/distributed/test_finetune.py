@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import run_distributed
-from launching import launched, local, ranks_of, run_to_end, send, wait_for_step
+from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step
 from rich.console import Console
 from safetensors import safe_open
 from tiny_run import alter_images, comparable, losses, numbers
@@ -235,7 +235,7 @@ def test_the_command_stops_and_goes_on(root: Path, two: object) -> None:
     with launched(*command) as process:
         wait_for_step(out, 3)
         send(signal.SIGTERM, ranks_of(process)[1])
-        assert process.wait(timeout=60) == STOPPED
+        assert process.wait(timeout=SECONDS) == STOPPED
     assert len(steps_of(out)) == 1 and not (out / "tuned").exists()
     status, said = run_to_end(*command)
     assert status == 0 and "Resuming" in said and "finetune" in said, said
