@@ -107,7 +107,7 @@ def plan(
     and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
     it, its assumptions and errors are in docs/planning.md.
     """
-    from moce_ds.files import write_json
+    from moce_ds.files import check_writable, write_json, writes_to
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
@@ -115,6 +115,8 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
+    if given["json_file"] is not None:
+        check_writable(given["json_file"])
     steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
@@ -132,7 +134,8 @@ def plan(
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
-        write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+        with writes_to(given["json_file"]):
+            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
