@@ -13,7 +13,7 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, is_config_word, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.place import Place
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
@@ -107,7 +107,7 @@ def plan(
     and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
     it, its assumptions and errors are in docs/planning.md.
     """
-    from moce_ds.files import write_json
+    from moce_ds.files import check_writable, write_json, writes_to
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
@@ -115,6 +115,8 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
+    if given["json_file"] is not None:
+        check_writable(given["json_file"])
     steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
@@ -132,7 +134,8 @@ def plan(
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
-        write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+        with writes_to(given["json_file"]):
+            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
@@ -250,7 +253,7 @@ def slurm(words: Sequence[str]) -> None:
     from launchers.launch import launch_on_slurm
     from launchers.slurm_profile import SlurmProfile
 
-    verb = next((i for i, word in enumerate(words) if "=" not in word and not word.endswith((".yaml", ".yml"))), None)
+    verb = next((i for i, word in enumerate(words) if word in moce.commands or not is_config_word(word)), None)
     if verb is None:
         raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
     launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])

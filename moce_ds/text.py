@@ -48,12 +48,6 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def argument(word: object) -> str:
-    """A path as a word of a command: one that begins with a dash is not taken for an option."""
-    text = str(word)
-    return f"./{text}" if text.startswith("-") else text
-
-
 def script_fault(text: str) -> str | None:
     """Why a text cannot stand in one line of a shell script, whatever quotes are around it; None where it can."""
     if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):
