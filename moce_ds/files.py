@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from moce_ds.drafts import draft_of, put_in_place, restore
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.machine import reason
 
@@ -29,12 +31,14 @@ _DAMAGE = (
     RecursionError, MemoryError,
 )  # fmt: skip
 
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # of torch.save, which says no more than that
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft_of(path)
     try:
         yield temporary
         sync(temporary)
@@ -47,23 +51,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
-    An existing `path` is moved aside first and removed last, and put back where the new one does not come.
+    An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
+    leaves it aside, and the next process that asks for it puts it back (`drafts`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    restore(path)
+    temporary = draft_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            os.replace(path, replaced)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not path.exists():  # stopped between the two
-            os.replace(replaced, path)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -73,7 +73,9 @@ def writes_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {reason(error)}") from None
-    except SafetensorError as error:  # which is how that library passes on an error of the disk
+    except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
+            raise
         raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
 
 
@@ -129,6 +131,21 @@ def save_array(path: Path, array: np.ndarray) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as opened:
         # numpy writes to what it takes for a file with C's stdio, and then misses what a full disk says at its end.
         np.lib.format.write_array(SimpleNamespace(write=opened.write), array, allow_pickle=False)
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, Tensor | np.ndarray]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a `.safetensors` file of tensors of the host, all of torch or all of numpy, as readable as the umask lets
+    it be: the library itself gives files to their owner alone. Raises OSError, or SafetensorError with its text."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
 
 
 def check_writable(path: Path) -> None:
@@ -220,9 +237,14 @@ def copy_tree(source: Path, target: Path) -> None:
         try:
             os.link(src, dst)
         except OSError:
-            shutil.copy2(src, dst)
+            try:
+                shutil.copy2(src, dst)
+            except OSError as error:
+                faults.append(error)
+                raise
 
+    faults: list[OSError] = []  # what shutil collects is text
     try:
         shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
-    except shutil.Error as error:  # a list of all files that failed; the first says why
-        raise OSError(error.args[0][0][2]) from None
+    except shutil.Error as error:  # a list of all that failed; the first says why
+        raise (faults or [OSError(error.args[0][0][2])])[0] from None

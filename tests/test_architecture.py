@@ -18,10 +18,15 @@ BASE = {
     "text",
     "machine",
     "place",
+    "manifest",
     "interrupts",
+    "drafts",
     "command_line",
     "files",
     "config",
+    "values",
+    "yaml_text",
+    "faults",
     "randomness",
     "sealing",
     "rendezvous",
@@ -66,6 +71,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),
     "datasets": ("moce_ds.data.saved_dataset",),
+    "safetensors.torch.save_file": ("moce_ds.files",),  # which gives files the usual mode
+    "safetensors.numpy.save_file": ("moce_ds.files",),
     "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises
 }
 

@@ -17,6 +17,7 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_record, reads_from, sha256_of, valid_record
 from moce_ds.text import in_line, shortened
@@ -28,7 +29,7 @@ _NAME = 60  # characters shown of a class
 def describe(path: Path) -> Table:
     """What `path` is and holds, as a table. Raises ArtefactError when it is nothing of ours, or damaged."""
     kind, rows = _recognised(path)
-    table = Table(title=f"{path}: {kind}", show_header=False, title_justify="left")
+    table = Table(title=f"{in_line(path)}: {kind}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows(path).items():
@@ -123,6 +124,7 @@ def _encoder_record(path: Path) -> _EncoderRecord:
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
     """Kind and reader of an artefact, by the file that marks it."""
+    restore(path)
     marks: list[tuple[str, str, Callable[[Path], Rows]]] = [
         ("shards.json", "shard set", _shards),
         ("features.json", "features", _features),
@@ -187,10 +189,13 @@ def _clusters(path: Path) -> Rows:
 def _checkpoint(path: Path) -> Rows:
     checkpoint = Checkpoint.open(path, stripped=True)
     manifest, shapes = checkpoint.manifest, checkpoint.shapes()
-    experts = manifest["model"]["experts"]
-    rows = {
-        "step": f"{checkpoint.step} ({manifest['images_read']} images read)",
-        "encoder": _shape(valid_record(_Shape, manifest["model"]["shape"], f"{path}: shape", "a run", "moce pretrain")),
+    model, read = manifest.get("model"), manifest.get("images_read")
+    experts = model["experts"] if model else None
+    rows = {"step": f"{checkpoint.step}" + ("" if read is None else f" ({read} images read)")}
+    if model:
+        shape = valid_record(_Shape, model["shape"], f"{path}: shape", "a run", "moce pretrain")
+        rows["encoder"] = _shape(shape)
+    rows |= {
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
@@ -198,7 +203,7 @@ def _checkpoint(path: Path) -> Rows:
         rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
-    if experts and manifest["routing"]:
+    if experts and manifest.get("routing"):
         table = manifest["routing"]["expert_ML"]
         rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
     return rows

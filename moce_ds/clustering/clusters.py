@@ -16,10 +16,11 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, load_array, read_record, reads_from, save_array, write_json
+from moce_ds.files import atomic_file, load_array, read_record, reads_from, save_array, save_tensors, write_json
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
@@ -119,7 +120,7 @@ class Clusters:
         known = {name: getattr(self, name) for name in _TENSORS | _LATER}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
         with atomic_file(folder / "clusters.safetensors") as temporary:
-            save_file(tensors, temporary)
+            save_tensors(temporary, tensors)
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in known}
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
         write_json(folder / "clusters.json", header | record)
@@ -131,6 +132,7 @@ class Clusters:
         Raises:
             ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
         """
+        restore(folder)
         path = folder / "clusters.json"
         record = vars(read_record(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
         stated = record.pop("hash")

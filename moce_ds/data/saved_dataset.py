@@ -10,7 +10,7 @@ from tqdm import tqdm
 from moce_ds.command_line import warn
 from moce_ds.data.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
-from moce_ds.files import read_json
+from moce_ds.files import read_json, writes_to
 
 _WRITTEN_BY = "datasets' save_to_disk"
 _SPLITS = "dataset_dict.json"
@@ -36,6 +36,7 @@ def unpack_images(path: Path, out: Path) -> Listing:
     Raises:
         ConfigError: the library is not installed.
         DataError: `path` holds several splits, no column of images, a class that is none, or is damaged.
+        ArtefactError: `out` cannot be written.
     """
     if (path / _SPLITS).is_file():
         raise DataError(f"{path} holds several splits: {_splits(path)}.")
@@ -45,10 +46,13 @@ def unpack_images(path: Path, out: Path) -> Listing:
         image, label = _image_column(path, dataset, library), _label_column(path, dataset, library)
         rows = dataset.select_columns([image, label] if label else [image])
         rows = rows.cast_column(image, library.Image(decode=False))
-        out.mkdir()
         found: list[Any] = []
+        with writes_to(out):
+            out.mkdir()
         for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
-            (out / _name(number)).write_bytes((row[image] or {}).get("bytes") or b"")
+            data = (row[image] or {}).get("bytes") or b""
+            with writes_to(out):
+                (out / _name(number)).write_bytes(data)
             found.append(row[label] if label else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}): write it again with {_WRITTEN_BY}.") from None

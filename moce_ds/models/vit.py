@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import load_tensors, read_record, reads_from, sha256_of, write_json
+from moce_ds.files import load_tensors, read_record, reads_from, save_tensors, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -153,7 +153,7 @@ def save_encoder(
     folder: Path, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any
 ) -> None:
     """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic)."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     write_json(folder / "provenance.json", provenance)
     config = {
         "format": FORMAT,
@@ -181,6 +181,7 @@ class EncoderRecord:
     @classmethod
     def read(cls, folder: Path) -> "EncoderRecord":
         """Raises ArtefactError: the file is missing, damaged or of another version."""
+        restore(folder)
         return read_record(folder / CONFIG, cls, "an encoder folder", "moce export", format=FORMAT)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, check_writable, write_json, writes_to
 from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
@@ -66,7 +67,7 @@ def export_route(
         ConfigError: `out` exists, or the run's routes are no dense ViTs.
         ArtefactError: the export does not compute what the trained model computes; nothing is written.
     """
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     assert spec.experts is not None, "the caller opens runs with experts only"
     if spec.experts.k > 1 or spec.experts.shared:
         raise ConfigError(
@@ -95,7 +96,7 @@ def export_route(
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
     """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     check_free(out, replace)
     return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
 
@@ -108,6 +109,7 @@ def check_free(out: Path, replace: bool) -> None:
         ArtefactError: `out` cannot be written.
     """
     check_writable(out)
+    restore(out)
     if out.exists() and not (replace and (_is_export(out) or _holds_all(out))):
         raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
 

@@ -9,12 +9,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 from moce_ds.checkpoint_files import steps_of
-from moce_ds.files import atomic_file, writes_to
+from moce_ds.files import atomic_file, save_tensors, writes_to
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.randomness import INIT, hashed
@@ -138,4 +137,4 @@ def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:
     with runtime.together(), writes_to(path):
         if runtime.is_main:
             with atomic_file(path) as draft:
-                save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, draft)
+                save_tensors(draft, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
