@@ -77,7 +77,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         from moce_ds.planning.dry_run import plan_table
 
         show(plan_table(config, processes or Place.here().world_size))
-        say(configuration.to_yaml(config))
+        say(*configuration.to_yaml(config).splitlines())
         return
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
@@ -130,7 +130,7 @@ def plan(
     predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
     show(report.prediction_table(config, device, assumed, predictions))
     told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
-    say("\n".join(told))
+    say(*told)
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
@@ -279,7 +279,7 @@ def inspect(path: Path, verify: bool) -> None:
     show(describe(path))
     if verify:
         found = faults(path)
-        say("\n".join(found) if found else "Verified: everything is as it was written.")
+        say(*(found or ["Verified: everything is as it was written."]))
         sys.exit(1 if found else 0)
 
 
