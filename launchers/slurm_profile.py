@@ -58,7 +58,7 @@ class SlurmProfile:
     def _texts(self) -> Iterator[tuple[str, str]]:
         """Every text of the profile with its key."""
         for key in ("mem", "partition", "account", "qos", "constraint", "container", "python"):
-            yield key, getattr(self, key) or ""
+            yield key, str(getattr(self, key) or "")
         yield from (("setup", line) for line in self.setup)
         for key in ("env", "extra"):
             for name, value in getattr(self, key).items():

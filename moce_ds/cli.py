@@ -91,7 +91,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         from moce_ds.planning.dry_run import plan_table
 
         show(plan_table(config, processes or Place.here().world_size))
-        say(configuration.to_yaml(config))
+        say(*configuration.to_yaml(config).splitlines())
         return
     from moce_ds.planning.fitting import check_memory
     from moce_ds.runtime import started
@@ -124,7 +124,7 @@ def plan(
     and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
     it, its assumptions and errors are in docs/planning.md.
     """
-    from moce_ds.files import write_json
+    from moce_ds.files import check_writable, write_json, writes_to
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
@@ -132,6 +132,8 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
+    if given["json_file"] is not None:
+        check_writable(given["json_file"])
     steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
@@ -145,11 +147,12 @@ def plan(
     predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
     show(report.prediction_table(config, device, assumed, predictions))
     told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
-    say("\n".join(told))
+    say(*told)
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
-        write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+        with writes_to(given["json_file"]):
+            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
@@ -295,7 +298,7 @@ def inspect(path: Path, verify: bool) -> None:
     show(describe(path))
     if verify:
         found = faults(path)
-        say("\n".join(found) if found else "Verified: everything is as it was written.")
+        say(*(found or ["Verified: everything is as it was written."]))
         sys.exit(1 if found else 0)
 
 

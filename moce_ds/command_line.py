@@ -20,7 +20,7 @@ from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.interrupts import interruptible, outlive_readers
 from moce_ds.machine import machine_fault
 from moce_ds.place import is_first
-from moce_ds.text import printable, tolerate_any_text
+from moce_ds.text import hanging, printable, tolerate_any_text
 from moce_ds.values import expanded
 from moce_ds.yaml_text import read_yaml_text
 
@@ -158,9 +158,10 @@ def show(renderable: Any, width: int = 100) -> None:
     _PlainConsole(width=None if sys.stdout.isatty() else width, soft_wrap=False).print(renderable)
 
 
-def say(text: str, err: bool = False) -> None:
-    """Print lines, which may hold foreign names, to standard output or error."""
-    print(printable(text), file=sys.stderr if err else sys.stdout, flush=True)
+def say(*texts: str, err: bool = False) -> None:
+    """Print texts, which may hold foreign names, to standard output or error; each begins a line, and it alone does."""
+    for text in texts:
+        print(hanging(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def warn(text: str) -> None:
@@ -182,7 +183,7 @@ def run_command(command: click.Command, name: str) -> None:
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
-        say(told.getvalue().rstrip("\n"), err=True)
+        say(*told.getvalue().splitlines(), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         if is_first():

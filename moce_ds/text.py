@@ -7,6 +7,7 @@ functions change what is shown.
 
 import codecs
 import io
+import re
 import sys
 import unicodedata
 from typing import TextIO
@@ -29,6 +30,11 @@ def printable(text: str) -> str:
 def in_line(name: object) -> str:
     """A name for the middle of a sentence: as `printable`, and line breaks are marked too."""
     return printable(str(name)).replace("\n", MARK)
+
+
+def hanging(text: str) -> str:
+    """As `printable`, with all lines but the first indented: a line break in a name cannot begin another message."""
+    return re.sub(r"\n(?!  )", "\n  ", printable(text))
 
 
 def shortened(name: object, length: int) -> str:
