@@ -9,6 +9,8 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from moce_ds.text import counted
+
 _COUNT = "OMP_NUM_THREADS"
 _CPUS = "MOCE_CPUS"  # what the outermost process of ours found, for its children to share
 CHOSEN = "MOCE_THREADS"  # what was chosen here: where OMP_NUM_THREADS is something else, the user set it
@@ -48,8 +50,8 @@ def told(environment: MutableMapping[str, str] = os.environ) -> str | None:
         return None
     count = environment[_COUNT]
     return (
-        f"{count} thread{'' if count == '1' else 's'} a process, for {environment[_CPUS]} of {os.cpu_count()} CPUs are "
-        "free for this command; OMP_NUM_THREADS sets another number."
+        f"{counted(int(count), 'thread')} a process, since {environment[_CPUS]} of {os.cpu_count()} CPUs "
+        f"{'is' if environment[_CPUS] == '1' else 'are'} free; OMP_NUM_THREADS sets another number."
     )
 
 
