@@ -105,10 +105,11 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
         return _complete(out, source, plan)
     _begin(out, source, plan)
     records = _finished_records(out)
-    _write_missing(source, out, files, records, config)
-    manifest = _write_tables(out, records, source, plan, listing)
-    write_json(out / MANIFEST, dataclasses.asdict(manifest))
-    shutil.rmtree(out / PROGRESS)
+    with writes_to(out):
+        _write_missing(source, out, files, records, config)
+        manifest = _write_tables(out, records, source, plan, listing)
+        write_json(out / MANIFEST, dataclasses.asdict(manifest))
+        shutil.rmtree(out / PROGRESS)
     return _report(out, manifest, already_complete=False)
 
 

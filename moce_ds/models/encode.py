@@ -23,7 +23,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError
-from moce_ds.files import atomic_folder
+from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.dense import dense_encoder
 from moce_ds.models.public_mae import public_encoder
 from moce_ds.models.vit import CONFIG, WEIGHTS, Encoder, load_encoder, save_encoder
@@ -139,7 +139,7 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
         if runtime.is_main:  # one process begins the folder, the others find it begun
             writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
             if not (out / ENCODER).exists():
-                with atomic_folder(out / ENCODER) as draft:
+                with writes_to(out), atomic_folder(out / ENCODER) as draft:
                     save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()

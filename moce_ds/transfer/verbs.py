@@ -152,7 +152,7 @@ def _accuracy(
     check_results(results)
     opened = open_encoder(encoder, device, heads)
     if encoder.is_file():
-        warn(f"{encoder}: {opened.provenance['taken_for']}")
+        warn(f"{encoder}: taken for {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
     name, task_name = model or encoder.name, task or task_of(test)
