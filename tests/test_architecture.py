@@ -19,6 +19,7 @@ BASE = {
     "threads",
     "machine",
     "place",
+    "manifest",
     "interrupts",
     "drafts",
     "command_line",
