@@ -54,6 +54,11 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def counted(count: int, noun: str, several: str = "") -> str:
+    """A number with its noun: 1 shard, 2 shards, 1 class, 2 classes (`several`)."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
 def is_utf8(name: object) -> bool:
     """Whether a name can be written in UTF-8, as libraries want that are no Python: they refuse other paths."""
     return not any(unicodedata.category(c) == "Cs" for c in str(name))
