@@ -182,7 +182,9 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise ArtefactError(f"{path.parent} is no folder: expected {what} in one, as `{made_by}` writes it.") from None
+    except FileNotFoundError:
         raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None

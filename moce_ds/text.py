@@ -54,6 +54,11 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def counted(count: int, noun: str, several: str = "") -> str:
+    """A number with its noun: 1 shard, 2 shards, 1 class, 2 classes (`several`)."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
 def script_fault(text: str) -> str | None:
     """Why a text cannot stand in one line of a shell script, whatever quotes are around it; None where it can."""
     if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):

@@ -16,6 +16,7 @@ Sources = Mapping[str, str]
 BASE = {
     "errors",
     "text",
+    "threads",
     "machine",
     "place",
     "manifest",
