@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from moce_ds.command_line import PATH, Verb, heads_option, read_settings, say, show, warn, words
+from moce_ds.text import in_line
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -157,7 +158,7 @@ def _accuracy(
         score = measure_frozen(opened, splits, config, device)
     name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
-    say(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
+    say(f"{verb} {in_line(task_name)} {in_line(name)}: {told} ({score.n_train} training, {score.n_test} test images)")
     add_record(results, accuracy_record(verb, task_name, name, score))
 
 
