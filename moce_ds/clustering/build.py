@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -213,7 +212,7 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
             f"(cosine above {_MERGED}): how images divide between them is arbitrary. Lower eps, rounds or num_clusters."
         )
     for fault in faults:
-        click.secho(f"WARNING: {fault} Look at the hard sizes.", fg="red", bold=True, err=True)
+        say(f"WARNING: {fault} Look at the hard sizes.", err=True)
 
 
 def _progress(feature_set: FeatureSet, what: str) -> Iterator[np.ndarray]:
