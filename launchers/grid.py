@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field
 
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
+from moce_ds.checksums import read_sealed
 from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.files import read_record
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
 
 
@@ -105,7 +105,7 @@ class Cell:
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
         path = self.folder / CELL
-        return read_record(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
+        return read_sealed(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
 
 
 def cells_of(study: StudySettings) -> list[Cell]:

@@ -18,8 +18,9 @@ from launchers.local import PASSED_ON
 from launchers.signals import kept_signals, wait_for
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
+from moce_ds.checksums import write_sealed
 from moce_ds.errors import STOPPED, ConfigError
-from moce_ds.files import write_json, writes_to
+from moce_ds.files import writes_to
 
 _TOLD_LINES = 8
 
@@ -100,7 +101,7 @@ def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Leave what the cells' processes and the report read. Raises ArtefactError."""
     record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
     with writes_to(study.out):
-        write_json(study.out / STUDY, dataclasses.asdict(record))
+        write_sealed(study.out / STUDY, dataclasses.asdict(record))
 
 
 def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[Cell]:

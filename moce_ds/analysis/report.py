@@ -129,14 +129,15 @@ def _score(scores: dict[tuple[str, str, str], Any], task: str, model: str, verb:
 
 
 def _routes(records: Sequence[dict[str, Any]]) -> Table:
-    selected = {record["task"]: record for record in records if record["verb"] == "select"}
     rows = []
-    for task, record in selected.items():
+    for record in records:
+        if record["verb"] != "select":
+            continue
         others = [other for other in record.get("routes", []) if other["route"] != record["route"]]
         clusters = sorted(record.get("clusters", {}).items(), key=lambda item: -item[1])[:3]
         rows.append(
             [
-                Cell(task),
+                Cell(f"{record['task']} {record.get('model', '')}".strip()),
                 Cell(route_name(record["route"]), best=True),
                 Cell(", ".join(f"{route_name(other['route'])} {other['share']:.0%}" for other in others[:2]) or "–"),
                 Cell(", ".join(f"{cluster} ({share:.0%})" for cluster, share in clusters) or "–"),

@@ -73,7 +73,7 @@ def build_clusters(
         ArtefactError: the features are unfinished, damaged or another encoder's, or `out` holds something else.
     """
     feature_set = FeatureSet.open(features)
-    check_encoder(features, feature_set.identity.encoder_fingerprint)
+    check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
     if config.num_clusters > feature_set.count:
         raise ConfigError(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "

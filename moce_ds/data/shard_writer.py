@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
+from moce_ds.checksums import FileRecord, write_sealed
 from moce_ds.config import differences, option, settings
 from moce_ds.data.image_file import Accepted, Rejected
 from moce_ds.data.image_folder import SourceFile, examined, list_files
@@ -105,7 +106,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     records = _finished_records(out)
     _write_missing(source, out, files, records, config)
     manifest = _write_tables(out, records, source, plan, listing)
-    write_json(out / MANIFEST, dataclasses.asdict(manifest))
+    write_sealed(out / MANIFEST, dataclasses.asdict(manifest))
     shutil.rmtree(out / PROGRESS)
     return _report(out, manifest, already_complete=False)
 
@@ -258,6 +259,7 @@ def _write_tables(
     samples = np.concatenate([_samples(record.rows) for record in records if record.rows])
     samples["label"] = listing.labels(sources)
     targets = listing.targets(sources) if listing.multi_label else None
+    tables = [SAMPLES, SOURCES, REJECTED, *([] if targets is None else [TARGETS])]
     for name, array in ((SAMPLES, samples), (TARGETS, targets)):
         if array is not None:
             with atomic_file(out / name) as temporary, open(temporary, "wb") as file:
@@ -275,6 +277,7 @@ def _write_tables(
         source=str(listing.origin or source),
         made_from=plan,
         multi_label=listing.multi_label,
+        files={name: FileRecord.of(out / name) for name in tables},
     )
 
 

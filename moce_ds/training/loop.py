@@ -110,7 +110,7 @@ def _train(session: Session) -> int:
             if step % run.picture_every == 0 or last:
                 show_picture(session, steward.teller, step)
             if steward.save_due:
-                steward.saver.start(manifest(session, step, steward.skips.total))
+                steward.save(manifest(session, step, steward.skips.total))
     report_replaced(session, loader)
     if steward.step < schedule.steps:
         runtime.say(f"Stopped after step {steward.step} as asked; the same command goes on from there.")

@@ -1,5 +1,6 @@
 """From settings to everything a run needs before its first step."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moce_ds import checkpoint_files
 from moce_ds import config as configuration
+from moce_ds.checksums import FileRecord
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
@@ -117,8 +119,11 @@ def keep_settings(config: AnySettings, attempt: Attempt, runtime: Runtime) -> No
     runtime.barrier()  # everyone has looked before anyone writes
     with runtime.together():
         if runtime.is_main:
+            text = configuration.to_yaml(config).encode()
+            record = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+            attempt.note("config.yaml", record, step=0)  # first: a kill leaves settings that some attempt has noted
             with attempt.file(config.run.out / "config.yaml", step=0) as draft:
-                draft.write_text(configuration.to_yaml(config), encoding="utf-8")
+                draft.write_bytes(text)
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -127,7 +132,7 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
     clusters = Clusters.load(folder)
-    check_encoder(folder, clusters.encoder_fingerprint)  # labels a task's images when the run is over
+    check_encoder(folder, clusters.encoder_fingerprint, clusters.files)  # labels a task's images when the run is over
     check_paths(config, len(clusters.sizes_M))
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 

@@ -195,8 +195,8 @@ class Classification:
         }
         out: Path = self._config.run.out / TUNED
         with writes_to(out), atomic_folder(out) as draft:
-            save_encoder(draft, state, self._shape, self._input, provenance)
             save_file(head, draft / HEAD, metadata={"classes": json.dumps(self._splits.classes)})
+            save_encoder(draft, state, self._shape, self._input, provenance)
 
 
 def tuned_execution(vit: VisionTransformer, engine: EngineSettings) -> VisionTransformer:
