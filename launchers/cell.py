@@ -19,11 +19,13 @@ from launchers.local import run_processes
 from moce_ds import config as configuration
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
-from moce_ds.checksums import read_sealed, write_sealed
+from moce_ds.checksums import read_checked, write_checked
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
 from moce_ds.files import writes_to
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.results_file import read_results
+from moce_ds.text import argument, tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
 
 _HELD_OUT = "held out"
@@ -31,13 +33,14 @@ _HELD_OUT = "held out"
 
 def main() -> int:
     """Run the cell that the arguments name; returns the exit status."""
+    tolerate_any_text()
     folder, name = Path(sys.argv[1]), sys.argv[2]
     try:
-        record = read_sealed(folder / STUDY, StudyRecord, "a study's record", "moce study")
+        record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
         study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
         return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
     except MoceError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error}", err=True)
         return error.status
 
 
@@ -55,7 +58,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     began = time.monotonic()
     with held(cell.lock):
         if is_done(study, cell):
-            print(f"{cell.name} was done meanwhile by another process.")
+            say(f"{cell.name} was done meanwhile by another process.")
             return 0
         config = cell.config()
         write_record(cell, record := _begun(study, cell, config))
@@ -78,7 +81,7 @@ def is_done(study: StudySettings, cell: Cell) -> bool:
 def write_record(cell: Cell, record: CellRecord) -> None:
     """Replace `cell.json`. Raises ArtefactError."""
     with writes_to(cell.folder):
-        write_sealed(cell.folder / CELL, dataclasses.asdict(record))
+        write_checked(cell.folder / CELL, dataclasses.asdict(record))
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
@@ -143,7 +146,7 @@ def _moce(*words: Any) -> None:
     """A verb in this process: the packages are imported once for all of them."""
     from moce_ds.cli import moce
 
-    moce([str(word) for word in words], standalone_mode=False)
+    moce([argument(word) if isinstance(word, Path) else str(word) for word in words], standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from launchers.pipeline import run_pipeline
+from moce_ds.command_line import say, show
 from moce_ds.errors import MoceError
+from moce_ds.text import tolerate_any_text
 
 CONFIG = "configs/demo/pipeline.yaml"
 TASKS = ("digits", "textiles")
@@ -30,13 +30,14 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
     given = parser.parse_args()
+    tolerate_any_text()
     began = time.monotonic()
     try:
         status = run_demo(given.out, given.short)
     except MoceError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {error}", err=True)
         return error.status
-    print(f"{time.monotonic() - began:.0f} s in all.")
+    say(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
 
@@ -63,11 +64,11 @@ def _summary(out: Path) -> int:
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"
-    print()
-    Console(width=100).print(accuracy_table(read_results(out / "results.json")))
+    say("")
+    show(accuracy_table(read_results(out / "results.json")))
     for domain, share in sorted(report.domains.majority_share.items()):
-        print(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
-    print(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")
+        say(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
+    say(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")
     return 0
 
 

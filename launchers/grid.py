@@ -13,9 +13,10 @@ from pydantic import BeforeValidator, Field
 
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
-from moce_ds.checksums import read_sealed
+from moce_ds.checksums import read_checked
 from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError, MoceError
+from moce_ds.text import argument
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
 
 
@@ -28,6 +29,9 @@ def _dotted(tree: Any, prefix: str = "") -> Any:
         flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
+
+TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+"""Of a task that the settings name: a folder is called by it, and a word of a command."""
 
 Single = bool | int | float | str | None
 Value = Single | list[Single]
@@ -48,7 +52,7 @@ class StudySettings:
     )
     processes: Positive = option(1, "processes of a cell on each machine, where the grid does not say")
     nodes: Positive = option(1, "machines of a cell, where the grid does not say")
-    tasks: dict[str, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
+    tasks: dict[TaskName, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of cells with experts")
     x: str | None = option(None, "key on the report's horizontal axis; null: the one with the most values")
 
@@ -105,7 +109,7 @@ class Cell:
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
         path = self.folder / CELL
-        return read_sealed(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
+        return read_checked(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
 
 
 def cells_of(study: StudySettings) -> list[Cell]:
@@ -136,7 +140,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
     own = [f"{key}={json.dumps(value)}" for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [str(study.base), *study.set, *own, f"run.out={folder / 'run'}"]
+    words = [argument(study.base), *study.set, *own, f"run.out={folder / 'run'}"]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

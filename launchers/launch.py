@@ -5,8 +5,6 @@ from dataclasses import replace
 from itertools import dropwhile, groupby
 from pathlib import Path
 
-import click
-
 from launchers.cell import is_done
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
 from launchers.slurm import Submitted, submit
@@ -15,7 +13,7 @@ from launchers.snapshot import begin_launch, record_jobs, refuse_second
 from launchers.stage import Stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from launchers.study import keep_record
-from moce_ds.command_line import read_settings
+from moce_ds.command_line import read_settings, say
 from moce_ds.config import from_tree, to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
@@ -38,8 +36,8 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
     known = {"pretrain": _queue_pretrain, "study": _queue_study, "pipeline": _queue_pipeline}
     queue = known.get(verb) or _queue_other(verb)
     for job in queue(profile, rest):
-        click.echo(f"Job {job.job} is queued: {job.what}\n  log     tail -F {job.log}")
-        click.echo(f"  state   squeue --jobs {job.job}\n  cancel  scancel {job.job}")
+        say(f"Job {job.job} is queued: {job.what}\n  log     tail -F {job.log}")
+        say(f"  state   squeue --jobs {job.job}\n  cancel  scancel {job.job}")
 
 
 def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
@@ -82,7 +80,7 @@ def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]
     keep_record(study, cells)
     pending = sorted((cell for cell in cells if not is_done(study, cell)), key=_size)
     if not pending:
-        click.echo(f"All {len(cells)} cells are done in {study.out}.")
+        say(f"All {len(cells)} cells are done in {study.out}.")
     jobs = []
     for (nodes, processes), group in groupby(pending, _size):
         gpus = processes if profile.gpus_per_node else 0
@@ -105,7 +103,7 @@ def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitt
     refuse_second(pipeline.out / LAUNCHES)
     folder = begin_launch(pipeline.out / LAUNCHES, ["pipeline", *words], profile, pipeline)
     skipped = [stage.name for stage in stages[: len(stages) - len(queued)]]
-    click.echo(f"Done in {pipeline.out}: {', '.join(skipped) or 'no stage'}.")
+    say(f"Done in {pipeline.out}: {', '.join(skipped) or 'no stage'}.")
     jobs: list[Submitted] = []
     for stage, sized, usable in queued:
         command, after = ["pipeline", *words, "--stage", stage.name], [job.job for job in jobs[-1:]]

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.sealing import SECRET, new_secret
 
 _GRACE_SECONDS = 20.0
 _INTERRUPTED = 130  # how a verb ends at a Ctrl-C that comes between its steps
@@ -54,14 +55,16 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, bool]:
     """One start of all processes: exit status, and whether a process was lost. Signals that arrive go into `asked`."""
-    from torch.distributed import TCPStore  # here, since it takes a second in which Ctrl-C must be obeyed already
+    # Here, since torch comes along: it takes a second in which Ctrl-C must be obeyed already.
+    from moce_ds.rendezvous import host_on_loopback
 
     # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = host_on_loopback()
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        SECRET: new_secret(),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),

@@ -4,13 +4,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-import click
 from rich.table import Table
 
 from launchers.hold import is_held
 from launchers.stage import Stage, keep_stages, run_stage, share_stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.command_line import read_settings
+from moce_ds.command_line import read_settings, say
 from moce_ds.errors import STOPPED, ConfigError
 
 
@@ -42,10 +41,10 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
         place = f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}"
         status = _run(stage, words, pipeline.processes, place)
         if status == STOPPED:
-            click.echo(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
+            say(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
         if status:
             return status
-    click.echo(f"{sum(stage.is_done() for stage in stages)} of {len(stages)} stages are done in {pipeline.out}.")
+    say(f"{sum(stage.is_done() for stage in stages)} of {len(stages)} stages are done in {pipeline.out}.")
     return 0
 
 
@@ -90,17 +89,17 @@ def _check_processes(chosen: Sequence[Stage]) -> None:
 def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
     """Run a stage unless it is done, saying so; returns 0 or its status."""
     if is_held(stage.lock):
-        click.echo(f"{place} waits for the process that runs it")
+        say(f"{place} waits for the process that runs it")
     elif stage.is_done():
-        click.echo(f"{place} is done")
+        say(f"{place} is done")
         return 0
     else:
-        click.echo(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
+        say(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
     shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
     try:
         status = run_stage(stage, shared, processes)
     except KeyboardInterrupt:
         return STOPPED
     if status == 0 and (record := stage.record()):
-        click.echo(f"{place} done in {record.seconds:.0f} s")
+        say(f"{place} done in {record.seconds:.0f} s")
     return status

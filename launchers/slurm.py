@@ -14,6 +14,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from launchers.slurm_profile import SlurmProfile
 from launchers.slurm_rank import Rank
 from moce_ds.errors import ConfigError
+from moce_ds.text import script_fault
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ def submit(
         usable_nodes: numbers of nodes that the commands can run on, of those that the profile allows; empty: all.
 
     Raises:
-        ConfigError: there is no SLURM here, or sbatch refuses; what it says is passed on.
+        ConfigError: there is no SLURM here, sbatch refuses, which is passed on, or the folder's or job's name cannot be
+            in a script.
     """
+    check_scriptable(folder, name)
     python = profile.python or sys.executable
     ranks = [
         Rank(
@@ -60,7 +63,7 @@ def submit(
     ]
     try:
         # Its own count of time-outs would end a run that is meant to be requeued for weeks.
-        inside = f"{profile.container} {python}".strip()
+        inside = f"{profile.container} {shlex.quote(python)}".strip()
         executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
         told = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
         teardown = ["status=$?", f"[ $status -eq 0 ] || {inside} -m launchers.slurm_end {told}", "exit $status"]
@@ -76,6 +79,17 @@ def submit(
     number = jobs[0].job_id.partition("_")[0]
     logs = folder.absolute() / f"{number}_*_0_log.out"
     return Submitted(number, f"{len(jobs)} jobs of {profile.spoken}", str(logs))
+
+
+def check_scriptable(folder: Path, name: str = "") -> None:
+    """Check that a job's script can name the folder of its logs: what follows a line break would be run.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    for text in (str(folder.absolute()), name):
+        if fault := script_fault(text):
+            raise ConfigError(f"{text!r} {fault}, and the job's script names it: choose another folder.")
 
 
 def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:

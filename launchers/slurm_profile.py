@@ -1,12 +1,14 @@
 """What a job asks SLURM for: the settings of `moce launch slurm`, a YAML file a cluster (`configs/slurm/`)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moce_ds.config import option, settings
+from moce_ds.text import script_fault
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -41,8 +43,25 @@ class SlurmProfile:
     def __post_init__(self) -> None:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise ValueError(f"min_nodes: {self.min_nodes} is more than nodes {self.nodes}")
-        if any("\n" in text for text in (*self.setup, *self.env.values(), *map(str, self.extra.values()))):
-            raise ValueError("setup, env, extra: a line break within a value; give one line each")
+        for key, text in self._texts():
+            if fault := script_fault(text):
+                raise ValueError(f"{key}: {text!r} {fault}; expected one line, since it goes into the job's script")
+        for name in self.extra:
+            if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
+                raise ValueError(f"extra: {name!r} is no option of sbatch; expected letters, digits and dashes")
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"env: {name!r} is no name of a variable; expected letters, digits and underscores")
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Every text of the profile with its key."""
+        for key in ("mem", "partition", "account", "qos", "constraint", "container", "python"):
+            yield key, getattr(self, key) or ""
+        yield from (("setup", line) for line in self.setup)
+        for key in ("env", "extra"):
+            for name, value in getattr(self, key).items():
+                yield key, name
+                yield f"{key}.{name}", str(value)
 
     @property
     def processes_per_node(self) -> int:
@@ -100,5 +119,6 @@ class SlurmProfile:
 
 
 def _quoted(text: str) -> str:
-    """For the shell, with its variables still read: PATH=$HOME/bin:$PATH is what people write."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("`", "\\`") + '"'
+    """For the shell, which reads `$NAME` and `${NAME}`, as in PATH=$HOME/bin:$PATH, and runs nothing."""
+    text = re.sub(r'[\\"`]', r"\\\g<0>", text)
+    return '"' + re.sub(r"\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})", r"\\$", text) + '"'

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from launchers.slurm import Submitted, jobs_in_queue
+from launchers.slurm import Submitted, check_scriptable, jobs_in_queue
 from launchers.slurm_profile import SlurmProfile
 from moce_ds import __version__
 from moce_ds import config as configuration
@@ -40,7 +40,9 @@ def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, conf
 
     Raises:
         ArtefactError: the folder cannot be written.
+        ConfigError: a job's script cannot name the folder.
     """
+    check_scriptable(parent)
     commit, patch = _code()
     record = {
         "command": ["moce", *words],

@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from launchers.grid import check_there
+from launchers.grid import TaskName, check_there
 from launchers.stage import Name, Stage
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.command_line import read_settings
@@ -14,6 +12,7 @@ from moce_ds.config import option, settings
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
 from moce_ds.models.encode import EncodeSettings, FeatureSettings
+from moce_ds.text import argument
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
 
 _SETTINGS: dict[Name, type[Any]] = {
@@ -38,7 +37,7 @@ class PipelineSettings:
     mae: Path = option(help="YAML file of `moce pretrain` for the dense MAE")
     moce: Path = option(help="YAML file of `moce pretrain` for the model with experts")
     words: dict[Name, list[str]] = option({}, "for each stage, more words for its verbs: key=value, or a YAML file")
-    tasks: dict[Annotated[str, Field(pattern=r"^\w[\w.+-]*$")], Path] = option(
+    tasks: dict[TaskName, Path] = option(
         {}, "name and folder of tasks; a folder holds train/ and test/, of images or of shards"
     )
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of the experts")
@@ -81,9 +80,14 @@ def stages_of(pipeline: PipelineSettings) -> list[Stage]:
     """
     configs, folder = _configs(pipeline), pipeline.out / "pipeline"
     return [
-        Stage(name, folder, configs[name], [[str(word) for word in command] for command in commands], reads, makes)
+        Stage(name, folder, configs[name], [[_word(word) for word in command] for command in commands], reads, makes)
         for name, commands, reads, makes in _drafts(pipeline)
     ]
+
+
+def _word(word: Any) -> str:
+    """A word of a command; a path that begins with a dash is not taken for an option."""
+    return argument(word) if isinstance(word, Path) else str(word)
 
 
 def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:

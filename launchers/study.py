@@ -18,7 +18,8 @@ from launchers.local import PASSED_ON
 from launchers.signals import kept_signals, wait_for
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
-from moce_ds.checksums import write_sealed
+from moce_ds.checksums import write_checked
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.files import writes_to
 
@@ -49,12 +50,12 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
-        print(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
+        say(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
         return STOPPED
-    print(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
+    say(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
     for cell in failed:
         told = _tail(cell.log).replace("\n", "\n    ")
-        print(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", file=sys.stderr)
+        say(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", err=True)
     return 1 if failed else 0
 
 
@@ -101,7 +102,7 @@ def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Leave what the cells' processes and the report read. Raises ArtefactError."""
     record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
     with writes_to(study.out):
-        write_sealed(study.out / STUDY, dataclasses.asdict(record))
+        write_checked(study.out / STUDY, dataclasses.asdict(record))
 
 
 def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[Cell]:

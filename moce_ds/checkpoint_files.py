@@ -26,13 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from xxhash import xxh3_128
 
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json, sync
+from moce_ds.files import load_tensors, read_json, reads_from, sync, writes_to
 
 FORMAT = "moce_ds checkpoint 2"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
@@ -40,6 +39,7 @@ _BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
 _FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
 _STEP = re.compile(r"^step-(\d{8})$")
 _CHUNK = 2**20  # bytes read at a time
+_RESTORE = "restore it from a copy, or use another checkpoint."
 _WRITERS = 4  # threads: while some wait for the disk, others copy and hash
 
 
@@ -128,14 +128,12 @@ class Checkpoint:
             if name not in self.manifest["files"]:
                 raise ArtefactError(f"{self.folder} holds no {name}: it belongs to another model.")
             self._check(name)
-            tensors |= load_file(self.folder / name)
+            tensors |= load_tensors(self.folder / name, _RESTORE)
         return tensors
 
     def _check(self, name: str) -> None:
-        try:
+        with reads_from(self.folder / name, _RESTORE):
             found = _checksum(self.folder / name)
-        except OSError as error:
-            raise ArtefactError(f"{self.folder / name} cannot be read ({error}).") from None
         if found != self.manifest["files"][name]["xxh3"]:
             raise ArtefactError(f"{self.folder / name} is damaged: its checksum is not the one it was written with.")
 
@@ -143,11 +141,8 @@ class Checkpoint:
         """Name and shape of every weight, read from the headers alone. Raises ArtefactError."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names():
-            try:
-                with safe_open(self.folder / name, "pt") as file:
-                    shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-            except SafetensorError as error:
-                raise ArtefactError(f"{self.folder / name} is damaged ({error}).") from None
+            with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes
 
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
@@ -207,11 +202,9 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]])
 
     def write(item: tuple[str, Mapping[str, Tensor]]) -> tuple[str, dict[str, Any]]:
         path = folder / item[0]
-        try:
+        with writes_to(path):
             path.parent.mkdir(exist_ok=True)
             return item[0], _write_safetensors(path, item[1])
-        except OSError as error:
-            raise ArtefactError(f"{path} cannot be written: {error}") from None
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         return dict(pool.map(write, files))
@@ -277,7 +270,7 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
         ArtefactError: the manifest cannot be written, or the draft has gone.
     """
     replaced = final.with_name(f".{final.name}.replaced")
-    try:
+    with writes_to(final):
         # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
         content = {"format": FORMAT, **manifest}
         (draft / "manifest.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
@@ -289,8 +282,6 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
             final.rename(replaced)
         draft.rename(final)
         sync(final.parent)
-    except OSError as error:
-        raise ArtefactError(f"{final} cannot be written: {error}") from None
     shutil.rmtree(replaced, ignore_errors=True)
 
 

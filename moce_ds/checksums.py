@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.files import read_json, read_record, sha256_of, write_json
 
-SEAL = "content_sha256"
+CHECKSUM = "content_sha256"
 
 T = TypeVar("T")
 
@@ -68,52 +68,52 @@ def names_below(folder: Path, prefix: str = "") -> list[str]:
     return [f"{prefix}{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with its own checksum."""
-    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
-    return {**plain, SEAL: _digest(plain)}
+    plain = json.loads(json.dumps({key: value for key, value in content.items() if key != CHECKSUM}))
+    return {**plain, CHECKSUM: _digest(plain)}
 
 
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+def write_checked(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object with its own checksum, atomically."""
-    write_json(path, sealed(content))
+    write_json(path, with_checksum(content))
 
 
-def is_sealed(content: Any) -> bool:
+def has_checksum(content: Any) -> bool:
     """Whether a JSON document holds a checksum of itself, right or wrong."""
-    return isinstance(content, dict) and (SEAL in content or _mangled(content))
+    return isinstance(content, dict) and (CHECKSUM in content or _mangled(content))
 
 
-def seal_holds(content: Any) -> bool:
+def checksum_holds(content: Any) -> bool:
     """Whether a JSON document is what was written; true of one without a checksum."""
-    if not isinstance(content, dict) or SEAL not in content:
+    if not isinstance(content, dict) or CHECKSUM not in content:
         return not _mangled(content)
-    return bool(content[SEAL] == _digest({key: value for key, value in content.items() if key != SEAL}))
+    return bool(content[CHECKSUM] == _digest({key: value for key, value in content.items() if key != CHECKSUM}))
 
 
-def check_seal(path: Path, content: Any, what: str, made_by: str) -> None:
+def check_document(path: Path, content: Any, what: str, made_by: str) -> None:
     """Refuse a JSON document that is not what was written. Raises ArtefactError."""
-    if not seal_holds(content):
+    if not checksum_holds(content):
         raise ArtefactError(
             f"{path} is damaged or was edited: its content is not that of its checksum: restore it from a copy, or "
             f"write {what} again with `{made_by}`."
         )
 
 
-def read_sealed(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
+def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
     """As `files.read_record`, of a document that may hold a checksum of itself.
 
     Raises:
         ArtefactError: as `read_record`; or the content is not that of its checksum.
     """
     record = read_record(path, kind, what, made_by, **version)
-    check_seal(path, read_json(path, what, made_by), what, made_by)
+    check_document(path, read_json(path, what, made_by), what, made_by)
     return record
 
 
-def sealed_findings(path: Path, name: str) -> Findings:
+def document_findings(path: Path, name: str) -> Findings:
     """What is to be said of a JSON document of ours, that has been read without a fault otherwise."""
-    unverified = [] if is_sealed(read_json(path, name, "moce")) else [written_before(name)]
+    unverified = [] if has_checksum(read_json(path, name, "moce")) else [written_before(name)]
     return Findings(unverified=unverified)
 
 
@@ -155,7 +155,7 @@ def _fault(path: Path, record: FileRecord) -> str | None:
 
 def _mangled(content: Any) -> bool:
     """Whether a document holds its checksum under another key: the name of the key is what was damaged."""
-    if not isinstance(content, dict) or SEAL in content:
+    if not isinstance(content, dict) or CHECKSUM in content:
         return False
     digests = [key for key, value in content.items() if isinstance(value, str) and len(value) == 64]
     return any(_digest({k: v for k, v in content.items() if k != key}) == content[key] for key in digests)

@@ -14,7 +14,7 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, read_settings, run_command, show, words
+from moce_ds.command_line import PATH, Verb, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
@@ -54,7 +54,7 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 
     report = write_shards(source, out, read_settings(ShardSettings, words))
     rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
-    click.echo(
+    say(
         f"{out}: {report.count} images of {len(ShardSet.open(out).classes)} classes in {report.shards} shards, "
         f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
@@ -77,7 +77,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         from moce_ds.planning.dry_run import plan_table
 
         show(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
-        click.echo(configuration.to_yaml(config))
+        say(configuration.to_yaml(config))
         return
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
@@ -128,7 +128,7 @@ def plan(
     predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
     show(report.prediction_table(config, device, assumed, predictions))
     told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
-    click.echo("\n".join(told))
+    say("\n".join(told))
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
@@ -259,7 +259,7 @@ def report(folder: Path, out: Path | None) -> None:
     """Write one self-contained HTML page about a run, about a folder of runs and their results.json, or a study."""
     from moce_ds.analysis.report import build_report
 
-    click.echo(str(build_report(folder, out)))
+    say(str(build_report(folder, out)))
 
 
 @moce.command()
@@ -271,11 +271,11 @@ def inspect(path: Path, verify: bool) -> None:
 
     found = findings(path) if verify else None
     if found and found.faults:  # which the description may be refused for
-        click.echo("\n".join(found.faults))
+        say("\n".join(found.faults))
         sys.exit(1)
     show(describe(path))
     if found:
-        click.echo("\n".join(["Verified: everything is as it was written.", *found.unverified]))
+        say("\n".join(["Verified: everything is as it was written.", *found.unverified]))
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):

@@ -4,6 +4,7 @@ A verb imports its stage inside the function, so that `moce --help` answers at o
 packages.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,9 +13,11 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError, MoceError, printable
+from moce_ds.errors import ConfigError, MoceError
+from moce_ds.text import printable, tolerate_any_text
 
 PATH = click.Path(path_type=Path)
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
@@ -51,23 +54,44 @@ def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configura
     return configuration.load(cls, Path(files[0]) if files else None, pairs)
 
 
-def show(renderable: Any) -> None:
-    """Print a table or text: as wide as the terminal, or 100 columns into a file."""
-    Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(renderable)
+class _PlainConsole(Console):
+    """A console to which text is text: no markup, no emoji codes, nothing that commands the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how | {"markup": False, "emoji": False})
+
+
+def show(renderable: Any, width: int = 100) -> None:
+    """Print a table or text: as wide as the terminal, or `width` columns into a file."""
+    _PlainConsole(width=None if sys.stdout.isatty() else width, soft_wrap=False).print(renderable)
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print lines, which may hold foreign names, to standard output or error."""
+    print(printable(text), file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def warn(text: str) -> None:
+    """Say something that is no result on standard error, once for all processes of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, err=True)
 
 
 def run_command(command: click.Command, name: str) -> None:
     """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
     traceback."""
+    tolerate_any_text()
     try:
         command(prog_name=name, standalone_mode=False)
     except MoceError as error:
         if os.environ.get("RANK", "0") == "0":
             # Names out of a file may hold what a terminal takes for commands.
-            click.echo(f"Error: {printable(str(error))}", err=True)
+            say(f"Error: {error}", err=True)
         sys.exit(error.status)
     except click.ClickException as error:
-        error.show()
+        told = io.StringIO()
+        error.show(told)
+        say(told.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted.", err=True)

@@ -16,12 +16,12 @@ from moce_ds.checksums import (
     Files,
     Findings,
     check_file,
+    document_findings,
     file_findings,
     names_below,
-    read_sealed,
+    read_checked,
     records_of,
-    sealed_findings,
-    write_sealed,
+    write_checked,
 )
 from moce_ds.files import read_json, read_record, sha256_of, write_json
 
@@ -42,7 +42,7 @@ def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `config.json` with the checksums of all other files that are in the folder by now."""
     others = [name for name in names_below(folder) if name != CONFIG]
     record = {"format": FORMAT, **content, "sha256": sha256_of(folder / WEIGHTS), "files": records_of(folder, others)}
-    write_sealed(folder / CONFIG, record)
+    write_checked(folder / CONFIG, record)
 
 
 def replace_provenance(folder: Path, provenance: Any) -> None:
@@ -53,7 +53,7 @@ def replace_provenance(folder: Path, provenance: Any) -> None:
 
 def read_config(folder: Path, kind: type[T]) -> T:
     """`config.json` as a `kind`. Raises ArtefactError: it is missing, damaged or of another version."""
-    return read_sealed(folder / CONFIG, kind, _WHAT, _MADE_BY, format=FORMAT)
+    return read_checked(folder / CONFIG, kind, _WHAT, _MADE_BY, format=FORMAT)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def findings(folder: Path) -> Findings:
     """Everything in an encoder folder that is not as it was written. Raises ArtefactError where that cannot be told."""
     record = read_config(folder, _Record)
-    found = sealed_findings(folder / CONFIG, CONFIG)
+    found = document_findings(folder / CONFIG, CONFIG)
     if record.files is not None:
         return found + file_findings(folder, record.files)
     weights = folder / WEIGHTS

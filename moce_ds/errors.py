@@ -11,11 +11,6 @@ STOPPED = 76
 """Exit status of a run that stopped as asked, before its last step: what needs the whole run must not follow."""
 
 
-def printable(text: str) -> str:
-    """Text with a mark for everything that could command the terminal: names of files come from anywhere."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
 class MoceError(Exception):
     """Base of all errors that a user can cause and mend."""
 

@@ -7,13 +7,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from tokenize import TokenError
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import ArtefactError, MoceError
+from moce_ds.machine import reason
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
+
+# What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
+_DAMAGE = (
+    SafetensorError, TokenError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError,
+    RecursionError, MemoryError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -58,7 +72,63 @@ def writes_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {error}") from None
+        raise ArtefactError(f"{path} cannot be written: {reason(error)}") from None
+    except SafetensorError as error:  # which is how that library passes on an error of the disk
+        raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
+
+
+@contextmanager
+def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> Iterator[None]:
+    """Give whatever the block cannot read of a file, which is missing, forbidden or damaged, the file's name.
+
+    Args:
+        path: the file; it is opened once here, since libraries call missing whatever they cannot open.
+        cure: what to do about a file that is missing or damaged, such as "write the clusters again with ...".
+        kind: the error to raise.
+
+    Raises:
+        ArtefactError, or `kind`: the fault, and what to do.
+    """
+    try:
+        with open(path, "rb"):
+            pass
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise kind(f"{path} is missing: {cure}") from None
+    except OSError as error:
+        raise kind(f"{path} cannot be read ({reason(error)}): {cure}") from None
+    except _DAMAGE as error:
+        raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
+
+
+def load_array(
+    path: Path, dtype: Any, shape: tuple[int, ...], cure: str, kind: type[MoceError] = ArtefactError
+) -> np.ndarray:
+    """A `.npy` file of ours, memory-mapped for reading; nothing in it is unpickled.
+
+    Raises:
+        ArtefactError, or `kind`: as `reads_from`; or it holds another dtype or shape.
+    """
+    with reads_from(path, cure, kind):
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype != dtype or array.shape != shape:
+        raise kind(f"{path} holds {array.shape} of {array.dtype}, expected {shape} of {np.dtype(dtype)}: {cure}")
+    return array
+
+
+def load_tensors(path: Path, cure: str) -> "dict[str, Tensor]":
+    """The tensors of a `.safetensors` file, on the host. Raises ArtefactError as `reads_from`."""
+    with reads_from(path, cure):
+        from safetensors.torch import load_file  # here, since verbs that need no torch read records with this module
+
+        return load_file(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file, atomically. Raises OSError where the disk does not take it."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as opened:
+        # numpy writes to what it takes for a file with C's stdio, and then misses what a full disk says at its end.
+        np.lib.format.write_array(SimpleNamespace(write=opened.write), array, allow_pickle=False)
 
 
 def check_writable(path: Path) -> None:
@@ -100,7 +170,7 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be read ({error.strerror}): make it readable.") from None
+        raise ArtefactError(f"{path} cannot be read ({reason(error)}): expected {what} of `{made_by}`.") from None
 
 
 def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:

@@ -12,17 +12,17 @@ import socket
 import sys
 import threading
 from contextlib import suppress
-from datetime import timedelta
 from types import TracebackType
 
-from torch.distributed import DistError, TCPStore
+from torch.distributed import DistError
 
 from moce_ds.errors import LOST_PEER, LostPeerError, MoceError
+from moce_ds.rendezvous import Rendezvous
 
 _BEAT_SECONDS = 1.0
 _BROKEN_BEATS = 5  # once a process has seen a connection break, a silence of so many beats tells who broke it
 _STORE_SECONDS = 20.0
-_sessions = itertools.count()  # of this process; all processes have the same number of them
+_STATUSES = (1, LOST_PEER)  # of a verdict, which nobody can use to end a run as if all were well
 
 
 class Watch:
@@ -31,16 +31,13 @@ class Watch:
     Args:
         rank, world_size: of this process; local_rank: 0 prints the verdict, once a machine.
         timeout: seconds of silence after which a rank counts as lost.
+        meeting: where the processes have met.
     """
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: float) -> None:
+    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: float, meeting: Rendezvous) -> None:
         self._rank, self._world_size, self._local_rank = rank, world_size, local_rank
         self._limit = max(_BROKEN_BEATS, round(timeout / _BEAT_SECONDS))
-        # A connection of its own: a thread that waits in the group's store would block this one.
-        self._host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = TCPStore(self._host, port, is_master=False, timeout=timedelta(seconds=_STORE_SECONDS))
-        # torchrun keeps its store, and in it the verdict on the start before, when it starts all processes again.
-        self._prefix = f"watch-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/"
+        self._host, self._store = meeting.host, meeting.sealed(_STORE_SECONDS)
         self._doing, self._broken = "starting", False
         self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
         self._stop = threading.Event()
@@ -76,55 +73,56 @@ class Watch:
         told = f"Rank {self._rank} on {socket.gethostname()} ended at {self._doing}: {how}"
         with suppress(DistError):  # the store may have gone first
             if isinstance(error, MoceError):
-                self._set(f"farewell/{self._rank}", f"{error.status} {told}")
+                status = error.status if error.status in _STATUSES else 1
+                self._store.set(f"farewell/{self._rank}", f"{status} {told}")
             else:
-                self._set("verdict", f"{LOST_PEER} {told}")
+                self._store.set("verdict", f"{LOST_PEER} {told}")
 
     def _run(self) -> None:
         for count in itertools.count():
             try:
-                self._set(f"beat/{self._rank}", f"{count} {socket.gethostname()}")
+                self._store.set(f"beat/{self._rank}", f"{count} {socket.gethostname()}")
                 if self._broken:
-                    self._set("broken", str(self._rank))
-                verdict = self._get("verdict")
-                own = "" if verdict else self._judge()
+                    self._store.set("broken", str(self._rank))
+                verdict = _parsed(self._store.get("verdict"))
+                own = None if verdict else self._judge()
             except DistError:
                 if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
                     return  # this process was about to end as well
                 gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it."
-                own, verdict = "", f"{LOST_PEER} {gone}"
-            if verdict or own:
-                status, text = (own or verdict).split(" ", 1)
+                own, verdict = None, (LOST_PEER, gone)
+            if end := own or verdict:
+                status, text = end
                 if own or self._local_rank == 0:
-                    print(f"Error: {text}", file=sys.stderr, flush=True)
-                os._exit(int(status))
+                    with suppress(OSError):  # nobody reads it any more
+                        print(f"Error: {text}", file=sys.stderr, flush=True)
+                os._exit(status)
             if self._stop.wait(_BEAT_SECONDS):
                 return
 
-    def _judge(self) -> str:
-        """A verdict (exit status and message) if a watched rank has been silent for too long; "" if all is well."""
-        limit = _BROKEN_BEATS if self._get("broken") else self._limit
+    def _judge(self) -> tuple[int, str] | None:
+        """A verdict (exit status and message) if a watched rank has been silent for too long; None if all is well."""
+        limit = _BROKEN_BEATS if self._store.get("broken") else self._limit
         watched = range(1, self._world_size) if self._rank == 0 else range(1)
         for rank in watched:
-            beat = self._get(f"beat/{rank}")
+            beat = self._store.get(f"beat/{rank}")
             last, age = self._heard.get(rank, ("", 0))
             # Counted in own beats: after a pause of all processes (Ctrl-Z) nobody is taken for lost.
             self._heard[rank] = (beat, age + 1 if beat == last else 0)
             if self._heard[rank][1] >= limit:
-                host = beat.split(" ")[1] if beat else "an unknown host"
+                host = beat.partition(" ")[2] or "an unknown host"
                 # The step is that at which this process waits for the lost one.
-                verdict = self._get(f"farewell/{rank}") or (
-                    f"{LOST_PEER} Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at "
-                    f"{self._doing}. It has died or hangs; the other processes end."
+                status, text = _parsed(self._store.get(f"farewell/{rank}")) or (
+                    LOST_PEER,
+                    f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at {self._doing}. "
+                    "It has died or hangs; the other processes end.",
                 )
-                self._set("verdict", verdict)
-                return verdict
-        return ""
+                self._store.set("verdict", f"{status} {text}")
+                return status, text
+        return None
 
-    def _set(self, key: str, value: str) -> None:
-        self._store.set(self._prefix + key, value)
 
-    def _get(self, key: str) -> str:
-        """The value of a key, "" where it has none; never waits."""
-        key = self._prefix + key
-        return self._store.get(key).decode() if self._store.check([key]) else ""
+def _parsed(verdict: str) -> tuple[int, str] | None:
+    """Exit status and message of a verdict or a farewell; None where there is none, or it makes no sense."""
+    status, _, text = verdict.partition(" ")
+    return next(((known, text) for known in _STATUSES if status == str(known)), None)

@@ -15,6 +15,7 @@ from typing import Any
 
 from moce_ds.checksums import Findings, written_before
 from moce_ds.errors import ArtefactError
+from moce_ds.files import reads_from
 
 METRICS = "metrics.jsonl"
 _CHECK = "check"
@@ -72,10 +73,8 @@ class _Lines:
         self._of_attempt: dict[Any, str] = {}
         if not path.is_file():
             return
-        try:
+        with reads_from(path, _CURE):
             text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise ArtefactError(f"{path} cannot be read ({error.strerror}): {_CURE}") from None
         for number, line in enumerate(text.splitlines(keepends=True), 1):
             self._take(number, line)
 

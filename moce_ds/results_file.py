@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checksums import SEAL, Findings, check_seal, is_sealed, sealed, written_before
+from moce_ds.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
 from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.locks import locked
 
@@ -63,12 +63,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         ArtefactError: it is damaged, or holds something else.
     """
-    return [{key: value for key, value in record.items() if key != SEAL} for record in _stored(path)]
+    return [{key: value for key, value in record.items() if key != CHECKSUM} for record in _stored(path)]
 
 
 def results_findings(path: Path) -> Findings:
     """What cannot be verified. Raises ArtefactError where a record is not what was written."""
-    older = sum(not is_sealed(record) for record in _stored(path))
+    older = sum(not has_checksum(record) for record in _stored(path))
     return Findings(unverified=[written_before(f"{path.name}, {older} records of it")] if older else [])
 
 
@@ -91,7 +91,7 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
     with locked(path.with_name(f".{path.name}.lock"), busy):
         others = [one for one in _stored(path) if _key(one) != _key(record)]
         with writes_to(path):
-            write_json(path, [*others, sealed(record)])
+            write_json(path, [*others, with_checksum(record)])
 
 
 def told_apart(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,4 +139,4 @@ def _check(record: dict[str, Any], path: Path, number: int) -> None:
     kind = _KINDS.get(str(record.get("verb")), _Record)
     kind = _Precision if kind is _Accuracy and "map11" in record else kind
     valid_record(kind, record, f"{path}, record {number},", "it", WRITTEN_BY)
-    check_seal(path, record, f"record {number}", WRITTEN_BY)
+    check_document(path, record, f"record {number}", WRITTEN_BY)

@@ -20,8 +20,11 @@ import torch.distributed as dist
 
 from moce_ds.errors import LostPeerError, MoceError
 from moce_ds.liveness import Watch
+from moce_ds.rendezvous import Rendezvous, interfaces
+from moce_ds.text import printable
 
 _PEER_TIMEOUT = timedelta(minutes=10)
+_MAX_TEXT_BYTES = 2**30
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 # DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
 _NOWHERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -46,7 +49,7 @@ class Runtime:
     def say(self, text: str) -> None:
         """Print to standard error, once for all processes, clear of a progress bar."""
         if self.is_main:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def at(self, doing: str) -> None:
         """Say what this process is at, such as "step 12": told to the others if it is lost."""
@@ -99,11 +102,27 @@ class Runtime:
             raise type(fault or MoceError())(first) from None
 
     def texts(self, text: str) -> list[str]:
-        """The texts of all processes, by rank."""
-        gathered = [text] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(gathered, text)
-        return gathered
+        """The texts of all processes, by rank.
+
+        They travel as bytes: `torch.distributed` would send objects as pickles, which can run anything.
+
+        Raises:
+            MoceError: one is longer than 1 GiB.
+        """
+        if self.world_size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")) or bytearray(1), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
+        longest = max(map(int, sizes))
+        if not 0 <= longest <= _MAX_TEXT_BYTES:
+            raise MoceError(f"A process tells {longest} bytes of text; {_MAX_TEXT_BYTES} are the most.")
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(mine)] = mine[:longest]
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        received = zip(gathered, sizes, strict=True)
+        return [bytes(data[: int(size)].numpy()).decode("utf-8", "surrogatepass") for data, size in received]
 
 
 @contextmanager
@@ -113,7 +132,8 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
     A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    with _unless_given(_ALONE | (_NOWHERE if alone else {})), _joined(peer_timeout) as runtime:
+    place = _ALONE | (_NOWHERE if alone else interfaces(os.environ))
+    with _unless_given(place), _joined(peer_timeout) as runtime:
         yield runtime
 
 
@@ -147,10 +167,10 @@ def _joined(peer_timeout: float) -> Iterator[Runtime]:
                 f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start several processes "
                 "with torchrun or `moce launch local --nproc N`."
             )
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            _look_for_launcher(peer_timeout)
-        dist.init_process_group(backend, timeout=_PEER_TIMEOUT)
-        watch = Watch(rank, world_size, local_rank, peer_timeout)
+        meeting = Rendezvous.here()
+        store = _group_store(meeting, peer_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_PEER_TIMEOUT)
+        watch = Watch(rank, world_size, local_rank, peer_timeout, meeting)
     try:
         with watch or nullcontext():
             yield Runtime(rank, world_size, local_rank, device, watch)
@@ -160,16 +180,17 @@ def _joined(peer_timeout: float) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
-def _look_for_launcher(seconds: float) -> None:
-    """Raise LostPeerError if the launcher has died, which hosts the meeting point since before this process began.
-
-    Where a rank hosts it, that rank may come later; so much later that `init_process_group` must wait for minutes.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=seconds), wait_for_workers=False)
-    except dist.DistError as error:
-        raise LostPeerError(f"The launcher at {address}:{port} does not answer for {seconds:.0f} s: {error}") from None
+def _group_store(meeting: Rendezvous, peer_timeout: float) -> dist.Store:
+    """The store of the process group. Raises LostPeerError if the launcher has died, which hosts it since before this
+    process began. Where a rank hosts it, that rank may come later; so much later that others must wait for minutes."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:
+            meeting.connect(peer_timeout)
+        except dist.DistError as error:
+            raise LostPeerError(
+                f"The launcher at {meeting.host}:{meeting.port} does not answer for {peer_timeout:.0f} s: {error}"
+            ) from None
+    return meeting.group_store(_PEER_TIMEOUT.total_seconds())
 
 
 class StopRequest:

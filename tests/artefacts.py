@@ -18,7 +18,7 @@ from launchers.stage import write_record as write_stage
 from launchers.study import keep_record
 from moce_ds.analysis.study_folder import CellRecord
 from moce_ds.checkpoint_files import grouped, publish, step_folder, write_files
-from moce_ds.checksums import FileRecord, write_sealed
+from moce_ds.checksums import FileRecord, write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import load, to_tree
 from moce_ds.data.listing import Listed, Listing
@@ -136,7 +136,7 @@ def _write_run(config: AnySettings, model: torch.nn.Module, told: Mapping[str, A
     publish(draft, step_folder(run, STEPS), manifest | {"files": files})
     if manifest["routing"]:
         with attempt.file(run / "routing.json", STEPS) as routing:
-            write_sealed(routing, manifest["routing"])
+            write_checked(routing, manifest["routing"])
     return run
 
 

@@ -15,14 +15,15 @@ from moce_ds.files import copy_tree
 
 
 def flip(at: float, path: Path) -> None:
-    """Flip a bit of the byte at a share of a file's length."""
-    content = bytearray(path.read_bytes())
+    """Flip a bit of the byte at a share of a file's length; an empty file gets a byte."""
+    content = bytearray(path.read_bytes() or b"\0")
     content[int((len(content) - 1) * at)] ^= 1
     path.write_bytes(content)
 
 
 def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+    """Leave the first part of a file; an empty one grows."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5] if path.stat().st_size else b"{}\n")
 
 
 HARMS: dict[str, Callable[[Path], None]] = {

@@ -8,6 +8,7 @@ import click
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import find
+from moce_ds.command_line import say
 from moce_ds.errors import MoceError
 from moce_ds.training.native import import_native
 from moce_ds.training.settings import PretrainSettings
@@ -30,9 +31,9 @@ def main(folder: Path, out: Path, words: Sequence[str], settings: Path, tag: str
     try:
         native = import_native(folder, out, configuration.load(PretrainSettings, settings, words), tag)
     except MoceError as error:
-        click.echo(f"Error: {error}", err=True)
+        say(f"Error: {error}", err=True)
         sys.exit(1)
-    click.echo(
+    say(
         f"{find(out).folder}: the weights of step {native.step} ({native.precision}) from {native.folder}. The "
         f"optimizer's state is left behind: start a new run from them with run.init_from={out}"
     )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moce_ds.command_line import PATH, run_command
+from moce_ds.command_line import PATH, run_command, say
 from moce_ds.data.miniature import Material, write_miniature
 
 
@@ -19,7 +19,7 @@ def main(out: Path, photographs: Path | None, side: int, train: int, val: int, s
     """Write OUT/train and OUT/val, each with images/, instances.json (COCO) and annotations/ (ADE20K)."""
     material = Material.from_debian(photographs) if photographs else Material.from_packages()
     write_miniature(out, material, side, train, val, seed)
-    click.echo(f"{out}: {train} + {val} pictures of {len(material.cuts)} classes")
+    say(f"{out}: {train} + {val} pictures of {len(material.cuts)} classes")
 
 
 if __name__ == "__main__":

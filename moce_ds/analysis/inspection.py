@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from moce_ds import encoder_folder
-from moce_ds.analysis.pipeline_folder import PIPELINE, STAGES, pipeline_findings, read_stages
+from moce_ds.analysis.pipeline_folder import PIPELINE, pipeline_findings, read_stages
 from moce_ds.analysis.run_findings import run_findings
 from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_run
 from moce_ds.analysis.study_folder import STUDY, read_study_folder, study_findings
 from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
-from moce_ds.checksums import FileRecord, Findings, file_findings, read_sealed, sealed_findings
+from moce_ds.checksums import FileRecord, Findings, document_findings, file_findings, read_checked
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.clusters import findings as clusters_findings
 from moce_ds.clustering.store import FeatureSet
@@ -24,11 +24,13 @@ from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.encoder_folder import PROVENANCE, WEIGHTS
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json, read_record, sha256_of, valid_record
+from moce_ds.files import read_json, read_record, reads_from, sha256_of, valid_record
 from moce_ds.results_file import read_results, results_findings, told_apart
+from moce_ds.text import in_line, shortened
 
 Rows = dict[str, str]
 EXPORT, RESULTS = "export.json", "results.json"
+_NAME = 60  # characters shown of a class
 
 
 def describe(path: Path) -> Table:
@@ -70,13 +72,13 @@ def findings(path: Path) -> Findings:
 def _export_findings(path: Path) -> Findings:
     record = _export_record(path)
     if all(isinstance(one, FileRecord) for one in record.files.values()):
-        return sealed_findings(path / EXPORT, EXPORT) + file_findings(path, record.files)  # type: ignore[arg-type]
+        return document_findings(path / EXPORT, EXPORT) + file_findings(path, record.files)  # type: ignore[arg-type]
     faults = [
         f"{name}: {'is damaged or was exchanged' if (path / name).is_file() else 'is missing'}"
         for name, sha256 in record.files.items()
         if not (path / name).is_file() or sha256_of(path / name) != sha256
     ]
-    return Findings(faults) + sealed_findings(path / EXPORT, EXPORT)
+    return Findings(faults) + document_findings(path / EXPORT, EXPORT)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class _ExportRecord:
 
 def _export_record(path: Path) -> _ExportRecord:
     version = {"format": "moce_ds export 1"}
-    return read_sealed(path / EXPORT, _ExportRecord, "an export", "moce export", **version)
+    return read_checked(path / EXPORT, _ExportRecord, "an export", "moce export", **version)
 
 
 def _encoder_record(path: Path) -> _EncoderRecord:
@@ -129,7 +131,7 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
         (WEIGHTS, "encoder", _encoder),
         (PROVENANCE, "encoder", _encoder),  # without its weights: told as damaged
         (STUDY, "study", _study),
-        (f"{PIPELINE}/{STAGES}", "pipeline", _pipeline),
+        (PIPELINE, "pipeline", _pipeline),
         (RESULTS, "results", _results),
     ]
     for mark, kind, rows in marks:
@@ -219,7 +221,7 @@ def _tuning(path: Path) -> Rows:
     rows = {name: str(value) for name, value in config["data"].items() if isinstance(value, str)}
     rows |= _last_record(read_metrics(path / "metrics.jsonl"))
     if (path / "result.json").exists():
-        result = read_sealed(path / "result.json", dict[str, Any], "a result", "moce finetune")
+        result = read_checked(path / "result.json", dict[str, Any], "a result", "moce finetune")
         rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in result["measures"].items())
     return rows | {"checkpoints": ", ".join(map(str, steps_of(path))) or "none"}
 
@@ -244,11 +246,8 @@ def _encoder(path: Path) -> Rows:
     config = _encoder_record(path)
     provenance = encoder_folder.read_provenance(path)
     weights = path / WEIGHTS
-    try:
-        with safe_open(weights, "np") as file:  # reads the header, and compares the file's size with it
-            tensors = len(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} is damaged ({error}): export it again.") from None
+    with reads_from(weights, "export it again."), safe_open(weights, "np") as file:
+        tensors = len(file.keys())  # from the header, whose sizes are compared with the file's
     return {
         "shape": _shape(config.shape),
         "input": str(config.input),
@@ -296,7 +295,7 @@ def _results(path: Path) -> Rows:
 
     def name(record: dict[str, Any]) -> str:
         seed = "" if record.get("seed") is None else f"seed {record['seed']}"
-        return " ".join(filter(None, (record["verb"], record["task"], record.get("model"), seed)))
+        return in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model"), seed))))
 
     return {name(record): told(record) for record in told_apart(read_results(path / RESULTS))}
 
@@ -310,4 +309,5 @@ def _mebibytes(sizes: Iterable[int]) -> str:
 
 
 def _some(names: list[str], shown: int = 12) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + more

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
 from moce_ds.analysis.gallery import Card, Picture
 from moce_ds.files import atomic_file
+from moce_ds.text import printable
 
 
 class Cell(NamedTuple):
@@ -58,6 +59,11 @@ class Chapter:
     sections: list[Section]
 
 
+def _shown(value: Any) -> Any:
+    """What the page shows of a value, before it is escaped for HTML."""
+    return printable(value) if isinstance(value, str) else value
+
+
 def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter]) -> None:
     """Write one HTML file that needs no other file, script or network, atomically."""
     environment = jinja2.Environment(
@@ -66,6 +72,7 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     page = environment.get_template("report.html").render(title=title, summary=summary, chapters=chapters)
     with atomic_file(out) as temporary:

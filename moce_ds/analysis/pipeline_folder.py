@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checksums import Findings, read_sealed, sealed_findings
+from moce_ds.checksums import Findings, document_findings, has_checksum, read_checked, written_before
 from moce_ds.errors import MoceError
+from moce_ds.files import read_json
 
 PIPELINE, STAGES = "pipeline", "stages.json"
 _WHAT, _MADE_BY = "a pipeline's record", "moce pipeline"
@@ -21,13 +22,21 @@ class StagesRecord:
 
 def read_stages(out: Path) -> dict[str, tuple[str, list[str]]]:
     """State ("waiting", "begun", "done", "failed") and products of every stage, in order. Raises ArtefactError."""
-    record = read_sealed(out / PIPELINE / STAGES, StagesRecord, _WHAT, _MADE_BY)
+    if not (out / PIPELINE / STAGES).exists():
+        return {path.stem: (_state(out, path.stem), []) for path in sorted((out / PIPELINE).glob("*.json"))}
+    record = read_checked(out / PIPELINE / STAGES, StagesRecord, _WHAT, _MADE_BY)
     return {name: (_state(out, name), made) for name, made in record.makes.items()}
 
 
 def pipeline_findings(out: Path, verify: Callable[[Path], Findings]) -> Findings:
     """What is wrong with the records of stages and, by `verify`, with what they made. Raises ArtefactError."""
-    record = read_sealed(out / PIPELINE / STAGES, StagesRecord, _WHAT, _MADE_BY)
+    if not (out / PIPELINE / STAGES).exists():  # earlier versions did not write it, nor checksums into the records
+        records = [read_json(path, "a stage's record", _MADE_BY) for path in (out / PIPELINE).glob("*.json")]
+        lost = any(has_checksum(record) for record in records)
+        return Findings(
+            [f"{PIPELINE}/{STAGES}: is missing"] if lost else [], [] if lost else [written_before(PIPELINE)]
+        )
+    record = read_checked(out / PIPELINE / STAGES, StagesRecord, _WHAT, _MADE_BY)
     found, seen = Findings(), set[Path]()
     for name, made in record.makes.items():
         file = f"{PIPELINE}/{name}.json"
@@ -40,7 +49,7 @@ def pipeline_findings(out: Path, verify: Callable[[Path], Findings]) -> Findings
             all_there = all((out / place).exists() for place in made)
             found += Findings([f"{file}: is missing, and what the stage makes is there"] if all_there else [])
             continue
-        found += sealed_findings(out / file, file)
+        found += document_findings(out / file, file)
         for place in made:
             if not (out / place).exists():
                 found += Findings([f"{place}: is missing"] if state == "done" else [])
@@ -61,4 +70,4 @@ def _state(out: Path, name: str) -> str:
     path = out / PIPELINE / f"{name}.json"
     if not path.exists():
         return "waiting"
-    return str(read_sealed(path, dict[str, Any], "a stage's record", _MADE_BY).get("state"))
+    return str(read_checked(path, dict[str, Any], "a stage's record", _MADE_BY).get("state"))

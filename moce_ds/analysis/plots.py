@@ -7,6 +7,7 @@ Axes: S logged steps, M clusters, E experts per layer, G rows of a table (cluste
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -20,9 +21,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from moce_ds.analysis.gallery import Picture, data_uri
+from moce_ds.text import plottable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8A8A8A")
 _INK, _FAINT = "#2b2f36", "#c9ced6"
+_ROW_NAME = 26  # characters
 _WIDTH, _HEIGHT = 4.4, 2.75  # inches; 10 point text is then about 11 px high in a third of a wide page
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -41,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
+    "text.parse_math": False,  # a `$` in a name is a dollar
     "svg.fonttype": "none",
     "svg.hashsalt": "moce",
     "figure.constrained_layout.use": True,
@@ -69,10 +73,11 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
     """Curves over the training step; the `log` axis is used where values span more than a factor of 2."""
     figure, axes = panel(title)
     for line in lines:
+        name = plottable(line.name)
         if line.marker:
-            axes.plot(line.steps_S, line.values_S, "o", ms=4, mfc="white", color=line.colour, label=line.name)
+            axes.plot(line.steps_S, line.values_S, "o", ms=4, mfc="white", color=line.colour, label=name)
         else:
-            axes.plot(*_thin(line.steps_S, line.values_S), lw=1.6, color=line.colour, label=line.name)
+            axes.plot(*_thin(line.steps_S, line.values_S), lw=1.6, color=line.colour, label=name)
     values = np.concatenate([line.values_S for line in lines])
     if scale == "log" and values.min() > 0 and values.max() > 2 * values.min():
         axes.set_yscale("log")
@@ -146,7 +151,7 @@ def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
     axes.set_xlabel("expert")
     if roomy:
         mesh.set(edgecolor="white", linewidth=0.6)
-        axes.set_yticks(np.arange(n_rows) + 0.5, [_shorten(row) for row in rows], fontsize=9)
+        axes.set_yticks(np.arange(n_rows) + 0.5, [plottable(row, _ROW_NAME) for row in rows], fontsize=9)
         for (row, column), share in np.ndenumerate(share_GE):
             if share >= 0.005:
                 ink = "white" if share > 0.55 else _INK
@@ -169,14 +174,17 @@ def panel(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
     """A figure of one panel, `height` inches high."""
     figure = Figure(figsize=(_WIDTH, height))
     axes = figure.add_subplot()
-    axes.set_title(title)
+    axes.set_title(plottable(title))
     return figure, axes
 
 
 def svg(figure: Figure, alt: str) -> Picture:
     """The figure as a picture of the page; `alt` says in words what it shows."""
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # The browser draws the text, with fonts of its own.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     width, height = figure.get_size_inches() * 72
     return Picture(data_uri(drawn.getvalue(), "image/svg+xml"), round(width), round(height), alt)
 
@@ -187,7 +195,3 @@ def _thin(steps_S: Floats, values_S: Floats, points: int = 300) -> tuple[Floats,
     starts = np.arange(0, len(steps_S), stride)
     counts = np.diff([*starts, len(steps_S)])
     return np.add.reduceat(steps_S, starts) / counts, np.add.reduceat(values_S, starts) / counts
-
-
-def _shorten(name: str, length: int = 26) -> str:
-    return name if len(name) <= length else f"…{name[1 - length :]}"

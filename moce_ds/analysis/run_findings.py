@@ -14,10 +14,10 @@ from moce_ds.checksums import (
     FileRecord,
     Files,
     Findings,
+    document_findings,
     file_findings,
-    is_sealed,
-    read_sealed,
-    sealed_findings,
+    has_checksum,
+    read_checked,
     written_before,
 )
 from moce_ds.clustering import clusters
@@ -86,8 +86,8 @@ def _attempts(run: Path, newest: dict[str, Any]) -> Findings:
     for number in sorted(numbers | ({newest["attempt"]} if newest.get("attempt") else set())):
         name = f"attempts/{number:04d}.json"
         try:
-            record = read_sealed(run / name, _Attempt, "the record of an attempt", "moce pretrain")
-            found += sealed_findings(run / name, name)
+            record = read_checked(run / name, _Attempt, "the record of an attempt", "moce pretrain")
+            found += document_findings(run / name, name)
         except MoceError as error:
             found += Findings([str(error)])
             continue
@@ -105,12 +105,12 @@ def _routing(run: Path, checkpoints: list[Checkpoint]) -> Findings:
     newest = checkpoints[-1].manifest.get("routing") if checkpoints else None
     if not (run / ROUTING).exists():
         return Findings([f"{ROUTING}: is missing"] if newest else [])
-    content = read_sealed(run / ROUTING, dict[str, Any], "the routing tables", "moce pretrain")
+    content = read_checked(run / ROUTING, dict[str, Any], "the routing tables", "moce pretrain")
     tables = {key: value for key, value in content.items() if key != "content_sha256"}
     of_step = [c.manifest["routing"] for c in checkpoints if c.manifest.get("routing") and c.step == tables.get("step")]
     if any(table != tables for table in of_step):
         return Findings([f"{ROUTING}: is not the table of the checkpoint of step {tables.get('step')}"])
-    unknown = not of_step and not is_sealed(content)
+    unknown = not of_step and not has_checksum(content)
     return Findings(unverified=[written_before(ROUTING)] if unknown else [])
 
 
@@ -137,8 +137,8 @@ def _result(run: Path) -> Findings:
         kept = [name for name in (TUNED, encoder_folder.WEIGHTS) if (run / name).exists()]
         told = f"{RESULT}: is missing, and {kept[0] if kept else ''} is there: the same command measures it again"
         return Findings([told] if kept else [])
-    result = read_sealed(run / RESULT, dict[str, Any], "a result", "moce finetune")
-    found = sealed_findings(run / RESULT, RESULT)
+    result = read_checked(run / RESULT, dict[str, Any], "a result", "moce finetune")
+    found = document_findings(run / RESULT, RESULT)
     if "files" not in result:
         model = encoder_folder.findings(run / TUNED).below(TUNED) if (run / TUNED).exists() else Findings()
         return found + model

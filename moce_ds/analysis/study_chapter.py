@@ -90,7 +90,10 @@ def study_summary(study: StudyFolder) -> str:
 def write_csv(study: StudyFolder, path: Path) -> None:
     """One line a cell: its name, state, keys, processes, machines, seconds, and all measures in SI units."""
     columns = ["cell", "state", *(key for key in study.keys if key not in LAUNCH_KEYS), *LAUNCH_KEYS, "seconds"]
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,  # of names without UTF-8
+    ):
         lines = csv.DictWriter(file, [*columns, *study.measures], restval="", extrasaction="ignore")
         lines.writeheader()
         for cell in study.cells:

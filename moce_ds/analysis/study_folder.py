@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moce_ds.checksums import Findings, read_sealed, sealed_findings
+from moce_ds.checksums import Findings, document_findings, read_checked
 from moce_ds.errors import MoceError
 from moce_ds.results_file import results_findings
 
@@ -131,17 +131,19 @@ class StudyFolder:
 
 def read_study_folder(folder: Path) -> StudyFolder:
     """Read a study as far as it has come. Raises ArtefactError for damaged records."""
-    record = read_sealed(folder / STUDY, StudyRecord, "a study's record", "moce study")
+    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
     paths = {name: folder / CELLS / name / CELL for name in record.cells}
-    cells = [read_sealed(path, CellRecord, "a cell's record", "moce study") for path in paths.values() if path.exists()]
+    cells = [
+        read_checked(path, CellRecord, "a cell's record", "moce study") for path in paths.values() if path.exists()
+    ]
     waiting = [name for name, path in paths.items() if not path.exists()]
     return StudyFolder(folder, record.settings, cells, waiting)
 
 
 def study_findings(folder: Path, verify: Callable[[Path], Findings]) -> Findings:
     """What is wrong with the records of a study, its cells' results and, by `verify`, their runs. ArtefactError."""
-    names = read_sealed(folder / STUDY, StudyRecord, "a study's record", "moce study").cells
-    found = sealed_findings(folder / STUDY, STUDY)
+    names = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study").cells
+    found = document_findings(folder / STUDY, STUDY)
     for name in names:
         cell = f"{CELLS}/{name}"
         for verified in (_record_findings, lambda place: _part(place / "run", verify), _results_findings):
@@ -155,15 +157,15 @@ def study_findings(folder: Path, verify: Callable[[Path], Findings]) -> Findings
 def _record_findings(cell: Path) -> Findings:
     if not (cell / CELL).exists():
         return Findings([f"{CELL}: is missing, and the cell's run is there"] if (cell / "run").exists() else [])
-    record = read_sealed(cell / CELL, CellRecord, "a cell's record", "moce study")
+    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study")
     run_lost = record.state == "done" and not (cell / "run" / "config.yaml").exists()
-    return sealed_findings(cell / CELL, CELL) + Findings(["run/config.yaml: is missing"] if run_lost else [])
+    return document_findings(cell / CELL, CELL) + Findings(["run/config.yaml: is missing"] if run_lost else [])
 
 
 def _results_findings(cell: Path) -> Findings:
     if (cell / "results.json").exists():
         return results_findings(cell / "results.json")
-    record = read_sealed(cell / CELL, CellRecord, "a cell's record", "moce study") if (cell / CELL).exists() else None
+    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study") if (cell / CELL).exists() else None
     measured = record is not None and record.state == "done" and record.evaluations
     return Findings(["results.json: is missing"] if measured else [])
 

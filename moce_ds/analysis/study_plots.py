@@ -13,7 +13,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from moce_ds.analysis.gallery import Picture
 from moce_ds.analysis.plots import Floats, panel, styled, svg
+from moce_ds.text import plottable
 
+_TICK = 26  # characters
 _DOUBLING = 4  # numbers that span this factor stand on an axis of doublings
 
 
@@ -43,17 +45,16 @@ def error_bars(
     for line in lines:
         x_P = [place[str(value)] for value in line.at_P]
         error_P = line.deviation_P if line.deviation_P.any() else None
-        axes.errorbar(
-            x_P, line.mean_P, error_P, fmt="o-", ms=4, lw=1.6, capsize=3, color=line.colour, label=line.name or None
-        )
+        name = plottable(line.name) or None
+        axes.errorbar(x_P, line.mean_P, error_P, fmt="o-", ms=4, lw=1.6, capsize=3, color=line.colour, label=name)
     for line in ideal:
         x_P = [place[str(value)] for value in line.at_P]
-        axes.plot(x_P, line.mean_P, lw=1.2, ls=(0, (4, 3)), color=line.colour, label=line.name)
+        axes.plot(x_P, line.mean_P, lw=1.2, ls=(0, (4, 3)), color=line.colour, label=plottable(line.name))
     _mark(axes, place, values, numbers)
     if from_zero:
         top = max(float(np.max(line.mean_P + line.deviation_P)) for line in [*lines, *ideal])
         axes.set_ylim(0, top * 1.15 or 1)
-    axes.set(xlabel=x, ylabel=unit)
+    axes.set(xlabel=plottable(x), ylabel=unit)
     if any(line.name for line in [*lines, *ideal]):
         axes.legend(loc="best", fontsize=9)
     course = "; ".join(
@@ -70,6 +71,6 @@ def _mark(axes: Axes, place: dict[str, float], values: Sequence[Any], numbers: b
     if numbers and min(places) > 0 and max(places) >= _DOUBLING * min(places):
         axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(places))
-    axes.xaxis.set_major_formatter(FixedFormatter([str(value) for value in values]))
+    axes.xaxis.set_major_formatter(FixedFormatter([plottable(value, _TICK) for value in values]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.08)

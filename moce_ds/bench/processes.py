@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
 from torch.multiprocessing import spawn
 
 from moce_ds.bench.timing import keep_freed_memory
+from moce_ds.rendezvous import host_on_loopback
 from moce_ds.runtime import started
+from moce_ds.sealing import SECRET, new_secret
 
 
 def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
@@ -23,16 +24,20 @@ def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="moce-bench-") as scratch:
         file = Path(scratch) / "returned.json"
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        spawn(_work, (count, store.port, str(file), work, arguments), nprocs=count)
+        store = host_on_loopback()
+        given = {"MASTER_PORT": str(store.port), SECRET: new_secret()}
+        spawn(_work, (count, given, str(file), work, arguments), nprocs=count)
         return json.loads(file.read_text())
 
 
-def _work(rank: int, count: int, port: int, file: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(
+    rank: int, count: int, given: dict[str, str], file: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in place.items()} | given
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with started() as runtime:
         returned = work(*arguments, runtime)
         if runtime.is_main:

@@ -1,16 +1,14 @@
 """`moce bench ...`: the command line of the measurements."""
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from moce_ds.command_line import PATH
+from moce_ds.command_line import PATH, show
 from moce_ds.errors import ConfigError
 
 
@@ -126,7 +124,7 @@ def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     table = Table(*rows[0], title=title, title_justify="left")
     for row in rows:
         table.add_row(*map(_text, row.values()))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    show(table, width=120)
     if json_file is not None:
         write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})
 

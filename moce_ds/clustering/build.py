@@ -19,6 +19,7 @@ from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
+from moce_ds.command_line import say
 from moce_ds.config import differences, option, settings, to_tree
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.files import atomic_folder, copy_tree
@@ -85,7 +86,7 @@ def build_clusters(
     }
     if out.exists():
         _check_same(out, made_from)
-        click.echo(f"{out} is finished, with the same settings and features: left as it is.", err=True)
+        say(f"{out} is finished, with the same settings and features: left as it is.", err=True)
     else:
         _write(feature_set, out, config, made_from, device)
     clusters = Clusters.load(out)

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from moce_ds import encoder_folder
@@ -24,16 +23,16 @@ from moce_ds.checksums import (
     Files,
     Findings,
     check_file,
+    document_findings,
     file_findings,
     names_below,
-    read_sealed,
+    read_checked,
     records_of,
-    sealed_findings,
-    write_sealed,
+    write_checked,
 )
 from moce_ds.clustering.store import ENCODER, check_encoder
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file
+from moce_ds.files import atomic_file, load_array, reads_from, save_array
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
@@ -143,7 +142,7 @@ class Clusters:
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         record["files"] = records_of(folder, [name for name in names_below(folder) if name != RECORD])
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
-        write_sealed(folder / RECORD, header | record)
+        write_checked(folder / RECORD, header | record)
 
     @classmethod
     def load(cls, folder: Path) -> "Clusters":
@@ -153,9 +152,8 @@ class Clusters:
             ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
         """
         path = folder / RECORD
-        record = vars(read_sealed(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
+        record = vars(read_checked(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
         stated = record.pop("hash")
-        check_file(folder, TENSORS, record["files"], _AGAIN)
         clusters = cls(**(record | _load_tensors(folder / TENSORS)))
         clusters._check(folder / TENSORS)
         if clusters.hash != stated:
@@ -163,6 +161,7 @@ class Clusters:
                 f"{folder}: clusters.json and clusters.safetensors are not of the same clusters: write them again with "
                 f"`{MADE_BY}`."
             )
+        check_file(folder, TENSORS, clusters.files, _AGAIN)
         return clusters
 
     def _check(self, path: Path) -> None:
@@ -190,8 +189,7 @@ def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
 
 def save_ids(folder: Path, ids_N: np.ndarray) -> None:
     """Write the cluster of every image of the shard set, as int32, beside the clusters."""
-    with atomic_file(folder / IDS) as temporary, open(temporary, "wb") as opened:
-        np.save(opened, ids_N.astype(np.int32), allow_pickle=False)
+    save_array(folder / IDS, ids_N.astype(np.int32))
 
 
 def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
@@ -207,27 +205,19 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
             f"than the one in use ({shards_fingerprint[:12]}, {count} images): run `moce features` and `{MADE_BY}` on "
             "this one."
         )
-    path, again = folder / IDS, _AGAIN
-    check_file(folder, IDS, clusters.files, again)
-    try:
-        ids_N = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing: {again}") from None
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
-    if ids_N.shape != (count,) or ids_N.dtype != np.int32:
-        raise ArtefactError(f"{path} holds {ids_N.dtype} {ids_N.shape}, expected int32 {(count,)}: {again}")
+    ids_N = load_array(folder / IDS, np.int32, (count,), _AGAIN)
     m = clusters.num_clusters
     counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: of what is no cluster
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
-        raise ArtefactError(f"{path} does not have the cluster sizes that {folder} states: {again}")
+        raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
+    check_file(folder, IDS, clusters.files, _AGAIN)
     return ids_N.astype(np.int64)
 
 
 def findings(folder: Path) -> Findings:
     """Everything in a clusters folder that is not as it was written; reads all of it. Raises ArtefactError."""
     clusters = Clusters.load(folder)
-    found = sealed_findings(folder / RECORD, RECORD) + file_findings(folder, clusters.files, [TENSORS, IDS])
+    found = document_findings(folder / RECORD, RECORD) + file_findings(folder, clusters.files, [TENSORS, IDS])
     found += encoder_folder.findings(folder / ENCODER).below(ENCODER)
     if not found.faults:
         load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
@@ -237,12 +227,8 @@ def findings(folder: Path) -> Findings:
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     again = f"write the clusters again with `{MADE_BY}`."
-    try:
+    with reads_from(path, again):
         tensors: dict[str, np.ndarray] = load_file(path)
-    except FileNotFoundError:
-        raise ArtefactError(f"{path} is missing: {again}") from None
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path} is damaged ({error}): {again}") from None
     if missing := [name for name in _TENSORS if name not in tensors]:
         raise ArtefactError(f"{path} is damaged, without {', '.join(missing)}: {again}")
     found = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from moce_ds import encoder_folder
@@ -26,16 +25,16 @@ from moce_ds.checksums import (
     Files,
     Findings,
     check_file,
+    document_findings,
     file_findings,
     names_below,
-    read_sealed,
+    read_checked,
     records_of,
-    sealed_findings,
-    write_sealed,
+    write_checked,
 )
 from moce_ds.config import differences
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, sha256_of, write_json
+from moce_ds.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
 
 FORMAT, VERSION = "moce features", 1
 ENCODER = "encoder"
@@ -76,10 +75,8 @@ def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
         ArtefactError: the encoder is missing or damaged, or is another one than `expected` or `files` say.
     """
     weights = folder / ENCODER / "model.safetensors"
-    try:
+    with reads_from(weights, f"restore it, or make {folder} again."):
         found = fingerprint(load_file(weights))
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} cannot be read ({error}): restore it, or make {folder} again.") from None
     if found != expected:
         raise ArtefactError(
             f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
@@ -132,10 +129,11 @@ class FeatureWriter:
         self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
         recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
         if recorded:
-            self._check_same(read_sealed(recorded[0], dict[str, Any], "a record of features", "moce features"))
+            self._check_same(read_checked(recorded[0], dict[str, Any], "a record of features", "moce features"))
         else:
             self._refuse_unknown()
-            write_json(path / "begun.json", self._description)
+            with writes_to(path):
+                write_json(path / "begun.json", self._description)
 
     def missing_blocks(self) -> list[int]:
         """Numbers of the blocks that are not on disk yet."""
@@ -146,20 +144,25 @@ class FeatureWriter:
         return range(k * self.block_rows, min((k + 1) * self.block_rows, self.count))
 
     def write_block(self, k: int, features_ND: np.ndarray) -> None:
-        """Write the features of the images `block_ids(k)`, stored as float16. Raises DataError on a wrong shape."""
+        """Write the features of the images `block_ids(k)`, stored as float16.
+
+        Raises:
+            DataError: they have another shape.
+            ArtefactError: the block cannot be written.
+        """
         expected = (len(self.block_ids(k)), self.dim)
         if features_ND.shape != expected:
             raise DataError(f"Block {k} of {self.path} has shape {features_ND.shape}, expected {expected}.")
         with np.errstate(over="ignore"):  # Beyond float16 is infinite from here on, and `finish` names the image.
             half_ND = features_ND.astype(np.float16)
-        with atomic_file(_block_path(self.path, k)) as temporary, open(temporary, "wb") as opened:
-            np.save(opened, half_ND, allow_pickle=False)
+        with writes_to(_block_path(self.path, k)):
+            save_array(_block_path(self.path, k), half_ND)
 
     def finish(self) -> None:
         """Declare the features whole, once; one process calls it, after all blocks are written.
 
         Raises:
-            ArtefactError: a block is missing or has the wrong shape.
+            ArtefactError: a block is missing or has the wrong shape, or the record cannot be written.
             DataError: a feature is NaN or infinite (float16 ends at 65504).
         """
         if (self.path / "features.json").is_file():
@@ -175,9 +178,10 @@ class FeatureWriter:
                     f"look whether the encoder's training diverged, then delete {self.path} and make them again."
                 )
             checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
-        files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
-        write_sealed(self.path / "features.json", self._description | {"sha256": checksums, "files": files})
-        (self.path / "begun.json").unlink(missing_ok=True)
+        with writes_to(self.path):
+            files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
+            write_checked(self.path / "features.json", self._description | {"sha256": checksums, "files": files})
+            (self.path / "begun.json").unlink(missing_ok=True)
 
     @property
     def _num_blocks(self) -> int:
@@ -229,7 +233,7 @@ class FeatureSet:
         """
         if (path / "begun.json").is_file() and not (path / "features.json").is_file():
             raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
-        record = read_sealed(
+        record = read_checked(
             path / "features.json", _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
         )
         return cls(path, record)
@@ -268,7 +272,7 @@ class FeatureSet:
         names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
         differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
         found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])
-        found += sealed_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
+        found += document_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
         found += encoder_folder.findings(self.path / ENCODER).below(ENCODER)
         if not found.faults:
             check_encoder(self.path, self.identity.encoder_fingerprint, self.files)
@@ -289,13 +293,4 @@ def _again(path: Path) -> str:
 
 def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
     block_path = _block_path(path, k)
-    again = _again(path)
-    try:
-        block_ND = np.lib.format.open_memmap(block_path, mode="r")
-    except FileNotFoundError:
-        raise ArtefactError(f"{block_path} is missing: {again}") from None
-    except (ValueError, EOFError, OverflowError) as error:
-        raise ArtefactError(f"{block_path} is damaged ({error}): {again}") from None
-    if block_ND.shape != shape or block_ND.dtype != np.float16:
-        raise ArtefactError(f"{block_path} holds {block_ND.dtype} {block_ND.shape}, expected float16 {shape}: {again}")
-    return np.asarray(block_ND)
+    return np.asarray(load_array(block_path, np.float16, shape, _again(path)))

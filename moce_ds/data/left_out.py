@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from moce_ds.data.shards import REJECTED, Manifest
-from moce_ds.errors import printable
+from moce_ds.text import in_line, printable
 
 _NAMED = 3
 
@@ -24,14 +24,14 @@ def left_out(folder: Path, named: Path) -> str | None:
     listed = "".join(f"\n  {example}" for example in examples)
     more = f"\n  and {count - len(examples)} more" if examples and count > len(examples) else ""
     return printable(
-        f"WARNING: {named}: {count} of {count + manifest.count} files were left out, since they are no whole images: "
-        f"{reasons}{listed}{more}"
+        f"WARNING: {in_line(named)}: {count} of {count + manifest.count} files were left out, since they are no whole "
+        f"images: {reasons}{listed}{more}"
     )
 
 
 def _examples(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="ascii").splitlines()[:_NAMED]
-        return ["{path}: {reason} ({detail})".format(**json.loads(line)) for line in lines]
+        return [in_line("{path}: {reason} ({detail})".format(**json.loads(line))) for line in lines]
     except (OSError, ValueError, LookupError, TypeError):
         return []  # a copy of the set without its list of names: the counts are in the manifest

@@ -5,9 +5,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import click
 from tqdm import tqdm
 
+from moce_ds.command_line import say
 from moce_ds.data.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.files import read_json
@@ -73,7 +73,7 @@ def _column(path: Path, dataset: Any, kind: type) -> str | None:
     if len(found) <= 1:
         return found[0] if found else None
     chosen = next((name for name in _PREFERRED if name in found), found[0])
-    click.echo(f"{path}: columns {', '.join(found)} are all {kind.__name__}: {chosen} is taken.", err=True)
+    say(f"{path}: columns {', '.join(found)} are all {kind.__name__}: {chosen} is taken.", err=True)
     return chosen
 
 

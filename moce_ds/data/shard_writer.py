@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from moce_ds.checksums import FileRecord, write_sealed
+from moce_ds.checksums import FileRecord, write_checked
 from moce_ds.config import differences, option, settings
 from moce_ds.data.image_file import Accepted, Rejected
 from moce_ds.data.image_folder import SourceFile, examined, list_files
@@ -46,7 +46,7 @@ from moce_ds.data.shards import (
     shard_name,
 )
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_file, read_json, read_record, sha256_of, write_json, writes_to
+from moce_ds.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
 
 
 @settings
@@ -106,7 +106,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     records = _finished_records(out)
     _write_missing(source, out, files, records, config)
     manifest = _write_tables(out, records, source, plan, listing)
-    write_sealed(out / MANIFEST, dataclasses.asdict(manifest))
+    write_checked(out / MANIFEST, dataclasses.asdict(manifest))
     shutil.rmtree(out / PROGRESS)
     return _report(out, manifest, already_complete=False)
 
@@ -262,8 +262,7 @@ def _write_tables(
     tables = [SAMPLES, SOURCES, REJECTED, *([] if targets is None else [TARGETS])]
     for name, array in ((SAMPLES, samples), (TARGETS, targets)):
         if array is not None:
-            with atomic_file(out / name) as temporary, open(temporary, "wb") as file:
-                np.save(file, array, allow_pickle=False)
+            save_array(out / name, array)
     for name, entries in ((SOURCES, sources), (REJECTED, rejected)):
         with atomic_file(out / name) as temporary, open(temporary, "w", encoding="ascii") as file:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)

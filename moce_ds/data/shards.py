@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from moce_ds.checksums import Files, Findings, check_file, check_seal, file_findings, sealed_findings
+from moce_ds.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
 from moce_ds.data.image_file import open_image, to_rgb
 from moce_ds.errors import DataError
-from moce_ds.files import read_json, read_record, sha256_of
+from moce_ds.files import load_array, read_json, read_record, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -88,7 +88,7 @@ class Manifest:
         for shard in manifest.shards:  # nothing outside the folder is ever opened, whatever the manifest says
             if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
                 raise DataError(f"{path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
-        check_seal(path, read_json(path, "a shard set", "moce shards"), "a shard set", "moce shards")
+        check_document(path, read_json(path, "a shard set", "moce shards"), "a shard set", "moce shards")
         return manifest
 
 
@@ -204,7 +204,7 @@ class ShardSet:
     def findings(self) -> Findings:
         """Everything that is not as it was written; reads all of it."""
         tables = [SAMPLES, SOURCES, REJECTED, *([] if self.targets is None else [TARGETS])]
-        found = sealed_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
+        found = document_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
         return found + Findings(self._shard_faults())
 
     def verify(self) -> list[str]:
@@ -314,28 +314,19 @@ def _restore(folder: Path) -> str:
 
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """An array that was written beside the shards. Raises DataError where it is another one."""
-    try:
-        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{path} cannot be read ({error}). {_restore(path.parent)}") from None
-    if array.dtype != dtype or array.shape != shape:
-        raise DataError(
-            f"{path} holds {array.shape} of {array.dtype}, expected {shape} of {dtype}. {_restore(path.parent)}"
-        )
-    return array
+    return load_array(path, dtype, shape, _restore(path.parent), DataError)
 
 
 def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:
-    check_file(path.parent, TARGETS, manifest.files, _restore(path.parent), DataError)
     targets = _map_array(path, np.dtype(np.int8), (manifest.count, len(manifest.classes)))
     if not np.isin(targets, (-1, 0, 1)).all():
         raise DataError(f"{path} holds targets other than 1, 0 and -1. {_restore(path.parent)}")
+    check_file(path.parent, TARGETS, manifest.files, _restore(path.parent), DataError)
     return targets
 
 
 def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
     """The table of images, checked to point nowhere but into the shards and the classes. Raises DataError."""
-    check_file(path.parent, SAMPLES, manifest.files, _restore(path.parent), DataError)
     samples = _map_array(path, SAMPLE, (manifest.count,))
     outside = len(manifest.shards)
     counts = np.bincount(samples["shard"].astype(np.uint32).clip(max=outside), minlength=outside + 1)
@@ -350,4 +341,5 @@ def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
             f"{path}: row {int(inside.argmin())} points out of its shard or of the classes, or has no size. "
             f"{_restore(path.parent)}"
         )
+    check_file(path.parent, SAMPLES, manifest.files, _restore(path.parent), DataError)
     return samples

@@ -53,8 +53,8 @@ class Windows:
 class RandomCrop:
     """The training crop of MAE: an area share in `scale`, an aspect ratio in `ratio` (log-uniform), and a flip.
 
-    Ten tries a window that fits inside the image, then the largest centred one of an allowed ratio, as torchvision's
-    RandomResizedCrop does.
+    Ten tries find a window that fits inside the image. Where all fail, the window is the largest centred one of an
+    allowed ratio, to the pixel that of torchvision's RandomResizedCrop.
     """
 
     seed: int
@@ -89,10 +89,10 @@ class RandomCrop:
         height_B = np.where(found_B, height_BK[rows, first_B], fallback[0])
         width_B = np.where(found_B, width_BK[rows, first_B], fallback[1])
         place_B2 = np.stack([draw(2)[rows, first_B], draw(3)[rows, first_B]], axis=1)
-        place_B2[~found_B] = 0.5
         shape_B2 = np.stack([height_B, width_B], axis=1)
         room_B2 = np.stack([h_B, w_B], axis=1) - shape_B2
-        start_B2 = np.minimum(np.floor(place_B2 * (room_B2 + 1)), room_B2)
+        random_B2 = np.minimum(np.floor(place_B2 * (room_B2 + 1)), room_B2)
+        start_B2 = np.where(found_B[:, None], random_B2, room_B2 // 2)
         mirror_B = (uniform(FLIP, self.seed, epochs_B, ids_B) < 0.5) & self.flip
         return Windows(start_B2.astype(np.int32), shape_B2.astype(np.int32), mirror_B.astype(np.int32))
 

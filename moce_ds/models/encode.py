@@ -27,6 +27,7 @@ from moce_ds.files import atomic_folder
 from moce_ds.models.dense import dense_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
+from moce_ds.text import shortened
 
 _KEPT = 4
 _kept_features: dict[tuple[str, str, str], Tensor] = {}
@@ -101,7 +102,7 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
         return _kept_features[key]
     while len(_kept_features) >= _KEPT:
         _kept_features.pop(next(iter(_kept_features)))
-    with _bar(shards.count, f"encoding {'/'.join(shards.named.parts[-2:])}", visible=True) as bar:
+    with _bar(shards.count, f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}", visible=True) as bar:
         parts = []
         for part_ND in encode(encoder, shards, range(shards.count), config, device):
             parts.append(part_ND)

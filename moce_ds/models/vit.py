@@ -19,8 +19,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
@@ -28,7 +27,7 @@ from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import sha256_of, write_json
+from moce_ds.files import load_tensors, reads_from, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -193,10 +192,9 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
         raise ArtefactError(f"{weights} is missing: {folder} is an export that is half written: export it again.")
     with torch.device("meta"):  # no memory for sizes that the file turns out not to have
         model = timm_vit(config.shape)
-    try:
-        found, state = sha256_of(weights), load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{weights} cannot be read ({error}): export it again.") from None
+    with reads_from(weights, "export it again."):
+        found = sha256_of(weights)
+    state = load_tensors(weights, "export it again.")
     check_state(model, state, str(weights))
     if found != config.sha256:
         raise ArtefactError(

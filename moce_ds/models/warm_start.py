@@ -1,24 +1,33 @@
 """Weights to start a run from: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth`."""
 
+import argparse
 import pickle
 import re
 import struct
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, find
 from moce_ds.errors import ArtefactError
+from moce_ds.files import load_tensors
 from moce_ds.models.vit import cut
 
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
 _NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
+_INIT = "run.init_from"
 _DECODER = ("decoder_", "mask_token")
+
+# What the `args` of a training script hold beside tensors and plain values: attributes, and paths, which become pure
+# ones. Python 3.13 has another name for the module.
+_VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
+]
 
 # What torch's reader was seen to raise on damaged files; they have no common base.
 _READER_FAULTS = (
@@ -37,26 +46,47 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtefactError: there is nothing to read at `path`, or it holds something else.
     """
-    if not path.exists():
-        raise ArtefactError(f"run.init_from: {path} not found.")
     if path.is_dir():
         encoder = path / "model.safetensors"
         if (path / "config.json").exists() and not encoder.exists():
             raise ArtefactError(f"run.init_from: {encoder} is missing: the export is half written: export it again.")
-        state = _read_safetensors(encoder) if encoder.exists() else find(path).load(WEIGHTS)
-    elif not path.is_file():
-        raise ArtefactError(f"run.init_from: {path} is neither a file nor a folder.")
-    elif path.suffix == ".safetensors":
-        state = _read_safetensors(path)
-    elif path.suffix in (".pth", ".pt"):
-        state = _read_torch(path)
+        state = load_tensors(encoder, _cure(_INIT)) if encoder.exists() else find(path).load(WEIGHTS)
     else:
-        raise ArtefactError(f"run.init_from: {path}: expected a folder of ours, .safetensors, .pth or .pt.")
+        state = read_file(path, _INIT)
     kept = {name: tensor for name, tensor in state.items() if name not in _NOT_NEEDED}
-    unfit = [f"{name} {fault}" for name, tensor in kept.items() if (fault := _unfit(tensor))]
+    return as_float32(kept, f"run.init_from: {path}")
+
+
+def read_file(path: Path, reader: str) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors`, `.pth` or `.pt` file as they are, by name.
+
+    Args:
+        path: the file.
+        reader: the setting or argument that names it, for errors.
+
+    Raises:
+        ArtefactError: there is nothing to read at `path`, or it holds something else.
+    """
+    named = f"{reader}: {path}"
+    if not path.is_file():
+        raise ArtefactError(f"{named} is neither a file nor a folder." if path.exists() else f"{named} not found.")
+    if path.suffix == ".safetensors":
+        return load_tensors(path, _cure(reader))
+    if path.suffix in (".pth", ".pt"):
+        return _read_torch(path, named)
+    raise ArtefactError(f"{named}: expected a folder of ours, .safetensors, .pth or .pt.")
+
+
+def _cure(reader: str) -> str:
+    return f"{reader} expects a whole safetensors file."
+
+
+def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
+    """The same tensors in float32. Raises ArtefactError, which lists those that cannot be a model's weights."""
+    unfit = [f"{name} {fault}" for name, tensor in state.items() if (fault := _unfit(tensor))]
     if unfit:
-        raise ArtefactError("\n  ".join([f"run.init_from: {path} holds what is no weights:", *cut(unfit)]))
-    return {name: tensor.float() for name, tensor in kept.items()}
+        raise ArtefactError("\n  ".join([f"{named} holds what is no weights:", *cut(unfit)]))
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _unfit(tensor: Tensor) -> str | None:
@@ -90,34 +120,32 @@ def is_decoder(name: str) -> bool:
     return name.startswith(_DECODER)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"run.init_from: {path} is no safetensors file ({error}).") from None
-
-
 def read_torch_file(path: Path, named: str) -> Any:
     """What a file of `torch.save` holds, read with `weights_only=True`, so that nothing in it is executed.
 
+    Beside tensors and plain values, `argparse.Namespace` and paths are allowed, which the public MAE's training writes.
+
     Raises:
-        ArtefactError: the file, `named` so, holds more than tensors and plain values, or is damaged.
+        ArtefactError: the file, `named` so, holds anything else, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_VALUES):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
-        # torch's own first line advises to run the file's code.
-        (reason,) = re.findall(r"WeightsUnpickler error: (.*)", str(error)) or [type(error).__name__]
+        # What torch advises, before and behind the reason, is to run the file's code.
+        (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [
+            type(error).__name__
+        ]
         raise ArtefactError(
             f"{named} refused: more than tensors in it, or damaged; nothing was run ({reason.strip()}). "
             "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."
         ) from None
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    content = read_torch_file(path, f"run.init_from: {path}")
+def _read_torch(path: Path, named: str) -> dict[str, Tensor]:
+    content = read_torch_file(path, named)
     state = content.get("model", content) if isinstance(content, dict) else content
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
-        raise ArtefactError(f"run.init_from: {path} holds no weights: expected tensors by name, maybe under 'model'.")
-    return state
+    by_name = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not by_name or not state:
+        raise ArtefactError(f"{named} holds no weights: expected tensors by name, maybe under 'model'.")
+    return dict(state)

@@ -18,13 +18,17 @@ class TokenGate(TopKGate):
     """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` while training, p not renormalised for k = 1 (docs/method.md).
 
     In the place of the stock auxiliary loss it returns V-MoE's two: [importance, load], each a squared coefficient of
-    variation over the experts.
+    variation over the experts. All of it is computed in float32, under autocast too.
     """
 
     def forward(
         self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
     ) -> Any:
         """Dispatch of [S, D] tokens, as the stock gate returns it, with the losses in the first place."""
+        with torch.autocast(input.device.type, enabled=False):
+            return self._dispatch(input, used_token, sparse_routes, use_tutel)
+
+    def _dispatch(self, input: Tensor, used_token: Tensor | None, sparse_routes: bool, use_tutel: bool) -> Any:
         logits_SE = nn.functional.linear(input.float(), self.wg.weight.float())
         E = logits_SE.shape[1]
         noise = 1 / E
@@ -63,9 +67,15 @@ def importance_loss(logits_SE: Tensor) -> Tensor:
 
 
 def load_loss(logits_SE: Tensor, noisy_SE: Tensor, k: int, noise: float) -> Tensor:
-    """CV^2 over experts of the expected load: how probably each would be chosen if its noise were drawn again."""
-    threshold_S1 = noisy_SE.topk(k, dim=1).values[:, -1:].detach()
-    chosen_SE = 1 - torch.distributions.Normal(0.0, 1.0).cdf((threshold_S1 - logits_SE) / noise)
+    """CV^2 over experts of the expected load: how probably each would be chosen if its noise were drawn again.
+
+    `noisy_SE` depends on `logits_SE`, so that the gradient includes that of the threshold, as in V-MoE: a token's
+    gradients over its experts add up to zero.
+
+    Source: Riquelme et al. 2021 (arXiv 2106.05974), appendix A.2.
+    """
+    threshold_S1 = noisy_SE.topk(k, dim=1).values[:, -1:]
+    chosen_SE = torch.special.ndtr((logits_SE - threshold_S1) / noise)
     return _squared_variation(chosen_SE.sum(dim=0))
 
 

@@ -18,9 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moce_ds.checksums import FileRecord, sealed, write_sealed
+from moce_ds.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.files import read_json, sync, writes_to
+from moce_ds.machine import reason
 from moce_ds.metrics_file import METRICS
 from moce_ds.runtime import Runtime
 
@@ -86,7 +87,8 @@ class Attempt:
         except (ArtefactError, OSError) as error:
             if self.superseded:
                 raise self.error(step) from None
-            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {error}") from None
+            why = reason(error) if isinstance(error, OSError) else error
+            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {why}") from None
 
     @contextmanager
     def file(self, path: Path, step: int) -> Iterator[Path]:
@@ -111,7 +113,7 @@ class Attempt:
         path = self.folder.with_suffix(".json")
         with self.writing(step):
             told = read_json(path, "the record of an attempt", "moce pretrain")
-            write_sealed(path, told | {"files": told.get("files", {}) | {name: asdict(record)}})
+            write_checked(path, told | {"files": told.get("files", {}) | {name: asdict(record)}})
 
     def withdraw(self) -> None:
         """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
@@ -161,7 +163,7 @@ def _next_number(run: Path) -> int:
         folder = _folder(run, number)
         with suppress(FileExistsError):  # another process was faster
             with open(folder.with_suffix(".json"), "x", encoding="utf-8") as record:
-                record.write(json.dumps(sealed(who | {"started": time.strftime("%FT%T%z")})) + "\n")
+                record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
             folder.mkdir()
             if _newest(run) == number:
                 return number

@@ -12,6 +12,8 @@ from torch import nn
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainSettings
 
+_TOKENS = ("cls_token", "mask_token")
+
 
 class Trained(Protocol):
     """The settings of a verb that trains, as far as the engine is concerned."""
@@ -42,7 +44,8 @@ def deepspeed_config(config: Trained, batches: BatchArithmetic) -> dict[str, Any
 
 
 def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay on matrices only, none on tokens, norms, biases; gates with their own rate.
+    """AdamW's groups: weight decay on matrices only, on cls_token and mask_token if `optim.decay_tokens` says so, none
+    on norms and biases; gates have their own rate.
 
     DeepSpeed splits the experts off each group itself; it needs the groups' names to differ.
     """
@@ -50,7 +53,7 @@ def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[st
     for name, parameter in model.named_parameters():
         if "gate." in name:
             gates.append(parameter)
-        elif parameter.ndim < 2 or name in ("cls_token", "mask_token"):
+        elif parameter.ndim < 2 or (name in _TOKENS and not config.optim.decay_tokens):
             plain.append(parameter)
         else:
             decay.append(parameter)

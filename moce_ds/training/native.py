@@ -8,7 +8,6 @@
 The files are pickles. They are read with `weights_only=True`, so that nothing in them is executed.
 """
 
-import argparse
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import step_folder, write_checkpoint
-from moce_ds.checksums import write_sealed
+from moce_ds.checksums import write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, copy_tree
@@ -170,8 +169,7 @@ def _read(path: Path) -> dict[str, Any]:
     """What a file holds by key. Raises ArtefactError."""
     if not path.is_file():
         raise ArtefactError(f"{path} not found: expected what save_checkpoint writes with ZeRO stage 0, 1 or 2.")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # common in `client_state`; holds attributes, no more
-        content = read_torch_file(path, str(path))
+    content = read_torch_file(path, str(path))
     if not isinstance(content, dict):
         raise ArtefactError(
             f"{path} holds a {type(content).__name__}; expected what DeepSpeed's save_checkpoint writes."
@@ -233,7 +231,7 @@ def _write_run(
         assert isinstance(model, Moce) and config.experts.clusters is not None
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, _ALONE)
         routing = router.record(native.step)
-        write_sealed(draft / "routing.json", routing)
+        write_checked(draft / "routing.json", routing)
         copy_tree(config.experts.clusters, draft / "clusters")
     (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
     weights = {name: parameter.detach() for name, parameter in global_parameters(model)}

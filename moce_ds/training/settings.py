@@ -116,6 +116,13 @@ class OptimSettings:
 
 
 @settings
+class PretrainOptimSettings(OptimSettings):
+    decay_tokens: bool = option(
+        False, "weight decay on cls_token and mask_token too, as in the public MAE (timm's groups)"
+    )
+
+
+@settings
 class EngineSettings:
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, weights stay fp32")
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed shards: 1 optimizer state, 2 gradients too")
@@ -152,7 +159,7 @@ class PretrainSettings:
     model: ModelSettings = dataclasses.field(default_factory=ModelSettings)
     experts: ExpertSettings = dataclasses.field(default_factory=ExpertSettings)
     data: DataSettings
-    optim: OptimSettings = dataclasses.field(default_factory=OptimSettings)
+    optim: PretrainOptimSettings = dataclasses.field(default_factory=PretrainOptimSettings)
     engine: EngineSettings = dataclasses.field(default_factory=EngineSettings)
     run: PretrainRunSettings
 

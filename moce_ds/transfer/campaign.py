@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
@@ -114,7 +115,7 @@ def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: tor
     encoder, votes = encoder_for(subject, task, splits.train, out / "experts", device)
     if votes is not None:
         route = "-".join(map(str, votes["route"]))
-        print(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes", flush=True)
+        say(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes")
         record = {**votes, "model": subject.name, **known_by(subject.checkpoint, splits.train.fingerprint)}
         if record not in read_results(out / RESULTS):
             add_record(out / RESULTS, record)
@@ -138,7 +139,7 @@ def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) ->
                 add_record(out / RESULTS, record)
             seed = "" if one.seed is None else f" seed {one.seed}"
             name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"
-            print(f"[{number}/{len(waiting)}] {name}: {SPOKEN[metric]} {record[metric]:.4f}{was_done}", flush=True)
+            say(f"[{number}/{len(waiting)}] {name}: {SPOKEN[metric]} {record[metric]:.4f}{was_done}")
             yield record
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.files import read_json, writes_to
+from moce_ds.text import argument
 from moce_ds.transfer.tasks import Task
 
 _TOLD_LINES = 8
@@ -39,11 +41,12 @@ def _run(
 ) -> dict[str, Any]:
     """One `moce finetune`; its only record."""
     result, log = out / "result.json", out / "log.txt"
-    command: list[object] = [sys.executable, "-m", "moce_ds", "finetune", encoder, "--train", train, "--test", test]
+    command: list[object] = [sys.executable, "-m", "moce_ds", "finetune", argument(encoder), "--train", train]
+    command += ["--test", test]
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
-        print(f"fine-tuning: tail -F {log}", flush=True)
+        say(f"fine-tuning: tail -F {log}")
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
             with open(log, "a", encoding="utf-8") as opened:

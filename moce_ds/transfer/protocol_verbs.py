@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, show, words
+from moce_ds.command_line import PATH, Verb, read_settings, say, show, words
 from moce_ds.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
 
     for report in write_dataset(name, source, out, read_settings(DatasetSettings, words)).values():
         rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
-        click.echo(
+        say(
             f"{report.path}: {report.count} images of {report.classes} classes"
             f"{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         )

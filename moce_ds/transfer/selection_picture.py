@@ -16,11 +16,13 @@ from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.files import atomic_file, writes_to
+from moce_ds.text import in_line, shortened
 from moce_ds.transfer.chosen import choose_selected, spoken
 from moce_ds.transfer.select import Selection, clusters_folder
 
 _SIDE, _GAP, _COLUMNS, _ROWS = 80, 6, 6, 5
 _TITLE, _MARGIN = 28, 20
+_TITLE_LENGTH = 60  # characters
 _WIDTH = _COLUMNS * (_SIDE + _GAP) - _GAP
 _HEIGHT = _ROWS * (_SIDE + _GAP) - _GAP
 _PAPER, _INK = "white", "#2b2f36"
@@ -82,8 +84,8 @@ def draw_by_votes(ids_N: NDArray[np.int64], votes: Mapping[int, float]) -> list[
 def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:
     block = Image.new("RGB", (_WIDTH, _TITLE + _HEIGHT), _PAPER)
     draw = ImageDraw.Draw(block)
-    draw.text((0, 0), title, fill=_INK, font=ImageFont.load_default(16))
-    draw.multiline_text((0, _TITLE), fill(note, 70), fill=_INK, font=ImageFont.load_default(14))
+    draw.text((0, 0), shortened(title, _TITLE_LENGTH), fill=_INK, font=ImageFont.load_default(16))
+    draw.multiline_text((0, _TITLE), fill(in_line(note), 70), fill=_INK, font=ImageFont.load_default(14))
     for place, image in enumerate(images):
         row, column = divmod(place, _COLUMNS)
         tile = ImageOps.pad(image, (_SIDE, _SIDE), color=_PAPER)

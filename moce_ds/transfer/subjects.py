@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 
 from moce_ds.checkpoint_files import Checkpoint, find, steps_of
+from moce_ds.command_line import say
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.models.encode import open_encoder
@@ -105,5 +105,5 @@ def _whole(expert: Path) -> dict[str, Any] | None:
     try:
         return load_encoder(expert).provenance
     except ArtefactError as error:
-        click.echo(f"{error} It is made anew.", err=True)
+        say(f"{error} It is made anew.", err=True)
         return None

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.command_line import say
 from moce_ds.data.left_out import left_out
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -22,11 +22,12 @@ from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
 from moce_ds.errors import DataError
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
+from moce_ds.text import in_line
 
 
 def to_terminal(text: str) -> None:
     """Say something that is no result, on standard error."""
-    click.echo(text, err=True)
+    say(text, err=True)
 
 
 @contextmanager
@@ -111,7 +112,9 @@ def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
         )
     if images.targets is None and (images.labels < 0).any():
         lost = images.source(int((images.labels < 0).argmax()))
-        raise DataError(f"{images.named}: {lost} has no class; expected every image in the folder of its class.")
+        raise DataError(
+            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class."
+        )
     if unknown := sorted(set(images.classes) - set(training.classes)):
         raise DataError(
             f"{images.named}: classes {unknown[:5]} are not among the training classes of {training.named}: expected "

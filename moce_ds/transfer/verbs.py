@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, show, words
+from moce_ds.command_line import PATH, Verb, read_settings, say, show, words
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -62,12 +62,12 @@ def select(
         show(selection_report(selection, name, routes_of(checkpoint), top))
         if picture:
             note = write_picture(picture, images, name, selection, checkpoint)
-            click.echo(f"{picture}: written. {note or ''}".rstrip())
+            say(f"{picture}: written. {note or ''}".rstrip())
     add_record(results, selection.record(name) | known_by(checkpoint, fingerprint))
     if out:
         asked = Request(data=data)
         for folder, made in export_requested(run, out, asked, target, config, _device(), name, replace, selection):
-            click.echo(told(folder, made))
+            say(told(folder, made))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
@@ -98,7 +98,7 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
     task = task_of(request["data"]) if request["data"] else None
     asked = Request(**request)
     for folder, provenance in export_requested(run, out, asked, target, config, _device(), task, replace):
-        click.echo(told(folder, provenance))
+        say(told(folder, provenance))
 
 
 def _accuracy_options(function: Any) -> Any:
@@ -157,7 +157,7 @@ def _accuracy(
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
     name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
-    click.echo(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
+    say(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
     how = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))
 
@@ -186,7 +186,7 @@ def evaluate(
     base = found.dense or found.own
     for name, error in named.items():
         if error is not None:
-            click.echo(f"{name:<15} {error:.5f}  x {error / base:.4f}")
+            say(f"{name:<15} {error:.5f}  x {error / base:.4f}")
     add_record(results, found.record(task or task_of(data), run.name))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, words
+from moce_ds.command_line import PATH, Verb, read_settings, say, words
 from moce_ds.errors import STOPPED
 
 
@@ -63,7 +63,7 @@ def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], w
             task = make(config)
         found = tune(task, config, runtime)
         if found is not None and runtime.is_main:
-            click.echo(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
     if found is None:
         sys.exit(STOPPED)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import DataError
+from moce_ds.text import encoded, in_line
 from moce_ds.transfer.probe import held_out
 from moce_ds.transfer.task_data import labels_of
 
@@ -55,7 +56,7 @@ class Splits:
     @property
     def fingerprint(self) -> str:
         """Hex SHA-256 of images and labels of all splits."""
-        digest = sha256("\0".join(self.classes).encode())
+        digest = sha256(encoded("\0".join(self.classes)))
         for split in (self.train, self.val, self.test):
             if split is not None:
                 digest.update(split.images.fingerprint.encode() + split.ids_N.tobytes() + split.labels.tobytes())
@@ -80,8 +81,8 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
     if (counts_K == 1).any():
         alone = train.classes[int((counts_K == 1).argmax())]
         raise DataError(
-            f"{train.named}: class {alone} has a single image, which cannot both train and validate: add images of it, "
-            "or give validation images of their own with --val DATA."
+            f"{train.named}: class {in_line(alone)} has a single image, which cannot both train and validate: add "
+            "images of it, or give validation images of their own with --val DATA."
         )
     held_N = held_out(whole.labels, val, seed)
     return Splits(train.classes, whole.part(~held_N), whole.part(held_N), tested)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checksums import Files, check_file, names_below, read_sealed, records_of, sealed
+from moce_ds.checksums import Files, check_file, names_below, read_checked, records_of, with_checksum
 from moce_ds.encoder_folder import WEIGHTS
 from moce_ds.files import valid_record
 from moce_ds.tuning.classification import TUNED
@@ -16,7 +16,7 @@ _WHAT, _MADE_BY = "a result", "moce finetune"
 def result_text(run: Path, record: dict[str, Any]) -> str:
     """The content of `result.json`, once the model is in the run's folder: an encoder with a head, or all weights."""
     model = [*names_below(run / TUNED, f"{TUNED}/"), *(path.name for path in run.glob(WEIGHTS))]
-    return json.dumps(sealed(record | {"files": records_of(run, model)}), indent=2) + "\n"
+    return json.dumps(with_checksum(record | {"files": records_of(run, model)}), indent=2) + "\n"
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_result(run: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: the result or a file of the model is missing or damaged.
     """
-    result = read_sealed(run / RESULT, dict[str, Any], _WHAT, _MADE_BY)
+    result = read_checked(run / RESULT, dict[str, Any], _WHAT, _MADE_BY)
     files = valid_record(Files, result.get("files", {}), str(run / RESULT), _WHAT, _MADE_BY)
     for name in files:
         again = f"restore it from a copy, or delete {run / RESULT} and run the same command: it is measured again."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, words
+from moce_ds.command_line import PATH, Verb, read_settings, say, words
 from moce_ds.errors import STOPPED
 
 
@@ -58,8 +58,8 @@ def finetune(
         record |= {"task": task or task_of(test), "model": model or encoder.name}
         told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
         counted = f"({record['n_train']} training, {record['n_test']} test images)"
-        click.echo(f"finetune {record['task']} {record['model']}: {told} {counted}")
-        click.echo(f"{out / TUNED}: the tuned encoder and its head")
+        say(f"finetune {record['task']} {record['model']}: {told} {counted}")
+        say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
 
 

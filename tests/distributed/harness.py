@@ -36,15 +36,18 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
     Raises:
         WorldError: names the rank that failed first, with its traceback, or says that time was up.
     """
-    from torch.distributed import TCPStore  # here, since the new processes import this module too
+    # Here, since the new processes import this module too.
+    from moce_ds.rendezvous import host_on_loopback
+    from moce_ds.sealing import SECRET, new_secret
 
     context = multiprocessing.get_context("spawn")
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # joined by all: no port is guessed
+    store = host_on_loopback()  # joined by all: no port is guessed
+    given = {"MASTER_PORT": str(store.port), SECRET: new_secret()}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world_size)]
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(fn, args, rank, world_size, store.port, logs[rank], sender))
+            context.Process(target=_rank_main, args=(fn, args, rank, world_size, given, logs[rank], sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         try:
@@ -59,16 +62,22 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
 
 
 def _rank_main(
-    fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, log: Path, sender: Connection
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    given: dict[str, str],
+    log: Path,
+    sender: Connection,
 ) -> None:
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {name: str(value) for name, value in place.items()} | given
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     sender.send(fn(*args))
 
 

@@ -1,4 +1,5 @@
-"""The watch over peers raises no false alarm: a pause of all processes, or one that computes for long, is no loss."""
+"""The watch over peers raises no false alarm: a pause of all processes, or one that computes for long, is no loss, and
+what a stranger writes into the store is no verdict."""
 
 import os
 import signal
@@ -7,9 +8,11 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 import pytest
 import torch
 from harness import run_distributed
+from torch.distributed import TCPStore
 
 from moce_ds import liveness
 from moce_ds.runtime import started
@@ -20,7 +23,7 @@ LONG = 1.6 * SILENCE
 
 
 def live_through(folder: Path) -> list[str]:
-    """A rank that computes for long while the other waits; then a pause of both."""
+    """A rank that computes for long while the other waits; a pause of both; a stranger at the store's port."""
     lived = []
     with patch.object(liveness, "_BEAT_SECONDS", SILENCE / 6), started(peer_timeout=SILENCE) as runtime:
         if runtime.rank == 1:
@@ -34,7 +37,27 @@ def live_through(folder: Path) -> list[str]:
             time.sleep(0.05)
         runtime.barrier()
         lived.append("a pause")
+        if runtime.is_main:
+            forge(int(os.environ["MASTER_PORT"]))
+        time.sleep(4 * liveness._BEAT_SECONDS)  # until both have read what is forged
+        runtime.barrier()
+        lived.append("a stranger")
+        odd = ["", "\ud800", "\x1b[2J", "é" * 1000][runtime.rank :: 2]
+        lived += [f"told {text!r}" for one in odd for text in runtime.texts(one)]
+        listening = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        lived += [f"listens at {address}" for address in listening]
     return lived
+
+
+def forge(port: int) -> None:
+    """What a stranger can do at that port: list all keys, and write verdicts where the beats show that they belong."""
+    store = TCPStore("127.0.0.1", port, is_master=False)
+    beats = [key for key in store.list_keys() if "beat/" in key]
+    assert beats, "the stranger has found where the ranks look"
+    for key in beats:
+        for text in ("0 \x1b]0;owned\x07", "75 owned", f"{'0' * 64} 75 owned"):
+            store.set(key.partition("beat/")[0] + "verdict", text)
+            store.set(key.replace("beat/", "farewell/"), text)
 
 
 def pause(folder: Path) -> None:
@@ -63,3 +86,18 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 @pytest.mark.parametrize("what", ["a long computation", "a pause"])
 def test_no_false_alarm(lived: list[list[str]], what: str) -> None:
     assert all(what in rank for rank in lived)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stranger_at_the_store_is_not_believed(lived: list[list[str]], rank: int) -> None:
+    assert "a stranger" in lived[rank]
+
+
+def test_texts_arrive_as_they_are(lived: list[list[str]]) -> None:
+    told = [f"told {text!r}" for text in ("", "\ud800", "\x1b[2J", "é" * 1000)]
+    assert all([line for line in rank if line.startswith("told")] == told for rank in lived)
+
+
+def test_processes_of_one_machine_listen_on_the_loopback_alone(lived: list[list[str]]) -> None:
+    found = [line for rank in lived for line in rank if line.startswith("listens")]
+    assert found and set(found) == {"listens at 127.0.0.1"}, "gloo waits for its peers somewhere"

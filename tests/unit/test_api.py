@@ -64,7 +64,7 @@ def test_what_is_no_expert(expert: Path, moce_run: MakeRun, tmp_path: Path) -> N
         moce_ds.load_expert(tmp_path)
     whole = (expert / "model.safetensors").read_bytes()
     (expert / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ArtefactError, match=r"model.safetensors cannot be read \(.*\): export it again"):
+    with pytest.raises(ArtefactError, match=r"model.safetensors is damaged \(.*\): export it again"):
         moce_ds.load_expert(expert)
     config = (expert / "config.json").read_text()
     (expert / "config.json").write_text(config.replace("moce_ds encoder 1", "moce_ds encoder 0"))

@@ -293,7 +293,7 @@ def test_half_an_export_is_called_one(
     weights.write_bytes(weights.read_bytes()[:-4])
     assert f"{weights} is damaged (" in refused("inspect", out)
     weights.unlink()
-    assert f"{weights} is damaged (" in refused("inspect", out)
+    assert f"{weights} is missing: export it again" in refused("inspect", out)
     message = refused("knn", out, "--train", task, "--test", task)
     assert f"{weights} is missing: {out} is an export that is half written" in message
 

@@ -1,14 +1,31 @@
 """Records of ours are checked as they are read, all faults said at once; what is written is whole, or the old stays."""
 
+import errno
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from moce_ds.errors import ArtefactError
-from moce_ds.files import atomic_folder, check_writable, read_record
+from moce_ds.files import (
+    atomic_folder,
+    check_writable,
+    load_array,
+    load_tensors,
+    read_record,
+    save_array,
+    writes_to,
+)
+from moce_ds.machine import machine_fault, reason
 
 
 @dataclass(frozen=True)
@@ -101,3 +118,104 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "access", lambda _, mode: mode == os.F_OK)  # root may do everything
     with pytest.raises(ArtefactError, match=f"x cannot be written: {tmp_path} does not allow it"):
         check_writable(tmp_path / "x")
+
+
+ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def array_of(path: Path) -> np.ndarray:
+    return load_array(path, np.float32, (2, 3), "write it again.")
+
+
+def tensors_of(path: Path) -> object:
+    return load_tensors(path, "write it again.")
+
+
+def write_tensors(path: Path) -> None:
+    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, path)
+
+
+KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], object]]] = {
+    "array": (partial(save_array, array=ARRAY), array_of),
+    "tensors": (write_tensors, tensors_of),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_happens_to_a_file_is_told_in_one_way(tmp_path: Path, kind: str) -> None:
+    """Each bit of the header flipped, and each length: read as it is, or refused with the file's name and the cure."""
+    write, read = KINDS[kind]
+    path = tmp_path / "file"
+    write(path)
+    whole = path.read_bytes()
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :] for i in range(130) for bit in range(8)]
+    refused = 0
+    for content in [*flipped, *(whole[:end] for end in range(len(whole)))]:
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ArtefactError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and str(error).endswith("write it again.")
+    assert refused > len(whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_there_or_no_file(tmp_path: Path, kind: str) -> None:
+    _, read = KINDS[kind]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, told in {
+        "absent": "is missing: write it again.",
+        "folder": "cannot be read (Is a directory",
+        "loop": "cannot be read (Too many levels of symbolic links",
+        "x" * 300: "cannot be read (File name too long",
+    }.items():
+        with pytest.raises(ArtefactError) as caught:
+            read(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name} {told}")
+
+
+def test_nothing_in_an_array_is_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ArtefactError, match=r"x\.npy is damaged"):
+        load_array(tmp_path / "x.npy", object, (1,), "write it again.")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse larger files, as a full disk does, without needing root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [10, 130, 500])
+@pytest.mark.parametrize("kind", ["array", "tensors"])
+def test_a_disk_that_is_full_is_noticed(tmp_path: Path, kind: str, size: int) -> None:
+    """Also when it is the last bytes that it does not take; the library for tensors leaves half a file, told all the
+    same."""
+    tensors, array = {"a": torch.ones(1000)}, np.ones(1000, np.float32)
+    path = tmp_path / "x"
+    told = f"{path} cannot be written: .*File too large"
+    with files_of_at_most(size), pytest.raises(ArtefactError, match=told), writes_to(path):
+        save_array(path, array) if kind == "array" else save_file(tensors, path)
+    assert kind == "tensors" or list(tmp_path.iterdir()) == []
+
+
+def test_reasons_name_the_remedy() -> None:
+    told = reason(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/x"))
+    assert told == "No space left on device (/disk/x). Free some space there, or name a place on another disk."
+    assert "ulimit -n" in reason(OSError(errno.EMFILE, "Too many open files"))
+    assert reason(OSError("odd")).startswith("odd. ")
+    fault = machine_fault(MemoryError())
+    assert fault is not None and str(fault).startswith("Out of memory. Use a smaller batch")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**17)
+    fault = machine_fault(caught.value)
+    assert fault is not None and "Out of memory (" in str(fault)
+    assert machine_fault(RuntimeError("a defect")) is None and machine_fault(KeyError("x")) is None

@@ -22,6 +22,7 @@ import pytest
 from image_examples import contents, crop, many_photos, photo, rejections, save
 from PIL import Image
 
+from moce_ds.checksums import with_checksum
 from moce_ds.config import load
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
@@ -281,12 +282,15 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
     samples = np.load(copy / "samples.npy")
     samples["crc32"][5] ^= 1
     np.save(copy / "samples.npy", samples)
+    with pytest.raises(DataError, match=r"samples\.npy is damaged or was exchanged.* Restore it"):
+        ShardSet.open(copy)
+    rewrite(copy, files=None)  # as an earlier version wrote it
     assert any(fault.startswith("samples.npy: altered") for fault in ShardSet.open(copy).verify())
     np.save(copy / "samples.npy", samples[:-1])
     with pytest.raises(DataError, match=r"samples\.npy holds \(22,\)"):
         ShardSet.open(copy)
     (copy / "samples.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(DataError, match=r"samples\.npy cannot be read"):
+    with pytest.raises(DataError, match=r"samples\.npy is damaged"):
         ShardSet.open(copy)
     manifest = json.loads((copy / "shards.json").read_text())
     for name in ("../shard-000000.tar", "/etc/passwd", "shard-000000.tar/../x"):
@@ -302,7 +306,7 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
 def rewrite(copy: Path, **changes: object) -> None:
     """Change `shards.json`, as somebody would who wants to be believed."""
     path = copy / "shards.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | changes)))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,7 @@ def test_tables_that_are_archives_are_refused(copy: Path) -> None:
     """Numpy opens a zip by another name too, and what is in it may be of any size."""
     np.savez_compressed(copy / "samples.npz", samples=np.zeros(23, SAMPLE))
     (copy / "samples.npz").replace(copy / "samples.npy")
-    with pytest.raises(DataError, match=r"samples\.npy cannot be read"):
+    with pytest.raises(DataError, match=r"samples\.npy is damaged"):
         ShardSet.open(copy)
 
 

@@ -57,7 +57,7 @@ def test_environment_reaches_the_shell_with_its_variables_read() -> None:
     ("words", "told"),
     [
         (["nodes=1", "min_nodes=2"], "min_nodes: 2 is more than nodes 1"),
-        (['setup=["a\\nb"]'], "a line break within a value"),
+        (['setup=["a\\nb"]'], "setup: 'a\\nb' holds a line break"),
         (["signal=KILL"], "signal: got 'KILL'"),
         (["gpu_per_node=1"], "Did you mean gpus_per_node?"),
     ],

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moce_ds.checksums import names_below, records_of, write_sealed
+from moce_ds.checksums import names_below, records_of, write_checked
 from moce_ds.errors import ArtefactError
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.trained import Output, Trial
@@ -71,7 +71,7 @@ def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     """Write `export.json`, by which `moce inspect` knows the folder and its files."""
     files = records_of(folder, names_below(folder))
     record = {"format": FORMAT, "target": format.name, "part": format.part}
-    write_sealed(
+    write_checked(
         folder / "export.json", record | {"shape": asdict(spec.shape), "input": spec.input.to_tree(), "files": files}
     )
 

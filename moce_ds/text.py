@@ -1,0 +1,91 @@
+"""Foreign text made fit for where it goes: names of files, classes, tasks and runs come from anywhere.
+
+A name may hold escape sequences, line breaks, bytes that are no UTF-8 (Python keeps them as lone surrogates), the
+markup of a library, or characters that an output cannot encode. Text keeps its true form in memory and on disk; these
+functions change what is shown.
+"""
+
+import codecs
+import io
+import sys
+import unicodedata
+from typing import TextIO
+
+MARK = "\ufffd"
+"""Stands for every character that cannot be shown."""
+
+_PLAIN = {"…": "~", "–": "-", "—": "-", "→": "->", "±": "+-", "≥": ">=", "·": ".", "“": '"', "”": '"', MARK: "?"}
+_BLOCKS = range(0x2580, 0x25A0)  # what bars are drawn with
+_ON_TERMINAL = "moce_ds.on_terminal"
+
+
+def printable(text: str) -> str:
+    """Text with a mark for everything that could command the terminal or reorder a line; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else MARK for c in text)
+
+
+def in_line(name: object) -> str:
+    """A name for the middle of a sentence: as `printable`, and line breaks are marked too."""
+    return printable(str(name)).replace("\n", MARK)
+
+
+def shortened(name: object, length: int) -> str:
+    """A name for a line, at most `length` characters long; the end stays, where names of one folder differ."""
+    shown = in_line(name)
+    return shown if len(shown) <= length else f"…{shown[1 - length :]}"
+
+
+def plottable(name: object, length: int = 40) -> str:
+    """A short name for a plot: matplotlib hides labels that begin with an underscore."""
+    shown = shortened(name, length)
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8 of any text, for digests; lone surrogates are encoded too, which UTF-8 proper refuses."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def argument(word: object) -> str:
+    """A path as a word of a command: one that begins with a dash is not taken for an option."""
+    text = str(word)
+    return f"./{text}" if text.startswith("-") else text
+
+
+def script_fault(text: str) -> str | None:
+    """Why a text cannot stand in one line of a shell script, whatever quotes are around it; None where it can."""
+    if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):
+        return "holds a line break or another control character"
+    if any(unicodedata.category(c) == "Cs" for c in text):
+        return "holds bytes that are no UTF-8"
+    return None
+
+
+def tolerate_any_text() -> None:
+    """Let standard output and error write what their encoding lacks, such as ASCII's, in a plainer form."""
+    for stream in (sys.stdout, sys.stderr):
+        _tolerate(stream)
+
+
+def _tolerate(stream: TextIO) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=_ON_TERMINAL)
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """A handler of `codecs` for what an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    return "".join(_in_ascii(character) for character in lost), error.end
+
+
+def _in_ascii(character: str) -> str:
+    if ord(character) in _BLOCKS:
+        return "#"
+    return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode("ascii")
+
+
+codecs.register_error(_ON_TERMINAL, _plainer)

@@ -1,0 +1,96 @@
+"""The store at which processes meet: where it listens, and whose words in it count."""
+
+import socket
+
+import pytest
+from torch.distributed import TCPStore
+
+from moce_ds import rendezvous
+from moce_ds.liveness import _parsed
+from moce_ds.rendezvous import LONGEST_TEXT, Rendezvous, SealedStore, host_on_loopback, interfaces, on_loopback
+from moce_ds.sealing import SECRET, Sealer, new_secret
+
+
+@pytest.fixture(scope="module")
+def store() -> TCPStore:
+    return host_on_loopback()
+
+
+def test_the_store_is_reached_at_its_own_address_alone(store: TCPStore) -> None:
+    socket.create_connection(("127.0.0.1", store.port), timeout=10).close()
+    with pytest.raises(ConnectionRefusedError):  # what listens on all addresses is reached here too
+        socket.create_connection(("127.0.0.2", store.port), timeout=10)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "::1", "localhost"])
+def test_an_address_of_the_loopback(host: str) -> None:
+    assert on_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "node-1", "0.0.0.0", ""])
+def test_an_address_that_others_reach(host: str) -> None:
+    assert not on_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "node-1"}, True),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node-1"}, False),
+        ({"WORLD_SIZE": "4", "MASTER_ADDR": "node-1"}, False),
+        ({}, False),
+    ],
+)
+def test_one_machine_needs_no_other_interface(
+    given: dict[str, str], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "eth0"), (2, "lo")])
+    expected = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
+    assert interfaces(given) == (expected if kept else {})
+
+
+def test_only_who_knows_the_secret_is_heard(store: TCPStore) -> None:
+    ours, stranger = (SealedStore(store, "a/", Sealer(new_secret().encode())) for _ in range(2))
+    assert ours.get("verdict") == ""
+    stranger.set("verdict", "75 owned")
+    assert ours.get("verdict") == "" and stranger.get("verdict") == "75 owned"
+    ours.set("beat", "12 node-1")
+    store.set("a/verdict", store.get("a/beat"))
+    assert (ours.get("beat"), ours.get("verdict")) == ("12 node-1", ""), "a seal holds for its key"
+    for forged in (b"", b" ", b"\xff\x00 75 owned", b"75 owned"):
+        store.set("a/verdict", forged)
+        assert ours.get("verdict") == ""
+
+
+def test_what_is_heard_is_short_and_printable(store: TCPStore) -> None:
+    sealer = Sealer(b"")
+    sealed = SealedStore(store, "b/", sealer)
+    sealed.set("text", "\x1b]0;owned\x07\udcff" + "x" * LONGEST_TEXT)
+    assert len(sealed.get("text")) == LONGEST_TEXT and "\x1b" not in store.get("b/text").decode()
+    raw = "\x1b]0;owned\x07"
+    store.set("b/text", f"{sealer.seal(f'b/text{raw}')} {raw}")
+    assert sealed.get("text") == "\ufffd]0;owned\ufffd"
+    long = "x" * (LONGEST_TEXT + 1)
+    store.set("b/text", f"{sealer.seal(f'b/text{long}')} {long}")
+    assert sealed.get("text") == ""
+
+
+@pytest.mark.parametrize("verdict", ["", "0 done", "76 stopped", "-1 x", "075 x", "255 x", "x", "1"])
+def test_a_verdict_ends_nobody_as_if_all_were_well(verdict: str) -> None:
+    found = _parsed(verdict)
+    assert found is None or found == (1, "")
+    assert _parsed("1 the disk is full") == (1, "the disk is full") and _parsed("75 lost") == (75, "lost")
+
+
+def test_runs_with_other_secrets_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    names = []
+    for secret in ("one", "two"):
+        for name, value in (place | {SECRET: secret}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(rendezvous, "_sessions", iter([0]))
+        meeting = Rendezvous.here()
+        names.append(meeting.name)
+        assert secret not in meeting.name and not meeting.hosted
+    assert names[0] != names[1]
