@@ -7,6 +7,8 @@ CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/
 EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
 DEMO ?=
 TESTS ?= tests
+JOBS ?= logical
+CLUSTERS ?= 3
 KILLS ?= 200
 
 .PHONY: help install demo test test-slurm soak check bench clean
@@ -24,11 +26,12 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: fewer epochs)
 	$(BIN)/python -m launchers.demo $(DEMO)
 
-test: install  ## all tests (TESTS=tests/unit for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" $(TESTS)
+test: install  ## all tests (TESTS=tests/unit for some), one worker a core (JOBS=1: in one process)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n $(JOBS:1=0) --dist loadgroup \
+		--no-loadscope-reorder $(TESTS)
 
-test-slurm: install  ## tests on a real SLURM cluster of four nodes on this machine (Debian, as root)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
+test-slurm: install  ## tests on real SLURM clusters of four nodes on this machine (Debian, as root)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -n $(CLUSTERS:1=0) --dist worksteal tests/slurm
 
 soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
@@ -37,7 +40,7 @@ check: install  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: install  ## speed of this machine: loading, expert layers, a training step
 	$(BIN)/moce bench load

@@ -6,12 +6,13 @@
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import click
 
 from launchers.grid import Cell, StudySettings, cells_of
 from launchers.hold import held
@@ -23,6 +24,7 @@ from moce_ds.checksums import read_checked, write_checked
 from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
 from moce_ds.files import writes_to
+from moce_ds.place import Place
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.results_file import read_results
 from moce_ds.text import argument, tolerate_any_text
@@ -53,7 +55,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     Raises:
         MoceError: as the stages.
     """
-    if int(os.environ.get("RANK", "0")):
+    if Place.here().rank:
         return _pretrain(cell)
     began = time.monotonic()
     with held(cell.lock):
@@ -120,7 +122,7 @@ def _begun(study: StudySettings, cell: Cell, config: PretrainSettings) -> CellRe
 
 
 def _pretrain(cell: Cell) -> int:
-    here = int(os.environ.get("WORLD_SIZE", "1"))
+    here = Place.here().world_size
     if here == 1:
         return run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes)
     if here != cell.world_size:
@@ -152,6 +154,6 @@ def _moce(*words: Any) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         print("Interrupted.", file=sys.stderr)
         sys.exit(STOPPED)

@@ -2,9 +2,9 @@
 
     moce launch local --nproc 2 pretrain configs/demo/mae.yaml
 
-One Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76 then,
-as nothing that needs the whole run may follow. When a process fails,
-the others are ended and the failed one is named. With --max-restarts, all are started again when one was lost (killed,
+One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76
+then, as nothing that needs the whole run may follow. When a process fails, the others are ended and the failed one is
+named; the status is 75 if it was lost. With --max-restarts, all are started again when one was lost (killed,
 or silent for run.peer_timeout seconds), and the run goes on from its newest checkpoint. Under
 `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
 on once.
@@ -16,15 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
 
 from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.interrupts import leave, obeyed
 from moce_ds.sealing import SECRET, new_secret
 
 _GRACE_SECONDS = 20.0
-_INTERRUPTED = 130  # how a verb ends at a Ctrl-C that comes between its steps
+_INTERRUPTED = 130  # how many programs end at a Ctrl-C
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
@@ -33,7 +32,7 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
     A process that was lost costs a restart of all, at most `max_restarts` times; an error that a process has explained
     would only occur again.
     """
-    before = {number: signal.signal(number, _leave) for number in PASSED_ON}
+    before = {number: signal.signal(number, leave) for number in obeyed()}
     asked: list[int] = []
     try:
         for restart in range(max_restarts + 1):
@@ -45,12 +44,6 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End before anything has been started. Not by an exception: one raised inside an import can be swallowed there."""
-    print("Interrupted.", file=sys.stderr, flush=True)
-    os._exit(_INTERRUPTED)
 
 
 def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, bool]:
@@ -70,7 +63,7 @@ def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, boo
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
     }
     processes: list[subprocess.Popen[bytes]] = []
-    for number in PASSED_ON:
+    for number in obeyed():
         signal.signal(number, lambda number, frame: asked.append(number))
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -79,13 +72,14 @@ def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, boo
     status = _wait(processes, asked)
     # An unexpected error of one process is a loss for the others; which of them is the first to end is chance.
     lost = status < 0 or any(process.returncode == LOST_PEER for process in processes)
-    return 1 if status < 0 else status, lost
+    return LOST_PEER if status < 0 else status, lost
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
-    """Wait until all have ended; once one fails, the others get a little time and are then killed.
+    """Wait until all have ended; once one fails, or a second Ctrl-C comes, they get a little time and are then killed.
 
-    Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal).
+    Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal); STOPPED
+    where that is what was asked.
     """
     failed: tuple[int, int] | None = None
     deadline, passed_on = float("inf"), 0
@@ -94,11 +88,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
             for process in processes:
                 process.send_signal(number)
             passed_on += 1
+            if number == signal.SIGINT and asked[:passed_on].count(number) == 2:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
         for rank, process in enumerate(processes):
             status = process.poll()
             if failed is None and status:
                 failed = (rank, status)
-                deadline = time.monotonic() + (_VERDICT_SECONDS if status == LOST_PEER else _GRACE_SECONDS)
+                seconds = _VERDICT_SECONDS if status == LOST_PEER else _GRACE_SECONDS
+                deadline = min(deadline, time.monotonic() + seconds)
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
@@ -107,7 +104,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
     if failed is None:
         return 0
     rank, status = failed
-    if -status in asked or (status == _INTERRUPTED and signal.SIGINT in asked):  # a verb that knows no step to stop at
+    insisted = asked.count(signal.SIGINT) > 1 and (status < 0 or status == LOST_PEER)  # an impatient user
+    if insisted or -status in asked or (status == _INTERRUPTED and signal.SIGINT in asked):
         return STOPPED
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself

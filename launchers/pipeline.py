@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import click
 from rich.table import Table
 
 from launchers.hold import is_held
@@ -11,6 +12,7 @@ from launchers.stage import Stage, keep_stages, run_stage, share_stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.command_line import read_settings, say
 from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.place import Place
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
@@ -80,7 +82,7 @@ def _in_turn(stages: Sequence[Stage], name: str) -> Stage:
 
 def _check_processes(chosen: Sequence[Stage]) -> None:
     """Raise ConfigError if a launcher has started several processes for what they cannot share."""
-    here = int(os.environ.get("WORLD_SIZE", "1"))
+    here = Place.here().world_size
     if here > 1 and not (len(chosen) == 1 and chosen[0].parallel):
         what = chosen[0].name if len(chosen) == 1 else "the whole pipeline"
         raise ConfigError(f"This is one of {here} processes, and {what} runs in one. Name a stage that they share.")
@@ -98,7 +100,7 @@ def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
     shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
     try:
         status = run_stage(stage, shared, processes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):  # click makes the one into the other
         return STOPPED
     if status == 0 and (record := stage.record()):
         say(f"{place} done in {record.seconds:.0f} s")

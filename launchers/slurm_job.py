@@ -9,6 +9,9 @@ from pathlib import Path
 
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+SECRET_FILE = "secret"
+"""In the folder of a launch, for its owner's eyes: what its processes seal their words with."""
+
 _STEADY_SECONDS = 3600.0
 
 

@@ -19,8 +19,9 @@ from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from launchers.signals import kept_signals, wait_for
-from launchers.slurm_job import JobStart
+from launchers.slurm_job import SECRET_FILE, JobStart
 from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.sealing import SECRET
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
@@ -82,6 +83,7 @@ class Rank:
 def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, str]:
     """The variables by which the processes of a job on its first `nodes` nodes find each other."""
     each = job.num_tasks // job.num_nodes
+    secret = start.folder / SECRET_FILE
     # Another port at each start: what the last one left may still hold the old one.
     port = _FIRST_PORT + zlib.crc32(f"{start.name} {start.restart}".encode()) % _PORTS
     return {
@@ -89,8 +91,10 @@ def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, st
         "WORLD_SIZE": str(nodes * each),
         "LOCAL_RANK": str(job.local_rank),
         "LOCAL_WORLD_SIZE": str(each),
-        "MASTER_ADDR": job.hostnames[0],
+        "MASTER_ADDR": job.hostnames[0] if nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
+        # Its own for each start: jobs of one array share the file. It is absent from launches of older versions.
+        SECRET: f"{secret.read_text().strip()}-{start.name}-{start.restart}" if secret.exists() else "",
     }
 
 

@@ -1,6 +1,7 @@
 """What a job was: its settings and the version of the code, kept in RUN/launches/0001 before it is queued."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from launchers.slurm import Submitted, check_scriptable, jobs_in_queue
+from launchers.slurm_job import SECRET_FILE
 from launchers.slurm_profile import SlurmProfile
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.errors import ConfigError
 from moce_ds.files import read_json, writes_to
+from moce_ds.sealing import new_secret
 
 _LAUNCH, _JOBS = "launch.json", "jobs.json"
 _PACKAGES = ("torch", "deepspeed", "timm", "numpy", "submitit")
@@ -36,7 +39,8 @@ def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, conf
     """A new folder 0001, 0002, ... in `parent` with all that a launch is to be known by.
 
     launch.json holds command, profile and versions; config.yaml the verb's resolved settings, where it has some;
-    changes.patch what the code has that is not committed. The job's logs are to join them.
+    changes.patch what the code has that is not committed; secret what the job's processes know each other by
+    (docs/security.md). The job's logs are to join them.
 
     Raises:
         ArtefactError: the folder cannot be written.
@@ -56,6 +60,7 @@ def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, conf
     }
     with writes_to(parent):
         folder = _new_folder(parent)
+        _write_secret(folder / SECRET_FILE)
         (folder / _LAUNCH).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if config is not None:
             (folder / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
@@ -81,6 +86,12 @@ def _new_folder(parent: Path) -> Path:
             continue
         return folder
     raise AssertionError("count() does not end")
+
+
+def _write_secret(path: Path) -> None:
+    """A new secret that nobody else can read."""
+    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as opened:
+        opened.write(f"{new_secret()}\n")
 
 
 def _code() -> tuple[str | None, bytes]:

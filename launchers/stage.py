@@ -1,6 +1,5 @@
 """One stage of a pipeline: what it is known by, its state on disk, and running it."""
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import click
+
 from launchers.hold import held, is_held
 from launchers.local import run_processes
 from moce_ds.analysis.pipeline_folder import PIPELINE, STAGES, StagesRecord
@@ -18,6 +19,7 @@ from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import STOPPED, MoceError
 from moce_ds.files import sha256_of, writes_to
+from moce_ds.place import Place, is_first
 from moce_ds.text import in_line
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
@@ -149,7 +151,7 @@ def _explained(stage: Stage, status: int) -> int:
 
 def share_stage(stage: Stage) -> None:
     """Run a parallel stage as one of its processes, of which the first keeps the record. Raises StageError."""
-    if int(os.environ["RANK"]):
+    if Place.here().rank:
         _run_commands(stage)
         return
     with held(stage.lock):
@@ -186,7 +188,7 @@ class _Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | click.Abort):
             return
         ended = replace(self._record, at=_now(), seconds=round(time.monotonic() - self._began, 1))
         if error is None:
@@ -208,7 +210,7 @@ def _run_commands(stage: Stage) -> None:
     from moce_ds.cli import moce
 
     for command in stage.commands:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             say(f"\n$ moce {in_line(shlex.join(command))}")
         moce(command, standalone_mode=False)
 

@@ -1,7 +1,6 @@
 """A grid of runs: `moce study CONFIG`. Cells that are done stay; the same command goes on with the others."""
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -14,14 +13,15 @@ from rich.table import Table
 from launchers.cell import is_done, run_cell, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
 from launchers.hold import is_held
-from launchers.local import PASSED_ON
 from launchers.signals import kept_signals, wait_for
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
 from moce_ds.checksums import write_checked
 from moce_ds.command_line import say
-from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.files import writes_to
+from moce_ds.interrupts import obeyed
+from moce_ds.place import Place
 
 _TOLD_LINES = 8
 
@@ -36,26 +36,28 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         ConfigError: before anything is run: a fault in the settings of any cell, or a folder that holds another run.
     """
     cells = _checked(study)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if Place.here().world_size == 1:
         _refuse_other_machines(cells if only is None else [_named(cells, only)])
     check_places(study, cells)
     keep_record(study, cells)
     if only is not None:
         cells = [_named(cells, only)]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Place.here().world_size > 1:
         if only is None:
             raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
         return run_cell(study, cells[0])
-    with kept_signals(PASSED_ON) as asked:
+    with kept_signals(obeyed()) as asked:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
         say(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
         return STOPPED
     say(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
-    for cell in failed:
+    for cell, _ in failed:
         told = _tail(cell.log).replace("\n", "\n    ")
         say(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", err=True)
+    if failed and all(status == LOST_PEER for _, status in failed):  # the same command may well succeed
+        return LOST_PEER
     return 1 if failed else 0
 
 
@@ -105,10 +107,11 @@ def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
         write_checked(study.out / STUDY, dataclasses.asdict(record))
 
 
-def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[Cell]:
-    """Run what is not done; returns the cells that failed. A cell that another process holds comes last."""
+def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[tuple[Cell, int]]:
+    """Run what is not done, what another process holds last; returns the cells that failed and their status."""
     pending = [cell for cell in cells if not is_done(study, cell)]
-    failed, took, total = [], [], len(pending)
+    failed: list[tuple[Cell, int]] = []
+    took, total = [], len(pending)
     while pending and not asked:
         cell = next((cell for cell in pending if not is_held(cell.lock)), pending[0])
         pending.remove(cell)
@@ -125,7 +128,7 @@ def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> l
         else:
             print(f"FAILED after {_spoken(seconds)}")
             _note_failure(cell, status, seconds)
-            failed.append(cell)
+            failed.append((cell, LOST_PEER if status < 0 else status))
     return failed
 
 

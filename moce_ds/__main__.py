@@ -1,6 +1,18 @@
-"""`python -m moce_ds` is the `moce` command."""
+"""The `moce` command, and `python -m moce_ds`: signals are obeyed while the program is still being loaded."""
 
-from moce_ds.cli import main
+import signal
+
+from moce_ds.interrupts import leave, obeyed
+
+
+def main() -> None:
+    """Entry point."""
+    for number in obeyed():
+        signal.signal(number, leave)
+    from moce_ds.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

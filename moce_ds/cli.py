@@ -3,7 +3,6 @@
 Stages are imported inside the verbs, so that `moce --help` answers at once and a verb needs only its own packages.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, read_settings, run_command, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.place import Place
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
@@ -76,7 +76,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     if dry_run:
         from moce_ds.planning.dry_run import plan_table
 
-        show(plan_table(config, processes or int(os.environ.get("WORLD_SIZE", "1"))))
+        show(plan_table(config, processes or Place.here().world_size))
         say(configuration.to_yaml(config))
         return
     from moce_ds.runtime import started
@@ -139,10 +139,12 @@ def plan(
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
+@heads_option()
 @words()
-def features(encoder: Path, shards: Path, out: Path, words: Sequence[str]) -> None:
-    """Write the features that ENCODER (a dense run, or an exported encoder) gives the images of SHARDS to OUT.
+def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: Sequence[str]) -> None:
+    """Write the features that ENCODER gives the images of SHARDS to OUT.
 
+    ENCODER is a dense run, an exported encoder, or a .pth file of the public MAE.
     Several processes share the work. Interrupted, the same command goes on.
     """
     from moce_ds.data.shards import ShardSet
@@ -151,7 +153,9 @@ def features(encoder: Path, shards: Path, out: Path, words: Sequence[str]) -> No
 
     config = read_settings(FeatureSettings, words)
     with started() as runtime:
-        opened = open_encoder(encoder, runtime.device)
+        opened = open_encoder(encoder, runtime.device, heads)
+        if encoder.is_file():
+            runtime.say(f"{encoder}: {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 

@@ -5,18 +5,20 @@ packages.
 """
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import click
 from rich.console import Console
 from rich.text import Text
 
 from moce_ds import config as configuration
-from moce_ds.errors import ConfigError, MoceError
+from moce_ds.errors import STOPPED, ConfigError, MoceError
+from moce_ds.interrupts import interruptible, outlive_readers
+from moce_ds.machine import machine_fault
+from moce_ds.place import is_first
 from moce_ds.text import printable, tolerate_any_text
 
 PATH = click.Path(path_type=Path)
@@ -41,6 +43,13 @@ class Verb(click.Command):
 def words(required: bool = False) -> Any:
     """The trailing words of a verb: a YAML file and `key=value` settings."""
     return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
+
+
+def heads_option() -> Any:
+    """What a file of the public MAE does not say of an ENCODER."""
+    return click.option(
+        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
+    )
 
 
 def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
@@ -73,26 +82,37 @@ def say(text: str, err: bool = False) -> None:
 
 def warn(text: str) -> None:
     """Say something that is no result on standard error, once for all processes of a run."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         say(text, err=True)
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command with the words of this process: user errors in one message and their status, Ctrl-C without a
-    traceback."""
+    """Run a command with the words of this process: errors of the user and of the machine in one message and their
+    status, signals without a traceback and with status STOPPED."""
+    outlive_readers()
     tolerate_any_text()
     try:
-        command(prog_name=name, standalone_mode=False)
+        with interruptible():
+            command(prog_name=name, standalone_mode=False)
     except MoceError as error:
-        if os.environ.get("RANK", "0") == "0":
-            # Names out of a file may hold what a terminal takes for commands.
-            say(f"Error: {error}", err=True)
-        sys.exit(error.status)
+        _end_with(error)
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
         say(told.getvalue().rstrip("\n"), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        if is_first():
+            click.echo("Interrupted.", err=True)
+        sys.exit(STOPPED)
+    except (OSError, MemoryError, RuntimeError) as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        _end_with(fault)
+
+
+def _end_with(error: MoceError) -> Never:
+    if error.every_process or is_first():
+        say(f"Error: {error}", err=True)
+    sys.exit(error.status)

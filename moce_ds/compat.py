@@ -127,11 +127,15 @@ def roi_align(
 def quiet_deepspeed() -> None:
     """Keep DeepSpeed from compiling what training does not use, and from its chatter.
 
-    `init_distributed` compiles a shared-memory operator (31 s, needs g++) that only inference uses. Seen in 0.19.8;
-    can go when DeepSpeed builds it on first use.
+    `init_distributed` compiles a shared-memory operator (31 s, needs g++) that only inference uses. The check of any
+    optimizer imports Muon, whose functions are declared for `torch.compile`, which imports TorchInductor (1.6 s in
+    every process). Seen in 0.19.8; can go when DeepSpeed builds and imports them on first use.
     """
     import deepspeed
+    from deepspeed.runtime import compiler
     from deepspeed.utils import logger
+
+    compiler.compile = lambda: lambda function: function  # of all of DeepSpeed, Muon alone asks for it
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)

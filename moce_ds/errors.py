@@ -15,6 +15,8 @@ class MoceError(Exception):
     """Base of all errors that a user can cause and mend."""
 
     status = 1
+    every_process = False
+    """Whether each process tells this, where an error is the same for all and the first process tells it for them."""
 
 
 class ConfigError(MoceError):
@@ -33,3 +35,4 @@ class LostPeerError(MoceError):
     """Another process of the run died or does not answer."""
 
     status = LOST_PEER
+    every_process = True

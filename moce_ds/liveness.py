@@ -2,7 +2,8 @@
 
 Every process beats once a second, from a thread of its own, in the store at which the processes met. Rank 0 watches all
 beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
-there and ends with status LOST_PEER, out of whatever collective it waits in. An error that a process has explained (a
+there and ends with status LOST_PEER, out of whatever collective it waits in. One that is interrupted, not stopped at a
+step, says so in the same way, and all end with STOPPED. An error that a process has explained (a
 MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process.
 """
 
@@ -16,13 +17,13 @@ from types import TracebackType
 
 from torch.distributed import DistError
 
-from moce_ds.errors import LOST_PEER, LostPeerError, MoceError
+from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
 from moce_ds.rendezvous import Rendezvous
 
 _BEAT_SECONDS = 1.0
 _BROKEN_BEATS = 5  # once a process has seen a connection break, a silence of so many beats tells who broke it
 _STORE_SECONDS = 20.0
-_STATUSES = (1, LOST_PEER)  # of a verdict, which nobody can use to end a run as if all were well
+_STATUSES = (1, LOST_PEER, STOPPED)  # of a verdict, which nobody can use to end a run as if all were well
 
 
 class Watch:
@@ -69,10 +70,13 @@ class Watch:
         self._thread.join()
         if error is None:
             return
+        who = f"Rank {self._rank} on {socket.gethostname()}"
         how = str(error) if isinstance(error, MoceError) else f"{type(error).__name__}: {error}"
-        told = f"Rank {self._rank} on {socket.gethostname()} ended at {self._doing}: {how}"
+        told = f"{who} ended at {self._doing}: {how}"
         with suppress(DistError):  # the store may have gone first
-            if isinstance(error, MoceError):
+            if isinstance(error, KeyboardInterrupt):
+                self._store.set("verdict", f"{STOPPED} {who} was interrupted at {self._doing}.")
+            elif isinstance(error, MoceError):
                 status = error.status if error.status in _STATUSES else 1
                 self._store.set(f"farewell/{self._rank}", f"{status} {told}")
             else:
@@ -95,7 +99,7 @@ class Watch:
                 status, text = end
                 if own or self._local_rank == 0:
                     with suppress(OSError):  # nobody reads it any more
-                        print(f"Error: {text}", file=sys.stderr, flush=True)
+                        print(text if status == STOPPED else f"Error: {text}", file=sys.stderr, flush=True)
                 os._exit(status)
             if self._stop.wait(_BEAT_SECONDS):
                 return

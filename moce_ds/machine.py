@@ -56,6 +56,8 @@ _MEMORY = "Use a smaller batch, model or number of workers, or a machine with mo
 class MachineError(MoceError):
     """The machine did not allow something: its disk is full, a permission is missing, a limit is reached."""
 
+    every_process = True
+
 
 def reason(error: OSError) -> str:
     """Why the system refused, and what to do, such as "No space left on device. Free some space ...".

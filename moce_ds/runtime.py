@@ -18,14 +18,16 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from moce_ds.errors import LostPeerError, MoceError
+from moce_ds.errors import MoceError
+from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
+from moce_ds.machine import machine_fault
+from moce_ds.place import ALONE, Place, PlaceError
 from moce_ds.rendezvous import Rendezvous, interfaces
-from moce_ds.text import printable
+from moce_ds.text import encoded, printable
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 # DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
 _NOWHERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -90,16 +92,22 @@ class Runtime:
         The block itself must hold no collective; leaving it is one.
 
         Raises:
-            MoceError: what the first process that failed has raised.
+            MoceError: what the first process that failed has raised, or met as an error of its machine.
         """
         fault: MoceError | None = None
         try:
             yield
         except MoceError as error:
             fault = error
+        except (OSError, MemoryError, RuntimeError) as error:
+            fault = machine_fault(error)
+            if fault is None:
+                raise
         if self.max([float(fault is not None)])[0]:
             first = next(text for text in self.texts(str(fault or "")) if text)
-            raise type(fault or MoceError())(first) from None
+            agreed = type(fault or MoceError())(first)
+            agreed.every_process = False  # all of them know it
+            raise agreed from None
 
     def texts(self, text: str) -> list[str]:
         """The texts of all processes, by rank.
@@ -111,7 +119,7 @@ class Runtime:
         """
         if self.world_size == 1:
             return [text]
-        mine = torch.frombuffer(bytearray(text.encode("utf-8", "surrogatepass")) or bytearray(1), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(encoded(text)) or bytearray(1), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
         longest = max(map(int, sizes))
@@ -130,10 +138,14 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
     """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block.
 
     A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
+
+    Raises:
+        ConfigError: the variables that tell this process its place are missing or impossible.
+        LostPeerError: the port is taken, or not all processes have come.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    place = _ALONE | (_NOWHERE if alone else interfaces(os.environ))
-    with _unless_given(place), _joined(peer_timeout) as runtime:
+    place = Place.here()
+    given = ALONE | (_NOWHERE if place.world_size == 1 else interfaces(os.environ))
+    with _unless_given(given), _joined(place, peer_timeout) as runtime:
         yield runtime
 
 
@@ -150,9 +162,14 @@ def _unless_given(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(peer_timeout: float) -> Iterator[Runtime]:
-    rank, world_size, local_rank = (int(os.environ[name]) for name in _ALONE)
+def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
+    rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise PlaceError(
+                f"LOCAL_RANK is {local_rank} and this machine shows {torch.cuda.device_count()} GPUs: start "
+                "at most one process a GPU, or show more of them (CUDA_VISIBLE_DEVICES)."
+            )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
@@ -161,14 +178,8 @@ def _joined(peer_timeout: float) -> Iterator[Runtime]:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise MoceError(
-                f"WORLD_SIZE is {world_size} but {' and '.join(missing)} is not set: start several processes "
-                "with torchrun or `moce launch local --nproc N`."
-            )
-        meeting = Rendezvous.here()
-        store = _group_store(meeting, peer_timeout)
+        meeting = Rendezvous.here(place)
+        store = meeting.group_store(peer_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_PEER_TIMEOUT)
         watch = Watch(rank, world_size, local_rank, peer_timeout, meeting)
     try:
@@ -180,34 +191,20 @@ def _joined(peer_timeout: float) -> Iterator[Runtime]:
         dist.destroy_process_group()
 
 
-def _group_store(meeting: Rendezvous, peer_timeout: float) -> dist.Store:
-    """The store of the process group. Raises LostPeerError if the launcher has died, which hosts it since before this
-    process began. Where a rank hosts it, that rank may come later; so much later that others must wait for minutes."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        try:
-            meeting.connect(peer_timeout)
-        except dist.DistError as error:
-            raise LostPeerError(
-                f"The launcher at {meeting.host}:{meeting.port} does not answer for {peer_timeout:.0f} s: {error}"
-            ) from None
-    return meeting.group_store(_PEER_TIMEOUT.total_seconds())
-
-
 class StopRequest:
     """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
 
-    A second Ctrl-C ends the process at once, as an impatient user expects.
+    A second Ctrl-C ends the process at once, as an impatient user expects. SIGHUP, of a terminal that is gone, asks for
+    a stop too, unless it is ignored, as under nohup.
 
     Args:
         seconds: after so long a stop is wanted too; None: never.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, seconds: float | None = None) -> None:
         self._received: signal.Signals | None = None
         self._deadline = time.monotonic() + seconds if seconds is not None else float("inf")
-        self._previous = {number: signal.signal(number, self._remember) for number in self.signals}
+        self._previous = {number: signal.signal(number, self._remember) for number in obeyed()}
 
     @property
     def wanted(self) -> bool:

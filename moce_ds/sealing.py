@@ -5,6 +5,8 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
+from moce_ds.text import encoded
+
 SECRET = "MOCE_SECRET"
 """The environment variable of the secret. Without one, as under torchrun, seals protect from accidents alone."""
 
@@ -22,8 +24,8 @@ class Sealer:
 
     def seal(self, text: str) -> str:
         """The seal of a text, 64 hexadecimal digits."""
-        return hmac.digest(self.secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hex()
+        return hmac.digest(self.secret, encoded(text), hashlib.sha256).hex()
 
     def is_genuine(self, seal: str, text: str) -> bool:
         """Whether that is the seal of that text; takes as long for a wrong one as for the right one."""
-        return hmac.compare_digest(seal.encode("utf-8", "surrogatepass"), self.seal(text).encode())
+        return hmac.compare_digest(encoded(seal), self.seal(text).encode())

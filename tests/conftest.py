@@ -38,6 +38,15 @@ hypothesis_settings.register_profile("patient", deadline=None)
 hypothesis_settings.load_profile("patient")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the tests, a file is one worker's, and so are the runs that several files compare."""
+    if hasattr(config, "workerinput"):
+        for item in items:
+            shared = {"one", "two"}.intersection(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("runs" if shared else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 60 real images: 20 handwritten digits of 16 px (PNG), 2 x 20 crops of photographs (JPEG, PNG)."""

@@ -17,6 +17,8 @@ BASE = {
     "errors",
     "text",
     "machine",
+    "place",
+    "interrupts",
     "command_line",
     "files",
     "checksums",
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"checkpoint_files", "models", "training", "planning", "transfer", "tuning", "analysis", "bench"}
     | MIDDLE,
-    "__main__": {"cli"},
+    "__main__": {"cli", "interrupts"},
     "__init__": {"transfer"},  # lazily: the Python API
 }
 

@@ -117,7 +117,10 @@ def test_every_fault_is_listed() -> None:
             "{none}/clusters.json not found: .*`moce cluster`",
         ),
         ("pretrain {tiny} data.shards={shards} run.out={out} run.init_from={none}", "run.init_from: {none} not found"),
-        ("features {none} {shards} {out}", "{none} not found: expected an encoder folder, or the run of a dense MAE"),
+        (
+            "features {none} {shards} {out}",
+            "{none} not found: expected an encoder folder, the run of a dense MAE, or a .pth file",
+        ),
         ("features {encoder} {none} {out}", "{none}/shards.json not found: .*`moce shards`"),
         ("features {full} {shards} {out}", "{full} holds no checkpoint"),
         ("cluster {none} {out}", "{none}/features.json not found: .*`moce features`"),

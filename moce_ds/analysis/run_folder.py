@@ -82,7 +82,7 @@ def read_study(folder: Path) -> Study:
     if (folder / "config.yaml").is_file():
         paths = [folder]
     else:
-        paths = [config.parent for config in folder.glob("*/config.yaml") if not is_tuning(config.parent)]
+        paths = [config.parent for config in folder.glob("[!.]*/config.yaml") if not is_tuning(config.parent)]
     if not paths:
         raise ArtefactError(
             f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."

@@ -16,8 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from moce_ds.data.image_file import read_rgb, upright_size
+from moce_ds.command_line import warn
+from moce_ds.data.image_file import NOT_AN_IMAGE, Rejected, read_rgb, suffixes, upright_size
+from moce_ds.data.left_out import told_left_out
+from moce_ds.data.walk import ODD, list_folder, why_odd
 from moce_ds.errors import DataError
+from moce_ds.text import in_line
 
 IGNORED = 255
 """The label of pixels that count for nothing."""
@@ -40,7 +44,7 @@ class Ade20kSet:
         """Open `folder` with images/ and annotations/ inside; or images/NAME, whose masks are in annotations/NAME.
 
         Raises:
-            DataError: a folder is missing, there are no images, or an image has no mask.
+            DataError: a folder is missing or cannot be listed, there are no images, or an image has no mask.
         """
         images, masks = folder / "images", folder / "annotations"
         if not images.is_dir() and folder.parent.name == "images":
@@ -51,15 +55,7 @@ class Ade20kSet:
                     f"{part} is not a folder: expected ADE20K's format, with images/ and annotations/ in {folder}, or "
                     "with images/NAME given and annotations/NAME beside it."
                 )
-        files = sorted(file for file in images.iterdir() if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        if not files:
-            raise DataError(f"{images} holds no .jpg or .png files.")
-        there = {file.name for file in masks.iterdir()}
-        if lost := [file for file in files if f"{file.stem}.png" not in there]:
-            raise DataError(
-                f"{masks / lost[0].stem}.png not found: the mask of {lost[0]}; {len(lost)} of {len(files)} images "
-                "have none."
-            )
+        files = _pairs(images, masks)
         return cls(files, masks, classes, reduce_zero_label)
 
     def __len__(self) -> int:
@@ -101,6 +97,36 @@ class Ade20kSet:
                 f"{'from 1' if self.reduce_zero_label else 'from 0'} were expected."
             )
         return image, labels_HW
+
+
+def _pairs(images: Path, masks: Path) -> list[Path]:
+    """The images that have a mask, sorted; what is left out is said.
+
+    Raises:
+        DataError: there are none, or an image has no mask.
+    """
+    known, there = suffixes(), list_folder(masks)
+    found, odd = [], {}
+    for name, size in sorted(list_folder(images).items()):
+        image, mask = images / name, masks / f"{Path(name).stem}.png"
+        if image.suffix.lower() not in known:
+            odd[image] = Rejected(NOT_AN_IMAGE, "no image, by its name")
+        elif size == ODD:
+            odd[image] = why_odd(image)
+        elif there.get(mask.name) == ODD:
+            odd[mask] = why_odd(mask)
+        else:
+            found.append(image)
+    if not found:
+        raise DataError(f"{images} holds no .jpg or .png files, nor images of other formats.{told_left_out(odd)}")
+    if lost := [image for image in found if f"{image.stem}.png" not in there]:
+        raise DataError(
+            f"{in_line(masks / lost[0].stem)}.png not found: the mask of {in_line(lost[0])}; {len(lost)} of "
+            f"{len(found)} images have none. Masks are PNG files, named as their images."
+        )
+    if odd:
+        warn(f"WARNING: {images}: {len(odd)} of {len(odd) + len(found)} files are left out:{told_left_out(odd)}")
+    return found
 
 
 @contextmanager

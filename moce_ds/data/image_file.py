@@ -65,6 +65,12 @@ class Rejected(NamedTuple):
     detail: str
 
 
+def suffixes() -> frozenset[str]:
+    """What names of images end with, of all accepted formats, in lower case: .jpg, .bmp, ..."""
+    Image.init()
+    return frozenset(suffix for suffix, format in Image.EXTENSION.items() if format in _FORMATS)
+
+
 def examine(path: Path) -> Accepted | Rejected:
     """Decode the image at `path`; never raises. Pillow's own pixel limit holds where its warning is an error."""
     try:

@@ -1,59 +1,25 @@
-"""A folder of images as it is found: every file listed, and looked at once by a pool of processes."""
+"""The files of a folder of images, each looked at once by a pool of processes."""
 
 import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
 from moce_ds.data import image_file
-from moce_ds.data.image_file import EMPTY, NOT_A_FILE, NOT_AN_IMAGE, Accepted, Rejected, examine
+from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
+from moce_ds.data.walk import ODD, SourceFile, unwanted, why_odd
 from moce_ds.errors import DataError
+from moce_ds.text import in_line
 
 _BATCH = 16  # files per message to a worker
 _BATCHES_AHEAD = 3  # per worker, so that a large image does not hold up the others at once
-
-
-class SourceFile(NamedTuple):
-    """A file as listed: path relative to the source folder, and size in bytes (-1: not a regular file)."""
-
-    path: str
-    size: int
-
-
-def list_files(source: Path) -> list[SourceFile]:
-    """Everything below `source` that is not a folder, sorted by path; links are followed.
-
-    Raises:
-        DataError: `source` is not a folder, or a folder in it cannot be listed.
-    """
-    if not source.is_dir():
-        raise DataError(f"{source} is not a folder: expected one that holds images, at any depth.")
-    try:
-        return sorted(_walk(source, "", frozenset()))
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be listed ({error.strerror}): make it readable.") from None
-
-
-def _walk(folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[SourceFile]:
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in ancestors:  # a link to one of its own parents, without end if followed
-        yield SourceFile(prefix.rstrip("/"), -1)
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", ancestors | {identity})
-            else:
-                yield SourceFile(prefix + entry.name, entry.stat().st_size if entry.is_file() else -1)
 
 
 def examined(
@@ -83,8 +49,9 @@ def examined(
             yield from zip(batch, verdicts, strict=True)
     except (EOFError, OSError):
         raise DataError(
-            f"A worker process died between {batches[number][0].path} and {batches[number][-1].path}: perhaps killed "
-            "for lack of memory. Run the same command again to continue, with fewer `workers=` if it happens again."
+            f"A worker process died between {in_line(batches[number][0].path)} and "
+            f"{in_line(batches[number][-1].path)}: perhaps killed for lack of memory. Run the same command again to "
+            "continue, with fewer `workers=` if it happens again."
         ) from None
     finally:
         for process, connection in team:
@@ -115,10 +82,10 @@ def _work(connection: Connection, source: Path, max_pixels: int) -> None:
 
 
 def _examine_listed(source: Path, file: SourceFile) -> Accepted | Rejected:
-    if any(part.startswith(".") for part in file.path.split("/")):
-        return Rejected(NOT_AN_IMAGE, "hidden file, or in a hidden folder")
-    if file.size < 0:
-        return Rejected(NOT_A_FILE, "broken link, link to a parent folder, pipe, socket or device")
+    if rejected := unwanted(file.path):
+        return rejected
+    if file.size == ODD:
+        return why_odd(source / file.path)
     if file.size == 0:
         return Rejected(EMPTY, "0 bytes")
     return examine(source / file.path)

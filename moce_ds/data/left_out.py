@@ -1,8 +1,10 @@
-"""Files of a source folder that a shard set left out, in words."""
+"""Files of a folder that are left out of a set, in words."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moce_ds.data.image_file import Rejected
 from moce_ds.data.shards import REJECTED, Manifest
 from moce_ds.text import in_line, printable
 
@@ -21,12 +23,21 @@ def left_out(folder: Path, named: Path) -> str | None:
         return None
     reasons = ", ".join(f"{number} {reason}" for reason, number in manifest.rejected.items())
     examples = _examples(folder / REJECTED)
-    listed = "".join(f"\n  {example}" for example in examples)
-    more = f"\n  and {count - len(examples)} more" if examples and count > len(examples) else ""
     return printable(
         f"WARNING: {in_line(named)}: {count} of {count + manifest.count} files were left out, since they are no whole "
-        f"images: {reasons}{listed}{more}"
+        f"images: {reasons}{_listed(examples, count)}"
     )
+
+
+def told_left_out(odd: Mapping[Path, Rejected]) -> str:
+    """Some files with the reasons why they are left out, a line each."""
+    told = [in_line(f"{path}: {why.reason} ({why.detail})") for path, why in odd.items()]
+    return _listed(told[:_NAMED], len(told))
+
+
+def _listed(examples: Sequence[str], count: int) -> str:
+    more = f"\n  and {count - len(examples)} more" if examples and count > len(examples) else ""
+    return "".join(f"\n  {example}" for example in examples) + more
 
 
 def _examples(path: Path) -> list[str]:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.data.image_folder import SourceFile
+from moce_ds.data.walk import SourceFile
 from moce_ds.errors import DataError
+from moce_ds.text import in_line
 
 
 class Listed(NamedTuple):
@@ -63,7 +64,7 @@ class Listing:
             return sorted(SourceFile(path, (source / path).stat().st_size) for path in self._by_path)
         except OSError as error:
             raise DataError(
-                f"{error.filename} is listed and cannot be read ({error.strerror}): unpack the data set anew."
+                f"{in_line(error.filename)} is listed and cannot be read ({error.strerror}): unpack the data set anew."
             ) from None
 
     def labels(self, paths: Sequence[str]) -> NDArray[np.int32]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from moce_ds.checksums import FileRecord, write_checked
 from moce_ds.config import differences, option, settings
 from moce_ds.data.image_file import Accepted, Rejected
-from moce_ds.data.image_folder import SourceFile, examined, list_files
+from moce_ds.data.image_folder import examined
 from moce_ds.data.listing import Listing
 from moce_ds.data.shards import (
     FORMAT_VERSION,
@@ -45,8 +45,10 @@ from moce_ds.data.shards import (
     key_of,
     shard_name,
 )
+from moce_ds.data.walk import SourceFile, list_files
 from moce_ds.errors import DataError
 from moce_ds.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
+from moce_ds.text import in_line
 
 
 @settings
@@ -285,7 +287,8 @@ def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -
     out.rmdir()
     if not rejected:
         raise DataError(f"{source}: No image to write: the folder holds no files; expected images, at any depth.")
-    listed = "".join(f"\n  {entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5])
+    told = [f"{entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5]]
+    listed = "".join(f"\n  {in_line(line)}" for line in told)
     more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     raise DataError(f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
 

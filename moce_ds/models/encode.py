@@ -25,6 +25,7 @@ from moce_ds.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder
 from moce_ds.models.dense import dense_encoder
+from moce_ds.models.public_mae import public_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.text import shortened
@@ -48,14 +49,23 @@ class FeatureSettings(EncodeSettings):
     block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
-def open_encoder(path: Path, device: torch.device) -> Encoder:
-    """The encoder that `path` names: an encoder folder, or a run folder or checkpoint of a dense MAE.
+def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:
+    """The encoder that `path` names: an encoder folder, a run folder or checkpoint of a dense MAE, or a file of the
+    public MAE, whose attention `heads` may have to be told (see `public_encoder`).
 
     Raises:
-        ArtefactError: it is neither.
+        ArtefactError: it is none of them.
     """
+    if path.is_file():
+        encoder = public_encoder(path, heads)
+        encoder.model.to(device)
+        return encoder
+    if heads is not None:
+        raise ArtefactError(f"--heads goes with a file of the public MAE; {path} is none.")
     if not path.is_dir():
-        raise ArtefactError(f"{path} not found: expected an encoder folder, or the run of a dense MAE.")
+        raise ArtefactError(
+            f"{path} not found: expected an encoder folder, the run of a dense MAE, or a .pth file of the public MAE."
+        )
     if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone is half of an export, and says so
         return load_encoder(path, device)
     encoder = dense_encoder(find(path))

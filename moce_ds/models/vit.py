@@ -42,7 +42,8 @@ Size = Annotated[int, Field(gt=0, le=100_000)]
 
 @dataclass(frozen=True)
 class ViTShape:
-    """The size of a vision transformer with one cls token."""
+    """The size of a vision transformer with one cls token; `pooled_norm`: its final norm follows the mean of the patch
+    tokens, as where the public MAE is fine-tuned, instead of going before."""
 
     image_size: Size
     patch_size: Size
@@ -50,6 +51,7 @@ class ViTShape:
     depth: Annotated[int, Field(gt=0, le=1000)]
     heads: Size
     mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    pooled_norm: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -77,6 +79,7 @@ class ViTShape:
             "num_heads": self.heads,
             "mlp_ratio": self.mlp_ratio,
             "num_classes": 0,
+            **({"global_pool": "avg", "fc_norm": True} if self.pooled_norm else {}),
         }
 
 
@@ -140,9 +143,11 @@ class Encoder:
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering")."""
+        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering"); with
+        `pooled_norm` the norm of their mean."""
         tokens_BTD = self.model.forward_features(images_BCHW)
-        return tokens_BTD[:, 1:].float().mean(dim=1)
+        features_BD: Tensor = self.model.fc_norm(tokens_BTD[:, 1:].float().mean(dim=1))
+        return features_BD
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,6 @@ micro-batch over all ranks, W ranks, U kinds of images.
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 
 def in_order(num_layers: int, num_experts: int) -> NDArray[np.int64]:
@@ -35,6 +34,8 @@ def fitting_placement(
         share_M: share of the images in each cluster.
         num_experts, ep_size: E and P; P divides E.
     """
+    from scipy.optimize import linear_sum_assignment  # here, since it takes a third of a second in every process
+
     M, L = expert_ML.shape
     held = num_experts // ep_size
     place_LE = np.zeros((L, num_experts), dtype=np.int64)

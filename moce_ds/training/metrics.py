@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moce_ds.files import writes_to
@@ -79,6 +78,8 @@ class Teller:
         self._images_per_step = images_per_step
         with runtime.together(), writes_to(attempt.run):
             if runtime.is_main:
+                from torch.utils.tensorboard import SummaryWriter  # here, since the other processes need none
+
                 self._check = last_check(attempt.run / METRICS)
                 self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
                 self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moce_ds.command_line import PATH, Verb, read_settings, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, read_settings, say, show, warn, words
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -104,6 +104,7 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
 def _accuracy_options(function: Any) -> Any:
     for decorate in (
         words(),
+        heads_option(),
         click.option("--results", type=PATH, help="A results.json to add the record to."),
         click.option("--model", default=None, help="The encoder's name in results (default: its folder's)."),
         click.option("--task", default=None, help="The task's name in results (default: the folder of --test)."),
@@ -139,6 +140,7 @@ def _accuracy(
     task: str | None,
     model: str | None,
     results: Path | None,
+    heads: int | None,
     words: Sequence[str],
 ) -> None:
     from moce_ds.config import to_tree
@@ -151,7 +153,9 @@ def _accuracy(
 
     config, device = read_settings(SETTINGS[verb], words), _device()
     check_results(results)
-    opened = open_encoder(encoder, device)
+    opened = open_encoder(encoder, device, heads)
+    if encoder.is_file():
+        warn(f"{encoder}: {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]

@@ -89,7 +89,7 @@ class Classification:
     def _built(self) -> VisionTransformer:
         """timm's ViT with the encoder's weights, its positions fitted to the image size, and a head that is new."""
         torch.manual_seed(self._config.run.seed)
-        own = {"num_classes": len(self._splits.classes), "global_pool": "avg", "fc_norm": False}
+        own = {"num_classes": len(self._splits.classes), "global_pool": "avg", "fc_norm": self._shape.pooled_norm}
         drop_path = self._config.augment.drop_path
         model = VisionTransformer(**self._shape.timm_arguments() | own, drop_path_rate=drop_path)
         state = self._encoder.model.state_dict()

@@ -25,7 +25,7 @@ class BackboneSettings:
 
 @settings
 class DenseDataSettings(TuneDataSettings):
-    encoder: Path = option(help="encoder folder from `moce export`, or a dense run")
+    encoder: Path = option(help="encoder folder from `moce export`, a dense run, or a .pth file of the public MAE")
     val: Path | None = option(None, "validation split, in the format of data.train: chooses the best weights")
     test: Path | None = option(None, "what the final measures are of; null: the validation split")
     scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")

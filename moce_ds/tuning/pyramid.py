@@ -52,11 +52,16 @@ class WindowedViT(nn.Module):
         config: size of the image, window, and stochastic depth.
 
     Raises:
-        ConfigError: the window does not divide the grid.
+        ConfigError: the window does not divide the grid, or the encoder has a norm for the mean of its tokens only.
     """
 
     def __init__(self, encoder: Encoder, config: BackboneSettings) -> None:
         super().__init__()
+        if encoder.shape.pooled_norm:
+            raise ConfigError(
+                "data.encoder: it was fine-tuned with a norm that follows the mean of its tokens; a map needs one "
+                "for each token. Give the encoder as it was pre-trained."
+            )
         self.shape = dataclasses.replace(encoder.shape, image_size=config.image_size)
         self.side = config.image_size // self.shape.patch_size
         self.window = config.window or self.side

@@ -2,6 +2,7 @@
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import tempfile
@@ -11,8 +12,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 _GRACE_SECONDS = 5.0
+
+# The ranks are forked from a process that has imported what takes seconds, has one thread and has done nothing else.
+# It is not the one of `multiprocessing`, which serves the product and must not know more than the product tells it.
+_nursery = multiprocessing.forkserver.ForkServer()
+_nursery.set_forkserver_preload(["moce_ds.training.loop", "moce_ds.tuning.loop", "torch._dynamo"])
 
 
 class WorldError(AssertionError):
@@ -40,19 +47,20 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
     from moce_ds.rendezvous import host_on_loopback
     from moce_ds.sealing import SECRET, new_secret
 
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     store = host_on_loopback()  # joined by all: no port is guessed
-    given = {"MASTER_PORT": str(store.port), SECRET: new_secret()}
+    given = os.environ | {"MASTER_PORT": str(store.port), SECRET: new_secret()}
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank-{rank}.log" for rank in range(world_size)]
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
-            context.Process(target=_rank_main, args=(fn, args, rank, world_size, given, logs[rank], sender))
+            context.Process(target=_rank_main, args=(fn, args, given | _place(rank, world_size), logs[rank], sender))
             for rank, (_, sender) in enumerate(pipes)
         ]
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
-                process.start()
+                with patch("multiprocessing.forkserver.connect_to_new_process", _nursery.connect_to_new_process):
+                    process.start()
                 sender.close()  # the child's copy is the only one left, so that its end is seen here
             return _results([receiver for receiver, _ in pipes], processes, logs, seconds)
         finally:
@@ -61,23 +69,22 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
                 process.join()
 
 
+def _place(rank: int, world_size: int) -> dict[str, str]:
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    known = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return known | {name: str(number) for name, number in numbers.items()}
+
+
 def _rank_main(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    given: dict[str, str],
-    log: Path,
-    sender: Connection,
+    fn: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path, sender: Connection
 ) -> None:
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ |= {name: str(value) for name, value in place.items()} | given
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ.clear()
+    os.environ.update(environment)
     sender.send(fn(*args))
 
 

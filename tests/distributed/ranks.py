@@ -1,14 +1,14 @@
 """`python ranks.py ROLE [RESTARTS]`: three ranks of which one goes wrong, in place of a verb; no training.
 
 Roles: "defect", rank 2 ends with an unexpected error; "fault", with one that it explains but that nobody else has;
-"sleep", all sleep and handle no signals, as while they start.
+"interrupted", with a KeyboardInterrupt; "sleep", all sleep and handle no signals, as while they start.
 """
 
 import os
 import sys
 import time
 
-from moce_ds.errors import DataError, MoceError
+from moce_ds.errors import STOPPED, DataError, MoceError
 
 
 def rank_main(role: str) -> int:
@@ -21,10 +21,16 @@ def rank_main(role: str) -> int:
         with started(peer_timeout=60) as runtime:
             runtime.at("step 7")
             if runtime.rank == 2:
-                raise RuntimeError("this is a defect") if role == "defect" else DataError("the disk is not there")
+                raise {
+                    "defect": RuntimeError("this is a defect"),
+                    "fault": DataError("the disk is not there"),
+                    "interrupted": KeyboardInterrupt(),
+                }[role]
             runtime.barrier()
     except MoceError as error:
         return error.status
+    except KeyboardInterrupt:
+        return STOPPED
     return 0
 
 

@@ -34,7 +34,5 @@ def test_results_come_by_rank() -> None:
     ],
 )
 def test_a_rank_that_misbehaves_is_named(how: str, told: str) -> None:
-    began = time.monotonic()
     with pytest.raises(WorldError, match=told):
         run_distributed(misbehave, 2, how, seconds=4)
-    assert time.monotonic() - began < 30

@@ -47,13 +47,13 @@ def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
         wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
         launcher.send_signal(signal.SIGINT)
         output, _ = launcher.communicate(timeout=SECONDS)
-    assert (launcher.returncode, output) == (130, "Interrupted.\n")
+    assert (launcher.returncode, output) == (STOPPED, "Interrupted.\n")
     assert not run.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_ends_by_the_signal_was_stopped_as_asked(number: signal.Signals, tmp_path: Path) -> None:
-    """Verbs without steps, such as features; 130 is how they end at a Ctrl-C."""
+    """Programs without steps; 130 is how many end at a Ctrl-C."""
     said = tmp_path / "said"
     waiting = f"""
 import signal, sys, time
@@ -84,7 +84,7 @@ def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
         send(signal.SIGKILL, ranks[1])
         output, _ = launcher.communicate(timeout=SECONDS)
     assert time.monotonic() - killed < 40
-    assert launcher.returncode not in (0, None) and "Restart" not in output, "nobody asked for one"
+    assert launcher.returncode == LOST_PEER and "Restart" not in output, "nobody asked for one"
     assert "Process 1 was killed by SIGKILL." in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert find(run).faults() == [], "what was saved before is whole"

@@ -74,6 +74,12 @@ def test_an_explained_error_of_one_rank_is_told_by_the_others_and_costs_no_resta
     assert "Traceback" not in output
 
 
+def test_an_interrupted_rank_stops_all_as_asked() -> None:
+    status, output = run_to_end(*RANKS_SCRIPT, "interrupted", "1")
+    assert status == STOPPED and "Restart" not in output, output
+    assert re.fullmatch(r"Rank 2 on \S+ was interrupted at step 7\.\n", output), "once a machine"
+
+
 def test_what_a_user_has_ended_is_not_started_again() -> None:
     with launched(*RANKS_SCRIPT, "sleep", "3") as launcher:
         wait_until(lambda: len(ranks_of(launcher)) == 3)

@@ -30,7 +30,7 @@ from cluster_packages import missing
 from waiting import wait_until
 
 T = TypeVar("T")
-_START, _REACT = 60, 120  # seconds, on a busy machine
+_START, _REACT = 120, 240  # seconds, on a busy machine
 
 
 class Cluster:

@@ -2,17 +2,17 @@
 
 import re
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import Cluster
 from launching import local
+from moce_command import run_here
 from tiny_run import TinyData, tiny_settings
 
 from moce_ds.analysis.run_folder import read_metrics
 
-SECONDS = 240
+SECONDS = 400
 """In which everything that a test waits for happens, even on a busy machine."""
 
 EPOCHS = 30  # of 5.6 steps: some seconds of training, in which a test finds the time to harm it
@@ -23,16 +23,24 @@ class Tally:
     """What all tests together saw, for the last lines of the session.
 
     Attributes:
+        jobs: that the cluster ran.
         requeues: of all jobs that were watched to their end.
         stops: stops that were asked for, after which the run went on; `missing` and `repeated` steps of those runs.
         recoveries: by harm, seconds to the first step recorded after it, and the steps that were taken again.
     """
 
+    jobs: int = 0
     requeues: int = 0
     stops: int = 0
     missing: int = 0
     repeated: int = 0
     recoveries: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, other: "Tally") -> None:
+        """What was seen elsewhere too."""
+        for name in ("jobs", "requeues", "stops", "missing", "repeated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.recoveries |= other.recoveries
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,8 @@ def submit(cluster: Cluster, *words: str | Path, log: Path | None = None) -> Sub
 
 def moce(*words: str | Path) -> tuple[int, str]:
     """Exit status and output of a verb."""
-    done = subprocess.run([sys.executable, "-m", "moce_ds", *map(str, words)], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    said = run_here(*words)
+    return said.status, said.out + said.err
 
 
 def experts(data: TinyData, run: Path, *other: str) -> list[str]:

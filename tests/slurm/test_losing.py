@@ -140,7 +140,8 @@ def test_a_cell_of_an_array_begins_again_alone(cluster: Cluster, data: TinyData,
 
 def _trainer(job: Submitted, rank: int) -> int:
     """The process that trains as that rank."""
-    wanted = {f"SLURM_JOB_ID={job.number}".encode(), f"RANK={rank}".encode()}
+    of_cluster = f"SLURM_CONF={job.cluster.environment['SLURM_CONF']}"  # other clusters have jobs of that number
+    wanted = {word.encode() for word in (of_cluster, f"SLURM_JOB_ID={job.number}", f"RANK={rank}")}
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # ended meanwhile
             if wanted <= set(path.read_bytes().split(b"\0")):

@@ -249,7 +249,7 @@ def test_what_is_no_dense_encoder_is_refused(moce_run: Callable[..., Path], tmp_
     run = moce_run()
     for path, message in (
         (run, "holds experts: choose one with `moce export` and use what it writes"),
-        (tmp_path / "absent", "absent not found: expected an encoder folder, or the run of a dense MAE"),
+        (tmp_path / "absent", "absent not found: expected an encoder folder, the run of a dense MAE, or a .pth"),
         (tmp_path, "holds no checkpoint"),
     ):
         with pytest.raises(ArtefactError, match=message):

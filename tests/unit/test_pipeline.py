@@ -228,7 +228,8 @@ def test_stages_out_of_turn_are_refused(make: Make, tmp_path: Path, monkeypatch:
     path = tmp_path / "pipeline.yaml"
     assert "no stage cluster; it has shards, mae, " in refused("pipeline", path, "--stage", "cluster")
     assert "mae comes after shards, which is not done" in refused("pipeline", path, "--stage", "mae")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     assert "one of 2 processes, and shards runs in one" in refused("pipeline", path, "--stage", "shards")
     assert "one of 2 processes, and the whole pipeline runs in one" in refused("pipeline", path)
 

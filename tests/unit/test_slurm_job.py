@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from submitit.slurm.slurm import SlurmJobEnvironment
 
-from launchers.slurm_job import JobStart
+from launchers.slurm_job import SECRET_FILE, JobStart
+from launchers.slurm_profile import SlurmProfile
+from launchers.slurm_rank import place
+from launchers.snapshot import begin_launch
+from moce_ds.sealing import SECRET
 
 LOST, STOPPED = 77, 76
 ROOT = Path(__file__).parent.parent.parent
@@ -49,6 +54,33 @@ def test_a_loss_counts_whoever_records_first(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7_1_end_0.json", "7_1_lost_0.json"], "no draft is left"
     start(tmp_path, 0).begin_again(max_failures=0)
     assert "1 failures in a row" in capsys.readouterr().out
+
+
+def test_processes_of_a_start_share_a_secret_that_others_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = []
+    for name in ("one", "two"):
+        folder = begin_launch(tmp_path / name, ["pretrain"], SlurmProfile())
+        assert (folder / SECRET_FILE).stat().st_mode & 0o777 == 0o600
+        assert (folder / "launch.json").stat().st_mode & 0o077, "nothing else is hidden"
+        for node in ("0", "1"):
+            job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "2", "NODEID": node, "PROCID": node, "LOCALID": "0"}
+            for variable, value in (job | {"JOB_NODELIST": "node[1-2]"}).items():
+                monkeypatch.setenv(f"SLURM_{variable}", value)
+            places = [place(SlurmJobEnvironment(), start(folder, restart), nodes=2) for restart in (0, 1)]
+            secrets.append([given[SECRET] for given in places])
+            assert {given["MASTER_ADDR"] for given in places} == {"node1"}
+    assert secrets[0] == secrets[1] != secrets[2] == secrets[3], "of all nodes, but not of another launch"
+    assert len(secrets[0][0]) > 32 and secrets[0][0] != secrets[0][1], "another one at each start"
+
+
+def test_the_processes_of_one_node_meet_on_its_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "2", "NODEID": "0", "PROCID": "1", "LOCALID": "1"}
+    for variable, value in (job | {"JOB_NODELIST": "node[1-2]"}).items():
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+    given = place(SlurmJobEnvironment(), start(tmp_path, 0), nodes=1)  # the other node stays idle
+    assert (given["MASTER_ADDR"], given["WORLD_SIZE"], given["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", "2", "2")
 
 
 def fourth_process(folder: Path, child: str, asked: bool) -> int:

@@ -76,7 +76,7 @@ def voc2007(source: Path, seed: int) -> Found:
     unpacked into the same folder. A class that is there but difficult to see (0 in the list) is not counted."""
     root = first_there(source, "VOCdevkit/VOC2007/ImageSets", "VOC2007/ImageSets", "ImageSets").parent
     lists = root / "ImageSets/Main"
-    classes = sorted(path.name.removesuffix("_train.txt") for path in lists.glob("*_train.txt"))
+    classes = sorted(path.name.removesuffix("_train.txt") for path in lists.glob("[!.]*_train.txt"))
     if not classes:
         raise DataError(f"{lists} holds no CLASS_train.txt: unpack the data set anew.")
 

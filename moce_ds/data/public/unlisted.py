@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moce_ds.data.image_folder import list_files
 from moce_ds.data.listing import Listed
 from moce_ds.data.public.found import Found, draw, first_there, for_validation, read_lines
+from moce_ds.data.walk import ODD, list_files, unwanted
 from moce_ds.errors import DataError
 
 _CALTECH_TRAINING, _CALTECH_VALIDATION = 30, 5  # images of each class; the others are for testing
@@ -19,7 +19,8 @@ def caltech101(source: Path, seed: int) -> Found:
     class are drawn for training, five of them for validation, as the literature does."""
     root = first_there(source, "101_ObjectCategories", "caltech-101/101_ObjectCategories")
     # The background's folder ships a file that is no image.
-    paths = [file.path for file in list_files(root) if file.path.endswith(".jpg") and "/" in file.path]
+    files = [file for file in list_files(root) if file.size != ODD and not unwanted(file.path)]
+    paths = [file.path for file in files if file.path.endswith(".jpg") and "/" in file.path]
     images = [Listed(path, (path.rpartition("/")[0],)) for path in paths]
     test, drawn = draw(images, seed, lambda count: min(_CALTECH_TRAINING, count - 1))
     train, val = draw(drawn, seed, lambda count: min(_CALTECH_VALIDATION, count - 1))

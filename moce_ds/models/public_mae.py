@@ -1,0 +1,111 @@
+"""Encoders from files of the public MAE (facebookresearch/mae): "pretrain", "full", fine-tuned, and of its training.
+
+The names of the weights are ours. What a file does not say is taken from the public code: the heads from the sizes that
+it trains, the images' normalisation, and the centre crop.
+
+Axes: N patches, D width.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moce_ds.data.transform import ImageInput
+from moce_ds.errors import ArtefactError
+from moce_ds.files import sha256_of
+from moce_ds.models.vit import Encoder, ViTShape, check_state, timm_vit
+from moce_ds.models.warm_start import as_float32, is_decoder, read_file
+
+_READER = "ENCODER"
+_SIZES = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
+"""Heads of the public MAE's encoders by (width, blocks): ViT-B, ViT-L, ViT-H."""
+
+_CLASSIFIER = ("head.weight", "head.bias")
+_BLOCK = re.compile(r"^blocks\.(\d+)\.")
+_SHOWN = 5  # names of a foreign file that an error lists
+
+
+def public_encoder(path: Path, heads: int | None = None) -> Encoder:
+    """The encoder in a file of the public MAE, on the host; decoder and classifier are left out.
+
+    Args:
+        path: `.pth`, `.pt` or `.safetensors`; nothing in it is executed.
+        heads: attention heads, where the encoder is of no size that the public MAE trains.
+
+    Raises:
+        ArtefactError: the file cannot be read, holds no plain ViT by the names of the public MAE, or one whose heads
+            are not known; what was found and what was expected is said.
+    """
+    named = f"{_READER}: {path}"
+    found = read_file(path, _READER)
+    state = as_float32({n: t for n, t in found.items() if not is_decoder(n) and n not in _CLASSIFIER}, named)
+    shape = _shape(state, heads, named)
+    with torch.device("meta"):  # no second copy
+        model = timm_vit(shape)
+    check_state(model, state, named)
+    model.load_state_dict(state, assign=True)
+    input = _input(shape.image_size)
+    provenance = {"file": str(path), "sha256": sha256_of(path), "taken_for": _taken_for(shape, input)}
+    return Encoder(model.eval(), shape, input, provenance)
+
+
+def _input(size: int) -> ImageInput:
+    """The images of the public MAE's evaluation: ImageNet's normalisation; at more than 224 px nothing is cut off."""
+    return ImageInput(size, center_crop=0.875 if size <= 224 else 1.0)
+
+
+def _taken_for(shape: ViTShape, input: ImageInput) -> str:
+    """What the file does not say, in words."""
+    return (
+        f"taken for a ViT of the public MAE: width {shape.width}, {shape.depth} blocks, {shape.heads} heads; images of "
+        f"{input.size} px with ImageNet's mean and standard deviation, centre crop {input.center_crop}"
+    )
+
+
+def _shape(state: Mapping[str, Tensor], heads: int | None, named: str) -> ViTShape:
+    """The size of the encoder by its weights. Raises ArtefactError."""
+    names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    lacking = [name for name in names if name not in state]
+    if lacking:
+        shown = ", ".join(sorted(state)[:_SHOWN]) + (", ..." if len(state) > _SHOWN else "")
+        raise ArtefactError(
+            f"{named} holds no {' and no '.join(lacking)}; expected a ViT by the names of the public MAE, with its "
+            f"position table. Found: {shown or 'a decoder alone'}."
+        )
+    projection, positions, fc1 = (state[name] for name in names)
+    patches = positions.shape[1] - 1 if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, patches))
+    square = projection.ndim == 4 and projection.shape[1] == 3 and projection.shape[2] == projection.shape[3]
+    if not square or fc1.ndim != 2 or not patches or side**2 != patches or 0 in (*projection.shape, *fc1.shape):
+        raise ArtefactError(
+            f"{named} has patches {list(projection.shape)} and positions {list(positions.shape)}; expected "
+            "[D, 3, patch, patch] and [1, 1 + N, D], with N the square of the patches along an image."
+        )
+    width, patch = projection.shape[0], projection.shape[2]
+    depth = 1 + max(int(match[1]) for match in map(_BLOCK.match, state) if match)
+    shape = ViTShape(
+        image_size=side * patch,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=heads or _known_heads(width, depth, named),
+        pooled_norm="fc_norm.weight" in state,
+    ).with_hidden(fc1.shape[0])
+    if width % shape.heads:
+        raise ArtefactError(f"{named} has width {width}, which is no multiple of {shape.heads} heads.")
+    return shape
+
+
+def _known_heads(width: int, depth: int, named: str) -> int:
+    if (width, depth) not in _SIZES:
+        known = ", ".join(f"{w} x {blocks} ({count})" for (w, blocks), count in _SIZES.items())
+        raise ArtefactError(
+            f"{named} has width {width} and {depth} blocks, and its weights do not say how many attention heads. Known "
+            f"(heads): {known}. Give --heads to `moce features`, `knn` or `probe`; other verbs take the encoder folder "
+            "that `moce features` writes, OUT/encoder."
+        )
+    return _SIZES[width, depth]
