@@ -48,8 +48,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
     An existing `path` is moved aside first and removed last, and put back where the new one does not come.
+
+    Raises:
+        ArtefactError: `path` was not there when the block began, and another process has written it since.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    may_replace = path.exists()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -57,6 +61,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists():
+            if not may_replace:
+                raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
             os.replace(path, replaced)
         os.replace(temporary, path)
     finally:

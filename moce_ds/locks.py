@@ -10,6 +10,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from moce_ds.errors import ArtefactError
 from moce_ds.files import writes_to
 
+LOCK = ".lock"
+"""The lock file of a folder that one process writes at a time."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -39,7 +41,7 @@ def alone_in(folder: Path, busy: str) -> Iterator[None]:
     Raises:
         ArtefactError: another process does; `busy` says so. Or the folder cannot be written.
     """
-    lock = folder / ".lock"
+    lock = folder / LOCK
     with writes_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with locked(lock, busy, seconds=0):

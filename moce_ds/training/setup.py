@@ -1,10 +1,11 @@
 """From settings to everything a run needs before its first step."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,35 @@ def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredD
     if data is not None:
         found.append((f"experts.clusters: {config.experts.clusters}", "clusters_hash", data.clusters.hash))
     refuse_other(config.run.out, found, f"start another run: run.init_from={config.run.out}")
+
+
+def check_same_settings(config: AnySettings) -> None:
+    """Refuse to go on with settings that differ from those of the newest checkpoint, whatever config.yaml says by now.
+
+    Raises:
+        ConfigError: settings that define the experiment are listed.
+    """
+    checkpoint = _newest_readable(config.run.out)
+    if checkpoint is None:
+        return
+    now = configuration.to_tree(config)
+    changed = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    if forbidden := sorted(forbidden_changes(set(changed), type(config))):
+        listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in forbidden)
+        raise ConfigError(
+            f"{config.run.out} was trained with other settings up to step {checkpoint.step}:\n{listed}\n"
+            f"Put {config.run.out / 'config.yaml'} back as the run wrote it, or give another run.out."
+        )
+
+
+def _filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The old values of the new keys, and the new ones of those that an earlier version did not have."""
+    return {
+        key: _filled(old[key], value)
+        if isinstance(value, dict) and isinstance(old.get(key), dict)
+        else old.get(key, value)
+        for key, value in new.items()
+    }
 
 
 def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -> None:
@@ -243,7 +273,9 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
     if source is None:
         weights, said = dict(fresh), "Starting from random weights."
     else:
-        weights, said = read_weights(source), f"Starting from {source}."
+        weights, said = read_weights(source, config.run.replace_positions), f"Starting from {source}."
+        if config.run.replace_positions:
+            said += " Its position tables are replaced by fixed sine-cosine ones."
         if lacks_decoder(weights):
             weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
             said = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."

@@ -25,7 +25,7 @@ from moce_ds.training.engine import set_lr, wrap
 from moce_ds.training.metrics import measures
 from moce_ds.training.schedule import Schedule, schedule_of
 from moce_ds.training.settings import BatchArithmetic, shared_batch
-from moce_ds.training.setup import check_run, keep_settings, refuse_other
+from moce_ds.training.setup import check_run, check_same_settings, keep_settings, refuse_other
 from moce_ds.training.steward import Steward, steward_of
 from moce_ds.tuning.feed import feed
 from moce_ds.tuning.result import RESULT, read_result, result_text
@@ -70,6 +70,7 @@ def tune(task: Task, config: TuneSettings, runtime: Runtime) -> Measures | None:
     with runtime.together():
         check_run(config)
         refuse_other(out, [("The task", "task_fingerprint", task.fingerprint)], "choose another folder for another run")
+        check_same_settings(config)
     if runtime.max([float((out / RESULT).exists())])[0]:
         runtime.say(f"{out} is complete.")
         return dict(read_result(out)["measures"])

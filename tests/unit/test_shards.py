@@ -28,6 +28,7 @@ from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.files import sha256_of
+from moce_ds.locks import alone_in
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)
 
@@ -229,6 +230,16 @@ def test_impossible_tasks_are_refused(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="images_per_shard"):
         load(ShardSettings, overrides=["images_per_shard=0"])
+
+
+def test_two_at_once_into_one_folder(images: Path, tmp_path: Path) -> None:
+    """The second is refused in words and harms nothing; afterwards it finds the set complete."""
+    out = tmp_path / "out"
+    with alone_in(out, "busy"), pytest.raises(ArtefactError, match=f"{out} is being written by another process"):
+        write_shards(images, out, SMALL)
+    assert list(out.iterdir()) == []
+    assert not write_shards(images, out, SMALL).already_complete
+    assert write_shards(images, out, SMALL).already_complete and not (out / ".lock").exists()
 
 
 def test_dali_reads_the_same_through_the_index(written: Path) -> None:
