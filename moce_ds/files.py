@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
@@ -15,6 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from moce_ds.drafts import draft_of, put_in_place, restore
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.machine import reason
 
@@ -34,7 +36,7 @@ _DAMAGE = (
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = draft_of(path)
     try:
         yield temporary
         sync(temporary)
@@ -47,29 +49,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
-    An existing `path` is moved aside first and removed last, and put back where the new one does not come.
+    An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
+    leaves it aside, and the next process that asks for it puts it back (`drafts`).
 
     Raises:
         ArtefactError: `path` was not there when the block began, and another process has written it since.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    restore(path)
     may_replace = path.exists()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
+    temporary = draft_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        if path.exists():
-            if not may_replace:
-                raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
-            os.replace(path, replaced)
-        os.replace(temporary, path)
+        if path.exists() and not may_replace:
+            raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
+        put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not path.exists():  # stopped between the two
-            os.replace(replaced, path)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -135,6 +133,21 @@ def save_array(path: Path, array: np.ndarray) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as opened:
         # numpy writes to what it takes for a file with C's stdio, and then misses what a full disk says at its end.
         np.lib.format.write_array(SimpleNamespace(write=opened.write), array, allow_pickle=False)
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, Tensor | np.ndarray]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a `.safetensors` file of tensors of the host, all of torch or all of numpy, as readable as the umask lets
+    it be: the library itself gives files to their owner alone. Raises OSError, or SafetensorError with its text."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
 
 
 def check_writable(path: Path) -> None:

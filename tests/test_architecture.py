@@ -19,6 +19,7 @@ BASE = {
     "machine",
     "place",
     "interrupts",
+    "drafts",
     "command_line",
     "files",
     "checksums",
@@ -71,6 +72,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "faiss": ("moce_ds.clustering.kmeans",),
     "submitit": ("launchers",),
     "datasets": ("moce_ds.data.saved_dataset",),
+    "safetensors.torch.save_file": ("moce_ds.files",),  # which gives files the usual mode
+    "safetensors.numpy.save_file": ("moce_ds.files",),
     "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises
 }
 

@@ -22,6 +22,7 @@ from moce_ds.clustering.clusters import findings as clusters_findings
 from moce_ds.clustering.store import FeatureSet
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
+from moce_ds.drafts import restore
 from moce_ds.encoder_folder import PROVENANCE, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_json, read_record, reads_from, sha256_of, valid_record
@@ -121,6 +122,7 @@ def _encoder_record(path: Path) -> _EncoderRecord:
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
     """Kind and reader of an artefact, by the file that marks it."""
+    restore(path)
     marks: list[tuple[str, str, Callable[[Path], Rows]]] = [
         ("shards.json", "shard set", _shards),
         ("features.json", "features", _features),

@@ -6,8 +6,6 @@ which on a machine without a GPU has to share the cores with the writing.
 """
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 
 from moce_ds.checkpoint_files import Checkpoint, step_folder
+from moce_ds.drafts import scratch_folder
 from moce_ds.runtime import Runtime, started
 from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import load_checkpoint
@@ -44,20 +43,16 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
         vit: encoder by timm's name; `vit_base_patch16_224` with the default decoder makes 1.3 GB.
         folder: on the disk to measure; what is written there is removed again.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=".moce-bench-", dir=folder))
-    try:
-        with started() as runtime:
-            config = PretrainSettings(
-                model=ModelSettings(vit=vit),
-                data=DataSettings(shards=scratch / "none"),
-                run=PretrainRunSettings(out=scratch / "run", keep_checkpoints=1),
-            )
-            bench = _Rounds(config, runtime, scratch)
-            with Saver(bench.engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:
-                for turn in range(repeats + 1):  # the first warms up
-                    bench.round(saver, 2 * turn + 1)
-    finally:
-        shutil.rmtree(scratch)
+    with scratch_folder(folder) as scratch, started() as runtime:
+        config = PretrainSettings(
+            model=ModelSettings(vit=vit),
+            data=DataSettings(shards=scratch / "none"),
+            run=PretrainRunSettings(out=scratch / "run", keep_checkpoints=1),
+        )
+        bench = _Rounds(config, runtime, scratch)
+        with Saver(bench.engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:
+            for turn in range(repeats + 1):  # the first warms up
+                bench.round(saver, 2 * turn + 1)
     seconds, size = bench.medians(), bench.size
     raw = {"raw write": "raw write", "save": "raw write", "raw read": "raw read", "load": "raw read"}
     rows = [

@@ -1,7 +1,6 @@
 """Loading: the DALI pipeline against PIL and torchvision on the same files, decode to normalised 224 px crop."""
 
 import io
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
+from moce_ds.drafts import scratch_folder
 
 _PHOTO = (500, 375)  # width and height of a typical ImageNet file
 
@@ -33,10 +33,10 @@ def bench_load(images: int, threads: int, repeats: int, device: torch.device) ->
         transforms.ToTensor(),
         transforms.Normalize(input.mean, input.std),
     ])  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="moce-bench-") as scratch:
-        _write_photos(Path(scratch) / "photos", images)
-        write_shards(Path(scratch) / "photos", Path(scratch) / "shards", ShardSettings())
-        shards = ShardSet.open(Path(scratch) / "shards")
+    with scratch_folder() as scratch:
+        _write_photos(scratch / "photos", images)
+        write_shards(scratch / "photos", scratch / "shards", ShardSettings())
+        shards = ShardSet.open(scratch / "shards")
         sampler = SequentialSampler(0, shards.count, 64)
 
         def with_pil() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.multiprocessing import spawn
 
 from moce_ds.bench.timing import keep_freed_memory
+from moce_ds.drafts import scratch_folder
 from moce_ds.rendezvous import host_on_loopback
 from moce_ds.runtime import started
 from moce_ds.sealing import SECRET, new_secret
@@ -22,8 +22,8 @@ def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:
     Args:
         work: a function of a module, which all processes call; what it returns must be plain data.
     """
-    with tempfile.TemporaryDirectory(prefix="moce-bench-") as scratch:
-        file = Path(scratch) / "returned.json"
+    with scratch_folder() as scratch:
+        file = scratch / "returned.json"
         store = host_on_loopback()
         given = {"MASTER_PORT": str(store.port), SECRET: new_secret()}
         spawn(_work, (count, given, str(file), work, arguments), nprocs=count)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from moce_ds import encoder_folder
 from moce_ds.checksums import (
@@ -31,8 +31,9 @@ from moce_ds.checksums import (
     write_checked,
 )
 from moce_ds.clustering.store import ENCODER, check_encoder
+from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, load_array, reads_from, save_array
+from moce_ds.files import atomic_file, load_array, reads_from, save_array, save_tensors
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
@@ -137,7 +138,7 @@ class Clusters:
         known = {name: getattr(self, name) for name in _TENSORS | _LATER}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
         with atomic_file(folder / TENSORS) as temporary:
-            save_file(tensors, temporary)
+            save_tensors(temporary, tensors)
         left_out = {*known, "files"}
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         record["files"] = records_of(folder, [name for name in names_below(folder) if name != RECORD])
@@ -151,6 +152,7 @@ class Clusters:
         Raises:
             ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
         """
+        restore(folder)
         path = folder / RECORD
         record = vars(read_checked(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
         stated = record.pop("hash")

@@ -7,17 +7,16 @@ Axes: H x W pixels of an image.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from moce_ds.command_line import warn
-from moce_ds.data.image_file import NOT_AN_IMAGE, Rejected, read_rgb, suffixes, upright_size
+from moce_ds.data.class_mask import Colour, check_mask_header, read_mask
+from moce_ds.data.image_file import MAX_PIXELS, NOT_AN_IMAGE, Rejected, read_rgb, suffixes, upright_size
 from moce_ds.data.left_out import told_left_out
 from moce_ds.data.walk import ODD, list_folder, why_odd
 from moce_ds.errors import DataError
@@ -26,21 +25,20 @@ from moce_ds.text import in_line
 IGNORED = 255
 """The label of pixels that count for nothing."""
 
-_BYTES = ("L", "P")
-"""Pillow's modes of 8 bits a pixel; the colours of a palette say nothing."""
-
 
 @dataclass(frozen=True)
 class Ade20kSet:
-    """An opened set: its image files, sorted; the folder of their masks; and `classes`, K."""
+    """An opened set: its image files, sorted; the folder of their masks; and `classes`, K. Larger images than
+    `max_pixels` are refused."""
 
     images: list[Path]
     masks: Path
     classes: int
     reduce_zero_label: bool
+    max_pixels: int = MAX_PIXELS
 
     @classmethod
-    def open(cls, folder: Path, classes: int, reduce_zero_label: bool) -> "Ade20kSet":
+    def open(cls, folder: Path, classes: int, reduce_zero_label: bool, max_pixels: int = MAX_PIXELS) -> "Ade20kSet":
         """Open `folder` with images/ and annotations/ inside; or images/NAME, whose masks are in annotations/NAME.
 
         Raises:
@@ -56,7 +54,7 @@ class Ade20kSet:
                     "with images/NAME given and annotations/NAME beside it."
                 )
         files = _pairs(images, masks)
-        return cls(files, masks, classes, reduce_zero_label)
+        return cls(files, masks, classes, reduce_zero_label, max_pixels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,31 +62,41 @@ class Ade20kSet:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over names and sizes of all files."""
-        files = [*self.images, *(self.masks / f"{image.stem}.png" for image in self.images)]
+        files = [*self.images, *map(self._mask_of, self.images)]
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
     def check_headers(self) -> None:
-        """Look at the headers of all images and masks; what their pixels hold is seen by `read` alone.
+        """Look at the headers of all images and masks, which takes seconds; what their pixels hold is seen by `read`.
 
         Raises:
-            DataError: one cannot be read, their sizes differ, or a mask is not of 8 bits.
+            DataError: one cannot be read, their sizes differ, or a mask is of a kind in which classes cannot be told.
         """
         for image in self.images:
-            path = self.masks / f"{image.stem}.png"
-            with _opened(path) as mask:
-                _check_fit(path, mask, upright_size(image))
+            check_mask_header(self._mask_of(image), upright_size(image, self.max_pixels))
 
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.
 
         Raises:
-            DataError: one of them cannot be read, their sizes differ, or a label is beyond the classes.
+            DataError: one of them cannot be read, their sizes differ, a label is beyond the classes, or the mask is of
+                a kind in which classes cannot be told.
         """
-        image = read_rgb(self.images[number])
-        path = self.masks / f"{self.images[number].stem}.png"
-        with _opened(path) as mask:
-            _check_fit(path, mask, image.size)
-            labels_HW = np.array(mask)
+        image, labels_HW, _ = self._read(number)
+        return image, labels_HW
+
+    def look(self, number: int) -> tuple[str, dict[int, Colour]]:
+        """Read image number `number` and its mask; the mask's file, and the colours in it (see `Palettes`).
+
+        Raises:
+            DataError: as `read`.
+        """
+        return str(self._mask_of(self.images[number])), self._read(number)[2]
+
+    def _read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8], dict[int, Colour]]:
+        image = read_rgb(self.images[number], self.max_pixels)
+        path = self._mask_of(self.images[number])
+        mask = read_mask(path, image.size)
+        labels_HW = mask.values_HW
         if self.reduce_zero_label:
             labels_HW = labels_HW - 1  # of 8 bits, so 0 becomes 255
         if (beyond := labels_HW[(labels_HW >= self.classes) & (labels_HW != IGNORED)]).size:
@@ -96,7 +104,10 @@ class Ade20kSet:
                 f"{path} holds the class {int(beyond.max()) + self.reduce_zero_label}; data.classes={self.classes} "
                 f"{'from 1' if self.reduce_zero_label else 'from 0'} were expected."
             )
-        return image, labels_HW
+        return image, labels_HW, mask.colours
+
+    def _mask_of(self, image: Path) -> Path:
+        return self.masks / f"{image.stem}.png"
 
 
 def _pairs(images: Path, masks: Path) -> list[Path]:
@@ -127,21 +138,3 @@ def _pairs(images: Path, masks: Path) -> list[Path]:
     if odd:
         warn(f"WARNING: {images}: {len(odd)} of {len(odd) + len(found)} files are left out:{told_left_out(odd)}")
     return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """A mask, not decoded yet. Raises DataError, also for what Pillow raises in the block."""
-    try:
-        with Image.open(path) as mask:
-            yield mask
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise DataError(f"{path} is no mask that can be read ({error}).") from None
-
-
-def _check_fit(path: Path, mask: Image.Image, size: tuple[int, int]) -> None:
-    if mask.mode not in _BYTES or mask.size != size:
-        raise DataError(
-            f"{path} holds {mask.width} x {mask.height} pixels of Pillow's mode {mask.mode!r}; expected 8 bits (L, P) "
-            f"for each of the {size[0]} x {size[1]} pixels of its image."
-        )

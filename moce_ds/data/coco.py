@@ -1,51 +1,35 @@
 """Images with boxes and masks in COCO's format: a folder of images and one JSON file of annotations.
 
-Everything that can be seen in the JSON is checked when the set is opened, so that a fault is told before training and
-not hours into it.
+Everything that can be seen in the JSON is checked when the set is opened (`coco_checks`), so that a fault is told
+before training and not hours into it.
 
 Axes: H x W pixels of an image.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from moce_ds.data.coco_api import segmentation_fault, unpack
-from moce_ds.data.image_file import read_rgb, upright_size
+from moce_ds.data.coco_api import unpack
+from moce_ds.data.coco_checks import (
+    CocoImage,
+    CocoObject,
+    check_files,
+    check_ids,
+    check_images,
+    check_object,
+    emptiness,
+    told_empty,
+)
+from moce_ds.data.image_file import MAX_PIXELS, read_rgb, upright_size
 from moce_ds.errors import DataError
-
-_SLACK = 2.0  # pixels by which a box may leave its image: rounding
-
-
-@dataclass(frozen=True)
-class CocoImage:
-    """An image of the JSON file, sizes in pixels."""
-
-    id: int
-    file_name: str
-    width: Annotated[int, Field(gt=0)]
-    height: Annotated[int, Field(gt=0)]
-
-
-@dataclass(frozen=True)
-class CocoObject:
-    """An annotation of the JSON file; `bbox` is x, y, width, height in pixels, `segmentation` polygons or RLE, `area`
-    that of the mask."""
-
-    id: int
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    segmentation: Any = None
-    iscrowd: int = 0
-    area: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +55,9 @@ class CocoSet:
         images: all of them, by id.
         objects: for each image its objects, in the file's order; crowds too.
         categories: names by the file's category id, by rising id: their order gives the labels 0, 1, ...
+        max_pixels: larger images are refused.
+        empty: by id, objects with nothing to learn from and why; they count in the average precision as the file says.
+        warning: what is to be said of them, if there are some.
     """
 
     path: Path
@@ -78,30 +65,40 @@ class CocoSet:
     images: list[CocoImage]
     objects: list[list[CocoObject]]
     categories: dict[int, str]
+    max_pixels: int
+    empty: dict[int, str]
+    warning: str | None
 
     @classmethod
-    def open(cls, path: Path, folder: Path) -> "CocoSet":
+    def open(cls, path: Path, folder: Path, max_pixels: int = MAX_PIXELS) -> "CocoSet":
         """Read and check a set.
 
         Raises:
-            DataError: the JSON is not COCO's; an id appears twice; an image is not there; an annotation, which is then
-                named, has an unknown image or category, a box that leaves the image, no segmentation, or one that
-                cannot be.
+            DataError: the JSON is not COCO's; an id appears twice; an image is not there, lies outside of the folder,
+                or is larger than `max_pixels`; an annotation, which is then named, has an unknown image or category, a
+                box or a corner that leaves the image, no segmentation, or one that cannot be; or in more than a tenth
+                of the annotations there is nothing to learn from.
         """
         content = _read(path)
         for kind, things in (("images", content.images), ("categories", content.categories)):
             if not things:
                 raise DataError(f"{path}: `{kind}` is empty; expected at least one.")
-            _check_ids(path, kind, [thing.id for thing in things])
-        _check_ids(path, "annotations", [thing.id for thing in content.annotations])
+            check_ids(path, kind, [thing.id for thing in things])
+        check_ids(path, "annotations", [thing.id for thing in content.annotations])
         images = sorted(content.images, key=lambda image: image.id)
-        _check_files(path, folder, images)
+        check_images(path, images, max_pixels)
+        check_files(path, folder, images)
         categories = {c.id: c.name for c in sorted(content.categories, key=lambda c: c.id)}
-        by_id, objects = {image.id: image for image in images}, defaultdict(list)
+        by_id, objects, empty = {image.id: image for image in images}, defaultdict(list), {}
         for thing in content.annotations:
-            _check_object(path, thing, by_id.get(thing.image_id), categories)
+            check_object(path, thing, by_id.get(thing.image_id), categories)
             objects[thing.image_id].append(thing)
-        return cls(path, folder, images, [objects[image.id] for image in images], categories)
+            if why := emptiness(thing, by_id[thing.image_id]):
+                empty[thing.id] = why
+        warning = told_empty(path, empty, len(content.annotations))
+        return cls(
+            path, folder, images, [objects[image.id] for image in images], categories, max_pixels, empty, warning
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -113,8 +110,12 @@ class CocoSet:
 
     @property
     def with_objects(self) -> list[int]:
-        """Numbers of the images that have an object to learn from, which is no crowd."""
-        return [n for n, objects in enumerate(self.objects) if any(not thing.iscrowd for thing in objects)]
+        """Numbers of the images that have an object to learn from."""
+        return [n for n in range(len(self)) if self.to_learn(n)]
+
+    def to_learn(self, number: int) -> list[CocoObject]:
+        """The objects of image number `number` to learn from: no crowds, and none that is empty."""
+        return [thing for thing in self.objects[number] if not thing.iscrowd and thing.id not in self.empty]
 
     @property
     def truth(self) -> dict[str, Any]:
@@ -131,14 +132,18 @@ class CocoSet:
             ],
         }
 
+    def look(self, number: int) -> None:
+        """Read image number `number`. Raises DataError as `image`."""
+        self.image(number)
+
     def check_sizes(self) -> None:
         """Look at the headers of all images. Raises DataError: one is no image, or its size is not the JSON's."""
         for image in self.images:
-            self._check_size(image, upright_size(self.folder / image.file_name))
+            self._check_size(image, upright_size(self.folder / image.file_name, self.max_pixels))
 
     def image(self, number: int) -> Image.Image:
         """Image number `number`, RGB. Raises DataError: it cannot be read, or its size is not the JSON's."""
-        image = read_rgb(self.folder / self.images[number].file_name)
+        image = read_rgb(self.folder / self.images[number].file_name, self.max_pixels)
         self._check_size(self.images[number], image.size)
         return image
 
@@ -146,7 +151,7 @@ class CocoSet:
         if size != (told.width, told.height):
             raise DataError(
                 f"{self.folder / told.file_name} has {size[0]} x {size[1]} pixels; {self.path} says "
-                f"{told.width} x {told.height}."
+                f"{told.width} x {told.height}. Both are expected to be of the image as its EXIF turns it."
             )
 
     def mask(self, number: int, thing: CocoObject) -> NDArray[np.uint8]:
@@ -169,7 +174,7 @@ def _read(path: Path) -> _Content:
             f"{path}: {where}{_id_at(content, fault['loc'])}: {fault['msg']} ({error.error_count()} faults); expected "
             "COCO's format."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): expected COCO's instances.") from None
 
 
@@ -179,39 +184,3 @@ def _id_at(content: Any, place: tuple[int | str, ...]) -> str:
         return ""
     entry = content[place[0]][place[1]]
     return f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
-
-
-def _check_ids(path: Path, kind: str, ids: list[int]) -> None:
-    for most, times in Counter(ids).most_common(1):
-        if times > 1:
-            raise DataError(f"{path}: {kind}: {times} have the id {most}; expected another id for each.")
-
-
-def _check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder: expected the images of {path}.")
-    there = {file.name for file in folder.iterdir()}
-    missing = [i for i in images if i.file_name not in there and not (folder / i.file_name).is_file()]
-    if missing:
-        first = missing[0]
-        raise DataError(
-            f"{folder / first.file_name} not found: {path} has it as image {first.id}; {len(missing)} of {len(images)} "
-            "images are missing. Give the folder that holds them."
-        )
-
-
-def _check_object(path: Path, thing: CocoObject, image: CocoImage | None, categories: dict[int, str]) -> None:
-    where = f"{path}: annotation {thing.id}"
-    if image is None:
-        raise DataError(f"{where} belongs to image {thing.image_id}, which is not among `images`.")
-    if thing.category_id not in categories:
-        raise DataError(f"{where} has category {thing.category_id}, which is not among `categories`.")
-    x, y, width, height = thing.bbox
-    inside = x >= -_SLACK and y >= -_SLACK and x + width <= image.width + _SLACK and y + height <= image.height + _SLACK
-    if not inside or width < 0 or height < 0:
-        raise DataError(
-            f"{where}: box {[x, y, width, height]} (x, y, width, height) leaves its image {image.file_name} of "
-            f"{image.width} x {image.height} pixels."
-        )
-    if fault := segmentation_fault(thing.segmentation, image.height, image.width):
-        raise DataError(f"{where}: segmentation {fault}.")

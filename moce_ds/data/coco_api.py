@@ -24,21 +24,46 @@ SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six numbers of pycocotools' summary, 0 to 1; -1 where the set has no such object."""
 
 
-def segmentation_fault(shape: Any, height: int, width: int) -> str | None:
+_LONGEST_OUTLINE = 1_000_000  # pixels, of all polygons of an object; unpacking takes a hundred bytes for each
+_MOST_POLYGONS = 10_000  # of an object; each is merged with all before it
+_LARGEST_SHIFT = 60  # bits of a run in a packed RLE; a longer one would take a time of its own
+
+
+def segmentation_fault(shape: Any, height: int, width: int, slack: float) -> str | None:
     """What is wrong with the segmentation of an object on an image of this size, without unpacking it; None: nothing.
 
-    pycocotools fails on most of it, but takes some for boxes and some for masks of another size.
+    Takes a time in proportion to its length. pycocotools fails on most of it, but takes some for boxes and some for
+    masks of another size; what lies far outside of the image takes all memory there is, or ends the process.
+
+    Args:
+        shape: polygons or RLE.
+        height, width: of the image.
+        slack: pixels by which corners may leave it.
     """
     if shape is None:
         return "is missing; masks are learnt and measured, so boxes alone do not do"
     if not _is_rle(shape):
-        return None if _is_polygons(shape) else "is neither polygons, of three points or more, nor RLE"
-    if shape["size"] != [height, width]:
+        if not _is_polygons(shape):
+            return "is neither polygons, of three points or more, nor RLE"
+        return _outline_fault(shape, height, width, slack)
+    if not isinstance(shape["size"], list) or shape["size"] != [height, width]:
         return f"is of height and width {shape['size']}; its image has {[height, width]}"
-    runs = _runs(shape["counts"]) if isinstance(shape["counts"], str) else shape["counts"]
+    runs = _runs_of(shape)
     if not set(map(type, runs)) <= {int} or min(runs, default=0) < 0 or sum(runs) != height * width:
         return f"is RLE whose runs do not add up to the {height} x {width} pixels of its image"
     return None
+
+
+def polygons_of(shape: Any) -> list[list[float]] | None:
+    """The polygons of a segmentation without a fault; None where it is RLE."""
+    return None if _is_rle(shape) else shape
+
+
+def has_pixels(shape: Any, height: int, width: int) -> bool:
+    """Whether a segmentation without a fault covers a pixel of its image."""
+    if _is_rle(shape):
+        return any(_runs_of(shape)[1::2])
+    return bool(masks.area(masks.frPyObjects(shape, height, width)).any())
 
 
 def _is_rle(shape: Any) -> bool:
@@ -54,20 +79,50 @@ def _is_polygons(shape: Any) -> bool:
             and len(points) >= 6
             and len(points) % 2 == 0
             and set(map(type, points)) <= {int, float}
-            and math.isfinite(sum(points))
+            and _are_finite(points)
             for points in shape
         )
     )
 
 
-def _runs(text: str) -> list[int]:
+def _are_finite(numbers: list[float]) -> bool:
+    try:
+        return math.isfinite(sum(numbers))
+    except OverflowError:  # a whole number beyond any other
+        return False
+
+
+def _outline_fault(polygons: list[list[float]], height: int, width: int, slack: float) -> str | None:
+    """What is wrong with the place or the size of polygons."""
+    for points in polygons:
+        for name, ends, length in (("x", points[0::2], width), ("y", points[1::2], height)):
+            for end in (min(ends), max(ends)):
+                if not -slack <= end <= length + slack:
+                    return f"has a corner of {name} {end:g}, outside of its image of {width} x {height} pixels"
+    if len(polygons) > _MOST_POLYGONS:
+        return f"has {len(polygons)} polygons; expected {_MOST_POLYGONS} at most"
+    if sum(map(len, polygons)) // 2 * max(height, width) > _LONGEST_OUTLINE:  # then it may be too long
+        corners = (np.array(points, np.float64).reshape(-1, 2) for points in polygons)
+        outline = sum(np.abs(c - np.roll(c, 1, axis=0)).max(axis=1).sum() for c in corners)
+        if outline > _LONGEST_OUTLINE:
+            return f"has an outline of {outline:.0f} pixels; expected {_LONGEST_OUTLINE} at most"
+    return None
+
+
+def _runs_of(shape: dict[str, Any]) -> Any:
+    """The lengths of the runs of an RLE; of a text that is none, at least one is negative."""
+    counts = shape["counts"]
+    return _unpacked_runs(counts) if isinstance(counts, str) else counts
+
+
+def _unpacked_runs(text: str) -> list[int]:
     """The lengths of the runs that a packed RLE holds: numbers of 5 bits a character, each from the third on less the
-    one before the last. Of a text that is none, at least one is negative."""
+    one before the last."""
     runs: list[int] = []
     number, shift = 0, 0
     for character in text:
         bits = ord(character) - 48
-        if not 0 <= bits < 64:
+        if not 0 <= bits < 64 or shift > _LARGEST_SHIFT:
             return [-1]
         number |= (bits & 31) << shift
         shift += 5

@@ -1,31 +1,23 @@
-"""Strict readings of JPEG and PNG containers.
+"""A strict reading of JPEG containers; that of PNG is in `png_file`.
 
 Pillow forgives faults that end a DALI pipeline or that make DALI turn an image the other way. Fuzzing showed what
-counts: stray bytes between the segments of a JPEG, faults in the first table of its EXIF, and chunks of a PNG.
+counts: stray bytes between the segments of a JPEG, and faults in the first table of its EXIF.
 """
 
 import struct
-import zlib
 
 # Bytes of a value of each TIFF type, 1 to 12.
 _TIFF_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8), start=1))
 _ORIENTATION = 0x0112
-
-
-def is_flawless_png(data: bytes) -> bool:
-    """Whether a PNG is whole chunks with right checksums up to IEND."""
-    position, kind = 8, b""
-    while position + 12 <= len(data) and kind != b"IEND":
-        (length,) = struct.unpack_from(">I", data, position)
-        kind, end = data[position + 4 : position + 8], position + 8 + length
-        if data[end : end + 4] != zlib.crc32(data[position + 4 : end]).to_bytes(4, "big"):
-            return False
-        position = end + 4
-    return kind == b"IEND"
+_FRAMES = range(0xFFC0, 0xFFD0)
+_OTHER_TABLES = (0xFFC4, 0xFFC8, 0xFFCC)  # among them: Huffman tables, a reserved marker, arithmetic conditioning
+_COMMON_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)
+"""Baseline, extended and progressive with Huffman codes; not every decoder knows arithmetic codes or lossless."""
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """EXIF orientation of a JPEG, 1 without any; None where its header or its EXIF has a fault."""
+    """EXIF orientation of a JPEG, 1 without any; None where its header or its EXIF has a fault, or its coding is one of
+    those that are never used."""
     exif: list[int | None] = []
     position = 2
     while position + 4 <= len(data):
@@ -33,6 +25,8 @@ def jpeg_orientation(data: bytes) -> int | None:
         if marker == 0xFFDA:  # start of scan: the header is over
             return (exif or [1])[0] if len(exif) <= 1 else None
         if not 0xFFC0 <= marker <= 0xFFFE or length < 2:
+            return None
+        if marker in _FRAMES and marker not in (*_COMMON_FRAMES, *_OTHER_TABLES):
             return None
         segment = data[position + 4 : position + 2 + length]
         if marker == 0xFFE1 and segment.startswith(b"Exif"):

@@ -2,18 +2,28 @@
 
 What goes into a shard must be decoded by DALI as Pillow decodes it here, since one image that is not ends a DALI
 pipeline. Plain 8-bit JPEG and PNG are stored byte for byte; all else that Pillow reads becomes an RGB PNG.
+
+How large an image may be is decided here, in place of Pillow's own limit.
 """
 
 import io
+import os
+import re
+import stat
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from moce_ds.data.containers import is_flawless_png, jpeg_orientation, known_orientation
+from moce_ds.data import png_file
+from moce_ds.data.containers import jpeg_orientation, known_orientation
+from moce_ds.data.png_file import Png
 from moce_ds.errors import DataError
 
 EMPTY = "empty"
@@ -23,15 +33,20 @@ DAMAGED = "damaged"
 TOO_LARGE = "too large"
 UNREADABLE = "unreadable"
 
+MAX_PIXELS = 100_000_000
+"""Pixels of an image where no setting says otherwise; a larger one may be a decompression bomb."""
+MAX_SIDE = 1_000_000
+"""Pixels of a side; libpng, and so DALI, takes no more."""
+
 # Formats with a signature that Pillow decodes by itself. Left out: those it hands to another program (EPS, WMF) and
 # those that any bytes can be taken for (TGA).
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
-# What Pillow's decoders were seen to raise on damaged files; they have no common base.
-_DECODER_FAULTS = (
+DECODER_FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError,
     EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
+"""What Pillow's decoders were seen to raise on damaged files; they have no common base."""
 
 # EXIF orientation -> what brings the image upright. Pillow's own exif_transpose also rewrites the EXIF and fails
 # where that is damaged elsewhere.
@@ -71,37 +86,122 @@ def suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, format in Image.EXTENSION.items() if format in _FORMATS)
 
 
-def examine(path: Path) -> Accepted | Rejected:
-    """Decode the image at `path`; never raises. Pillow's own pixel limit holds where its warning is an error."""
+def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
+    """Decode the image at `path`; never raises."""
     try:
-        with open(path, "rb") as opened:
-            return _decide(opened)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
-        return Rejected(TOO_LARGE, str(fault))
-    except _DECODER_FAULTS as fault:
+        with _opened(path) as file, pixel_limit(max_pixels):
+            return _decide(file)
+    except DECODER_FAULTS as fault:
         # Only the operating system sets errno; Pillow's own OSErrors are about the content.
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault
         return Rejected(reason, f"{type(fault).__name__}: {detail}")
+    except Image.DecompressionBombError as fault:
+        return Rejected(TOO_LARGE, _excess(fault, max_pixels))
 
 
-def read_rgb(path: Path) -> Image.Image:
+def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = False) -> Image.Image:
+    """An image that was accepted with this `size` (width, height), upright and RGB.
+
+    Args:
+        strictly: look for missing pixels, as is done before an image is accepted; earlier versions did not.
+
+    Raises:
+        DataError: it is of another size, or no whole image; the message begins with `name`.
+    """
+    try:
+        with pixel_limit(size[0] * size[1]):
+            file = io.BytesIO(data)
+            opened = open_image(file)
+            png = _png_in(opened, file) if strictly else None
+            image = to_rgb(opened)
+        fault = (png and png.pixel_fault) or f"{image.width} x {image.height} pixels" * (image.size != size)
+    except (*DECODER_FAULTS, Image.DecompressionBombError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise DataError(
+            f"{name} is not a whole image of {size[0]} x {size[1]} pixels ({fault}), although it was written as one. "
+            "An earlier version may have taken it: write the set again with `moce shards`, into another folder, which "
+            "leaves such images out."
+        )
+    return image
+
+
+def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image at `path`, upright and RGB. Raises DataError."""
-    try:
-        with open(path, "rb") as opened:
-            return to_rgb(open_image(opened))
-    except _DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
+    with _image_at(path, max_pixels) as (image, file):
+        if (png := _png_in(image, file)) and (fault := png.pixel_fault):
+            raise ValueError(fault)
+        return to_rgb(image)
 
 
-def upright_size(path: Path) -> tuple[int, int]:
+def upright_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of the image at `path` as `read_rgb` gives it, from its header. Raises DataError."""
+    with _image_at(path, max_pixels) as (image, _):
+        return upright(image)
+
+
+def upright(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image once it is turned as its EXIF says."""
+    return image.size[::-1] if _orientation(image) in _LYING else image.size
+
+
+@contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """In this block Pillow opens images of so many pixels without a word, and larger ones not at all.
+
+    Raises:
+        PIL.Image.DecompressionBombError: an image is larger.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels / 2  # type: ignore[assignment]  # it warns above this and raises above twice this
     try:
-        with open(path, "rb") as opened:
-            image = open_image(opened)
-            return image.size[::-1] if _orientation(image) in _LYING else image.size
-    except _DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no image that can be read ({type(fault).__name__}: {fault}).") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
+def _image_at(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """The image at `path`, undecoded, and its file. Raises DataError, also for what decoding in the block raises."""
+    try:
+        with _opened(path) as file, pixel_limit(max_pixels):
+            yield open_image(file), file
+    except Image.DecompressionBombError as fault:
+        raise DataError(
+            f"{path}: {_excess(fault, max_pixels)}. Make it smaller, or allow more with data.max_pixels."
+        ) from None
+    except DECODER_FAULTS as fault:
+        raise DataError(f"{path} is no image that can be read ({in_words(fault)}).") from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; a pipe, on which opening would wait, is refused with OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("not a regular file")
+        yield file
+
+
+def file_content(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError."""
+    with _opened(path) as file:
+        return file.read()
+
+
+def in_words(fault: BaseException) -> str:
+    """What a decoder has raised. Pillow names the object in memory that it cannot identify."""
+    if isinstance(fault, UnidentifiedImageError):
+        return "it is in none of the formats that are read"
+    return f"{type(fault).__name__}: {fault}"
+
+
+def _excess(fault: Image.DecompressionBombError, max_pixels: int) -> str:
+    found = re.search(r"\d+", str(fault))
+    return f"{found[0] if found else 'many'} pixels; max_pixels={max_pixels} were allowed"
 
 
 def _decide(file: BinaryIO) -> Accepted | Rejected:
@@ -110,41 +210,66 @@ def _decide(file: BinaryIO) -> Accepted | Rejected:
     except UnidentifiedImageError:
         file.seek(0)
         return Rejected(NOT_AN_IMAGE, f"begins with {file.read(16)!r}")
+    if max(image.size) > MAX_SIDE:
+        return Rejected(TOO_LARGE, f"{image.width} x {image.height} pixels; no side may have more than {MAX_SIDE}")
     image.load()
-    if image.format in ("JPEG", "MPO", "PNG"):
-        file.seek(0)
-        data = file.read()
-        if _is_plain(image, data):
-            width, height = image.size[::-1] if _orientation(image) in _LYING else image.size
+    png = _png_in(image, file)
+    if png and (fault := png.pixel_fault):
+        return Rejected(DAMAGED, fault)
+    if png or image.format in ("JPEG", "MPO"):
+        data = _content(file)
+        if _is_plain(image, data, png):
+            width, height = upright(image)
             return Accepted(data, height, width)
     rgb = to_rgb(image)
+    return Accepted(as_png(rgb), rgb.height, rgb.width)
+
+
+def _png_in(image: Image.Image, file: BinaryIO) -> Png | None:
+    return Png.of(_content(file)) if image.format == "PNG" else None
+
+
+def _content(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def as_png(rgb: Image.Image) -> bytes:
+    """An image in a file that every decoder takes."""
     encoded = io.BytesIO()
     rgb.save(encoded, "PNG")
-    return Accepted(encoded.getvalue(), rgb.height, rgb.width)
+    return encoded.getvalue()
 
 
-def _is_plain(image: Image.Image, data: bytes) -> bool:
+def _is_plain(image: Image.Image, data: bytes, png: Png | None) -> bool:
     """Whether DALI decodes `data` to the pixels that Pillow sees, so that it can be stored unchanged."""
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG with further pictures behind it, which DALI ignores too
+    if png is None:  # MPO: a JPEG with further pictures behind it, which DALI ignores too
         return image.mode in ("L", "RGB") and _orientation(image) == jpeg_orientation(data)
-    bit_depth, colour_type = data[24], data[25]  # Pillow's mode does not tell 16-bit colour from 8-bit
     return (
-        bit_depth == 8
-        and colour_type in (0, 2)
+        png.depth == 8  # Pillow's mode does not tell 16-bit colour from 8-bit
+        and png.colour in (png_file.GRAY, png_file.RGB)
         and not image.has_transparency_data
-        and not getattr(image, "is_animated", False)
+        and not png.is_animated
         and _orientation(image) == 1
-        and is_flawless_png(data)
+        and png.is_flawless
+        and png.is_slim
+        and png.is_wide_enough
+        and png.inflated == (png.pixel_bytes, True)
     )
 
 
 def open_image(file: BinaryIO) -> Image.Image:
     """Open an image of an accepted format, undecoded; its orientation is the one that DALI sees.
 
+    Of a PNG only what its pixels depend on is looked at: text and profiles may be of any size.
+
     Raises:
         PIL.UnidentifiedImageError: it is none of the accepted formats.
     """
     Image.init()
+    if file.read(len(png_file.SIGNATURE)) == png_file.SIGNATURE and (png := Png.of(_content(file))):
+        file = io.BytesIO(png.bare)
+    file.seek(0)
     image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     if image.format in ("JPEG", "MPO"):
         image.info.pop("xmp", None)  # Pillow would also take the orientation from here; DALI reads EXIF only
@@ -155,16 +280,20 @@ def _orientation(image: Image.Image) -> int:
     return known_orientation(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
+def turned(image: Image.Image) -> Image.Image:
+    """`image`, decoded, upright as its EXIF says."""
+    image.load()
+    orientation = _orientation(image)
+    return image if orientation == 1 else image.transpose(_TURNS[orientation])
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` upright, 8-bit RGB, without metadata; transparency over white.
 
     16-bit gray is divided by 257; 32-bit integers and floats have no fixed range, so the image's own minimum and
     maximum become 0 and 255.
     """
-    image.load()
-    orientation = _orientation(image)
-    if orientation != 1:
-        image = image.transpose(_TURNS[orientation])
+    image = turned(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):

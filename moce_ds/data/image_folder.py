@@ -3,14 +3,11 @@
 import multiprocessing
 import os
 import signal
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-from PIL import Image
 
 from moce_ds.data import image_file
 from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
@@ -72,20 +69,16 @@ def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connectio
 
 def _work(connection: Connection, source: Path, max_pixels: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    warnings.simplefilter("ignore")
-    # Pillow warns above its limit and raises only above twice its limit.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
         while True:
-            connection.send([_examine_listed(source, file) for file in connection.recv()])
+            connection.send([_examine_listed(source, file, max_pixels) for file in connection.recv()])
 
 
-def _examine_listed(source: Path, file: SourceFile) -> Accepted | Rejected:
+def _examine_listed(source: Path, file: SourceFile, max_pixels: int) -> Accepted | Rejected:
     if rejected := unwanted(file.path):
         return rejected
     if file.size == ODD:
         return why_odd(source / file.path)
     if file.size == 0:
         return Rejected(EMPTY, "0 bytes")
-    return examine(source / file.path)
+    return examine(source / file.path, max_pixels)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.data.image_file import as_png
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, Windows
@@ -75,11 +76,11 @@ class _Source:
         last: int,
         crop: Crop,
         replacements: int,
-        undecodable: frozenset[int],
+        refusals: dict[int, int],
     ) -> None:
         self.shards, self.read_list, self.first, self.last = shards, read_list, first, last
         self.crop, self.replacements = crop, min(replacements, shards.count - 1)
-        self.undecodable = undecodable
+        self.refusals = refusals
 
     def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
         index = self.first + iteration
@@ -99,16 +100,42 @@ class _Source:
         )
 
     def read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
-        """The bytes of an image, or of the next one that is as it was written."""
+        """The bytes of an image, or of the next one that is as it was written and can be decoded.
+
+        Raises:
+            DataError: there is none.
+        """
+        fault = ""
         for offset in range(self.replacements + 1):
             image_id = (wanted + offset) % self.shards.count
             data = self.shards.read(image_id)
-            if image_id not in self.undecodable and self.shards.is_intact(image_id, data):
-                return np.frombuffer(data, dtype=np.uint8), image_id
-        after = f" and the {self.replacements} after it are" if self.replacements else " is"
+            if not self.shards.is_intact(image_id, data):
+                fault = fault or self._altered(wanted)
+                continue
+            try:
+                return np.frombuffer(self._decodable(image_id, data), dtype=np.uint8), image_id
+            except DataError as error:
+                fault = fault or str(error)
+        raise DataError(fault)
+
+    def _decodable(self, image_id: int, data: bytes) -> bytes:
+        """`data`; or what Pillow reads there, if DALI has refused it. Raises DataError: neither can decode it."""
+        refused = self.refusals.get(image_id, 0)
+        if not refused:
+            return data
+        image = self.shards.decode(image_id, strictly=True)
+        if refused == 1:
+            return as_png(image)
         raise DataError(
-            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, "
-            "or cannot be decoded; look at the set with `moce inspect --verify`, write it again with `moce shards`."
+            f"{self.shards.path}: image {image_id} ({self.shards.source(image_id)}) is decoded by Pillow but not by "
+            "DALI. Leave this image out of the source and write the set again with `moce shards`, and report it."
+        )
+
+    def _altered(self, wanted: int) -> str:
+        after = f" and the {self.replacements} after it are" if self.replacements else " is"
+        return (
+            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, or cannot be "
+            "decoded; look at the set with `moce inspect --verify`, write it again with `moce shards`."
         )
 
 
@@ -183,7 +210,7 @@ class Loader:
         self._first, self._last = first, last
         self._batch_size, self._threads, self._device = batch_size, threads, device
         self._replacements = _REPLACEMENTS if replace_damaged else 0
-        self._undecodable: frozenset[int] = frozenset()
+        self._refusals: dict[int, int] = {}  # image -> times that DALI did not decode what it was given of it
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -196,8 +223,9 @@ class Loader:
                 images, numbers = pipeline.run()
             except RuntimeError as error:
                 # A pipeline that failed to decode is of no further use. The stream is a pure function of the index,
-                # so a new one goes on from here, without the image that broke the old one.
-                self._undecodable |= self._find_undecodable(index, error)
+                # so a new one goes on from here, with Pillow's reading of the image that broke the old one.
+                for image_id in self._find_undecodable(index, error):
+                    self._refusals[image_id] = self._refusals.get(image_id, 0) + 1
                 pipeline = self._started(self._source(self._read_list, index, self._last))
                 continue
             index += 1
@@ -208,7 +236,7 @@ class Loader:
             yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
 
     def _source(self, read_list: Callable[[int], ReadList], first: int, last: int) -> _Source:
-        return _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._undecodable)
+        return _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._refusals)
 
     def _started(self, source: _Source) -> Any:
         """A pipeline fed by `source`."""

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from moce_ds.checksums import FileRecord, write_checked
 from moce_ds.config import differences, option, settings
-from moce_ds.data.image_file import Accepted, Rejected
+from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.image_folder import examined
 from moce_ds.data.listing import Listing
 from moce_ds.data.shards import (
@@ -57,7 +57,7 @@ class ShardSettings:
     """How a folder of images is cut into shards."""
 
     images_per_shard: PositiveInt = option(10_000, help="images in one tar file; the last may hold fewer")
-    max_pixels: PositiveInt = option(100_000_000, help="a larger image is refused: it may be a decompression bomb")
+    max_pixels: PositiveInt = option(MAX_PIXELS, help="a larger image is refused: it may be a decompression bomb")
     workers: PositiveInt | None = option(None, help="processes that decode; null: one per available core")
 
 

@@ -5,7 +5,6 @@ Legend: N images. Image ids are 0 to N-1.
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from moce_ds.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
-from moce_ds.data.image_file import open_image, to_rgb
+from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
 from moce_ds.files import load_array, read_json, read_record, sha256_of
 
@@ -171,13 +170,23 @@ class ShardSet:
             raise DataError(f"{self.path / shard.name} was cut short while in use. {_restore(self.path)}")
         return data
 
-    def decode(self, image_id: int) -> Image.Image:
-        """An image as RGB, upright. Raises DataError where its bytes were altered after writing."""
+    def decode(self, image_id: int, strictly: bool = False) -> Image.Image:
+        """An image as RGB, upright; of any size, since the set has taken it.
+
+        Args:
+            image_id: which.
+            strictly: look for missing pixels too, which an earlier version may have taken.
+
+        Raises:
+            DataError: its bytes were altered after writing, or it is an image of another size, or none.
+        """
         data = self.read(image_id)
         if not self.is_intact(image_id, data):
             shard = self.path / self.shards[self.samples["shard"][image_id]].name
             raise DataError(f"Image {image_id} in {shard} was altered after writing. {_restore(self.path)}")
-        return to_rgb(open_image(io.BytesIO(data)))
+        row = self._row(image_id)
+        name = f"{self.path}: image {image_id} ({self.source(image_id)})"
+        return decoded(data, (int(row["width"]), int(row["height"])), name, strictly)
 
     def source(self, image_id: int) -> str:
         """The path, relative to the source folder, that an image was read from."""

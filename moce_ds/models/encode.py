@@ -21,6 +21,7 @@ from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
+from moce_ds.drafts import restore
 from moce_ds.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder
@@ -56,6 +57,7 @@ def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> 
     Raises:
         ArtefactError: it is none of them.
     """
+    restore(path)
     if path.is_file():
         encoder = public_encoder(path, heads)
         encoder.model.to(device)

@@ -19,15 +19,15 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
+from moce_ds.drafts import restore
 from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import load_tensors, reads_from, sha256_of, write_json
+from moce_ds.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
@@ -162,7 +162,7 @@ def save_encoder(
 
     What is there by then belongs to the encoder and gets a checksum, too.
     """
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     write_json(folder / PROVENANCE, provenance)
     write_config(folder, {"shape": asdict(shape), "timm": shape.timm_arguments(), "input": input.to_tree()})
 
@@ -183,6 +183,7 @@ class EncoderRecord:
     @classmethod
     def read(cls, folder: Path) -> "EncoderRecord":
         """Raises ArtefactError: the file is missing, damaged or of another version."""
+        restore(folder)
         return read_config(folder, cls)
 
 

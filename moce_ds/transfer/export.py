@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.drafts import restore
 from moce_ds.encoder_folder import PROVENANCE, replace_provenance
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, check_writable, write_json, writes_to
@@ -109,6 +110,7 @@ def check_free(out: Path, replace: bool) -> None:
         ArtefactError: `out` cannot be written.
     """
     check_writable(out)
+    restore(out)
     if out.exists() and not (replace and (_is_export(out) or _holds_all(out))):
         raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
 

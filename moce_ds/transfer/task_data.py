@@ -3,7 +3,6 @@
 Axes: N images, D width.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from moce_ds.data.left_out import left_out
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
+from moce_ds.drafts import scratch_folder
 from moce_ds.errors import DataError
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
@@ -61,13 +61,13 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
             f"{path} is a shard set without its {MANIFEST}: restore that from a copy, or write the set again with "
             "`moce shards`."
         )
-    with tempfile.TemporaryDirectory(prefix="moce-") as scratch:
+    with scratch_folder() as scratch:
         source, listing = path, None
         if is_saved_dataset(path):
-            source = Path(scratch) / "images"
+            source = scratch / "images"
             listing = unpack_images(path, source)
-        write_shards(source, Path(scratch) / "shards", ShardSettings(), listing)
-        yield ShardSet.open(Path(scratch) / "shards", named=path)
+        write_shards(source, scratch / "shards", ShardSettings(), listing)
+        yield ShardSet.open(scratch / "shards", named=path)
 
 
 @dataclass(frozen=True)

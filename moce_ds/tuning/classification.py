@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.compat import repair_torchvision
 from moce_ds.errors import ConfigError
-from moce_ds.files import atomic_folder, writes_to
+from moce_ds.files import atomic_folder, save_tensors, writes_to
 from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.training.settings import EngineSettings, shared_batch
@@ -195,7 +194,7 @@ class Classification:
         }
         out: Path = self._config.run.out / TUNED
         with writes_to(out), atomic_folder(out) as draft:
-            save_file(head, draft / HEAD, metadata={"classes": json.dumps(self._splits.classes)})
+            save_tensors(draft / HEAD, head, {"classes": json.dumps(self._splits.classes)})
             save_encoder(draft, state, self._shape, self._input, provenance)
 
 

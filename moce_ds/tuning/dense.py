@@ -1,23 +1,26 @@
 """What detection and segmentation have in common: the encoder, and the weights that they leave."""
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
-from moce_ds.files import atomic_file, writes_to
+from moce_ds.checkpoint_files import steps_of
+from moce_ds.files import atomic_file, save_tensors, writes_to
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.randomness import INIT, hashed
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.classification import tuned_execution
 from moce_ds.tuning.dense_settings import DenseSettings
+from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
 from moce_ds.tuning.task import Measures
@@ -32,8 +35,17 @@ class DenseModel(Protocol):
     backbone: SimpleFeaturePyramid
 
 
+class DenseData(Protocol):
+    """A split."""
+
+    def __len__(self) -> int: ...
+
+    def look(self, number: int) -> Any:
+        """Read an image and what belongs to it, as it is read later. Raises DataError."""
+
+
 M = TypeVar("M", bound=DenseModel)
-DataT = TypeVar("DataT")
+DataT = TypeVar("DataT", bound=DenseData)
 
 
 def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
@@ -52,11 +64,42 @@ class DenseTask(ABC, Generic[DataT]):
     Attributes:
         config: the settings of the run.
         model: around a pyramid.
+        train: the split to learn from.
         val, test: the splits to measure on, where they are given.
     """
 
-    def __init__(self, config: DenseSettings, model: Any, val: DataT | None, test: DataT | None) -> None:
-        self.config, self.model, self.val, self.test = config, model, val, test
+    def __init__(self, config: DenseSettings, model: Any, train: DataT, val: DataT | None, test: DataT | None) -> None:
+        self.config, self.model, self.train, self.val, self.test = config, model, train, val, test
+
+    def check_data(self, runtime: Runtime) -> None:
+        """Read every image of all splits once, the processes and their workers sharing them; a collective.
+
+        So a fault is told before the first step, and not in the middle of the night. A run that has a checkpoint has
+        been through it.
+
+        Raises:
+            DataError: on every process alike.
+        """
+        if runtime.max([float(bool(steps_of(self.config.run.out)))])[0]:
+            return
+        for name, data in (("train", self.train), ("val", self.val), ("test", self.test)):
+            if data is not None:
+                mine = range(runtime.rank, len(data), runtime.world_size)
+                seen = prepared(data.look, mine, self.config.data.workers, torch.device("cpu"))
+                bar = tqdm(
+                    seen,
+                    f"checking {name}",
+                    len(mine),
+                    unit="img",
+                    delay=2,
+                    file=sys.stderr,
+                    disable=not runtime.is_main,
+                )
+                self.looked_at(bar, runtime)
+
+    @abstractmethod
+    def looked_at(self, seen: Iterable[Any], runtime: Runtime) -> None:
+        """Take what `look` returns for each of this process's images of a split; a collective. Raises DataError."""
 
     @abstractmethod
     def measured(self, model: nn.Module, data: DataT, runtime: Runtime) -> Measures:
@@ -94,4 +137,4 @@ def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:
     with runtime.together(), writes_to(path):
         if runtime.is_main:
             with atomic_file(path) as draft:
-                save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, draft)
+                save_tensors(draft, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.config import option, settings
+from moce_ds.data.image_file import MAX_PIXELS
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneDataSettings, TuneOptimSettings, TuneSettings
 
 Scale = Annotated[float, Field(gt=0)]
@@ -30,6 +31,9 @@ class DenseDataSettings(TuneDataSettings):
     test: Path | None = option(None, "what the final measures are of; null: the validation split")
     scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")
     flip: bool = option(True, "mirror images at random")
+    max_pixels: Positive = option(
+        MAX_PIXELS, "a larger image is refused: it may be a decompression bomb", may_change=True
+    )
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:

@@ -61,6 +61,7 @@ def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], w
     with started(config.run.peer_timeout) as runtime:
         with runtime.together():
             task = make(config)
+        task.check_data(runtime)
         found = tune(task, config, runtime)
         if found is not None and runtime.is_main:
             say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))

@@ -5,6 +5,8 @@ Axes: B images of a micro-batch of one process.
 
 import hashlib
 import json
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,15 @@ class DetectionTask(DenseTask[CocoSet]):
     def __init__(self, config: DetectSettings) -> None:
         data = config.data
         self._side = config.model.image_size
-        self._train = CocoSet.open(data.train, data.images)
-        self._numbers = self._train.with_objects
+        train = CocoSet.open(data.train, data.images, data.max_pixels)
+        self._numbers = train.with_objects
         if not self._numbers:
             raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
-        val, test = (open_like(self._train, path, data.eval_images or data.images) for path in (data.val, data.test))
+        val, test = (open_like(train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
-        classes = len(self._train.categories)
+        classes = len(train.categories)
         encoder, model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
-        super().__init__(config, model, val, test)
+        super().__init__(config, model, train, val, test)
         self._mean = encoder.input.mean
         self.count = len(self._numbers)
         self.fingerprint = hashlib.sha256((sha256_of(data.train) + encoder.fingerprint).encode()).hexdigest()
@@ -61,9 +63,9 @@ class DetectionTask(DenseTask[CocoSet]):
         """Canvases, and the objects on each. Raises DataError."""
         examples = []
         for number, epoch in zip((self._numbers[i] for i in ids_B), epochs_B, strict=True):
-            told = self._train.images[number]
+            told = self.train.images[number]
             view = self._jitter.view((told.width, told.height), int(epoch), number)
-            examples.append(training_example(self._train, number, view, self._side, self._mean))
+            examples.append(training_example(self.train, number, view, self._side, self._mean))
         return [image for image, _ in examples], [target for _, target in examples]
 
     def loss(self, model: nn.Module, batch: tuple[list[Tensor], list[dict[str, Tensor]]]) -> Tensor:
@@ -72,6 +74,18 @@ class DetectionTask(DenseTask[CocoSet]):
         images = [image.to(device, non_blocking=True) for image in batch[0]]
         targets = [{name: t.to(device, non_blocking=True) for name, t in target.items()} for target in batch[1]]
         return torch.stack(list(model(images, targets).values())).sum()
+
+    def check_data(self, runtime: Runtime) -> None:
+        """Tell which objects are left out, and read every image; a collective. Raises DataError."""
+        for data in (self.train, self.val, self.test):
+            if data is not None and data.warning:
+                runtime.say(data.warning)
+        super().check_data(runtime)
+
+    def looked_at(self, seen: Iterable[None], runtime: Runtime) -> None:
+        """Nothing more to see to; a collective."""
+        with runtime.together():
+            deque(seen, maxlen=0)
 
     def measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:
         """Average precision on a set, whose images the processes share; a collective."""
@@ -99,7 +113,7 @@ def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None
     """
     if path is None:
         return None
-    other = CocoSet.open(path, folder)
+    other = CocoSet.open(path, folder, train.max_pixels)
     if other.categories != train.categories:
         raise DataError(
             f"{path} has the categories {other.categories}; those of {train.path} are {train.categories}. They must be "

@@ -98,9 +98,7 @@ def training_example(
     Objects that the view cuts off are left out; boxes fit what is left of the masks. Raises DataError.
     """
     masks_NHW, labels, boxes = [], [], []
-    for thing in data.objects[number]:
-        if thing.iscrowd:
-            continue
+    for thing in data.to_learn(number):
         mask_HW = draw_mask(data.mask(number, thing), view, side, fill=0)
         rows, columns = mask_HW.any(1).nonzero(), mask_HW.any(0).nonzero()
         if len(rows):

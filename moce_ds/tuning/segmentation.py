@@ -4,6 +4,8 @@ Axes: B images of a micro-batch of one process, K classes, C channels, H x W pix
 """
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from moce_ds.data.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
+from moce_ds.data.class_mask import Colour, Palettes
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.dense import DenseTask, build, evaluation
 from moce_ds.tuning.dense_settings import SegmentDataSettings, SegmentSettings
@@ -33,21 +36,21 @@ class SegmentationTask(DenseTask[Ade20kSet]):
     def __init__(self, config: SegmentSettings) -> None:
         data = config.data
         self._side = config.model.image_size
-        self._train = Ade20kSet.open(data.train, data.classes, data.reduce_zero_label)
-        val, test = (_evaluation_set(folder, data) for folder in (data.val, data.test))
+        train, val, test = (_opened(folder, data) for folder in (data.train, data.val, data.test))
+        assert train is not None
         self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
         encoder, model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
-        super().__init__(config, model, val, test)
+        super().__init__(config, model, train, val, test)
         self._mean = encoder.input.mean
-        self.count = len(self._train)
-        self.fingerprint = hashlib.sha256((self._train.fingerprint + encoder.fingerprint).encode()).hexdigest()
+        self.count = len(train)
+        self.fingerprint = hashlib.sha256((train.fingerprint + encoder.fingerprint).encode()).hexdigest()
         self.criterion = "miou" if val else None
 
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Canvases [B, 3, H, W] and the classes of their pixels [B, H, W]. Raises DataError."""
         images, labels = [], []
         for number, epoch in zip(ids_B.tolist(), epochs_B.tolist(), strict=True):
-            image, classes_HW = self._train.read(number)
+            image, classes_HW = self.train.read(number)
             view = self._jitter.view(image.size, epoch, number)
             images.append(draw_image(image, view, self._side, self._mean))
             labels.append(draw_mask(classes_HW, view, self._side, fill=IGNORED))
@@ -58,6 +61,17 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         device = next(self.model.parameters()).device
         images_BCHW, labels_BHW = (tensor.to(device, non_blocking=True) for tensor in batch)
         return pixel_loss(model(images_BCHW), labels_BHW)
+
+    def looked_at(self, seen: Iterable[tuple[str, dict[int, Colour]]], runtime: Runtime) -> None:
+        """See to it that the palettes of a split agree; a collective. Raises DataError."""
+        with runtime.together():
+            mine = Palettes()
+            for path, colours in seen:
+                mine.add(path, colours)
+        everyone = Palettes()
+        for text in runtime.texts(json.dumps(list(mine.first.items()))):
+            for value, (colour, path) in json.loads(text):
+                everyone.add(path, {value: tuple(colour)})
 
     def measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
         """Scores on a set, whose images the processes share; a collective."""
@@ -77,11 +91,11 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         return segmentation_scores(torch.tensor(total, dtype=torch.float64).reshape_as(counts_KK))
 
 
-def _evaluation_set(folder: Path | None, data: SegmentDataSettings) -> Ade20kSet | None:
-    """A split to measure on, whose masks are first read when there is a model to measure. Raises DataError."""
+def _opened(folder: Path | None, data: SegmentDataSettings) -> Ade20kSet | None:
+    """A split whose headers are in order, if there is one. Raises DataError."""
     if folder is None:
         return None
-    opened = Ade20kSet.open(folder, data.classes, data.reduce_zero_label)
+    opened = Ade20kSet.open(folder, data.classes, data.reduce_zero_label, data.max_pixels)
     opened.check_headers()
     return opened
 

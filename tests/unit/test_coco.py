@@ -12,7 +12,7 @@ from PIL import Image
 
 from moce_ds.data.canvas import View
 from moce_ds.data.coco import CocoSet
-from moce_ds.data.coco_api import average_precision, box_of, pack
+from moce_ds.data.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
 from moce_ds.errors import DataError
 from moce_ds.tuning.detector import training_example
 
@@ -71,7 +71,18 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"images": None}, r"images: .*list"),
     ({"annotations": changed(1, bbox=[1, 2, "x", 3])}, r"annotations\.1\.bbox\.2 \(id 2\)"),
     ({"annotations": [*OBJECTS, OBJECTS[1]]}, "annotations: 2 have the id 2"),
-]
+    ({"annotations": changed(1, bbox=[30, 10, -1, 20])}, "annotation 2: box"),
+    ({"annotations": changed(1, bbox=[30, 10, float("nan"), 20])}, "annotation 2: box"),
+    ({"annotations": changed(1, bbox=[30, 10, 10, float("inf")])}, "annotation 2: box"),
+    ({"annotations": changed(1, iscrowd=2)}, "annotation 2: iscrowd is 2; expected 0 or 1"),
+    ({"annotations": changed(1, area=-1)}, "annotation 2: area is -1.0; expected"),
+    ({"annotations": changed(1, area=float("nan"))}, "annotation 2: area is nan; expected"),
+    ({"images": [MISSING[0] | {"width": 10**6, "height": 10**3}]}, "image 1 .* has 1000000 x 1000 pixels; expected"),
+    ({"images": [MISSING[0] | {"width": 2 * 10**6, "height": 1}]}, "expected .* 1000000 along a side at most"),
+    *(({"images": [MISSING[0] | {"file_name": name}]}, "image 1: file_name .*; expected the path of a file below")
+      for name in ("/etc/a.png", "../a.png", "x/../../a.png", "a\0.png", "", ".", "..", "\ud800.png")),
+    ({"images": [MISSING[0] | {"file_name": "n" * 300}]}, "not found"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "told"), FAULTS)
@@ -100,6 +111,15 @@ def packed(mask_HW: Any) -> dict[str, Any]:
         ([[1, 2, 3, 4, 5, float("nan")]], "is neither"),
         (None, "is missing"),
         ([], "is neither"),
+        ([[1, 2, 3, 4, 5, 10**400]], "is neither"),
+        ([[1, 2, 3, 4, 5, float("inf")]], "is neither"),
+        ([[1, 2, 3, 4, 5]], "is neither"),
+        ([[30, 10, 40, 10, 2e8, 3e8]], r"has a corner of x 2e\+08, outside of its image of 48 x 32 pixels"),
+        ([[30, 10, 40, 10, 30, 30], [30, 10, 40, -3, 30, 30]], "has a corner of y -3, outside"),
+        ([[0, 0, 48, 0, 0, 0] * 20_000], "has an outline of 1920000 pixels; expected 1000000 at most"),
+        ([[1, 1, 2, 1, 1, 2]] * 10_001, "has 10001 polygons"),
+        ({"size": [32.0, 48], "counts": "x" * 10}, "is RLE"),
+        ({"size": [32, 48], "counts": "P" * 100_000}, "is RLE"),  # one number without end
     ],
 )
 def test_a_mask_that_cannot_be_is_named(tmp_path: Path, shape: Any, told: str) -> None:
@@ -108,7 +128,46 @@ def test_a_mask_that_cannot_be_is_named(tmp_path: Path, shape: Any, told: str) -
         CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=shape)))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+EMPTY = [
+    ({"bbox": [30, 10, 10, 0]}, "a box of 10 x 0 pixels"),
+    ({"segmentation": [[4, 4, 10, 10, 20, 20]]}, "a mask without a pixel"),  # on a line
+    ({"segmentation": {"size": [32, 48], "counts": [1536]}}, "a mask without a pixel"),
+    ({"segmentation": packed(np.zeros((32, 48), bool))}, "a mask without a pixel"),
+    (
+        {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]},
+        "within the first pixel, as coordinates are that are shares of the image",
+    ),
+    ({"bbox": [0.1, 0.1, 0.5, 0.9]}, "within the first pixel, as coordinates are that are shares of the image"),
+]
+
+
+@pytest.mark.parametrize(("values", "why"), EMPTY)
+def test_objects_without_pixels_are_left_out_where_they_are_few(
+    tmp_path: Path, values: dict[str, Any], why: str
+) -> None:
+    """They stay what detections are compared with, as the file has them."""
+    objects = [*changed(1, **values), *(OBJECTS[3] | {"id": number} for number in range(5, 12))]
+    path, images = write_coco(tmp_path, annotations=objects)
+    with pytest.raises(DataError, match=rf"1 of 4 .*have nothing to learn.*\n  annotation 2: {why}"):
+        CocoSet.open(*write_coco(tmp_path / "many", annotations=objects[:4]))
+    data = CocoSet.open(path, images)
+    assert data.warning == f"WARNING: {path}: 1 of 11 annotations are left out of training:\n  annotation 2: {why}"
+    assert [thing.id for thing in data.to_learn(1)] == [1] and data.with_objects == [0, 1]
+    assert len(data.truth["annotations"]) == 11
+    _, target = training_example(data, 1, View((0, 0, 48, 32), 48, 32), 48, (0.5, 0.5, 0.5))
+    assert target["labels"].tolist() == [2]
+
+
+def test_a_time_in_proportion() -> None:
+    """A million runs, of both kinds, and a polygon that winds ten thousand times."""
+    many_HW = np.indices((1000, 1000)).sum(0) % 2 == 1
+    counts = {"size": [1000, 1000], "counts": [0, *[1] * 10**6]}
+    for shape in (packed(many_HW), counts, [[0, 0, 9, 0, 0, 9] * 10_001]):
+        assert segmentation_fault(shape, 1000, 1000, 0) is None
+        assert has_pixels(shape, 1000, 1000)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
 def test_packed_masks_of_any_kind_are_taken(tmp_path: Path, share: float) -> None:
     mask_HW = np.random.default_rng(0).random((32, 48)) < share
     data = CocoSet.open(*write_coco(tmp_path, annotations=changed(1, segmentation=packed(mask_HW))))

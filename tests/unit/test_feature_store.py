@@ -140,12 +140,14 @@ def test_an_image_outside_the_set_is_refused(tmp_path, image):
         FeatureSet.open(tmp_path).rows(np.array([3, image]))
 
 
-@pytest.mark.parametrize("lost", [["features.json"], ["features.json", "encoder"], ["features.json", "block-000000.npy"]])
+@pytest.mark.parametrize(
+    "lost", [["features.json"], ["features.json", "encoder"], ["features.json", "block-000000.npy"]]
+)
 def test_blocks_of_which_nothing_is_recorded_are_not_taken_over(tmp_path, lost):
     """Of a folder that somebody has half deleted: they may be another encoder's."""
     write(tmp_path, DIGITS_ND).finish()
     (tmp_path / "encoder").mkdir()
-    for name in lost:
+    for name in ["features.json", *lost]:
         (tmp_path / name).rmdir() if name == "encoder" else (tmp_path / name).unlink()
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ArtefactError, match=r"holds block-00000\d\.npy and .* neither features.json nor begun.json"):

@@ -80,34 +80,6 @@ def test_a_folder_in_its_place(tmp_path: Path) -> None:
         read(tmp_path / "b.json")
 
 
-def write_folder(path: Path, content: str) -> None:
-    with atomic_folder(path) as draft:
-        (draft / "wine").write_text(content)
-
-
-@pytest.mark.parametrize("stopped_at", [1, 2])
-def test_a_folder_that_is_replaced_is_old_or_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: int
-) -> None:
-    """Whichever of the two renames the stop comes before."""
-    write_folder(tmp_path / "barrel", "old")
-    renamed, rename = [], os.replace
-
-    def stopping(old: Path, new: Path) -> None:
-        renamed.append(old)
-        if len(renamed) == stopped_at:
-            raise KeyboardInterrupt
-        rename(old, new)
-
-    monkeypatch.setattr(os, "replace", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        write_folder(tmp_path / "barrel", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["barrel"]
-    assert (tmp_path / "barrel/wine").read_text() == "old"
-    write_folder(tmp_path / "barrel", "new")
-    assert (tmp_path / "barrel/wine").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
-
-
 def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_writable(tmp_path / "new/deep/x")

@@ -197,11 +197,11 @@ BOMBS = {
     "huge.png": (png(60_000, 60_000), "too large"),
     "most.png": (png(2**31 - 1, 2**31 - 1), "too large"),
     "none.png": (png(0, 5), "not an image"),
-    "text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "damaged"),
-    "late text.png": (png(32, 32, after=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "damaged"),
-    "utf-8 text.png": (png(32, 32, before=chunk(b"iTXt", b"k\0\1\0\0\0" + ZIPPED)), "damaged"),
-    "much text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70), "damaged"),
-    "profile.png": (png(32, 32, before=chunk(b"iCCP", b"k\0\0" + ZIPPED)), "damaged"),
+    "text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
+    "late text.png": (png(32, 32, after=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
+    "utf-8 text.png": (png(32, 32, before=chunk(b"iTXt", b"k\0\1\0\0\0" + ZIPPED)), "stored"),
+    "much text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70), "stored"),
+    "profile.png": (png(32, 32, before=chunk(b"iCCP", b"k\0\0" + ZIPPED)), "stored"),
     "pixels.png": (png(32, 32, pixels=zlib.compress(bytes(33 * 32)) + ZIPPED), "stored"),  # none of the rest is read
     "huge.jpg": (jpeg(65_535, 65_535), "too large"),
     "long.jpg": (jpeg(65_535, 1_000), "damaged"),  # within the limit, and not there
@@ -225,13 +225,10 @@ def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
 
 
 EXAMINE = """
-import resource, sys, warnings
+import resource, sys
 from pathlib import Path
-from PIL import Image
 from moce_ds.data.image_file import examine
 
-Image.MAX_IMAGE_PIXELS = 100_000_000
-warnings.simplefilter("error", Image.DecompressionBombWarning)
 had = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(path.name, getattr(examine(path), "reason", "stored"), sep="|")

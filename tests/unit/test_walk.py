@@ -14,7 +14,7 @@ from moce_command import run_here
 
 from moce_ds.data import image_folder, walk
 from moce_ds.data.ade20k import Ade20kSet
-from moce_ds.data.image_file import Accepted, Rejected
+from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.walk import ODD, list_files, list_folder, why_odd
 from moce_ds.errors import DataError
 
@@ -33,7 +33,7 @@ def nobody() -> Iterator[None]:
 
 def verdicts(source: Path) -> dict[str, str]:
     """Of each entry the reason why it is left out, "" where it is taken."""
-    found = {file.path: image_folder._examine_listed(source, file) for file in list_files(source)}
+    found = {file.path: image_folder._examine_listed(source, file, MAX_PIXELS) for file in list_files(source)}
     return {path: "" if isinstance(verdict, Accepted) else verdict.reason for path, verdict in found.items()}
 
 

@@ -148,9 +148,7 @@ def test_learned_positions_are_not_lost_in_silence(tiny_config: Make, tmp_path: 
         state["pos_embed"] = torch.zeros(1, 19, 16) if table == "of another grid" else torch.zeros(1, 17, 16).long()
     save_file(state, tmp_path / "vit.safetensors")
     words = (f"run.init_from={tmp_path / 'vit.safetensors'}", "run.replace_positions=true")
-    with pytest.raises(
-        ArtefactError, match=r"has learned positions: pos_embed differs .* set run.replace_positions"
-    ):
+    with pytest.raises(ArtefactError, match=r"has learned positions: pos_embed differs .* set run.replace_positions"):
         warm_start(build_for_training(tiny_config(words[0]), None), tiny_config(words[0]))
     model = build_for_training(tiny_config(*words), None)
     assert "Its position tables are replaced by fixed" in warm_start(model, tiny_config(*words))

@@ -1,6 +1,5 @@
 """`moce dataset`: a public data set, as it is distributed, becomes three labelled shard sets."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from moce_ds.data.listing import Listing
 from moce_ds.data.public import mat_files, text_lists, unlisted
 from moce_ds.data.public.found import Found, checked
 from moce_ds.data.shard_writer import ShardReport, ShardSettings, write_shards
+from moce_ds.drafts import scratch_folder
 from moce_ds.errors import ConfigError, DataError
 
 READERS: dict[str, Callable[[Path, int], Found]] = {
@@ -49,9 +49,9 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
         raise ConfigError(f"No data set {name!r} is known; known: {', '.join(NAMES)}. For your own: moce shards.")
     if not source.is_dir():
         raise DataError(f"{source} is not a folder: expected the data set {name}, unpacked.")
-    with tempfile.TemporaryDirectory(prefix="moce-") as scratch:
+    with scratch_folder() as scratch:
         if name in PACKED:
-            found = checked(PACKED[name](source, config.seed, Path(scratch)))
+            found = checked(PACKED[name](source, config.seed, scratch))
         else:
             found = checked(READERS[name](source, config.seed))
         listings = {

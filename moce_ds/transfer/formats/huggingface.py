@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_ds.errors import ArtefactError
-from moce_ds.files import write_json
+from moce_ds.files import save_tensors, write_json
 from moce_ds.models.mae import NORM_EPS
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.formats.target import DenseModel, renamed, writing
@@ -110,7 +109,7 @@ def _write(
     }
     weights = folder / "model.safetensors"
     with writing(weights):
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
+        save_tensors(weights, {name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
     write_json(folder / "config.json", config | more)
     write_json(folder / "preprocessor_config.json", _preprocessor(model.spec))
     (folder / "README.md").write_text(_card(model, architecture), encoding="utf-8")

@@ -1,0 +1,171 @@
+"""What a PNG holds, read from its chunks: header, palette, and whether the compressed pixels are all there.
+
+Pillow forgives a PNG whose last rows are missing and refuses one whose text or colour profile is large; libpng, with
+which DALI decodes, does the reverse. So the chunks decide here, and Pillow sees only those that pixels depend on.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GRAY, RGB, PALETTE = 0, 2, 3
+"""Colour types."""
+
+_CHANNELS = {GRAY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row, and steps across and down, of the passes of an interlaced image."""
+
+# Chunks that pixels, orientation or the number of frames depend on. Text and profiles, which may be large or may
+# inflate to gigabytes, are left out.
+_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND")
+_PIECE = 1 << 18  # bytes that are inflated at a time
+_LITTLE = 1 << 20  # bytes of all text and profiles, inflated; Pillow takes no more in one of them
+
+
+class _Chunk(NamedTuple):
+    kind: bytes
+    data: memoryview
+    raw: memoryview  # with length, kind and checksum
+    intact: bool
+
+
+@dataclass(frozen=True)
+class Png:
+    """A PNG as far as its chunks can be followed.
+
+    Attributes:
+        width, height: pixels.
+        depth: bits of a sample.
+        colour: colour type.
+        interlaced: whether the pixels come in seven passes.
+        chunks: up to the end, or to the first that is cut off.
+        rest: bytes behind those chunks.
+    """
+
+    width: int
+    height: int
+    depth: int
+    colour: int
+    interlaced: bool
+    chunks: Sequence[_Chunk]
+    rest: memoryview
+
+    @classmethod
+    def of(cls, data: bytes) -> "Png | None":
+        """The PNG in `data`; None where it is none, or has no header that can be."""
+        chunks, rest = _chunks(memoryview(data)[len(SIGNATURE) :])
+        if not data.startswith(SIGNATURE) or not chunks or chunks[0].kind != b"IHDR" or len(chunks[0].data) != 13:
+            return None
+        width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", chunks[0].data)
+        if not width or not height or colour not in _CHANNELS or depth not in (1, 2, 4, 8, 16):
+            return None
+        return cls(width, height, depth, colour, bool(interlaced), chunks, rest)
+
+    @property
+    def is_flawless(self) -> bool:
+        """Whether all chunks up to the end are there with the right checksums."""
+        return self.chunks[-1].kind == b"IEND" and all(chunk.intact for chunk in self.chunks)
+
+    @property
+    def is_animated(self) -> bool:
+        """Whether there are several frames."""
+        return any(chunk.kind == b"acTL" and bytes(chunk.data[:4]) > b"\0\0\0\1" for chunk in self.chunks)
+
+    @property
+    def palette(self) -> list[tuple[int, int, int]]:
+        """The colours of the palette; none without one."""
+        data = next((bytes(chunk.data) for chunk in self.chunks if chunk.kind == b"PLTE"), b"")
+        return [(data[k], data[k + 1], data[k + 2]) for k in range(0, len(data) - 2, 3)]
+
+    @property
+    def bare(self) -> bytes:
+        """The same image without text, profiles and other chunks that pixels do not depend on."""
+        needed = [chunk.raw for chunk in self.chunks if chunk.kind in _NEEDED]
+        return b"".join([SIGNATURE, *needed, b"" if self.chunks[-1].kind == b"IEND" else self.rest])
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes that the pixels have when inflated: rows of packed samples, each behind the number of its filter."""
+        passes = _ADAM7 if self.interlaced else ((0, 0, 1, 1),)
+        bits = _CHANNELS[self.colour] * self.depth
+        total = 0
+        for left, top, across, down in passes:
+            columns, rows = -(-(self.width - left) // across), -(-(self.height - top) // down)
+            if columns > 0 and rows > 0:
+                total += rows * (1 + -(-columns * bits // 8))
+        return total
+
+    @property
+    def pixel_fault(self) -> str | None:
+        """How many of the pixels are missing, in words; None where all are there."""
+        count, _ = self.inflated
+        return None if count == self.pixel_bytes else f"its pixels end after {count} of {self.pixel_bytes} bytes"
+
+    @property
+    def is_wide_enough(self) -> bool:
+        """Whether the stream of pixels tells a window that they fit in. Some encoders tell too narrow a one, which
+        libpng takes literally."""
+        first = next((chunk.data[0] for chunk in self.chunks if chunk.kind == b"IDAT" and len(chunk.data)), 0)
+        return min(self.pixel_bytes, 1 << 15) <= 1 << (8 + (first >> 4))
+
+    @property
+    def is_slim(self) -> bool:
+        """Whether text, profiles and the like are of a size that every reader takes."""
+        room = _LITTLE
+        for chunk in self.chunks:
+            if chunk.kind not in _NEEDED:
+                room -= len(chunk.raw) + _inflated_text(chunk, max(1, room))
+        return room >= 0
+
+    @cached_property
+    def inflated(self) -> tuple[int, bool]:
+        """How many bytes of pixels there are, `pixel_bytes` at most, and whether their stream is as it should be: it
+        ends there, with the right checksum. Holds no more than `_PIECE` of them in memory."""
+        stream, count, limit = zlib.decompressobj(), 0, self.pixel_bytes
+        parts = [chunk.data for chunk in self.chunks if chunk.kind == b"IDAT"]
+        try:
+            for part in parts:
+                waiting: bytes | memoryview = part
+                while len(waiting) and not stream.eof:
+                    if count > limit:
+                        return limit, False
+                    count += len(stream.decompress(waiting, _PIECE))
+                    waiting = stream.unconsumed_tail
+            while not stream.eof and count <= limit and (more := len(stream.decompress(b"", _PIECE))):
+                count += more
+        except zlib.error:
+            return min(count, limit), False
+        return min(count, limit), stream.eof and count == limit and not stream.unused_data
+
+
+def _chunks(data: memoryview) -> tuple[list[_Chunk], memoryview]:
+    """The chunks up to the end, and what is behind them."""
+    chunks: list[_Chunk] = []
+    position = 0
+    while position + 12 <= len(data) and not (chunks and chunks[-1].kind == b"IEND"):
+        (length,) = struct.unpack_from(">I", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            break
+        checksum = zlib.crc32(data[position + 4 : end - 4]).to_bytes(4, "big")
+        kind, content = bytes(data[position + 4 : position + 8]), data[position + 8 : end - 4]
+        chunks.append(_Chunk(kind, content, data[position:end], checksum == data[end - 4 : end]))
+        position = end
+    return chunks, data[position:]
+
+
+def _inflated_text(chunk: _Chunk, limit: int) -> int:
+    """Bytes, up to a little over `limit`, that the compressed text or profile in a chunk has; 0 where it is none."""
+    if chunk.kind not in (b"zTXt", b"iTXt", b"iCCP"):
+        return 0
+    text = bytes(chunk.data).partition(b"\0")[2][1:]  # behind the keyword and the method
+    if chunk.kind == b"iTXt":
+        text = text[1:].split(b"\0", 2)[-1]  # behind the method, the language and the translated keyword
+    try:
+        return len(zlib.decompressobj().decompress(text, limit + 1))
+    except zlib.error:
+        return 0
