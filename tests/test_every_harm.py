@@ -148,11 +148,14 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "labelled shards": (_read_shards, r"\.idx|rejected"),
     "features": (_read_features, ""),
     "clusters": (_read_clusters, ""),
-    "dense run": (_read_run, "attempts/|reconstructions/|config.yaml|metrics.jsonl deleted"),
-    "moce run": (_read_run, "attempts/|reconstructions/|config.yaml|(metrics.jsonl|routing.json) deleted"),
+    "dense run": (_read_run, "attempts/|reconstructions/|config.yaml|metrics.jsonl (cut|deleted)"),
+    "moce run": (
+        _read_run,
+        "attempts/|reconstructions/|config.yaml|metrics.jsonl cut|(metrics.jsonl|routing.json) deleted",
+    ),
     "checkpoint": (_read_checkpoint, ""),
     "encoder": (load_encoder, ""),
-    "tuning run": (_read_tuning, "attempts/|reconstructions/|config.yaml|checkpoints/|metrics.jsonl deleted"),
+    "tuning run": (_read_tuning, "attempts/|reconstructions/|config.yaml|checkpoints/|metrics.jsonl (cut|deleted)"),
     "results": (read_results, "deleted"),
 }
 """What reads an artefact, and the harms that it cannot see: what it does not read, and parts that need not be there."""
@@ -167,7 +170,8 @@ def test_whoever_reads_it_names_it(artefacts: dict[str, Path], kind: str, tmp_pa
         for harm in ("flipped late", "cut", "deleted"):
             if unseen and re.search(unseen, f"{name} {harm}"):
                 continue
-            place = harmed(artefacts[kind], name, harm, tmp_path / "harmed")
+            # Under a name of its own: an opened shard stays open.
+            place = harmed(artefacts[kind], name, harm, tmp_path / f"{harm} {name.replace('/', ' ')}")
             try:
                 read(place)
                 missed.append((name, harm, "passed"))

@@ -274,11 +274,11 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
         weights, said = dict(fresh), "Starting from random weights."
     else:
         weights, said = read_weights(source, config.run.replace_positions), f"Starting from {source}."
-        if config.run.replace_positions:
-            said += " Its position tables are replaced by fixed sine-cosine ones."
         if lacks_decoder(weights):
             weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
             said = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."
+        if config.run.replace_positions:
+            said += " Its position tables are replaced by fixed sine-cosine ones."
     if spec.experts is None:
         if has_experts(weights):
             raise ArtefactError(
