@@ -27,8 +27,9 @@ from moce_ds.files import writes_to
 from moce_ds.place import Place
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.results_file import read_results
-from moce_ds.text import argument, tolerate_any_text
+from moce_ds.text import tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.values import arguments
 
 _HELD_OUT = "held out"
 
@@ -148,7 +149,7 @@ def _moce(*words: Any) -> None:
     """A verb in this process: the packages are imported once for all of them."""
     from moce_ds.cli import moce
 
-    moce([argument(word) if isinstance(word, Path) else str(word) for word in words], standalone_mode=False)
+    moce(arguments(words), standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launchers.pipeline import run_pipeline
 from moce_ds.command_line import say, show
+from moce_ds.config import word
 from moce_ds.errors import MoceError
 from moce_ds.text import tolerate_any_text
 
@@ -46,9 +47,9 @@ def run_demo(out: Path, short: bool) -> int:
     from moce_ds.data.demo_images import write_demo_images
 
     write_demo_images(out / "images")
-    words = [CONFIG, f"out={out}", f"images={out}/images/pretrain"]
-    words += [f"tasks.{task}={out}/images/tasks/{task}" for task in TASKS]
-    words += [f"words.{stage}=[{','.join(SHORT)}]" for stage in ("mae", "moce") if short]
+    words = [CONFIG, word("out", out), word("images", out / "images/pretrain")]
+    words += [word(f"tasks.{task}", out / "images/tasks" / task) for task in TASKS]
+    words += [word(f"words.{stage}", SHORT) for stage in ("mae", "moce") if short]
     return run_pipeline(words) or _summary(out)
 
 

@@ -9,32 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.checksums import read_checked
-from moce_ds.config import option, settings
+from moce_ds.command_line import read_settings
+from moce_ds.config import KeysOf, option, settings, word
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.text import argument
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-
-
-def _dotted(tree: Any, prefix: str = "") -> Any:
-    """Nested mappings with their keys joined by dots, so that `grid.run.seed=[0,1]` and YAML groups are understood."""
-    if not isinstance(tree, dict):
-        return tree
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
+from moce_ds.values import arguments
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 """Of a task that the settings name: a folder is called by it, and a word of a command."""
 
 Single = bool | int | float | str | None
 Value = Single | list[Single]
+
+POINT = KeysOf(PretrainSettings, own=LAUNCH_KEYS)
+GRID = KeysOf(PretrainSettings, own=LAUNCH_KEYS, several=True)
 
 
 @settings
@@ -44,10 +36,10 @@ class StudySettings:
     out: Path = option(help="the study's folder")
     base: Path = option(help="YAML file of `moce pretrain` that every cell starts from")
     set: list[str] = option([], "key=value words of `moce pretrain` for every cell")
-    grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], BeforeValidator(_dotted)] = option(
+    grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], GRID] = option(
         {}, "for each key of `moce pretrain`, or processes, or nodes, the values that are crossed with all others"
     )
-    cells: Annotated[list[Annotated[dict[str, Value], BeforeValidator(_dotted)]], Field(min_length=1)] = option(
+    cells: Annotated[list[Annotated[dict[str, Value], POINT]], Field(min_length=1)] = option(
         [{}], "keys that change together, one mapping a point; each point is crossed with the grid"
     )
     processes: Positive = option(1, "processes of a cell on each machine, where the grid does not say")
@@ -104,7 +96,7 @@ class Cell:
 
     def config(self) -> PretrainSettings:
         """The settings of its run. Raises ConfigError."""
-        return configuration.load(PretrainSettings, Path(self.words[0]), self.words[1:])
+        return read_settings(PretrainSettings, self.words, origin="the study")
 
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
@@ -139,8 +131,8 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
         raise ConfigError(
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
-    own = [f"{key}={json.dumps(value)}" for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [argument(study.base), *study.set, *own, f"run.out={folder / 'run'}"]
+    own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
+    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / "run")]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from launchers.stages import PipelineSettings, check_batches, check_folders, sta
 from moce_ds.command_line import read_settings, say
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.place import Place
+from moce_ds.text import in_line
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
@@ -53,7 +54,7 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
 def states_table(words: Sequence[str]) -> Table:
     """The stages and how far they are. Raises ConfigError for a fault in the settings of any."""
     pipeline = read_settings(PipelineSettings, words)
-    table = Table(title=f"{pipeline.images or pipeline.shards} -> {pipeline.out}", title_justify="left")
+    table = Table(title=in_line(f"{pipeline.images or pipeline.shards} -> {pipeline.out}"), title_justify="left")
     for heading, justify in (("stage", "left"), ("state", "left"), ("since", "left"), ("seconds", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for stage in stages_of(pipeline):

@@ -51,7 +51,7 @@ def submit(
             in a script.
     """
     check_scriptable(folder, name)
-    python = profile.python or sys.executable
+    python = str(profile.python or sys.executable)
     ranks = [
         Rank(
             (python, "-m", "moce_ds", *words),

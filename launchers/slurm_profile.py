@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -34,11 +35,11 @@ class SlurmProfile:
         3, "lost processes in a row that are borne; an hour's run resets it"
     )
     array_parallelism: Positive = option(16, "jobs of an array that may run at once")
-    extra: dict[str, str | int | bool] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
+    extra: dict[str, str | bool] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
     setup: list[str] = option([], "shell commands to run first, such as module load cuda")
     env: dict[str, str] = option({}, "environment variables of the processes")
     container: str = option("", "such as apptainer exec --nv image.sif")
-    python: str | None = option(None, "path of the job's Python; null: the one that submits")
+    python: Path | None = option(None, "path of the job's Python; null: the one that submits")
 
     def __post_init__(self) -> None:
         if self.min_nodes is not None and self.min_nodes > self.nodes:
@@ -56,7 +57,7 @@ class SlurmProfile:
     def _texts(self) -> Iterator[tuple[str, str]]:
         """Every text of the profile with its key."""
         for key in ("mem", "partition", "account", "qos", "constraint", "container", "python"):
-            yield key, getattr(self, key) or ""
+            yield key, str(getattr(self, key) or "")
         yield from (("setup", line) for line in self.setup)
         for key in ("env", "extra"):
             for name, value in getattr(self, key).items():

@@ -211,7 +211,7 @@ def _run_commands(stage: Stage) -> None:
 
     for command in stage.commands:
         if is_first():
-            say(f"\n$ moce {in_line(shlex.join(command))}")
+            say("", f"$ moce {in_line(shlex.join(command))}")
         moce(command, standalone_mode=False)
 
 

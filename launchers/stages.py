@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from launchers.grid import TaskName, check_there
+from launchers.slurm_profile import SlurmProfile
 from launchers.stage import Name, Stage
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.command_line import read_settings
-from moce_ds.config import option, settings
+from moce_ds.config import KeysOf, option, settings, word
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
 from moce_ds.models.encode import EncodeSettings, FeatureSettings
-from moce_ds.text import argument
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
+from moce_ds.values import arguments
 
 _SETTINGS: dict[Name, type[Any]] = {
     "shards": ShardSettings,
@@ -42,14 +43,16 @@ class PipelineSettings:
     )
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of the experts")
     processes: Positive = option(2, "processes that share pre-training and features on this machine")
-    resources: dict[Name, dict[str, Any]] = option({}, "for each stage, keys in which its job differs from the profile")
+    resources: dict[Name, Annotated[dict[str, Any], KeysOf(SlurmProfile)]] = option(
+        {}, "for each stage, keys in which its job differs from the profile"
+    )
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.shards is None):
             raise ValueError("images, shards: give one of them, a folder of images or a shard set")
         for stage in ("mae", "moce"):
-            own = {word.partition("=")[0] for word in self.chosen(stage)}
-            if taken := own & {word.partition("=")[0] for word in self.words.get(stage, [])}:
+            own = {text.partition("=")[0] for text in self.chosen(stage)}
+            if taken := own & {text.partition("=")[0] for text in self.words.get(stage, [])}:
                 raise ValueError(f"words.{stage}: the pipeline itself chooses {', '.join(sorted(taken))}")
 
     @property
@@ -59,16 +62,16 @@ class PipelineSettings:
 
     def chosen(self, stage: Literal["mae", "moce"]) -> list[str]:
         """Settings of a pre-training that follow from the pipeline."""
-        words = [f"data.shards={self.shard_set}", f"run.out={self.out / stage}"]
+        own = {"data.shards": self.shard_set, "run.out": self.out / stage}
         if stage == "moce":
-            words += [f"experts.clusters={self.out / 'clusters'}", f"run.init_from={self.out / 'mae'}"]
-        return words
+            own |= {"experts.clusters": self.out / "clusters", "run.init_from": self.out / "mae"}
+        return [word(key, path) for key, path in own.items()]
 
     def words_of(self, stage: Name) -> list[str]:
         """The settings of a stage's verbs, as words."""
         given = self.words.get(stage, [])
         if stage == "mae" or stage == "moce":
-            return [str(self.mae if stage == "mae" else self.moce), *given, *self.chosen(stage)]
+            return [*arguments([self.mae if stage == "mae" else self.moce]), *given, *self.chosen(stage)]
         return given
 
 
@@ -80,14 +83,9 @@ def stages_of(pipeline: PipelineSettings) -> list[Stage]:
     """
     configs, folder = _configs(pipeline), pipeline.out / "pipeline"
     return [
-        Stage(name, folder, configs[name], [[_word(word) for word in command] for command in commands], reads, makes)
+        Stage(name, folder, configs[name], [arguments(command) for command in commands], reads, makes)
         for name, commands, reads, makes in _drafts(pipeline)
     ]
-
-
-def _word(word: Any) -> str:
-    """A word of a command; a path that begins with a dash is not taken for an option."""
-    return argument(word) if isinstance(word, Path) else str(word)
 
 
 def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
@@ -96,7 +94,7 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
     faults = []
     for name, cls in _SETTINGS.items():
         try:
-            found[name] = read_settings(cls, pipeline.words_of(name))
+            found[name] = read_settings(cls, pipeline.words_of(name), origin=f"words.{name}")
         except ConfigError as error:
             faults.append(f"{name}: {error}")
     faults += [

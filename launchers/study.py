@@ -22,6 +22,7 @@ from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.files import writes_to
 from moce_ds.interrupts import obeyed
 from moce_ds.place import Place
+from moce_ds.text import in_line
 
 _TOLD_LINES = 8
 
@@ -63,7 +64,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
 
 def states_table(study: StudySettings) -> Table:
     """The cells and how far they are. Raises ConfigError for a fault in the settings of any."""
-    table = Table(title=f"{study.base} -> {study.out}", title_justify="left")
+    table = Table(title=in_line(f"{study.base} -> {study.out}"), title_justify="left")
     for heading, justify in (("cell", "left"), ("processes", "right"), ("state", "left"), ("seconds", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for cell in _checked(study):

@@ -13,7 +13,7 @@ import click
 from moce_ds import __version__
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, heads_option, read_settings, run_command, say, show, words
+from moce_ds.command_line import PATH, Verb, heads_option, is_config_word, read_settings, run_command, say, show, words
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.place import Place
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
@@ -77,7 +77,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         from moce_ds.planning.dry_run import plan_table
 
         show(plan_table(config, processes or Place.here().world_size))
-        say(configuration.to_yaml(config))
+        say(*configuration.to_yaml(config).splitlines())
         return
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
@@ -107,7 +107,7 @@ def plan(
     and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
     it, its assumptions and errors are in docs/planning.md.
     """
-    from moce_ds.files import write_json
+    from moce_ds.files import check_writable, write_json, writes_to
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
@@ -115,6 +115,8 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
+    if given["json_file"] is not None:
+        check_writable(given["json_file"])
     steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
@@ -128,11 +130,12 @@ def plan(
     predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
     show(report.prediction_table(config, device, assumed, predictions))
     told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
-    say("\n".join(told))
+    say(*told)
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if given["json_file"] is not None:
-        write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+        with writes_to(given["json_file"]):
+            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
@@ -155,7 +158,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device, heads)
         if encoder.is_file():
-            runtime.say(f"{encoder}: {opened.provenance['taken_for']}")
+            runtime.say(f"{encoder}: taken for {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
@@ -250,7 +253,7 @@ def slurm(words: Sequence[str]) -> None:
     from launchers.launch import launch_on_slurm
     from launchers.slurm_profile import SlurmProfile
 
-    verb = next((i for i, word in enumerate(words) if "=" not in word and not word.endswith((".yaml", ".yml"))), None)
+    verb = next((i for i, word in enumerate(words) if word in moce.commands or not is_config_word(word)), None)
     if verb is None:
         raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
     launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])
@@ -275,11 +278,11 @@ def inspect(path: Path, verify: bool) -> None:
 
     found = findings(path) if verify else None
     if found and found.faults:  # which the description may be refused for
-        say("\n".join(found.faults))
+        say(*found.faults)
         sys.exit(1)
     show(describe(path))
     if found:
-        say("\n".join(["Verified: everything is as it was written.", *found.unverified]))
+        say("Verified: everything is as it was written.", *found.unverified)
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):

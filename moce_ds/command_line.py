@@ -6,7 +6,7 @@ packages.
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 
@@ -19,9 +19,28 @@ from moce_ds.errors import STOPPED, ConfigError, MoceError
 from moce_ds.interrupts import interruptible, outlive_readers
 from moce_ds.machine import machine_fault
 from moce_ds.place import is_first
-from moce_ds.text import printable, tolerate_any_text
+from moce_ds.text import hanging, printable, tolerate_any_text
+from moce_ds.values import expanded
+from moce_ds.yaml_text import read_yaml_text
 
-PATH = click.Path(path_type=Path)
+
+class _PathType(click.ParamType):
+    """A path, in which `~` and variables of the environment mean what they mean in settings."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        try:
+            return expanded(value)
+        except ValueError as error:
+            name = param.human_readable_name if param else "path"
+            raise ConfigError(f"{name}: got {value!r}; {error}.") from None
+
+
+PATH = _PathType()
+YAML = (".yaml", ".yml")
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
 
 
@@ -37,7 +56,9 @@ class Verb(click.Command):
         if self.settings:
             module, name = self.settings.split(":")
             cls = getattr(__import__(module, fromlist=[name]), name)
-            formatter.write(f"\nSettings (key=default):\n{configuration.help_text(cls)}\n")
+            formatter.write(
+                f"\nSettings (key=default; values are read as docs/settings.md says):\n{configuration.help_text(cls)}\n"
+            )
 
 
 def words(required: bool = False) -> Any:
@@ -52,15 +73,62 @@ def heads_option() -> Any:
     )
 
 
-def read_settings(cls: type[configuration.T], given: Sequence[str]) -> configuration.T:
-    """Settings from a verb's trailing words. Raises ConfigError."""
-    files = [word for word in given if "=" not in word]
+def read_settings(
+    cls: type[configuration.T],
+    given: Sequence[str],
+    own: Mapping[str, Any] | None = None,
+    origin: str = configuration.WORDS,
+) -> configuration.T:
+    """Settings from a verb's trailing words: a YAML file and `key=value`.
+
+    Args:
+        own: values by dotted key that the caller sets; they win.
+        origin: where the words are from, for errors.
+
+    Raises:
+        ConfigError: a word is neither; the file cannot be read; or keys or values are not allowed, all of them listed.
+    """
+    known = {key for key, _ in configuration.keys(cls)}
+    files = [word for word in given if _names_file(word, known)]
+    pairs = [word for word in given if not _names_file(word, known)]
     if len(files) > 1:
         raise ConfigError(
             f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
         )
-    pairs = [word for word in given if "=" in word]
-    return configuration.load(cls, Path(files[0]) if files else None, pairs)
+    layers = [(file, read_yaml_text(_config_file(file, known))) for file in files]
+    layers += [configuration.words_layer(pairs, origin), (origin, configuration.nested(own or {}))]
+    return configuration.from_layers(cls, layers)
+
+
+def is_config_word(word: str) -> bool:
+    """Whether a word is a YAML file or `key=value`, and no name of a verb."""
+    return "=" in word or word.endswith(YAML) or _existing(word) is not None
+
+
+def _names_file(word: str, known: set[str]) -> bool:
+    """Whether a word means a YAML file: one that exists, or one that is missing rather than a setting."""
+    key, groups = word.partition("=")[0], {name.partition(".")[0] for name in known}
+    if "=" not in word or _existing(word) is not None:
+        return True
+    return "/" in key or key.endswith(YAML) or (word.endswith(YAML) and key.partition(".")[0] not in groups)
+
+
+def _existing(word: str) -> Path | None:
+    """The file that a word names, as typed or with `~` and variables expanded."""
+    try:
+        path = expanded(word)
+        return path if path.is_file() else None
+    except (ValueError, OSError):  # no such variable; a name that no file can have
+        return None
+
+
+def _config_file(word: str, known: set[str]) -> Path:
+    if word in known and not Path(word).exists():
+        raise ConfigError(f"{word} is a setting: give it a value, {word}=VALUE.")
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise ConfigError(f"{word}: {error}.") from None
 
 
 class _PlainConsole(Console):
@@ -75,9 +143,10 @@ def show(renderable: Any, width: int = 100) -> None:
     _PlainConsole(width=None if sys.stdout.isatty() else width, soft_wrap=False).print(renderable)
 
 
-def say(text: str, err: bool = False) -> None:
-    """Print lines, which may hold foreign names, to standard output or error."""
-    print(printable(text), file=sys.stderr if err else sys.stdout, flush=True)
+def say(*texts: str, err: bool = False) -> None:
+    """Print texts, which may hold foreign names, to standard output or error; each begins a line, and it alone does."""
+    for text in texts:
+        print(hanging(text), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def warn(text: str) -> None:
@@ -99,7 +168,7 @@ def run_command(command: click.Command, name: str) -> None:
     except click.ClickException as error:
         told = io.StringIO()
         error.show(told)
-        say(told.getvalue().rstrip("\n"), err=True)
+        say(*told.getvalue().splitlines(), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         if is_first():

@@ -2,36 +2,33 @@
 
 What may not change when a run is resumed (it would be another experiment) is in the groups `model`, `experts`,
 `data` and `optim`, except where `metadata` of a field says otherwise; `run` and `engine` may change. This module
-holds the machinery; each stage's settings stand beside the stage, those of pre-training in `training/settings.py`.
+holds the machinery; what text means is in `values.py`; each stage's settings stand beside the stage, those of
+pre-training in `training/settings.py`.
 """
 
 import dataclasses
-import difflib
-import reprlib
+import math
+import re
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import ArgsKwargs
 
+from moce_ds import faults
 from moce_ds.errors import ConfigError
+from moce_ds.values import Misread, Reading, opened, path_text, read, resolved
+from moce_ds.yaml_text import Plain, read_yaml_text
 
 T = TypeVar("T")
+Layer = tuple[str, dict[str, Any]]
+"""Where settings come from, as errors name it, and the tree of them."""
 
-# What PyYAML's safe loader was seen to raise on bad text; they have no common base. It makes nothing but plain data.
-_YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
-
-# A few kilobytes of YAML can name one list a billion times over: never print a value whole.
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 200
-_short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
-
-
+WORDS = "the command line"
 _HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
 
 
@@ -41,33 +38,94 @@ def settings(cls: type[T]) -> type[T]:
     return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # type: ignore[return-value]
 
 
-def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = ()) -> T:
-    """Settings of type `cls` from a YAML file and `key=value` words; later ones win.
+def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = (), origin: str = WORDS) -> T:
+    """Settings of type `cls` from a YAML file and `key=value` words; later ones win (docs/settings.md).
 
-    Keys are dotted (`optim.epochs=3`); values are YAML, so `[1, 2]`, `null` and `1e-4` mean what they look like.
+    Keys are dotted (`optim.epochs=3`); a value is read as its setting's type.
+
+    Args:
+        origin: where the words are from, for errors.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed; every fault is listed.
     """
-    tree = read_yaml(yaml_path) if yaml_path else {}
-    for word in overrides:
-        _set_dotted(tree, word)
-    return from_tree(cls, tree, source=str(yaml_path) if yaml_path else "the command line")
+    layers = [(str(yaml_path), read_yaml_text(yaml_path))] if yaml_path else []
+    return from_layers(cls, [*layers, words_layer(overrides, origin)])
+
+
+def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
+    """`key=value` words as a tree of text. Raises ConfigError for a word that is none."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
+        tree = _merged(tree, nested({key: Plain(text)}))
+    return origin, tree
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree out of dotted keys and their values."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return tree
 
 
 def from_tree(cls: type[T], tree: dict[str, Any], source: str) -> T:
     """Settings of type `cls` from nested dictionaries, `source` being named in errors. Raises ConfigError."""
+    return from_layers(cls, [(source, tree)])
+
+
+def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
+    """Settings of type `cls` from trees, of which later ones win: mappings key by key, anything else as a whole.
+
+    Raises:
+        ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
+    """
+    layers = [layer for layer in layers if layer[1]] or layers[:1]
+    tree: dict[str, Any] = {}
+    for _, own in layers:
+        tree = _merged(tree, own)
     try:
-        return TypeAdapter(cls).validate_python(tree)
+        return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
-        faults = "\n".join(f"  {_describe(cls, fault)}" for fault in error.errors())
-        raise ConfigError(f"Settings refused ({source}):\n{faults}") from None
+        raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        key, old = f"{prefix}{name}", below.get(name)
+        if isinstance(old, dict) and isinstance(value, Plain) and value.lstrip().startswith("{"):
+            value = opened(value, key)
+        if isinstance(value, dict):
+            old = opened(old, key)
+            if isinstance(old, str | list):
+                raise ConfigError(f"{key}: given as a whole and in parts; give it once, or all its parts.")
+            value = _merged(old or {}, value, f"{key}.")
+        merged[name] = value
+    return merged
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """Nested plain dictionaries of a settings object, as YAML and JSON can hold them."""
-    tree: dict[str, Any] = TypeAdapter(type(config)).dump_python(config, mode="json")
+    """Nested plain dictionaries of a settings object, as YAML and JSON can hold them; `from_tree` is the inverse."""
+    tree: dict[str, Any] = _plain_data(TypeAdapter(type(config)).dump_python(config))
     return tree
+
+
+def _plain_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain_data(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(part) for part in value]
+    if isinstance(value, Path):
+        return path_text(value)
+    return str(value) if isinstance(value, str) else value
 
 
 def to_yaml(config: Any) -> str:
@@ -101,9 +159,9 @@ def help_text(cls: Any) -> str:
     lines = []
     for key, field in keys(cls):
         if field.default is not dataclasses.MISSING:
-            default = _plain(field.default)
+            default = _typed(field.default)
         elif field.default_factory is not dataclasses.MISSING:
-            default = _plain(field.default_factory())
+            default = _typed(field.default_factory())
         else:
             default = "(required)"
         lines += textwrap.wrap(
@@ -125,82 +183,74 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _plain(value: Any) -> str:
+def word(key: str, value: Any) -> str:
+    """`key=value` that `load` reads as exactly this value: how programs write words for other processes."""
+    return f"{key}={path_text(value) if isinstance(value, Path) else _typed(value)}"
+
+
+def _typed(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_plain(item) for item in value) + "]"
+        return "[" + ",".join(_quoted(item) if isinstance(item, str) else _typed(item) for item in value) + "]"
     return str(value)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The `key: value` tree of a YAML file, unchecked; none for an empty one.
+def _quoted(text: str) -> str:
+    """Text within a list of YAML's flow style."""
+    if re.fullmatch(r"[\w./=+][\w./=+-]*", text, re.ASCII):
+        return text
+    return yaml.safe_dump(text, default_style='"', width=math.inf).removesuffix("\n")
 
-    Raises:
-        ConfigError: the file cannot be read, or is no such tree.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ConfigError(f"{path} not found: expected a YAML file of settings.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): make it readable.") from None
-    except _YAML_FAULTS as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}; expected `key: value` lines.")
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `key: value` tree of a YAML file whose settings' types are not known here: numbers, booleans and null as YAML
+    1.2 has them; empty for an empty file. Raises ConfigError as `read_yaml_text`."""
+    tree: dict[str, Any] = resolved(read_yaml_text(path))
     return tree
 
 
-def _set_dotted(tree: dict[str, Any], word: str) -> None:
-    key, sign, text = word.partition("=")
-    if not sign or not key:
-        raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
-    try:
-        value = yaml.safe_load(text)
-    except _YAML_FAULTS as error:
-        raise ConfigError(f"The value of {key} is not valid YAML: {_short.repr(text)} ({error}).") from None
-    *groups, name = key.split(".")
-    for group in groups:
-        child = tree.setdefault(group, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{key}: {group} is a single setting and has no part {name!r}.")
-        tree = child
-    tree[name] = value
+@dataclasses.dataclass(frozen=True)
+class KeysOf(Reading):
+    """Marks a mapping whose keys, dotted or in groups, are those of another settings class: each value is read as its
+    key says, or each of a list of `several` values.
+
+    Attributes:
+        own: further keys, which are whole numbers.
+    """
+
+    cls: Any
+    several: bool = False
+    own: tuple[str, ...] = ()
+
+    def read(self, value: Any, key: str) -> Any:
+        """Dotted keys with values of plain data; what cannot be read stays text, for whoever uses it to refuse."""
+        value = opened(value, key)
+        if not isinstance(value, dict):
+            return value
+        types = {name: field.type for name, field in keys(self.cls)} | dict.fromkeys(self.own, int)
+        flat: dict[str, Any] = {}
+        for name, part in value.items():
+            inside = isinstance(part, dict) and any(known.startswith(f"{name}.") for known in types)
+            flat |= {f"{name}.{last}": one for last, one in part.items()} if inside else {name: part}
+        return {name: self._one(types.get(name, Any), part, f"{key}.{name}") for name, part in flat.items()}
+
+    def _one(self, kind: Any, value: Any, key: str) -> Any:
+        values = opened(value, key)
+        if self.several and isinstance(values, list):
+            return [_as_typed(read(kind, each, key), each) for each in values]
+        return values if self.several else _as_typed(read(kind, value, key), value)
 
 
-def _describe(cls: Any, fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part != "[key]")  # pydantic marks faults of a mapping's keys
-    if fault["type"] == "unexpected_keyword_argument":
-        return f"{key}: no such setting.{_suggestion(cls, key)}"
-    if fault["type"] == "missing":
-        return f"{', '.join(_required(cls, key))}: required, and not given."
-    if fault["type"] == "dataclass_type" and key:
-        return f"{key}: got {_short.repr(fault['input'])}; it is a group of settings, such as {key}.NAME=VALUE."
-    message = fault["msg"].removeprefix("Value error, ")
-    # A fault of a whole group names its keys itself; its input would be the whole group.
-    given = (
-        ""
-        if isinstance(fault["input"], dict) or not key or isinstance(fault["input"], ArgsKwargs)
-        else f"got {_short.repr(fault['input'])}; "
-    )
-    return f"{key + ': ' if key else ''}{given}{message}"
-
-
-def _required(cls: Any, key: str) -> list[str]:
-    """The settings without a default in the group `key`, or `key` itself where it is a single setting."""
-    none = dataclasses.MISSING
-    inside = [(name, field) for name, field in keys(cls) if name.startswith(f"{key}.")]
-    return [name for name, field in inside if field.default is none and field.default_factory is none] or [key]
-
-
-def _suggestion(cls: Any, key: str) -> str:
-    known = [name for name, _ in keys(cls)]
-    by_last = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [by_last[n] for n in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.6)]
-    return f" Did you mean {near[0]}?" if near else f" Known settings: {', '.join(known)}."
+def _as_typed(found: Any, value: Any) -> Any:
+    """Plain data of what was read, numbers as they were typed: cells of studies are named after them."""
+    if isinstance(found, list) and isinstance(value, list):
+        return [_as_typed(*pair) for pair in zip(found, value, strict=True)]
+    if isinstance(found, float) and isinstance(value, str):
+        number = resolved(Plain(value))
+        return number if isinstance(number, int) or "." in value else str(value)
+    if isinstance(found, Misread | Path):
+        return str(value) if isinstance(value, str | Path) else value
+    return found

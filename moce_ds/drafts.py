@@ -21,6 +21,9 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from moce_ds.errors import ArtefactError
+from moce_ds.machine import reason
+
 _DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})\.(?P<kind>tmp|old)$")
 _SCRATCH = re.compile(r"^moce-(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-\w+$")
 _QUIET_SECONDS = 24 * 3600.0
@@ -82,15 +85,27 @@ def clear_leftovers(folder: Path, again: bool = False) -> None:
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """A folder for the length of the block, by default in the system's place for temporary files; what kills have left
-    of such folders there is removed first."""
-    parent = parent or Path(tempfile.gettempdir())
+    of such folders there is removed first. Raises ArtefactError where none can be made."""
+    parent = parent or _temporary_place()
     with suppress(OSError):
         for entry in list(os.scandir(parent)):
             match = _SCRATCH.match(entry.name)
             if match and _is_own_folder(entry) and _is_over(Path(entry), match):
                 _remove(Path(entry))
-    with tempfile.TemporaryDirectory(prefix=f"moce-{_machine()}-{os.getpid()}-", dir=parent) as folder:
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"moce-{_machine()}-{os.getpid()}-", dir=parent)
+    except OSError as error:
+        raise ArtefactError(f"No temporary folder can be made in {parent}: {reason(error)}") from None
+    with made as folder:
         yield Path(folder)
+
+
+def _temporary_place() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        told = error.strerror or error
+        raise ArtefactError(f"{told}: set TMPDIR to a folder with space that can be written to.") from None
 
 
 @cache

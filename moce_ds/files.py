@@ -31,6 +31,8 @@ _DAMAGE = (
     RecursionError, MemoryError,
 )  # fmt: skip
 
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # of torch.save, which says no more than that
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -77,7 +79,9 @@ def writes_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtefactError(f"{path} cannot be written: {reason(error)}") from None
-    except SafetensorError as error:  # which is how that library passes on an error of the disk
+    except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
+            raise
         raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
 
 
@@ -239,9 +243,14 @@ def copy_tree(source: Path, target: Path) -> None:
         try:
             os.link(src, dst)
         except OSError:
-            shutil.copy2(src, dst)
+            try:
+                shutil.copy2(src, dst)
+            except OSError as error:
+                faults.append(error)
+                raise
 
+    faults: list[OSError] = []  # what shutil collects is text
     try:
         shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
-    except shutil.Error as error:  # a list of all files that failed; the first says why
-        raise OSError(error.args[0][0][2]) from None
+    except shutil.Error as error:  # a list of all that failed; the first says why
+        raise (faults or [OSError(error.args[0][0][2])])[0] from None

@@ -18,6 +18,7 @@ from types import TracebackType
 from torch.distributed import DistError
 
 from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
+from moce_ds.machine import machine_fault
 from moce_ds.rendezvous import Rendezvous
 
 _BEAT_SECONDS = 1.0
@@ -71,13 +72,14 @@ class Watch:
         if error is None:
             return
         who = f"Rank {self._rank} on {socket.gethostname()}"
-        how = str(error) if isinstance(error, MoceError) else f"{type(error).__name__}: {error}"
+        fault = error if isinstance(error, MoceError) else machine_fault(error)
+        how = f"{type(error).__name__}: {error}" if fault is None else str(fault)
         told = f"{who} ended at {self._doing}: {how}"
         with suppress(DistError):  # the store may have gone first
             if isinstance(error, KeyboardInterrupt):
                 self._store.set("verdict", f"{STOPPED} {who} was interrupted at {self._doing}.")
-            elif isinstance(error, MoceError):
-                status = error.status if error.status in _STATUSES else 1
+            elif fault is not None:
+                status = fault.status if fault.status in _STATUSES else 1
                 self._store.set(f"farewell/{self._rank}", f"{status} {told}")
             else:
                 self._store.set("verdict", f"{LOST_PEER} {told}")

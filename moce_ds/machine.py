@@ -5,7 +5,7 @@ import os
 
 from moce_ds.errors import MoceError
 
-_OTHER_PLACE = "Free some space there, or name a place on another disk"
+_OTHER_PLACE = "Free some space there, or name a place on another disk (for temporary files: TMPDIR)"
 _PERMISSION = "Ask its owner for permission, or name another place"
 _LIMIT_OF_FILES = "Raise the limit on open files (`ulimit -n 4096`), or use fewer workers and threads"
 _LIMIT_OF_PROCESSES = "Raise the limit on processes (`ulimit -u`), or use fewer workers and threads"
@@ -13,7 +13,7 @@ _NETWORK = "Check the network, and the address and port if you set them"
 
 _REMEDIES: dict[int, str] = {
     errno.ENOSPC: _OTHER_PLACE,
-    errno.EDQUOT: "Your quota is used up: delete something, or name a place on another disk",
+    errno.EDQUOT: f"Your quota is used up. {_OTHER_PLACE}",
     errno.EFBIG: "Raise the limit on the size of files (`ulimit -f`), or name a place on another file system",
     errno.EROFS: "The file system is read-only: name another place",
     errno.EACCES: _PERMISSION,
@@ -67,6 +67,8 @@ def reason(error: OSError) -> str:
     where = "".join(f" ({os.fsdecode(name)})" for name in (error.filename,) if isinstance(name, str | bytes))
     why = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0, "Try again, or name another place")
+    if "AF_UNIX path too long" in why:
+        remedy = "Set TMPDIR to a folder with a shorter name"
     return f"{why.removesuffix('.')}{where}. {remedy}."
 
 
@@ -74,6 +76,8 @@ def machine_fault(error: BaseException) -> MachineError | None:
     """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
     if isinstance(error, OSError):
         return MachineError(f"The system refused an operation: {reason(error)}")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
+        return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         detail = str(error).splitlines()[0].strip() if str(error) else ""
         return MachineError(f"Out of memory{f' ({detail})' if detail else ''}. {_MEMORY}.")

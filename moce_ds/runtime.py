@@ -24,7 +24,7 @@ from moce_ds.liveness import Watch
 from moce_ds.machine import machine_fault
 from moce_ds.place import ALONE, Place, PlaceError
 from moce_ds.rendezvous import Rendezvous, interfaces
-from moce_ds.text import encoded, printable
+from moce_ds.text import encoded, hanging
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
@@ -51,7 +51,7 @@ class Runtime:
     def say(self, text: str) -> None:
         """Print to standard error, once for all processes, clear of a progress bar."""
         if self.is_main:
-            print(printable(text), file=sys.stderr, flush=True)
+            print(hanging(text), file=sys.stderr, flush=True)
 
     def at(self, doing: str) -> None:
         """Say what this process is at, such as "step 12": told to the others if it is lost."""

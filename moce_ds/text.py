@@ -7,6 +7,7 @@ functions change what is shown.
 
 import codecs
 import io
+import re
 import sys
 import unicodedata
 from typing import TextIO
@@ -31,6 +32,11 @@ def in_line(name: object) -> str:
     return printable(str(name)).replace("\n", MARK)
 
 
+def hanging(text: str) -> str:
+    """As `printable`, with all lines but the first indented: a line break in a name cannot begin another message."""
+    return re.sub(r"\n(?!  )", "\n  ", printable(text))
+
+
 def shortened(name: object, length: int) -> str:
     """A name for a line, at most `length` characters long; the end stays, where names of one folder differ."""
     shown = in_line(name)
@@ -46,12 +52,6 @@ def plottable(name: object, length: int = 40) -> str:
 def encoded(text: str) -> bytes:
     """UTF-8 of any text, for digests; lone surrogates are encoded too, which UTF-8 proper refuses."""
     return text.encode("utf-8", "surrogatepass")
-
-
-def argument(word: object) -> str:
-    """A path as a word of a command: one that begins with a dash is not taken for an option."""
-    text = str(word)
-    return f"./{text}" if text.startswith("-") else text
 
 
 def script_fault(text: str) -> str | None:

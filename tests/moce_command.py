@@ -1,12 +1,13 @@
 """Run `moce ...` and keep what it said."""
 
 import io
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
+
+from harness import run_distributed
 
 from moce_ds.cli import main
 
@@ -35,10 +36,8 @@ def run_here(*words: object) -> Said:
 
 
 def run_alone(*words: object) -> Said:
-    """Run `python -m moce_ds ...` in a process of its own, as training must be: its groups are global."""
-    command = [sys.executable, "-m", "moce_ds", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return Said(done.returncode, done.stdout, done.stderr)
+    """Run `moce ...` in a process of its own, as training must be: its groups are global."""
+    return run_distributed(run_here, 1, *words)[0]
 
 
 def refused(*words: object) -> str:

@@ -207,7 +207,7 @@ def test_clusters_made_anew_in_the_place_of_a_run_s(
     [
         ("model: [", "is not valid YAML"),
         ("- model", "holds a list; expected `key: value` lines"),
-        ("optim: !!python/object/apply:os.mkdir [witness]", "could not determine a constructor"),
+        ("optim: !!python/object/apply:os.mkdir [witness]", "line 1: optim has the tag tag:yaml"),
         ("", "data.shards: required, and not given"),
     ],
 )

@@ -37,7 +37,7 @@ _NAME = 60  # characters shown of a class
 def describe(path: Path) -> Table:
     """What `path` is and holds, as a table. Raises ArtefactError when it is nothing of ours, or damaged."""
     kind, rows = _recognised(path)
-    table = Table(title=f"{path}: {kind}", show_header=False, title_justify="left")
+    table = Table(title=f"{in_line(path)}: {kind}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows(path).items():

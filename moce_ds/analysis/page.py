@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from moce_ds.analysis.gallery import Card, Picture
-from moce_ds.files import atomic_file
+from moce_ds.files import atomic_file, writes_to
 from moce_ds.text import printable
 
 
@@ -75,5 +75,5 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
         finalize=_shown,
     )
     page = environment.get_template("report.html").render(title=title, summary=summary, chapters=chapters)
-    with atomic_file(out) as temporary:
+    with writes_to(out), atomic_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -17,6 +17,7 @@ from moce_ds.analysis.run_chapter import run_chapter
 from moce_ds.analysis.run_folder import Run, Study, read_study
 from moce_ds.analysis.study_chapter import study_chapters, study_summary, write_csv
 from moce_ds.analysis.study_folder import STUDY, read_study_folder
+from moce_ds.files import check_writable
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (
@@ -59,9 +60,10 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
         out: the HTML file; `folder/report.html` by default.
 
     Raises:
-        ArtefactError: `folder` is none of these, or a file in it is damaged.
+        ArtefactError: `folder` is none of these, a file in it is damaged, or the page cannot be written.
     """
     out = out or folder / "report.html"
+    check_writable(out)
     if (folder / STUDY).is_file():
         grid = read_study_folder(folder)
         write_page(out, grid.name, study_summary(grid), study_chapters(grid))

@@ -15,7 +15,7 @@ from moce_ds.analysis import plots
 from moce_ds.analysis.page import Cell, Chapter, Exhibit, Section, Table
 from moce_ds.analysis.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.analysis.study_plots import Series, error_bars
-from moce_ds.files import atomic_file
+from moce_ds.files import atomic_file, writes_to
 
 THROUGHPUT, MEMORY = "images_per_second", "peak_memory"
 
@@ -91,6 +91,7 @@ def write_csv(study: StudyFolder, path: Path) -> None:
     """One line a cell: its name, state, keys, processes, machines, seconds, and all measures in SI units."""
     columns = ["cell", "state", *(key for key in study.keys if key not in LAUNCH_KEYS), *LAUNCH_KEYS, "seconds"]
     with (
+        writes_to(path),
         atomic_file(path) as temporary,
         open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,  # of names without UTF-8
     ):

@@ -21,6 +21,7 @@ from moce_ds.bench.cases import Case, Problem
 from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
 from moce_ds.compat import quiet_deepspeed
+from moce_ds.files import atomic_file, writes_to
 from moce_ds.runtime import Runtime
 
 Row = dict[str, Any]
@@ -148,5 +149,6 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(f"{mode}, {routing} routing", loc="left", fontsize=10)
         axis.margins(y=0.3)  # room for the legend
         axis.legend(fontsize=7, ncols=3, loc="upper right")
-    figure.savefig(path, dpi=150)
+    with writes_to(path), atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)

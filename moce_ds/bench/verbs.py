@@ -118,7 +118,7 @@ def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> 
 
 def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
     from moce_ds.bench.timing import machine
-    from moce_ds.files import write_json
+    from moce_ds.files import write_json, writes_to
 
     title = " ".join(f"{name} {value}" for name, value in machine().items() if value)
     table = Table(*rows[0], title=title, title_justify="left")
@@ -126,7 +126,8 @@ def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
         table.add_row(*map(_text, row.values()))
     show(table, width=120)
     if json_file is not None:
-        write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})
+        with writes_to(json_file):
+            write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})
 
 
 def _text(value: Any) -> str:

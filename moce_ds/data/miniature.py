@@ -20,7 +20,7 @@ from PIL import Image
 from moce_ds.data.coco_api import area_of, box_of, pack
 from moce_ds.data.demo_images import package_folder
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_folder, write_json
+from moce_ds.files import atomic_folder, write_json, writes_to
 
 _KINDS = ("animals", "food", "household", "plants", "vehicles")
 _VALIDATION = 5  # every fifth cut-out is seen in validation only
@@ -78,7 +78,7 @@ def write_miniature(out: Path, material: Material, side: int, train: int, val: i
     if out.exists():
         raise DataError(f"{out} exists: choose another folder, or delete it.")
     backgrounds = [Image.open(path).convert("RGB") for path in material.backgrounds]
-    with atomic_folder(out) as temporary:
+    with writes_to(out), atomic_folder(out) as temporary:
         for part, count in (("train", train), ("val", val)):
             chosen = {kind: _part(cuts, part) for kind, cuts in material.cuts.items()}
             random = np.random.default_rng((seed, part == "val"))

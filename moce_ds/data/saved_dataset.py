@@ -10,7 +10,7 @@ from tqdm import tqdm
 from moce_ds.command_line import say
 from moce_ds.data.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
-from moce_ds.files import read_json
+from moce_ds.files import read_json, writes_to
 
 _WRITTEN_BY = "datasets' save_to_disk"
 _SPLITS = "dataset_dict.json"
@@ -31,6 +31,7 @@ def unpack_images(path: Path, out: Path) -> Listing:
     Raises:
         ConfigError: the library is not installed.
         DataError: `path` holds several splits, no column of images, or is damaged.
+        ArtefactError: `out` cannot be written.
     """
     if (path / _SPLITS).is_file():
         splits = read_json(path / _SPLITS, "the splits of a data set", _WRITTEN_BY)["splits"]
@@ -47,12 +48,13 @@ def unpack_images(path: Path, out: Path) -> Listing:
     classes = dataset.features[label].names if label else []
     columns = dataset.select_columns([image, label] if label else [image])
     rows = columns.cast_column(image, library.Image(decode=False))
-    out.mkdir()
     listed = []
-    for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
-        name = f"{number:09d}"
-        (out / name).write_bytes((row[image] or {}).get("bytes") or b"")
-        listed.append(Listed(name, _classes(row[label] if label else None, classes)))
+    with writes_to(out):
+        out.mkdir()
+        for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
+            name = f"{number:09d}"
+            (out / name).write_bytes((row[image] or {}).get("bytes") or b"")
+            listed.append(Listed(name, _classes(row[label] if label else None, classes)))
     return Listing(listed, list(classes), origin=path)
 
 

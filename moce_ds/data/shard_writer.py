@@ -111,17 +111,29 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
         with alone_in(out, busy):
             if (out / MANIFEST).exists():  # of a process that was faster
                 return _complete(out, source, plan)
-            _begin(out, source, plan)
-            records = _finished_records(out)
-            _write_missing(source, out, files, records, config)
-            manifest = _write_tables(out, records, source, plan, listing)
-            write_checked(out / MANIFEST, dataclasses.asdict(manifest))
-            shutil.rmtree(out / PROGRESS, ignore_errors=True)
-            return _report(out, manifest, already_complete=False)
+            return _write(source, out, files, plan, config, listing)
     except DataError:
         with suppress(OSError):  # not empty: the same command may go on
             out.rmdir()
         raise
+
+
+def _write(
+    source: Path,
+    out: Path,
+    files: Sequence[SourceFile],
+    plan: dict[str, Any],
+    config: ShardSettings,
+    listing: Listing | None,
+) -> ShardReport:
+    _begin(out, source, plan)
+    records = _finished_records(out)
+    with writes_to(out):
+        _write_missing(source, out, files, records, config)
+        manifest = _write_tables(out, records, source, plan, listing)
+        write_checked(out / MANIFEST, dataclasses.asdict(manifest))
+        shutil.rmtree(out / PROGRESS, ignore_errors=True)
+    return _report(out, manifest, already_complete=False)
 
 
 def _plan(files: Sequence[SourceFile], config: ShardSettings) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from moce_ds.data.transform import CenterCrop
 from moce_ds.drafts import restore
 from moce_ds.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.errors import ArtefactError
-from moce_ds.files import atomic_folder
+from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.dense import dense_encoder
 from moce_ds.models.public_mae import public_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
@@ -152,7 +152,7 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
 def _keep_encoder(encoder: Encoder, folder: Path) -> None:
     """Leave the encoder beside its features. Raises ArtefactError where another one lies there."""
     if not folder.exists():
-        with atomic_folder(folder) as draft:
+        with writes_to(folder), atomic_folder(folder) as draft:
             save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
     elif load_encoder(folder).identity != encoder.identity:
         raise ArtefactError(

@@ -61,7 +61,7 @@ def _input(size: int) -> ImageInput:
 def _taken_for(shape: ViTShape, input: ImageInput) -> str:
     """What the file does not say, in words."""
     return (
-        f"taken for a ViT of the public MAE: width {shape.width}, {shape.depth} blocks, {shape.heads} heads; images of "
+        f"a ViT of the public MAE: width {shape.width}, {shape.depth} blocks, {shape.heads} heads; images of "
         f"{input.size} px with ImageNet's mean and standard deviation, centre crop {input.center_crop}"
     )
 

@@ -7,7 +7,6 @@ keys. All rates are a GPU's own, in one direction, and in powers of ten.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -15,6 +14,7 @@ from pydantic import Field
 from moce_ds import config as configuration
 from moce_ds.config import option, settings
 from moce_ds.errors import ConfigError
+from moce_ds.values import expanded
 
 Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -69,6 +69,7 @@ DEVICES: dict[str, Device] = {
     "a100": Device(bf16=312e12, fp32=19.5e12, memory=80e9, bandwidth=2.039e12, inside=300e9, across=25e9),
 }
 
+ASSUMED = "--assume"
 THIS = "this"
 """The name of the machine at hand, which is measured rather than looked up."""
 
@@ -79,18 +80,21 @@ def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
     Raises:
         ConfigError: there is no such device or file, or a key or value is not allowed.
     """
-    path = Path(name)
-    if name not in DEVICES and path.suffix not in (".yaml", ".yml"):
+    if name in DEVICES:
+        return assuming(DEVICES[name], assumed)
+    try:
+        path = expanded(name)
+    except ValueError as error:
+        raise ConfigError(f"--device: got {name!r}; {error}.") from None
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise ConfigError(
             f"--device: got {name!r}; expected {', '.join(DEVICES)}, {THIS}, or a YAML file with "
             f"{', '.join(field.name for field in dataclasses.fields(Device))}."
         )
-    if name not in DEVICES:
-        return configuration.load(Device, path, assumed)
-    return assuming(DEVICES[name], assumed)
+    return configuration.load(Device, path, assumed, origin=ASSUMED)
 
 
 def assuming(device: Device, assumed: Sequence[str]) -> Device:
     """`device` with parts of it replaced by `key=value` words. Raises ConfigError."""
-    words = [f"{key}={value}" for key, value in configuration.to_tree(device).items()]
-    return configuration.load(Device, None, [*words, *assumed])
+    layers = [("the device", configuration.to_tree(device)), configuration.words_layer(assumed, ASSUMED)]
+    return configuration.from_layers(Device, layers)

@@ -22,7 +22,7 @@ from moce_ds.checkpoint_files import step_folder, write_checkpoint
 from moce_ds.checksums import write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_folder, copy_tree
+from moce_ds.files import atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import give_weights
@@ -89,7 +89,7 @@ def import_native(folder: Path, out: Path, config: PretrainSettings, tag: str | 
     model = build_for_training(dataclasses.replace(config, experts=all_here), data)
     _give_state(model, native)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
-    with atomic_folder(out) as draft:
+    with writes_to(out), atomic_folder(out) as draft:
         _write_run(draft, config, model, native, data)
     return native
 

@@ -10,13 +10,14 @@ from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from moce_ds.config import from_tree, keys, option, read_yaml, settings
+from moce_ds.config import from_tree, keys, option, settings
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import DecoderShape
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import ViTShape, shape_of
+from moce_ds.yaml_text import read_yaml_text
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -354,7 +355,7 @@ def settings_of_run(path: Path, kind: type[S]) -> S:
     Raises:
         ConfigError: the file cannot be read, or names what this version does not have; every fault is listed.
     """
-    tree, known = read_yaml(path), {key for key, _ in keys(kind)}
+    tree, known = read_yaml_text(path), {key for key, _ in keys(kind)}
     for group in ("engine", "run"):
         if isinstance(tree.get(group), dict):
             tree[group] = {name: value for name, value in tree[group].items() if f"{group}.{name}" in known}

@@ -9,8 +9,8 @@ from typing import Any
 from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.files import read_json, writes_to
-from moce_ds.text import argument
 from moce_ds.transfer.tasks import Task
+from moce_ds.values import arguments
 
 _TOLD_LINES = 8
 
@@ -41,8 +41,7 @@ def _run(
 ) -> dict[str, Any]:
     """One `moce finetune`; its only record."""
     result, log = out / "result.json", out / "log.txt"
-    command: list[object] = [sys.executable, "-m", "moce_ds", "finetune", argument(encoder), "--train", train]
-    command += ["--test", test]
+    command: list[object] = ["finetune", encoder, "--train", train, "--test", test]
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
@@ -50,7 +49,9 @@ def _run(
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
             with open(log, "a", encoding="utf-8") as opened:
-                status = subprocess.run(list(map(str, command)), stdout=opened, stderr=subprocess.STDOUT).returncode
+                status = subprocess.run(
+                    [sys.executable, "-m", "moce_ds", *arguments(command)], stdout=opened, stderr=subprocess.STDOUT
+                ).returncode
         if status == STOPPED:
             raise KeyboardInterrupt
         if status or not result.exists():

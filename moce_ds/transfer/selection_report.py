@@ -7,10 +7,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moce_ds.text import shortened
 from moce_ds.transfer.chosen import spoken
 from moce_ds.transfer.select import Selection
 
 _CLUSTERS = 10
+_NAME = 60  # characters
 _BAR = 40
 """Columns of the longest bar."""
 
@@ -36,7 +38,7 @@ def selection_report(selection: Selection, task: str, routes: Sequence[Route], t
 
 
 def _route_table(selection: Selection, task: str, top: int) -> Table:
-    table = Table(title=f"{task}: votes of {selection.n_images:,} images", title_justify="left")
+    table = Table(title=f"{shortened(task, _NAME)}: votes of {selection.n_images:,} images", title_justify="left")
     table.add_column("route (expert of each layer)")
     table.add_column("share of the votes", justify="right")
     for route, share in selection.routes[:top]:

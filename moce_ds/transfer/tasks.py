@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config import from_tree, option, read_yaml, settings
+from moce_ds.config import Layer, from_layers, option, settings
 from moce_ds.data.public.datasets import DatasetSettings, write_dataset
 from moce_ds.data.public.found import SPLITS
 from moce_ds.data.shards import MANIFEST
@@ -16,6 +16,8 @@ from moce_ds.transfer.knn import KnnSettings
 from moce_ds.transfer.metrics import Metric
 from moce_ds.transfer.probe import ProbeSettings
 from moce_ds.transfer.task_data import Splits
+from moce_ds.values import expanded
+from moce_ds.yaml_text import read_yaml_text
 
 CONFIGS = Path("configs/transfer")
 
@@ -67,16 +69,13 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
     Raises:
         ConfigError: there is no such task, its settings have faults, or its images are not there.
     """
-    path = Path(word) if word.endswith((".yaml", ".yml")) else CONFIGS / f"{word}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml"))) or f"none, no {CONFIGS} is here"
-        raise ConfigError(f"--tasks: {path} not found; known tasks: {known}. Or name a YAML file.")
-    tree = read_yaml(path)
+    path = _task_file(word)
+    layers: list[Layer] = [(str(path), read_yaml_text(path))]
     if overrides is not None:
-        tree = _merged(tree, read_yaml(overrides))
+        layers.append((str(overrides), read_yaml_text(overrides)))
     if data is not None:
-        tree["data"] = data / path.stem
-    config = from_tree(TaskSettings, tree, " and ".join(map(str, filter(None, (path, overrides)))))
+        layers.append(("--data", {"data": data / path.stem}))
+    config = from_layers(TaskSettings, layers)
     _write_missing(path.stem, config)
     places = {split: config.data / split for split in SPLITS}
     for split in ("train", "test"):
@@ -86,6 +85,20 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
     if val is None and config.finetune.choices:
         raise ConfigError(f"Task {path.stem}: finetune.choices need {places['val']}, images to choose by.")
     return Task(path.stem, config, places["train"], val, places["test"])
+
+
+def _task_file(word: str) -> Path:
+    try:
+        named = expanded(word)
+    except ValueError as error:
+        raise ConfigError(f"--tasks: {word}: {error}.") from None
+    path = named if word.endswith((".yaml", ".yml")) or named.is_file() else CONFIGS / f"{word}.yaml"
+    if path.is_dir():
+        raise ConfigError(f"--tasks: {path} is a folder; expected a YAML file.")
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml"))) or f"none, no {CONFIGS} is here"
+        raise ConfigError(f"--tasks: {path} not found; known tasks: {known}. Or name a YAML file.")
+    return path
 
 
 def check_metric(task: Task, splits: Splits) -> None:
@@ -112,14 +125,6 @@ def _how_to_write(config: TaskSettings) -> str:
         return "expected a shard set (`moce shards`) or a folder of images by class; --data says where tasks are."
     unpacked = f" ({config.source} is not there)" if config.source else ""
     return f"write it with `moce dataset {config.dataset} UNPACKED {config.data}`, or set source{unpacked}."
-
-
-def _merged(tree: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(tree)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def read_tasks(words: Sequence[str], overrides: Path | None, data: Path | None) -> list[Task]:

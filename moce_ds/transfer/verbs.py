@@ -155,7 +155,7 @@ def _accuracy(
     check_results(results)
     opened = open_encoder(encoder, device, heads)
     if encoder.is_file():
-        warn(f"{encoder}: {opened.provenance['taken_for']}")
+        warn(f"{encoder}: taken for {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]

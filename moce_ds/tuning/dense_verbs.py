@@ -1,6 +1,5 @@
 """The verbs of dense tasks: detect, segment."""
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,13 +50,13 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
 
 
 def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
-    """Settings out of the verb's paths (as JSON, which is YAML) and words; then the whole run."""
+    """Settings out of the verb's paths and words; then the whole run."""
     from moce_ds.runtime import started
     from moce_ds.tuning.loop import tune
 
     keys = {"out": "run.out"}
-    given = [f"{keys.get(name, f'data.{name}')}={json.dumps(str(path))}" for name, path in paths.items() if path]
-    config = read_settings(cls, [*words, *given])
+    named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}
+    config = read_settings(cls, words, named)
     with started(config.run.peer_timeout) as runtime:
         with runtime.together():
             task = make(config)

@@ -20,8 +20,8 @@ from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.dense_settings import BackboneSettings
 
-from timm.layers import LayerNorm2d, resample_abs_pos_embed  # isort: skip  (after models.vit, as it repairs torchvision)
-from timm.models.vision_transformer import VisionTransformer  # isort: skip
+from timm.layers import DropPath, LayerNorm2d, resample_abs_pos_embed  # isort: skip  (after models.vit, as it repairs torchvision)
+from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip
 
 GLOBAL_BLOCKS = 4
 
@@ -75,6 +75,9 @@ class WindowedViT(nn.Module):
         self.vit.requires_grad_(not config.frozen)
         count = min(GLOBAL_BLOCKS, self.shape.depth)
         self.sees_all = {(i + 1) * self.shape.depth // count - 1 for i in range(count)}
+        for index, block in enumerate(self.vit.blocks):
+            if index not in self.sees_all:
+                _drop_by_image(block, (self.side // self.window) ** 2)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Tokens after the final norm as a map, [B, D, H, W]."""
@@ -90,6 +93,26 @@ class WindowedViT(nn.Module):
                 tokens_NTD = block(tokens_NTD)
             x_BHWD = from_windows(tokens_NTD, window, self.side)
         return vit.norm(x_BHWD).permute(0, 3, 1, 2)
+
+
+class ImageDropPath(DropPath):
+    """Stochastic depth of windows [B N, T, D] that drops a block for an image, not for a window, as in ViTDet."""
+
+    def __init__(self, drop_prob: float, windows: int) -> None:
+        super().__init__(drop_prob)
+        self.windows = windows  # N, those of an image lie together
+
+    def forward(self, x_NTD: Tensor) -> Tensor:
+        kept_B11 = super().forward(x_NTD.new_ones(len(x_NTD) // self.windows, 1, 1))
+        return x_NTD * kept_B11.repeat_interleave(self.windows, dim=0)
+
+
+def _drop_by_image(block: Block, windows: int) -> None:
+    """Let a block that runs on so many windows an image draw stochastic depth once an image."""
+    for name in ("drop_path1", "drop_path2"):
+        drop = getattr(block, name)
+        if isinstance(drop, DropPath):  # the first block never drops
+            setattr(block, name, ImageDropPath(drop.drop_prob, windows))
 
 
 def _without_cls(encoder: Encoder, arguments: dict[str, object]) -> VisionTransformer:

@@ -1,6 +1,5 @@
 """The verbs that train on a task: finetune."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, say, words
 from moce_ds.errors import STOPPED
+from moce_ds.values import is_number
+from moce_ds.yaml_text import Plain
 
 
 @click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
@@ -45,10 +46,10 @@ def finetune(
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
-    named = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
-    given = [f"{key}={json.dumps(str(path))}" for key, path in named.items()]  # JSON is YAML
-    given += [f"data.val_share={val}" if _is_number(val) else f"data.val={json.dumps(val)}"] if val else []
-    config = read_settings(FinetuneSettings, [*words, *given])
+    named: dict[str, Path | str] = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
+    if val is not None:  # a folder may be called 1
+        named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
+    config = read_settings(FinetuneSettings, words, named)
     check_results(results)
     with started(config.run.peer_timeout) as runtime:
         record = run(config, runtime)
@@ -61,14 +62,6 @@ def finetune(
         say(f"finetune {record['task']} {record['model']}: {told} {counted}")
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 VERBS = (finetune,)

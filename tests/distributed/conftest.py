@@ -83,7 +83,7 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
         },
         "two-damaged": Job(moce("two-damaged", 2, f"data.shards={damaged_shards}", "optim.epochs=0.5")),
     }
-    first, second = run_distributed(run_jobs, 2, jobs, seconds=200)
+    first, second = run_distributed(run_jobs, 2, jobs)
     assert {name: told.steps for name, told in first.items()} == {name: told.steps for name, told in second.items()}
     assert not any(told.error for told in first.values())
     return first
@@ -102,4 +102,4 @@ def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
         "moce-then-one": Job(tiny_settings(shards, runs / "moce-then-one", "experts.ep_size=1", clusters=clusters)),
         "one-then-four": Job(tiny_settings(shards, runs / "one-then-four", clusters=clusters), stop_after=3),
     }
-    return run_distributed(run_jobs, 1, jobs, seconds=120)[0]
+    return run_distributed(run_jobs, 1, jobs)[0]

@@ -26,7 +26,7 @@ class WorldError(AssertionError):
     """A rank failed, or the ranks did not end in time; the message holds what every rank printed."""
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds: float = 120.0) -> list[Any]:
+def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds: float = 600.0) -> list[Any]:
     """Call `fn(*args)` in `world_size` new processes that find each other through RANK, WORLD_SIZE, MASTER_...
 
     The function opens its process group itself, with `moce_ds.runtime.started()`, as the program does.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moce_ds.analysis.run_folder import read_metrics
 
-SECONDS = 120  # a start takes about 5 s on an idle machine
+SECONDS = 300  # a start takes about 5 s on an idle machine
 
 
 def local(nproc: int, *options: str) -> tuple[str, ...]:

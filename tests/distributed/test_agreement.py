@@ -60,7 +60,7 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
             began = time.monotonic()
             with patch.object(setup, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
                 note(name, lambda config=config: pretrain(config, runtime))
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 100
 
         encoder = open_encoder(clusters / "encoder", runtime.device)
         settings = FeatureSettings(block_rows=HALF)  # one block a rank

@@ -48,7 +48,7 @@ def made(data: TinyData, runs: Path, one: dict[str, Told], two: dict[str, Told])
             name = name_of(begun, then)
             if then[0] == world:
                 jobs[name] = Job(words(name, then), before=partial(shutil.copytree, runs / begun, runs / name))
-        told |= run_distributed(run_jobs, world, jobs, seconds=200)[0]
+        told |= run_distributed(run_jobs, world, jobs)[0]
     return told
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import run_distributed
-from launching import launched, local, ranks_of, run_to_end, send, wait_for_step
+from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step
 from rich.console import Console
 from safetensors import safe_open
 from tiny_run import alter_images, comparable, losses, numbers
@@ -69,7 +69,7 @@ def two(root: Path) -> dict[str, Tuned]:
         "exchanged": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), stop_after=3),
         "then-other": Tune(words(root, "exchanged", f"data.train={root / 'copy'}"), before=partial(exchange, root)),
     }
-    first, second = run_distributed(run_tunings, 2, jobs, seconds=200)
+    first, second = run_distributed(run_tunings, 2, jobs)
     assert [t.record for t in first.values()] == [t.record for t in second.values()]
     assert [bool(t.error) for t in first.values()] == [bool(t.error) for t in second.values()]
     return first
@@ -97,7 +97,7 @@ def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
         ),
         "learning": Tune(words(root, "learning", *learning)),
     }
-    return run_distributed(run_tunings, 1, jobs, seconds=200)[0]
+    return run_distributed(run_tunings, 1, jobs)[0]
 
 
 def exchange(root: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_command_stops_and_goes_on(root: Path, two: object) -> None:
     with launched(*command) as process:
         wait_for_step(out, 3)
         send(signal.SIGTERM, ranks_of(process)[1])
-        assert process.wait(timeout=60) == STOPPED
+        assert process.wait(timeout=SECONDS) == STOPPED
     assert len(steps_of(out)) == 1 and not (out / "tuned").exists()
     status, said = run_to_end(*command)
     assert status == 0 and "Resuming" in said and "finetune" in said, said

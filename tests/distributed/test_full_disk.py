@@ -64,7 +64,7 @@ def told(data: TinyData, disk: Path, two: object) -> list[dict[str, Told]]:
     for name, left in {"start": 0, "clusters": 40_000}.items():
         jobs[f"{name}-full"] = Job(words(name), before=partial(fill, disk, left))
         jobs[f"{name}-mended"] = Job(words(name), before=partial(clear, disk, disk / name))
-    return run_distributed(run_jobs, 2, jobs, seconds=200)
+    return run_distributed(run_jobs, 2, jobs)
 
 
 @pytest.mark.parametrize("name", ["async", "sync", "metrics", "start", "clusters"])

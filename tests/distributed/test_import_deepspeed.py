@@ -86,8 +86,8 @@ def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Made:
             for name, other in cases.items()
         }
 
-    run_distributed(save_all, 2, words(TWO), root, seconds=120)
-    losses = run_distributed(save_and_import_all, 1, words(ONE), list(TWO), root, seconds=120)[0]
+    run_distributed(save_all, 2, words(TWO), root)
+    losses = run_distributed(save_and_import_all, 1, words(ONE), list(TWO), root)[0]
     return Made(root, losses)
 
 

@@ -83,7 +83,7 @@ def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
         killed = time.monotonic()
         send(signal.SIGKILL, ranks[1])
         output, _ = launcher.communicate(timeout=SECONDS)
-    assert time.monotonic() - killed < 40
+    assert time.monotonic() - killed < 100
     assert launcher.returncode == LOST_PEER and "Restart" not in output, "nobody asked for one"
     assert "Process 1 was killed by SIGKILL." in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
@@ -99,7 +99,7 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
     began = time.monotonic()
     command = (*local(2, "--max-restarts", "2"), "pretrain", *tiny_settings(shards, run, "optim.epochs=50"))
     status, output = run_to_end(*command)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 100
     assert status == 1 and "Restart" not in output, "it would only occur again"
     assert "was altered after it was written" in output and str(shards) in output
     assert output.count("Error:") == 1

@@ -44,7 +44,7 @@ def test_a_run_outlives_a_killed_and_a_stopped_rank(four: list[str], runs: Path)
             ended.append(time.monotonic() - began)
         output, _ = launcher.communicate(timeout=SECONDS)
     assert launcher.returncode == 0, output
-    assert max(ended) < 40, "seconds until all of a start had ended"
+    assert max(ended) < 100, "seconds until all of a start had ended"
     (killed_at,) = re.findall(r"Error: Rank 3 on \S+ has not answered for 5 s at step (\d+)\. It has died", output)
     stopped_at = set(re.findall(r"Error: Rank 1 on \S+ has not answered for 5 s at step (\d+)\. It has died", output))
     assert 3 <= int(killed_at) <= STEPS and len(stopped_at) == 1 and 6 <= int(*stopped_at) <= STEPS

@@ -68,7 +68,7 @@ def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(data: TinyDat
     mae = write_pipeline(path, shards=str(data.shards))["mae"]
     status, output = run_to_end(*PIPELINE, path, "words.mae=[run.init_from=none]")
     assert status == 1 and output.count("Error:") == 1 and "Traceback" not in output, output
-    assert f"Error: Stage mae failed: run.init_from: none not found.\nIts state is in {mae.state}" in output
+    assert f"Error: Stage mae failed: run.init_from: none not found.\n  Its state is in {mae.state}" in output
     assert (record_of(mae).state, record_of(mae).told) == ("failed", "run.init_from: none not found.")
 
     run = tmp_path / "pipeline" / "mae"

@@ -55,7 +55,7 @@ def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     for balance in ("loss", "sinkhorn"):
         name = f"moce-diverged-{balance}"
         jobs[name] = Job(words(name, *diverging, "experts.ep_size=2", f"experts.balance={balance}"))
-    return runs, run_distributed(run_jobs, 2, jobs, seconds=240)
+    return runs, run_distributed(run_jobs, 2, jobs)
 
 
 @pytest.mark.parametrize("name", RUNS)

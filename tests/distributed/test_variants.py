@@ -47,8 +47,8 @@ def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         jobs[f"{name}-two"] = Job(words(name, "two", 2))
         jobs[f"{name}-stopped"] = Job(words(name, "resumed", 2), stop_after=3)
         jobs[f"{name}-resumed"] = Job(words(name, "resumed", 2))  # the same command
-    told = run_distributed(run_jobs, 2, jobs, seconds=240)[0]
-    run_distributed(run_jobs, 1, {name: Job(words(name, "one", 1)) for name in BY_CLUSTER}, seconds=120)
+    told = run_distributed(run_jobs, 2, jobs)[0]
+    run_distributed(run_jobs, 1, {name: Job(words(name, "one", 1)) for name in BY_CLUSTER})
     return runs, told
 
 

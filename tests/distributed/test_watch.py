@@ -80,7 +80,7 @@ def lived(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     folder = tmp_path_factory.mktemp("watch")
     pausing = threading.Thread(target=pause, args=(folder,), daemon=True)
     pausing.start()
-    return run_distributed(live_through, 2, folder, seconds=90)
+    return run_distributed(live_through, 2, folder)
 
 
 @pytest.mark.parametrize("what", ["a long computation", "a pause"])

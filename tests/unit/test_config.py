@@ -1,16 +1,31 @@
 """The machinery of settings: what wins, what is refused and in which words, and that YAML gives back what it got."""
 
 from dataclasses import field, fields
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from moce_ds.config import differences, from_tree, help_text, keys, load, option, settings, to_tree, to_yaml
+from moce_ds.config import (
+    KeysOf,
+    differences,
+    from_layers,
+    help_text,
+    keys,
+    load,
+    option,
+    read_yaml,
+    settings,
+    to_tree,
+    to_yaml,
+    word,
+    words_layer,
+)
 from moce_ds.errors import ConfigError
 
 
@@ -33,6 +48,11 @@ class Mill:
     def __post_init__(self) -> None:
         if self.sieve.rounds > 100:
             raise ValueError(f"sieve.rounds: {self.sieve.rounds} wears the sieve out; expected at most 100")
+
+
+def dotted(config: Any) -> list[tuple[str, Any]]:
+    """Keys and values of a settings object."""
+    return [(key, reduce(getattr, key.split("."), config)) for key, _ in keys(type(config))]
 
 
 def refusal(*words: str, file: Path | None = None) -> str:
@@ -61,21 +81,173 @@ def test_values_mean_what_they_look_like() -> None:
     )
 
 
+@settings
+class Silo:
+    """A group of every type that settings have."""
+
+    place: Path | None = option(None)
+    text: str = option("")
+    label: str | None = option(None)
+    share: float | None = option(None)
+    count: int = option(1)
+    on: bool = option(True)
+    level: Literal[1, 2] = option(1)
+    names: list[str] = option([])
+    places: dict[str, Path] = option({})
+    more: dict[str, str | bool] = option({})
+    grid: Annotated[dict[str, list[Any]], KeysOf(Mill, several=True, own=("processes",))] = option({})
+
+
+# The same in a YAML file and as a word, where the value of a word is what follows the first `=`.
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("count", "016", 16),  # YAML 1.1: octal 14
+        ("count", "1e3", 1000),
+        ("count", "8.0", 8),
+        ("count", "+3", 3),
+        ("share", "1e-4", 1e-4),  # YAML 1.1: text
+        ("share", ".5", 0.5),
+        ("share", "null", None),
+        ("label", "null", None),
+        ("text", "null", "null"),
+        ("text", "yes", "yes"),
+        ("text", "007", "007"),
+        ("text", "1:30", "1:30"),
+        ("text", "2024-01-01", "2024-01-01"),
+        ("place", "007", Path("007")),
+        ("place", "2024-01-01", Path("2024-01-01")),
+        ("place", "off", Path("off")),
+        ("on", "False", False),
+        ("level", "02", 2),
+        ("names", "[yes, 007, a=b, c: d]", None),
+        ("names", "[yes, 007, a=b]", ["yes", "007", "a=b"]),
+        ("more", "{exclusive: true, nice: 100}", {"exclusive": True, "nice": "100"}),
+        ("places", "{a: 1}", {"a": Path("1")}),
+        ("grid", "{sieve.rounds: [01, 1e1], processes: [02]}", {"sieve.rounds": [1, 10], "processes": [2]}),
+        ("grid", "{sieve: {mesh: [1, 0.50, 1e-2]}}", {"sieve.mesh": [1, 0.5, "1e-2"]}),
+        ("grid", "{sieve.kind: [no], nonsense: [no]}", {"sieve.kind": ["no"], "nonsense": ["no"]}),
+        ("grid", "{sieve.layers: [[0, 01], [2]], source: [01]}", {"sieve.layers": [[0, 1], [2]], "source": ["01"]}),
+        ("count", "yes", None),
+        ("count", "1_000", None),
+        ("count", "0x10", None),
+        ("share", "yes", None),
+        ("share", "1:30", None),
+        ("on", "yes", None),
+        ("on", "on", None),
+        ("on", "1", None),
+        ("level", "true", None),
+    ],
+)
+def test_the_declared_type_says_what_text_means(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    file = tmp_path / "silo.yaml"
+    file.write_text(f"{key}: {text}\n")
+    for origin, arguments in ((str(file), (file, [])), ("the command line", (None, [f"{key}={text}"]))):
+        if value is not None or text == "null":
+            assert getattr(load(Silo, *arguments), key) == value
+        else:
+            with pytest.raises(ConfigError, match=f"Settings refused .{origin}.:\n  {key}"):
+                load(Silo, *arguments)
+
+
+def test_words_are_taken_as_typed() -> None:
+    for text in ("a #2", " a ", "'a'", '"a"', "a: b", "[a]", "{a}", "- a", "!a", "&a", "a=b", ""):
+        assert load(Silo, None, [f"text={text}"]).text == text
+        if text:
+            assert load(Silo, None, [f"place={text}"]).place == Path(text)
+
+
+def test_homes_and_variables_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me$")
+    monkeypatch.setenv("SET", "x y")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.chdir(tmp_path)
+    for text, path in {
+        "~": "/home/me$",
+        "~/$SET/${SET}z": "/home/me$/x y/x yz",
+        "a/~": "a/~",
+        "./~a": "~a",
+        "a$$SET$": "a$SET$",
+        "$1": None,
+        "$EMPTY/a": None,
+    }.items():
+        (tmp_path / "silo.yaml").write_text(f"places: {{one: '{text}'}}\n")
+        for arguments in ((tmp_path / "silo.yaml", []), (None, [f"places.one={text}"])):
+            if path is None:
+                with pytest.raises(ConfigError, match=r"places.one: got .*the environment variable"):
+                    load(Silo, *arguments)
+            else:
+                assert load(Silo, *arguments).places == {"one": Path(path)}
+    (tmp_path / "a$SET").touch()
+    assert load(Silo, None, ["place=a$SET"]).place == Path("a$SET")  # what is there is meant
+
+
+def test_a_key_given_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "mill.yaml"
+    file.write_text("source: s\nsieve:\n  mesh: 0.5\non: true\nsieve:\n  rounds: 2\n")
+    assert "mill.yaml is not valid YAML: sieve is given twice, in lines 2 and 5; write it once." in refusal(file=file)
+    file.write_text("source: s\nsieve: {mesh: 0.5, 'mesh': 0.7}\n")
+    assert "sieve.mesh is given twice, in line 2" in refusal(file=file)
+
+
+def test_anchors_merge_and_own_keys_win(tmp_path: Path) -> None:
+    file = tmp_path / "mill.yaml"
+    file.write_text("source: s\nsieve:\n  <<: &a {mesh: 0.5, rounds: 7}\n  rounds: 8\n")
+    assert load(Mill, file).sieve == Sieve(mesh=0.5, rounds=8)
+
+
+def test_each_fault_is_told_under_its_origin(tmp_path: Path) -> None:
+    file = tmp_path / "mill.yaml"
+    file.write_text("sieve:\n  mesh: yes\n  rounds: 0.5\n")
+    said = refusal("sieve.rounds=many", "sieve.rond=1", file=file)
+    assert f"Settings refused ({file}):\n  sieve.mesh: got 'yes'" in said
+    assert f"Settings refused ({file} and the command line):\n  source: required" in said
+    words = said.partition("Settings refused (the command line):\n")[2]
+    assert "sieve.rounds: got 'many'" in words and "sieve.rond: no such setting" in words
+    assert "sieve.mesh" not in words.replace("Did you mean sieve.mesh", "")
+
+
+def test_mappings_are_merged_and_all_else_is_replaced() -> None:
+    layers = [("a", {"names": ["x"], "places": {"a": "1"}}), words_layer(["names=[y]", "places={b: 2}", "places.c=3"])]
+    silo = from_layers(Silo, layers)
+    assert silo.names == ["y"] and silo.places == {"a": Path("1"), "b": Path("2"), "c": Path("3")}
+
+
+def test_a_heading_with_nothing_under_it_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "mill.yaml"
+    file.write_text("source: s\nsieve:\n#  mesh: 0.1\n")
+    assert load(Mill, file, ["sieve.rounds=5"]).sieve == Sieve(rounds=5)
+
+
+def test_without_a_declared_type_yaml_1_2_says_what_text_means(tmp_path: Path) -> None:
+    file = tmp_path / "any.yaml"
+    file.write_text("a: [016, 1e-4, yes, true, null, ~, '1', 2.0, -3]\n")
+    assert read_yaml(file) == {"a": [16, 1e-4, "yes", True, None, None, "1", 2.0, -3]}
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("sieve.mseh=0.5", "sieve.mseh: no such setting. Did you mean sieve.mesh?"),
         ("round=3", "round: no such setting. Did you mean sieve.rounds?"),
         ("zzz=1", "zzz: no such setting. Known settings: source, sieve.mesh, sieve.rounds,"),
-        ("sieve.rounds=many", "sieve.rounds: got 'many'; Input should be a valid integer"),
-        ("sieve.rounds=2.5", "sieve.rounds: got 2.5; Input should be a valid integer"),
+        ("sieve.rounds=many", "sieve.rounds: got 'many'; expected a whole number, such as 16."),
+        ("sieve.rounds=2.5", "sieve.rounds: got '2.5'; expected a whole number, such as 16."),
         ("sieve.mesh=1", "sieve.mesh: got 1; Input should be less than 1"),
-        ("sieve.mesh=.nan", "sieve.mesh: got nan; Input should be a finite number"),
-        ("sieve.window=[0, .inf]", "sieve.window.1: got inf; Input should be a finite number"),
+        ("sieve.mesh=.nan", "sieve.mesh: got '.nan'; expected a number, such as 0.5 or 1e-4."),
+        ("sieve.window=[0, inf]", "sieve.window.1: got 'inf'; expected a number, such as 0.5 or 1e-4."),
+        ("sieve.mesh=1e999", "sieve.mesh: got '1e999'; expected a number that 64 bits can hold."),
+        ("sieve.mesh=1e-999", "sieve.mesh: got '1e-999'; expected a number that 64 bits can hold."),
+        ("sieve.window=[0,1,2]", "sieve.window: got [0, 1, '2']; Tuple should have at most 2 items"),
+        ("source=", "source: got ''; expected a path, and . for the current folder."),
+        ("sieve.cover=", "sieve.cover: got ''; expected a path"),
+        ("source=$NOT_SET/x", "source: got '$NOT_SET/x'; the environment variable NOT_SET is not set; write $$ for"),
+        ("source=~no-such-user/x", "source: got '~no-such-user/x'; no home folder is known for ~no-such-user"),
+        ("sieve.round=3", "sieve.round: no such setting. Did you mean sieve.rounds?"),
         ("sieve.window=[1]", "sieve.window.1: required, and not given."),
         ("sieve.kind=medium", "sieve.kind: got 'medium'; Input should be 'fine' or 'coarse'"),
-        ("sieve.layers=3", "sieve.layers: got 3; Input should be a valid list"),
-        ("sieve=3", "sieve: got 3; it is a group of settings, such as sieve.NAME=VALUE."),
+        ("sieve.layers=3", "sieve.layers: got '3'; Input should be a valid list"),
+        ("sieve=3", "sieve: got '3'; it is a group of settings, such as sieve.NAME=VALUE."),
         ("sieve.rounds=101", "sieve.rounds: 101 wears the sieve out; expected at most 100"),
     ],
 )
@@ -97,8 +269,10 @@ def test_every_fault_is_listed_at_once() -> None:
     [
         (["sieve.mesh"], "'sieve.mesh' is not a setting: expected key=value, such as"),
         (["=3"], "'=3' is not a setting"),
-        (["sieve.mesh=[1"], "The value of sieve.mesh is not valid YAML: '[1'"),
-        (["on=true", "on.x=2"], "on.x: on is a single setting and has no part 'x'."),
+        (["sieve.layers=[1"], "The value of sieve.layers is not a list or mapping: while parsing a flow sequence"),
+        (["sieve.layers=[1] # no"], "The value of sieve.layers is not a list or mapping: '# no' follows its end."),
+        (["sieve={rounds: 1, rounds: 2}"], "rounds is given twice, in line 1; write it once."),
+        (["on=true", "on.x=2"], "on: given as a whole and in parts; give it once, or all its parts."),
     ],
 )
 def test_words_that_are_no_settings(words: list[str], message: str) -> None:
@@ -131,17 +305,19 @@ LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'lol'] * 9)}]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("source: !!python/object/apply:os.mkdir [{witness}]", "could not determine a constructor"),
-        ("source: !!python/name:os.system", "could not determine a constructor"),
+        ("source: !!python/object/apply:os.mkdir [{witness}]", "line 1: source has the tag tag:yaml.org,2002:python"),
+        ("source: !!python/name:os.system", "line 1: source has the tag tag:yaml.org,2002:python/name:os.system;"),
         (LAUGHS + "source: s\nsieve: {{mesh: *l11}}", "sieve.mesh: got [["),
         (LAUGHS + "source: s\nsieve: *l11", "sieve: got [["),
         (LAUGHS + "source: *l11", "source: got [["),
         ("source: " + "[" * 1500, "is not valid YAML: maximum recursion depth"),
-        ("source: s\nsieve: {{rounds: " + "9" * 5000 + "}}", "is not valid YAML: Exceeds the limit"),
-        ("source: 2001-99-99", "is not valid YAML: month must be"),
+        ("source: s\nsieve: {{rounds: " + "9" * 5000 + "}}", "99'; expected a whole number, such as 16."),
         ("source: !!timestamp soon", "is not valid YAML"),
         ("source: !!bool perhaps", "is not valid YAML"),
-        ("1: 2\nsource: s", "1: got 1; Keys should be strings"),
+        ("source: &own [*own]", "source.0 contains itself"),
+        ("source: s\n? [a, b]\n: 3", "line 2: a key is not plain text"),
+        ("source: s\n<<: 3", "line 2: << merges what is no mapping"),
+        ("1: 2\nsource: s", "1: no such setting."),
     ],
 )
 def test_hostile_yaml_is_refused_in_few_words(tmp_path: Path, content: str, message: str) -> None:
@@ -153,9 +329,13 @@ def test_hostile_yaml_is_refused_in_few_words(tmp_path: Path, content: str, mess
 
 
 @pytest.mark.parametrize("value", ["!!python/object/apply:os.getcwd []", "[" * 1500, "9" * 5000, "2001-99-99"])
-def test_hostile_words_are_refused_in_few_words(value: str) -> None:
-    said = refusal(f"source={value}")
-    assert "The value of source is not valid YAML" in said and len(said) < 800
+def test_text_of_words_is_not_looked_into(value: str) -> None:
+    assert load(Mill, None, [f"source={value}"]).source == Path(value)
+
+
+def test_a_deep_list_in_a_word_is_refused_in_few_words() -> None:
+    said = refusal("source=s", f"sieve.layers={'[' * 1500}")
+    assert "The value of sieve.layers is not a list or mapping" in said and len(said) < 800
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -168,11 +348,13 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     st.integers(-(10**20), 100),
     st.sampled_from(["fine", "coarse"]),
     st.lists(st.integers()),
-    st.text("abc/ :#'\"é=", min_size=1),
+    st.text("abc/ :#'\"é=~${}[],\n\t\U0001f600", min_size=1),
 )
 def test_yaml_gives_the_same_settings_back(mesh: float, rounds: int, kind: str, layers: list[int], name: str) -> None:
-    sieve = {"mesh": mesh, "rounds": rounds, "kind": kind, "layers": layers, "cover": name}
-    config = from_tree(Mill, {"source": name, "sieve": sieve}, "a test")
+    sieve = Sieve(mesh=mesh, rounds=rounds, kind=kind, layers=layers, cover=Path(name))  # type: ignore[arg-type]
+    config = Mill(source=Path(name), sieve=sieve)
+    words = [word(key, value) for key, value in dotted(config)]
+    assert load(Mill, None, words) == config
     with TemporaryDirectory() as folder:
         file = Path(folder) / "mill.yaml"
         file.write_text(to_yaml(config), encoding="utf-8")

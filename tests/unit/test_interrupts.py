@@ -35,7 +35,7 @@ def ended(process: "subprocess.Popen[bytes]") -> int:
     """Let a process go on whose readers have gone; returns its status."""
     assert process.stdin is not None
     process.stdin.close()
-    return process.wait(timeout=60)
+    return process.wait(timeout=300)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -61,7 +61,7 @@ def test_a_terminal_that_is_gone_ends_nothing() -> None:
 def test_a_full_disk_is_no_reader_that_has_gone() -> None:
     with open("/dev/full", "w") as full:
         process = run(OUTLIVING, stdout=full, stderr=subprocess.PIPE)
-        _, told = process.communicate(timeout=60)
+        _, told = process.communicate(timeout=300)
     assert process.returncode != 0 and b"No space left" in told
 
 
@@ -84,7 +84,7 @@ except KeyboardInterrupt:
 def test_a_signal_lets_things_be_cleared_away_and_a_second_does_not(number: signal.Signals) -> None:
     for then, status, told in (("", 4, "cleared away\n"), (f"signal.raise_signal({number:d})", STOPPED, "")):
         process = run(WORKING.format(number=int(number), then=then), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == status and out == b"cleared away\n"
         assert (err == b"Interrupted.\n") is (not told)
 
@@ -104,7 +104,7 @@ main()
 
 def test_ctrl_c_while_the_program_is_loaded_is_a_stop() -> None:
     process = run(LOADING, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.communicate(timeout=60) == (b"", b"Interrupted.\n") and process.returncode == STOPPED
+    assert process.communicate(timeout=300) == (b"", b"Interrupted.\n") and process.returncode == STOPPED
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def written(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_tool_tells_errors_as_the_verbs_do(written: Path) -> None:
     command = [sys.executable, "-m", "tools.miniature_coco", written]
     root = Path(__file__).parents[2]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
     assert (said.returncode, said.stderr) == (1, f"Error: {written} exists: choose another folder, or delete it.\n")
 
 

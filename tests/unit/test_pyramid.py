@@ -50,6 +50,19 @@ def test_all_weights_learn_and_come_from_the_encoder(tiny_encoder: Path) -> None
     assert not [name for name, p in pyramid.named_parameters() if p.grad is None or not p.grad.any()]
 
 
+def test_stochastic_depth_leaves_a_block_out_for_whole_images() -> None:
+    """All sixteen windows of an image or none of them, and what is kept is scaled."""
+    vit = WindowedViT(encoder(grid=16), settings(window=4, drop_path=0.5))
+    assert 4 not in vit.sees_all
+    block, images, keep = vit.vit.blocks[4], 40, 0.6
+    torch.manual_seed(1)
+    x_NTD = torch.randn(images * 16, 4, 32)
+    dropped_BK = (block.drop_path1(x_NTD) == 0).flatten(1).all(1).view(images, 16)
+    assert torch.equal(dropped_BK, dropped_BK[:, :1].expand(-1, 16)) and 0 < dropped_BK[:, 0].sum() < images
+    torch.testing.assert_close(block.drop_path2(torch.ones_like(x_NTD)).unique(), torch.tensor([0, 1 / keep]))
+    assert torch.equal(block.eval().drop_path1(x_NTD), x_NTD)
+
+
 def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass() -> None:
     """Training mode too: blocks are not dropped, or the encoder would not be what it was."""
     given, x_BCHW = encoder(), torch.rand(2, 3, 64, 64)

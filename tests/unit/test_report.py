@@ -303,7 +303,7 @@ def test_no_horizontal_scrolling_on_a_telephone(page: Page, tmp_path: Path) -> N
     switches = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
     switches += f"disable-component-update disable-sync hide-scrollbars dump-dom user-data-dir={tmp_path / 'profile'}"
     command = [browser, *(f"--{switch}" for switch in switches.split()), frame.as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     measured = re.search(r'title="(\d+) (\d+)"', dumped)
     assert measured, dumped[-300:]
     assert (measured[1], measured[2]) == ("400", "400")

@@ -193,7 +193,7 @@ def test_dead_worker_is_reported_and_the_rest_can_follow(tmp_path: Path) -> None
     process = start_writing(source, out)
     wait_until((out / ".progress/000000.json").exists)
     os.kill(max(living_members(process.pid)), signal.SIGKILL)  # the youngest is a worker
-    assert process.stderr is not None and process.wait(timeout=20) == 1
+    assert process.stderr is not None and process.wait(timeout=300) == 1
     message = process.stderr.read().decode()
     assert "DataError: A worker process died between" in message and "Run the same command again" in message
     assert write_shards(source, out, SMALL).count == 150

@@ -48,7 +48,7 @@ def test_a_verb_that_runs_alone_takes_the_share_of_one_process() -> None:
 
 def test_environment_reaches_the_shell_with_its_variables_read() -> None:
     given = 'a "b" `c` \\ $HOME'
-    (line,) = (line for line in profile(f"env.X='{given}'").sbatch([])["setup"] if line.startswith("export X="))
+    (line,) = (line for line in profile(f"env.X={given}").sbatch([])["setup"] if line.startswith("export X="))
     said = subprocess.run(["sh", "-c", f'{line}; printf %s "$X"'], env={"HOME": "/h"}, capture_output=True, text=True)
     assert said.stdout == given.replace("$HOME", "/h")
 
