@@ -8,7 +8,7 @@ EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
 DEMO ?=
 TESTS ?= tests
 JOBS ?= logical
-CLUSTERS ?= 3
+CLUSTERS ?= 2
 KILLS ?= 200
 
 .PHONY: help install demo test test-slurm soak check bench clean
@@ -27,11 +27,11 @@ demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: f
 	$(BIN)/python -m launchers.demo $(DEMO)
 
 test: install  ## all tests (TESTS=tests/unit for some), one worker a core (JOBS=1: in one process)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n $(JOBS:1=0) --dist loadgroup \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n $(patsubst 1,0,$(JOBS)) --maxprocesses 8 --dist loadgroup \
 		--no-loadscope-reorder $(TESTS)
 
 test-slurm: install  ## tests on real SLURM clusters of four nodes on this machine (Debian, as root)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -n $(CLUSTERS:1=0) --dist worksteal tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -n $(patsubst 1,0,$(CLUSTERS)) --dist worksteal tests/slurm
 
 soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)

@@ -32,6 +32,7 @@ from xxhash import xxh3_128
 
 from moce_ds.errors import ArtefactError
 from moce_ds.files import load_tensors, read_json, reads_from, sync, writes_to
+from moce_ds.manifest import check_manifest
 
 FORMAT = "moce_ds checkpoint 2"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
@@ -99,6 +100,7 @@ class Checkpoint:
             raise ArtefactError(f"{path}: format {found!r}; this version reads {FORMAT!r}.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
+        check_manifest(manifest, path)
         left_out = stripped and not (folder / OPTIMIZER).exists()
         for name, record in manifest["files"].items():
             if not _FILE.match(name):
@@ -111,6 +113,25 @@ class Checkpoint:
                 found = "missing" if size is None else f"{size} bytes"
                 raise ArtefactError(f"{path} is damaged: {found}, expected {record['bytes']} bytes.")
         return cls(folder, manifest)
+
+    def entry(self, *keys: str) -> Any:
+        """What the manifest says under nested `keys`. Raises ArtefactError where this checkpoint has no such entry."""
+        value: Any = self.manifest
+        for key in keys:
+            if isinstance(value, dict) and key in value:
+                value = value[key]
+                continue
+            raise ArtefactError(
+                f"{self.folder / 'manifest.json'} says nothing of {'.'.join(keys)}, which is needed here: name a "
+                "checkpoint of `moce pretrain` that holds it."
+            )
+        return value
+
+    @property
+    def experts(self) -> dict[str, Any] | None:
+        """Of a model with experts `num_experts`, `layers` and `gate`; None of a dense one. Raises ArtefactError."""
+        experts: dict[str, Any] | None = self.entry("model", "experts")
+        return experts
 
     def names(self, part: str = WEIGHTS) -> list[str]:
         """Files of `weights`, `optimizer` or `state`, relative to the folder."""

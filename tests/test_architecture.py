@@ -18,6 +18,7 @@ BASE = {
     "text",
     "machine",
     "place",
+    "manifest",
     "interrupts",
     "drafts",
     "command_line",

@@ -197,10 +197,13 @@ def _clusters(path: Path) -> Rows:
 def _checkpoint(path: Path) -> Rows:
     checkpoint = Checkpoint.open(path, stripped=True)
     manifest, shapes = checkpoint.manifest, checkpoint.shapes()
-    experts = manifest["model"]["experts"]
-    rows = {
-        "step": f"{checkpoint.step} ({manifest['images_read']} images read)",
-        "encoder": _shape(valid_record(_Shape, manifest["model"]["shape"], f"{path}: shape", "a run", "moce pretrain")),
+    model, read = manifest.get("model"), manifest.get("images_read")
+    experts = model["experts"] if model else None
+    rows = {"step": f"{checkpoint.step}" + ("" if read is None else f" ({read} images read)")}
+    if model:
+        shape = valid_record(_Shape, model["shape"], f"{path}: shape", "a run", "moce pretrain")
+        rows["encoder"] = _shape(shape)
+    rows |= {
         "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
         "files": f"{len(manifest['files'])}, {_mebibytes(r['bytes'] for r in manifest['files'].values())}",
     }
@@ -208,7 +211,7 @@ def _checkpoint(path: Path) -> Rows:
         rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
     if experts:
         rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
-    if experts and manifest["routing"]:
+    if experts and manifest.get("routing"):
         table = manifest["routing"]["expert_ML"]
         rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
     return rows

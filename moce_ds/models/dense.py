@@ -89,7 +89,7 @@ def as_encoder(state: Mapping[str, Tensor], spec: ModelSpec, provenance: dict[st
 
 def dense_encoder(checkpoint: Checkpoint) -> Encoder:
     """The encoder of a dense run's checkpoint. Raises ArtefactError where there are experts to choose from."""
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     if spec.experts is not None:
         raise ArtefactError(f"{checkpoint.folder} holds experts: choose one with `moce export` and use what it writes.")
     provenance: dict[str, object] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, "route": None}

@@ -42,7 +42,7 @@ class TokenExperts(nn.Module):
 
 def token_encoder(checkpoint: Checkpoint, device: torch.device) -> Encoder:
     """The encoder of a run with `experts.gate=token`. Raises ArtefactError where its weights do not fit."""
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     experts, width = spec.experts, spec.shape.width
     assert experts is not None and experts.gate == "token", "the caller has looked"
     model = timm_vit(spec.shape)

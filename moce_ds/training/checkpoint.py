@@ -175,7 +175,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Ru
     with runtime.together():  # each process reads files of its own
         weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
         give_weights(parameters, weights, str(checkpoint.folder))
-    _make_moments(engine, float(checkpoint.step - checkpoint.manifest["skipped"]))
+    _make_moments(engine, float(checkpoint.step - checkpoint.entry("skipped")))
     _link_moments(engine)
     for name, parameter in parameters.items():
         safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))

@@ -95,7 +95,7 @@ def open_session(
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, runtime)
         if config.experts.loader_locality and config.experts.ep_size > 1:
             sampler = LocalSampler(sampler, data.ids_N, slot_LE, runtime.world_size, config.experts.ep_size)
-            saved = LocalSampler.tables_from_tree(resume_from.manifest["dealt_by"] if resume_from else [])
+            saved = LocalSampler.tables_from_tree(resume_from.entry("dealt_by") if resume_from else [])
             first_table = (first_step * batches.accumulation, router.prepare(None).expert_MLK[:, :, 0])
             sampler.tables = saved or [first_table]
         keep_clusters(config, runtime)
@@ -113,7 +113,7 @@ def open_session(
         teacher=keep_teacher(teacher, config, runtime) if teacher else None,
         clusters_hash=data.clusters.hash if data else None,
         first_step=first_step,
-        first_skipped=resume_from.manifest["skipped"] if resume_from else 0,
+        first_skipped=resume_from.entry("skipped") if resume_from else 0,
     )
 
 

@@ -125,7 +125,7 @@ def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -
     if checkpoint is None:
         return
     for named, record, now in found:
-        then = checkpoint.manifest[record]
+        then = checkpoint.manifest.get(record)
         if then not in (now, None):  # None: imported from elsewhere, which did not say
             raise ArtefactError(
                 f"{named} is not what the run was trained with ({now[:12]} now, {then[:12]} at step "
@@ -240,10 +240,10 @@ def choose_placement(
         return in_order(layers, own.num)
     assert isinstance(model, Moce)
     if resume_from is not None:
-        saved = np.array(resume_from.manifest["placement"]["slot_LE"], dtype=np.int64)
-        if resume_from.manifest["placement"]["ep_size"] == own.ep_size:
+        saved = np.array(resume_from.entry("placement", "slot_LE"), dtype=np.int64)
+        if resume_from.entry("placement", "ep_size") == own.ep_size:
             return saved
-        expert_ML = np.array(resume_from.manifest["routing"]["expert_ML"], dtype=np.int64)
+        expert_ML = np.array(resume_from.entry("routing", "expert_ML"), dtype=np.int64)
     else:
         gates = {name: parameter for name, parameter in global_parameters(model) if name.startswith("gate.")}
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}

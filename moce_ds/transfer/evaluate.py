@@ -84,7 +84,7 @@ def evaluate_run(
     twin = twin_checkpoint = None
     if dense is not None:
         twin_checkpoint = find(dense)
-        if twin_checkpoint.manifest["model"]["experts"]:
+        if twin_checkpoint.experts:
             raise ArtefactError(f"--dense: {dense} has experts; expected the run of a dense MAE.")
         dense_model = load_whole(twin_checkpoint, None).to(device)
         twin = mean_error(
@@ -102,7 +102,7 @@ def evaluate_run(
 
 def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoencoder:
     """The model of a checkpoint with all its experts in this process, in evaluation mode."""
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
 
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         return ExpertLayer(make_expert, num_experts, shared)
@@ -114,7 +114,7 @@ def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoe
 
 def run_routes(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
     """The noise-free choice of experts, [M, L, K], by the rule that the run was trained with."""
-    balance = checkpoint.manifest["config"]["experts"]["balance"]
+    balance = checkpoint.entry("config", "experts", "balance")
     with torch.inference_mode():
         return route_table(model.gate, model.gate(), model.share_M, model.experts.k, balance).cpu().numpy()
 
@@ -129,7 +129,7 @@ def mean_error(
     device: torch.device,
 ) -> float:
     """Mean of `loss(ids, images, mask noise)` over a shard set, every model seeing the same crops and masks."""
-    input = ModelSpec.from_tree(checkpoint.manifest["model"]).input
+    input = ModelSpec.from_tree(checkpoint.entry("model")).input
     sampler = SequentialSampler(0, held_out.count, config.batch_size)
     loader = Loader(
         held_out,

@@ -68,7 +68,7 @@ def export_route(
         ConfigError: `out` exists, or the run's routes are no dense ViTs.
         ArtefactError: the export does not compute what the trained model computes; nothing is written.
     """
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     assert spec.experts is not None, "the caller opens runs with experts only"
     if spec.experts.k > 1 or spec.experts.shared:
         raise ConfigError(
@@ -97,7 +97,7 @@ def export_route(
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
     """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
-    spec = ModelSpec.from_tree(checkpoint.manifest["model"])
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
     check_free(out, replace)
     return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
 

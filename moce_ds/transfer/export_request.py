@@ -75,7 +75,7 @@ def export_requested(
     """
     choice, checkpoint = request.choice, find(run)
     check_free(out, replace)
-    if not checkpoint.manifest["model"]["experts"]:
+    if not checkpoint.experts:
         if choice:
             raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")
         yield out, export_dense(checkpoint, out, format, replace)
@@ -83,7 +83,7 @@ def export_requested(
     if not choice:
         raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
     checkpoint, clusters = run_clusters(run)
-    if request.average and checkpoint.manifest["model"]["experts"]["gate"] == "path":
+    if request.average and checkpoint.entry("model", "experts", "gate") == "path":
         raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units are no copies of one another.")
     if request.all:
         with writes_to(out), atomic_folder(out) as draft:

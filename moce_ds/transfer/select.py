@@ -62,12 +62,12 @@ def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
         ArtefactError: the run is dense, or its clusters are not those of the checkpoint.
     """
     checkpoint = find(run)
-    if not checkpoint.manifest["model"]["experts"]:
+    if not checkpoint.experts:
         raise ArtefactError(f"{run} is a dense run: it has no routes to select from.")
-    if checkpoint.manifest["routing"] is None:
+    if checkpoint.manifest.get("routing") is None:
         raise ArtefactError(f"{run} routes by token (experts.gate=token): no route serves a whole image.")
     clusters = Clusters.load(clusters_folder(checkpoint))
-    if clusters.hash != checkpoint.manifest["clusters_hash"]:
+    if clusters.hash != checkpoint.manifest.get("clusters_hash"):
         raise ArtefactError(f"{clusters_folder(checkpoint)}: these are not the clusters that {run} was trained with.")
     return checkpoint, clusters
 
@@ -91,7 +91,7 @@ def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torc
     features_ND = encode_all(encoder, task, config, device)
     # Features of the pre-training set went through float16 on disk; the task's take the same way.
     ids_N, cosine_N = clusters.assign_with_cosine(features_ND.half().float().numpy())
-    expert_ML = np.array(checkpoint.manifest["routing"]["expert_ML"], dtype=np.int64)
+    expert_ML = np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
     return replace(count_votes(ids_N, expert_ML), typicality=Typicality.of(ids_N, cosine_N, clusters))
 
 

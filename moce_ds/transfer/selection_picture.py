@@ -57,7 +57,7 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
 def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
     """Raises ArtefactError, DataError: the run's shards are not where its settings name them, are other ones, or hold
     no image of the clusters that voted."""
-    shards = ShardSet.open(Path(checkpoint.manifest["config"]["data"]["shards"]))
+    shards = ShardSet.open(Path(str(checkpoint.entry("config", "data", "shards"))))
     ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
     if not (drawn := draw_by_votes(ids_N, votes)):
         raise DataError(f"no image of {shards.path} is in the clusters that voted.")

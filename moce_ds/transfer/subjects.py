@@ -34,8 +34,8 @@ class Subject:
     @property
     def by_token(self) -> bool:
         """Whether every token chooses its experts, so that there is no route, and no dense ViT to cut out."""
-        experts = self.checkpoint.manifest["model"]["experts"]
-        return bool(experts) and experts["gate"] == "token"
+        experts = self.checkpoint.experts
+        return experts is not None and experts["gate"] == "token"
 
     def open(self, encoder: Path, device: torch.device) -> Encoder:
         """The model behind what `encoder_for` gave. Raises ArtefactError."""
@@ -71,7 +71,7 @@ def _runs(place: Path) -> list[Path]:
 
 
 def _model_name(checkpoint: Checkpoint) -> str:
-    experts = checkpoint.manifest["model"]["experts"]
+    experts = checkpoint.experts
     return _BY_GATE[experts["gate"]] if experts else "MAE"
 
 
@@ -84,7 +84,7 @@ def encoder_for(
     Raises:
         MoceError: as `moce select` and `moce export`.
     """
-    if subject.by_token or not subject.checkpoint.manifest["model"]["experts"]:
+    if subject.by_token or not subject.checkpoint.experts:
         return subject.run, None
     checkpoint, clusters = run_clusters(subject.run)
     expert = out / subject.slug / task.name

@@ -104,7 +104,7 @@ def _open(task: Task, config: TuneSettings, runtime: Runtime, batches: BatchArit
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
         with runtime.together():
-            state.load(resume_from.load(STATE), resume_from.manifest["best"], str(resume_from.folder))
+            state.load(resume_from.load(STATE), resume_from.entry("best"), str(resume_from.folder))
         runtime.say(f"Resuming {config.run.out} after step {resume_from.step}.")
     return Tuning(
         task=task,
@@ -116,7 +116,7 @@ def _open(task: Task, config: TuneSettings, runtime: Runtime, batches: BatchArit
         engine=engine,
         state=state,
         first_step=resume_from.step if resume_from else 0,
-        first_skipped=resume_from.manifest["skipped"] if resume_from else 0,
+        first_skipped=resume_from.entry("skipped") if resume_from else 0,
     )
 
 
