@@ -144,8 +144,8 @@ def _read_tuning(path: Path) -> None:
 
 
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "shards": (_read_shards, r"\.idx|rejected"),
-    "labelled shards": (_read_shards, r"\.idx|rejected"),
+    "shards": (_read_shards, r"\.idx|rejected|tar flipped"),
+    "labelled shards": (_read_shards, r"\.idx|rejected|tar flipped"),
     "features": (_read_features, ""),
     "clusters": (_read_clusters, ""),
     "dense run": (_read_run, "attempts/|reconstructions/|config.yaml|metrics.jsonl (cut|deleted)"),
