@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 from launchers.pipeline import run_pipeline
+from moce_ds import threads
 from moce_ds.command_line import say, show
 from moce_ds.config import word
 from moce_ds.errors import MoceError
 from moce_ds.text import tolerate_any_text
+from moce_ds.values import expanded
 
 CONFIG = "configs/demo/pipeline.yaml"
 TASKS = ("digits", "textiles")
@@ -29,9 +31,12 @@ def main() -> int:
     parser.add_argument(
         "--short", action="store_true", help="one epoch a run: shows that everything works, little more"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
+    parser.add_argument(
+        "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"
+    )
     given = parser.parse_args()
     tolerate_any_text()
+    threads.settle()
     began = time.monotonic()
     try:
         status = run_demo(given.out, given.short)

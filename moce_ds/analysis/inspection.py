@@ -27,7 +27,7 @@ from moce_ds.encoder_folder import PROVENANCE, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import read_json, read_record, reads_from, sha256_of, valid_record
 from moce_ds.results_file import read_results, results_findings, told_apart
-from moce_ds.text import in_line, shortened
+from moce_ds.text import counted, in_line, shortened
 
 Rows = dict[str, str]
 EXPORT, RESULTS = "export.json", "results.json"
@@ -161,7 +161,8 @@ def _shards(path: Path) -> Rows:
     sizes = shards.samples
     rejected = Manifest.read(path).rejected
     return {
-        "images": f"{shards.count} in {len(shards.shards)} shards, {_mebibytes(s.bytes for s in shards.shards)}",
+        "images": f"{shards.count} in {counted(len(shards.shards), 'shard')}, "
+        f"{_mebibytes(s.bytes for s in shards.shards)}",
         "width": f"{sizes['width'].min()} to {sizes['width'].max()} pixels",
         "height": f"{sizes['height'].min()} to {sizes['height'].max()} pixels",
         "classes": f"{len(shards.classes)}: {_some(shards.classes)}" if shards.classes else "none",

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import numpy as np
 import torch
 from pydantic import Field
@@ -234,7 +233,7 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
             f"(cosine above {_MERGED}): how images divide between them is arbitrary. Lower eps, rounds or num_clusters."
         )
     for fault in faults:
-        click.secho(f"WARNING: {fault} Look at the hard sizes.", fg="red", bold=True, err=True)
+        say(f"WARNING: {fault} Look at the hard sizes.", err=True)
 
 
 def _progress(feature_set: FeatureSet, what: str) -> Iterator[np.ndarray]:

@@ -8,6 +8,7 @@ Axes: H x W pixels.
 
 import io
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +108,10 @@ class Palettes:
     def __init__(self) -> None:
         self.first: dict[int, tuple[Colour, str]] = {}
 
-    def add(self, path: str, colours: dict[int, Colour]) -> None:
+    def add(self, path: str, colours: Mapping[int, Sequence[int]]) -> None:
         """Raises DataError: a value has another colour than in a mask before."""
-        for value, colour in colours.items():
+        for value, (red, green, blue) in colours.items():
+            colour = (red, green, blue)
             before, where = self.first.setdefault(value, (colour, path))
             if before != colour:
                 raise DataError(

@@ -5,7 +5,6 @@ are few: most sets have some, COCO itself among them, but where there are many, 
 """
 
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from moce_ds.data.coco_api import has_pixels, polygons_of, segmentation_fault
 from moce_ds.data.image_file import MAX_SIDE
-from moce_ds.data.walk import ODD, list_folder
+from moce_ds.data.walk import ODD, leads_out, list_folder
 from moce_ds.errors import DataError
 
 SLACK = 2.0
@@ -60,7 +59,7 @@ def check_images(path: Path, images: list[CocoImage], max_pixels: int) -> None:
     """Names that stay in their folder, and sizes that can be. Raises DataError."""
     for image in images:
         where, name = f"{path}: image {image.id}", image.file_name
-        if name.startswith("/") or ".." in name.split("/") or not _is_file_name(name):
+        if leads_out(name):
             raise DataError(
                 f"{where}: file_name {name!r}; expected the path of a file below the folder of images, such as "
                 "'train/1.jpg'. Give the folder that all images lie in, and paths from there."
@@ -70,13 +69,6 @@ def check_images(path: Path, images: list[CocoImage], max_pixels: int) -> None:
                 f"{where} ({name}) has {image.width} x {image.height} pixels; expected {max_pixels} in all and "
                 f"{MAX_SIDE} along a side at most. Make it smaller, or allow more with data.max_pixels."
             )
-
-
-def _is_file_name(name: str) -> bool:
-    try:
-        return name.strip("./") != "" and b"\0" not in os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
 
 
 def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:

@@ -117,7 +117,7 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
             image = to_rgb(opened)
         fault = (png and png.pixel_fault) or f"{image.width} x {image.height} pixels" * (image.size != size)
     except (*DECODER_FAULTS, Image.DecompressionBombError) as error:
-        fault = f"{type(error).__name__}: {error}"
+        fault = in_words(error)
     if fault:
         raise DataError(
             f"{name} is not a whole image of {size[0]} x {size[1]} pixels ({fault}), although it was written as one. "
@@ -196,7 +196,7 @@ def in_words(fault: BaseException) -> str:
     """What a decoder has raised. Pillow names the object in memory that it cannot identify."""
     if isinstance(fault, UnidentifiedImageError):
         return "it is in none of the formats that are read"
-    return f"{type(fault).__name__}: {fault}"
+    return str(fault) if isinstance(fault, OSError | SyntaxError | ValueError) else f"{type(fault).__name__}: {fault}"
 
 
 def _excess(fault: Image.DecompressionBombError, max_pixels: int) -> str:

@@ -57,6 +57,17 @@ def unwanted(path: str) -> Rejected | None:
     return None
 
 
+def leads_out(path: str) -> bool:
+    """Whether a path that a data set lists cannot be that of a file below its folder.
+
+    Links in the folder are followed wherever they lead: data sets are often kept as links.
+    """
+    try:
+        return path.startswith("/") or ".." in path.split("/") or not path.strip("./") or b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
+
+
 def why_odd(path: Path) -> Rejected:
     """Why an entry has the size `ODD`. Never raises."""
     try:

@@ -169,8 +169,9 @@ def read_torch_file(path: Path, named: str) -> Any:
         (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [
             type(error).__name__
         ]
+        said = f" ({reason.strip()})" if reason.strip() else ""
         raise ArtefactError(
-            f"{named} refused: more than tensors in it, or damaged; nothing was run ({reason.strip()}). "
+            f"{named} refused: more than tensors in it, or damaged; nothing was run{said}. "
             "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."
         ) from None
 

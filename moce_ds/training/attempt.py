@@ -162,13 +162,25 @@ def _next_number(run: Path) -> int:
         number = _newest(run) + 1
         folder = _folder(run, number)
         with suppress(FileExistsError):  # another process was faster
-            with open(folder.with_suffix(".json"), "x", encoding="utf-8") as record:
+            path = folder.with_suffix(".json")
+            with open(path, "x", encoding="utf-8") as record, _whole_or_gone(path):
                 record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
+                record.flush()
             folder.mkdir()
             if _newest(run) == number:
                 return number
             # One that has come meanwhile may have removed the folders of older attempts before this one was there.
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """Remove a new file that the block could not write, as on a full disk."""
+    try:
+        yield
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _newest(run: Path) -> int:

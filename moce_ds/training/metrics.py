@@ -158,7 +158,7 @@ def progress_line(record: dict[str, Any]) -> str:
     """The record in under 100 columns: loss, speed, waiting, rate, expert load."""
     parts = [
         f"loss {record['loss']:.4f}",
-        f"{record['images_per_second']:.0f} img/s",
+        f"{record['images_per_second']:.{0 if record['images_per_second'] >= 10 else 2}f} img/s",
         f"wait {record['data_wait']:.0%}",
         f"lr {record['lr']:.1e}",
     ]

@@ -100,6 +100,7 @@ def manifest(session: Session, step: int, skipped: int) -> dict[str, Any]:
         "step": step,
         "skipped": skipped,
         "attempt": session.attempt.number,
+        "threads": torch.get_num_threads(),
         "config": configuration.to_tree(config),
         "model": config.model_spec.to_tree(),
         "clusters_hash": session.clusters_hash,

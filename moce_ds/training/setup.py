@@ -30,6 +30,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import fitting_placement, held_experts, in_order
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.runtime import Runtime
+from moce_ds.text import is_utf8
 from moce_ds.training.attempt import ATTEMPTS, LAUNCHES, Attempt
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import AnySettings, PretrainSettings, forbidden_changes, settings_of_run
@@ -53,6 +54,8 @@ def check_run(config: AnySettings) -> None:
     out, path = config.run.out, config.run.out / "config.yaml"
     if out.exists() and not out.is_dir():
         raise ConfigError(f"run.out: {out} is a file; expected a folder, or nothing, there: choose another one.")
+    if not is_utf8(out):
+        raise ConfigError(f"run.out: {out} holds bytes that are no UTF-8, which TensorBoard refuses: choose another.")
     if path.exists():
         old = configuration.to_tree(settings_of_run(path, type(config)))
         changed = configuration.differences(old, configuration.to_tree(config))

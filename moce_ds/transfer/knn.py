@@ -105,10 +105,11 @@ def check_split(
             "expected both with one label an image, or with a target for each of the same classes."
         )
     if train_labels.ndim == 1:
-        _check_classes(train_labels, test_labels, test)
+        check_classes(train_labels, test_labels, test)
 
 
-def _check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:
+def check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:
+    """Refuse a single class, and a class of the split called `test` without a training image. Raises DataError."""
     known = set(train_labels_N.tolist())
     if len(known) < 2:
         raise DataError("The training split holds a single class; accuracy needs at least two.")

@@ -113,7 +113,8 @@ def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
     if images.targets is None and (images.labels < 0).any():
         lost = images.source(int((images.labels < 0).argmax()))
         raise DataError(
-            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class."
+            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class, or, "
+            "of a saved data set, a column `label`."
         )
     if unknown := sorted(set(images.classes) - set(training.classes)):
         raise DataError(

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from moce_ds.command_line import PATH, Verb, heads_option, read_settings, say, show, warn, words
+from moce_ds.text import in_line
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
@@ -161,7 +162,7 @@ def _accuracy(
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
     name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
-    say(f"{verb} {task_name} {name}: {told} ({score.n_train} training, {score.n_test} test images)")
+    say(f"{verb} {in_line(task_name)} {in_line(name)}: {told} ({score.n_train} training, {score.n_test} test images)")
     how = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))
 

@@ -1,13 +1,13 @@
 """What worker processes prepare ahead of the loop that takes it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from moce_ds.data.sampler import ShuffledSampler
-from moce_ds.errors import MoceError
+from moce_ds.errors import DataError, MoceError
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.task import Task
 
@@ -30,6 +30,7 @@ def prepared(make: Callable[[int], Any], indices: range, workers: int, device: t
 
     Raises (while iterating):
         MoceError: what `make` raised.
+        DataError: a process died.
     """
     loader = DataLoader(
         _Made(make),
@@ -39,9 +40,26 @@ def prepared(make: Callable[[int], Any], indices: range, workers: int, device: t
         multiprocessing_context="fork" if workers else None,  # what is read lies in memory already
         pin_memory=device.type == "cuda",
     )
-    for item in loader:
+    for item in _unless_one_dies(loader):
         if isinstance(item, MoceError):
             raise item
+        yield item
+
+
+def _unless_one_dies(loader: Iterable[Any]) -> Iterator[Any]:
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"A process that prepares images died ({error}): perhaps killed for lack of memory. The same command "
+                "goes on, with fewer data.workers if it happens again."
+            ) from None
         yield item
 
 

@@ -71,7 +71,7 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         everyone = Palettes()
         for text in runtime.texts(json.dumps(list(mine.first.items()))):
             for value, (colour, path) in json.loads(text):
-                everyone.add(path, {value: tuple(colour)})
+                everyone.add(path, {value: colour})
 
     def measured(self, model: nn.Module, data: Ade20kSet, runtime: Runtime) -> Measures:
         """Scores on a set, whose images the processes share; a collective."""

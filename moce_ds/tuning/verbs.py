@@ -8,6 +8,7 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, say, words
 from moce_ds.errors import STOPPED
+from moce_ds.text import in_line
 from moce_ds.values import is_number
 from moce_ds.yaml_text import Plain
 
@@ -59,7 +60,7 @@ def finetune(
         record |= {"task": task or task_of(test), "model": model or encoder.name}
         told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
         counted = f"({record['n_train']} training, {record['n_test']} test images)"
-        say(f"finetune {record['task']} {record['model']}: {told} {counted}")
+        say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
 

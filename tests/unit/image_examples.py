@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,3 +54,15 @@ def exif(orientation: int) -> Image.Exif:
     block[0x0112] = orientation
     block[0x010E] = "a description"
     return block
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(header: tuple[int, int, int, int, int], stream: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
+    """A PNG of (width, height, depth, colour type, interlace), the compressed pixels, and chunks around them."""
+    width, height, depth, colour, interlace = header
+    first = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    pixels = png_chunk(b"IDAT", stream)
+    return b"\x89PNG\r\n\x1a\n" + first + before + pixels + after + png_chunk(b"IEND", b"")

@@ -1,13 +1,13 @@
 """Masks of classes: what is read as it is stored, and what is refused since it could be read in two ways."""
 
 import io
-import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dense_examples import write_ade
+from image_examples import png_chunk, png_of
 from PIL import Image
 
 from moce_ds.data.ade20k import Ade20kSet
@@ -19,18 +19,12 @@ COLOURS = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
 SIZE = (8, 8)
 
 
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(depth: int, colour: int, *between: bytes, rows: int = 8, interlace: int = 0) -> bytes:
-    """A PNG of `CLASSES_HW` in so few bits, with chunks before the pixels, of which `rows` are there."""
+def png(depth: int, colour: int, before: bytes = b"", rows: int = 8) -> bytes:
+    """A PNG of `CLASSES_HW` in so few bits, of which `rows` are there."""
     weights = 2 ** (depth * np.arange(8 // depth)[::-1])
     packed = (CLASSES_HW.reshape(8, -1, 8 // depth) * weights).sum(2).astype(np.uint8)
     pixels = b"".join(b"\0" + row.tobytes() for row in packed[:rows])
-    header = struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, interlace)
-    body = b"".join([chunk(b"IHDR", header), *between, chunk(b"IDAT", zlib.compress(pixels)), chunk(b"IEND", b"")])
-    return b"\x89PNG\r\n\x1a\n" + body
+    return png_of((8, 8, depth, colour, 0), zlib.compress(pixels), before)
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -46,8 +40,8 @@ def painted(palette: list[int]) -> Image.Image:
 
 
 GRAY = Image.fromarray(CLASSES_HW)
-PALETTE = chunk(b"PLTE", bytes(COLOURS))
-LARGE_TEXT = chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)))
+PALETTE = png_chunk(b"PLTE", bytes(COLOURS))
+LARGE_TEXT = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(8 << 20)))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +98,7 @@ def test_what_could_be_read_in_two_ways_or_is_damaged_is_refused(tmp_path: Path,
 
 def test_an_interlaced_mask(tmp_path: Path) -> None:
     """Of one pixel, since Pillow writes none: all passes but the first are empty."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 1))
-    (tmp_path / "a.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0\5")) + chunk(b"IEND", b"")
-    )
+    (tmp_path / "a.png").write_bytes(png_of((1, 1, 8, 0, 1), zlib.compress(b"\0\5")))
     assert read_mask(tmp_path / "a.png", (1, 1)).values_HW.tolist() == [[5]]
 
 

@@ -1,6 +1,7 @@
 """What `moce detect` and `moce segment` refuse, before a run folder is written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,41 @@ def test_a_mask_that_cannot_be_measured_by_is_refused_before_training(tmp_path: 
     told = refused("segment", tiny_encoder, "--train", train, "--test", test, *words)
     assert f"{test / 'annotations' / 'a.png'} is no mask that can be read" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pixels_of_all_splits_are_looked_at_before_training(tmp_path: Path, tiny_encoder: Path, workers: int) -> None:
+    train, test = write_ade(tmp_path / "train", value=9), write_ade(tmp_path / "test")
+    words = ("--out", tmp_path / "run", "data.classes=2", f"data.workers={workers}", *SMALL)
+    told = refused("segment", tiny_encoder, "--train", train, "--test", test, *words)
+    assert told == f"{train}/annotations/a.png holds the class 9; data.classes=2 from 1 were expected.\n"
+    _, images = write_coco(tmp_path / "coco")
+    (images / "10.png").write_bytes((images / "10.png").read_bytes()[:-100])
+    instances = tmp_path / "coco" / "instances.json"
+    told = detect(tmp_path, tiny_encoder, "--test", instances, f"data.workers={workers}")
+    assert told.startswith(f"{images}/10.png is no image that can be read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_palettes_that_number_classes_differently_are_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    train = write_ade(tmp_path / "train")
+    shutil.copy(train / "images" / "a.jpg", train / "images" / "b.jpg")
+    mask = Image.open(train / "annotations" / "a.png")
+    for name, colours in (("a", [0, 0, 0, 128, 0, 0, 0, 128, 0]), ("b", [0, 0, 0, 0, 128, 0, 128, 0, 0])):
+        mask.putpalette(colours)
+        mask.save(train / "annotations" / f"{name}.png")
+    words = ("--out", tmp_path / "run", "data.classes=2", "data.workers=0", *SMALL)
+    told = refused("segment", tiny_encoder, "--train", train, "--test", train, *words)
+    assert "b.png: the palette shows 1 as (0, 128, 0), that of" in told
+
+
+def test_larger_images_are_refused_with_the_setting_that_allows_them(tmp_path: Path, tiny_encoder: Path) -> None:
+    train = write_ade(tmp_path / "train")
+    words = ("--out", tmp_path / "run", "data.classes=2", *SMALL)
+    told = refused("segment", tiny_encoder, "--train", train, "--test", train, "data.max_pixels=1535", *words)
+    assert f"{train}/images/a.jpg: 1536 pixels; max_pixels=1535 were allowed" in told and "data.max_pixels" in told
+    path, _ = write_coco(tmp_path / "coco")
+    assert "allow more with data.max_pixels" in detect(tmp_path, tiny_encoder, "--val", path, "data.max_pixels=1535")
 
 
 def test_a_run_is_no_file_and_a_step_no_more_than_the_set(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -185,18 +185,10 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize(
-    ("format", "file"),
-    [
-        ("timm", "model.safetensors"),
-        ("hf-vit", "model.safetensors"),
-        ("mmdet", "model.pth"),
-        ("onnx", "model.onnx.data"),
-    ],
-)
-def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str, file: str) -> None:
+@pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet", "onnx"])
+def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str) -> None:
     run = moce_run()
     with small_files():
         told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
-    assert f"{file} cannot be written: " in told
+    assert told.startswith(f"{tmp_path / 'exports' / 'out'} cannot be written: ")
     assert list((tmp_path / "exports").iterdir()) == []

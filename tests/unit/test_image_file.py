@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from image_examples import crop, exif, photo, rejections, save
+from image_examples import crop, exif, photo, png_chunk, png_of, rejections, save
 from PIL import Image
 
 from moce_ds.data.image_file import Accepted, Rejected, examine, open_image, to_rgb
@@ -167,13 +167,8 @@ def test_dali_decodes_what_is_stored_as_pillow_does(odd: tuple[Path, Path]) -> N
 
 def png(width: int, height: int, before: bytes = b"", pixels: bytes | None = None, after: bytes = b"") -> bytes:
     """A PNG that says to be so large, 32 x 32 gray pixels being in it, with chunks before and after them."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     pixels = zlib.compress(bytes(33 * 32)) if pixels is None else pixels
-    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b"")
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return png_of((width, height, 8, 0, 0), pixels, before, after)
 
 
 def jpeg(height: int, width: int) -> bytes:
@@ -197,11 +192,11 @@ BOMBS = {
     "huge.png": (png(60_000, 60_000), "too large"),
     "most.png": (png(2**31 - 1, 2**31 - 1), "too large"),
     "none.png": (png(0, 5), "not an image"),
-    "text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
-    "late text.png": (png(32, 32, after=chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
-    "utf-8 text.png": (png(32, 32, before=chunk(b"iTXt", b"k\0\1\0\0\0" + ZIPPED)), "stored"),
-    "much text.png": (png(32, 32, before=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70), "stored"),
-    "profile.png": (png(32, 32, before=chunk(b"iCCP", b"k\0\0" + ZIPPED)), "stored"),
+    "text.png": (png(32, 32, before=png_chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
+    "late text.png": (png(32, 32, after=png_chunk(b"zTXt", b"k\0\0" + ZIPPED)), "stored"),
+    "utf-8 text.png": (png(32, 32, before=png_chunk(b"iTXt", b"k\0\1\0\0\0" + ZIPPED)), "stored"),
+    "much text.png": (png(32, 32, before=png_chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20))) * 70), "stored"),
+    "profile.png": (png(32, 32, before=png_chunk(b"iCCP", b"k\0\0" + ZIPPED)), "stored"),
     "pixels.png": (png(32, 32, pixels=zlib.compress(bytes(33 * 32)) + ZIPPED), "stored"),  # none of the rest is read
     "huge.jpg": (jpeg(65_535, 65_535), "too large"),
     "long.jpg": (jpeg(65_535, 1_000), "damaged"),  # within the limit, and not there

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_examples import png_of
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
@@ -238,14 +239,16 @@ def test_one_damaged_image_never_condemns_a_small_shard(tiny_images: Path, tmp_p
     assert [batch.ids_B[19] for batch in eight] == [0] * 8 and eight.replaced == {19: 8}
 
 
-def make_undecodable(folder: Path, image_id: int) -> None:
-    """Put bytes that are no image in the place of one, with a checksum as if they had been written so."""
+def make_undecodable(folder: Path, image_id: int, data: bytes = b"") -> None:
+    """Put bytes that are no image, or `data`, in the place of one, with a checksum as if they had been written so."""
     shards, samples = ShardSet.open(folder), np.load(folder / "samples.npy")
     row = shards.samples[image_id]
+    data = data.ljust(int(row["size"]), b"\0")
+    assert len(data) == row["size"]
     with open(folder / shards.shards[row["shard"]].name, "r+b") as tar:
         tar.seek(int(row["offset"]))
-        tar.write(bytes(int(row["size"])))
-    samples["crc32"][image_id] = zlib.crc32(bytes(int(row["size"])))
+        tar.write(data)
+    samples["crc32"][image_id] = zlib.crc32(data)
     np.save(folder / "samples.npy", samples)
 
 
@@ -281,6 +284,24 @@ def test_where_a_feature_stands_for_its_image_damage_is_an_error(
 ) -> None:
     harm(copy, 30)
     with pytest.raises(DataError, match=rf"^{copy}: image 30 \(digits/10.png\) {told}"):
+        one_pass(ShardSet.open(copy), CenterCrop(1.0), ImageInput(16), replace_damaged=False)
+
+
+GRAY_ROWS = (b"\0" + bytes([90] * 16)) * 16
+
+
+@pytest.mark.parametrize("replace_damaged", [True, False], ids=["training", "features"])
+def test_what_pillow_reads_and_dali_does_not_is_read_by_pillow(copy: Path, replace_damaged: bool) -> None:
+    """A PNG without the checksum of its pixels, which earlier versions stored as it was."""
+    make_undecodable(copy, 30, png_of((16, 16, 8, 0, 0), zlib.compress(GRAY_ROWS)[:-4]))
+    found = one_pass(ShardSet.open(copy), CenterCrop(1.0), raw(16), replace_damaged=replace_damaged)
+    assert [batch.ids_B.tolist() for batch in found] == [batch.wanted_B.tolist() for batch in found]
+    np.testing.assert_allclose(pixels(found)[30], 90, atol=0.01)
+
+
+def test_rows_that_are_missing_are_named_once_with_what_helps(copy: Path) -> None:
+    make_undecodable(copy, 30, png_of((16, 16, 8, 0, 0), zlib.compress(GRAY_ROWS[:-17])))
+    with pytest.raises(DataError, match=r"image 30 .*its pixels end after 255 of 272 bytes.*into another folder"):
         one_pass(ShardSet.open(copy), CenterCrop(1.0), ImageInput(16), replace_damaged=False)
 
 

@@ -10,6 +10,7 @@ from datasets import Image as ImageFeature
 from image_examples import crop
 from moce_command import refused
 
+from moce_ds.data.saved_dataset import _class_names
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.transfer.task_data import opened_images
@@ -71,11 +72,56 @@ def test_without_classes_images_have_none(tmp_path: Path) -> None:
         assert images.classes == [] and images.labels.tolist() == [-1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "classes", "labels"),
+    [
+        ("int64", [10, 9, -1, None, 10], ["9", "10"], [1, 0, -1, -1, 1]),
+        ("string", ["b", "a", "", None, "b"], ["a", "b"], [1, 0, -1, -1, 1]),
+        ("bool", [True, False, None, True, True], ["False", "True"], [1, 0, -1, 1, 1]),
+    ],
+)
+def test_plain_values_called_label_are_classes(
+    tmp_path: Path, kind: str, values: list[object], classes: list[str], labels: list[int]
+) -> None:
+    features = Features({"image": ImageFeature(), "label": Value(kind)})
+    rows = {"image": [encoded(number) for number in range(5)], "label": values}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    with opened_images(tmp_path / "saved") as images:
+        assert images.classes == classes and images.labels.tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        ({"label": Value("float32")}, "label is Value"),
+        ({"kind": Value("int64")}, "no column is called label"),
+    ],
+)
+def test_a_column_that_cannot_be_classes_is_named(
+    tmp_path: Path, features: dict[str, Value], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name,) = features
+    columns = {"image": [encoded(1)], name: [1]}
+    Dataset.from_dict(columns, features=Features({"image": ImageFeature(), **features})).save_to_disk(
+        tmp_path / "saved"
+    )
+    with opened_images(tmp_path / "saved") as images:
+        assert images.labels.tolist() == [-1]
+    said = capsys.readouterr().err
+    assert "its images have no classes" in said and told in said
+
+
+def test_a_class_beyond_the_names_is_named(tmp_path: Path) -> None:
+    """The library checks it when it writes, not when it reads."""
+    with pytest.raises(DataError, match="row 1 has the class 3 of 3"):
+        _class_names(tmp_path, KINDS, [2, 3])
+
+
 def test_a_split_has_to_be_named(saved: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     one = Dataset.load_from_disk(saved)
     DatasetDict(train=one, test=one.select(range(2))).save_to_disk(both)
-    assert f"{both} holds the splits train, test: name one of them, such as {both / 'train'}" in fault(both)
+    assert f"{both} holds several splits: name one of them, train, test, such as {both / 'train'}" in fault(both)
     with opened_images(both / "test") as images:
         assert images.count == 2
 

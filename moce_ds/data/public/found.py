@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moce_ds.data.listing import Listed
+from moce_ds.data.walk import leads_out
 from moce_ds.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -103,7 +104,7 @@ def checked(found: Found) -> Found:
         if not images:
             raise DataError(f"{found.root}: the {split} split lists no image; expected some. Unpack the data set anew.")
         for image in images:
-            if image.path.startswith("/") or ".." in image.path.split("/"):
+            if leads_out(image.path):
                 raise DataError(f"{found.root}: {image.path!r} is listed and lies outside. Do not trust this data set.")
     trained = _names(found.splits["train"])
     for split, images in found.splits.items():

@@ -24,7 +24,13 @@ def cars(source: Path, seed: int) -> Found:
         rows = _read(annotations, "annotations")
         if not {"class", "fname"} <= set(rows.dtype.names or ()):
             raise DataError(f"{annotations} has no class or no fname: unpack the data set anew.")
-        return [Listed(f"{folder}/{row['fname']}", (_name(names, int(row["class"]), annotations),)) for row in rows]
+        try:
+            listed = [(str(row["fname"]), int(row["class"])) for row in rows]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{annotations} has a class that is no number ({error}): unpack the data set anew."
+            ) from None
+        return [Listed(f"{folder}/{name}", (_name(names, number, annotations),)) for name, number in listed]
 
     train, val = for_validation(split(first_there(source, "devkit/cars_train_annos.mat"), "cars_train"), seed, 0.2)
     labelled = "cars_test_annos_withlabels.mat"  # the devkit's own list for testing has no labels
@@ -41,10 +47,10 @@ def _name(names: Any, number: int, annotations: Path) -> str:
 def flowers102(source: Path, seed: int) -> Found:
     """Oxford Flowers (102), official splits: `jpg`, `imagelabels.mat`, `setid.mat`. Classes have numbers, no names."""
     root = first_there(source, "flowers-102/setid.mat", "setid.mat").parent
-    labels = _read(root / "imagelabels.mat", "labels")
+    labels = _numbers(root / "imagelabels.mat", "labels")
 
     def split(key: str) -> list[Listed]:
-        numbers = _read(root / "setid.mat", key)
+        numbers = _numbers(root / "setid.mat", key)
         if numbers.min() < 1 or numbers.max() > len(labels):
             raise DataError(
                 f"{root / 'setid.mat'} names images that {len(labels)} labels do not cover: unpack it anew."
@@ -52,6 +58,14 @@ def flowers102(source: Path, seed: int) -> Found:
         return [Listed(f"jpg/image_{number:05d}.jpg", (f"{labels[number - 1]:03d}",)) for number in numbers]
 
     return Found(root, {"train": split("trnid"), "val": split("valid"), "test": split("tstid")})
+
+
+def _numbers(path: Path, variable: str) -> np.ndarray:
+    """A vector of whole numbers, one at least. Raises DataError."""
+    found = _read(path, variable)
+    if not len(found) or found.ndim != 1 or found.dtype.kind not in "iu":
+        raise DataError(f"{path}: {variable} holds no whole numbers: unpack the data set anew.")
+    return found
 
 
 def _read(path: Path, variable: str) -> np.ndarray:
