@@ -155,7 +155,7 @@ def plan(
             write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
-@moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
+@moce.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
@@ -180,7 +180,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
 
-@moce.command(cls=Verb, settings="moce_ds.clustering.build:ClusterSettings")
+@moce.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
 @click.argument("features", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--shards", type=PATH, help="The shard set, to compare the clusters with its labels.")

@@ -10,13 +10,11 @@ from typing import Never
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 from moce_ds.checkpoint_files import find
 from moce_ds.clustering.store import ENCODER, FeatureWriter, Identity
-from moce_ds.config import option, settings
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
@@ -26,6 +24,7 @@ from moce_ds.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.dense import dense_encoder
+from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.models.public_mae import public_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
@@ -33,21 +32,6 @@ from moce_ds.text import shortened
 
 _KEPT = 4
 _kept_features: dict[tuple[str, str, str], Tensor] = {}
-
-
-@settings
-class EncodeSettings:
-    """How images are run through an encoder."""
-
-    batch_size: PositiveInt = option(256, "images at a time in each process")
-    threads: PositiveInt = option(2, "decoding threads of each process")
-
-
-@settings
-class FeatureSettings(EncodeSettings):
-    """How the features of a shard set are written."""
-
-    block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
 def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:

@@ -10,15 +10,13 @@ Axes: B images, N patches, T tokens (patches and cls), D width.
 import difflib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
@@ -28,59 +26,13 @@ from moce_ds.drafts import restore
 from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
+from moce_ds.models.shapes import ViTShape
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 _LISTED = 20  # weights of each kind of misfit that are named
-
-
-Size = Annotated[int, Field(gt=0, le=100_000)]
-"""Limits for what is read from a file, so that a damaged one asks for no absurd amount of memory."""
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """The size of a vision transformer with one cls token; `pooled_norm`: its final norm follows the mean of the patch
-    tokens, as where the public MAE is fine-tuned, instead of going before."""
-
-    image_size: Size
-    patch_size: Size
-    width: Size
-    depth: Annotated[int, Field(gt=0, le=1000)]
-    heads: Size
-    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
-    pooled_norm: bool = False
-
-    @property
-    def num_patches(self) -> int:
-        """N, patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def hidden(self) -> int:
-        """H, hidden units of an MLP, as timm works them out."""
-        return int(self.width * self.mlp_ratio)
-
-    def with_hidden(self, units: int) -> "ViTShape":
-        """The same with MLPs of so many hidden units."""
-        ratio = units / self.width
-        exact = int(self.width * ratio) == units  # the quotient may be a hair too small
-        return replace(self, mlp_ratio=ratio if exact else math.nextafter(ratio, math.inf))
-
-    def timm_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for timm's VisionTransformer without a classifier."""
-        return {
-            "img_size": self.image_size,
-            "patch_size": self.patch_size,
-            "embed_dim": self.width,
-            "depth": self.depth,
-            "num_heads": self.heads,
-            "mlp_ratio": self.mlp_ratio,
-            "num_classes": 0,
-            **({"global_pool": "avg", "fc_norm": True} if self.pooled_norm else {}),
-        }
 
 
 @lru_cache  # timm builds the model to answer: a tenth of a second, and every step asks

@@ -11,7 +11,7 @@ from moce_ds.text import in_line
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="The task's images: shards, a folder, or a saved data set.")
 @click.option("--task", default=None, help="The task's name in results (default: that of --data).")
@@ -71,7 +71,7 @@ def select(
             say(told(folder, made))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--data", type=PATH, help="A task's images (a shard set or a folder): their votes choose the route.")
@@ -118,14 +118,14 @@ def _accuracy_options(function: Any) -> Any:
     return function
 
 
-@click.command(cls=Verb, settings="moce_ds.transfer.knn:KnnSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.settings:KnnSettings")
 @_accuracy_options
 def knn(**given: Any) -> None:
     """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; nothing is chosen, --val votes too."""
     _accuracy("knn", **given)
 
 
-@click.command(cls=Verb, settings="moce_ds.transfer.probe:ProbeSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.settings:ProbeSettings")
 @_accuracy_options
 def probe(**given: Any) -> None:
     """Accuracy of a linear classifier on ENCODER's features, its strength chosen on validation images."""
@@ -167,7 +167,7 @@ def _accuracy(
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
 @click.option("--dense", type=PATH, help="The run of a dense MAE, to compare with.")
