@@ -1,4 +1,4 @@
-# `make help` lists what there is. Everything installs itself into .venv first.
+# `make help` lists what there is. editable_mode=compat: also beside a clone called moce_ds, `import moce_ds` finds it. Everything installs itself into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,8 @@ install: $(VENV)/.installed  ## create .venv and install (EXTRA=cpu|cu13|cu12)
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),demo,dev]"
+	@echo "Installing into $(VENV): some minutes and gigabytes, mostly downloads."
+	$(BIN)/python -m pip install --config-settings editable_mode=compat --editable ".[$(EXTRA),demo,dev]"
 	touch $@
 
 demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: fewer epochs)

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 from launchers.pipeline import run_pipeline
+from moce_ds import threads
 from moce_ds.command_line import say, show
 from moce_ds.config import word
 from moce_ds.errors import MoceError
 from moce_ds.text import tolerate_any_text
+from moce_ds.values import expanded
 
 CONFIG = "configs/demo/pipeline.yaml"
 TASKS = ("digits", "textiles")
@@ -29,9 +31,12 @@ def main() -> int:
     parser.add_argument(
         "--short", action="store_true", help="one epoch a run: shows that everything works, little more"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of everything (default: runs/demo)")
+    parser.add_argument(
+        "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"
+    )
     given = parser.parse_args()
     tolerate_any_text()
+    threads.settle()
     began = time.monotonic()
     try:
         status = run_demo(given.out, given.short)
@@ -58,7 +63,7 @@ def _summary(out: Path) -> int:
     from moce_ds.clustering.clusters import Clusters, load_ids
     from moce_ds.clustering.quality import cluster_report
     from moce_ds.data.shards import ShardSet
-    from moce_ds.files import read_json
+    from moce_ds.results_file import read_results
     from moce_ds.transfer.results import accuracy_table
 
     shards, clusters = ShardSet.open(out / "shards"), Clusters.load(out / "clusters")
@@ -66,7 +71,7 @@ def _summary(out: Path) -> int:
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"
     say("")
-    show(accuracy_table(read_json(out / "results.json", "results", "moce knn")))
+    show(accuracy_table(read_results(out / "results.json")))
     for domain, share in sorted(report.domains.majority_share.items()):
         say(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
     say(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")

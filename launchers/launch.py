@@ -13,7 +13,7 @@ from launchers.snapshot import begin_launch, record_jobs, refuse_second
 from launchers.stage import Stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from launchers.study import keep_record
-from moce_ds.command_line import read_settings, say
+from moce_ds.command_line import FORCED, read_settings, say
 from moce_ds.config import from_tree, to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.training.attempt import LAUNCHES
@@ -43,13 +43,18 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
 def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
     from moce_ds.training.setup import check_run  # brings DeepSpeed along
 
-    config = read_settings(PretrainSettings, words)
+    config = read_settings(PretrainSettings, _without_options(words))
     check_run(config)
     usable = usable_nodes(config, profile)
     command = ["pretrain", *words]
     refuse_second(config.run.out / LAUNCHES)
     folder = begin_launch(config.run.out / LAUNCHES, command, profile, config)
     return record_jobs(folder, [submit(profile, [command], folder, config.run.out.name, usable_nodes=usable)])
+
+
+def _without_options(words: Sequence[str]) -> list[str]:
+    """The words of settings; whether a run fits into memory is looked at where it starts."""
+    return [word for word in words if word != FORCED]
 
 
 def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
@@ -71,7 +76,7 @@ def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
 
 def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
     """An array of jobs for the cells of each size that are not done."""
-    study = read_settings(StudySettings, words)
+    study = read_settings(StudySettings, _without_options(words))
     cells = cells_of(study)
     check_settings(cells)
     check_places(study, cells)
@@ -96,7 +101,7 @@ def _size(cell: Cell) -> tuple[int, int]:
 
 def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
     """A chain of jobs: each stage that is not done, after the one before it has succeeded."""
-    pipeline = read_settings(PipelineSettings, words)
+    pipeline = read_settings(PipelineSettings, _without_options(words))
     stages = stages_of(pipeline)
     check_folders(pipeline, stages)
     queued = queued_stages(profile, pipeline, stages)

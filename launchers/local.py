@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from moce_ds import threads
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.interrupts import leave, obeyed
 from moce_ds.sealing import SECRET, new_secret
@@ -60,7 +61,7 @@ def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, boo
         SECRET: new_secret(),
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc))),
+        **threads.shared_by(nproc),
     }
     processes: list[subprocess.Popen[bytes]] = []
     for number in obeyed():

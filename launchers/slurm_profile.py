@@ -10,6 +10,7 @@ from pydantic import Field
 
 from moce_ds.config import option, settings
 from moce_ds.text import script_fault
+from moce_ds.threads import CHOSEN
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -86,7 +87,9 @@ class SlurmProfile:
 
     def sbatch(self, after: Sequence[str]) -> dict[str, object]:
         """Parameters of submitit's executor; `after`: jobs that must have succeeded first."""
-        environment = {"OMP_NUM_THREADS": str(self.cpus_per_task), "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
+        # Nothing of what was chosen for the machine that submits (CHOSEN) is for the nodes.
+        count = {"OMP_NUM_THREADS": str(self.cpus_per_task), CHOSEN: ""}
+        environment = {**count, "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
         each = self.processes_per_node
         nodes = {"nodes": f"{self.min_nodes}-{self.nodes}"} if self.min_nodes else {}
         wanted = {

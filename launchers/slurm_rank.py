@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from launchers.signals import kept_signals, wait_for
 from launchers.slurm_job import SECRET_FILE, JobStart
 from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.interrupts import kept_signals, wait_for
 from moce_ds.sealing import SECRET
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

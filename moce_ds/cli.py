@@ -10,12 +10,24 @@ from typing import Any
 
 import click
 
-from moce_ds import __version__
+from moce_ds import __version__, threads
 from moce_ds import config as configuration
 from moce_ds.bench.verbs import Numbers, bench
-from moce_ds.command_line import PATH, Verb, heads_option, is_config_word, read_settings, run_command, say, show, words
+from moce_ds.command_line import (
+    PATH,
+    Verb,
+    force_option,
+    heads_option,
+    is_config_word,
+    read_settings,
+    run_command,
+    say,
+    show,
+    words,
+)
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.place import Place
+from moce_ds.text import counted
 from moce_ds.transfer.verbs import VERBS as TRANSFER_VERBS
 from moce_ds.tuning.dense_verbs import VERBS as DENSE_VERBS
 from moce_ds.tuning.verbs import VERBS as TUNING_VERBS
@@ -55,7 +67,8 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     report = write_shards(source, out, read_settings(ShardSettings, words))
     rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
     say(
-        f"{out}: {report.count} images of {len(ShardSet.open(out).classes)} classes in {report.shards} shards, "
+        f"{out}: {counted(report.count, 'image')} of {counted(len(ShardSet.open(out).classes), 'class', 'classes')} in "
+        f"{counted(report.shards, 'shard')}, "
         f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
     )
@@ -65,6 +78,7 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 @words(required=True)
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan and the settings, and do nothing.")
 @click.option("--processes", default=None, type=click.IntRange(1), help="With --dry-run: plan for so many processes.")
+@force_option()
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
     """Pre-train a masked autoencoder: dense (model.arch=mae) or with experts (model.arch=moce).
 
@@ -79,8 +93,11 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         show(plan_table(config, processes or Place.here().world_size))
         say(*configuration.to_yaml(config).splitlines())
         return
+    from moce_ds.planning.fitting import check_memory
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
+
+    check_memory(config, Place.here().world_size)
 
     with started(config.run.peer_timeout) as runtime:
         progress = run(config, runtime)
@@ -138,7 +155,7 @@ def plan(
             write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
-@moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
+@moce.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
@@ -163,7 +180,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
 
-@moce.command(cls=Verb, settings="moce_ds.clustering.build:ClusterSettings")
+@moce.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
 @click.argument("features", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--shards", type=PATH, help="The shard set, to compare the clusters with its labels.")
@@ -181,12 +198,13 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
     labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, report = build_clusters(features, out, config, labels, classes, device)
-    show(report_table(report))
+    show(report_table(report, compared=shards is not None))
 
 
 @moce.command(cls=Verb, settings="launchers.grid:StudySettings")
 @words(required=True)
 @click.option("--list", "listed", is_flag=True, help="Print the cells and how far they are, and do nothing.")
+@force_option()
 @click.option("--cell", help="Run this cell only, such as num=4,seed=1.")
 def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
     """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
@@ -206,6 +224,7 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 @moce.command(cls=Verb, settings="launchers.stages:PipelineSettings")
 @words(required=True)
 @click.option("--list", "listed", is_flag=True, help="Print the stages and how far they are, and do nothing.")
+@force_option()
 @click.option("--stage", help="Run this stage only, such as features.")
 def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
     """Run all stages, from images to the experts of tasks, their evaluation and a report.
@@ -274,13 +293,15 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
     """Say what PATH is (shards, features, clusters, run, checkpoint, encoder, results) and what it holds."""
-    from moce_ds.analysis.inspection import describe, faults
+    from moce_ds.analysis.inspection import describe, findings
 
+    found = findings(path) if verify else None
+    if found and found.faults:  # which the description may be refused for
+        say(*found.faults)
+        sys.exit(1)
     show(describe(path))
-    if verify:
-        found = faults(path)
-        say(*(found or ["Verified: everything is as it was written."]))
-        sys.exit(1 if found else 0)
+    if found:
+        say("Verified: everything is as it was written.", *found.unverified)
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):
@@ -289,4 +310,5 @@ for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):
 
 def main() -> None:
     """Entry point."""
+    threads.settle()
     run_command(moce, "moce")

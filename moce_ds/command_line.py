@@ -5,6 +5,7 @@ packages.
 """
 
 import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ class _PathType(click.ParamType):
 
 
 PATH = _PathType()
+FORCED, FORCE = "--force", "MOCE_FORCE"
+"""The option by which a run starts that does not fit into memory, and the variable that says so to its processes."""
+
 YAML = (".yaml", ".yml")
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
 
@@ -71,6 +75,17 @@ def heads_option() -> Any:
     return click.option(
         "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
     )
+
+
+def force_option() -> Any:
+    """--force, which the processes that are started from here obey, too."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            os.environ[FORCE] = "1"
+
+    what = "Start pre-training also where this machine's memory is too small for it."
+    return click.option(FORCED, is_flag=True, expose_value=False, callback=remember, help=what)
 
 
 def read_settings(

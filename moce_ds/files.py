@@ -1,5 +1,6 @@
 """Writing so that a kill at any moment leaves either the old thing or the new one, never half of one."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from moce_ds.drafts import draft_of, put_in_place, restore
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.machine import reason
+from moce_ds.text import is_utf8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
+_NO_UTF8 = "holds bytes that are no UTF-8, which the library of safetensors refuses"
+
 _DAMAGE = (
     SafetensorError, TokenError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError,
     RecursionError, MemoryError,
@@ -53,14 +57,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
     leaves it aside, and the next process that asks for it puts it back (`drafts`).
+
+    Raises:
+        ArtefactError: `path` was not there when the block began, and another process has written it since.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
+    may_replace = path.exists()
     temporary = draft_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        if path.exists() and not may_replace:
+            raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
         put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,6 +110,8 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
     except OSError as error:
         raise kind(f"{path} cannot be read ({reason(error)}): {cure}") from None
     except _DAMAGE as error:
+        if not is_utf8(path):
+            raise kind(f"{path} {_NO_UTF8}: give its folder another name.") from None
         raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
 
 
@@ -138,6 +150,8 @@ def save_tensors(
 ) -> None:
     """Write a `.safetensors` file of tensors of the host, all of torch or all of numpy, as readable as the umask lets
     it be: the library itself gives files to their owner alone. Raises OSError, or SafetensorError with its text."""
+    if not is_utf8(path):
+        raise OSError(errno.EILSEQ, f"its path {_NO_UTF8}")
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
@@ -182,7 +196,9 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        raise ArtefactError(f"{path.parent} is no folder: expected {what} in one, as `{made_by}` writes it.") from None
+    except FileNotFoundError:
         raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None

@@ -1,4 +1,4 @@
-"""What ends a command from outside: a signal, or a reader of its output that has gone.
+"""What ends a command from outside, a signal or a reader of its output that has gone, and signals passed on to a child.
 
 Imports nothing that takes time, as it is needed before anything else is loaded.
 """
@@ -7,8 +7,10 @@ import errno
 import io
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -54,6 +56,33 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def kept_signals(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """The signals that arrive while the block runs, in order; whoever handled them before does so again after it."""
+    asked: list[int] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, keep) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def wait_for(child: subprocess.Popen[bytes], asked: Sequence[int]) -> int:
+    """Wait for a child and return how it ended. What is asked meanwhile is passed on, in order."""
+    passed_on = 0
+    while child.poll() is None:
+        for number in asked[passed_on:]:
+            child.send_signal(number)
+            passed_on += 1
+        time.sleep(0.05)
+    return child.returncode
 
 
 class _Output(io.FileIO):

@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from moce_ds import threads
 from moce_ds.errors import MoceError
 from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
@@ -184,7 +185,10 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
         watch = Watch(rank, world_size, local_rank, peer_timeout, meeting)
     try:
         with watch or nullcontext():
-            yield Runtime(rank, world_size, local_rank, device, watch)
+            runtime = Runtime(rank, world_size, local_rank, device, watch)
+            if line := threads.told():
+                runtime.say(line)
+            yield runtime
             dist.barrier()  # nobody takes the store away while others still look into it
         dist.barrier()
     finally:

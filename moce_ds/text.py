@@ -54,11 +54,21 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def counted(count: int, noun: str, several: str = "") -> str:
+    """A number with its noun: 1 shard, 2 shards, 1 class, 2 classes (`several`)."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
+
+
+def is_utf8(name: object) -> bool:
+    """Whether a name can be written in UTF-8, as libraries want that are no Python: they refuse other paths."""
+    return not any(unicodedata.category(c) == "Cs" for c in str(name))
+
+
 def script_fault(text: str) -> str | None:
     """Why a text cannot stand in one line of a shell script, whatever quotes are around it; None where it can."""
     if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):
         return "holds a line break or another control character"
-    if any(unicodedata.category(c) == "Cs" for c in text):
+    if not is_utf8(text):
         return "holds bytes that are no UTF-8"
     return None
 

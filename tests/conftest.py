@@ -3,6 +3,7 @@
 Axes: N images.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,9 @@ from moce_ds.moe.placement import in_order
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
+
 
 # A busy machine is slow, not wrong.
 hypothesis_settings.register_profile("patient", deadline=None)

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from contextlib import chdir
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def workplace(tmp_path_factory):
 
 def test_commands_of_the_readme_run(workplace):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = [command for command in shell_commands(ROOT / "README.md") if not command.startswith("make ")]
+    commands = [command for command in shell_commands(ROOT / "README.md") if command.startswith("moce ")]
     assert len(commands) >= 10
     for command in commands:
         words = shlex.split(command)
@@ -62,6 +63,15 @@ def test_commands_of_the_readme_run(workplace):
     assert all(0 <= record["top1"] <= 1 for record in records)
     assert (workplace / "expert/model.safetensors").exists()
     assert "</html>" in (workplace / "runs/report.html").read_text()
+
+
+def test_the_readme_installs_extras_that_there_are_and_no_editable_copy():
+    text = (ROOT / "README.md").read_text()
+    extras = re.findall(r'"\.\[(\w+)\]"', text)
+    assert extras == ["cpu", "cu13", "cu12"]
+    assert set(extras) <= set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    # A clone called as the package would hide an editable copy of it from a Python that is started beside the clone.
+    assert "git clone <this repository> moce-ds && cd moce-ds" in text and "pip install -e" not in text
 
 
 def test_make_targets_of_the_readme_exist():

@@ -105,8 +105,8 @@ def agreement(ids_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> 
     )
 
 
-def report_table(report: ClusterReport) -> Table:
-    """The report for a terminal: at most 100 columns."""
+def report_table(report: ClusterReport, compared: bool = True) -> Table:
+    """The report for a terminal: at most 100 columns; `compared`: whether it was told of labels, if there are any."""
     table = Table(title=f"{report.num_images:,} images in {report.num_clusters:,} clusters", width=100)
     table.add_column("quantity", ratio=4)
     table.add_column("value", justify="right", no_wrap=True, min_width=18)
@@ -124,7 +124,11 @@ def report_table(report: ClusterReport) -> Table:
         by_name["domains"] = report.domains
     for name, found in by_name.items():
         if found is None:
-            table.add_row("agreement with labels", "-", "these images have no labels")
+            table.add_row(
+                "agreement with labels",
+                "-",
+                "these images have no labels" if compared else "not compared: name the --shards",
+            )
         else:
             _add_agreement(table, name, found)
     return table

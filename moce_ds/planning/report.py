@@ -72,10 +72,15 @@ def advice(config: PretrainSettings, device: Device, predictions: Sequence[Predi
         needed = prediction.memory.total
         if needed <= device.memory:
             continue
+        world_size = prediction.machines.world_size
+
+        def need(changed: PretrainSettings, world_size: int = world_size) -> float:
+            return work.memory(changed, world_size).total
+
         tried = [
-            f"{change}: {gibibytes(need)}{'' if need <= device.memory else ' (still too much)'}"
-            for change, need in _savings(config, device, prediction.machines.world_size)
-            if need < needed
+            f"{change}: {gibibytes(need(changed))}{'' if need(changed) <= device.memory else ' (still too much)'}"
+            for change, changed in savings(config, need, device.memory, world_size)
+            if need(changed) < needed
         ]
         yield (
             f"WARNING: --nodes {prediction.machines.nodes}: {gibibytes(needed)} do not fit in "
@@ -83,30 +88,30 @@ def advice(config: PretrainSettings, device: Device, predictions: Sequence[Predi
         )
 
 
-def _savings(config: PretrainSettings, device: Device, world_size: int) -> Iterator[tuple[str, float]]:
-    """Single changes of settings that give the same result, and the bytes of memory that each would need.
+def savings(
+    config: PretrainSettings, need: Callable[[PretrainSettings], float], memory: float, world_size: int
+) -> Iterator[tuple[str, PretrainSettings]]:
+    """Single changes of settings that give the same result, and the settings with each.
 
-    Of the values of `optim.accumulation` it is the lowest that suffices, or the highest possible.
+    Of the values of `optim.accumulation` it is the lowest that suffices for `memory` bytes, or the highest possible.
+
+    Args:
+        need: bytes that a process needs with other settings.
     """
     optim, engine, experts = config.optim, config.engine, config.experts
     parts = optim.batch_size // world_size  # images of a process, which accumulation divides
     for accumulation in (n for n in range(optim.accumulation + 1, parts + 1) if parts % n == 0):
         more = dataclasses.replace(config, optim=dataclasses.replace(optim, accumulation=accumulation))
-        need = work.memory(more, world_size).total
-        if need <= device.memory or accumulation == parts:
-            yield f"optim.accumulation={accumulation}", need
+        if need(more) <= memory or accumulation == parts:
+            yield f"optim.accumulation={accumulation}", more
             break
     recomputing = dataclasses.replace(engine, checkpoint_activations=True)
     cutting = dataclasses.replace(engine, zero_stage=2)
-    changes = {
-        "engine.checkpoint_activations=true": dataclasses.replace(config, engine=recomputing),
-        "engine.zero_stage=2": dataclasses.replace(config, engine=cutting),
-    }
+    yield "engine.checkpoint_activations=true", dataclasses.replace(config, engine=recomputing)
+    yield "engine.zero_stage=2", dataclasses.replace(config, engine=cutting)
     if config.model.arch == "moce" and experts.num > experts.ep_size and world_size % experts.num == 0:
         spread = dataclasses.replace(experts, ep_size=experts.num)
-        changes[f"experts.ep_size={experts.num}"] = dataclasses.replace(config, experts=spread)
-    for change, changed in changes.items():
-        yield change, work.memory(changed, world_size).total
+        yield f"experts.ep_size={experts.num}", dataclasses.replace(config, experts=spread)
 
 
 def error_table(prediction: Prediction, measured: float) -> Table:

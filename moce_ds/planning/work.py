@@ -6,6 +6,7 @@ Axes in formulas: N patches, T tokens, D width, H hidden width, P values of a pa
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -80,6 +81,7 @@ def count_parameters(config: PretrainSettings) -> Parameters:
     )
 
 
+@cache
 def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
     """Of a dense masked autoencoder, and of its encoder."""
     with torch.device("meta"):

@@ -16,6 +16,7 @@ from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
 from moce_ds.runtime import Runtime
+from moce_ds.threads import keep
 from moce_ds.training.attempt import Attempt
 from moce_ds.training.checkpoint import load_checkpoint, newest_whole
 from moce_ds.training.engine import start_engine
@@ -87,6 +88,7 @@ def open_session(
     engine = start_engine(model, config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
+        keep(resume_from.manifest.get("threads"))
         runtime.say(f"Resuming {config.run.out} after step {first_step}.")
     sampler: ShuffledSampler | LocalSampler = ShuffledSampler(shards.count, batches.micro_global, config.run.seed)
     router = None

@@ -9,6 +9,7 @@ from typing import Any
 from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.files import read_json, writes_to
+from moce_ds.interrupts import kept_signals, obeyed, wait_for
 from moce_ds.transfer.tasks import Task
 from moce_ds.values import arguments
 
@@ -39,7 +40,7 @@ def finetuned(encoder: Path, task: Task, seed: int, out: Path) -> dict[str, Any]
 def _run(
     encoder: Path, train: Path, val: Path | float | None, test: Path | None, words: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """One `moce finetune`; its only record."""
+    """One `moce finetune`; its only record. Signals are passed on to it, so that it stops at a step."""
     result, log = out / "result.json", out / "log.txt"
     command: list[object] = ["finetune", encoder, "--train", train, "--test", test]
     command += ["--val", val] if val is not None else []
@@ -48,11 +49,12 @@ def _run(
         say(f"fine-tuning: tail -F {log}")
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
-            with open(log, "a", encoding="utf-8") as opened:
-                status = subprocess.run(
-                    [sys.executable, "-m", "moce_ds", *arguments(command)], stdout=opened, stderr=subprocess.STDOUT
-                ).returncode
-        if status == STOPPED:
+            with open(log, "a", encoding="utf-8") as opened, kept_signals(obeyed()) as asked:
+                moce = [sys.executable, "-m", "moce_ds", *arguments(command)]
+                # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
+                child = subprocess.Popen(moce, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
+                status = wait_for(child, asked)
+        if status == STOPPED or (asked and status):
             raise KeyboardInterrupt
         if status or not result.exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TOLD_LINES:]

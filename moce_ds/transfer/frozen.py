@@ -6,11 +6,11 @@ Axes: N images of a split, D features.
 import torch
 
 from moce_ds.models.vit import Encoder
-from moce_ds.transfer.knn import KnnSettings, knn_accuracy
+from moce_ds.transfer.knn import KnnSettings, check_classes, knn_accuracy
 from moce_ds.transfer.linear import MAX_ITERATIONS
 from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score
 from moce_ds.transfer.probe import ProbeSettings, linear_probe
-from moce_ds.transfer.task_data import Splits, encoded, to_terminal
+from moce_ds.transfer.task_data import Splits, encoded, labels_of, to_terminal
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Of each verb; they say what is measured."""
@@ -28,6 +28,7 @@ def measure_frozen(
     Raises:
         DataError: the splits do not go together, or no classifier can be judged on them.
     """
+    check_labels(splits)
     train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, device)
     validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
     test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
@@ -43,3 +44,13 @@ def measure_frozen(
     if validation is not None:
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
     return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config)
+
+
+def check_labels(splits: Splits) -> None:
+    """Refuse labels that no classifier can be judged by, before anything is encoded. Raises DataError."""
+    train = torch.from_numpy(labels_of(splits.train, splits.train))
+    for name, images in (("test", splits.test), ("validation", splits.val)):
+        if images is not None:
+            labels = torch.from_numpy(labels_of(images, splits.train))
+            if train.ndim == 1:
+                check_classes(train, labels, name)

@@ -7,6 +7,7 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, say, show, words
 from moce_ds.errors import ConfigError
+from moce_ds.text import counted
 
 
 @click.command(cls=Verb, settings="moce_ds.data.public.datasets:DatasetSettings")
@@ -24,7 +25,7 @@ def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
     for report in write_dataset(name, source, out, read_settings(DatasetSettings, words)).values():
         rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
         say(
-            f"{report.path}: {report.count} images of {report.classes} classes"
+            f"{report.path}: {counted(report.count, 'image')} of {counted(report.classes, 'class', 'classes')}"
             f"{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         )
 

@@ -80,7 +80,8 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
     places = {split: config.data / split for split in SPLITS}
     for split in ("train", "test"):
         if not places[split].is_dir():
-            raise ConfigError(f"Task {path.stem}: {places[split]} not found: {_how_to_write(config)}")
+            what = "is no folder" if places[split].exists() else "not found"
+            raise ConfigError(f"Task {path.stem}: {places[split]} {what}: {_how_to_write(config)}")
     val = places["val"] if places["val"].is_dir() else None
     if val is None and config.finetune.choices:
         raise ConfigError(f"Task {path.stem}: finetune.choices need {places['val']}, images to choose by.")

@@ -8,6 +8,7 @@ import click
 
 from moce_ds.command_line import PATH, Verb, read_settings, say, words
 from moce_ds.errors import STOPPED
+from moce_ds.text import in_line
 from moce_ds.values import is_number
 from moce_ds.yaml_text import Plain
 
@@ -38,9 +39,9 @@ def finetune(
     Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
     weights by validation are kept, else the last.
     """
+    from moce_ds.results_file import add_record, check_results
     from moce_ds.runtime import started
     from moce_ds.transfer.metrics import SPOKEN
-    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.verbs import task_of
     from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
@@ -59,7 +60,7 @@ def finetune(
         record |= {"task": task or task_of(test), "model": model or encoder.name}
         told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
         counted = f"({record['n_train']} training, {record['n_test']} test images)"
-        say(f"finetune {record['task']} {record['model']}: {told} {counted}")
+        say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
 

@@ -15,12 +15,14 @@ from alone import ALONE
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
+from moce_ds.checksums import with_checksum
 from moce_ds.errors import ArtefactError
 from moce_ds.training.attempt import METRICS, Attempt, SupersededError
 from moce_ds.training.saver import Saver
 from moce_ds.training.settings import RunSettings
 
 WEIGHT = {"cls_token": torch.ones(3)}
+ROUTING = {"expert_ML": [[0]], "cluster_share_M": [1.0]}
 
 
 def claim(run: Path) -> Attempt:
@@ -160,7 +162,7 @@ def saver_with_draft(run: Path, step: int) -> tuple[Saver, Attempt, dict]:
     """A saver whose draft of a step is written but not published."""
     attempt = claim(run)
     saver = Saver(None, RunSettings(out=run, keep_checkpoints=1), attempt, ALONE)
-    saver._manifest = {"step": step, "routing": {"expert_ML": [[0]]}}
+    saver._manifest = {"step": step, "routing": ROUTING}
     attempt.draft(step).mkdir()
     return saver, attempt, write_files(attempt.draft(step), grouped(WEIGHTS, WEIGHT).items())
 
@@ -170,7 +172,7 @@ def test_the_owner_publishes(tmp_path: Path) -> None:
     saver, attempt, files = saver_with_draft(tmp_path, 6)
     saver._publish(attempt.draft(6), files)
     assert steps_of(tmp_path) == [6] and find(tmp_path).faults() == []
-    assert json.loads((tmp_path / "routing.json").read_text()) == {"expert_ML": [[0]]}
+    assert json.loads((tmp_path / "routing.json").read_text()) == with_checksum(ROUTING)
 
 
 def test_an_attempt_that_is_over_publishes_nothing(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Pat
     flipped = bytearray(files[0].read_bytes())
     flipped[-1] ^= 1
     files[0].write_bytes(flipped)
-    assert f"{files[0].name}: checksum differs" in run_here("inspect", out, "--verify").out
+    assert f"{files[0].name}: is damaged" in run_here("inspect", out, "--verify").out
 
 
 @torch.inference_mode()
@@ -185,18 +185,10 @@ def small_files() -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
-@pytest.mark.parametrize(
-    ("format", "file"),
-    [
-        ("timm", "model.safetensors"),
-        ("hf-vit", "model.safetensors"),
-        ("mmdet", "model.pth"),
-        ("onnx", "model.onnx.data"),
-    ],
-)
-def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str, file: str) -> None:
+@pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet", "onnx"])
+def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str) -> None:
     run = moce_run()
     with small_files():
         told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
-    assert f"{file} cannot be written: " in told
+    assert told.startswith(f"{tmp_path / 'exports' / 'out'} cannot be written: ")
     assert list((tmp_path / "exports").iterdir()) == []

@@ -13,6 +13,7 @@ from launchers.local import run_processes
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.interrupts import SIGNALS, obeyed
 from moce_ds.runtime import StopRequest
+from moce_ds.transfer import finetuning
 
 OUTLIVING = """
 import sys
@@ -156,3 +157,27 @@ def test_how_a_process_ends_decides_the_launchers_status(
 ) -> None:
     monkeypatch.setattr(local, "_GRACE_SECONDS", 0.5)
     assert run_processes([sys.executable, "-c", f"import os, signal, sys, time\n{how}"], 1) == status
+
+
+ASKING = """#!{python}
+import os, pathlib, signal, time
+
+def stop(*_):
+    pathlib.Path("stopped").touch()
+    os._exit({status})
+
+signal.signal(signal.SIGTERM, stop)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_signal_reaches_the_fine_tuning_that_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(ASKING.format(python=sys.executable, status=STOPPED))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        finetuning._run(Path("encoder"), Path("train"), None, Path("test"), [], tmp_path / "out")
+    assert (tmp_path / "stopped").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from launchers.slurm_profile import SlurmProfile
 from launchers.stage import Stage, StageError, StageRecord, run_stage, write_record
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.config import load
-from moce_ds.errors import ConfigError
+from moce_ds.data import shard_writer
+from moce_ds.errors import STOPPED, ConfigError
 
 Make = Callable[..., PipelineSettings]
 EXPERTS = ["model.arch=moce", "experts.num=4", "experts.layers=[1,3]"]
@@ -192,10 +194,24 @@ def test_a_failed_stage_says_so_and_is_run_by_the_same_command(make: Make, tmp_p
     assert f"Its state is in {state}; the same command goes on with it." in told
     record = json.loads(state.read_text())
     assert record["state"] == "failed" and "No image to write" in record["told"]
-    assert [path.name for path in state.parent.glob("*.json")] == ["shards.json"], "those after it were not begun"
+    assert sorted(path.name for path in state.parent.glob("*.json")) == ["shards.json", "stages.json"], (
+        "those after it were not begun"
+    )
     assert re.search(r"shards .* failed ", run_here("pipeline", path, "--list").out)
     shutil.copytree(tiny_images, tmp_path / "images", dirs_exist_ok=True)
     assert run_here("pipeline", path, "--stage", "shards").status == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_stops_a_stage_of_one_process(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    shards = of(make(), "shards")
+    monkeypatch.setattr(shard_writer, "write_shards", lambda *_: signal.raise_signal(number))
+    said = run_here("pipeline", tmp_path / "pipeline.yaml", "--stage", "shards")
+    assert said.status == STOPPED and not said.err.strip(), said
+    assert "Stopped as asked in stage shards; the same command goes on from there." in said.out
+    assert (record := shards.record()) is not None and record.state == "begun"
 
 
 def test_a_stage_whose_processes_tell_nothing_has_failed(make: Make) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, step_folder
+from moce_ds.machine import MachineError
 from moce_ds.runtime import Runtime
 from moce_ds.training import saver as saving
 from moce_ds.training.attempt import Attempt
@@ -68,5 +69,5 @@ def test_a_copy_that_fails_holds_nobody_up(saver: Saver, monkeypatch: pytest.Mon
     saver._buffers.let.set()
     saver.start({"step": 1, "skipped": 0, "routing": None})
     saver.settle()
-    with pytest.raises(MemoryError, match="no memory"):
+    with pytest.raises(MachineError, match="no memory"):
         saver.finish()

@@ -12,7 +12,7 @@ from moce_ds.errors import ArtefactError
 from moce_ds.files import save_tensors, write_json
 from moce_ds.models.mae import NORM_EPS
 from moce_ds.models.spec import ModelSpec
-from moce_ds.transfer.formats.target import DenseModel, renamed, writing
+from moce_ds.transfer.formats.target import DenseModel, renamed
 from moce_ds.transfer.trained import Trial
 
 _BLOCK = (
@@ -108,8 +108,7 @@ def _write(
         "torch_dtype": "float32",
     }
     weights = folder / "model.safetensors"
-    with writing(weights):
-        save_tensors(weights, {name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
+    save_tensors(weights, {name: tensor.contiguous() for name, tensor in state.items()}, {"format": "pt"})
     write_json(folder / "config.json", config | more)
     write_json(folder / "preprocessor_config.json", _preprocessor(model.spec))
     (folder / "README.md").write_text(_card(model, architecture), encoding="utf-8")

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moce_ds.files import writes_to
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.formats.target import DenseModel
 from moce_ds.transfer.trained import Trial
@@ -21,10 +20,8 @@ def write(folder: Path, model: DenseModel) -> None:
     """Both files; the graph names the other relative to itself, so they can be moved together."""
     from moce_ds.transfer.formats.onnx_graph import vit_model, write_weights  # onnx need not be installed
 
-    with writes_to(folder / _WEIGHTS):
-        weights = write_weights(folder / _WEIGHTS, model.state)
-    with writes_to(folder / _GRAPH):
-        (folder / _GRAPH).write_bytes(vit_model(model.spec.shape, weights).SerializeToString())
+    weights = write_weights(folder / _WEIGHTS, model.state)
+    (folder / _GRAPH).write_bytes(vit_model(model.spec.shape, weights).SerializeToString())
 
 
 def run(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:

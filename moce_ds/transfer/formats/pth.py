@@ -13,7 +13,7 @@ from torch import Tensor
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import check_state
-from moce_ds.transfer.formats.target import DenseModel, renamed, writing
+from moce_ds.transfer.formats.target import DenseModel, renamed
 from moce_ds.transfer.trained import Trial, output_of
 
 # The MLP of mmcv's `FFN` is Sequential(Sequential(Linear, ...), Linear, ...).
@@ -57,8 +57,7 @@ def writer(rename: Rename, key: str) -> Callable[[Path, DenseModel], None]:
     """What writes `model.pth`: the renamed weights under `key`."""
 
     def write(folder: Path, model: DenseModel) -> None:
-        with writing(folder / "model.pth"):
-            torch.save({key: rename(model.state)}, folder / "model.pth")
+        torch.save({key: rename(model.state)}, folder / "model.pth")
 
     return write
 

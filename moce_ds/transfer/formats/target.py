@@ -1,18 +1,15 @@
 """What a format is: how the dense model is written for one library, and how it is loaded back and run there."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from moce_ds.errors import ArtefactError
-from moce_ds.files import sha256_of, write_json
+from moce_ds.checksums import names_below, records_of, write_checked
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.trained import Output, Trial
 
@@ -69,24 +66,11 @@ def library_version(library: str) -> str:
 
 def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     """Write `export.json`, by which `moce inspect` knows the folder and its files."""
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    files = records_of(folder, names_below(folder))
     record = {"format": FORMAT, "target": format.name, "part": format.part}
-    write_json(
+    write_checked(
         folder / "export.json", record | {"shape": asdict(spec.shape), "input": spec.input.to_tree(), "files": files}
     )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name a file that cannot be written, as on a full disk: the two libraries raise errors of their own for that.
-
-    Raises:
-        ArtefactError: with the file and the library's reason.
-    """
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise ArtefactError(f"{path} cannot be written: {error}") from None
 
 
 def renamed(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import load_encoder, save_encoder
-from moce_ds.transfer.formats.target import DenseModel, writing
+from moce_ds.transfer.formats.target import DenseModel
 from moce_ds.transfer.trained import Trial
 
 
 def write(folder: Path, model: DenseModel) -> None:
     """`model.safetensors`, without mask token and decoder: timm takes any file with a `mask_token` for DINOv2."""
-    with writing(folder / "model.safetensors"):
-        save_encoder(folder, model.state, model.spec.shape, model.spec.input, model.provenance)
+    save_encoder(folder, model.state, model.spec.shape, model.spec.input, model.provenance)
 
 
 @torch.inference_mode()

@@ -1,0 +1,166 @@
+"""What every verb writes, on a disk that is full, nearly full or read-only: one message that names the artefact and the
+remedy, status 1, and nothing half written under its name.
+
+The disk is a small file system in memory, which only root can mount. Runs are in tests/distributed/test_full_disk.py.
+"""
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from moce_command import TINY, refused, run_here
+
+from moce_ds.config import to_yaml
+from moce_ds.training.settings import PretrainSettings
+
+FILL = "fill"
+PAGE = 4096
+FULL = "No space left on device"
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system of 512 KiB."""
+    folder = tmp_path_factory.mktemp("disk")
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs to mount a small tmpfs: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """That file system, and what happens to it."""
+
+    path: Path
+
+    def leave(self, pages: int) -> None:
+        """Fill it, but for some pages of 4 KiB."""
+        free = shutil.disk_usage(self.path).free
+        (self.path / FILL).write_bytes(bytes(free - pages * PAGE))
+
+    def remount(self, how: str) -> None:
+        """Make it read-only ("ro") or writable ("rw")."""
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
+
+    def inside(self) -> set[str]:
+        """Names of what lies on it."""
+        return {str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file()} - {FILL}
+
+
+@pytest.fixture
+def disk(mounted: Path) -> Iterator[Disk]:
+    disk = Disk(mounted)
+    yield disk
+    disk.remount("rw")
+    for entry in mounted.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the verbs read, none of it on the disk."""
+
+    images: Path
+    shards: Path
+    encoder: Path
+    features: Path
+    run: Path
+
+
+@pytest.fixture
+def inputs(
+    tiny_images: Path,
+    tiny_shards: Path,
+    tiny_encoder: Path,
+    tiny_clusters: Path,
+    moce_run: Callable[..., Path],
+    tiny_config: Callable[..., PretrainSettings],
+) -> Inputs:
+    run = moce_run()
+    config = tiny_config("model.arch=moce", "experts.num=4", f"experts.clusters={tiny_clusters}")
+    (run / "config.yaml").write_text(to_yaml(config))
+    return Inputs(tiny_images, tiny_shards, tiny_encoder, tiny_clusters.parent / "features", run)
+
+
+def measured(verb: str, i: Inputs, out: Path) -> list[object]:
+    digits = i.images / "digits"
+    return [verb, i.encoder, "--train", i.images, "--test", i.images, "--results", out, "--task", digits.name]
+
+
+VERBS: dict[str, Callable[[Inputs, Path], list[object]]] = {
+    "shards": lambda i, out: ["shards", i.images, out, "workers=1"],
+    "features": lambda i, out: ["features", i.encoder, i.shards, out, "threads=1"],
+    "cluster": lambda i, out: ["cluster", i.features, out, "num_clusters=4"],
+    "export": lambda i, out: ["export", i.run, out, "--cluster", 0],
+    "export pth": lambda i, out: ["export", i.run, out, "--cluster", 0, "--format", "mmdet"],
+    "report": lambda i, out: ["report", i.run, "--out", out],
+    "plan": lambda i, out: ["plan", TINY, f"data.shards={i.shards}", "run.out=none", "--json", out],
+    "knn": lambda i, out: measured("knn", i, out),
+    "select": lambda i, out: ["select", i.run, "--data", i.images / "digits", "--results", out],
+    "pretrain": lambda i, out: ["pretrain", TINY, f"data.shards={i.shards}", f"run.out={out}"],
+}
+GOES_ON = {"shards": "shards.json", "features": "features.json"}
+"""Verbs that keep what is done, and the file that declares it whole."""
+
+
+LARGE = ("shards", "features", "cluster", "export", "export pth", "report")
+"""Verbs whose output is larger than two pages."""
+
+
+@pytest.mark.parametrize(("verb", "pages"), [*((verb, 0) for verb in VERBS), *((verb, 2) for verb in LARGE)])
+def test_a_full_disk(inputs: Inputs, disk: Disk, verb: str, pages: int) -> None:
+    out = disk.path / "out"
+    disk.leave(pages)
+    told = refused(*VERBS[verb](inputs, out))
+    assert str(out) in told and (FULL in told or "Look whether the disk is full" in told), told
+    assert "Traceback" not in told and "[Errno" not in told
+    if verb in GOES_ON:
+        assert f"out/{GOES_ON[verb]}" not in disk.inside()
+    else:
+        assert disk.inside() == set()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_read_only_disk(inputs: Inputs, disk: Disk, verb: str) -> None:
+    disk.remount("ro")
+    out = disk.path / "out"
+    told = refused(*VERBS[verb](inputs, out))
+    assert str(out) in told and ("read-only" in told or "does not allow it" in told), told
+    assert disk.inside() == set()
+
+
+@pytest.mark.parametrize("verb", GOES_ON)
+def test_with_space_the_same_command_goes_on(inputs: Inputs, disk: Disk, verb: str) -> None:
+    out = disk.path / "out"
+    disk.leave(2)
+    refused(*VERBS[verb](inputs, out))
+    (disk.path / FILL).unlink()
+    assert run_here(*VERBS[verb](inputs, out)).status == 0
+    assert run_here("inspect", out, "--verify").status == 0
+
+
+def test_temporary_files_have_no_place(inputs: Inputs, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
+    words = ("knn", inputs.encoder, "--train", inputs.images, "--test", inputs.images)
+    disk.leave(2)
+    told = refused(*words)
+    assert str(disk.path) in told and FULL in told and "TMPDIR" in told
+    assert disk.inside() == set(), "what was begun is removed"
+    disk.remount("ro")
+    assert f"No temporary folder can be made in {disk.path}: Read-only file system" in refused(*words)
+
+
+def test_results_that_are_there_stay(inputs: Inputs, disk: Disk) -> None:
+    out = disk.path / "out"
+    assert run_here(*measured("knn", inputs, out)).status == 0
+    before = out.read_bytes()
+    disk.leave(0)
+    assert FULL in refused(*measured("probe", inputs, out))
+    assert out.read_bytes() == before and disk.inside() == {"out"}

@@ -1,0 +1,62 @@
+"""How many threads a process takes: the user's word, a quota, what others leave free, and how processes share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moce_ds import threads
+
+
+def test_the_users_number_is_left_alone() -> None:
+    mine = {"OMP_NUM_THREADS": "7"}
+    threads.settle(mine)
+    assert mine == {"OMP_NUM_THREADS": "7"} and threads.shared_by(2, mine) == {} and threads.told(mine) is None
+
+
+def test_processes_share_what_the_outermost_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "free_cpus", lambda: 9)
+    outer: dict[str, str] = {}
+    threads.settle(outer)
+    assert outer["OMP_NUM_THREADS"] == "9" and "9 threads a process" in (threads.told(outer) or "")
+    monkeypatch.setattr(threads, "free_cpus", lambda: 1)  # since the outer process is at work
+    child = outer | threads.shared_by(4, outer)
+    assert child["OMP_NUM_THREADS"] == "2"
+    threads.settle(child | {"LOCAL_WORLD_SIZE": "4"})
+    assert child["OMP_NUM_THREADS"] == "2"
+    assert threads.shared_by(20, child)["OMP_NUM_THREADS"] == "1"
+    child["OMP_NUM_THREADS"] = "3"  # a user's, in between
+    assert threads.shared_by(4, child) == {}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "cpus", "mean", "running", "free"),
+    [
+        (8, 8, 0.2, 0, 8),
+        (8, 8, 5.9, 6, 2),
+        (8, 8, 40.0, 50, 1),
+        (8, 8, 7.0, 0, 8),
+        (8, 8, 0.1, 9, 8),
+        (2, 64, 20, 20, 2),
+    ],
+)
+def test_load_of_others_is_left_to_them(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, cpus: int, mean: float, running: int, free: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(threads, "cgroup_cpus", lambda _: 2**20)
+    monkeypatch.setattr(threads, "_load", lambda: min(mean, running))
+    assert threads.free_cpus() == free
+
+
+def test_a_quota_of_the_control_group_counts(tmp_path: Path) -> None:
+    assert threads.cgroup_cpus(tmp_path) > 1000
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("250000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert threads.cgroup_cpus(tmp_path) == 3
+    (tmp_path / "cpu.max").write_text("400000 100000\n")
+    assert threads.cgroup_cpus(tmp_path) == 4
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert threads.cgroup_cpus(tmp_path) > 1000
