@@ -165,4 +165,4 @@ def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
 def test_the_verb_lists_them(images: Path, tmp_path: Path) -> None:
     (images / "x/self").symlink_to("self")
     said = run_here("shards", images, tmp_path / "out", "workers=1")
-    assert said.status == 0 and "1 images" in said.out and "1 not a regular file" in said.out
+    assert said.status == 0 and ": 1 image of 1 class" in said.out and "1 not a regular file" in said.out
