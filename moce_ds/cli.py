@@ -293,13 +293,15 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
     """Say what PATH is (shards, features, clusters, run, checkpoint, encoder, results) and what it holds."""
-    from moce_ds.analysis.inspection import describe, faults
+    from moce_ds.analysis.inspection import describe, findings
 
+    found = findings(path) if verify else None
+    if found and found.faults:  # which the description may be refused for
+        say(*found.faults)
+        sys.exit(1)
     show(describe(path))
-    if verify:
-        found = faults(path)
-        say(*(found or ["Verified: everything is as it was written."]))
-        sys.exit(1 if found else 0)
+    if found:
+        say("Verified: everything is as it was written.", *found.unverified)
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):

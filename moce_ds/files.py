@@ -57,14 +57,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
     leaves it aside, and the next process that asks for it puts it back (`drafts`).
+
+    Raises:
+        ArtefactError: `path` was not there when the block began, and another process has written it since.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
+    may_replace = path.exists()
     temporary = draft_of(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        if path.exists() and not may_replace:
+            raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
         put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -53,7 +53,7 @@ def build_clusters(
             cannot be written.
     """
     feature_set = FeatureSet.open(features)
-    check_encoder(features, feature_set.identity.encoder_fingerprint)
+    check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
     if config.num_clusters > feature_set.count:
         raise ConfigError(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "

@@ -1,13 +1,15 @@
 """Vision transformers by size, and the folder in which a trained encoder travels.
 
-An encoder folder holds `model.safetensors` (timm's parameter names), `config.json` (the shape, the arguments for
-timm, and what the input must be) and `provenance.json` (where it comes from). `moce features`, `knn`, `probe` and
-the clusters read it; `moce export` writes it.
+An encoder folder (`encoder_folder.py`) holds `model.safetensors` (timm's parameter names), `config.json` (the shape,
+the arguments for timm, and what the input must be) and `provenance.json` (where it comes from). `moce features`, `knn`,
+`probe` and the clusters read it; `moce export` writes it.
 
 Axes: B images, N patches, T tokens (patches and cls), D width.
 """
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -21,16 +23,14 @@ from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.drafts import restore
+from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import load_tensors, read_record, reads_from, save_tensors, sha256_of, write_json
+from moce_ds.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 from moce_ds.models.shapes import ViTShape
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
-
-FORMAT = "moce_ds encoder 1"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 _LISTED = 20  # weights of each kind of misfit that are named
 
@@ -87,6 +87,12 @@ class Encoder:
         """SHA-256 over names and values of all weights; equal weights have equal fingerprints."""
         return fingerprint(self.model.state_dict())
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that decides what the encoder computes of an image: weights, shape and input."""
+        parts = [self.fingerprint, asdict(self.shape), self.input.to_tree()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering"); with
@@ -104,17 +110,13 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def save_encoder(
     folder: Path, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any
 ) -> None:
-    """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic)."""
+    """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic).
+
+    What is there by then belongs to the encoder and gets a checksum, too.
+    """
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    write_json(folder / "provenance.json", provenance)
-    config = {
-        "format": FORMAT,
-        "shape": asdict(shape),
-        "timm": shape.timm_arguments(),
-        "input": input.to_tree(),
-        "sha256": sha256_of(folder / WEIGHTS),
-    }
-    write_json(folder / CONFIG, config)
+    write_json(folder / PROVENANCE, provenance)
+    write_config(folder, {"shape": asdict(shape), "timm": shape.timm_arguments(), "input": input.to_tree()})
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,7 @@ class EncoderRecord:
     def read(cls, folder: Path) -> "EncoderRecord":
         """Raises ArtefactError: the file is missing, damaged or of another version."""
         restore(folder)
-        return read_record(folder / CONFIG, cls, "an encoder folder", "moce export", format=FORMAT)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Where an encoder comes from. Raises ArtefactError."""
-    return read_record(folder / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
+        return read_config(folder, cls)
 
 
 def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:

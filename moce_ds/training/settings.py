@@ -150,6 +150,7 @@ class RunSettings:
 @settings
 class PretrainRunSettings(RunSettings):
     init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
+    replace_positions: bool = option(False, "of init_from: give up learned positions for fixed ones")
     picture_every: Positive = option(1000, "steps between pictures (reconstructions, routing) for TensorBoard")
 
 

@@ -71,7 +71,7 @@ class Clusters:
         if (folder / "clusters" / "clusters.json").exists():
             folder = folder / "clusters"
         clusters = FeatureClusters.load(folder)
-        check_encoder(folder, clusters.encoder_fingerprint)
+        check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
         return cls(clusters, load_encoder(folder / ENCODER, torch.device(device)))
 
     def assign(self, images: Iterable[AnyImage] | NDArray[np.floating] | Tensor) -> NDArray[np.int64]:

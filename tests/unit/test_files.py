@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from moce_ds.errors import ArtefactError
 from moce_ds.files import (
+    atomic_folder,
     check_writable,
     load_array,
     load_tensors,
@@ -192,3 +193,10 @@ def test_reasons_name_the_remedy() -> None:
     fault = machine_fault(caught.value)
     assert fault is not None and "Out of memory (" in str(fault)
     assert machine_fault(RuntimeError("a defect")) is None and machine_fault(KeyError("x")) is None
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="was written by another process meanwhile"), atomic_folder(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]
