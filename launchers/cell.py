@@ -18,13 +18,15 @@ from launchers.grid import Cell, StudySettings, cells_of
 from launchers.hold import held
 from launchers.local import run_processes
 from moce_ds import config as configuration
-from moce_ds.analysis.run_folder import read_metrics, read_results
+from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
+from moce_ds.checksums import read_checked, write_checked
 from moce_ds.command_line import say
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
-from moce_ds.files import read_record, write_json, writes_to
+from moce_ds.files import writes_to
 from moce_ds.place import Place
 from moce_ds.planning.work import all_rows_bytes, count_parameters
+from moce_ds.results_file import read_results
 from moce_ds.text import tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.values import arguments
@@ -37,7 +39,7 @@ def main() -> int:
     tolerate_any_text()
     folder, name = Path(sys.argv[1]), sys.argv[2]
     try:
-        record = read_record(folder / STUDY, StudyRecord, "a study's record", "moce study")
+        record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
         study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
         return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
     except MoceError as error:
@@ -82,7 +84,7 @@ def is_done(study: StudySettings, cell: Cell) -> bool:
 def write_record(cell: Cell, record: CellRecord) -> None:
     """Replace `cell.json`. Raises ArtefactError."""
     with writes_to(cell.folder):
-        write_json(cell.folder / CELL, dataclasses.asdict(record))
+        write_checked(cell.folder / CELL, dataclasses.asdict(record))
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:

@@ -63,7 +63,7 @@ def _summary(out: Path) -> int:
     from moce_ds.clustering.clusters import Clusters, load_ids
     from moce_ds.clustering.quality import cluster_report
     from moce_ds.data.shards import ShardSet
-    from moce_ds.files import read_json
+    from moce_ds.results_file import read_results
     from moce_ds.transfer.results import accuracy_table
 
     shards, clusters = ShardSet.open(out / "shards"), Clusters.load(out / "clusters")
@@ -71,7 +71,7 @@ def _summary(out: Path) -> int:
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"
     say("")
-    show(accuracy_table(read_json(out / "results.json", "results", "moce knn")))
+    show(accuracy_table(read_results(out / "results.json")))
     for domain, share in sorted(report.domains.majority_share.items()):
         say(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
     say(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")

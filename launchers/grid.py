@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from moce_ds.analysis.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
+from moce_ds.checksums import read_checked
 from moce_ds.command_line import read_settings
 from moce_ds.config import KeysOf, option, settings, word
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.files import read_record
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
 from moce_ds.values import arguments
 
@@ -101,7 +101,7 @@ class Cell:
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
         path = self.folder / CELL
-        return read_record(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
+        return read_checked(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
 
 
 def cells_of(study: StudySettings) -> list[Cell]:

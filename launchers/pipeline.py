@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from launchers.hold import is_held
-from launchers.stage import Stage, run_stage, share_stage
+from launchers.stage import Stage, keep_stages, run_stage, share_stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.command_line import read_settings, say
 from moce_ds.errors import STOPPED, ConfigError
@@ -39,6 +39,7 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
         share_stage(chosen[0])
         return 0
     check_batches(chosen, pipeline.processes)
+    keep_stages(stages, pipeline.out)
     for stage in chosen:
         place = f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}"
         status = _run(stage, words, pipeline.processes, place)

@@ -13,10 +13,12 @@ import click
 
 from launchers.hold import held, is_held
 from launchers.local import run_processes
+from moce_ds.analysis.pipeline_folder import PIPELINE, STAGES, StagesRecord
+from moce_ds.checksums import read_checked, write_checked
 from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import STOPPED, MoceError
-from moce_ds.files import read_record, sha256_of, write_json, writes_to
+from moce_ds.files import sha256_of, writes_to
 from moce_ds.place import Place, is_first
 from moce_ds.text import in_line
 
@@ -82,7 +84,7 @@ class Stage:
     def record(self) -> StageRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
         there = self.state.exists()
-        return read_record(self.state, StageRecord, "a stage's record", "moce pipeline") if there else None
+        return read_checked(self.state, StageRecord, "a stage's record", "moce pipeline") if there else None
 
     def made_from(self) -> dict[str, Any]:
         """All that decides what it makes, as things are now."""
@@ -159,7 +161,17 @@ def share_stage(stage: Stage) -> None:
 def write_record(stage: Stage, record: StageRecord) -> None:
     """Replace a stage's record. Raises ArtefactError."""
     with writes_to(stage.state):
-        write_json(stage.state, asdict(record))
+        write_checked(stage.state, asdict(record))
+
+
+def keep_stages(stages: Sequence[Stage], out: Path) -> None:
+    """Leave the order of the stages, and what each makes, for whoever verifies the folder. Raises ArtefactError."""
+    makes: dict[str, list[str]] = {
+        stage.name: [str(place.relative_to(out) if place.is_relative_to(out) else place) for place in stage.makes]
+        for stage in stages
+    }
+    with writes_to(out):
+        write_checked(out / PIPELINE / STAGES, asdict(StagesRecord(makes)))
 
 
 class _Recording:

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from launchers.grid import TaskName, check_there
 from launchers.slurm_profile import SlurmProfile
 from launchers.stage import Name, Stage
-from moce_ds.clustering.build import ClusterSettings
+from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.command_line import read_settings
 from moce_ds.config import KeysOf, option, settings, word
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
-from moce_ds.models.encode import EncodeSettings, FeatureSettings
+from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
 from moce_ds.values import arguments
 

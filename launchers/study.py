@@ -15,9 +15,10 @@ from launchers.grid import Cell, StudySettings, cells_of, check_places, check_se
 from launchers.hold import is_held
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
+from moce_ds.checksums import write_checked
 from moce_ds.command_line import say
 from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
-from moce_ds.files import write_json, writes_to
+from moce_ds.files import writes_to
 from moce_ds.interrupts import kept_signals, obeyed, wait_for
 from moce_ds.place import Place
 from moce_ds.text import in_line
@@ -103,7 +104,7 @@ def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Leave what the cells' processes and the report read. Raises ArtefactError."""
     record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
     with writes_to(study.out):
-        write_json(study.out / STUDY, dataclasses.asdict(record))
+        write_checked(study.out / STUDY, dataclasses.asdict(record))
 
 
 def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[tuple[Cell, int]]:

@@ -76,6 +76,11 @@ class Checkpoint:
         """Optimizer steps taken."""
         return int(self.manifest["step"])
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, with the checksums of all files: equal for copies of the same checkpoint."""
+        return _digest(self.manifest)
+
     @classmethod
     def open(cls, folder: Path, stripped: bool = False) -> "Checkpoint":
         """Read the manifest and check that every file is there with its size.

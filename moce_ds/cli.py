@@ -155,7 +155,7 @@ def plan(
             write_json(given["json_file"], report.to_record(assumed, predictions, measured))
 
 
-@moce.command(cls=Verb, settings="moce_ds.models.encode:FeatureSettings")
+@moce.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)
@@ -180,7 +180,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
 
-@moce.command(cls=Verb, settings="moce_ds.clustering.build:ClusterSettings")
+@moce.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
 @click.argument("features", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--shards", type=PATH, help="The shard set, to compare the clusters with its labels.")
@@ -293,13 +293,15 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
     """Say what PATH is (shards, features, clusters, run, checkpoint, encoder, results) and what it holds."""
-    from moce_ds.analysis.inspection import describe, faults
+    from moce_ds.analysis.inspection import describe, findings
 
+    found = findings(path) if verify else None
+    if found and found.faults:  # which the description may be refused for
+        say(*found.faults)
+        sys.exit(1)
     show(describe(path))
-    if verify:
-        found = faults(path)
-        say(*(found or ["Verified: everything is as it was written."]))
-        sys.exit(1 if found else 0)
+    if found:
+        say("Verified: everything is as it was written.", *found.unverified)
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):

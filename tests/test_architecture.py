@@ -24,6 +24,11 @@ BASE = {
     "drafts",
     "command_line",
     "files",
+    "checksums",
+    "locks",
+    "encoder_folder",
+    "metrics_file",
+    "results_file",
     "config",
     "values",
     "yaml_text",
@@ -83,6 +88,22 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
     "moce_ds.planning": ("deepspeed", "nvidia", "faiss"),
     "moce_ds.analysis": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
     "moce_ds.cli": ("launchers",),
+    # What `moce VERB --help` imports: an answer at once needs no torch.
+    **dict.fromkeys(
+        (
+            "moce_ds.training.settings",
+            "moce_ds.tuning.settings",
+            "moce_ds.tuning.dense_settings",
+            "moce_ds.transfer.settings",
+            "moce_ds.clustering.settings",
+            "moce_ds.models.encode_settings",
+            "moce_ds.data.public.datasets",
+            "launchers.grid",
+            "launchers.stages",
+            "launchers.slurm_profile",
+        ),
+        ("torch", "timm", "sklearn"),
+    ),
 }
 
 WITHOUT_PROCESS_GROUP = (

@@ -153,7 +153,7 @@ def test_features_whose_encoder_was_exchanged(
     )
     assert not (tmp_path / "out").exists()
     said = run_here("inspect", features, "--verify")
-    assert said.status == 1 and "is another encoder" in said.err
+    assert said.status == 1 and "encoder/model.safetensors: is damaged or was exchanged" in said.out
 
 
 def test_a_task_of_a_run_whose_encoder_was_exchanged(begun: Path, other_encoder: Path, tiny_images: Path) -> None:

@@ -44,6 +44,29 @@ def test_help_lists_every_setting(verb: str) -> None:
         assert "[CONFIG.yaml] [key=value ...]" in " ".join(told.out.split())
 
 
+def test_help_imports_no_torch() -> None:
+    """Help answers at once: of every verb in one process, in which nothing else has imported anything."""
+    code = """
+import sys
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+import click
+from moce_ds.cli import moce
+
+def ask(command, words):
+    for name, inner in getattr(command, "commands", {}).items():
+        ask(inner, [*words, name])
+    with redirect_stdout(StringIO()), suppress(SystemExit):
+        moce([*words, "--help"])
+    heavy = {"torch", "timm", "deepspeed", "sklearn", "transformers", "faiss", "nvidia"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+
+ask(moce, [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def said_without(packages: Sequence[str], *words: object) -> Said:
     """Run `moce ...` where some packages cannot be imported."""
     code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.cli import main\nmain()"

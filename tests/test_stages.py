@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import find, steps_of
+from moce_ds.checksums import with_checksum
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import FeatureSet
 from moce_ds.data.shards import ShardSet
@@ -108,6 +109,12 @@ def test_runs_are_complete(chain: Chain) -> None:
     assert f"{STEPS} steps of 16 images = 1 processes x 1 parts x 16" in chain.said["pretrain"].err
 
 
+def test_everything_that_the_stages_wrote_is_verified(chain: Chain) -> None:
+    for name in ("shards", "mae", "features", "clusters", "moce", "expert", "dense", "results.json"):
+        said = run_here("inspect", chain / name, "--verify")
+        assert (said.status, said.out.splitlines()[-1]) == (0, "Verified: everything is as it was written."), said
+
+
 def test_the_moce_starts_as_the_dense_model(chain: Chain) -> None:
     """On the same first batch: experts are copies of the MLPs but for 2% of noise, passed on as they are."""
     dense, experts = (read_metrics(chain / run / "metrics.jsonl") for run in ("mae", "moce"))
@@ -135,7 +142,7 @@ def test_clusters_label_every_image(chain: Chain) -> None:
 def test_the_run_keeps_its_clusters_and_routes(chain: Chain) -> None:
     assert Clusters.load(chain / "moce" / "clusters").hash == Clusters.load(chain / "clusters").hash
     manifest = find(chain / "moce").manifest
-    assert json.loads((chain / "moce" / "routing.json").read_text()) == manifest["routing"]
+    assert json.loads((chain / "moce" / "routing.json").read_text()) == with_checksum(manifest["routing"])
     table = np.array(manifest["routing"]["expert_ML"])
     probs_LME = np.array(manifest["routing"]["probs_LME"])
     assert table.shape == (CLUSTERS, len(LAYERS)) and np.array_equal(probs_LME.argmax(-1).T, table)

@@ -10,19 +10,27 @@ import numpy as np
 from rich.table import Table
 from safetensors import safe_open
 
-from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_results, read_run
-from moce_ds.analysis.study_folder import STUDY, read_study_folder
+from moce_ds import encoder_folder
+from moce_ds.analysis.pipeline_folder import PIPELINE, pipeline_findings, read_stages
+from moce_ds.analysis.run_findings import run_findings
+from moce_ds.analysis.run_folder import is_tuning, read_metrics, read_run
+from moce_ds.analysis.study_folder import STUDY, read_study_folder, study_findings
 from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint, find, steps_of
-from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
+from moce_ds.checksums import FileRecord, Findings, document_findings, file_findings, read_checked
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.clusters import findings as clusters_findings
+from moce_ds.clustering.store import FeatureSet
 from moce_ds.config import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.drafts import restore
+from moce_ds.encoder_folder import PROVENANCE, WEIGHTS
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_record, reads_from, sha256_of, valid_record
+from moce_ds.files import read_json, read_record, reads_from, sha256_of, valid_record
+from moce_ds.results_file import read_results, results_findings, told_apart
 from moce_ds.text import counted, in_line, shortened
 
 Rows = dict[str, str]
+EXPORT, RESULTS = "export.json", "results.json"
 _NAME = 60  # characters shown of a class
 
 
@@ -37,52 +45,41 @@ def describe(path: Path) -> Table:
     return table
 
 
-def faults(path: Path) -> list[str]:
-    """Everything that is not as it was written, one line each; reads all of it. Raises ArtefactError as `describe`."""
+def findings(path: Path) -> Findings:
+    """Everything that is not as it was written; reads all of it.
+
+    Raises:
+        MoceError: as `describe`; or what the rest is compared with is missing or damaged.
+    """
     kind, rows = _recognised(path)
-    if kind == "shard set":
-        return ShardSet.open(path).verify()
-    if kind == "checkpoint":
-        return Checkpoint.open(path).faults()
-    if kind == "run":
-        return [
-            f"{step}: {fault}"
-            for step in steps_of(path)
-            for fault in Checkpoint.open(path / "checkpoints" / f"step-{step:08d}").faults()
-        ]
-    if kind == "features":
-        features = FeatureSet.open(path)
-        return features.faults() + _encoder_faults(path / ENCODER, features.identity.encoder_fingerprint)
-    if kind == "clusters":
-        clusters = Clusters.load(path)
-        load_ids(path, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
-        return _encoder_faults(path / ENCODER, clusters.encoder_fingerprint)
-    if kind == "encoder":
-        return _encoder_faults(path)
-    if kind == "export":
-        return _export_faults(path)
-    rows(path)  # results and studies are plain text, checked as they are read
-    return []
+    verify: dict[str, Callable[[Path], Findings]] = {
+        "shard set": lambda path: ShardSet.open(path).findings(),
+        "checkpoint": lambda path: Findings(Checkpoint.open(path).faults()),
+        "run": run_findings,
+        "features": lambda path: FeatureSet.open(path).findings(),
+        "clusters": clusters_findings,
+        "encoder": encoder_folder.findings,
+        "export": _export_findings,
+        "study": lambda path: study_findings(path, findings),
+        "pipeline": lambda path: pipeline_findings(path, findings),
+        "results": lambda path: results_findings(path if path.is_file() else path / RESULTS),
+    }
+    if kind in verify:
+        return verify[kind](path)
+    rows(path)
+    return Findings()
 
 
-def _encoder_faults(path: Path, fingerprint: str | None = None) -> list[str]:
-    """What is wrong with an encoder; with `fingerprint`, also when it is not that one."""
-    record = _encoder_record(path)
-    weights = path / "model.safetensors"
-    if not weights.is_file():
-        return [f"{weights.name}: missing"]
-    if sha256_of(weights) != record.sha256:
-        return [f"{weights.name}: checksum differs"]
-    if fingerprint:
-        check_encoder(path.parent, fingerprint)
-    return []
-
-
-def _export_faults(path: Path) -> list[str]:
-    files = {path / name: sha256 for name, sha256 in _export_record(path).files.items()}
-    missing = [f"{file.name}: missing" for file in files if not file.is_file()]
-    differ = [f"{f.name}: checksum differs" for f, sha256 in files.items() if f.is_file() and sha256_of(f) != sha256]
-    return missing + differ
+def _export_findings(path: Path) -> Findings:
+    record = _export_record(path)
+    if all(isinstance(one, FileRecord) for one in record.files.values()):
+        return document_findings(path / EXPORT, EXPORT) + file_findings(path, record.files)  # type: ignore[arg-type]
+    faults = [
+        f"{name}: {'is damaged or was exchanged' if (path / name).is_file() else 'is missing'}"
+        for name, sha256 in record.files.items()
+        if not (path / name).is_file() or sha256_of(path / name) != sha256
+    ]
+    return Findings(faults) + document_findings(path / EXPORT, EXPORT)
 
 
 @dataclass(frozen=True)
@@ -110,16 +107,17 @@ class _ExportRecord:
     part: str
     shape: _Shape
     input: dict[str, Any]
-    files: dict[str, str]
+    files: dict[str, FileRecord | str]
+    """An earlier version wrote SHA-256 alone."""
 
 
 def _export_record(path: Path) -> _ExportRecord:
     version = {"format": "moce_ds export 1"}
-    return read_record(path / "export.json", _ExportRecord, "an export", "moce export", **version)
+    return read_checked(path / EXPORT, _ExportRecord, "an export", "moce export", **version)
 
 
 def _encoder_record(path: Path) -> _EncoderRecord:
-    return read_record(path / "config.json", _EncoderRecord, "an encoder folder", "moce export")
+    return encoder_folder.read_config(path, _EncoderRecord)
 
 
 def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
@@ -130,22 +128,32 @@ def _recognised(path: Path) -> tuple[str, Callable[[Path], Rows]]:
         ("features.json", "features", _features),
         ("clusters.json", "clusters", _clusters),
         ("manifest.json", "checkpoint", _checkpoint),
-        ("export.json", "export", _export),
-        ("model.safetensors", "encoder", _encoder),
-        ("provenance.json", "encoder", _encoder),  # without its weights: told as damaged
-        ("config.yaml", "run", _run),
+        (EXPORT, "export", _export),
+        ("config.yaml", "run", _run),  # before the weights that a run of tuning leaves beside it
+        (WEIGHTS, "encoder", _encoder),
+        (PROVENANCE, "encoder", _encoder),  # without its weights: told as damaged
         (STUDY, "study", _study),
-        ("results.json", "results", _results),
+        (PIPELINE, "pipeline", _pipeline),
+        (RESULTS, "results", _results),
     ]
     for mark, kind, rows in marks:
         if (path / mark).exists():
-            return kind, rows
-    if path.name == "results.json" and path.exists():
+            return ("export", _export) if kind == "encoder" and _is_for_others(path) else (kind, rows)
+    if path.name == RESULTS and path.exists():
         return "results", lambda p: _results(p.parent)
     if not path.exists():
         raise ArtefactError(f"{path} not found.")
     known = ", ".join(f"{kind} ({mark})" for mark, kind, _ in marks)
     raise ArtefactError(f"{path} is nothing that moce writes. Known by a file in them: {known}.")
+
+
+def _is_for_others(path: Path) -> bool:
+    """Whether a folder is an export for another library, whose `export.json` is lost."""
+    if not (path / PROVENANCE).is_file():
+        return False
+    provenance = read_json(path / PROVENANCE, "an export", "moce export")
+    told = [provenance.get(key) for key in ("format", "part")] if isinstance(provenance, dict) else []
+    return told not in ([], [None, None], ["timm", "encoder"])
 
 
 def _shards(path: Path) -> Rows:
@@ -219,7 +227,7 @@ def _tuning(path: Path) -> Rows:
     rows = {name: str(value) for name, value in config["data"].items() if isinstance(value, str)}
     rows |= _last_record(read_metrics(path / "metrics.jsonl"))
     if (path / "result.json").exists():
-        result = read_record(path / "result.json", dict[str, Any], "a result", "moce finetune")
+        result = read_checked(path / "result.json", dict[str, Any], "a result", "moce finetune")
         rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in result["measures"].items())
     return rows | {"checkpoints": ", ".join(map(str, steps_of(path))) or "none"}
 
@@ -242,8 +250,8 @@ def _last_record(metrics: list[dict[str, Any]]) -> Rows:
 
 def _encoder(path: Path) -> Rows:
     config = _encoder_record(path)
-    provenance = read_record(path / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
-    weights = path / "model.safetensors"
+    provenance = encoder_folder.read_provenance(path)
+    weights = path / WEIGHTS
     with reads_from(weights, "export it again."), safe_open(weights, "np") as file:
         tensors = len(file.keys())  # from the header, whose sizes are compared with the file's
     return {
@@ -256,7 +264,7 @@ def _encoder(path: Path) -> Rows:
 
 def _export(path: Path) -> Rows:
     record = _export_record(path)
-    provenance = read_record(path / "provenance.json", dict[str, Any], "an export", "moce export")
+    provenance = read_record(path / PROVENANCE, dict[str, Any], "an export", "moce export")
     return {
         "for": f"{record.target} ({record.part})",
         "shape": _shape(record.shape),
@@ -277,6 +285,11 @@ def _study(path: Path) -> Rows:
     }
 
 
+def _pipeline(path: Path) -> Rows:
+    stages = {name: f"{state}: {_some(made)}" for name, (state, made) in read_stages(path).items()}
+    return stages | (_results(path) if (path / RESULTS).exists() else {})
+
+
 def _results(path: Path) -> Rows:
     def told(record: dict[str, Any]) -> str:
         if "top1" in record:
@@ -286,8 +299,11 @@ def _results(path: Path) -> Rows:
             return f"route {route}, {record['share']:.1%} of {record['n_images']} images"
         return _some([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
 
-    records = read_results(path / "results.json")
-    return {in_line(f"{r['verb']} {r['task']} {r.get('model', '')}".strip()): told(r) for r in records}
+    def name(record: dict[str, Any]) -> str:
+        seed = "" if record.get("seed") is None else f"seed {record['seed']}"
+        return in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model"), seed))))
+
+    return {name(record): told(record) for record in told_apart(read_results(path / RESULTS))}
 
 
 def _shape(shape: _Shape) -> str:

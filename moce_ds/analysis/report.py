@@ -4,6 +4,7 @@ What concerns all runs stands here: results on tasks, and how the runs trained b
 files are not there is not made.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,14 +132,15 @@ def _score(scores: dict[tuple[str, str, str], Any], task: str, model: str, verb:
 
 
 def _routes(records: Sequence[dict[str, Any]]) -> Table:
-    selected = {record["task"]: record for record in records if record["verb"] == "select"}
     rows = []
-    for task, record in selected.items():
+    selected = [record for record in records if record["verb"] == "select"]
+    several = {task for task, count in Counter(record["task"] for record in selected).items() if count > 1}
+    for record in selected:
         others = [other for other in record.get("routes", []) if other["route"] != record["route"]]
         clusters = sorted(record.get("clusters", {}).items(), key=lambda item: -item[1])[:3]
         rows.append(
             [
-                Cell(task),
+                Cell(f"{record['task']} {record.get('model', '')}" if record["task"] in several else record["task"]),
                 Cell(route_name(record["route"]), best=True),
                 Cell(", ".join(f"{route_name(other['route'])} {other['share']:.0%}" for other in others[:2]) or "–"),
                 Cell(", ".join(f"{cluster} ({share:.0%})" for cluster, share in clusters) or "–"),

@@ -3,7 +3,6 @@
 Axes: S logged steps.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,47 +15,12 @@ from moce_ds.analysis.routing import Routing
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import read_yaml
 from moce_ds.errors import ArtefactError
-from moce_ds.files import read_json, valid_record
+from moce_ds.metrics_file import read_records
+from moce_ds.results_file import read_results, told_apart
 
 PRETRAIN = "moce pretrain"
 CLUSTERS = "clusters"
 """Folder inside a run folder with the clusters that it was trained on."""
-
-
-@dataclass(frozen=True)
-class _Result:
-    verb: str
-    task: str
-
-
-@dataclass(frozen=True)
-class _Accuracy(_Result):
-    model: str
-    top1: float
-    mean_per_class: float
-    n_train: int
-    n_test: int
-
-
-@dataclass(frozen=True)
-class _Precision(_Result):
-    """Of a task whose images have several labels."""
-
-    model: str
-    map11: float
-    n_train: int
-    n_test: int
-
-
-@dataclass(frozen=True)
-class _Selection(_Result):
-    route: list[int]
-    share: float
-    n_images: int
-
-
-_RESULTS: dict[str, type[_Result]] = {"knn": _Accuracy, "probe": _Accuracy, "select": _Selection}
-_RESULT_VERBS = "moce knn, moce probe or moce select"
 
 
 @dataclass(frozen=True)
@@ -98,7 +62,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that belong together, dense ones first, and the records of `results.json`."""
+    """Runs that belong together, dense ones first, and the records of `results.json`, models of one name told apart."""
 
     path: Path
     runs: list[Run]
@@ -124,27 +88,13 @@ def read_study(folder: Path) -> Study:
             f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."
         )
     runs = sorted((read_run(path) for path in paths), key=lambda run: (run.arch != "mae", _natural(run.name)))
-    return Study(folder, runs, read_results(folder / "results.json"))
+    return Study(folder, runs, told_apart(read_results(folder / "results.json")))
 
 
 def is_tuning(path: Path) -> bool:
     """Whether a run folder is of a tuning verb, and not of pre-training. Raises ConfigError."""
     config = read_yaml(path / "config.yaml")
     return isinstance(config.get("data"), dict) and "encoder" in config["data"]
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Records of `results.json`, none where there is no such file. Raises ArtefactError where one is incomplete."""
-    if not path.is_file():
-        return []
-    records = read_json(path, "the results", _RESULT_VERBS)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ArtefactError(f"{path} holds no list of records: write it again with `{_RESULT_VERBS}`.")
-    for number, record in enumerate(records):
-        kind = _RESULTS.get(str(record.get("verb")), _Result)
-        kind = _Precision if kind is _Accuracy and "map11" in record else kind
-        valid_record(kind, record, f"{path}, record {number},", "it", _RESULT_VERBS)
-    return records
 
 
 def read_run(path: Path) -> Run:
@@ -172,20 +122,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl` by step, one a step.
 
     An attempt (start of the run) takes back what earlier ones recorded from its own first record on, also where an
-    earlier one wrote on after it had begun; without attempts, the later line counts. Lines that are no record are
-    ignored: a kill leaves half a line.
+    earlier one wrote on after it had begun; without attempts, the later line counts.
+
+    Raises:
+        ArtefactError: a line is not what was written.
     """
-    if not path.is_file():
-        return []
     by_step: dict[int, dict[str, Any]] = {}
     newest = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or "step" not in record:
-            continue
+    for record in read_records(path):
         attempt = record.get("attempt", newest)
         if attempt > newest:
             newest = attempt

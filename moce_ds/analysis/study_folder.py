@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moce_ds.files import read_record
+from moce_ds.checksums import Findings, document_findings, read_checked
+from moce_ds.errors import MoceError
+from moce_ds.results_file import results_findings
 
 STUDY, CELLS, CELL = "study.json", "cells", "cell.json"
 """The study's record, the folder of its cells, and the record in the folder of each."""
@@ -129,11 +131,47 @@ class StudyFolder:
 
 def read_study_folder(folder: Path) -> StudyFolder:
     """Read a study as far as it has come. Raises ArtefactError for damaged records."""
-    record = read_record(folder / STUDY, StudyRecord, "a study's record", "moce study")
+    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
     paths = {name: folder / CELLS / name / CELL for name in record.cells}
-    cells = [read_record(path, CellRecord, "a cell's record", "moce study") for path in paths.values() if path.exists()]
+    cells = [
+        read_checked(path, CellRecord, "a cell's record", "moce study") for path in paths.values() if path.exists()
+    ]
     waiting = [name for name, path in paths.items() if not path.exists()]
     return StudyFolder(folder, record.settings, cells, waiting)
+
+
+def study_findings(folder: Path, verify: Callable[[Path], Findings]) -> Findings:
+    """What is wrong with the records of a study, its cells' results and, by `verify`, their runs. ArtefactError."""
+    names = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study").cells
+    found = document_findings(folder / STUDY, STUDY)
+    for name in names:
+        cell = f"{CELLS}/{name}"
+        for verified in (_record_findings, lambda place: _part(place / "run", verify), _results_findings):
+            try:
+                found += verified(folder / cell).below(cell)
+            except MoceError as error:
+                found += Findings([str(error)])
+    return found
+
+
+def _record_findings(cell: Path) -> Findings:
+    if not (cell / CELL).exists():
+        return Findings([f"{CELL}: is missing, and the cell's run is there"] if (cell / "run").exists() else [])
+    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study")
+    run_lost = record.state == "done" and not (cell / "run" / "config.yaml").exists()
+    return document_findings(cell / CELL, CELL) + Findings(["run/config.yaml: is missing"] if run_lost else [])
+
+
+def _results_findings(cell: Path) -> Findings:
+    if (cell / "results.json").exists():
+        return results_findings(cell / "results.json")
+    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study") if (cell / CELL).exists() else None
+    measured = record is not None and record.state == "done" and record.evaluations
+    return Findings(["results.json: is missing"] if measured else [])
+
+
+def _part(run: Path, verify: Callable[[Path], Findings]) -> Findings:
+    return verify(run).below("run") if (run / "config.yaml").exists() else Findings()
 
 
 def series(points: Sequence[Point], x: Callable[[Point], Any], keys: Iterable[str]) -> dict[str, list[Point]]:

@@ -6,20 +6,20 @@ Axes: N images of the fit or of a block, M clusters, D feature width.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from tqdm import tqdm
 
 from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
 from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
+from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
 from moce_ds.command_line import say
-from moce_ds.config import differences, option, settings, to_tree
+from moce_ds.config import differences, to_tree
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.files import atomic_folder, check_writable, copy_tree, writes_to
 
@@ -28,27 +28,6 @@ _ROWS = 8192
 
 _MERGED = 0.99
 """Cosine beyond which two centroids count as one; chosen by eye, it only warns."""
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-@settings
-class ClusterSettings:
-    """How images are clustered."""
-
-    method: Literal["sinkhorn", "kmeans"] = option("sinkhorn", "sinkhorn (balanced sizes) or kmeans (as they fall)")
-    num_clusters: Positive = option(256, "m, the number of clusters")
-    fit_images_per_cluster: Positive | None = option(
-        200, "fit on a sample of this many images per cluster and label the rest; null fits on all"
-    )
-    kmeans_iterations: Positive = option(20, "iterations of k-means, which gives the first centroids")
-    eps: Annotated[float, Field(gt=0)] = option(
-        0.025, "entropy of the balanced assignment; smaller is stricter, slower"
-    )
-    rounds: Annotated[int, Field(ge=0)] = option(0, "how often centroids are re-estimated from the balanced assignment")
-    tolerance: Annotated[float, Field(gt=0)] = option(0.01, "largest relative error of a soft cluster size")
-    max_iterations: Positive = option(1000, "Sinkhorn iterations a round, converged or not")
-    seed: int = option(0, "of the sample and of k-means")
 
 
 def build_clusters(
@@ -74,7 +53,7 @@ def build_clusters(
             cannot be written.
     """
     feature_set = FeatureSet.open(features)
-    check_encoder(features, feature_set.identity.encoder_fingerprint)
+    check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
     if config.num_clusters > feature_set.count:
         raise ConfigError(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "

@@ -4,7 +4,7 @@
       clusters.safetensors   embeddings, duals, mean, sizes, cosines
       ids.npy                int32, the cluster of every image of the shard set
       encoder/               the encoder whose features are clustered
-      clusters.json          written last: method, eps, fingerprints, provenance
+      clusters.json          written last: method, eps, fingerprints, provenance, checksums of the rest and of itself
 
 Axes: N images, M clusters, D feature width.
 """
@@ -18,12 +18,27 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
+from moce_ds import encoder_folder
+from moce_ds.checksums import (
+    Files,
+    Findings,
+    check_file,
+    document_findings,
+    file_findings,
+    names_below,
+    read_checked,
+    records_of,
+    write_checked,
+)
+from moce_ds.clustering.store import ENCODER, check_encoder
 from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, load_array, read_record, reads_from, save_array, save_tensors, write_json
+from moce_ds.files import atomic_file, load_array, reads_from, save_array, save_tensors
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"
+RECORD, TENSORS, IDS = "clusters.json", "clusters.safetensors", "ids.npy"
+_AGAIN = f"write the clusters again with `{MADE_BY}`."
 _TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine_M": 1}
 _LATER = {"low_cosine_M": 1}
 """Tensors that earlier versions did not write."""
@@ -43,6 +58,7 @@ class _Record:
     encoder_fingerprint: str
     encoder_input: dict[str, Any]
     provenance: dict[str, Any]
+    files: Files | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,6 +79,7 @@ class Clusters:
         encoder_fingerprint: of the encoder whose features are clustered.
         encoder_input: what images looked like to it (size, mean, std, interpolation, crop).
         provenance: settings, features and how the solver ended.
+        files: checksums of the folder's files, once it has been read; None where an earlier version wrote it.
     """
 
     embeddings_MD: np.ndarray
@@ -77,6 +94,7 @@ class Clusters:
     encoder_input: dict[str, Any]
     provenance: dict[str, Any]
     low_cosine_M: np.ndarray | None = None
+    files: Files | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -115,15 +133,17 @@ class Clusters:
         return ids_N, np.take_along_axis(cosine_NM, ids_N[:, None], axis=1)[:, 0]
 
     def save(self, folder: Path) -> None:
-        """Write clusters.safetensors, then clusters.json."""
+        """Write clusters.safetensors, then clusters.json with the checksums of all that is in the folder by then."""
         folder.mkdir(parents=True, exist_ok=True)
         known = {name: getattr(self, name) for name in _TENSORS | _LATER}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
-        with atomic_file(folder / "clusters.safetensors") as temporary:
+        with atomic_file(folder / TENSORS) as temporary:
             save_tensors(temporary, tensors)
-        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in known}
+        left_out = {*known, "files"}
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        record["files"] = records_of(folder, [name for name in names_below(folder) if name != RECORD])
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
-        write_json(folder / "clusters.json", header | record)
+        write_checked(folder / RECORD, header | record)
 
     @classmethod
     def load(cls, folder: Path) -> "Clusters":
@@ -133,16 +153,17 @@ class Clusters:
             ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
         """
         restore(folder)
-        path = folder / "clusters.json"
-        record = vars(read_record(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
+        path = folder / RECORD
+        record = vars(read_checked(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
         stated = record.pop("hash")
-        clusters = cls(**(record | _load_tensors(folder / "clusters.safetensors")))
-        clusters._check(folder / "clusters.safetensors")
+        clusters = cls(**(record | _load_tensors(folder / TENSORS)))
+        clusters._check(folder / TENSORS)
         if clusters.hash != stated:
             raise ArtefactError(
                 f"{folder}: clusters.json and clusters.safetensors are not of the same clusters: write them again with "
                 f"`{MADE_BY}`."
             )
+        check_file(folder, TENSORS, clusters.files, _AGAIN)
         return clusters
 
     def _check(self, path: Path) -> None:
@@ -170,7 +191,7 @@ def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
 
 def save_ids(folder: Path, ids_N: np.ndarray) -> None:
     """Write the cluster of every image of the shard set, as int32, beside the clusters."""
-    save_array(folder / "ids.npy", ids_N.astype(np.int32))
+    save_array(folder / IDS, ids_N.astype(np.int32))
 
 
 def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
@@ -186,14 +207,24 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
             f"than the one in use ({shards_fingerprint[:12]}, {count} images): run `moce features` and `{MADE_BY}` on "
             "this one."
         )
-    path = folder / "ids.npy"
-    again = f"write the clusters again with `{MADE_BY}`."
-    ids_N = load_array(path, np.int32, (count,), again)
+    ids_N = load_array(folder / IDS, np.int32, (count,), _AGAIN)
     m = clusters.num_clusters
     counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: of what is no cluster
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
-        raise ArtefactError(f"{path} does not have the cluster sizes that {folder} states: {again}")
+        raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
+    check_file(folder, IDS, clusters.files, _AGAIN)
     return ids_N.astype(np.int64)
+
+
+def findings(folder: Path) -> Findings:
+    """Everything in a clusters folder that is not as it was written; reads all of it. Raises ArtefactError."""
+    clusters = Clusters.load(folder)
+    found = document_findings(folder / RECORD, RECORD) + file_findings(folder, clusters.files, [TENSORS, IDS])
+    found += encoder_folder.findings(folder / ENCODER).below(ENCODER)
+    if not found.faults:
+        load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
+        check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
+    return found
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
     features/
       block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
       encoder/           the encoder that made them, put there by whoever makes the features
-      features.json      written last, with the checksums of the blocks: where it is, the features are whole
+      features.json      written last, with the checksums of blocks, encoder and itself: where it is, all is whole
       begun.json         the same, without checksums, while they are being made
 
 Axes: N images asked for or in a block, D feature width.
@@ -20,9 +20,21 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
+from moce_ds import encoder_folder
+from moce_ds.checksums import (
+    Files,
+    Findings,
+    check_file,
+    document_findings,
+    file_findings,
+    names_below,
+    read_checked,
+    records_of,
+    write_checked,
+)
 from moce_ds.config import differences
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import load_array, read_record, reads_from, save_array, sha256_of, write_json, writes_to
+from moce_ds.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
 
 FORMAT, VERSION = "moce features", 1
 ENCODER = "encoder"
@@ -52,11 +64,15 @@ def fingerprint(state: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def check_encoder(folder: Path, expected: str) -> None:
+def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
     """Refuse a features or clusters folder in which lies another encoder than the one that it was made with.
 
+    Args:
+        expected: fingerprint of its weights.
+        files: checksums of the folder's files; None where an earlier version wrote it.
+
     Raises:
-        ArtefactError: the encoder is missing or damaged, or has another fingerprint than `expected`.
+        ArtefactError: the encoder is missing or damaged, or is another one than `expected` or `files` say.
     """
     weights = folder / ENCODER / "model.safetensors"
     with reads_from(weights, f"restore it, or make {folder} again."):
@@ -66,6 +82,9 @@ def check_encoder(folder: Path, expected: str) -> None:
             f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
             f"put that one back, or make {folder} again."
         )
+    for name in files or ():
+        if name.startswith(f"{ENCODER}/"):
+            check_file(folder, name, files, f"put the encoder of {folder} back, or make {folder} again.")
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,7 @@ class _Record:
     block_rows: Annotated[int, Field(gt=0)]
     identity: Identity
     sha256: dict[str, str]
+    files: Files | None = None
 
 
 class FeatureWriter:
@@ -89,7 +109,8 @@ class FeatureWriter:
         block_rows: images per block.
 
     Raises:
-        ArtefactError: the folder holds features of another identity or shape, or is damaged.
+        ArtefactError: the folder holds features of another identity or shape, or what nothing says the identity of;
+            or it is damaged.
     """
 
     def __init__(self, path: Path, count: int, dim: int, identity: Identity, block_rows: int = 4096) -> None:
@@ -108,8 +129,9 @@ class FeatureWriter:
         self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
         recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
         if recorded:
-            self._check_same(read_record(recorded[0], dict[str, Any], "a record of features", "moce features"))
+            self._check_same(read_checked(recorded[0], dict[str, Any], "a record of features", "moce features"))
         else:
+            self._refuse_unknown()
             with writes_to(path):
                 write_json(path / "begun.json", self._description)
 
@@ -157,7 +179,8 @@ class FeatureWriter:
                 )
             checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
         with writes_to(self.path):
-            write_json(self.path / "features.json", self._description | {"sha256": checksums})
+            files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
+            write_checked(self.path / "features.json", self._description | {"sha256": checksums, "files": files})
             (self.path / "begun.json").unlink(missing_ok=True)
 
     @property
@@ -172,25 +195,32 @@ class FeatureWriter:
                 f"{self.path} holds features that were begun differently; give another folder or delete it:{lines}"
             )
 
+    def _refuse_unknown(self) -> None:
+        """Blocks without a record may be of other images or of another encoder."""
+        there = sorted(entry.name for entry in self.path.glob("*") if not entry.name.startswith("."))
+        if there:
+            raise ArtefactError(
+                f"{self.path} holds {there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}, but neither "
+                "features.json nor begun.json, which say what features are of: give another folder, or delete it."
+            )
+
 
 class FeatureSet:
-    """Finished features, read through memory maps.
+    """Finished features, read through memory maps. A block is compared with its checksum when it is first read.
 
     Attributes:
         count: images.
         dim: D.
         identity: what the features were made of.
+        files: checksums of the encoder's files; None where an earlier version wrote the features.
     """
 
-    def __init__(
-        self, path: Path, count: int, dim: int, block_rows: int, identity: Identity, sha256: dict[str, str]
-    ) -> None:
+    def __init__(self, path: Path, record: _Record) -> None:
         self.path = path
-        self.count = count
-        self.dim = dim
-        self.identity = identity
-        self._block_rows = block_rows
-        self._sha256 = sha256
+        self.count, self.dim, self.identity, self.files = record.count, record.dim, record.identity, record.files
+        self._block_rows = block_rows = record.block_rows
+        self._sha256, self._whole = record.sha256, set[int]()
+        count, dim = record.count, record.dim
         starts = range(0, count, block_rows)
         self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
 
@@ -203,18 +233,30 @@ class FeatureSet:
         """
         if (path / "begun.json").is_file() and not (path / "features.json").is_file():
             raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
-        recorded = read_record(
+        record = read_checked(
             path / "features.json", _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
         )
-        return cls(path, **vars(recorded))
+        return cls(path, record)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All features in image order, float32 [N, D] at a time."""
-        for block_ND in self._blocks:
-            yield block_ND.astype(np.float32)
+        """All features in image order, float32 [N, D] at a time. Raises ArtefactError where a block is damaged."""
+        for k in range(len(self._blocks)):
+            yield self._block(k).astype(np.float32)
+
+    def _block(self, k: int) -> np.ndarray:
+        name = _block_path(self.path, k).name
+        if k not in self._whole and sha256_of(self.path / name) != self._sha256.get(name):
+            raise ArtefactError(f"{self.path / name} is damaged: its checksum differs: {_again(self.path)}")
+        self._whole.add(k)
+        return self._blocks[k]
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Features of these images in this order, float32 [N, D]. Raises DataError on an id outside the set."""
+        """Features of these images in this order, float32 [N, D].
+
+        Raises:
+            DataError: an id lies outside the set.
+            ArtefactError: a block is damaged.
+        """
         ids_N = np.asarray(ids, dtype=np.int64)
         outside_N = (ids_N < 0) | (ids_N >= self.count)
         if outside_N.any():
@@ -222,13 +264,19 @@ class FeatureSet:
         features_ND = np.empty((len(ids_N), self.dim), dtype=np.float32)
         block_N, row_N = np.divmod(ids_N, self._block_rows)
         for k in np.unique(block_N):
-            features_ND[block_N == k] = self._blocks[k][row_N[block_N == k]]
+            features_ND[block_N == k] = self._block(k)[row_N[block_N == k]]
         return features_ND
 
-    def faults(self) -> list[str]:
-        """Blocks whose content is not what was written, by checksum; reads everything."""
-        blocks = self._sha256.items()
-        return [f"{name}: checksum differs" for name, sha256 in blocks if sha256_of(self.path / name) != sha256]
+    def findings(self) -> Findings:
+        """Everything that is not as it was written, by checksum; reads all of it. Raises ArtefactError."""
+        names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
+        differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
+        found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])
+        found += document_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
+        found += encoder_folder.findings(self.path / ENCODER).below(ENCODER)
+        if not found.faults:
+            check_encoder(self.path, self.identity.encoder_fingerprint, self.files)
+        return found
 
     def all(self) -> np.ndarray:
         """All features, float32 [count, D]: 4 count D bytes of memory."""
@@ -239,7 +287,10 @@ def _block_path(path: Path, k: int) -> Path:
     return path / f"block-{k:06d}.npy"
 
 
+def _again(path: Path) -> str:
+    return f"delete {path}, and run the same `moce features` again."
+
+
 def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
     block_path = _block_path(path, k)
-    again = f"delete {path / 'features.json'} and this block, and run the same `moce features` again."
-    return np.asarray(load_array(block_path, np.float16, shape, again))
+    return np.asarray(load_array(block_path, np.float16, shape, _again(path)))

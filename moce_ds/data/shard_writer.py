@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
+from moce_ds.checksums import FileRecord, write_checked
 from moce_ds.config import differences, option, settings
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.image_folder import examined
@@ -47,6 +48,7 @@ from moce_ds.data.shards import (
 from moce_ds.data.walk import SourceFile, list_files
 from moce_ds.errors import DataError
 from moce_ds.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
+from moce_ds.locks import LOCK, alone_in
 from moce_ds.text import in_line
 
 
@@ -92,7 +94,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     their reason.
 
     Raises:
-        ArtefactError: `out` cannot be written to.
+        ArtefactError: `out` cannot be written to, or another process is writing it.
         DataError: no image can be decoded; `out` lies in `source`, holds other files, or was begun from other
             files or with other settings; or a worker process died.
     """
@@ -103,13 +105,34 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     plan = _plan(files, config) | ({} if listing is None else {"labels_sha256": listing.digest, "seed": listing.seed})
     if (out / MANIFEST).exists():
         return _complete(out, source, plan)
+    _refuse_foreign(out)
+    busy = f"{out} is being written by another process: wait for it, or choose another folder."
+    try:
+        with alone_in(out, busy):
+            if (out / MANIFEST).exists():  # of a process that was faster
+                return _complete(out, source, plan)
+            return _write(source, out, files, plan, config, listing)
+    except DataError:
+        with suppress(OSError):  # not empty: the same command may go on
+            out.rmdir()
+        raise
+
+
+def _write(
+    source: Path,
+    out: Path,
+    files: Sequence[SourceFile],
+    plan: dict[str, Any],
+    config: ShardSettings,
+    listing: Listing | None,
+) -> ShardReport:
     _begin(out, source, plan)
     records = _finished_records(out)
     with writes_to(out):
         _write_missing(source, out, files, records, config)
         manifest = _write_tables(out, records, source, plan, listing)
-        write_json(out / MANIFEST, dataclasses.asdict(manifest))
-        shutil.rmtree(out / PROGRESS)
+        write_checked(out / MANIFEST, dataclasses.asdict(manifest))
+        shutil.rmtree(out / PROGRESS, ignore_errors=True)
     return _report(out, manifest, already_complete=False)
 
 
@@ -141,12 +164,17 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
         for unfinished in [*out.glob(".*.tmp"), *(out / PROGRESS).glob(".*.tmp")]:
             unfinished.unlink()
         return
-    if out.exists() and (not out.is_dir() or any(entry.name != PROGRESS for entry in out.iterdir())):
+    with writes_to(out):
+        write_json(plan_file, plan)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raise DataError where a folder holds something else than an unfinished set, or cannot be made."""
+    begun = (out / PROGRESS / "plan.json").exists()
+    if out.exists() and not begun and (not out.is_dir() or any(e.name not in (PROGRESS, LOCK) for e in out.iterdir())):
         raise DataError(f"{out} is not an empty folder and holds no shard set: choose another one, or empty it.")
     if not (above := next(parent for parent in out.parents if parent.exists())).is_dir():
         raise DataError(f"{above} is a file; expected a folder, or nothing, there for {out}: choose another one.")
-    with writes_to(out):
-        write_json(plan_file, plan)
 
 
 def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -261,6 +289,7 @@ def _write_tables(
     samples = np.concatenate([_samples(record.rows) for record in records if record.rows])
     samples["label"] = listing.labels(sources)
     targets = listing.targets(sources) if listing.multi_label else None
+    tables = [SAMPLES, SOURCES, REJECTED, *([] if targets is None else [TARGETS])]
     for name, array in ((SAMPLES, samples), (TARGETS, targets)):
         if array is not None:
             save_array(out / name, array)
@@ -277,12 +306,12 @@ def _write_tables(
         source=str(listing.origin or source),
         made_from=plan,
         multi_label=listing.multi_label,
+        files={name: FileRecord.of(out / name) for name in tables},
     )
 
 
 def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -> None:
     shutil.rmtree(out / PROGRESS)
-    out.rmdir()
     if not rejected:
         raise DataError(f"{source}: No image to write: the folder holds no files; expected images, at any depth.")
     told = [f"{entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5]]

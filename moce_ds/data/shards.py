@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from moce_ds.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
-from moce_ds.files import load_array, read_record, sha256_of
+from moce_ds.files import load_array, read_json, read_record, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -71,6 +72,7 @@ class Manifest:
     source: str
     made_from: dict[str, Any]
     multi_label: bool = False
+    files: Files | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -85,6 +87,7 @@ class Manifest:
         for shard in manifest.shards:  # nothing outside the folder is ever opened, whatever the manifest says
             if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
                 raise DataError(f"{path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
+        check_document(path, read_json(path, "a shard set", "moce shards"), "a shard set", "moce shards")
         return manifest
 
 
@@ -102,6 +105,7 @@ class ShardSet:
         samples: [N] structured, dtype `SAMPLE`, memory-mapped.
         targets: [N, K] int8 where an image may show several of the K classes: 1 shown, 0 not shown, -1 not counted;
             all labels are -1 then. None where an image has one label.
+        files: checksums of the tables beside the shards; None where an earlier version wrote the set.
     """
 
     path: Path
@@ -112,6 +116,7 @@ class ShardSet:
     shards: list[ShardFile]
     samples: np.ndarray
     targets: np.ndarray | None = None
+    files: Files | None = None
 
     @staticmethod
     def open(path: Path, named: Path | None = None) -> "ShardSet":
@@ -138,6 +143,7 @@ class ShardSet:
             shards=manifest.shards,
             samples=_map_samples(path / SAMPLES, manifest),
             targets=_map_targets(path / TARGETS, manifest) if manifest.multi_label else None,
+            files=manifest.files,
         )
         opened.verify_sizes()
         return opened
@@ -204,8 +210,17 @@ class ShardSet:
             if (size := file.stat().st_size) != shard.bytes:
                 raise DataError(f"{file} has {size} bytes, expected {shard.bytes}. {_restore(self.path)}")
 
+    def findings(self) -> Findings:
+        """Everything that is not as it was written; reads all of it."""
+        tables = [SAMPLES, SOURCES, REJECTED, *([] if self.targets is None else [TARGETS])]
+        found = document_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
+        return found + Findings(self._shard_faults())
+
     def verify(self) -> list[str]:
-        """Read everything; one line per file that is not what was written, none if all is well."""
+        """The faults of `findings`."""
+        return self.findings().faults
+
+    def _shard_faults(self) -> list[str]:
         faults = []
         for number, shard in enumerate(tqdm(self.shards, "verify", unit="shard", disable=None, delay=2)):
             ids = np.flatnonzero(self.samples["shard"] == number)
@@ -221,7 +236,7 @@ class ShardSet:
                 faults.append(f"{index.name}: missing or altered")
         if fingerprint_of(self.samples, self.targets) != self.fingerprint:
             faults.append(f"{SAMPLES}: altered; checksums, sizes or labels are not those of the fingerprint")
-        if len(self._sources) != self.count:
+        if self.files is None and len(self._sources) != self.count:
             faults.append(f"{SOURCES}: {len(self._sources)} lines, expected {self.count}")
         return faults
 
@@ -232,6 +247,7 @@ class ShardSet:
 
     @cached_property
     def _sources(self) -> list[str]:
+        check_file(self.path, SOURCES, self.files, _restore(self.path), DataError)
         try:
             lines = (self.path / SOURCES).read_text(encoding="ascii").splitlines()
             return [json.loads(line) for line in lines]
@@ -314,6 +330,7 @@ def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:
     targets = _map_array(path, np.dtype(np.int8), (manifest.count, len(manifest.classes)))
     if not np.isin(targets, (-1, 0, 1)).all():
         raise DataError(f"{path} holds targets other than 1, 0 and -1. {_restore(path.parent)}")
+    check_file(path.parent, TARGETS, manifest.files, _restore(path.parent), DataError)
     return targets
 
 
@@ -333,4 +350,5 @@ def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
             f"{path}: row {int(inside.argmin())} points out of its shard or of the classes, or has no size. "
             f"{_restore(path.parent)}"
         )
+    check_file(path.parent, SAMPLES, manifest.files, _restore(path.parent), DataError)
     return samples

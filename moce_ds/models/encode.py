@@ -10,43 +10,28 @@ from typing import Never
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
 from moce_ds.checkpoint_files import find
 from moce_ds.clustering.store import ENCODER, FeatureWriter, Identity
-from moce_ds.config import option, settings
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.drafts import restore
+from moce_ds.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.errors import ArtefactError
 from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.dense import dense_encoder
+from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.models.public_mae import public_encoder
-from moce_ds.models.vit import CONFIG, WEIGHTS, Encoder, load_encoder, save_encoder
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.runtime import Runtime
 from moce_ds.text import shortened
 
 _KEPT = 4
 _kept_features: dict[tuple[str, str, str], Tensor] = {}
-
-
-@settings
-class EncodeSettings:
-    """How images are run through an encoder."""
-
-    batch_size: PositiveInt = option(256, "images at a time in each process")
-    threads: PositiveInt = option(2, "decoding threads of each process")
-
-
-@settings
-class FeatureSettings(EncodeSettings):
-    """How the features of a shard set are written."""
-
-    block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
 
 
 def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:
@@ -138,9 +123,7 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
     with runtime.together():
         if runtime.is_main:  # one process begins the folder, the others find it begun
             writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
-            if not (out / ENCODER).exists():
-                with writes_to(out), atomic_folder(out / ENCODER) as draft:
-                    save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+            _keep_encoder(encoder, out / ENCODER)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()
     runtime.barrier()  # all have looked before anyone adds a block
@@ -148,6 +131,18 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
         _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
     if runtime.is_main:
         writer.finish()
+
+
+def _keep_encoder(encoder: Encoder, folder: Path) -> None:
+    """Leave the encoder beside its features. Raises ArtefactError where another one lies there."""
+    if not folder.exists():
+        with writes_to(folder), atomic_folder(folder) as draft:
+            save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    elif load_encoder(folder).identity != encoder.identity:
+        raise ArtefactError(
+            f"{folder} is another encoder than the one given, so whose features lie beside it is not known: give "
+            f"another folder, or delete {folder.parent} and make the features again."
+        )
 
 
 def _write_blocks(

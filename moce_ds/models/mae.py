@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moce_ds.models.shapes import DecoderShape
 from moce_ds.models.vit import ViTShape
 from moce_ds.randomness import MASK, uniform
 
@@ -22,15 +23,6 @@ NORM_EPS = 1e-6
 
 RunBlock = Callable[[int, Block, Tensor], Tensor]
 """Runs an encoder block, given its number, on tokens [B, T, D]."""
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The size of the decoder, which only pre-training uses."""
-
-    width: int
-    depth: int
-    heads: int
 
 
 @dataclass(frozen=True)

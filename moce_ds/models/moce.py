@@ -6,58 +6,19 @@ K experts an image is sent to.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
-from moce_ds.models.vit import ViTShape
+from moce_ds.models.mae import Block, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
+from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, GateLosses, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
 from moce_ds.randomness import INIT, hashed
 
 MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
-
-
-@dataclass(frozen=True)
-class ExpertShape:
-    """How many experts, in which blocks (counted from 0), and how the gate works.
-
-    Attributes:
-        num_experts, layers: E, and the blocks with experts.
-        gate: "cluster", "random" (a fixed table, the control experiment), "token" (TokenMoE) or "path" (SDR).
-        k: experts an image is sent to.
-        temperature: divides the gate's logits.
-        tied: one gate for all layers.
-        learnable: whether the cluster embeddings learn.
-        init_scale: standard deviation of the gate's first logits.
-        combine: "prob" or "straight_through".
-        shared: whether each layer has a shared expert too.
-        seed: of the random table.
-        stages, common_units: of SDR: digits of a path, and hidden units of an MLP that all paths have.
-    """
-
-    num_experts: int
-    layers: tuple[int, ...]
-    gate: str = "cluster"
-    k: int = 1
-    temperature: float = 1.0
-    tied: bool = False
-    learnable: bool = False
-    init_scale: float = 1.0
-    combine: str = "straight_through"
-    shared: bool = False
-    seed: int = 0
-    stages: int = 0
-    common_units: int = 0
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> "ExpertShape":
-        """Rebuild from JSON, where tuples are lists."""
-        return cls(**{**tree, "layers": tuple(tree["layers"])})
 
 
 @dataclass(frozen=True)

@@ -1,86 +1,38 @@
 """Vision transformers by size, and the folder in which a trained encoder travels.
 
-An encoder folder holds `model.safetensors` (timm's parameter names), `config.json` (the shape, the arguments for
-timm, and what the input must be) and `provenance.json` (where it comes from). `moce features`, `knn`, `probe` and
-the clusters read it; `moce export` writes it.
+An encoder folder (`encoder_folder.py`) holds `model.safetensors` (timm's parameter names), `config.json` (the shape,
+the arguments for timm, and what the input must be) and `provenance.json` (where it comes from). `moce features`, `knn`,
+`probe` and the clusters read it; `moce export` writes it.
 
 Axes: B images, N patches, T tokens (patches and cls), D width.
 """
 
 import difflib
-import math
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from moce_ds.clustering import store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.drafts import restore
+from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import load_tensors, read_record, reads_from, save_tensors, sha256_of, write_json
+from moce_ds.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
+from moce_ds.models.shapes import ViTShape
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-FORMAT = "moce_ds encoder 1"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-
 _LISTED = 20  # weights of each kind of misfit that are named
-
-
-Size = Annotated[int, Field(gt=0, le=100_000)]
-"""Limits for what is read from a file, so that a damaged one asks for no absurd amount of memory."""
-
-
-@dataclass(frozen=True)
-class ViTShape:
-    """The size of a vision transformer with one cls token; `pooled_norm`: its final norm follows the mean of the patch
-    tokens, as where the public MAE is fine-tuned, instead of going before."""
-
-    image_size: Size
-    patch_size: Size
-    width: Size
-    depth: Annotated[int, Field(gt=0, le=1000)]
-    heads: Size
-    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
-    pooled_norm: bool = False
-
-    @property
-    def num_patches(self) -> int:
-        """N, patches of an image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def hidden(self) -> int:
-        """H, hidden units of an MLP, as timm works them out."""
-        return int(self.width * self.mlp_ratio)
-
-    def with_hidden(self, units: int) -> "ViTShape":
-        """The same with MLPs of so many hidden units."""
-        ratio = units / self.width
-        exact = int(self.width * ratio) == units  # the quotient may be a hair too small
-        return replace(self, mlp_ratio=ratio if exact else math.nextafter(ratio, math.inf))
-
-    def timm_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for timm's VisionTransformer without a classifier."""
-        return {
-            "img_size": self.image_size,
-            "patch_size": self.patch_size,
-            "embed_dim": self.width,
-            "depth": self.depth,
-            "num_heads": self.heads,
-            "mlp_ratio": self.mlp_ratio,
-            "num_classes": 0,
-            **({"global_pool": "avg", "fc_norm": True} if self.pooled_norm else {}),
-        }
 
 
 @lru_cache  # timm builds the model to answer: a tenth of a second, and every step asks
@@ -135,6 +87,12 @@ class Encoder:
         """SHA-256 over names and values of all weights; equal weights have equal fingerprints."""
         return fingerprint(self.model.state_dict())
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 over all that decides what the encoder computes of an image: weights, shape and input."""
+        parts = [self.fingerprint, asdict(self.shape), self.input.to_tree()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
         """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering"); with
@@ -152,17 +110,13 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def save_encoder(
     folder: Path, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any
 ) -> None:
-    """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic)."""
+    """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic).
+
+    What is there by then belongs to the encoder and gets a checksum, too.
+    """
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    write_json(folder / "provenance.json", provenance)
-    config = {
-        "format": FORMAT,
-        "shape": asdict(shape),
-        "timm": shape.timm_arguments(),
-        "input": input.to_tree(),
-        "sha256": sha256_of(folder / WEIGHTS),
-    }
-    write_json(folder / CONFIG, config)
+    write_json(folder / PROVENANCE, provenance)
+    write_config(folder, {"shape": asdict(shape), "timm": shape.timm_arguments(), "input": input.to_tree()})
 
 
 @dataclass(frozen=True)
@@ -182,12 +136,7 @@ class EncoderRecord:
     def read(cls, folder: Path) -> "EncoderRecord":
         """Raises ArtefactError: the file is missing, damaged or of another version."""
         restore(folder)
-        return read_record(folder / CONFIG, cls, "an encoder folder", "moce export", format=FORMAT)
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Where an encoder comes from. Raises ArtefactError."""
-    return read_record(folder / "provenance.json", dict[str, Any], "an encoder folder", "moce export")
+        return read_config(folder, cls)
 
 
 def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:

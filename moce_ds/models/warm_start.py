@@ -1,6 +1,7 @@
 """Weights to start a run from: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth`."""
 
 import argparse
+import math
 import pickle
 import re
 import struct
@@ -14,10 +15,12 @@ from torch import Tensor
 from moce_ds.checkpoint_files import WEIGHTS, find
 from moce_ds.errors import ArtefactError
 from moce_ds.files import load_tensors
-from moce_ds.models.vit import cut
+from moce_ds.models.mae import sincos_positions
+from moce_ds.models.vit import ViTShape, cut
 
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
-_NOT_NEEDED = ("pos_embed", "decoder_pos_embed", "head.weight", "head.bias")
+_POSITIONS = ("pos_embed", "decoder_pos_embed")
+_NOT_NEEDED = (*_POSITIONS, "head.weight", "head.bias")
 _INIT = "run.init_from"
 _DECODER = ("decoder_", "mask_token")
 
@@ -36,15 +39,17 @@ _READER_FAULTS = (
 )  # fmt: skip
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tensor]:
     """Weights by the names of the public MAE (those of this program), without fixed tables and classifier.
 
     Args:
         path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file, which is
             read with `weights_only=True`, so that nothing in it is executed.
+        replace_positions: take weights with learned positions, too, and leave the positions out.
 
     Raises:
-        ArtefactError: there is nothing to read at `path`, or it holds something else.
+        ArtefactError: there is nothing to read at `path`, or it holds something else; or its positions are learned,
+            and would be lost.
     """
     if path.is_dir():
         encoder = path / "model.safetensors"
@@ -54,7 +59,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     else:
         state = read_file(path, _INIT)
     kept = {name: tensor for name, tensor in state.items() if name not in _NOT_NEEDED}
-    return as_float32(kept, f"run.init_from: {path}")
+    weights = as_float32(kept, f"run.init_from: {path}")
+    if not replace_positions:
+        _refuse_learned_positions(state, path)
+    return weights
+
+
+def _refuse_learned_positions(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ArtefactError where a position table is not the fixed one, which a run computes for itself."""
+    for name in _POSITIONS:
+        if name in state and (difference := _from_sincos(state[name])) is not None:
+            raise ArtefactError(
+                f"run.init_from: {path} has learned positions: {name} differs from the sine-cosine table by up to "
+                f"{difference:.2g}. The positions of a run are that table, so these would be lost, and the model would "
+                "not compute what these weights computed. Start from an MAE, whose positions are fixed; or set "
+                "run.replace_positions=true to start without them."
+            )
+
+
+def _from_sincos(table: Tensor) -> float | None:
+    """Largest difference of a position table, [1, N + 1, D], from the sine-cosine table of its size; None where it is
+    that one, up to the precision that it was saved in."""
+    if table.ndim != 3 or _unfit(table) or table.shape[-1] % 4:
+        return math.inf
+    side = math.isqrt(max(0, table.shape[1] - 1))
+    if (1, side * side + 1) != tuple(table.shape[:2]):
+        return math.inf
+    grid = ViTShape(image_size=side, patch_size=1, width=table.shape[-1], depth=1, heads=1)
+    difference = float((table.float() - sincos_positions(grid, grid.width)).abs().max())
+    return None if difference <= max(1e-4, 2 * torch.finfo(table.dtype).eps) else difference
 
 
 def read_file(path: Path, reader: str) -> dict[str, Tensor]:

@@ -15,17 +15,18 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moce_ds.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.files import sync, writes_to
+from moce_ds.files import read_json, sync, writes_to
 from moce_ds.machine import reason
+from moce_ds.metrics_file import METRICS
 from moce_ds.runtime import Runtime
 
 ATTEMPTS = "attempts"
 LAUNCHES = "launches"  # what launchers leave beside a run
-METRICS = "metrics.jsonl"
 
 
 class SupersededError(MoceError):
@@ -103,6 +104,17 @@ class Attempt:
             sync(draft)
             os.replace(draft, path)
 
+    def note(self, name: str, record: FileRecord, step: int) -> None:
+        """Put the checksum of a file of the run folder into the attempt's record, RUN/attempts/0003.json.
+
+        Raises:
+            SupersededError, ArtefactError: as `writing`.
+        """
+        path = self.folder.with_suffix(".json")
+        with self.writing(step):
+            told = read_json(path, "the record of an attempt", "moce pretrain")
+            write_checked(path, told | {"files": told.get("files", {}) | {name: asdict(record)}})
+
     def withdraw(self) -> None:
         """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -152,7 +164,7 @@ def _next_number(run: Path) -> int:
         with suppress(FileExistsError):  # another process was faster
             path = folder.with_suffix(".json")
             with open(path, "x", encoding="utf-8") as record, _whole_or_gone(path):
-                record.write(json.dumps(who | {"started": time.strftime("%FT%T%z")}) + "\n")
+                record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
                 record.flush()
             folder.mkdir()
             if _newest(run) == number:

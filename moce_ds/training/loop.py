@@ -32,7 +32,7 @@ from moce_ds.training.saver import Saver
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.session import Session, open_session
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-from moce_ds.training.setup import check_run, check_same_data, open_clusters
+from moce_ds.training.setup import check_run, check_same_data, check_same_settings, open_clusters
 from moce_ds.training.steward import steward_of
 
 _DEAL_EVERY = 32  # steps after which images are dealt to ranks by a new route table
@@ -62,6 +62,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     with runtime.together():
         check_run(config)
         check_same_data(config, shards, data)
+        check_same_settings(config)
     schedule = make_schedule(config, shards.count)
     done = int(runtime.max([float(max(steps_of(config.run.out), default=0))])[0])
     if done >= schedule.steps and not faults_of(config.run.out, done, runtime):
@@ -110,7 +111,7 @@ def _train(session: Session) -> int:
             if step % run.picture_every == 0 or last:
                 show_picture(session, steward.teller, step)
             if steward.save_due:
-                steward.saver.start(manifest(session, step, steward.skips.total))
+                steward.save(manifest(session, step, steward.skips.total))
     report_replaced(session, loader)
     if steward.step < schedule.steps:
         runtime.say(f"Stopped after step {steward.step} as asked; the same command goes on from there.")

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from moce_ds.files import writes_to
+from moce_ds.metrics_file import METRICS, checked, last_check
 from moce_ds.runtime import Runtime
-from moce_ds.training.attempt import METRICS, Attempt
+from moce_ds.training.attempt import Attempt
 
 
 class Meter:
@@ -73,11 +74,13 @@ class Teller:
 
     def __init__(self, attempt: Attempt, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
         self._attempt, self._runtime = attempt, runtime
+        self._check = ""
         self._images_per_step = images_per_step
         with runtime.together(), writes_to(attempt.run):
             if runtime.is_main:
                 from torch.utils.tensorboard import SummaryWriter  # here, since the other processes need none
 
+                self._check = last_check(attempt.run / METRICS)
                 self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
                 self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)
         if not runtime.is_main:
@@ -107,6 +110,11 @@ class Teller:
                 if error is None:
                     self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
 
+    @property
+    def mark(self) -> str | None:
+        """Checksum of the last line of metrics.jsonl, which goes into a checkpoint's manifest; None: no line yet."""
+        return self._check or None
+
     def step(self) -> None:
         """Move the progress line on by one step."""
         if self._runtime.is_main:
@@ -125,8 +133,10 @@ class Teller:
                 self._show(record)
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._record.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        line = checked(_finite(record), self._check)
+        self._record.write(json.dumps(line, allow_nan=False) + "\n")
         self._record.flush()
+        self._check = line["check"]
         for tag, value in _flat(record):
             self._board.add_scalar(tag, value, record["step"])
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import step_folder, write_checkpoint
+from moce_ds.checksums import write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_folder, copy_tree, write_json, writes_to
+from moce_ds.files import atomic_folder, copy_tree, writes_to
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.spec import give_weights
@@ -230,7 +231,7 @@ def _write_run(
         assert isinstance(model, Moce) and config.experts.clusters is not None
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, _ALONE)
         routing = router.record(native.step)
-        write_json(draft / "routing.json", routing)
+        write_checked(draft / "routing.json", routing)
         copy_tree(config.experts.clusters, draft / "clusters")
     (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
     weights = {name: parameter.detach() for name, parameter in global_parameters(model)}

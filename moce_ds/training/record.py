@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from moce_ds import config as configuration
+from moce_ds.checksums import FileRecord
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.transform import CenterCrop
@@ -85,6 +86,7 @@ def show_picture(session: Session, teller: Teller, step: int) -> None:
             path = config.run.out / "reconstructions" / f"step-{step:08d}.png"
             with session.attempt.file(path, step) as draft:
                 Image.fromarray(picture).save(draft, format="PNG")
+            session.attempt.note(f"{path.parent.name}/{path.name}", FileRecord.of(path), step)
             with session.attempt.writing(step):
                 teller.picture("reconstructions", picture, step)
                 if session.router is not None:

@@ -20,6 +20,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from moce_ds.checkpoint_files import prune, publish, step_folder, write_files
+from moce_ds.checksums import with_checksum
 from moce_ds.errors import MoceError
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
@@ -115,4 +116,4 @@ class Saver:
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
         if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
             with self._attempt.file(out / "routing.json", step) as routing:
-                routing.write_text(json.dumps(self._manifest["routing"], indent=2) + "\n")
+                routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")

@@ -6,18 +6,18 @@ for the keys marked `may_change`. All of `engine` and `run` may change, except `
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
 from moce_ds.config import from_tree, keys, option, settings
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
-from moce_ds.models.mae import DecoderShape
-from moce_ds.models.moce import ExpertShape
-from moce_ds.models.spec import ModelSpec
-from moce_ds.models.vit import ViTShape, shape_of
+from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 from moce_ds.yaml_text import read_yaml_text
+
+if TYPE_CHECKING:
+    from moce_ds.models.spec import ModelSpec
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -150,6 +150,7 @@ class RunSettings:
 @settings
 class PretrainRunSettings(RunSettings):
     init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
+    replace_positions: bool = option(False, "of init_from: give up learned positions for fixed ones")
     picture_every: Positive = option(1000, "steps between pictures (reconstructions, routing) for TensorBoard")
 
 
@@ -229,6 +230,8 @@ class PretrainSettings:
     @property
     def vit_shape(self) -> ViTShape:
         """The encoder's size, settings given one by one replacing those of `model.vit`."""
+        from moce_ds.models.vit import shape_of  # brings timm along, which --help has no need of
+
         named, own = shape_of(self.model.vit), self.model
         return ViTShape(
             image_size=self.data.image_size or named.image_size,
@@ -260,8 +263,10 @@ class PretrainSettings:
         return self.model.arch == "moce" and self.experts.gate == "path" and self.experts.distillation_weight > 0
 
     @property
-    def model_spec(self) -> ModelSpec:
+    def model_spec(self) -> "ModelSpec":
         """The model on paper."""
+        from moce_ds.models.spec import ModelSpec
+
         experts = None
         if self.model.arch == "moce":
             own = self.experts

@@ -1,9 +1,11 @@
 """From settings to everything a run needs before its first step."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from moce_ds import checkpoint_files
 from moce_ds import config as configuration
+from moce_ds.checksums import FileRecord
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import check_encoder
 from moce_ds.data.shards import ShardSet
@@ -82,6 +85,35 @@ def check_same_data(config: PretrainSettings, shards: ShardSet, data: ClusteredD
     refuse_other(config.run.out, found, f"start another run: run.init_from={config.run.out}")
 
 
+def check_same_settings(config: AnySettings) -> None:
+    """Refuse to go on with settings that differ from those of the newest checkpoint, whatever config.yaml says by now.
+
+    Raises:
+        ConfigError: settings that define the experiment are listed.
+    """
+    checkpoint = _newest_readable(config.run.out)
+    if checkpoint is None:
+        return
+    now = configuration.to_tree(config)
+    changed = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    if forbidden := sorted(forbidden_changes(set(changed), type(config))):
+        listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in forbidden)
+        raise ConfigError(
+            f"{config.run.out} was trained with other settings up to step {checkpoint.step}:\n{listed}\n"
+            f"Put {config.run.out / 'config.yaml'} back as the run wrote it, or give another run.out."
+        )
+
+
+def _filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The old values of the new keys, and the new ones of those that an earlier version did not have."""
+    return {
+        key: _filled(old[key], value)
+        if isinstance(value, dict) and isinstance(old.get(key), dict)
+        else old.get(key, value)
+        for key, value in new.items()
+    }
+
+
 def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -> None:
     """Refuse to go on with something else than the newest checkpoint was made with.
 
@@ -120,8 +152,11 @@ def keep_settings(config: AnySettings, attempt: Attempt, runtime: Runtime) -> No
     runtime.barrier()  # everyone has looked before anyone writes
     with runtime.together():
         if runtime.is_main:
+            text = configuration.to_yaml(config).encode()
+            record = FileRecord(len(text), hashlib.sha256(text).hexdigest())
+            attempt.note("config.yaml", record, step=0)  # first: a kill leaves settings that some attempt has noted
             with attempt.file(config.run.out / "config.yaml", step=0) as draft:
-                draft.write_text(configuration.to_yaml(config), encoding="utf-8")
+                draft.write_bytes(text)
 
 
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
@@ -130,7 +165,7 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
     clusters = Clusters.load(folder)
-    check_encoder(folder, clusters.encoder_fingerprint)  # labels a task's images when the run is over
+    check_encoder(folder, clusters.encoder_fingerprint, clusters.files)  # labels a task's images when the run is over
     check_paths(config, len(clusters.sizes_M))
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))
 
@@ -241,10 +276,12 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
     if source is None:
         weights, said = dict(fresh), "Starting from random weights."
     else:
-        weights, said = read_weights(source), f"Starting from {source}."
+        weights, said = read_weights(source, config.run.replace_positions), f"Starting from {source}."
         if lacks_decoder(weights):
             weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
             said = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."
+        if config.run.replace_positions:
+            said += " Its position tables are replaced by fixed sine-cosine ones."
     if spec.experts is None:
         if has_experts(weights):
             raise ArtefactError(

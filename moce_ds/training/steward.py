@@ -2,11 +2,14 @@
 checkpoint that is on its way are agreed between all processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
+from torch import Tensor
 
 from moce_ds.runtime import Runtime, StopRequest
 from moce_ds.training.attempt import Attempt
@@ -48,6 +51,10 @@ class Steward:
     def save_due(self) -> bool:
         """Whether a checkpoint of this step is to be written; none of steps without an update, but the last."""
         return not self.goes_on or (self.step % self.run.checkpoint_every == 0 and not self.skips.in_a_row)
+
+    def save(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Begin the checkpoint of this step, as `Saver.start`, with how far metrics.jsonl has come; a collective."""
+        self.saver.start({**manifest, "metrics": self.teller.mark}, state)
 
     def after_step(self, totals: list[float], waited: float) -> list[float]:
         """Count a step; a collective. Returns the sums over processes of this one's `totals`.

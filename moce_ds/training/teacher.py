@@ -21,7 +21,8 @@ def read_teacher(config: PretrainSettings) -> Encoder | None:
         return load_encoder(kept)
     source, spec = config.run.init_from, config.model_spec
     assert source is not None, "PretrainSettings sees to it"
-    state = {name: tensor for name, tensor in read_weights(source).items() if not is_decoder(name)}
+    weights = read_weights(source, config.run.replace_positions)
+    state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
     state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
     return as_encoder(state, spec, {"init_from": str(source)}, str(source))
 

@@ -19,10 +19,11 @@ from moce_ds.command_line import say
 from moce_ds.config import to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
+from moce_ds.results_file import add_record, check_results, read_results
 from moce_ds.transfer.finetuning import finetuned
 from moce_ds.transfer.frozen import measure_frozen
 from moce_ds.transfer.metrics import SPOKEN
-from moce_ds.transfer.results import accuracy_record, add_record, check_results, read_results
+from moce_ds.transfer.results import accuracy_record, known_by
 from moce_ds.transfer.subjects import Subject, encoder_for
 from moce_ds.transfer.task_data import Splits, opened_task, to_terminal
 from moce_ds.transfer.tasks import Task, check_metric
@@ -115,7 +116,7 @@ def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: tor
     if votes is not None:
         route = "-".join(map(str, votes["route"]))
         say(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes")
-        record = {**votes, "model": subject.name}
+        record = {**votes, "model": subject.name, **known_by(subject.checkpoint, splits.train.fingerprint)}
         if record not in read_results(out / RESULTS):
             add_record(out / RESULTS, record)
     return Pairing(subject, task, splits, encoder)
@@ -134,6 +135,7 @@ def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) ->
             was_done = " (was done)" if record else ""
             if record is None:
                 record = _measure(one, encoder, out, expected["made_from"], device) | expected
+                record |= {"model_sha256": encoder.identity}
                 add_record(out / RESULTS, record)
             seed = "" if one.seed is None else f" seed {one.seed}"
             name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"

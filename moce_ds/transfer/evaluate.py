@@ -31,6 +31,7 @@ from moce_ds.moe.experts import ExpertLayer
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import in_order
 from moce_ds.moe.plan import make_plan
+from moce_ds.transfer.results import known_by
 from moce_ds.transfer.select import clusters_encoder, count_votes, run_clusters
 
 _MASK_SEED = 20_230_207  # of the held-out masks: the same for all models that are compared
@@ -38,17 +39,22 @@ _MASK_SEED = 20_230_207  # of the held-out masks: the same for all models that a
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Mean squared errors on hidden patches, normalised per patch; `dense` is None without a twin."""
+    """Mean squared errors on hidden patches, normalised per patch; `dense` is None without a twin.
+
+    `known_by` tells the record from those of other models and images.
+    """
 
     selected: float
     own: float
     dense: float | None
     route: tuple[int, ...]
     n_images: int
+    known_by: dict[str, str]
 
     def record(self, task: str, model: str) -> dict[str, Any]:
         """Plain data for results.json."""
-        return {"verb": "evaluate", "task": task, "model": model, **vars(self), "route": list(self.route)}
+        measured = {key: value for key, value in vars(self).items() if key != "known_by"} | {"route": list(self.route)}
+        return {"verb": "evaluate", "task": task, "model": model, **measured, **self.known_by}
 
 
 def evaluate_run(
@@ -75,7 +81,7 @@ def evaluate_run(
 
         return loss
 
-    twin = None
+    twin = twin_checkpoint = None
     if dense is not None:
         twin_checkpoint = find(dense)
         if twin_checkpoint.experts:
@@ -87,6 +93,7 @@ def evaluate_run(
     return Reconstructions(
         selected=mean_error(routed(np.full_like(ids_N, winner)), model, held_out, checkpoint, config, device),
         own=mean_error(routed(ids_N), model, held_out, checkpoint, config, device),
+        known_by=known_by(checkpoint, twin_checkpoint and twin_checkpoint.identity, held_out.fingerprint),
         dense=twin,
         route=selection.route,
         n_images=held_out.count,

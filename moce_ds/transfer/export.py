@@ -16,6 +16,7 @@ from torch import Tensor
 from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.drafts import restore
+from moce_ds.encoder_folder import PROVENANCE, replace_provenance
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, check_writable, write_json, writes_to
 from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
@@ -115,7 +116,7 @@ def check_free(out: Path, replace: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    return (folder / "provenance.json").is_file()
+    return (folder / PROVENANCE).is_file()
 
 
 def _holds_all(folder: Path) -> bool:
@@ -141,8 +142,10 @@ def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) ->
         format.write(draft, DenseModel(state, dense, provenance))
         del state
         provenance["loaded_back"] = _loaded_back(format, draft, source, trial, expected[format.output])
-        write_json(draft / "provenance.json", provenance)
-        if not format.is_encoder_folder:
+        if format.is_encoder_folder:
+            replace_provenance(draft, provenance)
+        else:
+            write_json(draft / PROVENANCE, provenance)
             write_record(draft, format, dense)
     return provenance
 

@@ -5,27 +5,15 @@ Labels are classes [N], or targets [N, K] (see `metrics`).
 Axes: N images of a split, Q images of one block of test images, D features, K classes, k neighbours.
 """
 
-from typing import Annotated
-
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moce_ds.config import option, settings
 from moce_ds.errors import DataError
-from moce_ds.models.encode import EncodeSettings
 from moce_ds.transfer.metrics import MultiLabelScore, Score, judge
+from moce_ds.transfer.settings import KnnSettings
 
 _BLOCK_ENTRIES = 2**24  # similarities held at a time: 64 MiB in float32
-
-
-@settings
-class KnnSettings(EncodeSettings):
-    """The vote of the nearest training images."""
-
-    k: PositiveInt = option(20, "neighbours that vote; all training images where there are fewer")
-    temperature: Annotated[float, Field(gt=0)] = option(0.07, "of the vote; smaller: the nearest ones weigh more")
 
 
 def knn_accuracy(

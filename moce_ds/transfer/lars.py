@@ -12,37 +12,19 @@ Source: He et al. 2022 (arXiv 2111.06377), appendix A.1; LARS: You et al. 2017.
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt
 from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.config import option, settings
 from moce_ds.transfer.linear import Fit, Fits, Predict
+from moce_ds.transfer.settings import LarsSettings
 
 _INIT_STD = 0.01
 _NORM_EPS = 1e-6
-
-
-@settings
-class LarsSettings:
-    """How the classifier of MAE's recipe is trained."""
-
-    base_lr: list[Annotated[float, Field(gt=0)]] = option(
-        [0.1, 1.0, 10.0, 30.0, 100.0],
-        "learning rates per 256 images to choose from; MAE's on ImageNet is 0.1",
-        min_length=1,
-    )
-    epochs: PositiveInt = option(90, "passes over the training images")
-    warmup_epochs: Annotated[float, Field(ge=0)] = option(10.0, "epochs of linear warm-up")
-    batch_size: Annotated[int, Field(ge=2)] = option(256, "images a step (MAE: 16384, of 1.28 million)")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "of LARS")
-    weight_decay: Annotated[float, Field(ge=0)] = option(0.0, "of LARS")
 
 
 def lars_fits(

@@ -8,15 +8,14 @@ Axes: N images, K classes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.errors import DataError
-
-Metric = Literal["top1", "mean_per_class", "map11"]
+from moce_ds.transfer.settings import Metric
 
 SPOKEN: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
 

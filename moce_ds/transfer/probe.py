@@ -5,40 +5,17 @@ Labels are classes [N], or targets [N, K] (see `metrics`).
 Axes: N images of a split, D features, K classes.
 """
 
-from typing import Annotated, Literal
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
-from moce_ds.config import option, settings
 from moce_ds.errors import DataError
-from moce_ds.models.encode import EncodeSettings
 from moce_ds.transfer.knn import check_split, positions
-from moce_ds.transfer.lars import LarsSettings, lars_fits
+from moce_ds.transfer.lars import lars_fits
 from moce_ds.transfer.linear import Fits, logistic_fits, ridge_fits
 from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score, default_metric, figure, judge
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-@settings
-class ProbeSettings(EncodeSettings):
-    """Which linear classifier, and among which strengths to choose."""
-
-    method: Literal["logistic", "lars", "closed_form"] = option(
-        "logistic", "logistic regression; lars: MAE's recipe; closed_form: ridge regression, the fastest"
-    )
-    l2: list[Positive] = option(
-        [1.0, 1e-1, 1e-2, 1e-3, 1e-4], "regularisations to choose from (logistic, closed_form)", min_length=1
-    )
-    lars: LarsSettings = option(LarsSettings(), "training by LARS")
-    validation_share: Share = option(0.2, "training images that choose, where there is no split for validation")
-    seed: Seed = option(0, "of that share, and of the order of training by LARS")
+from moce_ds.transfer.settings import ProbeSettings
 
 
 def linear_probe(

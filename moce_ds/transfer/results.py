@@ -1,43 +1,27 @@
-"""Results of evaluations: records in a `results.json`, and tables for the terminal."""
+"""Results of evaluations as plain data, for a `results.json` (`results_file.py`), and as tables for the terminal."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import hashlib
+import json
+from typing import Any, Protocol
 
 from rich.table import Table
 
-from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
+from moce_ds.results_file import told_apart
 from moce_ds.transfer.metrics import MultiLabelScore, Score
 
-_WRITTEN_BY = "moce knn, probe or select"
+
+class Identified(Protocol):
+    """An encoder or a checkpoint: a SHA-256 stands for its content."""
+
+    @property
+    def identity(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What every record has."""
-
-    verb: str
-    task: str
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file; none where it is not there yet.
-
-    Raises:
-        ArtefactError: it is damaged, or holds something else.
-    """
-    if not path.exists():
-        return []
-    records: list[dict[str, Any]] = read_json(path, "a list of results", _WRITTEN_BY)
-    valid_record(list[_Record], records, str(path), "a list of results", _WRITTEN_BY)
-    return records
-
-
-def check_results(path: Path | None) -> None:
-    """Refuse, before anything is measured, a results file that no record can be added to. Raises ArtefactError."""
-    if path is not None:
-        check_writable(path)
-        read_results(path)
+def known_by(model: Identified, *decisive: Any) -> dict[str, str]:
+    """What tells a record from another of the same names: checksums of the model, and of all that decides its numbers
+    (the model, and `decisive`: plain data)."""
+    made_from = hashlib.sha256(json.dumps([model.identity, *decisive]).encode()).hexdigest()
+    return {"model_sha256": model.identity, "made_from": made_from}
 
 
 def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
@@ -53,28 +37,12 @@ def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelS
     }
 
 
-def add_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Add a record to a results file, replacing one of the same verb, task, model and seed; None: nowhere.
-
-    Raises:
-        ArtefactError: the file holds something else, or cannot be written.
-    """
-    if path is None:
-        return
-    records = read_results(path)
-
-    def key(one: dict[str, Any]) -> tuple[Any, ...]:
-        return one["verb"], one["task"], one.get("model"), one.get("seed")
-
-    with writes_to(path):
-        write_json(path, [one for one in records if key(one) != key(record)] + [record])
-
-
 def accuracy_table(records: list[dict[str, Any]]) -> Table:
     """Task by model: selected route, k-NN and linear-probe accuracy (top-1)."""
     table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
     for column in ("task", "model", "route", "share", "k-NN", "linear probe"):
         table.add_column(column, justify="left" if column in ("task", "model", "route") else "right")
+    records = told_apart(records)
     found = {(r["task"], r.get("model"), r["verb"]): r for r in records}
     for task in dict.fromkeys(r["task"] for r in records):
         vote = found.get((task, None, "select"))

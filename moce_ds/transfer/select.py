@@ -80,7 +80,7 @@ def clusters_folder(checkpoint: Checkpoint) -> Path:
 def clusters_encoder(checkpoint: Checkpoint, clusters: Clusters, device: torch.device) -> Encoder:
     """The encoder that labels a task's images with the run's clusters. Raises ArtefactError where it is another one."""
     folder = clusters_folder(checkpoint)
-    check_encoder(folder, clusters.encoder_fingerprint)
+    check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
     return load_encoder(folder / ENCODER, device)
 
 

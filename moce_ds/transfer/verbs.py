@@ -11,7 +11,7 @@ from moce_ds.text import in_line
 from moce_ds.transfer.protocol_verbs import VERBS as PROTOCOL_VERBS
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="The task's images: shards, a folder, or a saved data set.")
 @click.option("--task", default=None, help="The task's name in results (default: that of --data).")
@@ -39,11 +39,12 @@ def select(
     """Find the route through the experts of RUN that serves a task's images best, and say how typical they are."""
     from moce_ds.files import check_writable
     from moce_ds.models.encode import EncodeSettings
+    from moce_ds.results_file import add_record, check_results
     from moce_ds.transfer.chosen import routes_of
     from moce_ds.transfer.export import check_free
     from moce_ds.transfer.export_request import Request, export_requested, told
     from moce_ds.transfer.formats.registry import find_format
-    from moce_ds.transfer.results import add_record, check_results
+    from moce_ds.transfer.results import known_by
     from moce_ds.transfer.select import run_clusters, select_route
     from moce_ds.transfer.selection_picture import write_picture
     from moce_ds.transfer.selection_report import selection_report
@@ -58,19 +59,19 @@ def select(
     checkpoint, _ = run_clusters(run)
     run = checkpoint.folder  # of one step to the end, also when the run is training on
     with opened_images(data) as images:
-        selection = select_route(run, images, config, _device())
+        selection, fingerprint = select_route(run, images, config, _device()), images.fingerprint
         show(selection_report(selection, name, routes_of(checkpoint), top))
         if picture:
             note = write_picture(picture, images, name, selection, checkpoint)
             say(f"{picture}: written. {note or ''}".rstrip())
-    add_record(results, selection.record(name))
+    add_record(results, selection.record(name) | known_by(checkpoint, fingerprint))
     if out:
         asked = Request(data=data)
         for folder, made in export_requested(run, out, asked, target, config, _device(), name, replace, selection):
             say(told(folder, made))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--data", type=PATH, help="A task's images (a shard set or a folder): their votes choose the route.")
@@ -117,14 +118,14 @@ def _accuracy_options(function: Any) -> Any:
     return function
 
 
-@click.command(cls=Verb, settings="moce_ds.transfer.knn:KnnSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.settings:KnnSettings")
 @_accuracy_options
 def knn(**given: Any) -> None:
     """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; nothing is chosen, --val votes too."""
     _accuracy("knn", **given)
 
 
-@click.command(cls=Verb, settings="moce_ds.transfer.probe:ProbeSettings")
+@click.command(cls=Verb, settings="moce_ds.transfer.settings:ProbeSettings")
 @_accuracy_options
 def probe(**given: Any) -> None:
     """Accuracy of a linear classifier on ENCODER's features, its strength chosen on validation images."""
@@ -143,10 +144,12 @@ def _accuracy(
     heads: int | None,
     words: Sequence[str],
 ) -> None:
-    from moce_ds.models.encode import open_encoder
+    from moce_ds.config import to_tree
+    from moce_ds.models.encode import EncodeSettings, open_encoder
+    from moce_ds.results_file import add_record, check_results
     from moce_ds.transfer.frozen import SETTINGS, measure_frozen
     from moce_ds.transfer.metrics import SPOKEN
-    from moce_ds.transfer.results import accuracy_record, add_record, check_results
+    from moce_ds.transfer.results import accuracy_record, known_by
     from moce_ds.transfer.task_data import opened_task
 
     config, device = read_settings(SETTINGS[verb], words), _device()
@@ -156,13 +159,15 @@ def _accuracy(
         warn(f"{encoder}: taken for {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
+        images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
     name, task_name = model or encoder.name, task or task_of(test)
     told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {told} ({score.n_train} training, {score.n_test} test images)")
-    add_record(results, accuracy_record(verb, task_name, name, score))
+    how = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
+    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
 @click.option("--dense", type=PATH, help="The run of a dense MAE, to compare with.")
@@ -174,8 +179,8 @@ def evaluate(
 ) -> None:
     """Reconstruction error of RUN on held-out images: selected route, each image's own route, dense twin."""
     from moce_ds.models.encode import EncodeSettings
+    from moce_ds.results_file import add_record, check_results
     from moce_ds.transfer.evaluate import evaluate_run
-    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.task_data import opened_images
 
     config = read_settings(EncodeSettings, words)

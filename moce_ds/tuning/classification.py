@@ -194,8 +194,8 @@ class Classification:
         }
         out: Path = self._config.run.out / TUNED
         with writes_to(out), atomic_folder(out) as draft:
-            save_encoder(draft, state, self._shape, self._input, provenance)
             save_tensors(draft / HEAD, head, {"classes": json.dumps(self._splits.classes)})
+            save_encoder(draft, state, self._shape, self._input, provenance)
 
 
 def tuned_execution(vit: VisionTransformer, engine: EngineSettings) -> VisionTransformer:

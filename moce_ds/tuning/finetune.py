@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
+from moce_ds.config import to_tree
 from moce_ds.data.shards import ShardSet
-from moce_ds.files import read_json
 from moce_ds.models.encode import open_encoder
 from moce_ds.runtime import Runtime
+from moce_ds.transfer.results import known_by
 from moce_ds.transfer.task_data import opened_images
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
-from moce_ds.tuning.loop import RESULT, tune
+from moce_ds.tuning.loop import tune
+from moce_ds.tuning.result import read_result
 from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
 
 
@@ -34,9 +36,11 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
         measures = tune(Classification(encoder, splits, config, runtime), config, runtime)
         if measures is None:
             return None
-        result, optim = read_json(config.run.out / RESULT, "a result", "moce finetune"), config.optim
+        result, optim = read_result(config.run.out), config.optim
+        trained = [splits.fingerprint, to_tree(optim), to_tree(config.augment), config.run.seed]
         return {
             "verb": "finetune",
+            **known_by(encoder, *trained),
             **measures,
             "n_train": splits.train.count + (splits.val.count if splits.val else 0),
             "n_test": splits.test.count,

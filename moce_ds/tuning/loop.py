@@ -3,7 +3,6 @@
 Axes: G items of a micro-batch over all processes, B those of this one.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from moce_ds import config as configuration
 from moce_ds.checkpoint_files import STATE
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.errors import ConfigError
-from moce_ds.files import read_json
 from moce_ds.randomness import FORWARD, hashed
 from moce_ds.runtime import Runtime
 from moce_ds.training.agreement import next_agreed
@@ -27,14 +25,14 @@ from moce_ds.training.engine import set_lr, wrap
 from moce_ds.training.metrics import measures
 from moce_ds.training.schedule import Schedule, schedule_of
 from moce_ds.training.settings import BatchArithmetic, shared_batch
-from moce_ds.training.setup import check_run, keep_settings, refuse_other
+from moce_ds.training.setup import check_run, check_same_settings, keep_settings, refuse_other
 from moce_ds.training.steward import Steward, steward_of
 from moce_ds.tuning.feed import feed
+from moce_ds.tuning.result import RESULT, read_result, result_text
 from moce_ds.tuning.settings import TuneSettings
 from moce_ds.tuning.state import TuneState
 from moce_ds.tuning.task import Measures, Task
 
-RESULT = "result.json"
 """File of a complete run: the final measures, and the step of the weights that they are of."""
 
 
@@ -72,9 +70,10 @@ def tune(task: Task, config: TuneSettings, runtime: Runtime) -> Measures | None:
     with runtime.together():
         check_run(config)
         refuse_other(out, [("The task", "task_fingerprint", task.fingerprint)], "choose another folder for another run")
+        check_same_settings(config)
     if runtime.max([float((out / RESULT).exists())])[0]:
         runtime.say(f"{out} is complete.")
-        return dict(read_json(out / RESULT, "a result", "moce finetune")["measures"])
+        return dict(read_result(out)["measures"])
     if batches.global_batch > task.count:
         raise ConfigError(
             f"optim.batch_size: {batches.global_batch} images in a step, of {task.count} to learn from: expected "
@@ -154,7 +153,7 @@ def _train(tuning: Tuning) -> int:
                 record["skipped"] = steward.skips.total
                 steward.teller.metrics(record | ({"validation": found} if found else {}))
             if steward.save_due:
-                steward.saver.start(_manifest(tuning, step, steward.skips.total), state.tensors())
+                steward.save(_manifest(tuning, step, steward.skips.total), state.tensors())
     return steward.step
 
 
@@ -221,8 +220,9 @@ def _finish(tuning: Tuning) -> Measures:
     found = tuning.task.finish(state.model.eval(), tuning.runtime)
     best = state.best or {"step": steps, "measures": {}}
     record = {"measures": found, "step": best["step"], "steps": steps, "validation": best["measures"]}
+    out = tuning.config.run.out
     with tuning.runtime.together():
         if tuning.runtime.is_main:
-            with tuning.attempt.file(tuning.config.run.out / RESULT, steps) as draft:
-                draft.write_text(json.dumps(record, indent=2) + "\n")
+            with tuning.attempt.file(out / RESULT, steps) as draft:
+                draft.write_text(result_text(out, record), encoding="utf-8")
     return found

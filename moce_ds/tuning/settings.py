@@ -21,7 +21,7 @@ from moce_ds.training.settings import (
     RunSettings,
     Share,
 )
-from moce_ds.transfer.metrics import Metric
+from moce_ds.transfer.settings import Metric
 
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]

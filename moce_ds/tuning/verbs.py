@@ -39,9 +39,9 @@ def finetune(
     Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
     weights by validation are kept, else the last.
     """
+    from moce_ds.results_file import add_record, check_results
     from moce_ds.runtime import started
     from moce_ds.transfer.metrics import SPOKEN
-    from moce_ds.transfer.results import add_record, check_results
     from moce_ds.transfer.verbs import task_of
     from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run

@@ -119,8 +119,9 @@ def write_clusters(folder: Path, shards: ShardSet) -> Clusters:
         encoder_input={"size": 8},
         provenance={},
     )
-    clusters.save(folder)
+    folder.mkdir(parents=True)
     save_ids(folder, kmeans.labels_)
+    clusters.save(folder)
     return clusters
 
 

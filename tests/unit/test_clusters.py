@@ -206,7 +206,8 @@ def truncate(folder: Path) -> None:
         (edit_json(version=2), "'moce clusters' version 2; this program reads format 'moce clusters' version 1"),
         (edit_json(format="moce features"), "says format 'moce features'"),
         (edit_json(encoder_fingerprint="absent"), "encoder_fingerprint: Field required"),
-        (edit_json(eps=0.5), "are not of the same clusters"),
+        (edit_json(eps=0.5), r"clusters\.json is damaged or was edited"),
+        (edit_tensor("cosine_M", lambda t: t / 2), r"clusters\.safetensors is damaged or was exchanged"),
         (edit_tensor("duals_M", None), "without duals_M"),
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
@@ -226,6 +227,9 @@ def test_damaged_clusters_are_refused_by_name(folder, damage, message):
 def test_clusters_of_an_earlier_version_are_read(folder):
     whole = Clusters.load(folder)
     edit_tensor("low_cosine_M", None)(folder)
+    record = json.loads((folder / "clusters.json").read_text())
+    del record["files"], record["content_sha256"]
+    (folder / "clusters.json").write_text(json.dumps(record))
     earlier = Clusters.load(folder)
     assert earlier.low_cosine_M is None and earlier.hash == whole.hash
     earlier.save(folder / "again")

@@ -138,3 +138,28 @@ def test_an_image_outside_the_set_is_refused(tmp_path, image):
     write(tmp_path, DIGITS_ND).finish()
     with pytest.raises(DataError, match=f"has images 0 to 99, not {image}"):
         FeatureSet.open(tmp_path).rows(np.array([3, image]))
+
+
+@pytest.mark.parametrize(
+    "lost", [["features.json"], ["features.json", "encoder"], ["features.json", "block-000000.npy"]]
+)
+def test_blocks_of_which_nothing_is_recorded_are_not_taken_over(tmp_path, lost):
+    """Of a folder that somebody has half deleted: they may be another encoder's."""
+    write(tmp_path, DIGITS_ND).finish()
+    (tmp_path / "encoder").mkdir()
+    for name in lost:
+        (tmp_path / name).rmdir() if name == "encoder" else (tmp_path / name).unlink()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ArtefactError, match=r"holds block-00000\d\.npy and .* neither features.json nor begun.json"):
+        FeatureWriter(tmp_path, *DIGITS_ND.shape, IDENTITY, 32)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_block_that_was_exchanged_is_noticed_when_it_is_read(tmp_path):
+    write(tmp_path, DIGITS_ND).finish()
+    np.save(tmp_path / "block-000001.npy", DIGITS_ND[:32].astype(np.float16))
+    features = FeatureSet.open(tmp_path)
+    features.rows(np.array([0, 70]))
+    for read in (features.all, lambda: features.rows(np.array([40]))):
+        with pytest.raises(ArtefactError, match=r"block-000001\.npy is damaged: its checksum differs"):
+            read()

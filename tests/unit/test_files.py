@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from moce_ds.errors import ArtefactError
 from moce_ds.files import (
+    atomic_folder,
     check_writable,
     load_array,
     load_tensors,
@@ -139,9 +140,9 @@ def test_what_is_not_there_or_no_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name, told in {
         "absent": "is missing: write it again.",
-        "folder": "cannot be read (Is a directory",
-        "loop": "cannot be read (Too many levels of symbolic links",
-        "x" * 300: "cannot be read (File name too long",
+        "folder": "cannot be read: Is a directory. ",
+        "loop": "cannot be read: Too many levels of symbolic links",
+        "x" * 300: "cannot be read: File name too long. Choose shorter names.",
     }.items():
         with pytest.raises(ArtefactError) as caught:
             read(tmp_path / name)
@@ -183,6 +184,8 @@ def test_reasons_name_the_remedy() -> None:
     assert told.startswith("No space left on device (/disk/x). Free some space there, or name a place on another disk")
     assert "ulimit -n" in reason(OSError(errno.EMFILE, "Too many open files"))
     assert reason(OSError("odd")).startswith("odd. ")
+    fault = machine_fault(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "locked/x"))
+    assert str(fault).startswith("locked/x: Permission denied. Ask its owner for permission")
     fault = machine_fault(MemoryError())
     assert fault is not None and str(fault).startswith("Out of memory. Use a smaller batch")
     with pytest.raises(RuntimeError) as caught:
@@ -190,3 +193,10 @@ def test_reasons_name_the_remedy() -> None:
     fault = machine_fault(caught.value)
     assert fault is not None and "Out of memory (" in str(fault)
     assert machine_fault(RuntimeError("a defect")) is None and machine_fault(KeyError("x")) is None
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="was written by another process meanwhile"), atomic_folder(tmp_path / "a"):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/theirs").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "theirs"]

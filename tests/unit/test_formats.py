@@ -55,7 +55,7 @@ def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Pat
     flipped = bytearray(files[0].read_bytes())
     flipped[-1] ^= 1
     files[0].write_bytes(flipped)
-    assert f"{files[0].name}: checksum differs" in run_here("inspect", out, "--verify").out
+    assert f"{files[0].name}: is damaged" in run_here("inspect", out, "--verify").out
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from image_examples import contents, crop, save
 
+from moce_ds.checksums import with_checksum
 from moce_ds.data.listing import Listed, Listing
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -74,6 +75,7 @@ def test_a_set_of_before_says_nothing_of_several_labels(images: Path, tmp_path: 
     write_shards(images, tmp_path / "set", ONE)
     manifest = json.loads((tmp_path / "set/shards.json").read_text())
     assert manifest.pop("multi_label") is False
+    del manifest["files"], manifest["content_sha256"]
     (tmp_path / "set/shards.json").write_text(json.dumps(manifest))
     assert ShardSet.open(tmp_path / "set").targets is None
 
@@ -90,6 +92,10 @@ def test_altered_targets_are_found(several: Path, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=told):
             ShardSet.open(copy)
     np.save(several / "targets.npy", np.where(targets == 0, 1, targets).astype(np.int8))
+    with pytest.raises(DataError, match=r"targets\.npy is damaged or was exchanged"):
+        ShardSet.open(several)
+    manifest = json.loads((several / "shards.json").read_text())
+    (several / "shards.json").write_text(json.dumps(with_checksum(manifest | {"files": None})))  # of an earlier version
     assert any("samples.npy: altered" in fault for fault in ShardSet.open(several).verify())
     (several / "targets.npy").unlink()
     with pytest.raises(DataError, match=r"targets\.npy is missing"):

@@ -1,18 +1,22 @@
 """Records of evaluations, and the tables made of them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from moce_command import run_here
 from rich.console import Console
 from rich.table import Table
 
 from moce_ds.errors import ArtefactError
+from moce_ds.locks import locked
+from moce_ds.results_file import add_record, read_results, told_apart
 from moce_ds.transfer.metrics import MultiLabelScore, Score
-from moce_ds.transfer.results import accuracy_record, accuracy_table, add_record
+from moce_ds.transfer.results import accuracy_record, accuracy_table
 from moce_ds.transfer.select import count_votes
 
 
@@ -63,7 +67,49 @@ def test_a_record_replaces_that_of_the_same_verb_task_and_model(tmp_path: Path) 
     assert len(records(path)) == 5
     changed = [r for r in records(path) if r.get("top1") == 0.9 or r.get("n_images") == 7]
     assert [(r["verb"], r["task"], r.get("model")) for r in changed] == [("knn", "a", "dense"), ("select", "a", None)]
-    assert sorted(tmp_path.rglob("*")) == [path.parent, path]  # nothing is left lying beside it
+    assert sorted(tmp_path.rglob("[!.]*")) == [path.parent, path]  # nothing but the lock is left lying beside it
+
+
+def test_equally_named_models_stand_beside_one_another(tmp_path: Path) -> None:
+    path, known = tmp_path / "results.json", [{"model_sha256": c * 64, "made_from": c * 64} for c in "ab"]
+    for by, top1 in zip([*known, known[0]], (0.5, 0.75, 0.625), strict=True):
+        add_record(path, accuracy_record("knn", "birds", "expert", score(top1)) | by)
+    assert [record["top1"] for record in read_results(path)] == [0.75, 0.625], "the same model's was measured again"
+    add_record(path, accuracy_record("probe", "birds", "dense", score(0.5)) | known[0])
+    shown = {(r["verb"], r["model"]) for r in told_apart(read_results(path))}
+    assert shown == {("knn", "expert (aaaaaaaa)"), ("knn", "expert (bbbbbbbb)"), ("probe", "dense")}
+    rows = printed(accuracy_table(read_results(path)))
+    assert ["birds", "expert", "(aaaaaaaa)", "62.5%"] in rows and ["birds", "expert", "(bbbbbbbb)", "75.0%"] in rows
+    said = run_here("inspect", path).out
+    assert "expert (aaaaaaaa)" in said and "expert (bbbbbbbb)" in said
+
+
+def test_one_model_measured_otherwise_stands_beside_itself(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    for how in "cd":
+        add_record(path, accuracy_record("knn", "birds", "x", score(0.5)) | {"model_sha256": "a", "made_from": how * 9})
+    assert [record["model"] for record in told_apart(read_results(path))] == ["x (cccccccc)", "x (dddddddd)"]
+
+
+def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: add_record(path, accuracy_record("knn", "a", f"m{n}", score(0.5))), range(24)))
+    assert {record["model"] for record in read_results(path)} == {f"m{n}" for n in range(24)}
+
+
+def test_who_does_not_let_go_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    other = locked(tmp_path / ".lock", "it is busy", seconds=0)
+    with locked(tmp_path / ".lock", "unused"), pytest.raises(ArtefactError, match="it is busy"), other:
+        pass
+
+
+def test_a_record_that_was_edited_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    add_record(path, accuracy_record("knn", "birds", "expert", score(0.5)))
+    path.write_text(path.read_text().replace("0.5", "0.9"))
+    with pytest.raises(ArtefactError, match="is damaged or was edited"):
+        read_results(path)
 
 
 def test_nowhere_is_a_place_too(tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ import pytest
 from image_examples import contents, crop, many_photos, photo, rejections, save
 from PIL import Image
 
+from moce_ds.checksums import with_checksum
 from moce_ds.config import load
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.files import sha256_of
+from moce_ds.locks import alone_in
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)
 
@@ -230,6 +232,16 @@ def test_impossible_tasks_are_refused(images: Path, tmp_path: Path) -> None:
         load(ShardSettings, overrides=["images_per_shard=0"])
 
 
+def test_two_at_once_into_one_folder(images: Path, tmp_path: Path) -> None:
+    """The second is refused in words and harms nothing; afterwards it finds the set complete."""
+    out = tmp_path / "out"
+    with alone_in(out, "busy"), pytest.raises(ArtefactError, match=f"{out} is being written by another process"):
+        write_shards(images, out, SMALL)
+    assert list(out.iterdir()) == []
+    assert not write_shards(images, out, SMALL).already_complete
+    assert write_shards(images, out, SMALL).already_complete and not (out / ".lock").exists()
+
+
 def test_dali_reads_the_same_through_the_index(written: Path) -> None:
     from nvidia.dali import fn, pipeline_def, types
 
@@ -281,6 +293,9 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
     samples = np.load(copy / "samples.npy")
     samples["crc32"][5] ^= 1
     np.save(copy / "samples.npy", samples)
+    with pytest.raises(DataError, match=r"samples\.npy is damaged or was exchanged.* Restore it"):
+        ShardSet.open(copy)
+    rewrite(copy, files=None)  # as an earlier version wrote it
     assert any(fault.startswith("samples.npy: altered") for fault in ShardSet.open(copy).verify())
     np.save(copy / "samples.npy", samples[:-1])
     with pytest.raises(DataError, match=r"samples\.npy holds \(22,\)"):
@@ -302,7 +317,7 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
 def rewrite(copy: Path, **changes: object) -> None:
     """Change `shards.json`, as somebody would who wants to be believed."""
     path = copy / "shards.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | changes)))
 
 
 @pytest.mark.parametrize(

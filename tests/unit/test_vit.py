@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moce_ds.checksums import with_checksum
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, mask_noise, random_masking, visible_tokens
@@ -204,7 +205,7 @@ def test_damaged_folders_are_refused(tiny: Path, harm: Callable[[Path], None], m
 def test_differences_are_listed_but_not_without_end(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     deeper = config | {"shape": asdict(ViTShape(16, 4, 16, 9, 2))}
-    (tiny / "config.json").write_text(json.dumps(deeper))
+    (tiny / "config.json").write_text(json.dumps(with_checksum(deeper)))
     with pytest.raises(ArtefactError, match="and 52 more missing") as caught:
         load_encoder(tiny)
     assert len(str(caught.value).splitlines()) == 22

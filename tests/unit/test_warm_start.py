@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from moce_ds.checkpoint_files import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import to_tree
 from moce_ds.errors import ArtefactError
-from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.vit import save_encoder
+from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
+from moce_ds.models.vit import save_encoder, timm_vit
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
 from moce_ds.moe.placement import in_order
 from moce_ds.training.checkpoint import global_parameters
@@ -136,6 +136,24 @@ def test_an_encoder_alone_starts_with_a_fresh_decoder_and_says_so(
     fresh = parameters(build_for_training(config, None))
     for name, tensor in parameters(model).items():
         assert torch.equal(tensor, fresh[name] if is_decoder(name) else parameters(source)[name]), name
+
+
+@pytest.mark.parametrize("table", ["learned", "of another grid", "no floats"])
+def test_learned_positions_are_not_lost_in_silence(tiny_config: Make, tmp_path: Path, table: str) -> None:
+    """timm's ViTs learn theirs, and so does `moce finetune`."""
+    vit = timm_vit(tiny_config().vit_shape)
+    nn.init.normal_(vit.pos_embed, std=0.02)
+    state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    if table != "learned":
+        state["pos_embed"] = torch.zeros(1, 19, 16) if table == "of another grid" else torch.zeros(1, 17, 16).long()
+    save_file(state, tmp_path / "vit.safetensors")
+    words = (f"run.init_from={tmp_path / 'vit.safetensors'}", "run.replace_positions=true")
+    with pytest.raises(ArtefactError, match=r"has learned positions: pos_embed differs .* set run.replace_positions"):
+        warm_start(build_for_training(tiny_config(words[0]), None), tiny_config(words[0]))
+    model = build_for_training(tiny_config(*words), None)
+    assert "Its position tables are replaced by fixed" in warm_start(model, tiny_config(*words))
+    assert torch.equal(model.pos_embed, sincos_positions(model.shape, 16))
+    assert torch.equal(parameters(model)["norm.weight"], state["norm.weight"])
 
 
 def test_what_is_read_has_neither_tables_nor_head(source: MaskedAutoencoder, tiny_config: Make, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moce_ds.files import sha256_of, write_json
+from moce_ds.checksums import names_below, records_of, write_checked
 from moce_ds.models.spec import ModelSpec
 from moce_ds.transfer.trained import Output, Trial
 
@@ -66,9 +66,9 @@ def library_version(library: str) -> str:
 
 def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     """Write `export.json`, by which `moce inspect` knows the folder and its files."""
-    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    files = records_of(folder, names_below(folder))
     record = {"format": FORMAT, "target": format.name, "part": format.part}
-    write_json(
+    write_checked(
         folder / "export.json", record | {"shape": asdict(spec.shape), "input": spec.input.to_tree(), "files": files}
     )
 
