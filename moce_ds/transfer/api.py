@@ -3,7 +3,6 @@
 Axes: N images, B images at a time, D feature width.
 """
 
-import io
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moce_ds.clustering.clusters import Clusters as FeatureClusters
 from moce_ds.clustering.store import ENCODER, check_encoder
-from moce_ds.data.image_file import Rejected, examine, open_image, to_rgb
+from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, in_words, to_rgb
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
@@ -105,14 +104,17 @@ class Clusters:
 def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
     """The centre crop of evaluation, resized and normalised, [3, H, W]. Raises DataError."""
     if isinstance(image, Image.Image):
-        rgb = to_rgb(image)
+        try:
+            rgb = to_rgb(image)
+        except DECODER_FAULTS as fault:
+            raise DataError(f"{image!r} cannot be decoded ({in_words(fault)}).") from None
     elif not isinstance(image, str | PathLike):
         raise DataError(f"Got an image of type {type(image).__name__}: expected a path or a Pillow image.")
     else:
         found = examine(Path(image))
         if isinstance(found, Rejected):
             raise DataError(f"{image} is no image that can be read: {found.reason} ({found.detail}).")
-        rgb = to_rgb(open_image(io.BytesIO(found.data)))
+        rgb = decoded(found.data, (found.width, found.height), str(image))
     none, size = np.zeros(1, np.int64), (np.array([rgb.height], np.int32), np.array([rgb.width], np.int32))
     window = CenterCrop(input.center_crop).windows(none, none, *size)
     (top, left), (height, width) = window.start_B2[0].tolist(), window.shape_B2[0].tolist()

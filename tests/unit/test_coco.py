@@ -120,6 +120,7 @@ def packed(mask_HW: Any) -> dict[str, Any]:
         ([[1, 1, 2, 1, 1, 2]] * 10_001, "has 10001 polygons"),
         ({"size": [32.0, 48], "counts": "x" * 10}, "is RLE"),
         ({"size": [32, 48], "counts": "P" * 100_000}, "is RLE"),  # one number without end
+        ({"size": [32, 48], "counts": "P" * 20 + "0" + packed(np.ones((32, 48), bool))["counts"]}, "is RLE"),
     ],
 )
 def test_a_mask_that_cannot_be_is_named(tmp_path: Path, shape: Any, told: str) -> None:
