@@ -82,7 +82,7 @@ def writes_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {reason(error)}") from None
+        raise ArtefactError(f"{path} cannot be written: {reason(error, path)}") from None
     except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
             raise
@@ -108,7 +108,7 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
     except (FileNotFoundError, NotADirectoryError):
         raise kind(f"{path} is missing: {cure}") from None
     except OSError as error:
-        raise kind(f"{path} cannot be read ({reason(error)}): {cure}") from None
+        raise kind(f"{path} cannot be read: {reason(error, path)}") from None
     except _DAMAGE as error:
         if not is_utf8(path):
             raise kind(f"{path} {_NO_UTF8}: give its folder another name.") from None
@@ -203,7 +203,7 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be read ({reason(error)}): expected {what} of `{made_by}`.") from None
+        raise ArtefactError(f"{path} cannot be read: {reason(error, path)}") from None
 
 
 def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 from moce_ds.errors import MoceError
 
@@ -59,12 +60,13 @@ class MachineError(MoceError):
     every_process = True
 
 
-def reason(error: OSError) -> str:
+def reason(error: OSError, named: Path | None = None) -> str:
     """Why the system refused, and what to do, such as "No space left on device. Free some space ...".
 
-    The path is named where the system names one.
+    The path is told where the system names one, unless it is `named` already.
     """
-    where = "".join(f" ({os.fsdecode(name)})" for name in (error.filename,) if isinstance(name, str | bytes))
+    path = _path_of(error)
+    where = f" ({path})" if path and (named is None or Path(path) != named) else ""
     why = error.strerror or str(error) or type(error).__name__
     remedy = _REMEDIES.get(error.errno or 0, "Try again, or name another place")
     if "AF_UNIX path too long" in why:
@@ -72,10 +74,15 @@ def reason(error: OSError) -> str:
     return f"{why.removesuffix('.')}{where}. {remedy}."
 
 
+def _path_of(error: OSError) -> str:
+    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+
+
 def machine_fault(error: BaseException) -> MachineError | None:
     """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
     if isinstance(error, OSError):
-        return MachineError(f"The system refused an operation: {reason(error)}")
+        path = _path_of(error)
+        return MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):

@@ -164,3 +164,13 @@ def test_results_that_are_there_stay(inputs: Inputs, disk: Disk) -> None:
     disk.leave(0)
     assert FULL in refused(*measured("probe", inputs, out))
     assert out.read_bytes() == before and disk.inside() == {"out"}
+
+
+def test_names_that_the_system_refuses(tiny_images: Path, tmp_path: Path) -> None:
+    """No writer or reader of ours looks at them first: the net of the command line tells what the system says."""
+    loop, long = tmp_path / "loop", tmp_path / ("n" * 300)
+    loop.symlink_to(loop)
+    for words in (("report", long), ("inspect", long), ("shards", tiny_images, long), ("shards", tiny_images, loop)):
+        told = refused(*words)
+        assert str(words[-1]) in told
+        assert "File name too long. Choose shorter names." in told or "leads back to itself: remove it" in told

@@ -140,9 +140,9 @@ def test_what_is_not_there_or_no_file(tmp_path: Path, kind: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for name, told in {
         "absent": "is missing: write it again.",
-        "folder": "cannot be read (Is a directory",
-        "loop": "cannot be read (Too many levels of symbolic links",
-        "x" * 300: "cannot be read (File name too long",
+        "folder": "cannot be read: Is a directory. ",
+        "loop": "cannot be read: Too many levels of symbolic links",
+        "x" * 300: "cannot be read: File name too long. Choose shorter names.",
     }.items():
         with pytest.raises(ArtefactError) as caught:
             read(tmp_path / name)
@@ -184,6 +184,8 @@ def test_reasons_name_the_remedy() -> None:
     assert told.startswith("No space left on device (/disk/x). Free some space there, or name a place on another disk")
     assert "ulimit -n" in reason(OSError(errno.EMFILE, "Too many open files"))
     assert reason(OSError("odd")).startswith("odd. ")
+    fault = machine_fault(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "locked/x"))
+    assert str(fault).startswith("locked/x: Permission denied. Ask its owner for permission")
     fault = machine_fault(MemoryError())
     assert fault is not None and str(fault).startswith("Out of memory. Use a smaller batch")
     with pytest.raises(RuntimeError) as caught:

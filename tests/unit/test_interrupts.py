@@ -11,9 +11,11 @@ import pytest
 from launchers import local
 from launchers.local import run_processes
 from moce_ds.errors import LOST_PEER, STOPPED
-from moce_ds.interrupts import SIGNALS, obeyed
+from moce_ds.interrupts import obeyed
 from moce_ds.runtime import StopRequest
 from moce_ds.transfer import finetuning
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 OUTLIVING = """
 import sys
