@@ -97,9 +97,9 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     from moce_ds.runtime import started
     from moce_ds.training.loop import pretrain as run
 
-    check_memory(config, Place.here().world_size)
-
     with started(config.run.peer_timeout) as runtime:
+        with runtime.together():
+            check_memory(config, runtime.world_size, runtime.device)
         progress = run(config, runtime)
     if not progress.complete:
         sys.exit(STOPPED)
@@ -187,17 +187,15 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
 @words()
 def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]) -> None:
     """Cluster FEATURES into OUT: k-means, then balanced assignment (method=sinkhorn)."""
-    import torch
-
     from moce_ds.clustering.build import ClusterSettings, build_clusters
     from moce_ds.clustering.quality import report_table
     from moce_ds.data.shards import ShardSet
+    from moce_ds.runtime import lone_device
 
     config = read_settings(ClusterSettings, words)
     labelled = ShardSet.open(shards) if shards else None
     labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _, report = build_clusters(features, out, config, labels, classes, device)
+    _, report = build_clusters(features, out, config, labels, classes, str(lone_device()))
     show(report_table(report, compared=shards is not None))
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from moce_ds.errors import STOPPED
+from moce_ds.place import is_first
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What asks a command to stop."""
@@ -30,7 +31,7 @@ def obeyed() -> list[signal.Signals]:
 def leave(number: int, frame: FrameType | None) -> None:
     """A handler: end at once, while nothing has begun. No exception, as one that is raised inside an import can be
     swallowed there."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         with suppress(OSError):
             os.write(2, b"Interrupted.\n")
     os._exit(STOPPED)

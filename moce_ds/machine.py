@@ -2,9 +2,10 @@
 
 import errno
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
-from moce_ds.errors import MoceError
+from moce_ds.errors import LOST_PEER, MoceError
 
 _OTHER_PLACE = "Free some space there, or name a place on another disk (for temporary files: TMPDIR)"
 _PERMISSION = "Ask its owner for permission, or name another place"
@@ -49,13 +50,30 @@ _REMEDIES: dict[int, str] = {
     errno.ETIMEDOUT: _NETWORK,
 }
 
+# A disk, a file server or a network that fails for one machine or for a while: the same command may succeed.
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ENETRESET,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+
 # torch reports an allocation that failed as a RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 _MEMORY = "Use a smaller batch, model or number of workers, or a machine with more memory"
 
 
 class MachineError(MoceError):
-    """The machine did not allow something: its disk is full, a permission is missing, a limit is reached."""
+    """The machine did not allow something: its disk is full, a permission is missing, a limit is reached.
+
+    Its status is `LOST_PEER` where the same command may well succeed, perhaps on another machine.
+    """
 
     every_process = True
 
@@ -82,7 +100,9 @@ def machine_fault(error: BaseException) -> MachineError | None:
     """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
     if isinstance(error, OSError):
         path = _path_of(error)
-        return MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
+        fault = MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
+        fault.status = LOST_PEER if error.errno in _PASSING else fault.status
+        return fault
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):
@@ -94,3 +114,26 @@ def machine_fault(error: BaseException) -> MachineError | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch says that memory ran out, of this machine or of a GPU."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def control_groups(
+    controller: str, own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> Iterator[Path]:
+    """Folders of the control groups that limit this process, as SLURM and systemd make them: its own, and all above.
+
+    Args:
+        controller: such as "memory", of groups of version 1; those of version 2 have all controllers in one folder.
+        own, mounted: where the system says which groups these are, and where they are.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = mounted / controller if controllers else mounted
+        parts = [part for part in PurePosixPath(group).parts if part not in ("/", "..")]
+        # In a container the name may be that of the host, which has no folder here; the topmost always has one.
+        yield from (folder for n in range(len(parts), -1, -1) if (folder := top.joinpath(*parts[:n])).is_dir())

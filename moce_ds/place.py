@@ -69,6 +69,7 @@ def is_first(given: Mapping[str, str] = os.environ) -> bool:
 def _number(given: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
     text = given.get(name, ALONE.get(name, ""))
     expected = f"a whole number from {least} to {most}" if most is not None else f"a whole number of at least {least}"
+    expected = str(least) if least == most else expected
     # isdecimal knows other scripts' digits, and int takes underscores and signs.
     if text.strip().isascii() and text.strip().isdecimal() and len(text.strip()) <= 9:
         number = int(text)

@@ -36,14 +36,17 @@ _PORT_ATTEMPTS, _PORT_PAUSE = 10, 1.0
 _sessions = itertools.count()  # of this process; all processes have the same number of them
 
 
-def host_on_loopback(port: int = 0) -> TCPStore:
-    """A store that this process hosts on 127.0.0.1; `port` 0: one that is free. Raises OSError.
+def host_on_loopback(port: int = 0, host: str = _LOOPBACK) -> TCPStore:
+    """A store that this process hosts at one address of the loopback; `port` 0: one that is free. Raises OSError.
 
     TCPStore listens on all addresses, whatever host it is told, unless it is given a socket that is bound already.
     """
-    listening = socket.create_server((_LOOPBACK, port))
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # localhost may be ::1 too, on machines that have no IPv6.
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    listening = socket.create_server((str(address[0]), port), family=family)
     port = listening.getsockname()[1]
-    return TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    return TCPStore(str(address[0]), port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def _check_host(place: Place) -> None:
@@ -182,15 +185,15 @@ class Rendezvous:
         for _ in range(_PORT_ATTEMPTS):
             try:
                 if on_loopback(self.host):
-                    return host_on_loopback(self.place.port)
+                    return host_on_loopback(self.place.port, self.host)
                 return TCPStore(self.host, self.place.port, is_master=True, wait_for_workers=False)
             except (DistError, OSError) as error:
                 if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
                     raise
             time.sleep(_PORT_PAUSE)
         raise LostPeerError(
-            f"Port {self.place.port} of this machine is taken (address already in use), also at attempt "
-            f"{_PORT_ATTEMPTS}: another job has it. Choose another MASTER_PORT."
+            f"Port {self.place.port} of this machine is still taken (address already in use) after "
+            f"{_PORT_ATTEMPTS} attempts: another job has it. Choose another MASTER_PORT."
         )
 
     def _roll_call(self, store: Store, silence: float, patience: float) -> None:
@@ -207,8 +210,9 @@ class Rendezvous:
             store.wait([str(other) for other in everyone], timedelta(seconds=max(1.0, patience - silence)))
             return
         lost = LostPeerError(
-            f"Of {self.place.world_size} processes, ranks {_missing(store, everyone)} have not come to {self._address} "
-            f"within {patience:.0f} s. Look whether they have started, and whether all have the same WORLD_SIZE."
+            f"Of {self.place.world_size} processes, ranks {_missing(store, everyone)} did not connect to "
+            f"{self._address} within {patience:.0f} s. Look whether they have started, and whether all have "
+            "the same WORLD_SIZE."
         )
         lost.every_process = False
         raise lost

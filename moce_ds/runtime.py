@@ -13,19 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
 from moce_ds import threads
+from moce_ds.command_line import say, warn
 from moce_ds.errors import MoceError
 from moce_ds.interrupts import obeyed
 from moce_ds.liveness import Watch
 from moce_ds.machine import machine_fault
 from moce_ds.place import ALONE, Place, PlaceError
 from moce_ds.rendezvous import Rendezvous, interfaces
-from moce_ds.text import encoded, hanging
+from moce_ds.text import counted, encoded
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
@@ -52,7 +54,7 @@ class Runtime:
     def say(self, text: str) -> None:
         """Print to standard error, once for all processes, clear of a progress bar."""
         if self.is_main:
-            print(hanging(text), file=sys.stderr, flush=True)
+            say(text, err=True)
 
     def at(self, doing: str) -> None:
         """Say what this process is at, such as "step 12": told to the others if it is lost."""
@@ -93,7 +95,7 @@ class Runtime:
         The block itself must hold no collective; leaving it is one.
 
         Raises:
-            MoceError: what the first process that failed has raised, or met as an error of its machine.
+            MoceError: what the first process that failed has raised, or met as an error of its machine; its status too.
         """
         fault: MoceError | None = None
         try:
@@ -105,8 +107,10 @@ class Runtime:
             if fault is None:
                 raise
         if self.max([float(fault is not None)])[0]:
-            first = next(text for text in self.texts(str(fault or "")) if text)
-            agreed = type(fault or MoceError())(first)
+            first = next(text for text in self.texts(f"{fault.status} {fault}" if fault else "") if text)
+            status, _, told = first.partition(" ")
+            agreed = type(fault or MoceError())(told)
+            agreed.status = int(status)
             agreed.every_process = False  # all of them know it
             raise agreed from None
 
@@ -125,13 +129,25 @@ class Runtime:
         dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
         longest = max(map(int, sizes))
         if not 0 <= longest <= _MAX_TEXT_BYTES:
-            raise MoceError(f"A process tells {longest} bytes of text; {_MAX_TEXT_BYTES} are the most.")
+            raise MoceError(f"A process sends {longest} bytes of text; the limit is {_MAX_TEXT_BYTES}.")
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(mine)] = mine[:longest]
         gathered = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(gathered, padded)
         received = zip(gathered, sizes, strict=True)
         return [bytes(data[: int(size)].numpy()).decode("utf-8", "surrogatepass") for data, size in received]
+
+
+def lone_device() -> torch.device:
+    """Where a process without a group computes: the GPU where there is one. Says once how many threads it takes."""
+    _tell_threads()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@cache
+def _tell_threads() -> None:
+    if line := threads.told():
+        warn(line)
 
 
 @contextmanager
@@ -168,8 +184,8 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise PlaceError(
-                f"LOCAL_RANK is {local_rank} and this machine shows {torch.cuda.device_count()} GPUs: start "
-                "at most one process a GPU, or show more of them (CUDA_VISIBLE_DEVICES)."
+                f"LOCAL_RANK is {local_rank} and this machine shows {counted(torch.cuda.device_count(), 'GPU')}: start "
+                "at most one process per GPU, or show more of them (CUDA_VISIBLE_DEVICES)."
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -186,8 +202,7 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     try:
         with watch or nullcontext():
             runtime = Runtime(rank, world_size, local_rank, device, watch)
-            if line := threads.told():
-                runtime.say(line)
+            _tell_threads()
             yield runtime
             dist.barrier()  # nobody takes the store away while others still look into it
         dist.barrier()

@@ -9,12 +9,12 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from moce_ds.machine import control_groups
 from moce_ds.text import counted
 
 _COUNT = "OMP_NUM_THREADS"
 _CPUS = "MOCE_CPUS"  # what the outermost process of ours found, for its children to share
 CHOSEN = "MOCE_THREADS"  # what was chosen here: where OMP_NUM_THREADS is something else, the user set it
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def settle(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -23,13 +23,18 @@ def settle(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.update(shared_by(int(local) if local.isdecimal() and int(local) else 1, environment))
 
 
-def keep(count: int | None, environment: MutableMapping[str, str] = os.environ) -> None:
+def keep(count: int | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
     """Compute with as many threads as the run that is resumed did, so that its numbers stay the same to the bit; unless
-    the user says otherwise, or there are not as many CPUs here."""
+    the user says otherwise, or there are not as many CPUs here. Returns the change in a line; None: there is none."""
     if count and not _by_user(environment) and _COUNT in environment and count <= allowed_cpus():
         import torch
 
-        torch.set_num_threads(count)
+        if count != torch.get_num_threads():
+            torch.set_num_threads(count)
+            return (
+                f"{counted(count, 'thread')} per process, as this run had before; OMP_NUM_THREADS sets another number."
+            )
+    return None
 
 
 def shared_by(processes: int, environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
@@ -50,7 +55,7 @@ def told(environment: MutableMapping[str, str] = os.environ) -> str | None:
         return None
     count = environment[_COUNT]
     return (
-        f"{counted(int(count), 'thread')} a process, since {environment[_CPUS]} of {os.cpu_count()} CPUs "
+        f"{counted(int(count), 'thread')} per process, since {environment[_CPUS]} of {os.cpu_count()} CPUs "
         f"{'is' if environment[_CPUS] == '1' else 'are'} free; OMP_NUM_THREADS sets another number."
     )
 
@@ -61,18 +66,18 @@ def free_cpus() -> int:
 
 
 def allowed_cpus() -> int:
-    """CPUs that this process may use: of its affinity, and of its control group's quota."""
+    """CPUs that this process may use: of its affinity, and of its control groups' quotas."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(affinity, cgroup_cpus(_CGROUP))
+    return min([affinity, *map(cgroup_cpus, control_groups("cpu"))])
 
 
 def cgroup_cpus(folder: Path) -> int:
-    """The quota of CPUs of this process's control group, rounded up; many where there is none."""
+    """The quota of CPUs of a control group, given its folder, rounded up; many where there is none."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
         try:
-            quota, period = ((folder / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return 2**20
     return 2**20 if quota.strip() in ("max", "-1") else max(1, math.ceil(int(quota) / int(period)))

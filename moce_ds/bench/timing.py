@@ -1,7 +1,6 @@
 """Timing cases against one another: interleaved, so that whatever else the machine does hits all alike."""
 
 import ctypes
-import os
 import platform
 import statistics
 import time
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from moce_ds.place import is_first
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -25,9 +26,7 @@ def interleaved(
     `together` is called before each case: a barrier, where several processes measure the same.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in tqdm(
-        range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=os.environ.get("RANK", "0") != "0"
-    ):
+    for turn in tqdm(range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=not is_first()):
         for name, case in cases.items():
             _synchronise()
             together()

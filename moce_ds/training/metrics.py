@@ -5,6 +5,7 @@ Only the main process tells. A step that two attempts have recorded is resolved 
 
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from moce_ds.files import writes_to
+from moce_ds.files import sync, writes_to
 from moce_ds.metrics_file import METRICS, checked, last_check
 from moce_ds.runtime import Runtime
 from moce_ds.training.attempt import Attempt
@@ -114,6 +115,18 @@ class Teller:
     def mark(self) -> str | None:
         """Checksum of the last line of metrics.jsonl, which goes into a checkpoint's manifest; None: no line yet."""
         return self._check or None
+
+    def keep(self, step: int) -> None:
+        """Wait until the records are on the disk, before a checkpoint names the last of them; a collective.
+
+        Raises:
+            ArtefactError, SupersededError: on every process, when they cannot be written.
+        """
+        with self._runtime.together():
+            if self._runtime.is_main:
+                with self._attempt.writing(step):
+                    os.fsync(self._record.fileno())
+                    sync(self._attempt.run)
 
     def step(self) -> None:
         """Move the progress line on by one step."""

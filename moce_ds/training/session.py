@@ -88,7 +88,8 @@ def open_session(
     engine = start_engine(model, config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
-        keep(resume_from.manifest.get("threads"))
+        if told := keep(resume_from.manifest.get("threads")):
+            runtime.say(told)
         runtime.say(f"Resuming {config.run.out} after step {first_step}.")
     sampler: ShuffledSampler | LocalSampler = ShuffledSampler(shards.count, batches.micro_global, config.run.seed)
     router = None

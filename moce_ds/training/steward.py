@@ -54,6 +54,7 @@ class Steward:
 
     def save(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Begin the checkpoint of this step, as `Saver.start`, with how far metrics.jsonl has come; a collective."""
+        self.teller.keep(self.step)
         self.saver.start({**manifest, "metrics": self.teller.mark}, state)
 
     def after_step(self, totals: list[float], waited: float) -> list[float]:

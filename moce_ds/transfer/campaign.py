@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 
-from moce_ds.command_line import say
+from moce_ds.command_line import say, warn
 from moce_ds.config import to_tree
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.results_file import add_record, check_results, read_results
+from moce_ds.runtime import lone_device
 from moce_ds.transfer.finetuning import finetuned
 from moce_ds.transfer.frozen import measure_frozen
 from moce_ds.transfer.metrics import SPOKEN
 from moce_ds.transfer.results import accuracy_record, known_by
 from moce_ds.transfer.subjects import Subject, encoder_for
-from moce_ds.transfer.task_data import Splits, opened_task, to_terminal
+from moce_ds.transfer.task_data import Splits, opened_task
 from moce_ds.transfer.tasks import Task, check_metric
 
 METHODS = ("knn", "probe", "finetune")
@@ -83,7 +84,7 @@ def run_campaign(
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
     check_results(out / RESULTS)
     _tell_untunable(subjects, methods)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = lone_device()
     with ExitStack() as opened:
         splits = [opened.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
         for task, images in zip(tasks, splits, strict=True):
@@ -108,7 +109,7 @@ def _tell_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None
     told = f"--methods: {runs} routes by token, so there is no dense ViT to fine-tune"
     if len(by_token) == len(subjects) and set(methods) == {"finetune"}:
         raise ConfigError(f"{told}: name another method, or other runs.")
-    to_terminal(f"{told}: its places in that table stay empty.")
+    warn(f"{told}: its places in that table stay empty.")
 
 
 def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: torch.device) -> Pairing:

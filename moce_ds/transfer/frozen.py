@@ -5,12 +5,13 @@ Axes: N images of a split, D features.
 
 import torch
 
+from moce_ds.command_line import warn
 from moce_ds.models.vit import Encoder
 from moce_ds.transfer.knn import KnnSettings, check_classes, knn_accuracy
 from moce_ds.transfer.linear import MAX_ITERATIONS
 from moce_ds.transfer.metrics import Metric, MultiLabelScore, Score
 from moce_ds.transfer.probe import ProbeSettings, linear_probe
-from moce_ds.transfer.task_data import Splits, encoded, labels_of, to_terminal
+from moce_ds.transfer.task_data import Splits, encoded, labels_of
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Of each verb; they say what is measured."""
@@ -35,7 +36,7 @@ def measure_frozen(
     if isinstance(config, ProbeSettings):
         score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
         if unfinished := score.settings.get("not_converged"):
-            to_terminal(
+            warn(
                 f"probe: logistic regression had not converged after {MAX_ITERATIONS} iterations with "
                 f"l2={', '.join(map(str, unfinished))}; l2={score.settings['l2']} was chosen. Features are nearly "
                 "separable there: leave these strengths out of l2, or take method=closed_form."

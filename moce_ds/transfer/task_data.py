@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_ds.command_line import say
+from moce_ds.command_line import warn
 from moce_ds.data.left_out import left_out
 from moce_ds.data.saved_dataset import is_saved_dataset, unpack_images
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -25,13 +25,8 @@ from moce_ds.models.vit import Encoder
 from moce_ds.text import in_line
 
 
-def to_terminal(text: str) -> None:
-    """Say something that is no result, on standard error."""
-    say(text, err=True)
-
-
 @contextmanager
-def opened_images(path: Path, say: Callable[[str], None] = to_terminal) -> Iterator[ShardSet]:
+def opened_images(path: Path, say: Callable[[str], None] = warn) -> Iterator[ShardSet]:
     """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
 
     Args:

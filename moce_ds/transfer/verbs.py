@@ -201,9 +201,9 @@ def task_of(data: Path) -> str:
 
 
 def _device() -> Any:
-    import torch
+    from moce_ds.runtime import lone_device
 
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return lone_device()
 
 
 VERBS = (select, export, knn, probe, evaluate, *PROTOCOL_VERBS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import LOST_PEER, ArtefactError
 from moce_ds.files import (
     atomic_folder,
     check_writable,
@@ -193,6 +193,15 @@ def test_reasons_name_the_remedy() -> None:
     fault = machine_fault(caught.value)
     assert fault is not None and "Out of memory (" in str(fault)
     assert machine_fault(RuntimeError("a defect")) is None and machine_fault(KeyError("x")) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.EIO, LOST_PEER), (errno.ESTALE, LOST_PEER), (errno.ECONNRESET, LOST_PEER), (errno.ENOSPC, 1)],
+)
+def test_a_machine_that_fails_is_worth_another_try(number: int, status: int) -> None:
+    fault = machine_fault(OSError(number, os.strerror(number), "x"))
+    assert fault is not None and fault.status == status
 
 
 def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

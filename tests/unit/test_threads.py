@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from moce_ds import threads
+from moce_ds.machine import control_groups
 
 
 def test_the_users_number_is_left_alone() -> None:
@@ -18,7 +20,7 @@ def test_processes_share_what_the_outermost_found(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(threads, "free_cpus", lambda: 9)
     outer: dict[str, str] = {}
     threads.settle(outer)
-    assert outer["OMP_NUM_THREADS"] == "9" and "9 threads a process" in (threads.told(outer) or "")
+    assert outer["OMP_NUM_THREADS"] == "9" and "9 threads per process" in (threads.told(outer) or "")
     monkeypatch.setattr(threads, "free_cpus", lambda: 1)  # since the outer process is at work
     child = outer | threads.shared_by(4, outer)
     assert child["OMP_NUM_THREADS"] == "2"
@@ -45,18 +47,60 @@ def test_load_of_others_is_left_to_them(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
     monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    monkeypatch.setattr(threads, "cgroup_cpus", lambda _: 2**20)
+    monkeypatch.setattr(threads, "control_groups", lambda _: [])
     monkeypatch.setattr(threads, "_load", lambda: min(mean, running))
     assert threads.free_cpus() == free
 
 
 def test_a_quota_of_the_control_group_counts(tmp_path: Path) -> None:
     assert threads.cgroup_cpus(tmp_path) > 1000
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("250000\n")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "cpu.cfs_quota_us").write_text("250000\n")
+    (tmp_path / "cpu.cfs_period_us").write_text("100000\n")
     assert threads.cgroup_cpus(tmp_path) == 3
     (tmp_path / "cpu.max").write_text("400000 100000\n")
     assert threads.cgroup_cpus(tmp_path) == 4
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert threads.cgroup_cpus(tmp_path) > 1000
+
+
+@pytest.mark.parametrize(
+    ("told", "made", "found"),
+    [
+        ("0::/job/step\n", ["job/step"], ["job/step", "job", ""]),
+        ("0::/of/the/host\n", [], [""]),  # a container with its own folders and the host's names
+        ("0::/../../job\n", ["job"], ["job", ""]),
+        ("4:cpu,cpuacct:/job\n3:memory:/other\n", ["cpu/job", "memory/other"], ["cpu/job", "cpu"]),
+        ("", [], []),
+    ],
+)
+def test_the_groups_above_count_too(told: str, made: list[str], found: list[str], tmp_path: Path) -> None:
+    own, mounted = tmp_path / "cgroup", tmp_path / "mounted"
+    own.write_text(told)
+    for folder in ["", *made]:
+        (mounted / folder).mkdir(parents=True, exist_ok=True)
+    assert list(control_groups("cpu", own, mounted)) == [mounted / folder for folder in found]
+
+
+def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+    assert list(control_groups("cpu", tmp_path / "none", tmp_path)) == []
+
+
+def test_the_tightest_group_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, quota in (("job", "200000"), ("job/step", "max")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cpu.max").write_text(f"{quota} 100000\n")
+    monkeypatch.setattr(threads, "control_groups", lambda _: [tmp_path / "job/step", tmp_path / "job"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert threads.allowed_cpus() == 2
+
+
+def test_a_resumed_run_tells_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = torch.get_num_threads()
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: now + 1)
+    chosen = {"OMP_NUM_THREADS": str(now), threads.CHOSEN: str(now)}
+    assert threads.keep(now, chosen) is None and threads.keep(None, chosen) is None
+    try:
+        assert (threads.keep(now + 1, chosen) or "").startswith(f"{now + 1} threads per process, as this run")
+        assert torch.get_num_threads() == now + 1
+    finally:
+        torch.set_num_threads(now)

@@ -1,0 +1,41 @@
+"""A checkpoint names the last record of its run: that one reaches the disk first, or a power cut leaves a lie."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from alone import ALONE
+
+from moce_ds.metrics_file import METRICS
+from moce_ds.training.attempt import Attempt
+from moce_ds.training.metrics import Teller
+from moce_ds.training.steward import Steward
+
+
+def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, synced, begun = tmp_path / METRICS, [], []
+
+    def fsync(descriptor: int) -> None:
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            synced.append(file.read_text())
+
+    def start(manifest: dict[str, Any], state: object) -> None:
+        begun.append((manifest["metrics"], list(synced)))
+
+    attempt = Attempt.claim(tmp_path, ALONE)
+    monkeypatch.setattr(os, "fsync", fsync)
+    parts: Any = dict.fromkeys(("engine", "run", "stop", "skips"))
+    saver: Any = SimpleNamespace(start=start)
+    with Teller(attempt, 0, 2, 16, ALONE) as teller:
+        steward = Steward(
+            **parts, attempt=attempt, runtime=ALONE, step=1, steps=2, images=16, saver=saver, teller=teller
+        )
+        teller.metrics({"step": 1, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
+        steward.save({})
+    [(mark, before)] = begun
+    assert json.loads(before[-1].splitlines()[-1])["check"] == mark
