@@ -5,7 +5,7 @@ else that escapes is a defect of this program and keeps its traceback.
 """
 
 LOST_PEER = 75
-"""Exit status when another process is to blame (EX_TEMPFAIL): the same command may well succeed."""
+"""Exit status when another process, a disk or a network failed (EX_TEMPFAIL): the same command may well succeed."""
 
 STOPPED = 76
 """Exit status of a run that stopped as asked, before its last step: what needs the whole run must not follow."""

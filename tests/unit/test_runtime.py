@@ -1,10 +1,12 @@
 """One process alone: what it needs of the environment is there while it needs it, and gone after it."""
 
 import os
+from functools import cache
 
 import pytest
 
-from moce_ds.runtime import started
+from moce_ds import runtime, threads
+from moce_ds.runtime import lone_device, started
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -13,8 +15,18 @@ def test_a_process_alone_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) 
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with started() as runtime:
-        assert (runtime.rank, runtime.world_size) == (0, 1)
+    with started() as alone:
+        assert (alone.rank, alone.world_size) == (0, 1)
         assert all(name in os.environ for name in NAMES)
     # Else a launcher that this process starts afterwards would take itself for a rank.
     assert [name for name in NAMES if name in os.environ] == ["LOCAL_RANK"], "which was given"
+
+
+def test_a_process_without_a_group_says_once_how_many_threads_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtime, "_tell_threads", cache(runtime._tell_threads.__wrapped__))
+    monkeypatch.setattr(threads, "told", lambda: "3 threads per process")
+    lone_device()
+    lone_device()
+    assert capsys.readouterr().err == "3 threads per process\n"
