@@ -268,4 +268,9 @@ def test_what_earlier_versions_wrote_opens_and_is_said_to_be_unverified(
         READERS[kind][0](copy)
         said = run_here("inspect", copy, "--verify")
         assert said.status == 0, said
-        assert f"{names[0]}: written before it had a checksum; nothing can be said about it" in said.out
+        unverified = f"{names[0]}: written before it had a checksum; nothing can be said about it"
+        assert unverified in said.out and "Verified" not in said.out
+        assert "No fault found.\nThese parts cannot be verified:\n" in said.out
+        next(path for path in copy.rglob("*.safetensors" if kind != "shards" else "*.tar")).write_bytes(b"damaged")
+        said = run_here("inspect", copy, "--verify")
+        assert said.status == 1 and (unverified in said.out or "is damaged" in said.out + said.err), said
