@@ -14,6 +14,7 @@ from typing import Any
 from moce_ds.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
 from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.locks import locked
+from moce_ds.text import counted
 
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
@@ -69,7 +70,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def results_findings(path: Path) -> Findings:
     """What cannot be verified. Raises ArtefactError where a record is not what was written."""
     older = sum(not has_checksum(record) for record in _stored(path))
-    return Findings(unverified=[written_before(f"{path.name}, {older} records of it")] if older else [])
+    return Findings(unverified=[written_before(f"{path.name}, {counted(older, 'record')} of it")] if older else [])
 
 
 def check_results(path: Path | None) -> None:
@@ -87,7 +88,7 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    busy = f"{path} has been held by another process for a minute: look what it does, then run the same command again."
+    busy = f"{path} has been held by another process for a minute: check that process, then run the same command again."
     with locked(path.with_name(f".{path.name}.lock"), busy):
         others = [one for one in _stored(path) if _key(one) != _key(record)]
         with writes_to(path):

@@ -161,7 +161,7 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
     plan_file = out / PROGRESS / "plan.json"
     if plan_file.exists():
         _refuse_other_plan(out, source, read_json(plan_file, "the plan of a shard set", "moce shards"), plan)
-        # All of them, not only those of processes known to be gone: who holds the lock is the only one who writes.
+        # Also those of other machines, which `drafts` leaves for a day: whoever writes the set is alone in its folder.
         for unfinished in [*out.glob(".*.tmp"), *(out / PROGRESS).glob(".*.tmp")]:
             unfinished.unlink()
         return
