@@ -1,4 +1,6 @@
-"""One process at a time changes a file: whoever holds the lock file beside it. A killed process lets go of it."""
+"""One process at a time changes a file: whoever holds the lock file beside it.
+
+A killed process lets go of it; where the file system knows no locks, only one of the same host does."""
 
 import errno
 from collections.abc import Iterator

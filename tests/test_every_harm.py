@@ -100,6 +100,14 @@ def test_every_harm_to_every_file_is_named(artefacts: dict[str, Path], kind: str
     assert missed == []
 
 
+def test_a_tuning_run_that_was_killed_before_its_result_is_no_fault(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    run = harmed(artefacts["tuning run"], "result.json", "deleted", tmp_path / "run")
+    (noted,) = (path for path in (run / "attempts").glob("*.json") if "result.json" in path.read_text())
+    noted.unlink()
+    said = run_here("inspect", run, "--verify")
+    assert said.status == 0 and "result.json: is missing, and tuned is there: the same command goes on" in said.out
+
+
 def _read_run(run: Path) -> None:
     """As `moce report`, `select` and a resumed run read it."""
     read_run(run)

@@ -169,6 +169,25 @@ def test_a_stage_is_done_for_what_it_was_made_from(make: Make, tmp_path: Path, t
     assert not stage.is_done(), "what failed is run again"
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_undoes_no_stage(make: Make, tiny_shards: Path) -> None:
+    pipeline = make()
+    shutil.copytree(tiny_shards, pipeline.out / "shards")
+    stage = of(pipeline, "mae")
+    (pipeline.out / "mae/checkpoints/step-00000005").mkdir(parents=True)
+    (pipeline.out / "mae/checkpoints/step-00000005/manifest.json").write_text("5")
+    made_from = stage.made_from()
+    for group, name in (("optim", "decay_tokens"), ("run", "replace_positions")):
+        del made_from["settings"][group][name]
+    write_record(stage, StageRecord(made_from, "now", "done"))
+    assert stage.is_done()
+    optim = dataclasses.replace(stage.config.optim, decay_tokens=True)
+    other = dataclasses.replace(stage, config=dataclasses.replace(stage.config, optim=optim))
+    assert not other.is_done()
+    del made_from["settings"]["data"]["shards"]
+    write_record(stage, StageRecord(made_from, "now", "done"))
+    assert not stage.is_done(), "what the record does not say has no default"
+
+
 def test_a_stage_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:
     shards, path = of(make(), "shards"), tmp_path / "pipeline.yaml"
     command = ("pipeline", path, "--stage", "shards")
