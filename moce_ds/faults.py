@@ -85,13 +85,13 @@ def _suggestion(known: Fields, key: str) -> str:
 
 
 def _near(known: Fields, key: str) -> Iterator[str]:
-    """What may have been meant, likeliest first: a name by its end (lr), a name misspelt, words of a help text."""
+    """What may have been meant, likeliest first: a name misspelt, a name by its end (lr), words of a help text."""
     group, _, last = key.rpartition(".")
     inside = [name for name in known if name.rpartition(".")[0] == group] if group else []
     for names in (inside, list(known)):
         by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
-        yield from [name for name in names if f"_{name.rpartition('.')[2]}".endswith(f"_{last}")]
         yield from difflib.get_close_matches(key, names, n=1, cutoff=0.85)
+        yield from [name for name in names if f"_{name.rpartition('.')[2]}".endswith(f"_{last}")]
         yield from [by_last[one] for one in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
     yield from difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     spoken = last.replace("_", " ")

@@ -60,6 +60,7 @@ def test_environment_reaches_the_shell_with_its_variables_read() -> None:
         (['setup=["a\\nb"]'], "setup: 'a\\nb' holds a line break"),
         (["signal=KILL"], "signal: got 'KILL'"),
         (["gpu_per_node=1"], "Did you mean gpus_per_node?"),
+        (["node=2"], "Did you mean nodes?"),
     ],
 )
 def test_refusals(words: list[str], told: str) -> None:
