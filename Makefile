@@ -1,4 +1,4 @@
-# `make help` lists what there is. editable_mode=compat: also beside a clone called moce_ds, `import moce_ds` finds it. Everything installs itself into .venv first.
+# `make help` lists what there is. Everything installs itself into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,6 +21,7 @@ install: $(VENV)/.installed  ## create .venv and install (EXTRA=cpu|cu13|cu12)
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes and gigabytes, mostly downloads."
+	@# editable_mode=compat: `import moce_ds` also finds the package from beside a clone called moce_ds.
 	$(BIN)/python -m pip install --config-settings editable_mode=compat --editable ".[$(EXTRA),demo,dev]"
 	touch $@
 

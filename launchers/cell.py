@@ -12,22 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
-
 from launchers.grid import Cell, StudySettings, cells_of
-from launchers.hold import held
 from launchers.local import run_processes
 from moce_ds import config as configuration
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.checksums import read_checked, write_checked
-from moce_ds.command_line import say
-from moce_ds.errors import STOPPED, ArtefactError, ConfigError, MoceError
+from moce_ds.command_line import run_main, say
+from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import writes_to
+from moce_ds.locks import held
 from moce_ds.place import Place
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.results_file import read_results
-from moce_ds.text import tolerate_any_text
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.values import arguments
 
@@ -35,16 +32,11 @@ _HELD_OUT = "held out"
 
 
 def main() -> int:
-    """Run the cell that the arguments name; returns the exit status."""
-    tolerate_any_text()
+    """Run the cell that the arguments name; returns the exit status. Raises MoceError as `run_cell`."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    try:
-        record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
-        study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
-        return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
-    except MoceError as error:
-        say(f"Error: {error}", err=True)
-        return error.status
+    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
+    study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
+    return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
 
 
 def run_cell(study: StudySettings, cell: Cell) -> int:
@@ -153,8 +145,4 @@ def _moce(*words: Any) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (KeyboardInterrupt, click.Abort):
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(STOPPED)
+    sys.exit(run_main(main))

@@ -14,10 +14,8 @@ from pathlib import Path
 
 from launchers.pipeline import run_pipeline
 from moce_ds import threads
-from moce_ds.command_line import say, show
+from moce_ds.command_line import run_main, say, show
 from moce_ds.config import word
-from moce_ds.errors import MoceError
-from moce_ds.text import tolerate_any_text
 from moce_ds.values import expanded
 
 CONFIG = "configs/demo/pipeline.yaml"
@@ -26,7 +24,7 @@ SHORT = ("optim.epochs=1", "run.log_every=5")
 
 
 def main() -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo; returns the exit status. Raises MoceError as the stages."""
     parser = argparse.ArgumentParser(prog="python -m launchers.demo", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--short", action="store_true", help="one epoch a run: shows that everything works, little more"
@@ -35,14 +33,9 @@ def main() -> int:
         "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"
     )
     given = parser.parse_args()
-    tolerate_any_text()
     threads.settle()
     began = time.monotonic()
-    try:
-        status = run_demo(given.out, given.short)
-    except MoceError as error:
-        say(f"Error: {error}", err=True)
-        return error.status
+    status = run_demo(given.out, given.short)
     say(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
@@ -79,4 +72,4 @@ def _summary(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main))

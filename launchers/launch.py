@@ -16,6 +16,7 @@ from launchers.study import keep_record
 from moce_ds.command_line import FORCED, read_settings, say
 from moce_ds.config import from_tree, to_tree
 from moce_ds.errors import ConfigError
+from moce_ds.text import counted
 from moce_ds.training.attempt import LAUNCHES
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
@@ -85,7 +86,7 @@ def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]
     keep_record(study, cells)
     pending = sorted((cell for cell in cells if not is_done(study, cell)), key=_size)
     if not pending:
-        say(f"All {len(cells)} cells are done in {study.out}.")
+        say(f"{len(cells)} of {counted(len(cells), 'cell')} done in {study.out}.")
     jobs = []
     for (nodes, processes), group in groupby(pending, _size):
         gpus = processes if profile.gpus_per_node else 0

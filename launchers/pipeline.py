@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import click
 from rich.table import Table
 
-from launchers.hold import is_held
 from launchers.stage import Stage, keep_stages, run_stage, share_stage
 from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.command_line import read_settings, say
 from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.locks import is_held
 from moce_ds.place import Place
-from moce_ds.text import in_line
+from moce_ds.text import counted, in_line
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
@@ -47,7 +47,8 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
             say(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
         if status:
             return status
-    say(f"{sum(stage.is_done() for stage in stages)} of {len(stages)} stages are done in {pipeline.out}.")
+    done = sum(stage.is_done() for stage in stages)
+    say(f"{done} of {counted(len(stages), 'stage')} done in {pipeline.out}.")
     return 0
 
 

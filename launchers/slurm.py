@@ -14,7 +14,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from launchers.slurm_profile import SlurmProfile
 from launchers.slurm_rank import Rank
 from moce_ds.errors import ConfigError
-from moce_ds.text import script_fault
+from moce_ds.text import counted, script_fault
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def submit(
         return Submitted(jobs[0].job_id, profile.spoken, str(jobs[0].paths.stdout))
     number = jobs[0].job_id.partition("_")[0]
     logs = folder.absolute() / f"{number}_*_0_log.out"
-    return Submitted(number, f"{len(jobs)} jobs of {profile.spoken}", str(logs))
+    return Submitted(number, f"{counted(len(jobs), 'job')} of {profile.spoken}", str(logs))
 
 
 def check_scriptable(folder: Path, name: str = "") -> None:

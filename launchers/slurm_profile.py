@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moce_ds.config import option, settings
-from moce_ds.text import script_fault
+from moce_ds.text import counted, script_fault
 from moce_ds.threads import CHOSEN
 
 Positive = Annotated[int, Field(gt=0)]
+Number = Annotated[int, Field(strict=True)]
+"""A number in a tree of a program; text that looks like one stays as it was typed, such as 0800."""
 
 
 @settings
@@ -36,7 +38,7 @@ class SlurmProfile:
         3, "lost processes in a row that are borne; an hour's run resets it"
     )
     array_parallelism: Positive = option(16, "jobs of an array that may run at once")
-    extra: dict[str, str | bool] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
+    extra: dict[str, str | bool | Number] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
     setup: list[str] = option([], "shell commands to run first, such as module load cuda")
     env: dict[str, str] = option({}, "environment variables of the processes")
     container: str = option("", "such as apptainer exec --nv image.sif")
@@ -78,8 +80,9 @@ class SlurmProfile:
     @property
     def spoken(self) -> str:
         """Its size in words."""
-        nodes = f"{self.min_nodes} to {self.nodes}" if self.min_nodes else f"{self.nodes}"
-        return f"{nodes} nodes x {self.processes_per_node} processes"
+        fewest = f"{self.min_nodes} to " if self.min_nodes else ""
+        processes = counted(self.processes_per_node, "process", "processes")
+        return f"{fewest}{counted(self.nodes, 'node')} x {processes}"
 
     def for_one_process(self) -> "SlurmProfile":
         """The same for a verb that runs alone: one node, one process with the GPU and CPUs of one."""

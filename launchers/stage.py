@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import click
 
-from launchers.hold import held, is_held
 from launchers.local import run_processes
 from moce_ds.analysis.pipeline_folder import PIPELINE, STAGES, StagesRecord
 from moce_ds.checksums import read_checked, write_checked
 from moce_ds.command_line import say
-from moce_ds.config import from_tree, to_tree
-from moce_ds.errors import STOPPED, ConfigError, MoceError
+from moce_ds.config import completed, to_tree
+from moce_ds.errors import STOPPED, MoceError
 from moce_ds.files import sha256_of, writes_to
+from moce_ds.locks import held, is_held
 from moce_ds.place import Place, is_first
 from moce_ds.text import in_line
 
@@ -94,17 +94,12 @@ class Stage:
     def is_done(self) -> bool:
         """Whether it was run to its end on what is there now, and what it made is still there. Raises ArtefactError."""
         record = self.record()
-        if record is None or record.state != "done" or self._completed(record.made_from) != self.made_from():
+        if record is None or record.state != "done":
+            return False
+        settings = completed(record.made_from.get("settings", {}), type(self.config))
+        if record.made_from | {"settings": settings} != self.made_from():
             return False
         return all(digest(place) for place in self.makes)
-
-    def _completed(self, made_from: dict[str, Any]) -> dict[str, Any]:
-        """What a record says, with the settings that an earlier version did not have at their defaults, as it did."""
-        try:
-            settings = from_tree(type(self.config), made_from.get("settings", {}), str(self.state))
-        except ConfigError:  # what this version does not have, or no longer takes
-            return made_from
-        return made_from | {"settings": to_tree(settings)}
 
 
 def digest(place: Path) -> str | None:

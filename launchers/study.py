@@ -12,7 +12,6 @@ from rich.table import Table
 
 from launchers.cell import is_done, run_cell, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
-from launchers.hold import is_held
 from moce_ds import config as configuration
 from moce_ds.analysis.study_folder import STUDY, StudyRecord
 from moce_ds.checksums import write_checked
@@ -20,8 +19,9 @@ from moce_ds.command_line import say
 from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.files import writes_to
 from moce_ds.interrupts import kept_signals, obeyed, wait_for
+from moce_ds.locks import is_held
 from moce_ds.place import Place
-from moce_ds.text import in_line
+from moce_ds.text import counted, in_line
 
 _TOLD_LINES = 8
 
@@ -50,9 +50,9 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
-        say(f"Stopped as asked, {done} of {len(cells)} cells done; the same command goes on from there.")
+        say(f"Stopped as asked, {done} of {counted(len(cells), 'cell')} done; the same command goes on from there.")
         return STOPPED
-    say(f"{done} of {len(cells)} cells are done in {study.out}. Look at: moce report {study.out}")
+    say(f"{done} of {counted(len(cells), 'cell')} done in {study.out}. Look at: moce report {study.out}")
     for cell, _ in failed:
         told = _tail(cell.log).replace("\n", "\n    ")
         say(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", err=True)

@@ -122,7 +122,7 @@ class Checkpoint:
                 value = value[key]
                 continue
             raise ArtefactError(
-                f"{self.folder / 'manifest.json'} says nothing of {'.'.join(keys)}, which is needed here: name a "
+                f"{self.folder / 'manifest.json'} has no entry {'.'.join(keys)}, which is needed here: name a "
                 "checkpoint of `moce pretrain` that holds it."
             )
         return value

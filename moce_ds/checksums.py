@@ -95,7 +95,7 @@ def check_document(path: Path, content: Any, what: str, made_by: str) -> None:
     """Refuse a JSON document that is not what was written. Raises ArtefactError."""
     if not checksum_holds(content):
         raise ArtefactError(
-            f"{path} is damaged or was edited: its content is not that of its checksum: restore it from a copy, or "
+            f"{path} is damaged or was edited: its content does not match its checksum: restore it from a copy, or "
             f"write {what} again with `{made_by}`."
         )
 
@@ -104,7 +104,7 @@ def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: 
     """As `files.read_record`, of a document that may hold a checksum of itself.
 
     Raises:
-        ArtefactError: as `read_record`; or the content is not that of its checksum.
+        ArtefactError: as `read_record`; or the content does not match its checksum.
     """
     record = read_record(path, kind, what, made_by, **version)
     check_document(path, read_json(path, what, made_by), what, made_by)

@@ -296,12 +296,13 @@ def inspect(path: Path, verify: bool) -> None:
     from moce_ds.analysis.inspection import describe, findings
 
     found = findings(path) if verify else None
+    unverified = ["These parts cannot be verified:", *found.unverified] if found and found.unverified else []
     if found and found.faults:  # which the description may be refused for
-        say(*found.faults)
+        say(*found.faults, *unverified)
         sys.exit(1)
     show(describe(path))
     if found:
-        say("Verified: everything is as it was written.", *found.unverified)
+        say(*(["No fault found.", *unverified] if unverified else ["Verified: everything is as it was written."]))
 
 
 for verb in (bench, *TRANSFER_VERBS, *TUNING_VERBS, *DENSE_VERBS):

@@ -7,9 +7,9 @@ packages.
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, TypeVar
 
 import click
 from rich.console import Console
@@ -23,6 +23,8 @@ from moce_ds.place import is_first
 from moce_ds.text import hanging, printable, tolerate_any_text
 from moce_ds.values import expanded
 from moce_ds.yaml_text import read_yaml_text
+
+T = TypeVar("T")
 
 
 class _PathType(click.ParamType):
@@ -171,13 +173,21 @@ def warn(text: str) -> None:
 
 
 def run_command(command: click.Command, name: str) -> None:
-    """Run a command with the words of this process: errors of the user and of the machine in one message and their
-    status, signals without a traceback and with status STOPPED."""
+    """Run a command with the words of this process, as `run_main`."""
+    run_main(lambda: command(prog_name=name, standalone_mode=False))
+
+
+def run_main(main: Callable[[], T]) -> T:
+    """Run the main function of a program and return what it returns.
+
+    Errors of the user and of the machine end the process with one message and their status, and signals with status
+    STOPPED; neither shows a traceback.
+    """
     outlive_readers()
     tolerate_any_text()
     try:
         with interruptible():
-            command(prog_name=name, standalone_mode=False)
+            return main()
     except MoceError as error:
         _end_with(error)
     except click.ClickException as error:

@@ -142,6 +142,23 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
             yield f"{prefix}{field.name}", field
 
 
+def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+    """A tree of settings of type `cls`, as an earlier version wrote it, with the defaults of settings added since."""
+    whole = dict(tree)
+    for field in dataclasses.fields(cls):
+        below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
+        if dataclasses.is_dataclass(field.type) and isinstance(below, dict):
+            whole[field.name] = completed(below, field.type)
+        elif field.name not in tree and (default := _default(field)) is not dataclasses.MISSING:
+            whole[field.name] = _plain_data(default)
+    return whole
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a setting, or MISSING where it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Dotted keys at which two trees differ, with both values."""
     found: dict[str, tuple[Any, Any]] = {}
@@ -158,12 +175,7 @@ def help_text(cls: Any) -> str:
     """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
     lines = []
     for key, field in keys(cls):
-        if field.default is not dataclasses.MISSING:
-            default = _typed(field.default)
-        elif field.default_factory is not dataclasses.MISSING:
-            default = _typed(field.default_factory())
-        else:
-            default = "(required)"
+        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
         lines += textwrap.wrap(
             field.metadata.get("help", ""),
             _HELP_WIDTH,

@@ -71,15 +71,15 @@ def clear_leftovers(folder: Path, again: bool = False) -> None:
     if folder in _cleared and not again:
         return
     _cleared.add(folder)
-    with suppress(OSError):  # it may not be there yet, or belong to others: nothing can be cleared then
-        for entry in list(os.scandir(folder)):
-            if (match := _DRAFT.match(entry.name)) and _is_over(Path(entry), match):
-                place = folder / match["name"]
-                if match["kind"] == "old" and not os.path.lexists(place):
-                    with suppress(OSError):  # another process was faster
-                        Path(entry).rename(place)
-                else:
-                    _remove(Path(entry))
+    for path, match in _matching(folder, _DRAFT):
+        with suppress(OSError):  # another process was faster, or it belongs to others
+            if not _is_over(path, match):
+                continue
+            place = folder / match["name"]
+            if match["kind"] == "old" and not os.path.lexists(place):
+                path.rename(place)
+            else:
+                _remove(path)
 
 
 @contextmanager
@@ -87,11 +87,10 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     """A folder for the length of the block, by default in the system's place for temporary files; what kills have left
     of such folders there is removed first. Raises ArtefactError where none can be made."""
     parent = parent or _temporary_place()
-    with suppress(OSError):
-        for entry in list(os.scandir(parent)):
-            match = _SCRATCH.match(entry.name)
-            if match and _is_own_folder(entry) and _is_over(Path(entry), match):
-                _remove(Path(entry))
+    for path, match in _matching(parent, _SCRATCH):
+        with suppress(OSError):
+            if _is_own_folder(path) and _is_over(path, match):
+                _remove(path)
     try:
         made = tempfile.TemporaryDirectory(prefix=f"moce-{_machine()}-{os.getpid()}-", dir=parent)
     except OSError as error:
@@ -110,14 +109,16 @@ def _temporary_place() -> Path:
 
 @cache
 def _machine() -> str:
-    """What process numbers belong to: a host, and on it a namespace, as of a container."""
+    """What process numbers belong to: a boot of a host, and on it a namespace, as of a container.
+
+    The boot tells hosts apart that share a name, as clones of one image do: the number of the first namespace is the
+    same on all of them.
+    """
+    known = [socket.gethostname()]
     with suppress(OSError):
-        return _short(f"{socket.gethostname()} {Path('/proc/self/ns/pid').stat().st_ino}")
-    return _short(socket.gethostname())
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        known.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    return hashlib.sha256(" ".join(known).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def _is_over(path: Path, match: re.Match[str]) -> bool:
@@ -136,9 +137,18 @@ def _is_over(path: Path, match: re.Match[str]) -> bool:
     return time.time() - max(os.lstat(one).st_mtime for one in (path, *within)) > _QUIET_SECONDS
 
 
-def _is_own_folder(entry: "os.DirEntry[str]") -> bool:
+def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    """What a folder holds whose names match; nothing where it is not there yet, or cannot be read."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return []
+    return [(path, match) for path in paths if (match := pattern.match(path.name))]
+
+
+def _is_own_folder(path: Path) -> bool:
     """Whether an entry of a place that everybody can write to is a folder of this user, and no link."""
-    found = entry.stat(follow_symlinks=False)
+    found = os.lstat(path)
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
@@ -160,6 +170,6 @@ def _exchange(one: Path, other: Path) -> bool:
     if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False  # EPERM: how containers refuse a call that they do not know; if it is real, renaming says so
     raise OSError(number, os.strerror(number), str(one), None, str(other))

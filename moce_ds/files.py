@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
 _NO_UTF8 = "holds bytes that are no UTF-8, which the library of safetensors refuses"
 
+# What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
 _DAMAGE = (
     SafetensorError, TokenError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError,
     RecursionError, MemoryError,

@@ -1,6 +1,9 @@
-"""One process at a time changes a file: whoever holds the lock file beside it.
+"""One process at a time works on something: whoever holds its lock file.
 
-A killed process lets go of it; where the file system knows no locks, only one of the same host does."""
+The system releases the locks of a killed process. Where the file system supports no locks (NFS and Lustre can be
+mounted so), a file whose existence is the lock stands in: the next process on the same host removes that of a killed
+one, but nobody can tell whether a process on another host still runs, and its file has to be deleted by hand.
+"""
 
 import errno
 from collections.abc import Iterator
@@ -21,19 +24,40 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 def locked(lock: Path, busy: str, seconds: float = 60.0) -> Iterator[None]:
     """Hold a lock file for the length of the block, which is to be short where others wait for it.
 
-    A file system that knows no locks (NFS and Lustre may be mounted so) gets a file whose existence is the lock.
-
     Args:
         busy: what is said where another process does not let go of it within so many `seconds`.
 
     Raises:
         ArtefactError: `busy`; or the file cannot be written.
     """
-    held = _held(lock, busy, seconds)
+    acquired = _acquired(lock, seconds)
+    if acquired is None:
+        raise ArtefactError(busy)
     try:
         yield
     finally:
-        held.release()
+        acquired.release()
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock file for the length of the block, waiting for a process that does as long as it takes.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+    """
+    with locked(lock, "", seconds=-1):
+        yield
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file now. Raises ArtefactError where the file cannot be written."""
+    if not (lock.exists() or _marker(lock).exists()):
+        return False
+    acquired = _acquired(lock, seconds=0)
+    if acquired is not None:
+        acquired.release()
+    return acquired is None
 
 
 @contextmanager
@@ -54,20 +78,26 @@ def alone_in(folder: Path, busy: str) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
 
 
-def _held(lock: Path, busy: str, seconds: float) -> BaseFileLock:
+def _acquired(lock: Path, seconds: float) -> BaseFileLock | None:
+    """The lock, or None where another process has held it for so many seconds; negative: wait without end."""
     with writes_to(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
-            return _acquired(FileLock(lock, timeout=seconds), busy)
+            return _wait_for(FileLock(lock, timeout=seconds))
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            return _acquired(SoftFileLock(lock.with_name(f"{lock.name}.soft"), timeout=seconds), busy)
+            return _wait_for(SoftFileLock(_marker(lock), timeout=seconds))
 
 
-def _acquired(lock: BaseFileLock, busy: str) -> BaseFileLock:
+def _marker(lock: Path) -> Path:
+    """The file whose existence is the lock where the file system supports none."""
+    return lock.with_name(f"{lock.name}.soft")
+
+
+def _wait_for(lock: BaseFileLock) -> BaseFileLock | None:
     try:
         lock.acquire()
     except Timeout:
-        raise ArtefactError(busy) from None
+        return None
     return lock

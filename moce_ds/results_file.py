@@ -16,7 +16,7 @@ from moce_ds.checksums import CHECKSUM, Findings, check_document, has_checksum, 
 from moce_ds.command_line import warn
 from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.locks import locked
-from moce_ds.text import in_line
+from moce_ds.text import counted, in_line
 
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
@@ -73,7 +73,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def results_findings(path: Path) -> Findings:
     """What cannot be verified. Raises ArtefactError where a record is not what was written."""
     older = sum(not has_checksum(record) for record in _stored(path))
-    return Findings(unverified=[written_before(f"{path.name}, {older} records of it")] if older else [])
+    return Findings(unverified=[written_before(f"{path.name}, {counted(older, 'record')} of it")] if older else [])
 
 
 def check_results(path: Path | None) -> None:
@@ -91,7 +91,7 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    busy = f"{path} has been held by another process for a minute: look what it does, then run the same command again."
+    busy = f"{path} has been held by another process for a minute: check that process, then run the same command again."
     with locked(path.with_name(f".{path.name}.lock"), busy):
         stored = _stored(path)
         others = [one for one in stored if not _gives_way(one, record)]

@@ -59,6 +59,11 @@ def counted(count: int, noun: str, several: str = "") -> str:
     return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
+def part_of(part: int, whole: int, noun: str, verb: tuple[str, str] = ("is", "are")) -> str:
+    """A part of a number of things, with the form of the verb for it: 1 of 9 files is, 5 of 9 files are."""
+    return f"{part} of {counted(whole, noun)} {verb[part != 1]}"
+
+
 def is_utf8(name: object) -> bool:
     """Whether a name can be written in UTF-8, as libraries want that are no Python: they refuse other paths."""
     return not any(unicodedata.category(c) == "Cs" for c in str(name))

@@ -16,9 +16,10 @@ import torch
 from artefacts import KINDS, STEPS, write_all
 from moce_command import run_here
 
+from moce_ds.analysis import inspection
 from moce_ds.analysis.run_folder import read_metrics, read_run
 from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, find
-from moce_ds.checksums import CHECKSUM, write_checked
+from moce_ds.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
@@ -279,4 +280,12 @@ def test_what_earlier_versions_wrote_opens_and_is_said_to_be_unverified(
         READERS[kind][0](copy)
         said = run_here("inspect", copy, "--verify")
         assert said.status == 0, said
-        assert f"{names[0]}: written before it had a checksum; nothing can be said about it" in said.out
+        unverified = f"{names[0]}: written before it had a checksum; nothing can be said about it"
+        assert unverified in said.out and "Verified" not in said.out
+        assert "No fault found.\nThese parts cannot be verified:\n" in said.out
+
+
+def test_what_cannot_be_verified_is_told_beside_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "findings", lambda _: Findings(["a: is missing"], ["b: no checksum"]))
+    said = run_here("inspect", tmp_path, "--verify")
+    assert (said.status, said.out) == (1, "a: is missing\nThese parts cannot be verified:\nb: no checksum\n"), said

@@ -16,6 +16,7 @@ from moce_ds.analysis.page import Cell, Chapter, Exhibit, Section, Table
 from moce_ds.analysis.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.analysis.study_plots import Series, error_bars
 from moce_ds.files import atomic_file, writes_to
+from moce_ds.text import counted
 
 THROUGHPUT, MEMORY = "images_per_second", "peak_memory"
 
@@ -84,7 +85,7 @@ def study_summary(study: StudyFolder) -> str:
     done = sum(cell.state == "done" for cell in study.cells)
     varied = {key: list({str(cell.at.get(key)): None for cell in study.cells}) for key in study.keys}
     grid = " · ".join(f"{key}: {', '.join(values)}" for key, values in varied.items())
-    return f"{done} of {len(study.cells) + len(study.waiting)} cells are done. {grid}"
+    return f"{done} of {counted(len(study.cells) + len(study.waiting), 'cell')} done. {grid}"
 
 
 def write_csv(study: StudyFolder, path: Path) -> None:

@@ -30,7 +30,7 @@ from moce_ds.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.clustering.store import ENCODER, check_encoder
+from moce_ds.clustering.store import ENCODER, check_fingerprint
 from moce_ds.drafts import restore
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.files import atomic_file, load_array, reads_from, save_array, save_tensors
@@ -223,7 +223,7 @@ def findings(folder: Path) -> Findings:
     found += encoder_folder.findings(folder / ENCODER).below(ENCODER)
     if not found.faults:
         load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
-        check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
+        check_fingerprint(folder, clusters.encoder_fingerprint)
     return found
 
 

@@ -33,6 +33,7 @@ from moce_ds.checksums import (
     write_checked,
 )
 from moce_ds.config import differences
+from moce_ds.encoder_folder import WEIGHTS
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
 
@@ -65,16 +66,35 @@ def fingerprint(state: Mapping[str, np.ndarray]) -> str:
 
 
 def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
-    """Refuse a features or clusters folder in which lies another encoder than the one that it was made with.
+    """Refuse a features or clusters folder whose encoder is not the one that the folder was made with.
+
+    Each file is read once, without loading the weights, where `files` has their checksum.
 
     Args:
-        expected: fingerprint of its weights.
+        expected: fingerprint of the encoder's weights.
         files: checksums of the folder's files; None where an earlier version wrote it.
 
     Raises:
-        ArtefactError: the encoder is missing or damaged, or is another one than `expected` or `files` say.
+        ArtefactError: the encoder is missing or damaged, or differs from `expected` or `files`.
     """
-    weights = folder / ENCODER / "model.safetensors"
+    recorded = [name for name in files or () if name.startswith(f"{ENCODER}/")]
+    try:
+        for name in recorded:
+            check_file(folder, name, files, f"put the encoder of {folder} back, or make {folder} again.")
+    except ArtefactError:
+        check_fingerprint(folder, expected)  # which names both encoders, where the weights are another encoder's
+        raise
+    if f"{ENCODER}/{WEIGHTS}" not in recorded:
+        check_fingerprint(folder, expected)
+
+
+def check_fingerprint(folder: Path, expected: str) -> None:
+    """Refuse a features or clusters folder whose encoder has other weights; loads them.
+
+    Raises:
+        ArtefactError: the weights are missing or damaged, or their fingerprint is not `expected`.
+    """
+    weights = folder / ENCODER / WEIGHTS
     with reads_from(weights, f"restore it, or make {folder} again."):
         found = fingerprint(load_file(weights))
     if found != expected:
@@ -82,9 +102,6 @@ def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
             f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
             f"put that one back, or make {folder} again."
         )
-    for name in files or ():
-        if name.startswith(f"{ENCODER}/"):
-            check_file(folder, name, files, f"put the encoder of {folder} back, or make {folder} again.")
 
 
 @dataclass(frozen=True)
@@ -162,11 +179,14 @@ class FeatureWriter:
         """Declare the features whole, once; one process calls it, after all blocks are written.
 
         Raises:
-            ArtefactError: a block is missing or has the wrong shape, or the record cannot be written.
+            ArtefactError: a block is missing or has the wrong shape, the encoder in the folder is another one, or the
+                record cannot be written.
             DataError: a feature is NaN or infinite (float16 ends at 65504).
         """
         if (self.path / "features.json").is_file():
             return  # the checksums in it are those of then, whatever has become of the blocks
+        if (self.path / ENCODER).is_dir():  # its checksums stand for the fingerprint from here on
+            check_fingerprint(self.path, self._description["identity"]["encoder_fingerprint"])
         checksums = {}
         for k in range(self._num_blocks):
             block_ND = _open_block(self.path, k, (len(self.block_ids(k)), self.dim))
@@ -275,7 +295,7 @@ class FeatureSet:
         found += document_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
         found += encoder_folder.findings(self.path / ENCODER).below(ENCODER)
         if not found.faults:
-            check_encoder(self.path, self.identity.encoder_fingerprint, self.files)
+            check_fingerprint(self.path, self.identity.encoder_fingerprint)
         return found
 
     def all(self) -> np.ndarray:

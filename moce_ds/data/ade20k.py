@@ -7,6 +7,7 @@ Axes: H x W pixels of an image.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from moce_ds.data.image_file import MAX_PIXELS, NOT_AN_IMAGE, Rejected, read_rgb
 from moce_ds.data.left_out import told_left_out
 from moce_ds.data.walk import ODD, list_folder, why_odd
 from moce_ds.errors import DataError
-from moce_ds.text import in_line
+from moce_ds.text import in_line, part_of
 
 IGNORED = 255
 """The label of pixels that count for nothing."""
@@ -65,37 +66,40 @@ class Ade20kSet:
         files = [*self.images, *map(self._mask_of, self.images)]
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
-    def check_headers(self) -> None:
-        """Look at the headers of all images and masks, which takes seconds; what their pixels hold is seen by `read`.
+    def check_headers(self, numbers: Iterable[int]) -> None:
+        """Look at the headers of images `numbers` and of their masks; `look` sees what their pixels hold.
 
         Raises:
             DataError: one cannot be read, their sizes differ, or a mask is of a kind in which classes cannot be told.
         """
-        for image in self.images:
+        for number in numbers:
+            image = self.images[number]
             check_mask_header(self._mask_of(image), upright_size(image, self.max_pixels))
 
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.
 
+        Checksums and the number of compressed pixels are left to `look`, which is called once, before training.
+
         Raises:
             DataError: one of them cannot be read, their sizes differ, a label is beyond the classes, or the mask is of
                 a kind in which classes cannot be told.
         """
-        image, labels_HW, _ = self._read(number)
+        image, labels_HW, _ = self._read(number, strictly=False)
         return image, labels_HW
 
     def look(self, number: int) -> tuple[str, dict[int, Colour]]:
-        """Read image number `number` and its mask; the mask's file, and the colours in it (see `Palettes`).
+        """Read image number `number` and its mask strictly; the mask's file, and the colours in it (see `Palettes`).
 
         Raises:
-            DataError: as `read`.
+            DataError: as `read`; or a checksum is wrong, or pixels are missing.
         """
-        return str(self._mask_of(self.images[number])), self._read(number)[2]
+        return str(self._mask_of(self.images[number])), self._read(number, strictly=True)[2]
 
-    def _read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8], dict[int, Colour]]:
-        image = read_rgb(self.images[number], self.max_pixels)
+    def _read(self, number: int, strictly: bool) -> tuple[Image.Image, NDArray[np.uint8], dict[int, Colour]]:
+        image = read_rgb(self.images[number], self.max_pixels, strictly)
         path = self._mask_of(self.images[number])
-        mask = read_mask(path, image.size)
+        mask = read_mask(path, image.size, strictly)
         labels_HW = mask.values_HW
         if self.reduce_zero_label:
             labels_HW = labels_HW - 1  # of 8 bits, so 0 becomes 255
@@ -132,9 +136,10 @@ def _pairs(images: Path, masks: Path) -> list[Path]:
         raise DataError(f"{images} holds no .jpg or .png files, nor images of other formats.{told_left_out(odd)}")
     if lost := [image for image in found if f"{image.stem}.png" not in there]:
         raise DataError(
-            f"{in_line(masks / lost[0].stem)}.png not found: the mask of {in_line(lost[0])}; {len(lost)} of "
-            f"{len(found)} images have none. Masks are PNG files, named as their images."
+            f"{in_line(masks / lost[0].stem)}.png not found: the mask of {in_line(lost[0])}; "
+            f"{part_of(len(lost), len(found), 'image', ('has', 'have'))} none. Masks are PNG files, "
+            "named as their images."
         )
     if odd:
-        warn(f"WARNING: {images}: {len(odd)} of {len(odd) + len(found)} files are left out:{told_left_out(odd)}")
+        warn(f"WARNING: {images}: {part_of(len(odd), len(odd) + len(found), 'file')} left out:{told_left_out(odd)}")
     return found

@@ -41,14 +41,17 @@ def check_mask_header(path: Path, size: tuple[int, int]) -> None:
     _opened(path, size)
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> ClassMask:
+def read_mask(path: Path, size: tuple[int, int], strictly: bool = True) -> ClassMask:
     """The mask at `path`, upright, of an image of `size` (width, height).
+
+    Args:
+        strictly: verify the checksums and look for missing pixels, which costs another decompression.
 
     Raises:
         DataError: it is no PNG, not of `size`, damaged, or of a kind in which classes cannot be told.
     """
     png, image = _opened(path, size)
-    if not png.is_flawless or png.inflated != (png.pixel_bytes, True):
+    if strictly and (not png.is_flawless or png.inflated != (png.pixel_bytes, True)):
         raise DataError(f"{path} is damaged: {png.pixel_fault or 'its checksums are wrong'}. Restore it from a copy.")
     try:
         values_HW = np.array(turned(image))
@@ -96,7 +99,7 @@ def _check_palette(path: Path, palette: list[Colour], colours: dict[int, Colour]
         if shade != value:
             raise DataError(
                 f"{path} is a palette of grays in which {value} shows as {shade}: the class may be either, since tools "
-                f"that make PNG files smaller number shades anew. {_CURE}: if the shades are the classes, Pillow's "
+                f"that make PNG files smaller renumber shades. {_CURE}: if the shades are the classes, Pillow's "
                 "convert('L') does it."
             )
 

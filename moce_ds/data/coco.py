@@ -8,6 +8,7 @@ Axes: H x W pixels of an image.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,17 +134,20 @@ class CocoSet:
         }
 
     def look(self, number: int) -> None:
-        """Read image number `number`. Raises DataError as `image`."""
-        self.image(number)
+        """Read image number `number` strictly. Raises DataError: as `image`, or pixels are missing."""
+        self._read(number, strictly=True)
 
-    def check_sizes(self) -> None:
-        """Look at the headers of all images. Raises DataError: one is no image, or its size is not the JSON's."""
-        for image in self.images:
+    def check_headers(self, numbers: Iterable[int]) -> None:
+        """Look at the headers of images `numbers`. Raises DataError: one is no image, or its size is not the JSON's."""
+        for image in (self.images[number] for number in numbers):
             self._check_size(image, upright_size(self.folder / image.file_name, self.max_pixels))
 
     def image(self, number: int) -> Image.Image:
         """Image number `number`, RGB. Raises DataError: it cannot be read, or its size is not the JSON's."""
-        image = read_rgb(self.folder / self.images[number].file_name, self.max_pixels)
+        return self._read(number, strictly=False)
+
+    def _read(self, number: int, strictly: bool) -> Image.Image:
+        image = read_rgb(self.folder / self.images[number].file_name, self.max_pixels, strictly)
         self._check_size(self.images[number], image.size)
         return image
 

@@ -16,6 +16,7 @@ from moce_ds.data.coco_api import has_pixels, polygons_of, segmentation_fault
 from moce_ds.data.image_file import MAX_SIDE
 from moce_ds.data.walk import ODD, leads_out, list_folder
 from moce_ds.errors import DataError
+from moce_ds.text import part_of
 
 SLACK = 2.0
 """Pixels by which a box or a corner may leave its image, where it is cut off: rounding."""
@@ -80,8 +81,8 @@ def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
     if missing:
         first = missing[0]
         raise DataError(
-            f"{folder / first.file_name} not found: {path} has it as image {first.id}; {len(missing)} of {len(images)} "
-            "images are missing. Give the folder that holds them."
+            f"{folder / first.file_name} not found: {path} has it as image {first.id}; "
+            f"{part_of(len(missing), len(images), 'image')} missing. Give the folder that holds them."
         )
 
 
@@ -138,7 +139,8 @@ def told_empty(path: Path, empty: dict[int, str], count: int) -> str | None:
     more = f"\n  and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
     if len(empty) > _MOST_EMPTY * count:
         raise DataError(
-            f"{path}: {len(empty)} of {count} annotations have nothing to learn from; expected a tenth of them at "
-            f"most, with boxes and polygons in pixels, inside of their image. Convert the set again.{named}{more}"
+            f"{path}: {part_of(len(empty), count, 'annotation', ('has', 'have'))} nothing to learn from; "
+            "expected a tenth of them at most, with boxes and polygons in pixels, inside of their image. Convert the "
+            f"set again.{named}{more}"
         )
-    return f"WARNING: {path}: {len(empty)} of {count} annotations are left out of training:{named}{more}"
+    return f"WARNING: {path}: {part_of(len(empty), count, 'annotation')} left out of training:{named}{more}"

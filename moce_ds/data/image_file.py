@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -63,6 +64,10 @@ _TURNS = {
 
 _LYING = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
+
+_LIMIT = threading.RLock()
+"""Held while Pillow's limit is ours. A fork waits for it, or a child could inherit it locked, and the limit with it."""
+os.register_at_fork(before=_LIMIT.acquire, after_in_parent=_LIMIT.release, after_in_child=_LIMIT.release)
 
 
 class Accepted(NamedTuple):
@@ -121,16 +126,23 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
     if fault:
         raise DataError(
             f"{name} is not a whole image of {size[0]} x {size[1]} pixels ({fault}), although it was written as one. "
-            "An earlier version may have taken it: write the set again with `moce shards`, into another folder, which "
-            "leaves such images out."
+            "An earlier version may have accepted it: write the set again with `moce shards`, into another folder, "
+            "which leaves such images out."
         )
     return image
 
 
-def read_rgb(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image at `path`, upright and RGB. Raises DataError."""
+def read_rgb(path: Path, max_pixels: int = MAX_PIXELS, strictly: bool = True) -> Image.Image:
+    """The image at `path`, upright and RGB.
+
+    Args:
+        strictly: look for missing pixels, which costs another decompression of a PNG.
+
+    Raises:
+        DataError: it cannot be read, or is larger than `max_pixels`.
+    """
     with _image_at(path, max_pixels) as (image, file):
-        if (png := _png_in(image, file)) and (fault := png.pixel_fault):
+        if strictly and (png := _png_in(image, file)) and (fault := png.pixel_fault):
             raise ValueError(fault)
         return to_rgb(image)
 
@@ -148,19 +160,22 @@ def upright(image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
-    """In this block Pillow opens images of so many pixels without a word, and larger ones not at all.
+    """In this block Pillow opens images of up to `pixels` without a warning, and no larger ones.
+
+    Other threads wait to enter such a block: Pillow's limit and Python's filter of warnings are those of the process.
 
     Raises:
         PIL.Image.DecompressionBombError: an image is larger.
     """
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = pixels / 2  # type: ignore[assignment]  # it warns above this and raises above twice this
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+    with _LIMIT:
+        before = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = pixels / 2  # type: ignore[assignment]  # warns above this, raises above twice this
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 @contextmanager

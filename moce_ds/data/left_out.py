@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moce_ds.data.image_file import Rejected
 from moce_ds.data.shards import REJECTED, Manifest
-from moce_ds.text import in_line, printable
+from moce_ds.text import in_line, part_of, printable
 
 _NAMED = 3
 
@@ -24,8 +24,9 @@ def left_out(folder: Path, named: Path) -> str | None:
     reasons = ", ".join(f"{number} {reason}" for reason, number in manifest.rejected.items())
     examples = _examples(folder / REJECTED)
     return printable(
-        f"WARNING: {in_line(named)}: {count} of {count + manifest.count} files were left out, since they are no whole "
-        f"images: {reasons}{_listed(examples, count)}"
+        f"WARNING: {in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} left out, "
+        f"since {'it is no whole image' if count == 1 else 'they are no whole images'}: {reasons}"
+        f"{_listed(examples, count)}"
     )
 
 

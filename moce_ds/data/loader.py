@@ -128,7 +128,8 @@ class _Source:
             return as_png(image)
         raise DataError(
             f"{self.shards.path}: image {image_id} ({self.shards.source(image_id)}) is decoded by Pillow but not by "
-            "DALI. Leave this image out of the source and write the set again with `moce shards`, and report it."
+            "DALI. Leave this image out of the source and write the set again with `moce shards`, and report this "
+            "image."
         )
 
     def _altered(self, wanted: int) -> str:

@@ -30,7 +30,11 @@ class _Chunk(NamedTuple):
     kind: bytes
     data: memoryview
     raw: memoryview  # with length, kind and checksum
-    intact: bool
+
+    @property
+    def intact(self) -> bool:
+        """Whether the content has its checksum."""
+        return zlib.crc32(self.raw[4:-4]).to_bytes(4, "big") == self.raw[-4:]
 
 
 @dataclass(frozen=True)
@@ -151,9 +155,8 @@ def _chunks(data: memoryview) -> tuple[list[_Chunk], memoryview]:
         end = position + 12 + length
         if end > len(data):
             break
-        checksum = zlib.crc32(data[position + 4 : end - 4]).to_bytes(4, "big")
         kind, content = bytes(data[position + 4 : position + 8]), data[position + 8 : end - 4]
-        chunks.append(_Chunk(kind, content, data[position:end], checksum == data[end - 4 : end]))
+        chunks.append(_Chunk(kind, content, data[position:end]))
         position = end
     return chunks, data[position:]
 

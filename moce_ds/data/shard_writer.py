@@ -161,6 +161,7 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
     plan_file = out / PROGRESS / "plan.json"
     if plan_file.exists():
         _refuse_other_plan(out, source, read_json(plan_file, "the plan of a shard set", "moce shards"), plan)
+        # Also those of other machines, which `drafts` leaves for a day: whoever writes the set is alone in its folder.
         for unfinished in [*out.glob(".*.tmp"), *(out / PROGRESS).glob(".*.tmp")]:
             unfinished.unlink()
         return

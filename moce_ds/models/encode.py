@@ -140,8 +140,8 @@ def _keep_encoder(encoder: Encoder, folder: Path) -> None:
             save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
     elif load_encoder(folder).identity != encoder.identity:
         raise ArtefactError(
-            f"{folder} is another encoder than the one given, so whose features lie beside it is not known: give "
-            f"another folder, or delete {folder.parent} and make the features again."
+            f"{folder} is another encoder than the one given; the features beside it may come from either encoder: "
+            f"give another folder, or delete {folder.parent} and make the features again."
         )
 
 

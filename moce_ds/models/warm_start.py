@@ -118,7 +118,7 @@ def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
     """The same tensors in float32. Raises ArtefactError, which lists those that cannot be a model's weights."""
     unfit = [f"{name} {fault}" for name, tensor in state.items() if (fault := _unfit(tensor))]
     if unfit:
-        raise ArtefactError("\n  ".join([f"{named} holds what is no weights:", *cut(unfit)]))
+        raise ArtefactError("\n  ".join([f"{named} contains entries that are not weights:", *cut(unfit)]))
     return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -171,7 +171,7 @@ def read_torch_file(path: Path, named: str) -> Any:
         ]
         said = f" ({reason.strip()})" if reason.strip() else ""
         raise ArtefactError(
-            f"{named} refused: more than tensors in it, or damaged; nothing was run{said}. "
+            f"{named} refused: it contains objects other than tensors or is damaged; no code was executed{said}. "
             "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."
         ) from None
 

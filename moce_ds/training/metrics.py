@@ -59,7 +59,7 @@ def measures(
         "loss": loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "images_per_second": round(meter.images_per_second, 2),
+        "images_per_second": round(meter.images_per_second, 2 if meter.images_per_second >= 1 else 6),
         "data_wait": round(meter.data_wait, 4),
         "peak_memory": int(runtime.max([float(runtime.peak_memory)])[0]),
     }
@@ -144,8 +144,7 @@ class Teller:
         line = progress_line(record)
         self._bar.set_description_str(line + " ", refresh=True)
         if self._bar.disable:  # not a terminal: a log file wants whole lines
-            seconds_left = (self._bar.total - record["step"]) * self._images_per_step / record["images_per_second"]
-            eta = tqdm.format_interval(seconds_left)
+            eta = time_left((self._bar.total - record["step"]) * self._images_per_step, record["images_per_second"])
             print(f"step {record['step']}/{self._bar.total} {line} eta {eta}", file=sys.stderr, flush=True)
 
     def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
@@ -154,11 +153,17 @@ class Teller:
             self._board.add_image(tag, picture_HWC, step, dataformats="HWC")
 
 
+def time_left(images: int, images_per_second: float) -> str:
+    """How long the images still take, as hours, minutes and seconds; `?` where the rate is too low to be known."""
+    return tqdm.format_interval(images / images_per_second) if images_per_second else "?"
+
+
 def progress_line(record: dict[str, Any]) -> str:
     """The record in under 100 columns: loss, speed, waiting, rate, expert load."""
+    rate = record["images_per_second"]
     parts = [
         f"loss {record['loss']:.4f}",
-        f"{record['images_per_second']:.{0 if record['images_per_second'] >= 10 else 2}f} img/s",
+        f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.2f} img/s" if rate >= 0.1 else f"{rate:.2g} img/s",
         f"wait {record['data_wait']:.0%}",
         f"lr {record['lr']:.1e}",
     ]

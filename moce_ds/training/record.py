@@ -15,6 +15,7 @@ from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.transform import CenterCrop
 from moce_ds.models.mae import Reconstruction, mask_noise
+from moce_ds.text import counted
 from moce_ds.training.agreement import next_agreed
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.metrics import Meter, Teller, measures
@@ -118,4 +119,5 @@ def report_replaced(session: Session, loader: Loader) -> None:
     named = sorted({line for line in listed if line})
     if named:
         shown = "\n  ".join(named[:20]) + (f"\n  and {len(named) - 20} more" if len(named) > 20 else "")
-        session.runtime.say(f"{len(named)} damaged images were replaced by others:\n  {shown}")
+        were = "was" if len(named) == 1 else "were"
+        session.runtime.say(f"{counted(len(named), 'damaged image')} {were} replaced:\n  {shown}")

@@ -40,8 +40,11 @@ class DenseData(Protocol):
 
     def __len__(self) -> int: ...
 
+    def check_headers(self, numbers: Iterable[int]) -> None:
+        """Look at the headers of images `numbers` and of what belongs to them. Raises DataError."""
+
     def look(self, number: int) -> Any:
-        """Read an image and what belongs to it, as it is read later. Raises DataError."""
+        """Read an image and what belongs to it, more strictly than it is read later. Raises DataError."""
 
 
 M = TypeVar("M", bound=DenseModel)
@@ -72,30 +75,33 @@ class DenseTask(ABC, Generic[DataT]):
         self.config, self.model, self.train, self.val, self.test = config, model, train, val, test
 
     def check_data(self, runtime: Runtime) -> None:
-        """Read every image of all splits once, the processes and their workers sharing them; a collective.
+        """Look at all headers, then read every image of all splits once, before the first step; a collective.
 
-        So a fault is told before the first step, and not in the middle of the night. A run that has a checkpoint has
-        been through it.
+        The processes and their workers share the images. A run that has a checkpoint has been through it.
 
         Raises:
             DataError: on every process alike.
         """
         if runtime.max([float(bool(steps_of(self.config.run.out)))])[0]:
             return
-        for name, data in (("train", self.train), ("val", self.val), ("test", self.test)):
-            if data is not None:
-                mine = range(runtime.rank, len(data), runtime.world_size)
-                seen = prepared(data.look, mine, self.config.data.workers, torch.device("cpu"))
-                bar = tqdm(
-                    seen,
-                    f"checking {name}",
-                    len(mine),
-                    unit="img",
-                    delay=2,
-                    file=sys.stderr,
-                    disable=not runtime.is_main,
-                )
-                self.looked_at(bar, runtime)
+        named = (("train", self.train), ("val", self.val), ("test", self.test))
+        splits = {name: data for name, data in named if data is not None}
+        mine = {name: range(runtime.rank, len(data), runtime.world_size) for name, data in splits.items()}
+        with runtime.together():
+            for name, data in splits.items():
+                data.check_headers(mine[name])
+        for name, data in splits.items():
+            seen = prepared(data.look, mine[name], self.config.data.workers, torch.device("cpu"))
+            bar = tqdm(
+                seen,
+                f"checking {name}",
+                len(mine[name]),
+                unit="img",
+                delay=2,
+                file=sys.stderr,
+                disable=not runtime.is_main,
+            )
+            self.looked_at(bar, runtime)
 
     @abstractmethod
     def looked_at(self, seen: Iterable[Any], runtime: Runtime) -> None:

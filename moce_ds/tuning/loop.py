@@ -34,8 +34,6 @@ from moce_ds.tuning.settings import TuneSettings
 from moce_ds.tuning.state import TuneState
 from moce_ds.tuning.task import Measures, Task
 
-"""File of a complete run: the final measures, and the step of the weights that they are of."""
-
 
 @dataclass(frozen=True)
 class Tuning:

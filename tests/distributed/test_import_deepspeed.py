@@ -238,8 +238,8 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "ZeRO-3": (lambda n: (n / TAG / SHARED).rename(n / TAG / f"zero_pp_rank_0_{SHARED}"), f"{SHARED} not found"),
     "no expert": (lambda n: (n / TAG / EXPERT).unlink(), r"4 experts in each of 2 layers.*missing: layer 1 expert 2"),
     "more experts": (copied(EXPERT, EXPERT.replace("_2_", "_7_")), "not in the settings: layer 1 expert 7"),
-    "shared cut short": (cut(SHARED, 5000), f"{SHARED} refused: .* damaged; nothing was run"),
-    "expert cut short": (cut(EXPERT, -100), f"{EXPERT} refused: .* damaged; nothing was run"),
+    "shared cut short": (cut(SHARED, 5000), f"{SHARED} refused: .* damaged; no code was executed"),
+    "expert cut short": (cut(EXPERT, -100), f"{EXPERT} refused: .* damaged; no code was executed"),
     "empty expert": (cut(EXPERT, 0), f"{EXPERT} refused"),
     "a list": (put(EXPERT, lambda _: [1]), f"{EXPERT} holds a list"),
     "no module": (put(SHARED, lambda c: {**c, "module": None}), f"{SHARED} holds no weights"),
@@ -306,7 +306,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
     witness = native.parent / "witness"
     put(file, lambda content: hide(Payload(witness), content))(native)
     config = load(PretrainSettings, made.root / "moce-two-ep2/config.yaml")
-    with pytest.raises(ArtefactError, match=f"{file} refused: .*nothing was run"):
+    with pytest.raises(ArtefactError, match=f"{file} refused: .*no code was executed"):
         import_native(native, native.parent / "out", config)
     assert [path.name for path in native.parent.iterdir()] == ["native"]
     torch.load(native / TAG / file, weights_only=False)  # the payload is a working one

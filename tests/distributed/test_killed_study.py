@@ -15,13 +15,13 @@ from moce_command import run_here
 from tiny_run import STEPS, TinyData, tiny_settings, write_images
 
 from launchers.grid import Cell, StudySettings, cells_of
-from launchers.hold import is_held
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.analysis.study_folder import CellRecord
 from moce_ds.checkpoint_files import steps_of
 from moce_ds.config import load
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.errors import STOPPED
+from moce_ds.locks import is_held
 
 STUDY = (sys.executable, "-m", "moce_ds", "study")
 
@@ -80,7 +80,7 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
     assert status == 1 and "Traceback" not in output, output
     for number, cell, how in ((1, four, "done in"), (2, failing, "FAILED after"), (3, two, "done in")):
         assert re.search(rf"cell {number} of 3 {cell.name} \.\.\. {how} \d+ s", output), output
-    assert "2 of 3 cells are done" in output
+    assert "2 of 3 cells done" in output
     assert f"FAILED {failing.name} (all of it in {failing.log}" in output and "experts.k=1 and no shared" in output
     assert record_of(failing).state == "failed" and "no shared expert" in record_of(failing).told
     assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (four, failing, two)] == [STEPS] * 3
@@ -88,9 +88,9 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
 
     kept = (four.folder / "cell.json").stat().st_mtime_ns
     said = run_here("study", path, "--cell", four.name)
-    assert said.status == 0 and said.out.startswith("1 of 1 cells are done"), said
+    assert said.status == 0 and said.out.startswith("1 of 1 cell done"), said
     assert (four.folder / "cell.json").stat().st_mtime_ns == kept, "what is done is not run again"
-    assert run_here("report", out).status == 0 and "2 of 3 cells are done." in (out / "report.html").read_text()
+    assert run_here("report", out).status == 0 and "2 of 3 cells done." in (out / "report.html").read_text()
     with open(out / "study.csv", newline="") as file:
         assert [line["state"] for line in csv.DictReader(file)] == ["done", "failed", "done"]
 

@@ -11,11 +11,11 @@ from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_u
 from tiny_pipeline import write_pipeline
 from tiny_run import STEPS, TinyData, write_images
 
-from launchers.hold import is_held
 from launchers.stage import Stage, StageRecord
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import steps_of
 from moce_ds.errors import STOPPED
+from moce_ds.locks import is_held
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
 
@@ -53,7 +53,7 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
     assert all(f"{name} is done" in output for name in finished)
     ran = " ".join(re.findall(r"^\$ moce (\w+)", output, re.MULTILINE))
     assert ran == "pretrain shards shards select knn probe knn probe evaluate report"
-    assert "7 of 7 stages are done" in output
+    assert "7 of 7 stages done" in output
     assert {name: record_of(stages[name]) for name in finished} == kept
     assert all(stage.is_done() for stage in stages.values())
     assert [len(read_metrics(out / run / "metrics.jsonl")) for run in ("mae", "moce")] == [STEPS] * 2

@@ -55,7 +55,7 @@ def test_a_study_becomes_an_array(cluster: Cluster, data: TinyData, tmp_path: Pa
     done = read_study_folder(tmp_path / "study")
     assert [cell.state for cell in done.cells] == ["done"] * 4 and not done.waiting
     status, output = moce("launch", "slurm", "minutes=5", "study", study)
-    assert status == 0 and "All 4 cells are done" in output and "queued" not in output
+    assert status == 0 and "4 of 4 cells done" in output and "queued" not in output
 
 
 def test_a_run_is_not_queued_twice(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:

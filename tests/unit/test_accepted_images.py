@@ -5,6 +5,7 @@ Axes: B images.
 
 import io
 import os
+import threading
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from image_examples import crop, photo, png_chunk, png_of, rejections
 from PIL import Image, ImageFile
 
-from moce_ds.data.image_file import MAX_SIDE, read_rgb
+from moce_ds.data.image_file import MAX_SIDE, pixel_limit, read_rgb
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -153,6 +154,30 @@ def test_a_set_may_hold_larger_images_than_pillow_opens(tmp_path: Path, monkeypa
     with pytest.raises(DataError, match=r"larger.png: 1640 pixels; max_pixels=1600 were .* data.max_pixels"):
         read_rgb(tmp_path / "source" / "larger.png", SIDE**2)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_thread_waits_until_another_has_put_pillows_limit_back() -> None:
+    before, holding, leave = Image.MAX_IMAGE_PIXELS, threading.Event(), threading.Event()
+    entered: list[bool] = []
+
+    def hold() -> None:
+        with pixel_limit(10):
+            holding.set()
+            leave.wait()
+
+    def enter() -> None:
+        with pixel_limit(20):
+            entered.append(leave.is_set())
+
+    threads = [threading.Thread(target=hold), threading.Thread(target=enter)]
+    threads[0].start()
+    holding.wait()
+    threads[1].start()
+    threads[1].join(0.1)  # long enough to enter, if nothing holds it back
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert entered == [True] and before == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_pipe_is_no_image(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from moce_ds.data.ade20k import Ade20kSet
 from moce_ds.data.class_mask import Palettes, read_mask
+from moce_ds.data.png_file import Png
 from moce_ds.errors import DataError
 
 CLASSES_HW = np.tile(np.array([0, 1, 2, 3], np.uint8), (8, 2))
@@ -96,6 +97,27 @@ def test_what_could_be_read_in_two_ways_or_is_damaged_is_refused(tmp_path: Path,
         read_mask(tmp_path / "a.png", SIZE)
 
 
+def test_checksums_are_verified_before_training_and_not_in_every_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Ade20kSet.open(write_ade(tmp_path), 2, True)
+    Image.new("RGB", (48, 32)).save(tmp_path / "images" / "a.jpg", "PNG")
+    inflated = []
+    monkeypatch.setattr(Png, "inflated", property(lambda png: inflated.append(png) or (png.pixel_bytes, True)))
+    data.read(0)
+    assert not inflated
+    data.look(0)
+    assert len({id(png) for png in inflated}) == 2  # the image and the mask
+
+
+def test_a_mask_with_a_wrong_checksum_is_refused_when_it_is_looked_at(tmp_path: Path) -> None:
+    data, path = Ade20kSet.open(write_ade(tmp_path), 2, True), tmp_path / "annotations" / "a.png"
+    content = path.read_bytes()
+    path.write_bytes(content[:-13] + bytes([content[-13] ^ 1]) + content[-12:])
+    with pytest.raises(DataError, match=r"a\.png is damaged: its checksums are wrong"):
+        data.look(0)
+
+
 def test_an_interlaced_mask(tmp_path: Path) -> None:
     """Of one pixel, since Pillow writes none: all passes but the first are empty."""
     (tmp_path / "a.png").write_bytes(png_of((1, 1, 8, 0, 1), zlib.compress(b"\0\5")))
@@ -118,7 +140,7 @@ def test_image_and_mask_are_both_turned_as_their_exif_says(tmp_path: Path, lying
     mask = turned(classes_HW) if lying else Image.fromarray(classes_HW)
     mask.save(folder / "annotations" / "a.png", exif=exif if lying else b"")
     data = Ade20kSet.open(folder, 2, True)
-    data.check_headers()
+    data.check_headers([0])
     image, labels_HW = data.read(0)
     assert image.size == (32, 48)
     np.testing.assert_array_equal(labels_HW, classes_HW - 1)

@@ -13,10 +13,12 @@ from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
 from moce_ds import config
+from moce_ds.checksums import FileRecord
+from moce_ds.clustering import store
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids, normalised
 from moce_ds.clustering.quality import cluster_report, report_table
-from moce_ds.clustering.store import FeatureSet, FeatureWriter, Identity, fingerprint
+from moce_ds.clustering.store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 
 CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
@@ -167,6 +169,29 @@ def test_impossible_settings_and_features_are_refused_before_anything_is_written
     with pytest.raises(ArtefactError, match=r"encoder/model.safetensors is missing: restore it, or make .* again"):
         build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_with_a_checksum_is_read_but_not_loaded(tmp_path, monkeypatch):
+    features = write_features(tmp_path / "features", load_digits().data)
+    encoder, expected = features / "encoder", FeatureSet.open(features).identity.encoder_fingerprint
+    weights, content = encoder / "model.safetensors", (encoder / "model.safetensors").read_bytes()
+    files = {"encoder/model.safetensors": FileRecord.of(weights)}
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtefactError, match=r"model.safetensors is another encoder"):
+        check_encoder(features, expected, files)
+    weights.write_bytes(content)
+    monkeypatch.setattr(store, "load_file", None)
+    check_encoder(features, expected, files)
+
+
+def test_features_are_not_finished_beside_another_encoder(tmp_path):
+    identity = Identity("shards-a", fingerprint({"norm.weight": np.ones(3, np.float32)}), {"size": 8})
+    writer = FeatureWriter(tmp_path, 2, 4, identity)
+    writer.write_block(0, np.eye(2, 4))
+    (tmp_path / "encoder").mkdir()
+    save_file({"norm.weight": np.zeros(3, np.float32)}, tmp_path / "encoder" / "model.safetensors")
+    with pytest.raises(ArtefactError, match=r"model.safetensors is another encoder"):
+        writer.finish()
 
 
 def edit_json(**changes: object) -> Callable[[Path], None]:

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alone import ALONE
 from dense_examples import CATEGORIES, OBJECTS, write_ade, write_coco
 from moce_command import refused
 from PIL import Image
+
+from moce_ds.checkpoint_files import step_folder
+from moce_ds.config import load
+from moce_ds.errors import DataError
+from moce_ds.tuning.dense_settings import SegmentSettings
+from moce_ds.tuning.segmentation import SegmentationTask
 
 SMALL = ("model.image_size=32", "model.channels=8")
 
@@ -94,6 +101,18 @@ def test_a_mask_that_cannot_be_measured_by_is_refused_before_training(tmp_path: 
     told = refused("segment", tiny_encoder, "--train", train, "--test", test, *words)
     assert f"{test / 'annotations' / 'a.png'} is no mask that can be read" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_does_not_look_at_its_masks_again(tmp_path: Path, tiny_encoder: Path) -> None:
+    ade = write_ade(tmp_path / "ade")
+    (ade / "annotations" / "a.png").write_text("no mask")
+    paths = {"data.encoder": tiny_encoder, "data.train": ade, "data.val": ade, "run.out": tmp_path / "run"}
+    words = [f"{key}={path}" for key, path in paths.items()]
+    task = SegmentationTask(load(SegmentSettings, None, [*words, "data.classes=2", *SMALL]))
+    with pytest.raises(DataError, match=r"a\.png is no mask that can be read"):
+        task.check_data(ALONE)
+    step_folder(tmp_path / "run", 1).mkdir(parents=True)
+    task.check_data(ALONE)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,11 +1,15 @@
 """A folder that is replaced is the old one or the new one, whatever is killed when; what kills leave is cleared."""
 
+import ctypes
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -142,6 +146,47 @@ def test_only_what_nobody_writes_is_cleared(tmp_path: Path, gone: int) -> None:
         draft.write_text("x")
     assert sorted(tmp_path.iterdir()) == sorted([*kept, tmp_path / "other"])
     assert not any(path.exists() for path in cleared)
+
+
+def test_one_entry_that_cannot_be_looked_at_does_not_keep_the_others(
+    tmp_path: Path, gone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [leftover(tmp_path / name, "tmp", drafts._machine(), gone) for name in ("a", "b", "c")]
+    is_over, seen = drafts._is_over, []
+
+    def refusing(path: Path, match: re.Match[str]) -> bool:
+        seen.append(path)
+        if len(seen) == 1:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_over(path, match)
+
+    monkeypatch.setattr(drafts, "_is_over", refusing)
+    clear_leftovers(tmp_path)
+    assert sorted(seen) == left and list(tmp_path.iterdir()) == seen[:1]
+
+
+def test_hosts_of_one_name_are_told_apart_by_their_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, boots = Path.read_text, {"a" * 36, "b" * 36}
+    machines = set()
+    for boot in boots:
+        monkeypatch.setattr(Path, "read_text", lambda path, boot=boot: boot if path.name == "boot_id" else read(path))
+        machines.add(drafts._machine.__wrapped__())
+    assert len(machines) == 2
+
+
+def test_a_container_that_refuses_to_exchange_names_gets_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old profiles of seccomp answer calls that they do not know with EPERM."""
+
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    write_folder(tmp_path / "barrel", "old")
+    monkeypatch.setattr(drafts.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(renameat2=refuse))
+    write_folder(tmp_path / "barrel", "new")
+    assert content_of(tmp_path) == {"barrel": "new"}
 
 
 def test_what_was_moved_aside_comes_back_if_nothing_took_its_place(tmp_path: Path, gone: int) -> None:

@@ -23,6 +23,7 @@ from moce_ds.files import (
     load_array,
     load_tensors,
     read_record,
+    reads_from,
     save_array,
     writes_to,
 )
@@ -132,6 +133,12 @@ def test_whatever_happens_to_a_file_is_told_in_one_way(tmp_path: Path, kind: str
             refused += 1
             assert str(error).startswith(str(path)) and str(error).endswith("write it again.")
     assert refused > len(whole)
+
+
+def test_a_lack_of_memory_is_not_damage(tmp_path: Path) -> None:
+    (tmp_path / "whole").touch()
+    with pytest.raises(MemoryError), reads_from(tmp_path / "whole", "write it again."):
+        raise MemoryError
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from moce_command import refused, run_here
 from launchers.launch import PARALLEL, usable_nodes
 from launchers.slurm_profile import SlurmProfile
 from moce_ds.cli import moce
-from moce_ds.config import keys, load
+from moce_ds.config import from_tree, keys, load
 from moce_ds.errors import ConfigError
 from moce_ds.training.settings import PretrainSettings
 
@@ -37,6 +37,18 @@ def test_a_range_of_nodes_and_further_lines() -> None:
     lines = asked["additional_parameters"]
     assert (lines["nodes"], lines["signal"], lines["exclude"]) == ("2-4", "USR1@600", "node7")
     assert lines["requeue"] is True
+
+
+def test_numbers_of_further_lines_are_kept_as_given() -> None:
+    assert from_tree(SlurmProfile, {"extra": {"nice": 100, "one": 1, "hold": True}}, "a tree").extra == {
+        "nice": 100, "one": 1, "hold": True,
+    }  # fmt: skip
+    assert profile("extra.begin=0800", "extra.hold=true").extra == {"begin": "0800", "hold": True}
+
+
+def test_sizes_are_spoken() -> None:
+    assert profile().spoken == "1 node x 1 process"
+    assert profile("nodes=4", "min_nodes=1", "gpus_per_node=8").spoken == "1 to 4 nodes x 8 processes"
 
 
 def test_a_verb_that_runs_alone_takes_the_share_of_one_process() -> None:

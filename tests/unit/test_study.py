@@ -16,7 +16,6 @@ from moce_command import TINY, refused, run_here
 
 from launchers.cell import is_done, measures, write_record
 from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
-from launchers.hold import held, is_held
 from launchers.study import run_study
 from moce_ds.analysis.report import build_report
 from moce_ds.analysis.study_chapter import scalings
@@ -24,6 +23,7 @@ from moce_ds.analysis.study_folder import CellRecord, StudyRecord, read_study_fo
 from moce_ds.config import load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.files import write_json
+from moce_ds.locks import held, is_held
 from moce_ds.planning.work import all_rows_bytes
 from moce_ds.training.settings import PretrainSettings
 
@@ -181,7 +181,7 @@ def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
     (cell,) = cells_of(make())
     code = f"""
 import pathlib, time
-from launchers.hold import held
+from moce_ds.locks import held
 with held(pathlib.Path({str(cell.lock)!r})):
     print("held", flush=True)
     time.sleep(60)
@@ -292,7 +292,7 @@ def test_the_report_and_its_csv(experts: Path, tmp_path: Path) -> None:
     broken = experts / "cells" / record["cells"][0] / "cell.json"
     write_json(broken, json.loads(broken.read_text()) | {"state": "failed", "told": "Traceback\nno space <left>"})
     page = build_report(experts).read_text()
-    assert "11 of 13 cells are done." in page
+    assert "11 of 13 cells done." in page
     assert "0.4300 ± 0.0424" in page and "0.5300 ± 0.0424" in page
     assert "<td>0.5200</td>" in page, "the deviation of a single seed is not known"
     assert "90.0 ± 0.0" in page and "1.00 ± 0.00" in page
@@ -341,7 +341,7 @@ def test_a_study_of_lists_and_single_cells_can_be_shown(tmp_path: Path) -> None:
 def test_a_study_that_has_not_begun_can_be_shown(tmp_path: Path) -> None:
     write_json(tmp_path / "study.json", {"settings": {}, "cells": ["a=1", "a=2"]})
     page = build_report(tmp_path).read_text()
-    assert "0 of 2 cells are done" in page and page.count("waiting") == 2
+    assert "0 of 2 cells done" in page and page.count("waiting") == 2
 
 
 def test_cells_keep_their_settings_in_words(make: Make) -> None:
