@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
 from moce_ds.checkpoint_files import step_folder, write_checkpoint
+from moce_ds.checksums import write_checked
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import load, to_tree
@@ -172,6 +173,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             "dealt_by": [],
         }
         write_checkpoint(step_folder(config.run.out, 5), weights, {}, manifest)
+        write_checked(config.run.out / "routing.json", manifest["routing"])
         shutil.copytree(tiny_clusters, config.run.out / "clusters")
         return config.run.out
 

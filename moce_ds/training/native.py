@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import step_folder, write_checkpoint
-from moce_ds.checksums import write_checked
+from moce_ds.checksums import records_of, write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.files import atomic_folder, copy_tree, writes_to
@@ -30,6 +30,7 @@ from moce_ds.models.warm_start import read_torch_file
 from moce_ds.moe.layer import NATIVE_EXPERTS, NUMBER
 from moce_ds.moe.placement import in_order
 from moce_ds.runtime import Runtime
+from moce_ds.training.attempt import ATTEMPTS
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
@@ -234,6 +235,8 @@ def _write_run(
         write_checked(draft / "routing.json", routing)
         copy_tree(config.experts.clusters, draft / "clusters")
     (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+    (draft / ATTEMPTS).mkdir()
+    write_checked(draft / ATTEMPTS / "0001.json", {"files": records_of(draft, ["config.yaml"])})
     weights = {name: parameter.detach() for name, parameter in global_parameters(model)}
     manifest = {
         "step": native.step,

@@ -3,6 +3,7 @@
 Axes: B images, H, W pixels, C channels.
 """
 
+import json
 import shutil
 import zlib
 from collections.abc import Callable
@@ -17,10 +18,11 @@ from image_examples import png_of
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
+from moce_ds.checksums import records_of, write_checked
 from moce_ds.data.loader import Batch, Crop, Loader
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import ShardSet
+from moce_ds.data.shards import MANIFEST, SAMPLES, ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput, RandomCrop, Windows
 from moce_ds.errors import DataError
 
@@ -241,7 +243,7 @@ def test_one_damaged_image_never_condemns_a_small_shard(tiny_images: Path, tmp_p
 
 def make_undecodable(folder: Path, image_id: int, data: bytes = b"") -> None:
     """Put bytes that are no image, or `data`, in the place of one, with a checksum as if they had been written so."""
-    shards, samples = ShardSet.open(folder), np.load(folder / "samples.npy")
+    shards, samples = ShardSet.open(folder), np.load(folder / SAMPLES)
     row = shards.samples[image_id]
     data = data.ljust(int(row["size"]), b"\0")
     assert len(data) == row["size"]
@@ -249,7 +251,9 @@ def make_undecodable(folder: Path, image_id: int, data: bytes = b"") -> None:
         tar.seek(int(row["offset"]))
         tar.write(data)
     samples["crc32"][image_id] = zlib.crc32(data)
-    np.save(folder / "samples.npy", samples)
+    np.save(folder / SAMPLES, samples)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_checked(folder / MANIFEST, manifest | {"files": manifest["files"] | records_of(folder, [SAMPLES])})
 
 
 @pytest.mark.parametrize("bad", [(7,), (7, 8), (59, 0)], ids=["one", "neighbours", "the last and the first"])
