@@ -11,6 +11,7 @@ _OTHER_PLACE = "Free some space there, or name a place on another disk (for temp
 _PERMISSION = "Ask its owner for permission, or name another place"
 _LIMIT_OF_FILES = "Raise the limit on open files (`ulimit -n 4096`), or use fewer workers and threads"
 _LIMIT_OF_PROCESSES = "Raise the limit on processes (`ulimit -u`), or use fewer workers and threads"
+_FILE_SERVER = "The connection to the file server is lost: run the same command again"
 _NETWORK = "Check the network, and the address and port if you set them"
 
 _REMEDIES: dict[int, str] = {
@@ -48,21 +49,12 @@ _REMEDIES: dict[int, str] = {
     errno.EHOSTUNREACH: _NETWORK,
     errno.ENETUNREACH: _NETWORK,
     errno.ETIMEDOUT: _NETWORK,
+    errno.ENOTCONN: _FILE_SERVER,
+    errno.ESHUTDOWN: _FILE_SERVER,
 }
-
-# A disk, a file server or a network that fails for one machine or for a while: the same command may succeed.
-_PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNABORTED,
-    errno.ENETRESET,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-}
+# A disk, a file server or a network that fails under one process: elsewhere, or later, the same command may succeed.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
+_PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
 
 # torch reports an allocation that failed as a RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
@@ -72,7 +64,7 @@ _MEMORY = "Use a smaller batch, model or number of workers, or a machine with mo
 class MachineError(MoceError):
     """The machine did not allow something: its disk is full, a permission is missing, a limit is reached.
 
-    Its status is `LOST_PEER` where the same command may well succeed, perhaps on another machine.
+    Its status is LOST_PEER where a disk, a file server or the network has failed, as it may under one process alone.
     """
 
     every_process = True
@@ -101,7 +93,7 @@ def machine_fault(error: BaseException) -> MachineError | None:
     if isinstance(error, OSError):
         path = _path_of(error)
         fault = MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
-        fault.status = LOST_PEER if error.errno in _PASSING else fault.status
+        fault.status = LOST_PEER if error.errno in _PASSING else MachineError.status
         return fault
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")

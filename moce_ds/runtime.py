@@ -95,7 +95,7 @@ class Runtime:
         The block itself must hold no collective; leaving it is one.
 
         Raises:
-            MoceError: what the first process that failed has raised, or met as an error of its machine; its status too.
+            MoceError: what the first process that failed has raised, or met as an error of its machine.
         """
         fault: MoceError | None = None
         try:
@@ -106,12 +106,11 @@ class Runtime:
             fault = machine_fault(error)
             if fault is None:
                 raise
-        if self.max([float(fault is not None)])[0]:
-            first = next(text for text in self.texts(f"{fault.status} {fault}" if fault else "") if text)
-            status, _, told = first.partition(" ")
-            agreed = type(fault or MoceError())(told)
-            agreed.status = int(status)
-            agreed.every_process = False  # all of them know it
+        status = int(self.max([float(fault.status if fault else 0)])[0])
+        if status:
+            first = next(text for text in self.texts(str(fault or "")) if text)
+            agreed = type(fault or MoceError())(first)
+            agreed.status, agreed.every_process = status, False  # all of them know it
             raise agreed from None
 
     def texts(self, text: str) -> list[str]:
