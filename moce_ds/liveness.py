@@ -4,7 +4,8 @@ Every process beats once a second, from a thread of its own, in the store at whi
 beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
 there and ends with status LOST_PEER, out of whatever collective it waits in. One that is interrupted, not stopped at a
 step, says so in the same way, and all end with STOPPED. An error that a process has explained (a
-MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process.
+MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process,
+or at once where its disk or network has failed.
 """
 
 import itertools
@@ -78,10 +79,10 @@ class Watch:
         with suppress(DistError):  # the store may have gone first
             if isinstance(error, KeyboardInterrupt):
                 self._store.set("verdict", f"{STOPPED} {who} was interrupted at {self._doing}.")
-            elif fault is not None:
+            elif fault is not None and not (fault.status == LOST_PEER and fault.every_process):
                 status = fault.status if fault.status in _STATUSES else 1
                 self._store.set(f"farewell/{self._rank}", f"{status} {told}")
-            else:
+            else:  # a defect, or what struck this process alone: the others wait for it in vain
                 self._store.set("verdict", f"{LOST_PEER} {told}")
 
     def _run(self) -> None:

@@ -4,12 +4,13 @@ import errno
 import os
 from pathlib import Path
 
-from moce_ds.errors import MoceError
+from moce_ds.errors import LOST_PEER, MoceError
 
 _OTHER_PLACE = "Free some space there, or name a place on another disk (for temporary files: TMPDIR)"
 _PERMISSION = "Ask its owner for permission, or name another place"
 _LIMIT_OF_FILES = "Raise the limit on open files (`ulimit -n 4096`), or use fewer workers and threads"
 _LIMIT_OF_PROCESSES = "Raise the limit on processes (`ulimit -u`), or use fewer workers and threads"
+_FILE_SERVER = "The connection to the file server is lost: run the same command again"
 _NETWORK = "Check the network, and the address and port if you set them"
 
 _REMEDIES: dict[int, str] = {
@@ -47,7 +48,12 @@ _REMEDIES: dict[int, str] = {
     errno.EHOSTUNREACH: _NETWORK,
     errno.ENETUNREACH: _NETWORK,
     errno.ETIMEDOUT: _NETWORK,
+    errno.ENOTCONN: _FILE_SERVER,
+    errno.ESHUTDOWN: _FILE_SERVER,
 }
+# A disk, a file server or a network that fails under one process: elsewhere, or later, the same command may succeed.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
+_PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
 
 # torch reports an allocation that failed as a RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
@@ -55,7 +61,10 @@ _MEMORY = "Use a smaller batch, model or number of workers, or a machine with mo
 
 
 class MachineError(MoceError):
-    """The machine did not allow something: its disk is full, a permission is missing, a limit is reached."""
+    """The machine did not allow something: its disk is full, a permission is missing, a limit is reached.
+
+    Its status is LOST_PEER where a disk, a file server or the network has failed, as it may under one process alone.
+    """
 
     every_process = True
 
@@ -82,7 +91,9 @@ def machine_fault(error: BaseException) -> MachineError | None:
     """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
     if isinstance(error, OSError):
         path = _path_of(error)
-        return MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
+        fault = MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
+        fault.status = LOST_PEER if error.errno in _PASSING else MachineError.status
+        return fault
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):

@@ -2,7 +2,8 @@
 
 A record is known by what was measured (`verb`, `task`, `model`, `seed`) and by `made_from`, a SHA-256 of all that
 decides the number: the content of the model and of the images, and the settings. Measured again, it replaces the record
-of before; of another model under the same name, it stands beside it. `content_sha256` is that of the record itself.
+of before, and one of an earlier version, which has no `made_from`; of another model under the same name, it stands
+beside it. `content_sha256` is that of the record itself.
 """
 
 from collections import defaultdict
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from moce_ds.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
+from moce_ds.command_line import warn
 from moce_ds.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.locks import locked
-from moce_ds.text import counted
+from moce_ds.text import counted, in_line
 
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
+_OF_ENCODERS = ("knn", "probe", "finetune")
 _SHOWN = 8  # digits of a checksum that tell two models apart
 
 
@@ -90,20 +93,27 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
         return
     busy = f"{path} has been held by another process for a minute: check that process, then run the same command again."
     with locked(path.with_name(f".{path.name}.lock"), busy):
-        others = [one for one in _stored(path) if _key(one) != _key(record)]
+        stored = _stored(path)
+        others = [one for one in stored if not _gives_way(one, record)]
+        if any(_is_older(one, record) for one in stored):
+            named = in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model")))))
+            warn(f"{path}: the new record of {named} replaces one that does not say which model and images it is of.")
         with writes_to(path):
             write_json(path, [*others, with_checksum(record)])
 
 
 def told_apart(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records with the names of models that are alike and stand for several made different: `expert (1a2b3c4d)`.
+    """The records, in order, with a mark on the name of a model that stands for several on one task:
+    `expert (1a2b3c4d)`. One name may stand for another model on every task, as that of a task's own expert does.
 
     The digits are those of the model's checksum, or of all that the record was made from where the model is the same.
     """
     models: dict[Any, set[Any]] = defaultdict(set)
     for record in records:
-        models[record.get("model")].add(record.get("model_sha256"))
-    named = [_named(record, "model_sha256", len(models[record.get("model")]) > 1) for record in records]
+        models[_subject(record)].add(record.get("model_sha256"))
+    for known in models.values():
+        known.discard(None)  # of an earlier version, which may well have measured the same model
+    named = [_named(record, "model_sha256", len(models[_subject(record)]) > 1) for record in records]
     alike: dict[Any, set[Any]] = defaultdict(set)
     for record in named:
         alike[_place(record)].add(record.get("made_from"))
@@ -117,12 +127,24 @@ def _named(record: dict[str, Any], by: str, ambiguous: bool) -> dict[str, Any]:
     return {**record, "model": f"{record.get('model') or ''} ({mark})".strip()}
 
 
+def _subject(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What is to be one model: that of a task. The checksums of encoders say nothing of those of whole checkpoints."""
+    measures = "encoder" if record["verb"] in _OF_ENCODERS else record["verb"]
+    return measures, record["task"], record.get("model")
+
+
 def _place(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["verb"], record["task"], record.get("model"), record.get("seed")
 
 
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return *_place(record), record.get("made_from")
+def _gives_way(stored: dict[str, Any], record: dict[str, Any]) -> bool:
+    same = stored.get("made_from") == record.get("made_from")
+    return (_place(stored) == _place(record) and same) or _is_older(stored, record)
+
+
+def _is_older(stored: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether an earlier version wrote it, in which the newer record would have taken its place."""
+    return _place(stored) == _place(record) and not stored.get("made_from") and bool(record.get("made_from"))
 
 
 def _stored(path: Path) -> list[dict[str, Any]]:

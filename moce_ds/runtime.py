@@ -104,10 +104,11 @@ class Runtime:
             fault = machine_fault(error)
             if fault is None:
                 raise
-        if self.max([float(fault is not None)])[0]:
+        status = int(self.max([float(fault.status if fault else 0)])[0])
+        if status:
             first = next(text for text in self.texts(str(fault or "")) if text)
             agreed = type(fault or MoceError())(first)
-            agreed.every_process = False  # all of them know it
+            agreed.status, agreed.every_process = status, False  # all of them know it
             raise agreed from None
 
     def texts(self, text: str) -> list[str]:

@@ -221,6 +221,14 @@ def path_text(path: Path) -> str:
     return f"./{text}" if text.startswith("~") else text
 
 
+def recorded_path(text: str) -> Path:
+    """The path whose `path_text` stands in a record; an earlier version wrote paths as they are, with any `$`."""
+    try:
+        return expanded(text)
+    except ValueError:
+        return Path(text)
+
+
 def arguments(words: Iterable[object]) -> list[str]:
     """The words of a command for another process, which reads its paths as exactly these, and none as an option."""
     texts = ((path_text(word) if isinstance(word, Path) else str(word), word) for word in words)

@@ -150,6 +150,7 @@ def _write_tuning(encoder: Path, shards: Path, out: Path) -> Path:
         save_encoder(draft, opened.model.state_dict(), opened.shape, opened.input, {"tuned_from": str(encoder)})
     result = {"measures": {"top1": 0.5}, "step": STEPS, "steps": STEPS, "validation": {}}
     (out / RESULT).write_text(result_text(out, result))
+    Attempt(out, 1).note(RESULT, FileRecord.of(out / RESULT), STEPS)
     return out
 
 

@@ -19,7 +19,7 @@ from moce_command import run_here
 from moce_ds.analysis import inspection
 from moce_ds.analysis.run_folder import read_metrics, read_run
 from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, find
-from moce_ds.checksums import CHECKSUM, Findings
+from moce_ds.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
@@ -99,6 +99,17 @@ def test_every_harm_to_every_file_is_named(artefacts: dict[str, Path], kind: str
             if said.status != 1 or Path(name).name not in said.out + said.err:
                 missed.append((name, harm, said))
     assert missed == []
+
+
+def test_a_tuning_run_that_was_killed_before_its_result_is_no_fault(artefacts: dict[str, Path], tmp_path: Path) -> None:
+    run = harmed(artefacts["tuning run"], "result.json", "deleted", tmp_path / "run")
+    (noted,) = (path for path in (run / "attempts").glob("*.json") if "result.json" in path.read_text())
+    record = json.loads(noted.read_text())
+    del record["files"]["result.json"]
+    noted.unlink()
+    write_checked(noted, record)
+    said = run_here("inspect", run, "--verify")
+    assert said.status == 0 and "result.json: is missing, and tuned is there: the same command goes on" in said.out
 
 
 def _read_run(run: Path) -> None:

@@ -132,11 +132,12 @@ def _wants_teacher(newest: dict[str, Any]) -> bool:
 
 
 def _result(run: Path) -> Findings:
-    """The result of a complete tuning run and the model that it is of."""
+    """The result of a complete tuning run and the model that it is of. Where no attempt has noted a result, the run may
+    have been killed before it wrote one."""
     if not (run / RESULT).exists():
         kept = [name for name in (TUNED, encoder_folder.WEIGHTS) if (run / name).exists()]
-        told = f"{RESULT}: is missing, and {kept[0] if kept else ''} is there: the same command measures it again"
-        return Findings([told] if kept else [])
+        told = f"{RESULT}: is missing, and {kept[0] if kept else ''} is there: the same command goes on with the run"
+        return Findings(unverified=[told] if kept else [])
     result = read_checked(run / RESULT, dict[str, Any], "a result", "moce finetune")
     found = document_findings(run / RESULT, RESULT)
     if "files" not in result:

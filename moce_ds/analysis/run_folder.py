@@ -17,6 +17,7 @@ from moce_ds.config import read_yaml
 from moce_ds.errors import ArtefactError
 from moce_ds.metrics_file import read_records
 from moce_ds.results_file import read_results, told_apart
+from moce_ds.values import recorded_path
 
 PRETRAIN = "moce pretrain"
 CLUSTERS = "clusters"
@@ -46,7 +47,7 @@ class Run:
     def shards(self) -> Path | None:
         """Path of the shard set that the run was trained on, as its settings name it."""
         named = self.config.get("data", {}).get("shards")
-        return Path(named) if named else None
+        return recorded_path(str(named)) if named else None
 
     def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps, float64 [S], and the values under nested `keys`, float64 [S] or [S, ...].

@@ -34,6 +34,7 @@ from moce_ds.text import is_utf8
 from moce_ds.training.attempt import ATTEMPTS, LAUNCHES, Attempt
 from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import AnySettings, PretrainSettings, forbidden_changes, settings_of_run
+from moce_ds.values import recorded_path
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def check_same_settings(config: AnySettings) -> None:
     if checkpoint is None:
         return
     now = configuration.to_tree(config)
-    changed = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    different = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    changed = {key: pair for key, pair in different.items() if not _one_path(*pair)}
     if forbidden := sorted(forbidden_changes(set(changed), type(config))):
         listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in forbidden)
         raise ConfigError(
@@ -112,6 +114,11 @@ def _filled(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         else old.get(key, value)
         for key, value in new.items()
     }
+
+
+def _one_path(old: Any, new: Any) -> bool:
+    """Whether both are texts of one path, which an earlier version wrote with a single `$`."""
+    return isinstance(old, str) and isinstance(new, str) and recorded_path(old) == recorded_path(new)
 
 
 def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -> None:

@@ -62,11 +62,11 @@ class Measurement:
         config = getattr(self.pairing.task.config, self.method)
         return dataclasses.replace(config, seed=self.seed) if self.method == "probe" else config
 
-    def made_from(self, encoder: Encoder) -> str:
-        """SHA-256 of everything that decides the number."""
+    def made_from(self, model: str) -> str:
+        """SHA-256 of everything that decides the number; `model`: that of the encoder, by its `identity`."""
         splits, metric = self.pairing.splits, self.pairing.task.config.metric
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
-        parts = [encoder.fingerprint, to_tree(self.settings), metric, images, self.seed]
+        parts = [model, to_tree(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -128,19 +128,27 @@ def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) ->
         encoder, metric = pairing.subject.open(pairing.encoder, device), pairing.task.config.metric
         for one in group:
             number += 1
-            expected = one.key | {"made_from": one.made_from(encoder)}
-            record = next(
-                (r for r in read_results(out / RESULTS) if all(r.get(k) == v for k, v in expected.items())), None
-            )
+            made_from = one.made_from(encoder.identity)
+            record = _known(one, encoder, out)
             was_done = " (was done)" if record else ""
             if record is None:
-                record = _measure(one, encoder, out, expected["made_from"], device) | expected
-                record |= {"model_sha256": encoder.identity}
+                record = _measure(one, encoder, out, made_from, device) | one.key
+                record |= {"made_from": made_from, "model_sha256": encoder.identity}
                 add_record(out / RESULTS, record)
             seed = "" if one.seed is None else f" seed {one.seed}"
             name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"
             say(f"[{number}/{len(waiting)}] {name}: {SPOKEN[metric]} {record[metric]:.4f}{was_done}")
             yield record
+
+
+def _known(one: Measurement, encoder: Encoder, out: Path) -> dict[str, Any] | None:
+    """The record of a measurement that is done. An earlier version knew an encoder by its weights alone."""
+    by = {one.made_from(encoder.identity), one.made_from(encoder.fingerprint)}
+    for record in read_results(out / RESULTS):
+        same_model = record.get("model_sha256") in (encoder.identity, None)
+        if same_model and record.get("made_from") in by and all(record.get(k) == v for k, v in one.key.items()):
+            return record
+    return None
 
 
 def _measure(one: Measurement, encoder: Encoder, out: Path, made_from: str, device: torch.device) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from rich.table import Table
 from moce_ds.results_file import told_apart
 from moce_ds.transfer.metrics import MultiLabelScore, Score
 
+_COLUMNS = ("knn", "probe")
+
 
 class Identified(Protocol):
     """An encoder or a checkpoint: a SHA-256 stands for its content."""
@@ -42,20 +44,31 @@ def accuracy_table(records: list[dict[str, Any]]) -> Table:
     table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
     for column in ("task", "model", "route", "share", "k-NN", "linear probe"):
         table.add_column(column, justify="left" if column in ("task", "model", "route") else "right")
-    records = told_apart(records)
-    found = {(r["task"], r.get("model"), r["verb"]): r for r in records}
-    for task in dict.fromkeys(r["task"] for r in records):
-        vote = found.get((task, None, "select"))
-        for model in dict.fromkeys(r["model"] for r in records if r["task"] == task and r["verb"] != "select"):
-            routed = vote if vote and model != "dense" else None
-            table.add_row(
-                task,
-                model,
-                "-".join(map(str, routed["route"])) if routed else "",
-                f"{routed['share']:.1%}" if routed else "",
-                *(
-                    f"{found[task, model, v]['top1']:.1%}" if (task, model, v) in found else ""
-                    for v in ("knn", "probe")
-                ),
-            )
+    measured = [
+        (record, named["model"])
+        for record, named in zip(records, told_apart(records), strict=True)
+        if record["verb"] in _COLUMNS
+    ]
+    found = {(record["task"], shown, record["verb"]): record for record, shown in measured}
+    newest = {(record["task"], record["model"]): shown for record, shown in measured}
+    rows = {(record["task"], shown): record["model"] for record, shown in measured}
+    tasks = list(dict.fromkeys(task for task, _ in rows))
+    for (task, shown), model in sorted(rows.items(), key=lambda row: tasks.index(row[0][0])):
+        route = _selected(records, task, model, newest=newest[task, model] == shown)
+        scores = [found.get((task, shown, verb)) for verb in _COLUMNS]
+        table.add_row(
+            task,
+            shown,
+            "-".join(map(str, route["route"])) if route else "",
+            f"{route['share']:.1%}" if route else "",
+            *(f"{score['top1']:.1%}" if score else "" for score in scores),
+        )
     return table
+
+
+def _selected(records: list[dict[str, Any]], task: str, model: str, newest: bool) -> dict[str, Any] | None:
+    """The selection that a model was exported for, by its name as recorded; of several, the last is the `newest`'s."""
+    if model == "dense":
+        return None
+    votes = [r for r in records if r["verb"] == "select" and r["task"] == task and r.get("model") in (None, model)]
+    return votes[-1] if votes and (newest or len(votes) == 1) else None

@@ -19,6 +19,7 @@ from moce_ds.files import atomic_file, writes_to
 from moce_ds.text import in_line, shortened
 from moce_ds.transfer.chosen import choose_selected, spoken
 from moce_ds.transfer.select import Selection, clusters_folder
+from moce_ds.values import recorded_path
 
 _SIDE, _GAP, _COLUMNS, _ROWS = 80, 6, 6, 5
 _TITLE, _MARGIN = 28, 20
@@ -57,7 +58,7 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
 def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
     """Raises ArtefactError, DataError: the run's shards are not where its settings name them, are other ones, or hold
     no image of the clusters that voted."""
-    shards = ShardSet.open(Path(str(checkpoint.entry("config", "data", "shards"))))
+    shards = ShardSet.open(recorded_path(str(checkpoint.entry("config", "data", "shards"))))
     ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
     if not (drawn := draw_by_votes(ids_N, votes)):
         raise DataError(f"no image of {shards.path} is in the clusters that voted.")

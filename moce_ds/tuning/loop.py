@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import STATE
+from moce_ds.checksums import FileRecord
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.errors import ConfigError
 from moce_ds.randomness import FORWARD, hashed
@@ -223,4 +224,5 @@ def _finish(tuning: Tuning) -> Measures:
         if tuning.runtime.is_main:
             with tuning.attempt.file(out / RESULT, steps) as draft:
                 draft.write_text(result_text(out, record), encoding="utf-8")
+            tuning.attempt.note(RESULT, FileRecord.of(out / RESULT), steps)  # now its absence is a fault
     return found

@@ -1,5 +1,6 @@
 """A fault that one rank alone can see ends every rank with the same error, instead of leaving the others in a wait."""
 
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from moce_ds.cli import read_settings
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import DataError, MoceError
+from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
 from moce_ds.runtime import Runtime, started
 from moce_ds.training import setup
@@ -42,6 +43,7 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
     with started() as runtime:
         note("nothing", lambda: _fail_on(runtime, None))
         note("rank 1", lambda: _fail_on(runtime, 1))
+        note("disk of rank 1", lambda: _disk_of_rank_1(runtime))
         words = tiny_settings(shards, folder / "run", "experts.ep_size=2", clusters=clusters)
         config = read_settings(PretrainSettings, words)
         with interrupted(folder / "run", 2 if runtime.is_main else None):
@@ -85,6 +87,15 @@ def _fail_on(runtime: Runtime, rank: int | None) -> None:
             raise DataError(f"only rank {rank} knows")
 
 
+def _disk_of_rank_1(runtime: Runtime) -> None:
+    try:
+        with runtime.together():
+            if runtime.rank == 1:
+                raise OSError(errno.EIO, "Input/output error")
+    except MoceError as error:
+        raise MoceError(f"{error} Status {error.status}.") from None
+
+
 def _damage_header(path: Path) -> None:
     with open(path, "r+b") as file:
         file.seek(8)
@@ -109,6 +120,7 @@ def test_all_is_well(faults: list[Faults]) -> None:
     ("what", "told"),
     [
         ("rank 1", "only rank 1 knows"),
+        ("disk of rank 1", f" Status {LOST_PEER}."),
         ("plan of rank 1", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned otherwise"),
         ("plan of rank 1, with locality off", "Step 2: the ranks disagree on where images go. Rank(s) 1 planned"),
         ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from alone import ALONE
 from safetensors.torch import save_file
 
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import LOST_PEER, ArtefactError
 from moce_ds.files import (
     atomic_folder,
     check_writable,
@@ -26,7 +27,7 @@ from moce_ds.files import (
     save_array,
     writes_to,
 )
-from moce_ds.machine import machine_fault, reason
+from moce_ds.machine import MachineError, machine_fault, reason
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,16 @@ def test_a_disk_that_is_full_is_noticed(tmp_path: Path, kind: str, size: int) ->
     with files_of_at_most(size), pytest.raises(ArtefactError, match=told), writes_to(path):
         save_array(path, array) if kind == "array" else save_file(tensors, path)
     assert kind == "tensors" or list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(errno.EIO, LOST_PEER), (errno.ESTALE, LOST_PEER), (errno.ETIMEDOUT, LOST_PEER), (errno.ENOSPC, 1), (None, 1)],
+)
+def test_what_may_pass_has_the_status_of_a_lost_process(number: int | None, status: int) -> None:
+    with pytest.raises(MachineError) as caught, ALONE.together():
+        raise OSError(*((number, os.strerror(number)) if number else ("odd",)))
+    assert caught.value.status == status and MachineError.status == 1
 
 
 def test_reasons_name_the_remedy() -> None:

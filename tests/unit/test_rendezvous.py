@@ -1,12 +1,17 @@
 """The store at which processes meet: where it listens, and whose words in it count."""
 
+import errno
+import os
 import socket
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from torch.distributed import TCPStore
 
 from moce_ds import rendezvous
-from moce_ds.liveness import _parsed
+from moce_ds.liveness import Watch, _parsed
+from moce_ds.machine import MachineError, machine_fault
 from moce_ds.place import Place
 from moce_ds.rendezvous import LONGEST_TEXT, Rendezvous, SealedStore, host_on_loopback, interfaces, on_loopback
 from moce_ds.sealing import SECRET, Sealer, new_secret
@@ -82,6 +87,23 @@ def test_a_verdict_ends_nobody_as_if_all_were_well(verdict: str) -> None:
     found = _parsed(verdict)
     assert found is None or found == (1, "")
     assert _parsed("1 the disk is full") == (1, "the disk is full") and _parsed("75 lost") == (75, "lost")
+
+
+@pytest.mark.parametrize(
+    ("number", "agreed", "verdict", "farewell"),
+    [(errno.EIO, False, "75", ""), (errno.EIO, True, "", "75"), (errno.ENOSPC, False, "", "1")],
+)
+def test_what_struck_one_process_alone_ends_the_others_at_once(
+    store: TCPStore, number: int, agreed: bool, verdict: str, farewell: str
+) -> None:
+    sealed = SealedStore(store, f"{number} {agreed}/", Sealer(new_secret().encode()))
+    meeting = cast(Rendezvous, SimpleNamespace(host="here", sealed=lambda _: sealed))
+    fault = machine_fault(OSError(number, os.strerror(number)))
+    assert fault is not None
+    fault.every_process = not agreed
+    with pytest.raises(MachineError), Watch(1, 2, 1, 60, meeting):
+        raise fault
+    assert [sealed.get(key).partition(" ")[0] for key in ("verdict", "farewell/1")] == [verdict, farewell]
 
 
 def test_runs_with_other_secrets_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:

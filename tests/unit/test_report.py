@@ -23,7 +23,7 @@ from moce_ds.analysis import gallery, routing
 from moce_ds.analysis.plots import Line, curves
 from moce_ds.analysis.report import build_report
 from moce_ds.analysis.routing import Routing
-from moce_ds.analysis.run_folder import read_metrics, read_study
+from moce_ds.analysis.run_folder import Run, read_metrics, read_study
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 
@@ -169,6 +169,11 @@ def test_report_outlives_its_shard_set(study: Path) -> None:
     assert "gone/shards" in page.text
     assert {"Clusters", "Routing of clusters"} <= set(page.headings)
     assert not any(heading.startswith("Images by") for heading in page.headings)
+
+
+@pytest.mark.parametrize("written", ["a$$b/shards", "a$b/shards"])  # an earlier version wrote paths as they are
+def test_a_shard_set_whose_name_has_a_dollar(written: str) -> None:
+    assert Run(Path("run"), {"data": {"shards": written}}).shards == Path("a$b/shards")
 
 
 def test_names_are_escaped(study: Path) -> None:

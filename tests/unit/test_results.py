@@ -32,6 +32,17 @@ def printed(table: Table) -> list[list[str]]:
     return [line.replace("│", " ").replace("┃", " ").split() for line in console.file.getvalue().splitlines()]
 
 
+def one(verb: str, task: str, model: str, by: str) -> dict[str, Any]:
+    """A record of a model whose checksum is made of one letter."""
+    return accuracy_record(verb, task, model, score(0.5)) | {"model_sha256": by * 64, "made_from": by * 64}
+
+
+def selection_of(task: str, by: str, route: tuple[int, int] = (2, 3)) -> dict[str, Any]:
+    """A selection by one image, from a checkpoint whose checksum is made of one letter."""
+    selected = count_votes(np.array([0]), np.array([route]))
+    return selected.record(task) | {"model_sha256": by * 64, "made_from": by * 64}
+
+
 def records(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(path.read_text())
     return found
@@ -82,6 +93,53 @@ def test_equally_named_models_stand_beside_one_another(tmp_path: Path) -> None:
     assert ["birds", "expert", "(aaaaaaaa)", "62.5%"] in rows and ["birds", "expert", "(bbbbbbbb)", "75.0%"] in rows
     said = run_here("inspect", path).out
     assert "expert (aaaaaaaa)" in said and "expert (bbbbbbbb)" in said
+
+
+def test_one_name_for_the_model_of_each_task_needs_no_mark() -> None:
+    """As a pipeline leaves them: each task has its own expert, whose seeds and methods agree."""
+    made = [
+        selection_of("birds", "1"),
+        *(one("knn", "birds", model, by) for model, by in (("dense", "d"), ("expert", "a"))),
+        one("probe", "birds", "expert", "a"),
+        selection_of("fish", "1"),
+        *(one("knn", "fish", model, by) for model, by in (("dense", "d"), ("expert", "b"))),
+    ]
+    assert told_apart(made) == made
+    rows = printed(accuracy_table(made))
+    assert ["birds", "expert", "2-3", "100.0%", "50.0%", "50.0%"] in rows
+    assert ["fish", "expert", "2-3", "100.0%", "50.0%"] in rows
+
+
+def test_marked_models_keep_what_their_name_means() -> None:
+    """Two dense MAEs, and two checkpoints that were selected from: the newer route is that of the newer expert."""
+    made = [
+        selection_of("birds", "1", route=(1, 1)),
+        selection_of("birds", "2"),
+        *(one("knn", "birds", model, by) for model in ("dense", "expert") for by in "ab"),
+    ]
+    rows = printed(accuracy_table(made))
+    for row in (["dense", "(aaaaaaaa)"], ["dense", "(bbbbbbbb)"], ["expert", "(aaaaaaaa)"]):
+        assert ["birds", *row, "50.0%"] in rows
+    assert ["birds", "expert", "(bbbbbbbb)", "2-3", "100.0%", "50.0%"] in rows
+
+
+def test_two_models_of_a_task_are_told_apart_whatever_measured_them() -> None:
+    shown = told_apart([one("knn", "birds", "expert", "a"), one("probe", "birds", "expert", "b")])
+    assert [record["model"] for record in shown] == ["expert (aaaaaaaa)", "expert (bbbbbbbb)"]
+
+
+def test_a_record_of_an_earlier_version_gives_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    for model in ("expert", "dense"):
+        add_record(path, accuracy_record("knn", "birds", model, score(0.5)))
+    assert capsys.readouterr().err == ""
+    add_record(path, one("knn", "birds", "expert", "a"))
+    assert "knn birds expert replaces one that does not say which model" in capsys.readouterr().err.replace("\n", " ")
+    add_record(path, one("knn", "birds", "expert", "b"))
+    assert capsys.readouterr().err == ""
+    assert [(r["model"], r.get("made_from")) for r in read_results(path)] == [
+        ("dense", None), ("expert", "a" * 64), ("expert", "b" * 64),
+    ]  # fmt: skip
 
 
 def test_one_model_measured_otherwise_stands_beside_itself(tmp_path: Path) -> None:

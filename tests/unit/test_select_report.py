@@ -134,6 +134,16 @@ def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
     assert first.crop(right).tobytes() != other.crop(right).tobytes()
 
 
+def test_the_training_images_of_a_folder_whose_name_has_a_dollar(
+    moce_run: MoceRun, tiny_shards: Path, tmp_path: Path
+) -> None:
+    shards = ShardSet.open(shutil.copytree(tiny_shards, tmp_path / "a$b"))
+    run = moce_run(f"data.shards={tmp_path}/a$$b")
+    selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))
+    _, note = picture(run, shards, selection, tmp_path / "shown.png")
+    assert note is None
+
+
 def test_training_images_are_drawn_by_the_votes_of_their_clusters() -> None:
     ids_N = np.arange(1000) % 5
     drawn = draw_by_votes(ids_N, {1: 0.9, 3: 0.1})

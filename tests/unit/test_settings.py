@@ -1,16 +1,20 @@
 """Settings of pre-training: impossible combinations, sizes, batch arithmetic, and what a resumed run may change."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
+from moce_ds.checkpoint_files import step_folder, write_checkpoint
 from moce_ds.config import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes, settings_of_run
+from moce_ds.training.setup import check_same_settings
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
@@ -152,6 +156,20 @@ def test_what_a_resumed_run_may_change() -> None:
             "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
             "run.async_checkpoint", "run.keep_every", "run.max_hours", "run.max_skipped", "run.peer_timeout",
     }  # fmt: skip
+
+
+def test_a_run_whose_paths_an_earlier_version_wrote_as_they_are_goes_on(tiny_config: Make, tmp_path: Path) -> None:
+    config = tiny_config("data.shards=a$$b")
+    for shards, same in (("a$$b", True), ("a$b", True), ("a$c", False)):
+        tree = to_tree(config)
+        tree["data"]["shards"] = shards
+        shutil.rmtree(config.run.out, ignore_errors=True)
+        write_checkpoint(step_folder(config.run.out, 1), {}, {}, {
+            "step": 1, "config": tree, "model": config.model_spec.to_tree(), "routing": None, "clusters_hash": None,
+            "shards_fingerprint": "", "placement": None, "skipped": 0, "images_read": 12, "dealt_by": [],
+        })  # fmt: skip
+        with nullcontext() if same else pytest.raises(ConfigError, match=r"data.shards: a\$c -> a\$\$b"):
+            check_same_settings(config)
 
 
 def test_the_settings_of_an_older_run_are_read(tiny_config: Make, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from moce_ds.config import to_tree
 from moce_ds.models.moce import MakeLayer
 from moce_ds.models.spec import build_model
 from moce_ds.models.token_encoder import TokenExperts
+from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.transfer.campaign_table import campaign_tables
@@ -150,6 +151,20 @@ def test_a_run_that_was_trained_further_is_measured_again(
     write_dense(runs / "b_mae", tiny_config(), step=6)
     said = run_here("transfer", runs, "--tasks", task, "--methods", "knn")
     assert [line.endswith("(was done)") for line in said.out.splitlines() if line.startswith("[")] == [False, True]
+
+
+def test_what_an_earlier_version_measured_counts(runs: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knew an encoder by its weights alone, and wrote no checksum of it."""
+    command = ("transfer", runs / "b_mae", "--tasks", task, "--methods", "knn")
+    with monkeypatch.context() as before:
+        before.setattr(Encoder, "identity", Encoder.fingerprint)
+        run_here(*command)
+    results = runs / "b_mae/transfer/results.json"
+    (record,) = json.loads(results.read_text())
+    del record["content_sha256"]
+    for known_by, done in (({}, True), ({"model_sha256": "f" * 64}, False)):
+        results.write_text(json.dumps([{k: v for k, v in record.items() if k != "model_sha256"} | known_by]))
+        assert run_here(*command).out.count("(was done)") == done
 
 
 def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> None:
