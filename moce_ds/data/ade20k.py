@@ -66,13 +66,13 @@ class Ade20kSet:
         files = [*self.images, *map(self._mask_of, self.images)]
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
-    def check_headers(self, numbers: Iterable[int]) -> None:
-        """Look at the headers of images `numbers` and of their masks; `look` sees what their pixels hold.
+    def check_headers(self, numbers: Iterable[int] | None = None) -> None:
+        """Look at the headers of images `numbers`, by default all, and of their masks; `look` sees what pixels hold.
 
         Raises:
             DataError: one cannot be read, their sizes differ, or a mask is of a kind in which classes cannot be told.
         """
-        for number in numbers:
+        for number in range(len(self)) if numbers is None else numbers:
             image = self.images[number]
             check_mask_header(self._mask_of(image), upright_size(image, self.max_pixels))
 

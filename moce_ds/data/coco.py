@@ -137,9 +137,13 @@ class CocoSet:
         """Read image number `number` strictly. Raises DataError: as `image`, or pixels are missing."""
         self._read(number, strictly=True)
 
-    def check_headers(self, numbers: Iterable[int]) -> None:
-        """Look at the headers of images `numbers`. Raises DataError: one is no image, or its size is not the JSON's."""
-        for image in (self.images[number] for number in numbers):
+    def check_headers(self, numbers: Iterable[int] | None = None) -> None:
+        """Look at the headers of images `numbers`, by default all.
+
+        Raises:
+            DataError: one is no image, or its size is not the JSON's.
+        """
+        for image in self.images if numbers is None else (self.images[number] for number in numbers):
             self._check_size(image, upright_size(self.folder / image.file_name, self.max_pixels))
 
     def image(self, number: int) -> Image.Image:
