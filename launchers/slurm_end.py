@@ -10,6 +10,7 @@ from pathlib import Path
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from launchers.slurm_job import JobStart
+from moce_ds.command_line import run_main
 
 
 def main(folder: str, status: str, seconds: str, max_failures: str) -> None:
@@ -23,4 +24,4 @@ def main(folder: str, status: str, seconds: str, max_failures: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_main(lambda: main(*sys.argv[1:]))

@@ -199,7 +199,8 @@ def find(path: Path) -> Checkpoint:
         found = Checkpoint.open(step_folder(path, steps[-1]), stripped=True)
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
-        raise ArtefactError(f"{error}{before}") from None
+        error.args = (f"{error}{before}",)
+        raise
     if "task_fingerprint" in found.manifest:
         raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
     return found

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 
 from moce_ds.errors import ArtefactError
-from moce_ds.machine import reason
+from moce_ds.machine import refused
 
 _DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})\.(?P<kind>tmp|old)$")
 _SCRATCH = re.compile(r"^moce-(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-\w+$")
@@ -94,7 +94,7 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     try:
         made = tempfile.TemporaryDirectory(prefix=f"moce-{_machine()}-{os.getpid()}-", dir=parent)
     except OSError as error:
-        raise ArtefactError(f"No temporary folder can be made in {parent}: {reason(error)}") from None
+        raise refused(ArtefactError, f"No temporary folder can be made in {parent}", error) from None
     with made as folder:
         yield Path(folder)
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from moce_ds.drafts import draft_of, put_in_place, restore
 from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.machine import reason
+from moce_ds.machine import refused, system_error
 from moce_ds.text import is_utf8
 
 if TYPE_CHECKING:
@@ -82,10 +82,12 @@ def writes_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be written: {reason(error, path)}") from None
+        raise refused(ArtefactError, f"{path} cannot be written", error, path) from None
     except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
             raise
+        if cause := system_error(error):
+            raise refused(ArtefactError, f"{path} cannot be written", cause) from None
         raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
 
 
@@ -108,8 +110,10 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
     except (FileNotFoundError, NotADirectoryError):
         raise kind(f"{path} is missing: {cure}") from None
     except OSError as error:
-        raise kind(f"{path} cannot be read: {reason(error, path)}") from None
+        raise refused(kind, f"{path} cannot be read", error, path) from None
     except _DAMAGE as error:
+        if cause := system_error(error):
+            raise refused(kind, f"{path} cannot be read", cause) from None
         if not is_utf8(path):
             raise kind(f"{path} {_NO_UTF8}: give its folder another name.") from None
         raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
@@ -203,7 +207,7 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None
     except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {reason(error, path)}") from None
+        raise refused(ArtefactError, f"{path} cannot be read", error, path) from None
 
 
 def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:

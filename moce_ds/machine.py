@@ -2,8 +2,10 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from moce_ds.errors import LOST_PEER, MoceError
 
@@ -56,9 +58,20 @@ _REMEDIES: dict[int, str] = {
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
 _PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
 
+E = TypeVar("E", bound=MoceError)
+
 # torch reports an allocation that failed as a RuntimeError.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 _MEMORY = "Use a smaller batch, model or number of workers, or a machine with more memory"
+
+# How torch's DataLoader tells, anywhere in the main thread, that a process of its own is gone; and what such a process
+# says of /dev/shm, through which its tensors travel.
+_WORKER_DIED = "DataLoader worker (pid"
+_NO_SHARED_MEMORY = ("unable to allocate shared memory", "unable to write to file </torch_")
+_WORKERS = (
+    "Use fewer workers (`data.workers`; 0 needs none), a machine with more memory, or more shared memory (/dev/shm; "
+    "for a container: --shm-size)"
+)
 
 
 class MachineError(MoceError):
@@ -84,6 +97,31 @@ def reason(error: OSError, named: Path | None = None) -> str:
     return f"{why.removesuffix('.')}{where}. {remedy}."
 
 
+def refused(kind: type[E], what: str, error: OSError | MoceError, named: Path | None = None) -> E:
+    """An error of a kind that says what cannot be done and why, and has the status of its cause.
+
+    Args:
+        what: such as "runs/a cannot be written".
+        named: the path that `what` names, as for `reason`.
+    """
+    fault = kind(f"{what}: {reason(error, named) if isinstance(error, OSError) else error}")
+    fault.status = status_of(error)
+    return fault
+
+
+def status_of(error: OSError | MoceError) -> int:
+    """With which status a command ends for this cause: LOST_PEER where it may pass."""
+    if isinstance(error, MoceError):
+        return error.status
+    return LOST_PEER if error.errno in _PASSING else MoceError.status
+
+
+def system_error(error: Exception) -> OSError | None:
+    """The error of the system that a library written in Rust passes on as text: "... (os error 28)"; None: of none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
 def _path_of(error: OSError) -> str:
     return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
 
@@ -92,14 +130,25 @@ def machine_fault(error: BaseException) -> MachineError | None:
     """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
     if isinstance(error, OSError):
         path = _path_of(error)
-        fault = MachineError(f"{path or 'The system refused an operation'}: {reason(error, Path(path))}")
-        fault.status = LOST_PEER if error.errno in _PASSING else MachineError.status
-        return fault
+        return refused(MachineError, path or "The system refused an operation", error, Path(path))
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         detail = str(error).splitlines()[0].strip() if str(error) else ""
         return MachineError(f"Out of memory{f' ({detail})' if detail else ''}. {_MEMORY}.")
+    return _fault_of_workers(error)
+
+
+def _fault_of_workers(error: BaseException) -> MachineError | None:
+    told = str(error)
+    if not isinstance(error, RuntimeError):
+        return None
+    if told.startswith(_WORKER_DIED):  # by a signal; another start may have the memory that this one had not
+        fault = MachineError(f"A process that prepares data died, perhaps for lack of memory ({told}). {_WORKERS}.")
+        fault.status = LOST_PEER
+        return fault
+    if told.startswith(_NO_SHARED_MEMORY):
+        return MachineError(f"Out of shared memory ({told.splitlines()[0]}). {_WORKERS}.")
     return None
 
 

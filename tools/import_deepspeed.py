@@ -1,6 +1,5 @@
 """Turn what DeepSpeed's own `engine.save_checkpoint` wrote into a run folder: `python -m tools.import_deepspeed -h`."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import click
 
 from moce_ds import config as configuration
 from moce_ds.checkpoint_files import find
-from moce_ds.command_line import say
-from moce_ds.errors import MoceError
+from moce_ds.command_line import run_command, say
 from moce_ds.training.native import import_native
 from moce_ds.training.settings import PretrainSettings
 
@@ -28,11 +26,7 @@ def main(folder: Path, out: Path, words: Sequence[str], settings: Path, tag: str
     Only weights are taken. Nothing in the files of DIR is executed: what holds more than tensors and plain values is
     refused. Settings that have changed since, such as experts.clusters, are given as key=value.
     """
-    try:
-        native = import_native(folder, out, configuration.load(PretrainSettings, settings, words), tag)
-    except MoceError as error:
-        say(f"Error: {error}", err=True)
-        sys.exit(1)
+    native = import_native(folder, out, configuration.load(PretrainSettings, settings, words), tag)
     say(
         f"{find(out).folder}: the weights of step {native.step} ({native.precision}) from {native.folder}. The "
         f"optimizer's state is left behind: start a new run from them with run.init_from={out}"
@@ -40,4 +34,4 @@ def main(folder: Path, out: Path, words: Sequence[str], settings: Path, tag: str
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "python -m tools.import_deepspeed")

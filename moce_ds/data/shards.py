@@ -24,6 +24,7 @@ from moce_ds.checksums import Files, Findings, check_document, check_file, docum
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
 from moce_ds.files import load_array, read_json, read_record, sha256_of
+from moce_ds.machine import status_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -163,9 +164,10 @@ class ShardSet:
         try:
             data = os.pread(_opened(self.path, shard).fileno(), int(row["size"]), int(row["offset"]))
         except OSError as error:
-            raise DataError(
-                f"{self.path / shard.name} cannot be read any more ({error.strerror}). {_restore(self.path)}"
-            ) from None
+            gone = f"{self.path / shard.name} cannot be read any more ({error.strerror}). {_restore(self.path)}"
+            fault = DataError(gone)
+            fault.status = status_of(error)
+            raise fault from None
         if len(data) != row["size"]:
             raise DataError(f"{self.path / shard.name} was cut short while in use. {_restore(self.path)}")
         return data

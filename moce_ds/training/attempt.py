@@ -21,7 +21,7 @@ from pathlib import Path
 from moce_ds.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.files import read_json, sync, writes_to
-from moce_ds.machine import reason
+from moce_ds.machine import refused
 from moce_ds.metrics_file import METRICS
 from moce_ds.runtime import Runtime
 
@@ -87,8 +87,7 @@ class Attempt:
         except (ArtefactError, OSError) as error:
             if self.superseded:
                 raise self.error(step) from None
-            why = reason(error) if isinstance(error, OSError) else error
-            raise ArtefactError(f"{self.run} cannot be written to at step {step}: {why}") from None
+            raise refused(ArtefactError, f"{self.run} cannot be written to at step {step}", error) from None
 
     @contextmanager
     def file(self, path: Path, step: int) -> Iterator[Path]:

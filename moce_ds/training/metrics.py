@@ -79,11 +79,11 @@ class Teller:
         self._images_per_step = images_per_step
         with runtime.together(), writes_to(attempt.run):
             if runtime.is_main:
-                from torch.utils.tensorboard import SummaryWriter  # here, since the other processes need none
+                from moce_ds.training.board import Board  # here, since the other processes need none
 
                 self._check = last_check(attempt.run / METRICS)
                 self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-                self._board = SummaryWriter(str(attempt.run / "tensorboard"), purge_step=first_step)
+                self._board = Board(attempt.run / "tensorboard", first_step, runtime.say)
         if not runtime.is_main:
             return
         self._bar = tqdm(
@@ -104,12 +104,12 @@ class Teller:
         if not self._runtime.is_main:
             return
         self._bar.close()
-        for file in (self._board, self._record):
-            try:
-                file.close()
-            except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
-                if error is None:
-                    self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
+        self._board.close()
+        try:
+            self._record.close()
+        except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
+            if error is None:
+                self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
 
     @property
     def mark(self) -> str | None:
@@ -151,7 +151,7 @@ class Teller:
         self._record.flush()
         self._check = line["check"]
         for tag, value in _flat(record):
-            self._board.add_scalar(tag, value, record["step"])
+            self._board.scalar(tag, value, record["step"])
 
     def _show(self, record: dict[str, Any]) -> None:
         line = progress_line(record)
@@ -163,7 +163,7 @@ class Teller:
     def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
         """Show a picture in TensorBoard."""
         if self._runtime.is_main:
-            self._board.add_image(tag, picture_HWC, step, dataformats="HWC")
+            self._board.picture(tag, picture_HWC, step)
 
 
 def time_left(images: int, images_per_second: float) -> str:

@@ -88,10 +88,9 @@ def show_picture(session: Session, teller: Teller, step: int) -> None:
             with session.attempt.file(path, step) as draft:
                 Image.fromarray(picture).save(draft, format="PNG")
             session.attempt.note(f"{path.parent.name}/{path.name}", FileRecord.of(path), step)
-            with session.attempt.writing(step):
-                teller.picture("reconstructions", picture, step)
-                if session.router is not None:
-                    teller.picture("routing", routing_picture(session.router.prepare(None).probs_LME), step)
+            teller.picture("reconstructions", picture, step)
+            if session.router is not None:
+                teller.picture("routing", routing_picture(session.router.prepare(None).probs_LME), step)
 
 
 def manifest(session: Session, step: int, skipped: int) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moce_ds.data.sampler import ShuffledSampler
-from moce_ds.errors import DataError, MoceError
+from moce_ds.errors import MoceError
+from moce_ds.machine import machine_fault
 from moce_ds.runtime import Runtime
 from moce_ds.tuning.task import Task
 
@@ -20,9 +22,29 @@ class _Made(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            return self._make(index)
+            made = self._make(index)
+            if get_worker_info() is not None:
+                _share(made)
+            return made
         except MoceError as error:
             return error
+        except (OSError, MemoryError, RuntimeError) as error:
+            fault = machine_fault(error)
+            if fault is None:
+                raise
+            return fault
+
+
+def _share(made: Any) -> None:
+    """Move tensors to where the main process finds them. The worker would do that in a thread, where a /dev/shm that is
+    too small is no error but the end of all answers."""
+    if isinstance(made, Tensor):
+        made.share_memory_()
+    elif isinstance(made, dict):
+        _share(list(made.values()))
+    elif isinstance(made, list | tuple):
+        for part in made:
+            _share(part)
 
 
 def prepared(make: Callable[[int], Any], indices: range, workers: int, device: torch.device) -> Iterator[Any]:
@@ -30,7 +52,7 @@ def prepared(make: Callable[[int], Any], indices: range, workers: int, device: t
 
     Raises (while iterating):
         MoceError: what `make` raised.
-        DataError: a process died.
+        MachineError: a process died, or there is too little memory for what it makes.
     """
     loader = DataLoader(
         _Made(make),
@@ -54,12 +76,10 @@ def _unless_one_dies(loader: Iterable[Any]) -> Iterator[Any]:
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            fault = machine_fault(error)
+            if fault is None:
                 raise
-            raise DataError(
-                f"A process that prepares images died ({error}): perhaps killed for lack of memory. The same command "
-                "goes on, with fewer data.workers if it happens again."
-            ) from None
+            raise fault from None
         yield item
 
 

@@ -1,6 +1,7 @@
 """Who may write into a run folder: claims that race, an attempt that is over, and records of several attempts."""
 
 import builtins
+import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +17,8 @@ from alone import ALONE
 from moce_ds.analysis.run_folder import read_metrics
 from moce_ds.checkpoint_files import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
 from moce_ds.checksums import with_checksum
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import LOST_PEER, ArtefactError
+from moce_ds.files import writes_to
 from moce_ds.training.attempt import METRICS, Attempt, SupersededError
 from moce_ds.training.saver import Saver
 from moce_ds.training.settings import RunSettings
@@ -56,6 +58,18 @@ def test_another_failure_is_no_take_over(tmp_path: Path) -> None:
     message, attempt = rf"{tmp_path} cannot be written to at step 3: .*No space left", claim(tmp_path)
     with pytest.raises(ArtefactError, match=message), attempt.writing(3):
         raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ESTALE, LOST_PEER), (errno.ENOSPC, 1)])
+def test_a_failure_that_may_pass_keeps_its_status(tmp_path: Path, number: int, status: int) -> None:
+    attempt = claim(tmp_path)
+    with (
+        pytest.raises(ArtefactError, match=os.strerror(number)) as caught,
+        attempt.writing(3),
+        writes_to(tmp_path / "x"),
+    ):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.status == status and ArtefactError.status == 1
 
 
 def test_a_file_is_replaced_by_the_owner_only(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from alone import ALONE
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moce_ds.errors import LOST_PEER, ArtefactError
@@ -195,6 +197,22 @@ def test_what_may_pass_has_the_status_of_a_lost_process(number: int | None, stat
     with pytest.raises(MachineError) as caught, ALONE.together():
         raise OSError(*((number, os.strerror(number)) if number else ("odd",)))
     assert caught.value.status == status and MachineError.status == 1
+
+
+@pytest.mark.parametrize("door", [writes_to, partial(reads_from, cure="write it again.")], ids=["writes", "reads"])
+@pytest.mark.parametrize("error", [
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)"),
+], ids=["system", "safetensors"])  # fmt: skip
+def test_what_may_pass_keeps_its_status_under_the_name_of_an_artefact(
+    tmp_path: Path, door: Any, error: Exception
+) -> None:
+    path = tmp_path / "x"
+    path.touch()
+    told = rf"^{path} cannot be (written|read): Input/output error. The disk or its connection is failing"
+    with pytest.raises(ArtefactError, match=told) as caught, door(path):
+        raise error
+    assert caught.value.status == LOST_PEER and ArtefactError.status == 1
 
 
 def test_reasons_name_the_remedy() -> None:

@@ -8,24 +8,44 @@ from pathlib import Path
 
 import pytest
 
+from launchers.slurm_job import JobStart
 from moce_ds import checksums
 from moce_ds.data import demo_images
+from moce_ds.errors import LOST_PEER
+from moce_ds.training import native
 
-DOORS = {"launchers.cell": (checksums, "read_checked"), "launchers.demo": (demo_images, "write_demo_images")}
+DOORS = {
+    "launchers.cell": (checksums, "read_checked"),
+    "launchers.demo": (demo_images, "write_demo_images"),
+    "launchers.slurm_end": (JobStart, "of"),
+    "tools.import_deepspeed": (native, "import_native"),
+}
+GIVEN = {
+    "launchers.cell": ["{}", "num=2"],
+    "launchers.demo": ["--out", "{}"],
+    "launchers.slurm_end": ["{}", "1", "5", "3"],
+    "tools.import_deepspeed": ["{}", "{}/out", "--config", "{}/config.yaml"],
+}
 
 
+@pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EIO, LOST_PEER)])
 @pytest.mark.parametrize("program", DOORS)
-def test_a_full_disk_is_told_without_a_traceback(
-    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_disk_that_fails_is_told_without_a_traceback(
+    program: str,
+    number: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+    def failing(*_: object) -> None:
+        raise OSError(number, os.strerror(number), str(tmp_path))
 
-    monkeypatch.setattr(*DOORS[program], full)
+    (tmp_path / "config.yaml").write_text("{run: {out: a}, data: {shards: b}, model: {arch: mae}}")
+    monkeypatch.setattr(*DOORS[program], failing)
     monkeypatch.delitem(sys.modules, program, raising=False)
-    given = [str(tmp_path), "num=2"] if program == "launchers.cell" else ["--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [program, *given])
+    monkeypatch.setattr(sys, "argv", [program, *(word.format(tmp_path) for word in GIVEN[program])])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(program, run_name="__main__")
-    assert end.value.code == 1
-    assert capsys.readouterr().err.startswith(f"Error: {tmp_path}: No space left on device. Free some space there")
+    assert end.value.code == status
+    assert capsys.readouterr().err.startswith(f"Error: {tmp_path}: {os.strerror(number)}. ")
