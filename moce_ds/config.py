@@ -60,7 +60,7 @@ def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
         key, sign, text = word.partition("=")
         if not sign or not key:
             raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
-        tree = _merged(tree, nested({key: Plain(text)}))
+        tree = _merged(tree, nested({key: Plain(text)}), origin)
     return origin, tree
 
 
@@ -89,15 +89,17 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     """
     layers = [layer for layer in layers if layer[1]] or layers[:1]
     tree: dict[str, Any] = {}
-    for _, own in layers:
-        tree = _merged(tree, own)
+    origins: list[str] = []
+    for origin, own in layers:
+        origins.append(origin)
+        tree = _merged(tree, own, " and ".join(origins))
     try:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
         raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: str = "") -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
         key, old = f"{prefix}{name}", below.get(name)
@@ -106,8 +108,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any], prefix: str = "") -> d
         if isinstance(value, dict):
             old = opened(old, key)
             if isinstance(old, str | list):
-                raise ConfigError(f"{key}: given as a whole and in parts; give it once, or all its parts.")
-            value = _merged(old or {}, value, f"{key}.")
+                raise ConfigError(f"{key}: given as a whole and in parts ({origins}); give it once, or all its parts.")
+            value = _merged(old or {}, value, origins, f"{key}.")
         merged[name] = value
     return merged
 

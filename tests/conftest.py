@@ -107,6 +107,17 @@ def tiny_clusters(tiny_shards: Path, tiny_encoder: Path, tmp_path_factory: pytes
     return folder / "clusters"
 
 
+@pytest.fixture(scope="session")
+def artefacts(
+    tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """One of each artefact, by its kind in `artefacts.KINDS`; not to be changed."""
+    from artefacts import write_all  # imports what few tests need
+
+    root = tmp_path_factory.mktemp("artefacts")
+    return write_all(root, tiny_images, tiny_shards, tiny_clusters.parent / "features", tiny_clusters)
+
+
 @pytest.fixture
 def tiny_config(tiny_shards: Path, tmp_path: Path) -> Callable[..., PretrainSettings]:
     """Settings of a tiny dense MAE (16 px, patch 4, width 16, depth 3) that writes to `tmp_path`/run.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artefacts import KINDS, STEPS, write_all
+from artefacts import KINDS, STEPS
 from moce_command import run_here
 
 from moce_ds.analysis import inspection
@@ -50,14 +50,6 @@ HARMS: dict[str, Callable[[Path], None]] = {
     "cut": cut,
     "deleted": Path.unlink,
 }
-
-
-@pytest.fixture(scope="module")
-def artefacts(
-    tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("artefacts")
-    return write_all(root, tiny_images, tiny_shards, tiny_clusters.parent / "features", tiny_clusters)
 
 
 def files_of(artefact: Path) -> list[str]:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+from dense_examples import write_ade, write_coco
 from moce_command import TINY, refused, run_here
+from public_folders import cifar10
 
 from moce_ds.config import to_yaml
 from moce_ds.training.settings import PretrainSettings
@@ -74,6 +77,29 @@ class Inputs:
     encoder: Path
     features: Path
     run: Path
+    others: Path
+
+    def task(self) -> Path:
+        """The settings of a task."""
+        path = self.others / "kinds.yaml"
+        for split in ("train", "test"):
+            (self.others / "kinds").mkdir(exist_ok=True)
+            (self.others / "kinds" / split).symlink_to(self.shards)
+        path.write_text(yaml.safe_dump({"data": str(self.others / "kinds"), "knn": {"threads": 1}}))
+        return path
+
+    def dataset(self) -> Path:
+        """A public data set as it is distributed."""
+        cifar10(self.others / "cifar")
+        return self.others / "cifar"
+
+    def coco(self) -> tuple[Path, Path]:
+        """A set for detection: its JSON and its images."""
+        return write_coco(self.others / "coco")
+
+    def ade(self) -> Path:
+        """A set for segmentation."""
+        return write_ade(self.others / "ade")
 
 
 @pytest.fixture
@@ -84,17 +110,31 @@ def inputs(
     tiny_clusters: Path,
     moce_run: Callable[..., Path],
     tiny_config: Callable[..., PretrainSettings],
+    tmp_path: Path,
 ) -> Inputs:
     run = moce_run()
     config = tiny_config("model.arch=moce", "experts.num=4", f"experts.clusters={tiny_clusters}")
     (run / "config.yaml").write_text(to_yaml(config))
-    return Inputs(tiny_images, tiny_shards, tiny_encoder, tiny_clusters.parent / "features", run)
+    others = tmp_path / "others"
+    others.mkdir()
+    return Inputs(tiny_images, tiny_shards, tiny_encoder, tiny_clusters.parent / "features", run, others)
 
 
 def measured(verb: str, i: Inputs, out: Path) -> list[object]:
     digits = i.images / "digits"
     return [verb, i.encoder, "--train", i.images, "--test", i.images, "--results", out, "--task", digits.name]
 
+
+def dense(verb: str, i: Inputs, out: Path) -> list[object]:
+    small = ["--out", out, "model.image_size=32", "model.channels=8", "optim.batch_size=1"]
+    if verb == "segment":
+        ade = i.ade()
+        return [verb, i.encoder, "--train", ade, "--val", ade, "data.classes=2", *small]
+    path, images = i.coco()
+    return [verb, i.encoder, "--train", path, "--images", images, "--val", path, *small]
+
+
+EXPERTS = 'words.moce=["model.arch=moce","experts.num=4"]'
 
 VERBS: dict[str, Callable[[Inputs, Path], list[object]]] = {
     "shards": lambda i, out: ["shards", i.images, out, "workers=1"],
@@ -105,14 +145,25 @@ VERBS: dict[str, Callable[[Inputs, Path], list[object]]] = {
     "report": lambda i, out: ["report", i.run, "--out", out],
     "plan": lambda i, out: ["plan", TINY, f"data.shards={i.shards}", "run.out=none", "--json", out],
     "knn": lambda i, out: measured("knn", i, out),
+    "probe": lambda i, out: measured("probe", i, out),
+    "evaluate": lambda i, out: ["evaluate", i.run, "--data", i.shards, "--results", out],
     "select": lambda i, out: ["select", i.run, "--data", i.images / "digits", "--results", out],
     "pretrain": lambda i, out: ["pretrain", TINY, f"data.shards={i.shards}", f"run.out={out}"],
-}
+    "finetune": lambda i, out: [
+        "finetune", i.encoder, "--train", i.shards, "--test", i.shards, "--out", out, "optim.batch_size=12"
+    ],
+    "detect": lambda i, out: dense("detect", i, out),
+    "segment": lambda i, out: dense("segment", i, out),
+    "transfer": lambda i, out: ["transfer", i.run, "--tasks", i.task(), "--methods", "knn", "--out", out],
+    "dataset": lambda i, out: ["dataset", "cifar10", i.dataset(), out, "workers=1"],
+    "study": lambda i, out: ["study", f"base={TINY}", f"out={out}", f'set=["data.shards={i.shards}"]'],
+    "pipeline": lambda i, out: ["pipeline", f"images={i.images}", f"mae={TINY}", f"moce={TINY}", EXPERTS, f"out={out}"],
+}  # fmt: skip
 GOES_ON = {"shards": "shards.json", "features": "features.json"}
 """Verbs that keep what is done, and the file that declares it whole."""
 
 
-LARGE = ("shards", "features", "cluster", "export", "export pth", "report")
+LARGE = ("shards", "features", "cluster", "export", "export pth", "report", "transfer")
 """Verbs whose output is larger than two pages."""
 
 

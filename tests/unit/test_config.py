@@ -272,7 +272,7 @@ def test_every_fault_is_listed_at_once() -> None:
         (["sieve.layers=[1"], "The value of sieve.layers is not a list or mapping: while parsing a flow sequence"),
         (["sieve.layers=[1] # no"], "The value of sieve.layers is not a list or mapping: '# no' follows its end."),
         (["sieve={rounds: 1, rounds: 2}"], "rounds is given twice, in line 1; write it once."),
-        (["on=true", "on.x=2"], "on: given as a whole and in parts; give it once, or all its parts."),
+        (["on=true", "on.x=2"], "on: given as a whole and in parts (the command line); give it once"),
     ],
 )
 def test_words_that_are_no_settings(words: list[str], message: str) -> None:
