@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,14 +46,14 @@ def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.Capture
     """Its files are a mirror, and its thread's error no business of the terminal."""
     attempt = Attempt.claim(tmp_path, ALONE)
     with Teller(attempt, 0, 40, 16, ALONE) as teller:
-        shutil.rmtree(tmp_path / "tensorboard")
+        (tmp_path / "tensorboard").rename(tmp_path / "moved")
         (tmp_path / "tensorboard").touch()
         for step in range(1, 41):  # more than the queue of its thread holds
             teller.metrics({"step": step, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
     assert len((tmp_path / METRICS).read_text().splitlines()) == 40
     said = "".join(capfd.readouterr())
     assert said.count("WARNING: ") == 1 and "Traceback" not in said
-    assert f"WARNING: {tmp_path / 'tensorboard'}: nothing more is written for TensorBoard: Not a directory" in said
+    assert f"WARNING: {tmp_path / 'tensorboard'}: nothing more is written for TensorBoard: " in said
 
 
 def test_tensorboard_that_cannot_begin_is_told_as_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
