@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moce_ds.transfer.api import Clusters, load_expert
+    from moce_ds.api import Clusters, load_expert
 
 __version__ = "0.1.0"
 __all__ = ["Clusters", "__version__", "load_expert"]
@@ -17,6 +17,6 @@ def __getattr__(name: str) -> Any:
     """The Python API is imported when it is used: `import moce_ds` alone loads no torch."""
     if name not in ("Clusters", "load_expert"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moce_ds.transfer import api
+    from moce_ds import api
 
     return getattr(api, name)

@@ -2,6 +2,6 @@
 
 import torch
 
-from moce_ds.runtime import Runtime
+from moce_ds.distributed.runtime import Runtime
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

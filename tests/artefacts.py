@@ -11,36 +11,36 @@ from moce_command import TINY, run_here
 from PIL import Image
 from safetensors.torch import save_file
 
-from launchers.cell import write_record as write_cell
-from launchers.grid import StudySettings, cells_of
-from launchers.stage import Stage, StageRecord, keep_stages
-from launchers.stage import write_record as write_stage
-from launchers.study import keep_record
-from moce_ds.analysis.study_folder import CellRecord
-from moce_ds.checkpoint_files import grouped, publish, step_folder, write_files
-from moce_ds.checksums import FileRecord, write_checked
+from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
+from moce_ds.checkpoint.lease import RunLease
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.config import load, to_tree
-from moce_ds.data.listing import Listed, Listing
+from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
-from moce_ds.files import atomic_folder
+from moce_ds.data.sources.listing import Listed, Listing
+from moce_ds.evaluation.metrics import Score
+from moce_ds.evaluation.results import accuracy_record
+from moce_ds.evaluation.results_file import add_record
+from moce_ds.models.build import build_model
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
-from moce_ds.models.spec import build_model
 from moce_ds.models.vit import load_encoder, save_encoder
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.results_file import add_record
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.metrics import Meter, Teller, measures
+from moce_ds.report.study_folder import CellRecord
+from moce_ds.storage.checksums import FileRecord, write_checked
+from moce_ds.storage.files import atomic_folder
+from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.training.setup import keep_clusters, keep_settings
-from moce_ds.transfer.metrics import Score
-from moce_ds.transfer.results import accuracy_record
 from moce_ds.tuning.result import RESULT, result_text
 from moce_ds.tuning.settings import FinetuneSettings
+from moce_ds.workflow.stage import Stage, StageRecord, keep_stages
+from moce_ds.workflow.stage import write_record as write_stage
+from moce_ds.workflow.study import keep_record
+from moce_ds.workflow.study_cell import write_record as write_cell
+from moce_ds.workflow.study_grid import StudySettings, cells_of
 
 STEPS = 4
 """Of every run here; each step is logged."""
@@ -99,7 +99,7 @@ def _write_moce(shard_set: Path, out: Path, folder: Path) -> Path:
     clusters, shards = Clusters.load(folder), ShardSet.open(config.data.shards)
     model = build_model(config.model_spec, clusters, ReferenceMoE)
     assert isinstance(model, Moce)
-    slot_LE = in_order(len(config.expert_layers), config.experts.num)
+    slot_LE = default_placement(len(config.expert_layers), config.experts.num)
     ids_N = load_ids(folder, shards.fingerprint, shards.count)
     routing = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE).record(STEPS)
     told = {"model": config.model_spec.to_tree(), "routing": routing, "clusters_hash": clusters.hash}
@@ -111,10 +111,10 @@ def _write_moce(shard_set: Path, out: Path, folder: Path) -> Path:
 def _write_run(config: AnySettings, model: torch.nn.Module, told: Mapping[str, Any]) -> Path:
     """Settings, metrics, a picture, a checkpoint of random weights, and its routes, as an attempt writes them."""
     run = config.run.out
-    attempt = Attempt.claim(run, ALONE)
+    attempt = RunLease.claim(run, ALONE)
     keep_settings(config, attempt, ALONE)
     meter = Meter()
-    with Teller(attempt, 0, STEPS, 16, ALONE) as teller:
+    with MetricLogger(attempt, 0, STEPS, 16, ALONE) as teller:
         for step in range(1, STEPS + 1):
             meter.step(16, 0.0)
             record = measures(attempt, step, step / 4, 1 / step, 1e-3, 0.5, meter, ALONE)
@@ -150,7 +150,7 @@ def _write_tuning(encoder: Path, shards: Path, out: Path) -> Path:
         save_encoder(draft, opened.model.state_dict(), opened.shape, opened.input, {"tuned_from": str(encoder)})
     result = {"measures": {"top1": 0.5}, "step": STEPS, "steps": STEPS, "validation": {}}
     (out / RESULT).write_text(result_text(out, result))
-    Attempt(out, 1).note(RESULT, FileRecord.of(out / RESULT), STEPS)
+    RunLease(out, 1).note(RESULT, FileRecord.of(out / RESULT), STEPS)
     return out
 
 

@@ -17,21 +17,21 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 
-from moce_ds.checkpoint_files import step_folder, write_checkpoint
-from moce_ds.checksums import write_checked
+from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.config import load, to_tree
+from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
+from moce_ds.models.build import build_model
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
-from moce_ds.models.spec import build_model
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.storage.checksums import write_checked
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
 
@@ -168,7 +168,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
             for name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=3.0 if name.startswith("gate.") else 0.2)
         ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
-        slot_LE = in_order(len(config.expert_layers), config.experts.num)
+        slot_LE = default_placement(len(config.expert_layers), config.experts.num)
         router = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE)
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         manifest = {

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, file_of, publish, step_folder, write_files
+from moce_ds.checkpoint.format import WEIGHTS, file_of, publish, step_folder, write_files
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.transform import ImageInput
+from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import DecoderShape
 from moce_ds.models.moce import ExpertShape
-from moce_ds.models.spec import ModelSpec, build_model
 from moce_ds.models.vit import ViTShape, shape_of
 from moce_ds.moe.reference import ReferenceMoE
 
@@ -32,10 +32,10 @@ CLUSTERS = 128
 EXPORT = """
 import json, sys
 from pathlib import Path
-from moce_ds.transfer.chosen import choose_average, choose_cluster
-from moce_ds.transfer.export import export_route
-from moce_ds.transfer.formats.registry import find_format
-from moce_ds.transfer.select import run_clusters
+from moce_ds.export.routes import choose_average, choose_cluster
+from moce_ds.export.write import export_route
+from moce_ds.export.formats.registry import find_format
+from moce_ds.export.select import run_clusters
 
 def memory(key):
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

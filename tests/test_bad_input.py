@@ -18,8 +18,8 @@ from alone import ALONE
 from moce_command import TINY, refused, run_here
 from safetensors.torch import save_file
 
-from moce_ds.checkpoint_files import WEIGHTS, find
-from moce_ds.config import to_yaml
+from moce_ds.checkpoint.format import WEIGHTS, find
+from moce_ds.config.settings import to_yaml
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import FeatureSettings, write_features

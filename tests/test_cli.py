@@ -10,8 +10,9 @@ import pytest
 from moce_command import TINY, Said, refused, run_here
 
 from moce_ds import __version__
-from moce_ds import config as configuration
-from moce_ds.cli import Verb, moce
+from moce_ds.cli.options import Verb
+from moce_ds.config import settings as configuration
+from moce_ds.main import moce
 
 
 def test_the_two_names_of_the_command() -> None:
@@ -51,7 +52,7 @@ import sys
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 import click
-from moce_ds.cli import moce
+from moce_ds.main import moce
 
 def ask(command, words):
     for name, inner in getattr(command, "commands", {}).items():
@@ -69,7 +70,7 @@ ask(moce, [])
 
 def said_without(packages: Sequence[str], *words: object) -> Said:
     """Run `moce ...` where some packages cannot be imported."""
-    code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.cli import main\nmain()"
+    code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.main import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
     return Said(done.returncode, done.stdout, done.stderr)
 

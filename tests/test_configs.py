@@ -7,15 +7,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from launchers.grid import StudySettings, cells_of, check_settings
-from launchers.slurm_profile import SlurmProfile
-from launchers.stages import PipelineSettings, check_batches, stages_of
-from moce_ds.cli import moce
 from moce_ds.clustering.build import ClusterSettings
-from moce_ds.config import from_tree, load, to_tree, to_yaml
-from moce_ds.data.public.datasets import NAMES
+from moce_ds.config.settings import from_tree, load, to_tree, to_yaml
+from moce_ds.data.sources.public.datasets import NAMES
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.main import moce
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.tasks import TaskSettings
+from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, stages_of
+from moce_ds.workflow.study_grid import StudySettings, cells_of, check_settings
+from moce_ds.workflow.transfer_tasks import TaskSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ALL = sorted(CONFIGS.rglob("*.y*ml"))

@@ -17,7 +17,7 @@ from dense_examples import write_ade, write_coco
 from moce_command import TINY, refused
 from public_folders import cifar10
 
-from moce_ds.checksums import CHECKSUM
+from moce_ds.storage.checksums import CHECKSUM
 
 SMALL = "model.image_size=32 model.channels=8"
 COMMANDS = (

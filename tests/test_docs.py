@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from moce_command import Said, run_here
 
-from moce_ds.data.demo_images import write_demo_images
-from moce_ds.files import read_json
+from moce_ds.data.sources.demo_images import write_demo_images
+from moce_ds.storage.files import read_json
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

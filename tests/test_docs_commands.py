@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import click
 import pytest
 
-from moce_ds.cli import moce
-from moce_ds.command_line import Verb
-from moce_ds.config import keys
+from moce_ds.cli.options import Verb
+from moce_ds.config.settings import keys
+from moce_ds.main import moce
 from tests.test_docs import DOCUMENTS, ROOT
 
 

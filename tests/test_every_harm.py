@@ -16,18 +16,18 @@ import torch
 from artefacts import KINDS, STEPS
 from moce_command import run_here
 
-from moce_ds.analysis import inspection
-from moce_ds.analysis.run_folder import read_metrics, read_run
-from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, find
-from moce_ds.checksums import CHECKSUM, Findings, write_checked
+from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.store import FeatureSet, check_encoder
+from moce_ds.clustering.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import MoceError
-from moce_ds.files import copy_tree
+from moce_ds.evaluation.results_file import read_results
+from moce_ds.export.select import clusters_encoder, run_clusters
 from moce_ds.models.vit import load_encoder, save_encoder
-from moce_ds.results_file import read_results
-from moce_ds.transfer.select import clusters_encoder, run_clusters
+from moce_ds.report import inspection
+from moce_ds.report.run_folder import read_metrics, read_run
+from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
+from moce_ds.storage.files import copy_tree
 from moce_ds.tuning.result import read_result
 
 

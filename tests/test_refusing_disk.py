@@ -17,7 +17,7 @@ from dense_examples import write_ade, write_coco
 from moce_command import TINY, refused, run_here
 from public_folders import cifar10
 
-from moce_ds.config import to_yaml
+from moce_ds.config.settings import to_yaml
 from moce_ds.training.settings import PretrainSettings
 
 FILL = "fill"

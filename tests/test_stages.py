@@ -14,13 +14,13 @@ from moce_command import TINY, Said, refused, run_alone, run_here
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import find, steps_of
-from moce_ds.checksums import with_checksum
+from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.store import FeatureSet
+from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import EncodeSettings, encode_all, open_encoder
+from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.checksums import with_checksum
 
 STEPS = 8  # 2 epochs of 60 images, 16 at a time
 EXPERTS, LAYERS, CLUSTERS = 4, (1, 3), 5

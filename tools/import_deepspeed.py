@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from moce_ds import config as configuration
-from moce_ds.checkpoint_files import find
-from moce_ds.command_line import run_command, say
-from moce_ds.training.native import import_native
+from moce_ds.checkpoint.format import find
+from moce_ds.config import settings as configuration
+from moce_ds.console import run_command, say
+from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.settings import PretrainSettings
 
 PATH = click.Path(path_type=Path)

@@ -16,20 +16,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moce_ds import config as configuration
 from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.config import settings as configuration
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import Reconstruction, make_block
 from moce_ds.models.moce import Moce, MoceOutput
 from moce_ds.models.sdr import SdrOutput, Teacher
 from moce_ds.models.vit import Encoder, timm_vit
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.planning import work
 from moce_ds.planning.devices import Device
 from moce_ds.planning.work import Machines
-from moce_ds.runtime import Runtime
 from moce_ds.training.engine import set_lr, start_engine
 from moce_ds.training.router import Router
 from moce_ds.training.settings import ExpertSettings, PretrainSettings, batch_arithmetic
@@ -190,7 +190,7 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
     router = None
     if data is not None:
         assert isinstance(model, Moce)
-        slots = in_order(len(config.expert_layers), config.experts.num)
+        slots = default_placement(len(config.expert_layers), config.experts.num)
         router = Router(model, data.ids_N, slots, config.experts, config.run.seed, runtime)
     shape = config.vit_shape
     side, patches = shape.image_size, shape.num_patches

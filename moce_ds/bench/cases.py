@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.bench.routing import draw_experts
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.experts import fitting_execution
+from moce_ds.moe.experts import choose_execution
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.moe.placement import in_order, local_order
+from moce_ds.moe.placement import default_placement, local_order
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.token_layer import TokenMoE
-from moce_ds.runtime import Runtime
 
 TOKENS = 50
 """T: ViT-B/16 at 224 px keeps 49 of 196 patches, and cls."""
@@ -85,9 +85,9 @@ def ours(problem: Problem, locality: bool = False) -> Case:
     layer.set_deepspeed_parallelism()
     _on_device(layer, problem)
     bf16 = problem.x_BTD.dtype == torch.bfloat16
-    layer.execute = fitting_execution(runtime.device, bf16, layer.num_local_experts)
+    layer.execute = choose_execution(runtime.device, bf16, layer.num_local_experts)
     table_MLK = np.arange(problem.E)[:, None, None]  # one cluster an expert
-    slot_LE = in_order(1, problem.E)
+    slot_LE = default_placement(1, problem.E)
 
     def dealt(experts_WB: NDArray[np.int64]) -> NDArray[np.int64]:
         if not locality:

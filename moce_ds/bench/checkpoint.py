@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from moce_ds.checkpoint_files import Checkpoint, step_folder
-from moce_ds.drafts import scratch_folder
-from moce_ds.runtime import Runtime, started
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.checkpoint import load_checkpoint
+from moce_ds.checkpoint.deepspeed_state import load_checkpoint
+from moce_ds.checkpoint.format import Checkpoint, step_folder
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import start_engine
-from moce_ds.training.saver import Saver
 from moce_ds.training.settings import (
     DataSettings,
     ModelSettings,
@@ -50,7 +50,7 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
             run=PretrainRunSettings(out=scratch / "run", keep_checkpoints=1),
         )
         bench = _Rounds(config, runtime, scratch)
-        with Saver(bench.engine, config.run, Attempt.claim(config.run.out, runtime), runtime) as saver:
+        with CheckpointManager(bench.engine, config.run, RunLease.claim(config.run.out, runtime), runtime) as saver:
             for turn in range(repeats + 1):  # the first warms up
                 bench.round(saver, 2 * turn + 1)
     seconds, size = bench.medians(), bench.size
@@ -86,7 +86,7 @@ class _Rounds:
         self._seconds: dict[str, list[float]] = {}
         self.size = 0
 
-    def round(self, saver: Saver, step: int) -> None:
+    def round(self, saver: CheckpointManager, step: int) -> None:
         """A whole save, a load, a raw write and read, and a training step without and with a save on its way."""
         self._timed("save", lambda: self._save(saver, step))
         checkpoint, raw = Checkpoint.open(step_folder(self._config.run.out, step)), self._scratch / "raw"
@@ -99,18 +99,18 @@ class _Rounds:
         self.engine.step()
         self._timed("start", lambda: saver.start(_manifest(step + 1)))
         self._timed("beside", self._to_update)
-        self._timed("settle", saver.settle)
+        self._timed("staging", saver.wait_for_staging)
         self.engine.step()
         saver.finish()
 
     def medians(self) -> dict[str, float]:
         """Of each part over the rounds but the first, and of the pause and the delay in each."""
         times = {name: np.array(found[1:]) for name, found in self._seconds.items()}
-        times["pause"] = times["start"] + times["settle"]
+        times["pause"] = times["start"] + times["staging"]
         times["delay"] = times["pause"] + times["beside"] - times["alone"]
         return {name: float(np.median(found)) for name, found in times.items()}
 
-    def _save(self, saver: Saver, step: int) -> None:
+    def _save(self, saver: CheckpointManager, step: int) -> None:
         saver.start(_manifest(step))
         saver.finish()
 

@@ -21,8 +21,8 @@ from moce_ds.bench.cases import Case, Problem
 from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
 from moce_ds.compat import quiet_deepspeed
-from moce_ds.files import atomic_file, writes_to
-from moce_ds.runtime import Runtime
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.storage.files import atomic_file, writes_to
 
 Row = dict[str, Any]
 

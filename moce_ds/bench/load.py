@@ -16,7 +16,7 @@ from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
-from moce_ds.drafts import scratch_folder
+from moce_ds.storage.drafts import scratch_folder
 
 _PHOTO = (500, 375)  # width and height of a typical ImageNet file
 

@@ -10,10 +10,10 @@ import torch
 from torch.multiprocessing import spawn
 
 from moce_ds.bench.timing import keep_freed_memory
-from moce_ds.drafts import scratch_folder
-from moce_ds.rendezvous import host_on_loopback
-from moce_ds.runtime import started
-from moce_ds.sealing import SECRET, new_secret
+from moce_ds.distributed.rendezvous import host_on_loopback
+from moce_ds.distributed.runtime import started
+from moce_ds.distributed.sealing import SECRET, new_secret
+from moce_ds.storage.drafts import scratch_folder
 
 
 def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 
 _CLUSTERS = 64
@@ -47,7 +47,7 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
         # The whole of what a step adds: the table's copy to the host, the plan, the exchange, the gate's losses.
         moce.zero_grad(set_to_none=True)
         expert_MLK = chosen_experts(moce.gate(), 1).cpu().numpy()
-        plan = make_plan(clusters_B[None], expert_MLK, in_order(2, num_experts), 0, 1).to(device)
+        plan = make_plan(clusters_B[None], expert_MLK, default_placement(2, num_experts), 0, 1).to(device)
         output = moce(images_BCHW, noise_BN, Routing(torch.from_numpy(clusters_B).to(device), plan, None))
         (output.reconstruction.loss + 0.01 * output.gate.imbalance + 0.1 * output.gate.balance).backward()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from moce_ds.place import is_first
+from moce_ds.host.place import is_first
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -23,7 +23,7 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds of each case over `repeats` rounds; every round runs every case once, after `warmup` rounds.
 
-    `together` is called before each case: a barrier, where several processes measure the same.
+    `raise_on_all_ranks` is called before each case: a barrier, where several processes measure the same.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in tqdm(range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=not is_first()):

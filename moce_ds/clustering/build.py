@@ -13,15 +13,15 @@ import torch
 from tqdm import tqdm
 
 from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
+from moce_ds.clustering.feature_store import ENCODER, FeatureSet, check_encoder
 from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
-from moce_ds.clustering.store import ENCODER, FeatureSet, check_encoder
-from moce_ds.command_line import say
-from moce_ds.config import differences, to_tree
+from moce_ds.config.settings import differences, to_tree
+from moce_ds.console import say
 from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.files import atomic_folder, check_writable, copy_tree, writes_to
+from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 
 _ROWS = 8192
 """Rows of features whose [N, M] cosines exist at one time."""

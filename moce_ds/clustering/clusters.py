@@ -18,8 +18,10 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from moce_ds import encoder_folder
-from moce_ds.checksums import (
+from moce_ds.clustering.feature_store import ENCODER, check_fingerprint
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.storage import encoder_folder
+from moce_ds.storage.checksums import (
     Files,
     Findings,
     check_file,
@@ -30,10 +32,8 @@ from moce_ds.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.clustering.store import ENCODER, check_fingerprint
-from moce_ds.drafts import restore
-from moce_ds.errors import ArtefactError, DataError
-from moce_ds.files import atomic_file, load_array, reads_from, save_array, save_tensors
+from moce_ds.storage.drafts import restore
+from moce_ds.storage.files import atomic_file, load_array, reads_from, save_array, save_tensors
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moce_ds.config import option, settings
+from moce_ds.config.settings import option, settings
 
 Positive = Annotated[int, Field(ge=1)]
 

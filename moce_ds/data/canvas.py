@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moce_ds.randomness import CROP, FLIP, uniform
+from moce_ds.distributed.randomness import CROP, FLIP, uniform
 
 Fit = Literal["longer", "shorter"]
 """The side of an image that is as long as the canvas at scale 1."""

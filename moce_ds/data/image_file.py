@@ -23,8 +23,8 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moce_ds.data import png_file
-from moce_ds.data.containers import jpeg_orientation, known_orientation
 from moce_ds.data.png_file import Png
+from moce_ds.data.sources.containers import jpeg_orientation, known_orientation
 from moce_ds.errors import DataError
 
 EMPTY = "empty"

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.randomness import SHUFFLE, hashed
+from moce_ds.distributed.randomness import SHUFFLE, hashed
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,8 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from moce_ds.checksums import FileRecord, write_checked
-from moce_ds.config import differences, option, settings
+from moce_ds.config.settings import differences, option, settings
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
-from moce_ds.data.image_folder import examined
-from moce_ds.data.listing import Listing
 from moce_ds.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
@@ -45,10 +42,13 @@ from moce_ds.data.shards import (
     key_of,
     shard_name,
 )
-from moce_ds.data.walk import SourceFile, list_files
+from moce_ds.data.sources.image_folder import examined
+from moce_ds.data.sources.listing import Listing
+from moce_ds.data.sources.walk import SourceFile, list_files
 from moce_ds.errors import DataError
-from moce_ds.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
-from moce_ds.locks import LOCK, alone_in
+from moce_ds.storage.checksums import FileRecord, write_checked
+from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
+from moce_ds.storage.locks import LOCK, alone_in
 from moce_ds.text import in_line
 
 

@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from moce_ds.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
-from moce_ds.files import load_array, read_json, read_record, sha256_of
-from moce_ds.machine import status_of
+from moce_ds.host.machine import status_of
+from moce_ds.storage.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
+from moce_ds.storage.files import load_array, read_json, read_record, sha256_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"

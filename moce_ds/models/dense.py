@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
 from moce_ds.errors import ArtefactError
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.moce import expert_key
 from moce_ds.models.sdr import join_units
-from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import Encoder, check_state, timm_vit
 from moce_ds.models.warm_start import is_decoder
 

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moce_ds.checkpoint_files import find
-from moce_ds.clustering.store import ENCODER, FeatureWriter, Identity
+from moce_ds.checkpoint.format import find
+from moce_ds.clustering.feature_store import ENCODER, FeatureWriter, Identity
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
-from moce_ds.drafts import restore
-from moce_ds.encoder_folder import CONFIG, WEIGHTS
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
-from moce_ds.files import atomic_folder, writes_to
 from moce_ds.models.dense import dense_encoder
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.models.public_mae import public_encoder
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.runtime import Runtime
+from moce_ds.storage.drafts import restore
+from moce_ds.storage.encoder_folder import CONFIG, WEIGHTS
+from moce_ds.storage.files import atomic_folder, writes_to
 from moce_ds.text import shortened
 
 _KEPT = 4
@@ -120,14 +120,14 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
         encoder_input=encoder.input.to_tree(),
     )
     writer = None
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         if runtime.is_main:  # one process begins the folder, the others find it begun
             writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
             _keep_encoder(encoder, out / ENCODER)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()
     runtime.barrier()  # all have looked before anyone adds a block
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
     if runtime.is_main:
         writer.finish()

@@ -2,7 +2,7 @@
 
 from pydantic import PositiveInt
 
-from moce_ds.config import option, settings
+from moce_ds.config.settings import option, settings
 
 
 @settings

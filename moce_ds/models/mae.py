@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moce_ds.distributed.randomness import MASK, uniform
 from moce_ds.models.shapes import DecoderShape
 from moce_ds.models.vit import ViTShape
-from moce_ds.randomness import MASK, uniform
 
 from timm.layers import Mlp, PatchEmbed  # isort: skip  (after models.vit, which repairs torchvision)
 from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.models.mae import Block, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
 from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, GateLosses, PathGate, RandomGate, combine_weights, gate_losses
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
-from moce_ds.randomness import INIT, hashed
 
 MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
 
@@ -99,7 +99,7 @@ class Moce(MaskedAutoencoder):
 
         For one process that holds all experts of the route; an export is checked against it.
         """
-        slots = in_order(1, self.experts.num_experts)[0]
+        slots = default_placement(1, self.experts.num_experts)[0]
 
         def run_block(index: int, block: Block, x_BTD: Tensor) -> Tensor:
             layer = self.layer_of_block.get(index)

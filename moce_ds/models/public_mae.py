@@ -16,9 +16,9 @@ from torch import Tensor
 
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError
-from moce_ds.files import sha256_of
 from moce_ds.models.vit import Encoder, ViTShape, check_state, timm_vit
 from moce_ds.models.warm_start import as_float32, is_decoder, read_file
+from moce_ds.storage.files import sha256_of
 
 _READER = "ENCODER"
 _SIZES = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moce_ds.checkpoint_files import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import make_mlp, sincos_positions
-from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import Encoder, check_state, timm_vit
 from moce_ds.models.warm_start import is_decoder
 

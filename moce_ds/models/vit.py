@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce_ds.clustering import store
+from moce_ds.checkpoint.weights import check_fit
+from moce_ds.clustering import feature_store as store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
-from moce_ds.drafts import restore
-from moce_ds.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 from moce_ds.models.shapes import ViTShape
+from moce_ds.storage.drafts import restore
+from moce_ds.storage.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
+from moce_ds.storage.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
-
-_LISTED = 20  # weights of each kind of misfit that are named
 
 
 @lru_cache  # timm builds the model to answer: a tenth of a second, and every step asks
@@ -165,19 +164,3 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Refuse weights that do not fit a model exactly, listing every difference. Raises ArtefactError."""
     check_fit(model.state_dict(), state, source)
-
-
-def cut(lines: list[str], kind: str = "") -> list[str]:
-    """The first lines of a list of faults, and how many `kind` are left out."""
-    return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more {kind}".rstrip()] if len(lines) > _LISTED else lines
-
-
-def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are missing, left over or of another shape, listing them all. Raises ArtefactError."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in found]
-    unexpected = [f"unexpected {name} {shape}" for name, shape in found.items() if name not in shapes]
-    other = [f"{n} is {found[n]}, expected {shape}" for n, shape in shapes.items() if found.get(n, shape) != shape]
-    if lines := [*cut(missing, "missing"), *cut(unexpected, "unexpected"), *cut(other, "of another shape")]:
-        raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *lines]))

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, find
+from moce_ds.checkpoint.format import WEIGHTS, find
+from moce_ds.checkpoint.weights import cut
 from moce_ds.errors import ArtefactError
-from moce_ds.files import load_tensors
 from moce_ds.models.mae import sincos_positions
-from moce_ds.models.vit import ViTShape, cut
+from moce_ds.models.vit import ViTShape
+from moce_ds.storage.files import load_tensors
 
 # Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
 _POSITIONS = ("pos_embed", "decoder_pos_embed")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.moe.exchange import exchange
+from moce_ds.moe.all_to_all import exchange
 from moce_ds.moe.plan import LayerPlan, on_device
 
 Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
@@ -114,7 +114,7 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Ten
     return linear(hidden_RH, [mlp.fc2 for mlp in mlps]).reshape(S, T, D)
 
 
-def fitting_execution(device: torch.device, bf16: bool, num_held: int) -> Execute:
+def choose_execution(device: torch.device, bf16: bool, num_held: int) -> Execute:
     """The faster way to run the experts, by a rule (docs/performance.md says what was measured).
 
     On a CPU one by one. On a GPU with fast bf16 grouped products (compute capability 9) and more than one expert,

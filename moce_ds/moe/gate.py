@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moce_ds.randomness import GATE_NOISE, ROUTE, hashed
+from moce_ds.distributed.randomness import GATE_NOISE, ROUTE, hashed
 
 _BALANCE_EPS = 0.1
 _BALANCE_ITERATIONS = 200

@@ -53,7 +53,7 @@ class ClusterMoE(ExpertLayer, MoE):
         self.register_state_dict_post_hook(_to_native_names)
         self.register_load_state_dict_pre_hook(_from_native_names)
 
-    def hold(self, expert_ids: list[int]) -> None:
+    def set_local_experts(self, expert_ids: list[int]) -> None:
         """Say which global experts are held here, before they are given weights."""
         assert len(expert_ids) == self.num_local_experts
         self.expert_ids = expert_ids

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def in_order(num_layers: int, num_experts: int) -> NDArray[np.int64]:
+def default_placement(num_layers: int, num_experts: int) -> NDArray[np.int64]:
     """The plain placement, slot_LE: expert e in slot e."""
     return np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1))
 
@@ -23,7 +23,7 @@ def held_experts(slot_E: NDArray[np.int64], place: int, ep_size: int) -> list[in
     return expert_of_slot[place * held : (place + 1) * held].tolist()
 
 
-def fitting_placement(
+def placement_by_traffic(
     expert_ML: NDArray[np.int64], share_M: NDArray[np.floating], num_experts: int, ep_size: int
 ) -> NDArray[np.int64]:
     """A placement for a route table, slot_LE: places share the load of the first layer, and each later layer puts

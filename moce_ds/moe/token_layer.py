@@ -130,7 +130,7 @@ class TokenMoE(MoE):
         )
         self.expert_ids = list(range(self.num_local_experts))
 
-    def hold(self, expert_ids: list[int]) -> None:
+    def set_local_experts(self, expert_ids: list[int]) -> None:
         """Say which global experts are held here, before they are given weights."""
         assert len(expert_ids) == self.num_local_experts
         self.expert_ids = expert_ids

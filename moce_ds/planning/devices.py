@@ -11,10 +11,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds import config as configuration
-from moce_ds.config import option, settings
+from moce_ds.config import settings as configuration
+from moce_ds.config.settings import option, settings
+from moce_ds.config.values import expanded
 from moce_ds.errors import ConfigError
-from moce_ds.values import expanded
 
 Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]

@@ -4,13 +4,15 @@ import os
 
 import torch
 
-from moce_ds.command_line import FORCE
 from moce_ds.errors import ConfigError
-from moce_ds.machine import control_groups
+from moce_ds.host.machine import control_groups
 from moce_ds.planning import work
 from moce_ds.planning.dry_run import gibibytes
 from moce_ds.planning.report import savings
 from moce_ds.training.settings import PretrainSettings
+
+FORCE = "MOCE_FORCE"
+"""The variable by which `--force` reaches the processes of a run."""
 
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
 

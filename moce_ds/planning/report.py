@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moce_ds.config import to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.planning import work
 from moce_ds.planning.devices import Device
 from moce_ds.planning.dry_run import gibibytes

@@ -11,9 +11,9 @@ from functools import cache
 import torch
 
 from moce_ds.errors import ConfigError
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.sdr import group_units
-from moce_ds.models.spec import ModelSpec
 from moce_ds.models.warm_start import is_decoder
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 

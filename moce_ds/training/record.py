@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moce_ds import config as configuration
-from moce_ds.checksums import FileRecord
+from moce_ds.config import settings as configuration
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.transform import CenterCrop
+from moce_ds.distributed.agreement import next_batch_checked
 from moce_ds.models.mae import Reconstruction, mask_noise
+from moce_ds.storage.checksums import FileRecord
 from moce_ds.text import counted
-from moce_ds.training.agreement import next_agreed
 from moce_ds.training.locality import LocalSampler
-from moce_ds.training.metrics import Meter, Teller, measures
+from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.pictures import reconstruction_picture, routing_picture
 from moce_ds.training.router import RouteStatistics
 from moce_ds.training.session import Session
@@ -52,7 +52,7 @@ def step_record(
     return record
 
 
-def show_picture(session: Session, teller: Teller, step: int) -> None:
+def show_picture(session: Session, teller: MetricLogger, step: int) -> None:
     """Reconstructions of a few images, the same on every process (expert layers are collectives)."""
     config, runtime = session.config, session.runtime
     shown = min(_PICTURE_IMAGES, session.shards.count)
@@ -70,7 +70,7 @@ def show_picture(session: Session, teller: Teller, step: int) -> None:
         threads=1,
         device=runtime.device,
     )
-    batch = next_agreed(runtime, iter(loader), 0, step)
+    batch = next_batch_checked(runtime, iter(loader), 0, step)
     noise_BN = mask_noise(config.run.seed, ids_B, reading.epochs, config.vit_shape.num_patches).to(runtime.device)
     inputs: list[Any] = [batch.images_BCHW, noise_BN]
     if session.router is not None:
@@ -80,7 +80,7 @@ def show_picture(session: Session, teller: Teller, step: int) -> None:
     with torch.no_grad():
         output = session.engine.module(*inputs)
     session.engine.module.train()
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         if runtime.is_main:
             reconstruction = output if isinstance(output, Reconstruction) else output.reconstruction
             picture = reconstruction_picture(batch.images_BCHW, reconstruction, config.vit_shape.patch_size, input)

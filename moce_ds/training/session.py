@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from deepspeed import DeepSpeedEngine
 
-from moce_ds.checkpoint_files import OPTIMIZER, Checkpoint
+from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, load_checkpoint
+from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
+from moce_ds.checkpoint.lease import RunLease
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError, MoceError
+from moce_ds.host.threads import keep
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
-from moce_ds.runtime import Runtime
-from moce_ds.threads import keep
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.checkpoint import load_checkpoint, newest_whole
 from moce_ds.training.engine import start_engine
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.router import Router
@@ -47,7 +47,7 @@ class Session:
 
     config: PretrainSettings
     runtime: Runtime
-    attempt: Attempt
+    attempt: RunLease
     shards: ShardSet
     batches: BatchArithmetic
     schedule: Schedule
@@ -74,9 +74,9 @@ def open_session(
     Raises:
         ArtefactError, ConfigError, SupersededError: on every process alike.
     """
-    attempt = Attempt.claim(config.run.out, runtime)
+    attempt = RunLease.claim(config.run.out, runtime)
     try:
-        resume_from = newest_whole(config.run.out, runtime)
+        resume_from = latest_valid_checkpoint(config.run.out, runtime)
         model, slot_LE = _placed_model(config, runtime, data, resume_from)
         teacher = read_teacher(config)
     except MoceError:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from moce_ds.config import from_tree, keys, option, settings
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.config.settings import from_tree, keys, option, settings
+from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
-from moce_ds.yaml_text import read_yaml_text
 
 if TYPE_CHECKING:
-    from moce_ds.models.spec import ModelSpec
+    from moce_ds.models.build import ModelSpec
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -129,22 +130,6 @@ class EngineSettings:
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed shards: 1 optimizer state, 2 gradients too")
     checkpoint_activations: bool = option(False, "compute a block again in the backward pass instead of keeping it")
     compile: bool = option(False, "torch.compile the dense blocks")
-
-
-@settings
-class RunSettings:
-    """What pre-training and tuning have in common."""
-
-    out: Path = option(help="the run's folder")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "of everything random")
-    checkpoint_every: Positive = option(1000, "steps between checkpoints (one is written at the end too)")
-    async_checkpoint: bool = option(True, "write checkpoints while training goes on, from a copy on the host")
-    keep_checkpoints: Positive = option(2, "newest checkpoints to keep")
-    keep_every: Positive | None = option(None, "keep those of every so many steps too")
-    max_hours: Annotated[float, Field(gt=0)] | None = option(None, "stop with a checkpoint after so long (one start)")
-    max_skipped: Positive = option(10, "stop after so many steps in a row whose gradient is not finite")
-    peer_timeout: Annotated[float, Field(gt=0)] = option(120.0, "seconds after which a silent process counts as lost")
-    log_every: Positive = option(10, "steps between records in metrics.jsonl")
 
 
 @settings
@@ -265,7 +250,7 @@ class PretrainSettings:
     @property
     def model_spec(self) -> "ModelSpec":
         """The model on paper."""
-        from moce_ds.models.spec import ModelSpec
+        from moce_ds.models.build import ModelSpec
 
         experts = None
         if self.model.arch == "moce":

@@ -11,30 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moce_ds import checkpoint_files
-from moce_ds import config as configuration
-from moce_ds.checksums import FileRecord
+from moce_ds.checkpoint import format as checkpoint_files
+from moce_ds.checkpoint.deepspeed_state import global_parameters
+from moce_ds.checkpoint.lease import ATTEMPTS, LAUNCHES, RunLease
+from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.store import check_encoder
+from moce_ds.clustering.feature_store import check_encoder
+from moce_ds.config import settings as configuration
+from moce_ds.config.values import recorded_path
 from moce_ds.data.shards import ShardSet
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.files import atomic_folder, copy_tree, writes_to
+from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, upcycle
 from moce_ds.models.sdr import part_units
-from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
-from moce_ds.moe.experts import fitting_execution, run_grouped, run_one_by_one
+from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.moe.placement import fitting_placement, held_experts, in_order
+from moce_ds.moe.placement import default_placement, held_experts, placement_by_traffic
 from moce_ds.moe.token_layer import TokenMoE
-from moce_ds.runtime import Runtime
+from moce_ds.storage.checksums import FileRecord
+from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.text import is_utf8
-from moce_ds.training.attempt import ATTEMPTS, LAUNCHES, Attempt
-from moce_ds.training.checkpoint import global_parameters
 from moce_ds.training.settings import AnySettings, PretrainSettings, forbidden_changes, settings_of_run
-from moce_ds.values import recorded_path
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,14 @@ def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
     return None
 
 
-def keep_settings(config: AnySettings, attempt: Attempt, runtime: Runtime) -> None:
+def keep_settings(config: AnySettings, attempt: RunLease, runtime: Runtime) -> None:
     """Write the settings into the run folder, which makes it one. Called when nothing is left that can be refused.
 
     Raises:
         ArtefactError, SupersededError: the folder cannot be written to.
     """
     runtime.barrier()  # everyone has looked before anyone writes
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         if runtime.is_main:
             text = configuration.to_yaml(config).encode()
             record = FileRecord(len(text), hashlib.sha256(text).hexdigest())
@@ -194,7 +195,7 @@ def keep_clusters(config: PretrainSettings, runtime: Runtime) -> None:
         ArtefactError: the folder cannot be written to.
     """
     source, target = config.experts.clusters, config.run.out / "clusters"
-    with runtime.together(), writes_to(target):
+    with runtime.raise_on_all_ranks(), writes_to(target):
         if runtime.is_main and source is not None and not target.exists():
             with atomic_folder(target) as draft:
                 copy_tree(source, draft)
@@ -220,7 +221,7 @@ def tune_execution(model: MaskedAutoencoder, config: PretrainSettings, device: t
     for module in model.modules():
         if isinstance(module, ClusterMoE):
             bf16 = engine.precision == "bf16"
-            auto = fitting_execution(device, bf16, module.num_local_experts)
+            auto = choose_execution(device, bf16, module.num_local_experts)
             module.execute = rules.get(own.execution, auto)
     model.checkpoint_activations = engine.checkpoint_activations
     if engine.compile:
@@ -247,7 +248,7 @@ def choose_placement(
     own = config.experts
     layers = len(config.expert_layers) if config.model.arch == "moce" else 0
     if data is None or own.ep_size == 1 or not own.loader_locality:
-        return in_order(layers, own.num)
+        return default_placement(layers, own.num)
     assert isinstance(model, Moce)
     if resume_from is not None:
         saved = np.array(resume_from.entry("placement", "slot_LE"), dtype=np.int64)
@@ -257,17 +258,17 @@ def choose_placement(
     else:
         gates = {name: parameter for name, parameter in global_parameters(model) if name.startswith("gate.")}
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
-        give_weights(gates, given, str(config.run.init_from))
+        load_weights_strict(gates, given, str(config.run.init_from))
         with torch.no_grad():
             expert_ML = route_table(model.gate, model.gate(), model.share_M, 1, own.balance)[:, :, 0].numpy()
-    return fitting_placement(expert_ML, data.clusters.share_M, own.num, own.ep_size)
+    return placement_by_traffic(expert_ML, data.clusters.share_M, own.num, own.ep_size)
 
 
 def place_experts(model: MaskedAutoencoder, slot_LE: np.ndarray, rank: int) -> None:
     """Tell every expert layer which global experts this rank holds."""
     layers = [m for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE)]
     for layer, slot_E in zip(layers, slot_LE, strict=True):
-        layer.hold(held_experts(slot_E, rank % layer.ep_size, layer.ep_size))
+        layer.set_local_experts(held_experts(slot_E, rank % layer.ep_size, layer.ep_size))
 
 
 def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[dict[str, Tensor], str]:
@@ -311,7 +312,7 @@ def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: P
     """Give a model whose experts have their places those of the weights that it holds. Raises ArtefactError."""
     parameters = dict(global_parameters(model))
     here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
-    give_weights(parameters, here, str(source))
+    load_weights_strict(parameters, here, str(source))
 
 
 def _random_dense(config: PretrainSettings, spec: ModelSpec) -> dict[str, Tensor]:

@@ -6,10 +6,11 @@ skips the update everywhere, so weights and moments stay as they were.
 
 from torch import nn
 
-from moce_ds.checkpoint_files import step_folder, steps_of
+from moce_ds.checkpoint.format import step_folder, steps_of
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import MoceError
-from moce_ds.runtime import Runtime
-from moce_ds.training.settings import PretrainRunSettings, RunSettings
+from moce_ds.training.settings import PretrainRunSettings
 
 
 class DivergedError(MoceError):

@@ -11,11 +11,11 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from moce_ds.runtime import Runtime, StopRequest
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.metrics import Meter, Teller
-from moce_ds.training.saver import Saver
-from moce_ds.training.settings import RunSettings
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.distributed.runtime import Runtime, StopRequest
+from moce_ds.training.metric_logger import Meter, MetricLogger
 from moce_ds.training.skipping import SkippedSteps
 
 
@@ -30,14 +30,14 @@ class Steward:
 
     engine: DeepSpeedEngine
     run: RunSettings
-    attempt: Attempt
+    attempt: RunLease
     runtime: Runtime
     step: int
     steps: int
     images: int
     stop: StopRequest
-    saver: Saver
-    teller: Teller
+    saver: CheckpointManager
+    teller: MetricLogger
     skips: SkippedSteps
     asked: bool = False
     meter: Meter = field(default_factory=Meter)
@@ -53,7 +53,7 @@ class Steward:
         return not self.goes_on or (self.step % self.run.checkpoint_every == 0 and not self.skips.in_a_row)
 
     def save(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Begin the checkpoint of this step, as `Saver.start`, with how far metrics.jsonl has come; a collective."""
+        """Start the checkpoint of this step; its manifest also names the last line of metrics.jsonl. A collective."""
         self.teller.keep(self.step)
         self.saver.start({**manifest, "metrics": self.teller.mark}, state)
 
@@ -86,7 +86,7 @@ class Steward:
 def steward_of(
     engine: DeepSpeedEngine,
     run: RunSettings,
-    attempt: Attempt,
+    attempt: RunLease,
     runtime: Runtime,
     *,
     first_step: int,
@@ -101,8 +101,8 @@ def steward_of(
     stop = StopRequest(run.max_hours * 3600 if run.max_hours else None)
     with (
         stop,
-        Saver(engine, run, attempt, runtime) as saver,
-        Teller(attempt, first_step, steps, images, runtime) as teller,
+        CheckpointManager(engine, run, attempt, runtime) as saver,
+        MetricLogger(attempt, first_step, steps, images, runtime) as teller,
     ):
         skips = SkippedSteps(run, skipped, runtime)
         yield Steward(engine, run, attempt, runtime, first_step, steps, images, stop, saver, teller, skips)

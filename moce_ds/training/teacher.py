@@ -1,12 +1,12 @@
 """The teacher of SDR's second phase: the dense MAE that the run starts from, which the run folder keeps."""
 
-from moce_ds.files import atomic_folder, writes_to
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.dense import as_encoder
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.models.warm_start import is_decoder, read_weights
-from moce_ds.runtime import Runtime
+from moce_ds.storage.files import atomic_folder, writes_to
 from moce_ds.training.settings import PretrainSettings
 
 TEACHER = "teacher"
@@ -34,7 +34,7 @@ def keep_teacher(encoder: Encoder, config: PretrainSettings, runtime: Runtime) -
         ArtefactError: the folder cannot be written to.
     """
     folder = config.run.out / TEACHER
-    with runtime.together(), writes_to(folder):
+    with runtime.raise_on_all_ranks(), writes_to(folder):
         if runtime.is_main and not folder.exists():
             with atomic_folder(folder) as draft:
                 save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.compat import repair_torchvision
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
-from moce_ds.files import atomic_folder, save_tensors, writes_to
+from moce_ds.evaluation.metrics import default_metric, judge
 from moce_ds.models.vit import Encoder, save_encoder
-from moce_ds.runtime import Runtime
+from moce_ds.storage.files import atomic_folder, save_tensors, writes_to
 from moce_ds.training.settings import EngineSettings, shared_batch
 from moce_ds.training.skipping import DivergedError
-from moce_ds.transfer.metrics import default_metric, judge
 from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
 from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
@@ -159,7 +159,7 @@ class Classification:
                 "run.out."
             )
         found = judge(scores_NK.numpy(), split.labels, self.count, {}).figures
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             if runtime.is_main:
                 self._save(model, found)
         return found
@@ -175,7 +175,7 @@ class Classification:
         scores_NK = torch.zeros(split.count, len(self._splits.classes))
         mine = range(runtime.rank, len(places), runtime.world_size)
         bf16 = self._config.engine.precision == "bf16"
-        with runtime.together(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
+        with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
             stream = prepared(images_of, mine, self._config.data.workers, runtime.device)
             for index, images_BCHW in zip(mine, stream, strict=True):
                 scores_NK[places[index]] = model(images_BCHW.to(runtime.device)).float().cpu()

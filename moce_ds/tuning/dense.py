@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from moce_ds.checkpoint_files import steps_of
-from moce_ds.files import atomic_file, save_tensors, writes_to
+from moce_ds.checkpoint.format import steps_of
+from moce_ds.distributed.randomness import INIT, hashed
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
-from moce_ds.randomness import INIT, hashed
-from moce_ds.runtime import Runtime
+from moce_ds.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.tuning.classification import tuned_execution
 from moce_ds.tuning.dense_settings import DenseSettings
 from moce_ds.tuning.feed import prepared
@@ -87,7 +87,7 @@ class DenseTask(ABC, Generic[DataT]):
         named = (("train", self.train), ("val", self.val), ("test", self.test))
         splits = {name: data for name, data in named if data is not None}
         mine = {name: range(runtime.rank, len(data), runtime.world_size) for name, data in splits.items()}
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             for name, data in splits.items():
                 data.check_headers(mine[name])
         for name, data in splits.items():
@@ -133,14 +133,14 @@ class DenseTask(ABC, Generic[DataT]):
 def evaluation(config: DenseSettings, runtime: Runtime) -> Iterator[None]:
     """Run a block that holds no collective in the precision of training; what fails on one process fails on all."""
     bf16 = config.engine.precision == "bf16"
-    with runtime.together(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
+    with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
         yield
 
 
 def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:
     """Write the model's weights to `folder`; a collective. Raises ArtefactError on every process alike."""
     path = folder / WEIGHTS
-    with runtime.together(), writes_to(path):
+    with runtime.raise_on_all_ranks(), writes_to(path):
         if runtime.is_main:
             with atomic_file(path) as draft:
                 save_tensors(draft, {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config import option, settings
+from moce_ds.config.settings import option, settings
 from moce_ds.data.image_file import MAX_PIXELS
 from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneDataSettings, TuneOptimSettings, TuneSettings
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.data.canvas import Jitter, draw_image
-from moce_ds.data.coco import CocoSet
-from moce_ds.data.coco_api import average_precision
+from moce_ds.data.sources.coco import CocoSet
+from moce_ds.data.sources.coco_api import average_precision
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import DataError
-from moce_ds.files import sha256_of
-from moce_ds.runtime import Runtime
+from moce_ds.storage.files import sha256_of
 from moce_ds.tuning.dense import DenseTask, build, evaluation
 from moce_ds.tuning.dense_settings import DetectSettings
 from moce_ds.tuning.detector import (
@@ -84,7 +84,7 @@ class DetectionTask(DenseTask[CocoSet]):
 
     def looked_at(self, seen: Iterable[None], runtime: Runtime) -> None:
         """Nothing more to see to; a collective."""
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             deque(seen, maxlen=0)
 
     def measured(self, model: nn.Module, data: CocoSet, runtime: Runtime) -> Measures:

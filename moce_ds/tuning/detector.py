@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moce_ds.compat import supply_torchvision_operators
 from moce_ds.data.canvas import View, draw_image, draw_mask
-from moce_ds.data.coco import CocoSet
-from moce_ds.data.coco_api import pack
+from moce_ds.data.sources.coco import CocoSet
+from moce_ds.data.sources.coco_api import pack
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.dense_settings import DetectorSettings

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import MoceError
-from moce_ds.machine import machine_fault
-from moce_ds.runtime import Runtime
+from moce_ds.host.machine import machine_fault
 from moce_ds.tuning.task import Task
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from moce_ds.config import to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import opened_images
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.evaluation.results import known_by
 from moce_ds.models.encode import open_encoder
-from moce_ds.runtime import Runtime
-from moce_ds.transfer.results import known_by
-from moce_ds.transfer.task_data import opened_images
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
 from moce_ds.tuning.loop import tune
@@ -28,7 +28,7 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         encoder = open_encoder(config.data.encoder, torch.device("cpu"))
     if config.data.encoder.is_file():
         runtime.say(f"{config.data.encoder}: taken for {encoder.provenance['taken_for']}")
@@ -63,7 +63,7 @@ def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> It
         def opened(path: Path) -> ShardSet:
             return stack.enter_context(opened_images(path, runtime.say))
 
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             val = opened(data.val) if data.val else data.val_share
             splits = make_splits(opened(data.train), val, opened(data.test), seed)
         yield splits

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import labels_of
 from moce_ds.errors import DataError
+from moce_ds.evaluation.probe import held_out
 from moce_ds.text import encoded, in_line
-from moce_ds.transfer.probe import held_out
-from moce_ds.transfer.task_data import labels_of
 
 
 @dataclass(frozen=True)

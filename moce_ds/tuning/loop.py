@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 
-from moce_ds import config as configuration
-from moce_ds.checkpoint_files import STATE
-from moce_ds.checksums import FileRecord
+from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, load_checkpoint
+from moce_ds.checkpoint.format import STATE
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.config import settings as configuration
 from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.distributed.agreement import next_batch_checked
+from moce_ds.distributed.randomness import FORWARD, hashed
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
-from moce_ds.randomness import FORWARD, hashed
-from moce_ds.runtime import Runtime
-from moce_ds.training.agreement import next_agreed
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.checkpoint import load_checkpoint, newest_whole
+from moce_ds.storage.checksums import FileRecord
 from moce_ds.training.engine import set_lr, wrap
-from moce_ds.training.metrics import measures
+from moce_ds.training.metric_logger import measures
 from moce_ds.training.schedule import Schedule, schedule_of
 from moce_ds.training.settings import BatchArithmetic, shared_batch
 from moce_ds.training.setup import check_run, check_same_settings, keep_settings, refuse_other
@@ -42,7 +42,7 @@ class Tuning:
     task: Task
     config: TuneSettings
     runtime: Runtime
-    attempt: Attempt
+    attempt: RunLease
     batches: BatchArithmetic
     schedule: Schedule
     engine: DeepSpeedEngine
@@ -66,7 +66,7 @@ def tune(task: Task, config: TuneSettings, runtime: Runtime) -> Measures | None:
     """
     batches = shared_batch(config.optim, runtime.world_size)
     out = config.run.out
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         check_run(config)
         refuse_other(out, [("The task", "task_fingerprint", task.fingerprint)], "choose another folder for another run")
         check_same_settings(config)
@@ -94,15 +94,15 @@ def tune(task: Task, config: TuneSettings, runtime: Runtime) -> Measures | None:
 
 def _open(task: Task, config: TuneSettings, runtime: Runtime, batches: BatchArithmetic) -> Tuning:
     """Become the owner of the run folder, and bring model, engine and averages to where the run goes on."""
-    attempt = Attempt.claim(config.run.out, runtime)
-    resume_from = newest_whole(config.run.out, runtime)
+    attempt = RunLease.claim(config.run.out, runtime)
+    resume_from = latest_valid_checkpoint(config.run.out, runtime)
     keep_settings(config, attempt, runtime)
     task.model.to(runtime.device).train()
     state = TuneState(task.model, config.optim.ema, runtime)
     engine = wrap(task.model, task.parameter_groups(), config, batches)
     if resume_from is not None:
         load_checkpoint(engine, resume_from, runtime)
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             state.load(resume_from.load(STATE), resume_from.entry("best"), str(resume_from.folder))
         runtime.say(f"Resuming {config.run.out} after step {resume_from.step}.")
     return Tuning(
@@ -135,7 +135,7 @@ def _train(tuning: Tuning) -> int:
     ) as steward:
         stream = _stream(tuning)
         while steward.goes_on:
-            runtime.at(f"step {steward.step + 1}")
+            runtime.set_status(f"step {steward.step + 1}")
             set_lr(engine, schedule.lr(steward.step))
             mine, waited = _step(tuning, stream, steward)
             (loss,) = steward.after_step([mine], waited)
@@ -170,13 +170,13 @@ def _step(tuning: Tuning, stream: Iterator[Any], steward: Steward) -> tuple[floa
     losses, waited = [], 0.0
     for part in range(tuning.batches.accumulation):
         began = time.perf_counter()
-        batch = next_agreed(runtime, stream, 0, steward.step)
+        batch = next_batch_checked(runtime, stream, 0, steward.step)
         waited += time.perf_counter() - began
         seed = hashed(FORWARD, tuning.config.run.seed, steward.step, part, runtime.rank)
         torch.manual_seed(int(seed[()] >> np.uint64(1)))  # of dropped paths: the same after resuming
         loss = task.loss(engine, batch)
         engine.backward(loss)
-        steward.saver.settle()
+        steward.saver.wait_for_staging()
         engine.step()
         losses.append(loss.detach())
     total = float(torch.stack(losses).double().sum())  # the step's one wait for the device
@@ -220,7 +220,7 @@ def _finish(tuning: Tuning) -> Measures:
     best = state.best or {"step": steps, "measures": {}}
     record = {"measures": found, "step": best["step"], "steps": steps, "validation": best["measures"]}
     out = tuning.config.run.out
-    with tuning.runtime.together():
+    with tuning.runtime.raise_on_all_ranks():
         if tuning.runtime.is_main:
             with tuning.attempt.file(out / RESULT, steps) as draft:
                 draft.write_text(result_text(out, record), encoding="utf-8")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checksums import Files, check_file, names_below, read_checked, records_of, with_checksum
-from moce_ds.encoder_folder import WEIGHTS
-from moce_ds.files import valid_record
+from moce_ds.storage.checksums import Files, check_file, names_below, read_checked, records_of, with_checksum
+from moce_ds.storage.encoder_folder import WEIGHTS
+from moce_ds.storage.files import valid_record
 from moce_ds.tuning.classification import TUNED
 
 RESULT = "result.json"

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from moce_ds.randomness import AUGMENT, hashed
+from moce_ds.distributed.randomness import AUGMENT, hashed
 
 
 def seed_item(seed: int, epoch: int, item: int, use: int = 0) -> None:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from moce_ds.data.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
-from moce_ds.data.class_mask import Colour, Palettes
-from moce_ds.runtime import Runtime
+from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet
+from moce_ds.data.sources.class_mask import Colour, Palettes
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.tuning.dense import DenseTask, build, evaluation
 from moce_ds.tuning.dense_settings import SegmentDataSettings, SegmentSettings
 from moce_ds.tuning.feed import prepared
@@ -64,7 +64,7 @@ class SegmentationTask(DenseTask[Ade20kSet]):
 
     def looked_at(self, seen: Iterable[tuple[str, dict[int, Colour]]], runtime: Runtime) -> None:
         """See to it that the palettes of a split agree; a collective. Raises DataError."""
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             mine = Palettes()
             for path, colours in seen:
                 mine.add(path, colours)

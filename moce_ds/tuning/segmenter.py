@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.data.ade20k import IGNORED
+from moce_ds.data.sources.ade20k import IGNORED
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.dense_settings import SegmenterSettings

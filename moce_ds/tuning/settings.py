@@ -9,7 +9,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config import option, settings
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.config.settings import option, settings
+from moce_ds.evaluation.settings import Metric
 from moce_ds.training.settings import (
     Beta,
     CropShare,
@@ -18,10 +20,8 @@ from moce_ds.training.settings import (
     OpenShare,
     OptimSettings,
     Positive,
-    RunSettings,
     Share,
 )
-from moce_ds.transfer.settings import Metric
 
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moce_ds.checkpoint.weights import check_fit
 from moce_ds.compat import repair_torchvision
-from moce_ds.models.vit import check_fit
-from moce_ds.runtime import Runtime
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.tuning.task import Measures
 
 repair_torchvision()

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moce_ds.runtime import Runtime
+from moce_ds.distributed.runtime import Runtime
 
 Measures = dict[str, float]
 

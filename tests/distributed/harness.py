@@ -19,7 +19,7 @@ _GRACE_SECONDS = 5.0
 # The ranks are forked from a process that has imported what takes seconds, has one thread and has done nothing else.
 # It is not the one of `multiprocessing`, which serves the product and must not know more than the product tells it.
 _nursery = multiprocessing.forkserver.ForkServer()
-_nursery.set_forkserver_preload(["moce_ds.training.loop", "moce_ds.tuning.loop", "torch._dynamo"])
+_nursery.set_forkserver_preload(["moce_ds.training.pretrain", "moce_ds.tuning.loop", "torch._dynamo"])
 
 
 class WorldError(AssertionError):
@@ -29,7 +29,7 @@ class WorldError(AssertionError):
 def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds: float = 600.0) -> list[Any]:
     """Call `fn(*args)` in `world_size` new processes that find each other through RANK, WORLD_SIZE, MASTER_...
 
-    The function opens its process group itself, with `moce_ds.runtime.started()`, as the program does.
+    The function opens its process group itself, with `moce_ds.distributed.runtime.started()`, as the program does.
 
     Args:
         fn: a function at the top of a module, since the processes import it anew.
@@ -44,8 +44,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
         WorldError: names the rank that failed first, with its traceback, or says that time was up.
     """
     # Here, since the new processes import this module too.
-    from moce_ds.rendezvous import host_on_loopback
-    from moce_ds.sealing import SECRET, new_secret
+    from moce_ds.distributed.rendezvous import host_on_loopback
+    from moce_ds.distributed.sealing import SECRET, new_secret
 
     context = multiprocessing.get_context("forkserver")
     store = host_on_loopback()  # joined by all: no port is guessed

@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 from tiny_run import EXPERT_LAYERS
 from torch import Tensor
 
-from moce_ds.config import load, to_yaml
+from moce_ds.checkpoint.deepspeed_state import global_parameters
+from moce_ds.config.settings import load, to_yaml
 from moce_ds.data.shards import ShardSet
-from moce_ds.files import write_json
+from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import Moce
-from moce_ds.moe.placement import in_order
-from moce_ds.runtime import Runtime, started
-from moce_ds.training.checkpoint import global_parameters
+from moce_ds.moe.placement import default_placement
+from moce_ds.storage.files import write_json
 from moce_ds.training.engine import deepspeed_config, parameter_groups, set_lr, start_engine
-from moce_ds.training.native import import_native
+from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.training.setup import build_for_training, first_weights, open_clusters, place_experts, take_weights
@@ -35,7 +35,7 @@ class Session:
 
     def __init__(self, config: PretrainSettings, runtime: Runtime, slot_LE: np.ndarray | None = None) -> None:
         if slot_LE is None:
-            slot_LE = in_order(len(EXPERT_LAYERS) if config.model.arch == "moce" else 0, config.experts.num)
+            slot_LE = default_placement(len(EXPERT_LAYERS) if config.model.arch == "moce" else 0, config.experts.num)
         shards = ShardSet.open(config.data.shards)
         data = open_clusters(config, shards)
         model = build_for_training(config, data)
@@ -131,7 +131,7 @@ def _load_natively(config: PretrainSettings, runtime: Runtime, slot_LE: np.ndarr
     """The loss of a fresh engine that loads the checkpoint itself, and what it says with its experts elsewhere."""
     session = Session(config, runtime, slot_LE)
     session.engine.load_checkpoint(str(native))
-    place_experts(session.engine.module, in_order(2, 4), runtime.rank)
+    place_experts(session.engine.module, default_placement(2, 4), runtime.rank)
     try:
         session.engine.load_checkpoint(str(native))
     except RuntimeError as error:

@@ -17,16 +17,16 @@ def rank_main(role: str) -> int:
     """What one rank does; returns its exit status, as the command line would."""
     if role == "sleep":
         time.sleep(600)
-    from moce_ds.machine import machine_fault
-    from moce_ds.runtime import started  # here, since it takes seconds that a sleeper need not wait for
+    from moce_ds.distributed.runtime import started  # here, since it takes seconds that a sleeper need not wait for
+    from moce_ds.host.machine import machine_fault
 
     disk = OSError(errno.EIO, os.strerror(errno.EIO), "shards/0.tar")
     try:
         with started(peer_timeout=60) as runtime:
-            runtime.at("step 7")
+            runtime.set_status("step 7")
             runtime.barrier()  # all have found each other: on a busy machine gloo complains of one that leaves before
             if role == "disk, agreed":
-                with runtime.together():
+                with runtime.raise_on_all_ranks():
                     if runtime.rank == 2:
                         raise disk
             if runtime.rank == 2:
@@ -51,6 +51,6 @@ def rank_main(role: str) -> int:
 if __name__ == "__main__":
     if "RANK" in os.environ:
         sys.exit(rank_main(sys.argv[1]))
-    from launchers.local import run_processes
+    from moce_ds.launch.local import run_processes
 
     sys.exit(run_processes([sys.executable, *sys.argv], nproc=3, max_restarts=int(sys.argv[2])))

@@ -25,7 +25,7 @@ import torch
 from launching import local, ranks_of, send
 from tiny_run import TinyData, final_state, losses, tiny_settings, write_data
 
-from moce_ds.checkpoint_files import find, step_folder, steps_of
+from moce_ds.checkpoint.format import find, step_folder, steps_of
 
 PROCESSES, BATCH, IMAGES = 2, 16, 90
 STEPS_PER_KILL = 5  # a start is let go on for so many steps at most

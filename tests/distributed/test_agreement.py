@@ -13,16 +13,16 @@ from harness import run_distributed
 from jobs import interrupted
 from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
-from moce_ds.checkpoint_files import find
-from moce_ds.cli import read_settings
+from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
+from moce_ds.config.words import read_settings
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
-from moce_ds.runtime import Runtime, started
 from moce_ds.training import setup
-from moce_ds.training.loop import pretrain
+from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
 
 HALF = IMAGES // 2
@@ -82,14 +82,14 @@ def _one_cluster_off(folder: Path, fingerprint: str, count: int) -> np.ndarray:
 
 
 def _fail_on(runtime: Runtime, rank: int | None) -> None:
-    with runtime.together():
+    with runtime.raise_on_all_ranks():
         if runtime.rank == rank:
             raise DataError(f"only rank {rank} knows")
 
 
 def _disk_of_rank_1(runtime: Runtime) -> None:
     try:
-        with runtime.together():
+        with runtime.raise_on_all_ranks():
             if runtime.rank == 1:
                 raise OSError(errno.EIO, "Input/output error")
     except MoceError as error:

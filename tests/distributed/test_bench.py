@@ -6,7 +6,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from moce_ds.cli import moce
+from moce_ds.main import moce
 
 
 def rows_of(folder: Path, *words: str) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Whatever happens to a file of a checkpoint on the disk is noticed and named, and the checkpoint before it is used.
 
-The matrix of harms and files asks `newest_whole`; the fixture `repaired` resumes damaged runs with two processes.
+The matrix of harms and files asks `latest_valid_checkpoint`; the fixture `repaired` resumes damaged runs with two
+processes.
 """
 
 import shutil
@@ -15,10 +16,10 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
-from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
+from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
+from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
-from moce_ds.runtime import Runtime
-from moce_ds.training.checkpoint import newest_whole
 
 sys.path.append(str(Path(__file__).parent.parent))
 from moce_command import refused, run_here
@@ -74,7 +75,7 @@ FILES = ["manifest.json"] + [
 def test_the_matrix_holds_every_file(whole: Path) -> None:
     folder = step_folder(whole, 5)
     assert sorted(FILES) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
-    newest = newest_whole(whole, ALONE)
+    newest = latest_valid_checkpoint(whole, ALONE)
     assert newest is not None and newest.step == 5
 
 
@@ -86,7 +87,7 @@ def test_every_harm_to_every_file_is_named(
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     HARMS[harm](step_folder(run, 5) / name)
-    newest = newest_whole(run, ALONE)
+    newest = latest_valid_checkpoint(run, ALONE)
     assert newest is not None and newest.step == 4
     told = capsys.readouterr().err
     aside = run / "checkpoints" / "damaged-step-00000005"
@@ -94,7 +95,7 @@ def test_every_harm_to_every_file_is_named(
     assert f"{step_folder(run, 5)}/{name}" in told and told.count(".safetensors") + told.count("manifest.json") == 1
     assert f"It is kept as {aside}." in told and aside.is_dir()
     assert steps_of(run) == [4] and find(run).step == 4
-    newest_whole(run, ALONE)
+    latest_valid_checkpoint(run, ALONE)
     assert capsys.readouterr().err == "", "it is told once"
 
 
@@ -108,7 +109,7 @@ def test_where_none_is_whole_nothing_is_touched(whole: Path, tmp_path: Path, har
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     for _ in range(2):
         with pytest.raises(ArtefactError, match=f"{run} holds no whole checkpoint to go on from") as caught:
-            newest_whole(run, ALONE)
+            latest_valid_checkpoint(run, ALONE)
         assert str(harmed[0]) in str(caught.value) and str(harmed[1]) in str(caught.value)
         assert f"Restore these files, or remove {run / 'checkpoints'} to begin at step 0." in str(caught.value)
     assert before == {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}

@@ -8,13 +8,13 @@ import torch
 from harness import run_distributed
 from safetensors.torch import load_file
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.config import load
-from moce_ds.data.miniature import Material, write_miniature
+from moce_ds.config.settings import load
+from moce_ds.data.sources.miniature import Material, write_miniature
 from moce_ds.data.transform import ImageInput
-from moce_ds.files import read_json
+from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
-from moce_ds.runtime import Runtime, started
+from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.files import read_json
 from moce_ds.tuning.loop import tune
 
 MODEL = ["model.image_size=32", "model.channels=16", "optim.batch_size=4", "optim.epochs=1", "optim.validate_every=1"]

@@ -13,7 +13,7 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
-from moce_ds.checkpoint_files import find
+from moce_ds.checkpoint.format import find
 
 Shape = tuple[int, int, int]
 """Processes, ep_size and ZeRO stage."""

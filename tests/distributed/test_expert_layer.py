@@ -18,12 +18,12 @@ from harness import run_distributed
 from torch import Tensor, nn
 
 from moce_ds.compat import quiet_deepspeed
+from moce_ds.distributed.runtime import started
 from moce_ds.moe.gate import ClusterGate, combine_weights
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import held_experts, local_order
 from moce_ds.moe.plan import Plan, make_plan
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.runtime import started
 
 B, T, D, M, L, E, C = 6, 3, 8, 12, 2, 8, 5
 EP_SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}
@@ -165,7 +165,7 @@ def _distributed(whole: ReferenceMoE, slot_E: np.ndarray, case: Case, rank: int)
     """This rank's part of a reference layer."""
     own = ClusterMoE(make_expert, E, case.ep, case.shared).double()
     own.set_deepspeed_parallelism()
-    own.hold(held_experts(slot_E, rank % case.ep, case.ep))
+    own.set_local_experts(held_experts(slot_E, rank % case.ep, case.ep))
     for expert, number in zip(own.experts, own.expert_ids, strict=True):
         expert.load_state_dict(whole.experts[number].state_dict())
     if own.shared is not None and whole.shared is not None:

@@ -14,7 +14,7 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
-from moce_ds.checkpoint_files import find, steps_of
+from moce_ds.checkpoint.format import find, steps_of
 
 FILL = ".fill"
 

@@ -24,21 +24,21 @@ from safetensors.torch import load_file
 from tiny_run import CLUSTERS, EXPERT_LAYERS, TinyData, tiny_settings
 from torch import Tensor
 
-from moce_ds.analysis import inspection
-from moce_ds.checkpoint_files import OPTIMIZER, WEIGHTS, find
-from moce_ds.checksums import Findings
+from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.config import load
+from moce_ds.config.settings import load
 from moce_ds.errors import ArtefactError, ConfigError, MoceError
-from moce_ds.files import copy_tree, read_json
+from moce_ds.export.routes import choose_cluster
+from moce_ds.export.select import run_clusters
+from moce_ds.export.write import export_route
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.training.loop import pretrain
-from moce_ds.training.native import import_native
+from moce_ds.report import inspection
+from moce_ds.storage.checksums import Findings
+from moce_ds.storage.files import copy_tree, read_json
+from moce_ds.training.import_deepspeed import import_native
+from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.chosen import choose_cluster
-from moce_ds.transfer.export import export_route
-from moce_ds.transfer.select import run_clusters
 from tools.import_deepspeed import main
 
 EVERYTHING = ["experts.k=2", "experts.combine=prob", "experts.shared_expert=true", "experts.embeddings=learnable"]
@@ -158,13 +158,13 @@ def test_deepspeed_loads_its_own_checkpoint_of_our_layer(made: Made) -> None:
 def test_a_layers_state_goes_out_and_in() -> None:
     layers = [ClusterMoE(lambda: make_mlp(8, 2.0), 4, 2, shared=True) for _ in range(2)]
     for layer in layers:
-        layer.hold([3, 1])
+        layer.set_local_experts([3, 1])
     state = layers[0].state_dict()
     assert {name.split(".")[0] for name in state} == {"deepspeed_moe", "shared"}
     assert layers[1].load_state_dict(state).missing_keys == []
     mine, other = (dict(layer.named_parameters()) for layer in layers)
     assert "experts.0.fc1.weight" in mine and all(torch.equal(mine[name], other[name]) for name in mine)
-    layers[1].hold([1, 3])
+    layers[1].set_local_experts([1, 3])
     with pytest.raises(RuntimeError, match=r"experts: \[3, 1\] for a layer that holds \[1, 3\]"):
         layers[1].load_state_dict(state)
 

@@ -13,11 +13,11 @@ from jobs import Told
 from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 
-from moce_ds.checkpoint_files import find, steps_of
-from moce_ds.cli import moce
+from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.main import moce
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
 
@@ -64,7 +64,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
     two = f"run_processes({[sys.executable, '-c', waiting]}, 2)"
-    code = f"import sys; from launchers.local import run_processes; sys.exit({two})"
+    code = f"import sys; from moce_ds.launch.local import run_processes; sys.exit({two})"
     with launched(sys.executable, "-c", code) as launcher:
         wait_until(lambda: said.exists() and said.read_text() == "waiting," * 2)
         launcher.send_signal(number)

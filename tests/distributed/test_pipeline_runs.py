@@ -11,11 +11,11 @@ from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_u
 from tiny_pipeline import write_pipeline
 from tiny_run import STEPS, TinyData, write_images
 
-from launchers.stage import Stage, StageRecord
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import steps_of
+from moce_ds.checkpoint.format import steps_of
 from moce_ds.errors import STOPPED
-from moce_ds.locks import is_held
+from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.locks import is_held
+from moce_ds.workflow.stage import Stage, StageRecord
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
 

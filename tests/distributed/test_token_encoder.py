@@ -8,10 +8,10 @@ import torch
 from harness import run_distributed
 
 from moce_ds.compat import quiet_deepspeed
+from moce_ds.distributed.runtime import started
 from moce_ds.models.mae import make_mlp
 from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.moe.token_layer import TokenMoE
-from moce_ds.runtime import started
 
 WIDTH, EXPERTS = 16, 5
 

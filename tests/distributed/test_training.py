@@ -13,13 +13,13 @@ from alone import ALONE
 from jobs import Told
 from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import Checkpoint, find, step_folder, steps_of
-from moce_ds.cli import read_settings
+from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
+from moce_ds.config.words import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
+from moce_ds.report.run_folder import read_metrics
 from moce_ds.training.engine import deepspeed_config
-from moce_ds.training.loop import pretrain
+from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from launching import SECONDS, launched, local, ranks_of, send, wait_for_step, wait_until
 from tiny_run import TinyData, tiny_settings
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import Checkpoint, step_folder, steps_of
+from moce_ds.checkpoint.format import Checkpoint, step_folder, steps_of
+from moce_ds.report.run_folder import read_metrics
 
 STEPS = 90  # so many that the second is still at it when the first wakes up
 

@@ -12,9 +12,9 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import EXPERT_LAYERS, STEPS, TinyData, assert_same, final_state, losses, tiny_settings
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import find
+from moce_ds.checkpoint.format import find
 from moce_ds.models.encode import open_encoder
+from moce_ds.report.run_folder import read_metrics
 
 VARIANTS = {
     "plain": [],

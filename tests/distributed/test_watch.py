@@ -14,8 +14,8 @@ import torch
 from harness import run_distributed
 from torch.distributed import TCPStore
 
-from moce_ds import liveness
-from moce_ds.runtime import started
+from moce_ds.distributed import watchdog as liveness
+from moce_ds.distributed.runtime import started
 
 SILENCE = 3.0
 """Seconds after which a silent rank counts as lost, here; and in every wait below, a rank is silent for longer."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 from tiny_run import EXPERT_LAYERS
 
-from launchers.stage import Stage
-from launchers.stages import PipelineSettings, stages_of
-from moce_ds.config import load
+from moce_ds.config.settings import load
+from moce_ds.workflow.pipeline_stages import PipelineSettings, stages_of
+from moce_ds.workflow.stage import Stage
 
 TINY = Path(__file__).with_name("tiny.yaml")
 

@@ -14,7 +14,7 @@ from moce_ds.models.mae import make_mlp
 from moce_ds.moe.experts import Execute, run_grouped, run_one_by_one
 from moce_ds.moe.gate import ClusterGate, combine_weights, gate_losses
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan, on_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
@@ -47,7 +47,7 @@ def test_forward_and_backward_never_wait(execute: Execute, k: int, shared: bool)
     clusters_WB = random.integers(M, size=(1, B))
 
     def step() -> None:
-        plan = make_plan(clusters_WB, expert_MLK, in_order(L, E), 0, 1).to(device)
+        plan = make_plan(clusters_WB, expert_MLK, default_placement(L, E), 0, 1).to(device)
         clusters_B = on_device(torch.from_numpy(clusters_WB[0]), device)
         torch.cuda.set_sync_debug_mode("error")
         with torch.autocast("cuda", torch.bfloat16):

@@ -9,7 +9,7 @@ from cluster import Cluster
 from submitted import SECONDS, experts, moce, submit
 from tiny_run import STEPS, TinyData, losses, tiny_settings
 
-from moce_ds.analysis.study_folder import read_study_folder
+from moce_ds.report.study_folder import read_study_folder
 
 LONG = "optim.epochs=5000"
 

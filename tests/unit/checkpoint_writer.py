@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moce_ds.checkpoint_files import (
+from moce_ds.checkpoint.format import (
     OPTIMIZER,
     WEIGHTS,
     find,

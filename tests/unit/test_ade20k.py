@@ -8,7 +8,7 @@ import pytest
 from dense_examples import write_ade
 from PIL import Image
 
-from moce_ds.data.ade20k import IGNORED, Ade20kSet
+from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet
 from moce_ds.errors import DataError
 
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 import moce_ds
 from moce_ds.clustering.clusters import load_ids
-from moce_ds.clustering.store import FeatureSet
+from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
+from moce_ds.export.formats.registry import find_format
+from moce_ds.export.routes import choose_cluster
+from moce_ds.export.select import run_clusters
+from moce_ds.export.write import export_route
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import load_encoder
-from moce_ds.transfer.chosen import choose_cluster
-from moce_ds.transfer.export import export_route
-from moce_ds.transfer.formats.registry import find_format
-from moce_ds.transfer.select import run_clusters
 
 MakeRun = Callable[..., Path]
 

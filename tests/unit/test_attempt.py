@@ -14,24 +14,24 @@ import pytest
 import torch
 from alone import ALONE
 
-from moce_ds.analysis.run_folder import read_metrics
-from moce_ds.checkpoint_files import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
-from moce_ds.checksums import with_checksum
+from moce_ds.checkpoint.format import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
+from moce_ds.checkpoint.lease import METRICS, RunLease, SupersededError
+from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.errors import LOST_PEER, ArtefactError
-from moce_ds.files import writes_to
-from moce_ds.training.attempt import METRICS, Attempt, SupersededError
-from moce_ds.training.saver import Saver
-from moce_ds.training.settings import RunSettings
+from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.checksums import with_checksum
+from moce_ds.storage.files import writes_to
 
 WEIGHT = {"cls_token": torch.ones(3)}
 ROUTING = {"expert_ML": [[0]], "cluster_share_M": [1.0]}
 
 
-def claim(run: Path) -> Attempt:
-    return Attempt.claim(run, ALONE)
+def claim(run: Path) -> RunLease:
+    return RunLease.claim(run, ALONE)
 
 
-def live(attempts: list[Attempt]) -> list[int]:
+def live(attempts: list[RunLease]) -> list[int]:
     return [attempt.number for attempt in attempts if not attempt.superseded]
 
 
@@ -109,7 +109,7 @@ def test_metrics_are_not_replaced_by_a_claim_that_is_over(tmp_path: Path) -> Non
     assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 2]
 
 
-def claim_often(run: Path, times: int) -> list[Attempt]:
+def claim_often(run: Path, times: int) -> list[RunLease]:
     """Attempts of one process, without those that were taken over while they were claimed."""
     claimed = []
     for _ in range(times):
@@ -120,7 +120,7 @@ def claim_often(run: Path, times: int) -> list[Attempt]:
     return claimed
 
 
-def check_race(run: Path, claimed: list[Attempt]) -> None:
+def check_race(run: Path, claimed: list[RunLease]) -> None:
     """Each attempt was of one process, and at most the newest of all still has its folder."""
     numbers = [attempt.number for attempt in claimed]
     assert len(set(numbers)) == len(numbers)
@@ -147,7 +147,7 @@ def test_a_claim_that_was_slow_is_not_taken_for_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: str
 ) -> None:
     """Two others claim the run, and the second clears away what is older, before the slow one has made ..."""
-    slow, new = tmp_path / f"attempts/0001{late}", Attempt(tmp_path, 0)
+    slow, new = tmp_path / f"attempts/0001{late}", RunLease(tmp_path, 0)
     plain_open, plain_mkdir = builtins.open, Path.mkdir
 
     def meanwhile(path: object) -> None:
@@ -172,10 +172,10 @@ def test_a_claim_that_was_slow_is_not_taken_for_the_newest(
     assert [path.name for path in (tmp_path / "attempts").iterdir() if path.is_dir()] == [claimed.folder.name]
 
 
-def saver_with_draft(run: Path, step: int) -> tuple[Saver, Attempt, dict]:
+def saver_with_draft(run: Path, step: int) -> tuple[CheckpointManager, RunLease, dict]:
     """A saver whose draft of a step is written but not published."""
     attempt = claim(run)
-    saver = Saver(None, RunSettings(out=run, keep_checkpoints=1), attempt, ALONE)
+    saver = CheckpointManager(None, RunSettings(out=run, keep_checkpoints=1), attempt, ALONE)
     saver._manifest = {"step": step, "routing": ROUTING}
     attempt.draft(step).mkdir()
     return saver, attempt, write_files(attempt.draft(step), grouped(WEIGHTS, WEIGHT).items())

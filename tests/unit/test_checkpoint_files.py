@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import (
+from moce_ds.checkpoint.format import (
     OPTIMIZER,
     WEIGHTS,
     Checkpoint,

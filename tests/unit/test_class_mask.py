@@ -10,9 +10,9 @@ from dense_examples import write_ade
 from image_examples import png_chunk, png_of
 from PIL import Image
 
-from moce_ds.data.ade20k import Ade20kSet
-from moce_ds.data.class_mask import Palettes, read_mask
 from moce_ds.data.png_file import Png
+from moce_ds.data.sources.ade20k import Ade20kSet
+from moce_ds.data.sources.class_mask import Palettes, read_mask
 from moce_ds.errors import DataError
 
 CLASSES_HW = np.tile(np.array([0, 1, 2, 3], np.uint8), (8, 2))

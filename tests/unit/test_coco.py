@@ -11,8 +11,8 @@ from dense_examples import CATEGORIES, OBJECTS, write_coco
 from PIL import Image
 
 from moce_ds.data.canvas import View
-from moce_ds.data.coco import CocoSet
-from moce_ds.data.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
+from moce_ds.data.sources.coco import CocoSet
+from moce_ds.data.sources.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
 from moce_ds.errors import DataError
 from moce_ds.tuning.detector import training_example
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from moce_ds.config import (
+from moce_ds.config.settings import (
     KeysOf,
     differences,
     from_layers,

@@ -6,8 +6,8 @@ import pytest
 from image_examples import contents
 from PIL import Image
 
-from moce_ds.data import demo_images
-from moce_ds.data.demo_images import write_demo_images
+from moce_ds.data.sources import demo_images
+from moce_ds.data.sources.demo_images import write_demo_images
 from moce_ds.errors import DataError
 
 

@@ -18,26 +18,27 @@ from moce_command import refused, run_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
+from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.config import to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.export import write as export
+from moce_ds.export.routes import Chosen, choose_cluster, choose_route, choose_selected
+from moce_ds.export.select import Selection, run_clusters
+from moce_ds.export.write import export_dense, export_route
 from moce_ds.models import dense
+from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.dense import DENSE, Mixture, Share, dense_encoder, encoder_state, route_of
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing
-from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.models.vit import load_encoder
 from moce_ds.models.warm_start import is_decoder
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer import export
-from moce_ds.transfer.chosen import Chosen, choose_cluster, choose_route, choose_selected
-from moce_ds.transfer.export import export_dense, export_route
-from moce_ds.transfer.select import Selection, run_clusters
 
 CPU = torch.device("cpu")
 
@@ -45,7 +46,7 @@ CPU = torch.device("cpu")
 def trained(checkpoint: Checkpoint, clusters: Clusters) -> Moce:
     """The model that training left, with all experts in this process."""
     model = build_model(ModelSpec.from_tree(checkpoint.manifest["model"]), clusters, ReferenceMoE)
-    give_weights(dict(model.named_parameters()), checkpoint.load(WEIGHTS), "the test")
+    load_weights_strict(dict(model.named_parameters()), checkpoint.load(WEIGHTS), "the test")
     assert isinstance(model, Moce)
     return model.eval()
 
@@ -78,7 +79,9 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
 
         clusters_WB = np.full((1, len(images)), cluster)
         table = np.array(checkpoint.manifest["routing"]["expert_ML"])[:, :, None]
-        routing = Routing(torch.from_numpy(clusters_WB[0]), make_plan(clusters_WB, table, in_order(2, 4), 0, 1), None)
+        routing = Routing(
+            torch.from_numpy(clusters_WB[0]), make_plan(clusters_WB, table, default_placement(2, 4), 0, 1), None
+        )
         spec = ModelSpec.from_tree(checkpoint.manifest["model"])
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
         decoder = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}

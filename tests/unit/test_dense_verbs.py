@@ -11,8 +11,8 @@ from dense_examples import CATEGORIES, OBJECTS, write_ade, write_coco
 from moce_command import refused
 from PIL import Image
 
-from moce_ds.checkpoint_files import step_folder
-from moce_ds.config import load
+from moce_ds.checkpoint.format import step_folder
+from moce_ds.config.settings import load
 from moce_ds.errors import DataError
 from moce_ds.tuning.dense_settings import SegmentSettings
 from moce_ds.tuning.segmentation import SegmentationTask

@@ -9,8 +9,8 @@ from dense_examples import write_coco
 from torch import Tensor
 
 from moce_ds.data.canvas import View, draw_image
-from moce_ds.data.coco import CocoSet
-from moce_ds.data.coco_api import average_precision, unpack
+from moce_ds.data.sources.coco import CocoSet
+from moce_ds.data.sources.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit

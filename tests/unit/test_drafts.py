@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moce_ds import drafts
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.drafts import clear_leftovers, draft_of, restore, scratch_folder
 from moce_ds.errors import MoceError
-from moce_ds.files import atomic_file, atomic_folder, save_tensors
+from moce_ds.export.write import check_free
 from moce_ds.models.encode import open_encoder
-from moce_ds.transfer.export import check_free
+from moce_ds.storage import drafts
+from moce_ds.storage.drafts import clear_leftovers, draft_of, restore, scratch_folder
+from moce_ds.storage.files import atomic_file, atomic_folder, save_tensors
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -29,7 +29,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from moce_ds import drafts
-from moce_ds.files import atomic_folder
+from moce_ds.storage.files import atomic_folder
 dies_before, exchanges, changes = int(sys.argv[1]), sys.argv[2] == "exchange", 0
 
 def counted(change):

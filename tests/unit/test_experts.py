@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.experts import Execute, ExpertLayer, fitting_execution, run_grouped, run_one_by_one
+from moce_ds.moe.experts import Execute, ExpertLayer, choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.plan import LayerPlan, plan_layer
 from moce_ds.moe.reference import ReferenceMoE
 
@@ -112,5 +112,5 @@ def test_under_autocast_both_ways_give_bf16_from_fp32_weights() -> None:
 
 
 def test_on_a_cpu_experts_run_one_by_one() -> None:
-    rule: Callable[..., Execute] = fitting_execution
+    rule: Callable[..., Execute] = choose_execution
     assert rule(torch.device("cpu"), bf16=True, num_held=8) is run_one_by_one

@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moce_ds.checkpoint_files import Checkpoint, find
+from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.errors import ConfigError
+from moce_ds.export.routes import choose_all, choose_average, choose_expert, routes_of
+from moce_ds.export.select import run_clusters
+from moce_ds.export.write import export_route
+from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.moce import Moce
-from moce_ds.models.spec import ModelSpec, build_model, give_weights
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.transfer.chosen import choose_all, choose_average, choose_expert, routes_of
-from moce_ds.transfer.export import export_route
-from moce_ds.transfer.select import run_clusters
 from tests.moce_command import refused, run_here
 
 MakeRun = Callable[..., Path]
@@ -80,7 +81,7 @@ def test_an_average_is_that_of_the_experts_that_images_take(
     shares = histogram or dict(enumerate(clusters.share_M))
     model = build_model(ModelSpec.from_tree(checkpoint.manifest["model"]), clusters, ReferenceMoE)
     weights = checkpoint.load("weights")
-    give_weights(dict(model.named_parameters()), weights, "the test")
+    load_weights_strict(dict(model.named_parameters()), weights, "the test")
     assert isinstance(model, Moce)
     probs_LME, state = model.gate().detach(), load_file(tmp_path / "out" / "model.safetensors")
     for layer, block in enumerate((0, 2)):

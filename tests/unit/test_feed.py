@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from moce_ds.errors import LOST_PEER, DataError, MoceError
-from moce_ds.machine import MachineError, machine_fault
+from moce_ds.host.machine import MachineError, machine_fault
 from moce_ds.tuning.feed import prepared
 
 CPU = torch.device("cpu")
 TOGETHER = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
 LARGE = """
 import torch
-from moce_ds.command_line import run_main
+from moce_ds.console import run_main
 from moce_ds.tuning.feed import prepared
 
 def make(index):

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from moce_ds.errors import LOST_PEER, ArtefactError
-from moce_ds.files import (
+from moce_ds.host.machine import MachineError, machine_fault, reason
+from moce_ds.storage.files import (
     atomic_folder,
     check_writable,
     load_array,
@@ -29,7 +30,6 @@ from moce_ds.files import (
     save_array,
     writes_to,
 )
-from moce_ds.machine import MachineError, machine_fault, reason
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def test_a_disk_that_is_full_is_noticed(tmp_path: Path, kind: str, size: int) ->
     [(errno.EIO, LOST_PEER), (errno.ESTALE, LOST_PEER), (errno.ETIMEDOUT, LOST_PEER), (errno.ENOSPC, 1), (None, 1)],
 )
 def test_what_may_pass_has_the_status_of_a_lost_process(number: int | None, status: int) -> None:
-    with pytest.raises(MachineError) as caught, ALONE.together():
+    with pytest.raises(MachineError) as caught, ALONE.raise_on_all_ranks():
         raise OSError(*((number, os.strerror(number)) if number else ("odd",)))
     assert caught.value.status == status and MachineError.status == 1
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from moce_command import TINY, refused
 
-from moce_ds.command_line import FORCE, read_settings
+from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
 from moce_ds.planning import fitting
+from moce_ds.planning.fitting import FORCE
 from moce_ds.training.settings import PretrainSettings
 
 CPU = torch.device("cpu")

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from moce_ds.data.transform import ImageInput
+from moce_ds.export.formats import onnx_file
+from moce_ds.export.formats.registry import find_format
+from moce_ds.export.formats.target import DenseModel
+from moce_ds.export.routes import choose_cluster
+from moce_ds.export.select import run_clusters
+from moce_ds.export.write import export_route
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.dense import as_encoder
 from moce_ds.models.mae import DecoderShape
-from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.transfer.chosen import choose_cluster
-from moce_ds.transfer.export import export_route
-from moce_ds.transfer.formats import onnx_file
-from moce_ds.transfer.formats.registry import find_format
-from moce_ds.transfer.formats.target import DenseModel
-from moce_ds.transfer.select import run_clusters
 
 SHAPES = {
     "base": ViTShape(32, 8, 48, 2, 4),

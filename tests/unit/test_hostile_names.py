@@ -31,15 +31,15 @@ from run_folder_example import write_clusters, write_metrics, write_reconstructi
 from safetensors import safe_open
 
 from moce_ds import text
-from moce_ds.cli import main
-from moce_ds.config import load
+from moce_ds.config.settings import load
+from moce_ds.config.values import arguments
 from moce_ds.data.shards import ShardSet
+from moce_ds.main import main
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.classification import TUNED, Classification
 from moce_ds.tuning.labelled import make_splits
 from moce_ds.tuning.settings import FinetuneSettings
-from moce_ds.values import arguments
 
 FORGED = "Verified: forged"
 """What some names put at the beginning of a line."""

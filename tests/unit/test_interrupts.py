@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from launchers import local
-from launchers.local import run_processes
+from moce_ds.distributed.runtime import StopRequest
 from moce_ds.errors import LOST_PEER, STOPPED
-from moce_ds.interrupts import obeyed
-from moce_ds.runtime import StopRequest
-from moce_ds.transfer import finetuning
+from moce_ds.host.interrupts import obeyed
+from moce_ds.launch import local
+from moce_ds.launch.local import run_processes
+from moce_ds.workflow import transfer_finetune as finetuning
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 OUTLIVING = """
 import sys
-from moce_ds.interrupts import outlive_readers
+from moce_ds.host.interrupts import outlive_readers
 outlive_readers()
 for stream in (sys.stdout, sys.stderr):
     print("first", file=stream, flush=True)
@@ -70,7 +70,7 @@ def test_a_full_disk_is_no_reader_that_has_gone() -> None:
 
 WORKING = """
 import os, signal, sys
-from moce_ds.interrupts import interruptible
+from moce_ds.host.interrupts import interruptible
 try:
     with interruptible():
         try:
@@ -96,7 +96,7 @@ LOADING = """
 import signal, sys
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
-        if name == "moce_ds.cli":
+        if name == "moce_ds.main":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Interrupting())
 sys.argv = ["moce", "pipeline", "x.yaml"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoint_writer import KEEP, publish_until, weights_of, write_on
 
-from moce_ds.checkpoint_files import WEIGHTS, find, prune, steps_of
+from moce_ds.checkpoint.format import WEIGHTS, find, prune, steps_of
 
 KILLS = 100
 _SAVES = 1.5  # a process is killed before it has written so many checkpoints, or soon after
@@ -28,7 +28,7 @@ nursery = multiprocessing.get_context("forkserver")  # its processes have import
 def own_nursery() -> None:
     """The process that other tests fork theirs from has not imported what is needed here: a second for each kill."""
     multiprocessing.forkserver._forkserver._stop()
-    nursery.set_forkserver_preload(["moce_ds.checkpoint_files"])
+    nursery.set_forkserver_preload(["moce_ds.checkpoint.format"])
 
 
 def begin(writer: Callable[..., None], *args: object) -> tuple[BaseProcess, Connection]:

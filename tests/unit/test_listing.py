@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from image_examples import contents, crop, save
 
-from moce_ds.checksums import with_checksum
-from moce_ds.data.listing import Listed, Listing
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import DataError
+from moce_ds.storage.checksums import with_checksum
 
 ONE = ShardSettings(workers=1)
 SEVERAL = Listing(

@@ -18,13 +18,13 @@ from image_examples import png_of
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
-from moce_ds.checksums import records_of, write_checked
 from moce_ds.data.loader import Batch, Crop, Loader
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, SAMPLES, ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput, RandomCrop, Windows
 from moce_ds.errors import DataError
+from moce_ds.storage.checksums import records_of, write_checked
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 60, 90

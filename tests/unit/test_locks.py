@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 
 from moce_ds.errors import ArtefactError
-from moce_ds.locks import held, is_held, locked
+from moce_ds.storage.locks import held, is_held, locked
 
 
 @pytest.fixture(

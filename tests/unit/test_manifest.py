@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from moce_command import run_here
 
-from moce_ds.checkpoint_files import FORMAT, Checkpoint, _digest, step_folder
+from moce_ds.checkpoint.format import FORMAT, Checkpoint, _digest, step_folder
 from moce_ds.errors import ArtefactError
 
 

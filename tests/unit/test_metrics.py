@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from moce_ds.errors import DataError
-from moce_ds.transfer.metrics import (
+from moce_ds.evaluation.metrics import (
     MultiLabelScore,
     Score,
     average_precision_11,

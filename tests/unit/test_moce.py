@@ -15,7 +15,7 @@ from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import ExpertShape, Moce, Routing, make_gate, upcycle
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import RandomGate, chosen_experts
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 
@@ -53,7 +53,7 @@ def experts_of(model: Moce, noise: Tensor | None = None) -> np.ndarray:
 
 def routing(model: Moce, clusters: Sequence[int], noise: Tensor | None = None) -> Routing:
     clusters_WB = np.array([clusters], dtype=np.int64)
-    plan = make_plan(clusters_WB, experts_of(model, noise), in_order(len(LAYERS), E), 0, 1)
+    plan = make_plan(clusters_WB, experts_of(model, noise), default_placement(len(LAYERS), E), 0, 1)
     return Routing(torch.from_numpy(clusters_WB[0]), plan, noise)
 
 

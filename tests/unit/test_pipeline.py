@@ -14,14 +14,14 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
-from launchers.launch import queued_stages
-from launchers.slurm_profile import SlurmProfile
-from launchers.stage import Stage, StageError, StageRecord, run_stage, write_record
-from launchers.stages import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.config import load
+from moce_ds.config.settings import load
 from moce_ds.data import shard_writer
 from moce_ds.errors import STOPPED, ConfigError
-from moce_ds.locks import held
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.storage.locks import held
+from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, stages_of
+from moce_ds.workflow.stage import Stage, StageError, StageRecord, run_stage, write_record
+from moce_ds.workflow.submit import queued_stages
 
 Make = Callable[..., PipelineSettings]
 EXPERTS = ["model.arch=moce", "experts.num=4", "experts.layers=[1,3]"]

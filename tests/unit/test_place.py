@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from moce_command import run_here
 
-from moce_ds import rendezvous
+from moce_ds.distributed import rendezvous
+from moce_ds.distributed.rendezvous import Rendezvous, host_on_loopback
 from moce_ds.errors import LOST_PEER, LostPeerError
-from moce_ds.place import Place, PlaceError, is_first
-from moce_ds.rendezvous import Rendezvous, host_on_loopback
+from moce_ds.host.place import Place, PlaceError, is_first
 
 TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 SILENCE = 0.2

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moce_ds.moe.placement import fitting_placement, held_experts, in_order, local_order
+from moce_ds.moe.placement import default_placement, held_experts, local_order, placement_by_traffic
 from moce_ds.moe.plan import make_plan
 
 
@@ -70,13 +70,13 @@ def test_with_one_layer_nothing_moves_but_what_has_no_room(batch: Batch) -> None
 
 def test_a_full_place_does_not_drive_others_from_theirs() -> None:
     """Five images want place 0, which has room for two; those of places 1 and 2 stay at home all the same."""
-    batch = Batch(np.array([0, 0, 0, 0, 0, 1, 1, 2]), np.array([[0], [1], [2]]), in_order(1, 4), 4, 4)
+    batch = Batch(np.array([0, 0, 0, 0, 0, 1, 1, 2]), np.array([[0], [1], [2]]), default_placement(1, 4), 4, 4)
     assert batch.moved(batch.order()) == 3
 
 
 def test_where_nothing_is_gained_the_order_stays() -> None:
     """Every image has one layer at each place: it does not matter where it is."""
-    batch = Batch(np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 0]]), in_order(2, 2), 2, 2)
+    batch = Batch(np.array([0, 1, 0, 1]), np.array([[0, 1], [1, 0]]), default_placement(2, 2), 2, 2)
     assert batch.order().tolist() == [0, 1, 2, 3]
 
 
@@ -96,7 +96,7 @@ def place_of(slot_LE: np.ndarray, ep: int) -> np.ndarray:
 @given(tables())
 def test_a_placement_is_a_permutation_with_equally_many_experts_a_place(case: tuple) -> None:
     expert_ML, share_M, num_experts, ep = case
-    slot_LE = fitting_placement(expert_ML, share_M, num_experts, ep)
+    slot_LE = placement_by_traffic(expert_ML, share_M, num_experts, ep)
     assert slot_LE.shape == (expert_ML.shape[1], num_experts) and slot_LE.dtype == np.int64
     for slot_E in slot_LE:
         assert sorted(slot_E) == list(range(num_experts))
@@ -109,7 +109,7 @@ def test_a_placement_is_a_permutation_with_equally_many_experts_a_place(case: tu
 def test_tied_routes_have_their_experts_at_one_place_in_every_layer(case: tuple) -> None:
     expert_ML, share_M, num_experts, ep = case
     tied_ML = np.repeat(expert_ML[:, :1], 3, axis=1)
-    place_LE = place_of(fitting_placement(tied_ML, share_M, num_experts, ep), ep)
+    place_LE = place_of(placement_by_traffic(tied_ML, share_M, num_experts, ep), ep)
     used = np.unique(tied_ML)
     assert (place_LE[:, used] == place_LE[0, used]).all()
 
@@ -119,7 +119,7 @@ def test_later_layers_are_placed_so_that_as_few_images_move_as_can_be(case: tupl
     """Between two layers: no exchange of two experts' slots in the second keeps more images where they are."""
     expert_ML, share_M, num_experts, ep = case
     expert_ML = expert_ML[:, [0, -1]]
-    place_LE = place_of(fitting_placement(expert_ML, share_M, num_experts, ep), ep)
+    place_LE = place_of(placement_by_traffic(expert_ML, share_M, num_experts, ep), ep)
 
     def staying(place_E: np.ndarray) -> float:
         return float(share_M[place_LE[0, expert_ML[:, 0]] == place_E[expert_ML[:, 1]]].sum())
@@ -135,14 +135,14 @@ def test_later_layers_are_placed_so_that_as_few_images_move_as_can_be(case: tupl
 
 def test_places_share_the_load_of_the_first_layer() -> None:
     expert_ML, share_M = np.arange(8)[:, None], np.array([0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05])
-    place_E = place_of(fitting_placement(expert_ML, share_M, 8, 2), 2)[0]
+    place_E = place_of(placement_by_traffic(expert_ML, share_M, 8, 2), 2)[0]
     assert np.bincount(place_E, weights=share_M).tolist() == pytest.approx([0.5, 0.5], abs=0.025)
 
 
 def test_a_fitted_placement_saves_what_a_plain_one_moves() -> None:
     """Routes that jump from expert e to expert 3 - e: in order every image moves, fitted none."""
     expert_ML = np.array([[0, 3], [1, 2], [2, 1], [3, 0]])
-    clusters_G, fitted = np.array([3, 2, 1, 0] * 4), fitting_placement(expert_ML, np.full(4, 0.25), 4, 2)
-    plain, own = (Batch(clusters_G, expert_ML, slot_LE, 4, 2) for slot_LE in (in_order(2, 4), fitted))
+    clusters_G, fitted = np.array([3, 2, 1, 0] * 4), placement_by_traffic(expert_ML, np.full(4, 0.25), 4, 2)
+    plain, own = (Batch(clusters_G, expert_ML, slot_LE, 4, 2) for slot_LE in (default_placement(2, 4), fitted))
     assert plain.moved(plain.order()) == 16
     assert own.moved(own.order()) == 0

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moce_ds.moe.placement import held_experts, in_order
+from moce_ds.moe.placement import default_placement, held_experts
 from moce_ds.moe.plan import LayerPlan, make_plan, plan_layer
 
 WORLDS = [(world, ep) for world in (1, 2, 4) for ep in (1, 2, 4) if ep <= world]
@@ -130,7 +130,7 @@ def test_a_plan_looks_every_layer_up_in_the_table(case: tuple[int, int], batch: 
 
 
 def test_the_digest_is_that_of_clusters_table_and_places() -> None:
-    clusters_WB, slot_LE = np.array([[0, 1], [2, 2]]), in_order(2, 4)
+    clusters_WB, slot_LE = np.array([[0, 1], [2, 2]]), default_placement(2, 4)
     expert_MLK = np.array([[0, 1], [1, 1], [3, 0]])[:, :, None]
 
     def digest(clusters: np.ndarray, table: np.ndarray, slots: np.ndarray, rank: int = 0) -> int:

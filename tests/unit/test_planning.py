@@ -17,13 +17,13 @@ from moce_command import refused, run_alone, run_here
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moce_ds.config import to_yaml
+from moce_ds.config.settings import to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.sdr import Sdr, Teacher
 from moce_ds.models.vit import Encoder, timm_vit
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.planning import work
@@ -61,7 +61,9 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
     expert_MLK = np.random.default_rng(0).permuted(np.tile(np.arange(4), (M, layers, 1)), axis=2)[
         :, :, : spec.experts.k
     ]
-    routing = Routing(torch.arange(IMAGES), make_plan(clusters_WB, expert_MLK, in_order(layers, 4), 0, 1), None)
+    routing = Routing(
+        torch.arange(IMAGES), make_plan(clusters_WB, expert_MLK, default_placement(layers, 4), 0, 1), None
+    )
     inputs = [images, noise, routing]
     if config.wants_teacher:
         inputs.append(Teacher(Encoder(timm_vit(spec.shape), spec.shape, spec.input, {})))
@@ -154,7 +156,7 @@ def test_bytes_of_the_exchange_are_those_of_the_plan(tiny_config: Make) -> None:
     random = np.random.default_rng(0)
     clusters_WB = random.integers(M, size=(W, 1000))
     expert_MLK = np.stack([random.permutation(np.arange(M) % 4) for _ in range(2)], axis=1)[:, :, None]
-    plans = [make_plan(clusters_WB, expert_MLK, in_order(2, 4), rank, ep_size) for rank in range(W)]
+    plans = [make_plan(clusters_WB, expert_MLK, default_placement(2, 4), rank, ep_size) for rank in range(W)]
     image = work.visible_tokens(config) * 16 * 4  # fp32
     inside = across = 0
     for rank, plan in enumerate(plans):

@@ -14,11 +14,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from moce_ds.errors import DataError
-from moce_ds.transfer import knn, linear
-from moce_ds.transfer.knn import KnnSettings, knn_accuracy
-from moce_ds.transfer.linear import Fits, logistic_fits, ridge_fits
-from moce_ds.transfer.metrics import score
-from moce_ds.transfer.probe import ProbeSettings, linear_probe, stratified_mask
+from moce_ds.evaluation import knn, linear
+from moce_ds.evaluation.knn import KnnSettings, knn_accuracy
+from moce_ds.evaluation.linear import Fits, logistic_fits, ridge_fits
+from moce_ds.evaluation.metrics import score
+from moce_ds.evaluation.probe import ProbeSettings, linear_probe, stratified_mask
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 FitAll = Callable[[NDArray[np.float32], NDArray[np.int64], list[float]], Fits]

@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm_job import JobStart
-from moce_ds import checksums
-from moce_ds.data import demo_images
+from moce_ds.data.sources import demo_images
 from moce_ds.errors import LOST_PEER
-from moce_ds.training import native
+from moce_ds.launch.slurm_job import JobStart
+from moce_ds.storage import checksums
+from moce_ds.training import import_deepspeed as native
 
 DOORS = {
-    "launchers.cell": (checksums, "read_checked"),
-    "launchers.demo": (demo_images, "write_demo_images"),
-    "launchers.slurm_end": (JobStart, "of"),
+    "moce_ds.workflow.study_cell": (checksums, "read_checked"),
+    "moce_ds.workflow.demo": (demo_images, "write_demo_images"),
+    "moce_ds.launch.slurm_end": (JobStart, "of"),
     "tools.import_deepspeed": (native, "import_native"),
 }
 GIVEN = {
-    "launchers.cell": ["{}", "num=2"],
-    "launchers.demo": ["--out", "{}"],
-    "launchers.slurm_end": ["{}", "1", "5", "3"],
+    "moce_ds.workflow.study_cell": ["{}", "num=2"],
+    "moce_ds.workflow.demo": ["--out", "{}"],
+    "moce_ds.launch.slurm_end": ["{}", "1", "5", "3"],
     "tools.import_deepspeed": ["{}", "{}/out", "--config", "{}/config.yaml"],
 }
 

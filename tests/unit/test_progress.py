@@ -2,7 +2,7 @@
 
 import pytest
 
-from moce_ds.training.metrics import progress_line, time_left
+from moce_ds.training.metric_logger import progress_line, time_left
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from moce_command import refused, run_here
 from public_folders import MINIATURES, text
 from scipy.io import savemat
 
-from moce_ds.data.public.datasets import NAMES, DatasetSettings, write_dataset
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.sources.public.datasets import NAMES, DatasetSettings, write_dataset
 from moce_ds.errors import DataError
 
 ONE = DatasetSettings(workers=1)

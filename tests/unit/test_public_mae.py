@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moce_ds.config import load
+from moce_ds.config.settings import load
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError

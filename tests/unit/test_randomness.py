@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from moce_ds.randomness import CROP, FLIP, hashed, uniform
+from moce_ds.distributed.randomness import CROP, FLIP, hashed, uniform
 
 COUNTERS = st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5)
 

@@ -9,12 +9,19 @@ from typing import cast
 import pytest
 from torch.distributed import TCPStore
 
-from moce_ds import rendezvous
-from moce_ds.liveness import Watch, _parsed
-from moce_ds.machine import MachineError, machine_fault
-from moce_ds.place import Place
-from moce_ds.rendezvous import LONGEST_TEXT, Rendezvous, SealedStore, host_on_loopback, interfaces, on_loopback
-from moce_ds.sealing import SECRET, Sealer, new_secret
+from moce_ds.distributed import rendezvous
+from moce_ds.distributed.rendezvous import (
+    LONGEST_TEXT,
+    Rendezvous,
+    SealedStore,
+    host_on_loopback,
+    interfaces,
+    on_loopback,
+)
+from moce_ds.distributed.sealing import SECRET, Sealer, new_secret
+from moce_ds.distributed.watchdog import Watch, _parsed
+from moce_ds.host.machine import MachineError, machine_fault
+from moce_ds.host.place import Place
 
 
 @pytest.fixture(scope="module")

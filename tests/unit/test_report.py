@@ -19,13 +19,13 @@ from hypothesis.extra import numpy as nps
 from PIL import Image
 from run_folder_example import make_study
 
-from moce_ds.analysis import gallery, routing
-from moce_ds.analysis.plots import Line, curves
-from moce_ds.analysis.report import build_report
-from moce_ds.analysis.routing import Routing
-from moce_ds.analysis.run_folder import Run, read_metrics, read_study
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.report import gallery, routing
+from moce_ds.report.build import build_report
+from moce_ds.report.plots import Line, curves
+from moce_ds.report.routing import Routing
+from moce_ds.report.run_folder import Run, read_metrics, read_study
 
 SECTIONS = (
     "Results",

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moce_ds.errors import ArtefactError
-from moce_ds.locks import locked
-from moce_ds.results_file import add_record, read_results, told_apart
-from moce_ds.transfer.metrics import MultiLabelScore, Score
-from moce_ds.transfer.results import accuracy_record, accuracy_table
-from moce_ds.transfer.select import count_votes
+from moce_ds.evaluation.metrics import MultiLabelScore, Score
+from moce_ds.evaluation.results import accuracy_record, accuracy_table
+from moce_ds.evaluation.results_file import add_record, read_results, told_apart
+from moce_ds.export.select import count_votes
+from moce_ds.storage.locks import locked
 
 
 def score(top1: float) -> Score:

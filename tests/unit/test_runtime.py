@@ -5,8 +5,9 @@ from functools import cache
 
 import pytest
 
-from moce_ds import runtime, threads
-from moce_ds.runtime import lone_device, started
+from moce_ds.distributed import runtime
+from moce_ds.distributed.runtime import lone_device, started
+from moce_ds.host import threads
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

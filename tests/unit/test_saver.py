@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import WEIGHTS, Checkpoint, step_folder
-from moce_ds.machine import MachineError
-from moce_ds.runtime import Runtime
-from moce_ds.training import saver as saving
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.checkpoint import Files, HostBuffers
-from moce_ds.training.saver import Saver
-from moce_ds.training.settings import RunSettings
+from moce_ds.checkpoint import manager as saving
+from moce_ds.checkpoint.deepspeed_state import Files, HostBuffers
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, step_folder
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.host.machine import MachineError
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 FILE = f"{WEIGHTS}/shared.safetensors"
@@ -39,17 +39,19 @@ def weight() -> Tensor:
 
 
 @pytest.fixture
-def saver(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[Saver]:
+def saver(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointManager]:
     """A saver of one weight, in the place of an engine's."""
     monkeypatch.setattr(saving, "snapshot", lambda *_: {FILE: {"cls_token": weight}})
     monkeypatch.setattr(saving, "HostBuffers", Held)
-    with Saver(None, RunSettings(out=tmp_path / "run"), Attempt.claim(tmp_path / "run", ALONE), ALONE) as opened:
+    with CheckpointManager(
+        None, RunSettings(out=tmp_path / "run"), RunLease.claim(tmp_path / "run", ALONE), ALONE
+    ) as opened:
         yield opened
 
 
-def test_an_update_waits_for_the_copy(saver: Saver, weight: Tensor, tmp_path: Path) -> None:
+def test_an_update_waits_for_the_copy(saver: CheckpointManager, weight: Tensor, tmp_path: Path) -> None:
     saver.start({"step": 1, "skipped": 0, "routing": None})
-    update = Thread(target=lambda: (saver.settle(), weight.zero_()))
+    update = Thread(target=lambda: (saver.wait_for_staging(), weight.zero_()))
     update.start()
     update.join(timeout=0.2)
     assert update.is_alive() and weight.sum() == 4, "the update did not wait"
@@ -58,16 +60,16 @@ def test_an_update_waits_for_the_copy(saver: Saver, weight: Tensor, tmp_path: Pa
     saver.finish()
     saved = Checkpoint.open(step_folder(tmp_path / "run", 1)).load(WEIGHTS, ["cls_token"])["cls_token"]
     assert torch.equal(saved, torch.ones(4)) and torch.equal(weight, torch.zeros(4))
-    saver.settle()  # with nothing on its way there is nothing to wait for
+    saver.wait_for_staging()  # with nothing on its way there is nothing to wait for
 
 
-def test_a_copy_that_fails_holds_nobody_up(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_holds_nobody_up(saver: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object) -> Tensor:
         raise MemoryError("no memory for a copy")
 
     monkeypatch.setattr(HostBuffers, "_copy", fail)
     saver._buffers.let.set()
     saver.start({"step": 1, "skipped": 0, "routing": None})
-    saver.settle()
+    saver.wait_for_staging()
     with pytest.raises(MachineError, match="no memory"):
         saver.finish()

@@ -12,26 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint_files import find
+from moce_ds.checkpoint.format import find
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.export.formats.registry import find_format
+from moce_ds.export.request import Request, export_requested
+from moce_ds.export.select import run_clusters
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.dense import encoder_state, route_of
 from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing
 from moce_ds.models.sdr import Sdr, SdrOutput, Teacher, part_units, path_shape
-from moce_ds.models.spec import ModelSpec
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 from moce_ds.moe.gate import PathGate, route_table
-from moce_ds.moe.placement import in_order
+from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.training.setup import check_paths
 from moce_ds.training.teacher import read_teacher
-from moce_ds.transfer.export_request import Request, export_requested
-from moce_ds.transfer.formats.registry import find_format
-from moce_ds.transfer.select import run_clusters
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
 GROUPS, STAGES, COMMON = 4, 2, 32
@@ -67,7 +67,7 @@ def teacher_of(mae: MaskedAutoencoder) -> Teacher:
 
 def routing(model: Sdr, clusters: Sequence[int]) -> Routing:
     table = route_table(model.gate, model.gate(), model.share_M, 1, "sinkhorn").numpy()
-    slots = in_order(len(model.experts.layers), model.experts.num_experts)
+    slots = default_placement(len(model.experts.layers), model.experts.num_experts)
     return Routing(torch.tensor(clusters), make_plan(np.array(clusters)[None], table, slots, 0, 1), None)
 
 

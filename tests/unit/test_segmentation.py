@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from moce_ds.data.ade20k import IGNORED
+from moce_ds.data.sources.ade20k import IGNORED
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.dense_settings import SegmenterSettings
 from moce_ds.tuning.segmentation import fitted

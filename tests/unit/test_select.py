@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.export.select import count_votes, select_route
 from moce_ds.models.encode import EncodeSettings
-from moce_ds.transfer.select import count_votes, select_route
 
 CPU = torch.device("cpu")
 

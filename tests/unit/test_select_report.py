@@ -13,17 +13,17 @@ from moce_command import Said, refused, run_here
 from PIL import Image
 from rich.console import Console
 
-from moce_ds.checkpoint_files import find
+from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.shards import ShardSet
+from moce_ds.export.formats.registry import find_format
+from moce_ds.export.request import Request, export_requested
+from moce_ds.export.select import Selection, count_votes
+from moce_ds.export.selection_picture import draw_by_votes, write_picture
+from moce_ds.export.selection_report import selection_report
+from moce_ds.export.typicality import Typicality
 from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.vit import load_encoder
-from moce_ds.transfer.export_request import Request, export_requested
-from moce_ds.transfer.formats.registry import find_format
-from moce_ds.transfer.select import Selection, count_votes
-from moce_ds.transfer.selection_picture import draw_by_votes, write_picture
-from moce_ds.transfer.selection_report import selection_report
-from moce_ds.transfer.typicality import Typicality
 
 MoceRun = Callable[..., Path]
 

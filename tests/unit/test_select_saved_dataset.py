@@ -10,10 +10,10 @@ from datasets import Image as ImageFeature
 from image_examples import crop
 from moce_command import refused
 
-from moce_ds.data.saved_dataset import _class_names
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.sources.saved_dataset import _class_names
+from moce_ds.data.task_images import opened_images
 from moce_ds.errors import ConfigError, DataError
-from moce_ds.transfer.task_data import opened_images
 
 KINDS = ClassLabel(names=["small", "large", "none of these"])
 

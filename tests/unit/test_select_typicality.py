@@ -14,7 +14,7 @@ from test_clusters import write_features
 
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.transfer.typicality import Typicality
+from moce_ds.export.typicality import Typicality
 
 SIDE = 8
 Images = dict[str, np.ndarray]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moce_ds.checkpoint_files import step_folder, write_checkpoint
-from moce_ds.config import differences, keys, load, to_tree, to_yaml
+from moce_ds.checkpoint.format import step_folder, write_checkpoint
+from moce_ds.config.settings import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape

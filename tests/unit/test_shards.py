@@ -22,13 +22,13 @@ import pytest
 from image_examples import contents, crop, many_photos, photo, rejections, save
 from PIL import Image
 
-from moce_ds.checksums import with_checksum
-from moce_ds.config import load
+from moce_ds.config.settings import load
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
 from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.files import sha256_of
-from moce_ds.locks import alone_in
+from moce_ds.storage.checksums import with_checksum
+from moce_ds.storage.files import sha256_of
+from moce_ds.storage.locks import alone_in
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)
 

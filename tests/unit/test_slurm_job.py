@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from launchers.slurm_job import SECRET_FILE, JobStart
-from launchers.slurm_profile import SlurmProfile
-from launchers.slurm_rank import place
-from launchers.snapshot import begin_launch
-from moce_ds.sealing import SECRET
+from moce_ds.distributed.sealing import SECRET
+from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.launch.slurm_rank import place
+from moce_ds.launch.snapshot import begin_launch
 
 LOST, STOPPED = 77, 76
 ROOT = Path(__file__).parent.parent.parent
-RANK = "import signal, sys; from launchers.slurm_rank import Rank; Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"
+RANK = (
+    "import signal, sys; from moce_ds.launch.slurm_rank import Rank; Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"
+)
 
 
 def start(folder: Path, restart: int) -> JobStart:

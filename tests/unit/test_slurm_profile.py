@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from moce_command import refused, run_here
 
-from launchers.launch import PARALLEL, usable_nodes
-from launchers.slurm_profile import SlurmProfile
-from moce_ds.cli import moce
-from moce_ds.config import from_tree, keys, load
+from moce_ds.config.settings import from_tree, keys, load
 from moce_ds.errors import ConfigError
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.main import moce
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow.submit import PARALLEL, usable_nodes
 
 DOCS = Path(__file__).parents[2] / "docs/slurm.md"
 

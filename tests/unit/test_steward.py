@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from alone import ALONE
 
+from moce_ds.checkpoint.lease import RunLease
 from moce_ds.errors import ArtefactError
-from moce_ds.metrics_file import METRICS
-from moce_ds.training.attempt import Attempt
-from moce_ds.training.metrics import Teller
+from moce_ds.storage.metrics_file import METRICS
+from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.steward import Steward
 
 
@@ -28,11 +28,11 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
     def start(manifest: dict[str, Any], state: object) -> None:
         begun.append((manifest["metrics"], list(synced)))
 
-    attempt = Attempt.claim(tmp_path, ALONE)
+    attempt = RunLease.claim(tmp_path, ALONE)
     monkeypatch.setattr(os, "fsync", fsync)
     parts: Any = dict.fromkeys(("engine", "run", "stop", "skips"))
     saver: Any = SimpleNamespace(start=start)
-    with Teller(attempt, 0, 2, 16, ALONE) as teller:
+    with MetricLogger(attempt, 0, 2, 16, ALONE) as teller:
         steward = Steward(
             **parts, attempt=attempt, runtime=ALONE, step=1, steps=2, images=16, saver=saver, teller=teller
         )
@@ -44,8 +44,8 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
 
 def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its files are a mirror, and its thread's error no business of the terminal."""
-    attempt = Attempt.claim(tmp_path, ALONE)
-    with Teller(attempt, 0, 40, 16, ALONE) as teller:
+    attempt = RunLease.claim(tmp_path, ALONE)
+    with MetricLogger(attempt, 0, 40, 16, ALONE) as teller:
         (tmp_path / "tensorboard").rename(tmp_path / "moved")
         (tmp_path / "tensorboard").touch()
         for step in range(1, 41):  # more than the queue of its thread holds
@@ -57,8 +57,8 @@ def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_tensorboard_that_cannot_begin_is_told_as_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    attempt = Attempt.claim(tmp_path, ALONE)
+    attempt = RunLease.claim(tmp_path, ALONE)
     (tmp_path / "tensorboard").touch()
     with pytest.raises(ArtefactError, match=f"{tmp_path} cannot be written"):
-        Teller(attempt, 0, 40, 16, ALONE)
+        MetricLogger(attempt, 0, 40, 16, ALONE)
     assert "Traceback" not in "".join(capfd.readouterr())

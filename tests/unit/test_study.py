@@ -14,18 +14,18 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
-from launchers.cell import is_done, measures, write_record
-from launchers.grid import Cell, StudySettings, cells_of, check_places, check_settings
-from launchers.study import run_study
-from moce_ds.analysis.report import build_report
-from moce_ds.analysis.study_chapter import scalings
-from moce_ds.analysis.study_folder import CellRecord, StudyRecord, read_study_folder, series
-from moce_ds.config import load, to_tree, to_yaml
+from moce_ds.config.settings import load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
-from moce_ds.files import write_json
-from moce_ds.locks import held, is_held
 from moce_ds.planning.work import all_rows_bytes
+from moce_ds.report.build import build_report
+from moce_ds.report.study_chapter import scalings
+from moce_ds.report.study_folder import CellRecord, StudyRecord, read_study_folder, series
+from moce_ds.storage.files import write_json
+from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow.study import run_study
+from moce_ds.workflow.study_cell import is_done, measures, write_record
+from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 Make = Callable[..., StudySettings]
 
@@ -181,7 +181,7 @@ def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
     (cell,) = cells_of(make())
     code = f"""
 import pathlib, time
-from moce_ds.locks import held
+from moce_ds.storage.locks import held
 with held(pathlib.Path({str(cell.lock)!r})):
     print("held", flush=True)
     time.sleep(60)

@@ -10,9 +10,9 @@ from moce_command import refused, run_here
 
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import opened_images
 from moce_ds.errors import DataError
-from moce_ds.transfer import linear
-from moce_ds.transfer.task_data import opened_images
+from moce_ds.evaluation import linear
 from moce_ds.tuning.labelled import make_splits
 
 FAST = ("threads=1", "batch_size=16")

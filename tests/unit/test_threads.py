@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from moce_ds import threads
-from moce_ds.machine import control_groups
+from moce_ds.host import threads
+from moce_ds.host.machine import control_groups
 
 
 def test_the_users_number_is_left_alone() -> None:
     mine = {"OMP_NUM_THREADS": "7"}
-    threads.settle(mine)
+    threads.apply_choice(mine)
     assert mine == {"OMP_NUM_THREADS": "7"} and threads.shared_by(2, mine) == {} and threads.told(mine) is None
 
 
 def test_processes_share_what_the_outermost_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "free_cpus", lambda: 9)
     outer: dict[str, str] = {}
-    threads.settle(outer)
+    threads.apply_choice(outer)
     assert outer["OMP_NUM_THREADS"] == "9" and "9 threads per process" in (threads.told(outer) or "")
     monkeypatch.setattr(threads, "free_cpus", lambda: 1)  # since the outer process is at work
     child = outer | threads.shared_by(4, outer)
     assert child["OMP_NUM_THREADS"] == "2"
-    threads.settle(child | {"LOCAL_WORLD_SIZE": "4"})
+    threads.apply_choice(child | {"LOCAL_WORLD_SIZE": "4"})
     assert child["OMP_NUM_THREADS"] == "2"
     assert threads.shared_by(20, child)["OMP_NUM_THREADS"] == "1"
     child["OMP_NUM_THREADS"] = "3"  # a user's, in between

@@ -17,15 +17,15 @@ from public_folders import MINIATURES
 from rich.console import Console
 from torch import nn
 
-from moce_ds.checkpoint_files import step_folder, write_checkpoint
-from moce_ds.config import to_tree
+from moce_ds.checkpoint.format import step_folder, write_checkpoint
+from moce_ds.config.settings import to_tree
+from moce_ds.models.build import build_model
 from moce_ds.models.moce import MakeLayer
-from moce_ds.models.spec import build_model
 from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.transfer.campaign_table import campaign_tables
+from moce_ds.workflow.transfer_table import campaign_tables
 
 MakeRun = Callable[..., Path]
 FAST = {"probe": {"method": "closed_form", "threads": 1}, "knn": {"k": 5, "threads": 1}}

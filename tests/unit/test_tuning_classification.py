@@ -11,7 +11,7 @@ from alone import ALONE
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.config import load
+from moce_ds.config.settings import load
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import load_encoder

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_ds.data.listing import Listed, Listing
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import DataError
 from moce_ds.tuning.labelled import make_splits
 

@@ -12,10 +12,10 @@ from dense_examples import write_ade
 from image_examples import crop, save
 from moce_command import run_here
 
-from moce_ds.data import image_folder, walk
-from moce_ds.data.ade20k import Ade20kSet
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
-from moce_ds.data.walk import ODD, list_files, list_folder, why_odd
+from moce_ds.data.sources import image_folder, walk
+from moce_ds.data.sources.ade20k import Ade20kSet
+from moce_ds.data.sources.walk import ODD, list_files, list_folder, why_odd
 from moce_ds.errors import DataError
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="closes folders to itself, as root that becomes nobody")

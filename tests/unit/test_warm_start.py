@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moce_ds.checkpoint_files import WEIGHTS, find, step_folder, write_checkpoint
+from moce_ds.checkpoint.deepspeed_state import global_parameters
+from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.config import to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.vit import save_encoder, timm_vit
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
-from moce_ds.moe.placement import in_order
-from moce_ds.training.checkpoint import global_parameters
+from moce_ds.moe.placement import default_placement
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.training.setup import ClusteredData, build_for_training, first_weights, place_experts, take_weights
 
@@ -34,7 +34,7 @@ def warm_start(
     """Give one rank's model its first weights, as training does; returns the sentence that says which."""
     weights, said = first_weights(model, config)
     if config.model.arch == "moce":
-        place_experts(model, in_order(2, config.experts.num) if slots is None else slots, rank)
+        place_experts(model, default_placement(2, config.experts.num) if slots is None else slots, rank)
     take_weights(model, weights, config.run.init_from)
     return said
 

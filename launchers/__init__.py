@@ -1,1 +1,0 @@
-"""Start `moce` verbs in several processes."""

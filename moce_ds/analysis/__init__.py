@@ -1,1 +1,0 @@
-"""What a run looks like: statistics, pictures and the HTML report. Reads files only."""

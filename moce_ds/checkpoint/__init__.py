@@ -1,0 +1,1 @@
+"""Checkpoints: format, manager, run lease, DeepSpeed's state, import."""

@@ -1,0 +1,202 @@
+"""Between a DeepSpeed engine and the checkpoint format: every process gives a share, and takes what it holds.
+
+ZeRO cuts parameters and Adam's moments over processes; DeepSpeed's `safe_get_full_...` put one parameter at a time
+together again. Experts are renamed from local to global numbers, so the files know nothing of the topology.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor, nn
+
+from moce_ds.checkpoint.format import (
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    file_of,
+    grouped,
+    set_aside,
+    step_folder,
+    steps_of,
+)
+from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import ArtefactError
+from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.token_layer import TokenMoE
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (gate=token) with two more words.
+_LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)\.(.+)$")
+
+
+def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of this process that learn, by global names: a local expert becomes its global number."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        match = _LOCAL_EXPERT.match(name)
+        if match:
+            layer = model.get_submodule(match[1])
+            assert isinstance(layer, ClusterMoE | TokenMoE)
+            name = f"{match[1]}.experts.{layer.expert_ids[int(match[2])]}.{match[3]}"
+        name = name.replace(".deepspeed_moe.gate.wg.", ".gate.")
+        yield name, parameter
+
+
+Files = dict[str, dict[str, Tensor]]  # tensors by file and name
+
+
+class HostBuffers:
+    """Memory on the host that is kept from one checkpoint to the next: fresh pages would cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # beside that of training
+
+    def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The files with copies of their tensors, one after the other, made when the device has come to `ready`."""
+        for file, tensors in files.items():
+            with torch.cuda.stream(self._stream):  # without a stream this does nothing
+                if ready is not None:
+                    ready.wait()
+                copied = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
+            if self._stream is not None:
+                self._stream.synchronize()
+            yield file, copied
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return self._kept[name].copy_(tensor, non_blocking=True)
+
+
+def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tensor]) -> Files:
+    """The weights, Adam moments and `state` that this process is to write, by file; every process must call it.
+
+    They are the run's own where it holds all of them: the next update changes them. The files are dealt to the
+    processes that hold their content: those of shared parameters in turn to all, those of an expert in turn to its
+    replicas.
+
+    Args:
+        state: what else the run goes on from, by name; the same on all processes.
+    """
+    _link_moments(engine)
+    mine = _files_to_write(engine.module, state, runtime)
+    files: Files = {file: tensors for file, tensors in grouped(STATE, state).items() if file in mine}
+    for name, parameter in global_parameters(engine.module):
+        weight, moment = f"{WEIGHTS}/{file_of(name)}", f"{OPTIMIZER}/{file_of(name)}"
+        if weight in mine:  # fp32 already: precision bf16 is autocast
+            files.setdefault(weight, {})[name] = parameter.detach()
+        for kind in MOMENTS:
+            whole = _whole_moment(parameter, kind)  # a collective: also where it is not written
+            if moment in mine:
+                files.setdefault(moment, {})[f"{name}.{kind}"] = whole
+    return files
+
+
+def _files_to_write(model: nn.Module, state: Mapping[str, Tensor], runtime: Runtime) -> set[str]:
+    """Of the files whose content this process holds, its share."""
+    held: dict[bool, set[str]] = {False: set(grouped(STATE, state)), True: set()}
+    for name, parameter in global_parameters(model):
+        is_expert = not getattr(parameter, "allreduce", True)
+        held[is_expert] |= {f"{part}/{file_of(name)}" for part in (WEIGHTS, OPTIMIZER)}
+    ep_size = next((m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE)), 1)
+    replica, replicas = runtime.rank // ep_size, runtime.world_size // ep_size
+    return {*sorted(held[False])[runtime.rank :: runtime.world_size], *sorted(held[True])[replica::replicas]}
+
+
+def _whole_moment(parameter: nn.Parameter, kind: str) -> Tensor:
+    """An Adam moment put together from all processes, or as it lies where one process holds all of it."""
+    if dist.get_world_size(parameter._dp_group) == 1:  # type: ignore[attr-defined]
+        return parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
+    """The newest checkpoint of a run whose every byte is as it was written; None where there is none at all.
+
+    A collective: the processes share the reading. Damaged ones that are newer are renamed `damaged-step-...` and named.
+
+    Raises:
+        ArtefactError: there are checkpoints, but none is whole; nothing was renamed.
+    """
+    steps = json.loads(runtime.texts(json.dumps(steps_of(run)))[0])  # as rank 0 sees them
+    damaged: dict[int, list[str]] = {}
+    for step in reversed(steps):
+        faults = verify_checkpoint(run, step, runtime)
+        if not faults:
+            _set_aside(run, damaged, step, runtime)
+            return Checkpoint.open(step_folder(run, step))
+        damaged[step] = faults
+    if damaged:
+        listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
+        raise ArtefactError(
+            f"{run} holds no whole checkpoint to go on from:\n{listed}\nRestore these files, or remove "
+            f"{run / 'checkpoints'} to begin at step 0."
+        )
+    return None
+
+
+def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
+    """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
+    try:
+        mine = Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
+    except ArtefactError as error:
+        mine = [str(error)]
+    return sorted({line for text in runtime.texts("\n".join(mine)) for line in text.splitlines()})
+
+
+def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Runtime) -> None:
+    for step, faults in damaged.items():
+        aside = set_aside(run, step) if runtime.is_main else None
+        listed = "\n".join(f"  {fault}" for fault in faults)
+        runtime.say(
+            f"WARNING: the checkpoint of step {step} is damaged; going on from step {good}, the newest whole one:\n"
+            f"{listed}\n  It is kept as {aside}."
+        )
+    runtime.barrier()
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
+    """Give an engine the weights and moments of a checkpoint, whatever topology wrote it.
+
+    Raises:
+        ArtefactError: a file is damaged, or the parameters are not those of the model; they are named.
+    """
+    parameters = dict(global_parameters(engine.module))
+    with runtime.raise_on_all_ranks():  # each process reads files of its own
+        weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
+        load_weights_strict(parameters, weights, str(checkpoint.folder))
+    _make_moments(engine, float(checkpoint.step - checkpoint.entry("skipped")))
+    _link_moments(engine)
+    for name, parameter in parameters.items():
+        safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+        for moment in MOMENTS:
+            safe_set_full_optimizer_state(parameter, moments[f"{name}.{moment}"].to(parameter.device), moment)
+
+
+def _make_moments(engine: DeepSpeedEngine, step: float) -> None:
+    """Create Adam's state, which torch does only in the first step, at `step` updates made."""
+    adam = engine.optimizer.optimizer
+    for group in adam.param_groups:
+        for flat in group["params"]:
+            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            adam.state[flat] = {"step": torch.tensor(step), **zeros}
+
+
+def _link_moments(engine: DeepSpeedEngine) -> None:
+    """Connect parameters with their parts of Adam's flat state.
+
+    DeepSpeed 0.19.8 does it after the first parameter group has stepped, when the groups of the experts have no state
+    yet, and never again.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()

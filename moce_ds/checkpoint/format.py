@@ -1,0 +1,330 @@
+"""The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
+
+    step-00001000/
+      manifest.json                             step, settings, checksums of the files and of itself; written last
+      weights/shared.safetensors                fp32: embeddings, norms, gates, head
+      weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
+      weights/block-03-expert-002.safetensors   one *global* expert of one block
+      optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
+      state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
+                                                validation), and the statistics of BatchNorm layers
+
+A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from xxhash import xxh3_128
+
+from moce_ds.errors import ArtefactError
+from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, writes_to
+from moce_ds.storage.manifest import check_manifest
+
+FORMAT = "moce_ds checkpoint 2"
+WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
+_BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
+_FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
+_STEP = re.compile(r"^step-(\d{8})$")
+_CHUNK = 2**20  # bytes read at a time
+_RESTORE = "restore it from a copy, or use another checkpoint."
+_WRITERS = 4  # threads: while some wait for the disk, others copy and hash
+
+
+def file_of(parameter: str) -> str:
+    """The file (without folder) that holds a parameter: that of its expert, of its block, or the shared one."""
+    match = _BLOCK.match(parameter)
+    if match is None:
+        return "shared.safetensors"
+    expert = f"-expert-{int(match[3]):03d}" if match[3] else ""
+    return f"{'decoder-' if match[1] else ''}block-{int(match[2]):02d}{expert}.safetensors"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk.
+
+    Attributes:
+        folder: where it lies.
+        manifest: `step`, `skipped` (steps without an update), `config` (settings tree), `model`, `clusters_hash`,
+            `shards_fingerprint`, `images_read`, `routing`, `files`.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.manifest["step"])
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, with the checksums of all files: equal for copies of the same checkpoint."""
+        return _digest(self.manifest)
+
+    @classmethod
+    def open(cls, folder: Path, stripped: bool = False) -> "Checkpoint":
+        """Read the manifest and check that every file is there with its size.
+
+        Args:
+            folder: where it lies.
+            stripped: whether one will do whose whole optimizer folder was removed, as people do to pass on a run; no
+                run can go on from it.
+
+        Raises:
+            ArtefactError: something is missing, cut short, or of another version; it is named.
+        """
+        path = folder / "manifest.json"
+        manifest = read_json(path, "a checkpoint", "moce pretrain")
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        if found != FORMAT:
+            raise ArtefactError(f"{path}: format {found!r}; this version reads {FORMAT!r}.")
+        if manifest.pop("sha256", None) != _digest(manifest):
+            raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
+        check_manifest(manifest, path)
+        left_out = stripped and not (folder / OPTIMIZER).exists()
+        for name, record in manifest["files"].items():
+            if not _FILE.match(name):
+                raise ArtefactError(f"{path} names {name!r}, which is no file of a checkpoint.")
+            if left_out and name.startswith(f"{OPTIMIZER}/"):
+                continue
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != record["bytes"]:
+                found = "missing" if size is None else f"{size} bytes"
+                raise ArtefactError(f"{path} is damaged: {found}, expected {record['bytes']} bytes.")
+        return cls(folder, manifest)
+
+    def entry(self, *keys: str) -> Any:
+        """What the manifest says under nested `keys`. Raises ArtefactError where this checkpoint has no such entry."""
+        value: Any = self.manifest
+        for key in keys:
+            if isinstance(value, dict) and key in value:
+                value = value[key]
+                continue
+            raise ArtefactError(
+                f"{self.folder / 'manifest.json'} has no entry {'.'.join(keys)}, which is needed here: name a "
+                "checkpoint of `moce pretrain` that holds it."
+            )
+        return value
+
+    @property
+    def experts(self) -> dict[str, Any] | None:
+        """Of a model with experts `num_experts`, `layers` and `gate`; None of a dense one. Raises ArtefactError."""
+        experts: dict[str, Any] | None = self.entry("model", "experts")
+        return experts
+
+    def names(self, part: str = WEIGHTS) -> list[str]:
+        """Files of `weights`, `optimizer` or `state`, relative to the folder."""
+        return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
+
+    def load(self, part: str, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Tensors of `weights`, `optimizer` or `state`; with `parameters`, only from the files that hold those.
+
+        Raises:
+            ArtefactError: a file is missing, or its content is not what was written.
+        """
+        wanted = self.names(part) if parameters is None else sorted({f"{part}/{file_of(p)}" for p in parameters})
+        tensors: dict[str, Tensor] = {}
+        for name in wanted:
+            if name not in self.manifest["files"]:
+                raise ArtefactError(f"{self.folder} holds no {name}: it belongs to another model.")
+            self._check(name)
+            tensors |= load_tensors(self.folder / name, _RESTORE)
+        return tensors
+
+    def _check(self, name: str) -> None:
+        with reads_from(self.folder / name, _RESTORE):
+            found = _checksum(self.folder / name)
+        if found != self.manifest["files"][name]["xxh3"]:
+            raise ArtefactError(f"{self.folder / name} is damaged: its checksum is not the one it was written with.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight, read from the headers alone. Raises ArtefactError."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.names():
+            with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "pt") as file:
+                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        return shapes
+
+    def faults(self, part: int = 0, parts: int = 1) -> list[str]:
+        """Files whose content is not what was written, by checksum; of `parts` shares of the files, the one asked."""
+        found = []
+        for name in sorted(self.manifest["files"])[part::parts]:
+            try:
+                self._check(name)
+            except ArtefactError as error:
+                found.append(str(error))
+        return found
+
+
+def steps_of(run: Path) -> list[int]:
+    """Steps of the checkpoints in a run folder, rising."""
+    parent = run / "checkpoints"
+    found = (_STEP.match(path.name) for path in parent.iterdir()) if parent.is_dir() else ()
+    return sorted(int(match[1]) for match in found if match)
+
+
+def find(path: Path) -> Checkpoint:
+    """The checkpoint that `path` names, for its weights (see `stripped`): itself, or the newest of a run folder.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
+    if (path / "manifest.json").exists():
+        return Checkpoint.open(path, stripped=True)
+    steps = steps_of(path)
+    if not steps:
+        raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
+    try:
+        found = Checkpoint.open(step_folder(path, steps[-1]), stripped=True)
+    except ArtefactError as error:
+        before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
+        error.args = (f"{error}{before}",)
+        raise
+    if "task_fingerprint" in found.manifest:
+        raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
+    return found
+
+
+def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of `weights` or `optimizer` by the file that holds them; keys of `optimizer` are NAME.exp_avg, ...."""
+    by_file: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_file.setdefault(f"{part}/{file_of(name)}", {})[name] = tensor
+    return by_file
+
+
+def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Any]]:
+    """Write files into a draft, each as soon as `files` yields it; returns size and checksum by file name. Processes
+    write different files.
+
+    Raises:
+        ArtefactError: a file cannot be written, as on a full disk; it is named, with the reason.
+    """
+
+    def write(item: tuple[str, Mapping[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+        path = folder / item[0]
+        with writes_to(path):
+            path.parent.mkdir(exist_ok=True)
+            return item[0], _write_safetensors(path, item[1])
+
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        return dict(pool.map(write, files))
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write float32 tensors of the host as a safetensors file, onto the disk; returns its size and checksum.
+
+    The library's own writer copies every tensor twice and leaves the checksum to a second reading: half the speed.
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and not tensor.is_cuda, name
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    digest = xxh3_128()
+    with open(path, "wb", buffering=0) as file:
+        contents = (memoryview(tensor.contiguous().view(-1).numpy()).cast("B") for tensor in tensors.values())  # type: ignore[arg-type]
+        for content in chain((memoryview(len(text).to_bytes(8, "little") + text),), contents):
+            digest.update(content)
+            while content:  # a write may be cut short
+                content = content[file.write(content) :]
+        os.fsync(file.fileno())
+    return {"bytes": 8 + len(text) + end, "xxh3": digest.hexdigest()}
+
+
+def _checksum(path: Path) -> str:
+    """XXH3 of 128 bits of a file: against damage, at the speed of memory."""
+    digest, buffer = xxh3_128(), bytearray(_CHUNK)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    final: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], manifest: dict[str, Any]
+) -> Checkpoint:
+    """Write a whole checkpoint in one process: its tensors by global names, and what its manifest says but for files.
+
+    Raises:
+        ArtefactError: it cannot be written; nothing is left of it.
+    """
+    draft = final.with_name(f".{final.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        files = write_files(draft, (grouped(WEIGHTS, weights) | grouped(OPTIMIZER, moments)).items())
+        publish(draft, final, {**manifest, "files": files})
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Checkpoint.open(final)
+
+
+def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest into the draft and give it its name; one process calls this, when all have written.
+
+    A checkpoint of the same step is moved aside first and removed last.
+
+    Raises:
+        ArtefactError: the manifest cannot be written, or the draft has gone.
+    """
+    replaced = final.with_name(f".{final.name}.replaced")
+    with writes_to(final):
+        # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
+        content = {"format": FORMAT, **manifest}
+        (draft / "manifest.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
+        for written in (draft / "manifest.json", *draft.iterdir(), draft):
+            sync(written)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        draft.rename(final)
+        sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Checksum of a manifest's content, which writing and reading it leaves as it is."""
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def prune(run: Path, keep: int, every: int | None = None) -> None:
+    """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
+    with suppress(FileNotFoundError):  # an older attempt that does not know that it is over may remove the same
+        for left in (run / "checkpoints").glob(".step-*"):  # of a kill
+            shutil.rmtree(left)
+        for step in steps_of(run)[:-keep]:
+            if not (every and step % every == 0):
+                # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
+                shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
+
+
+def set_aside(run: Path, step: int) -> Path:
+    """Rename a damaged checkpoint, so that it is neither used nor counted; returns its new place."""
+    aside = run / "checkpoints" / f"damaged-step-{step:08d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    return step_folder(run, step).rename(aside)

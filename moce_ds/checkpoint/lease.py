@@ -1,0 +1,186 @@
+"""Who may write into a run folder: one attempt at a time, also where an older job does not know that it is over.
+
+After a network cut or a requeue an old job can go on for a while beside its successor. So every start of a run is an
+*attempt* with a number, which RUN/attempts/0003.json keeps for good, and a folder of its own, RUN/attempts/0003, in
+which its checkpoints are drafted. A new attempt takes the next number and removes the folders of those before it: from
+then on an older attempt has nowhere to write, cannot rename what it has drafted into place, and sees that it is over by
+the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older attempt that still has it open writes into
+a file that nobody reads.
+"""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import ArtefactError, MoceError
+from moce_ds.host.machine import refused
+from moce_ds.storage.checksums import FileRecord, with_checksum, write_checked
+from moce_ds.storage.files import read_json, sync, writes_to
+from moce_ds.storage.metrics_file import METRICS
+
+ATTEMPTS = "attempts"
+LAUNCHES = "launches"  # what launchers leave beside a run
+
+
+class SupersededError(MoceError):
+    """A newer attempt owns the run folder; nothing was written by this one since."""
+
+
+@dataclass(frozen=True)
+class RunLease:
+    """One start of a run: the `number`-th, 1 for the first."""
+
+    run: Path
+    number: int
+
+    @classmethod
+    def claim(cls, run: Path, runtime: Runtime) -> "RunLease":
+        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns.
+
+        Raises:
+            ArtefactError: the folder cannot be written to.
+            SupersededError: another attempt has come at this moment.
+        """
+        number = 0
+        with runtime.raise_on_all_ranks(), writes_to(run):
+            if runtime.is_main:
+                number = _next_number(run)
+        attempt = cls(run, int(runtime.sum([float(number)])[0]))
+        with runtime.raise_on_all_ranks():
+            if runtime.is_main:
+                attempt._take_over()
+        return attempt
+
+    @property
+    def folder(self) -> Path:
+        """Where this attempt drafts what it writes; its absence says that the attempt is over."""
+        return _folder(self.run, self.number)
+
+    @property
+    def superseded(self) -> bool:
+        """Whether a newer attempt has taken over."""
+        return not self.folder.exists()
+
+    def draft(self, step: int) -> Path:
+        """Where the checkpoint of a step is written before it is whole."""
+        return self.folder / f"step-{step:08d}"
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """A block that writes into the run folder.
+
+        Raises:
+            SupersededError: the attempt is over, before the block or during it.
+            ArtefactError: the block could not write for another reason, such as a full disk.
+        """
+        if self.superseded:
+            raise self.error(step)
+        try:
+            yield
+        except (ArtefactError, OSError) as error:
+            if self.superseded:
+                raise self.error(step) from None
+            raise refused(ArtefactError, f"{self.run} cannot be written to at step {step}", error) from None
+
+    @contextmanager
+    def file(self, path: Path, step: int) -> Iterator[Path]:
+        """Yield a place for the content of a file of the run folder, which appears as `path` when the block ends.
+
+        Raises:
+            SupersededError, ArtefactError: as `writing`; then `path` is as it was.
+        """
+        with self.writing(step):
+            path.parent.mkdir(exist_ok=True)
+            draft = self.folder / path.name  # not beside `path`: an attempt that is over must not rename it either
+            yield draft
+            sync(draft)
+            os.replace(draft, path)
+
+    def note(self, name: str, record: FileRecord, step: int) -> None:
+        """Put the checksum of a file of the run folder into the attempt's record, RUN/attempts/0003.json.
+
+        Raises:
+            SupersededError, ArtefactError: as `writing`.
+        """
+        path = self.folder.with_suffix(".json")
+        with self.writing(step):
+            told = read_json(path, "the record of an attempt", "moce pretrain")
+            write_checked(path, told | {"files": told.get("files", {}) | {name: asdict(record)}})
+
+    def withdraw(self) -> None:
+        """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_suffix(".json").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: there is a run, or another attempt
+            self.folder.parent.rmdir()
+            self.run.rmdir()
+
+    def error(self, step: int) -> SupersededError:
+        """What an attempt that is over ends with."""
+        return SupersededError(
+            f"Step {step}: another process has taken over {self.run} (this was attempt {self.number}). Stopped "
+            "without writing."
+        )
+
+    def _take_over(self) -> None:
+        attempts = self.run / ATTEMPTS
+        with self.writing(step=0):
+            for older in attempts.iterdir():
+                if older.name.isdigit() and int(older.name) < self.number:
+                    with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
+                        older.rename(attempts / f".{older.name}.over")
+            for over in attempts.glob(".*.over"):
+                shutil.rmtree(over, ignore_errors=True)
+        self._renew_metrics()
+
+    def _renew_metrics(self) -> None:
+        """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
+        metrics = self.run / METRICS
+        if metrics.exists():
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            with self.file(metrics, step=0) as draft:
+                draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
+
+
+def _folder(run: Path, number: int) -> Path:
+    return run / ATTEMPTS / f"{number:04d}"
+
+
+def _next_number(run: Path) -> int:
+    """Make the folder of the newest attempt there is. No number is given twice, since its record stays for good."""
+    (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    while True:
+        number = _newest(run) + 1
+        folder = _folder(run, number)
+        with suppress(FileExistsError):  # another process was faster
+            path = folder.with_suffix(".json")
+            with open(path, "x", encoding="utf-8") as record, _whole_or_gone(path):
+                record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
+                record.flush()
+            folder.mkdir()
+            if _newest(run) == number:
+                return number
+            # One that has come meanwhile may have removed the folders of older attempts before this one was there.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """Remove a new file that the block could not write, as on a full disk."""
+    try:
+        yield
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _newest(run: Path) -> int:
+    return max((int(path.stem) for path in (run / ATTEMPTS).iterdir() if path.stem.isdigit()), default=0)

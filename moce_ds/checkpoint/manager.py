@@ -1,0 +1,119 @@
+"""Writing checkpoints while training goes on.
+
+A save has three parts. `start` gathers what this process writes. A thread copies it to buffers on the host while the
+next step's forward and backward pass run; only the update waits for that (`wait_for_staging`). Other threads write the
+copies into a draft. When all processes have written theirs, which they learn from a number in the loss reduction,
+`finish` gives the draft its name.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from moce_ds.checkpoint.deepspeed_state import Files, HostBuffers, snapshot
+from moce_ds.checkpoint.format import prune, publish, step_folder, write_files
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import MoceError
+from moce_ds.storage.checksums import with_checksum
+
+
+class CheckpointManager:
+    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `wait_for_staging` is none."""
+
+    def __init__(self, engine: DeepSpeedEngine, run: RunSettings, attempt: RunLease, runtime: Runtime) -> None:
+        self._engine, self._run, self._attempt, self._runtime = engine, run, attempt, runtime
+        self._buffers = HostBuffers()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copied = Event()
+        self._copied.set()
+        self._writing: Future[dict[str, Any]] | None = None
+        self._manifest: dict[str, Any] = {}
+
+    def __enter__(self) -> "CheckpointManager":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the thread; what it was writing stays a draft."""
+        self._thread.shutdown()
+
+    @property
+    def written(self) -> bool:
+        """Whether this process has written its part of it, or failed to."""
+        return self._writing is not None and self._writing.done()
+
+    def start(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Begin the checkpoint of `manifest["step"]`; one that is still on its way is finished first.
+
+        `state` holds what the run goes on from beside weights and moments; only an update may change it.
+
+        Raises:
+            ArtefactError, SupersededError: as `finish`.
+        """
+        self.finish()
+        self._manifest = manifest
+        draft = self._attempt.draft(manifest["step"])
+        with self._runtime.raise_on_all_ranks():
+            if self._runtime.is_main:
+                with self._attempt.writing(manifest["step"]):
+                    draft.mkdir()
+        files = snapshot(self._engine, self._runtime, state)
+        ready = torch.cuda.current_stream().record_event() if self._runtime.device.type == "cuda" else None
+        self._copied.clear()
+        self._writing = self._thread.submit(write_files, draft, self._copies(files, ready))
+        self._writing.add_done_callback(lambda _: self._copied.set())  # also when copying has failed
+        if not self._run.async_checkpoint:
+            self.finish()
+
+    def wait_for_staging(self) -> None:
+        """Wait until what is being saved has been copied; only then may an update change it."""
+        self._copied.wait()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is on its way, if any, and give it its name.
+
+        Raises:
+            ArtefactError: a process could not write, as on a full disk; the draft is removed.
+            SupersededError: a newer attempt owns the run.
+        """
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        draft = self._attempt.draft(self._manifest["step"])
+        records: dict[str, Any] = {}
+        try:
+            with self._runtime.raise_on_all_ranks():
+                records = writing.result()
+            parts = [json.loads(text) for text in self._runtime.texts(json.dumps(records))]
+            with self._runtime.raise_on_all_ranks():
+                if self._runtime.is_main:
+                    self._publish(draft, {name: record for part in parts for name, record in sorted(part.items())})
+        except MoceError:
+            if self._runtime.is_main:
+                shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
+            raise
+
+    def _copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from self._buffers.copies(files, ready)
+        self._copied.set()
+
+    def _publish(self, draft: Path, files: dict[str, Any]) -> None:
+        out, step = self._run.out, self._manifest["step"]
+        with self._attempt.writing(step):
+            publish(draft, step_folder(out, step), {**self._manifest, "files": files})
+            prune(out, self._run.keep_checkpoints, self._run.keep_every)
+        if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
+            with self._attempt.file(out / "routing.json", step) as routing:
+                routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")

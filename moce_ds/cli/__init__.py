@@ -1,0 +1,1 @@
+"""The `moce` command: one module for each group of verbs."""

@@ -1,0 +1,79 @@
+"""What the verbs share: the type of paths, the words of settings, and common options.
+
+A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
+packages.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moce_ds.config import settings as configuration
+from moce_ds.config.values import expanded
+from moce_ds.errors import ConfigError
+
+SETTINGS = "[CONFIG.yaml] [key=value ...]"
+FORCED = "--force"
+"""The option by which a run starts that does not fit into memory."""
+
+
+class _PathType(click.ParamType):
+    """A path, in which `~` and variables of the environment mean what they mean in settings."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        try:
+            return expanded(value)
+        except ValueError as error:
+            name = param.human_readable_name if param else "path"
+            raise ConfigError(f"{name}: got {value!r}; {error}.") from None
+
+
+PATH = _PathType()
+
+
+class Verb(click.Command):
+    """A command whose --help ends with its settings."""
+
+    def __init__(self, *args: Any, settings: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = settings
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List every setting with its default."""
+        if self.settings:
+            module, name = self.settings.split(":")
+            cls = getattr(__import__(module, fromlist=[name]), name)
+            formatter.write(
+                f"\nSettings (key=default; values are read as docs/settings.md says):\n{configuration.help_text(cls)}\n"
+            )
+
+
+def words(required: bool = False) -> Any:
+    """The trailing words of a verb: a YAML file and `key=value` settings."""
+    return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
+
+
+def heads_option() -> Any:
+    """What a file of the public MAE does not say of an ENCODER."""
+    return click.option(
+        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
+    )
+
+
+def force_option() -> Any:
+    """--force, which the processes that are started from here obey, too."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            from moce_ds.planning.fitting import FORCE
+
+            os.environ[FORCE] = "1"
+
+    what = "Start pre-training also where this machine's memory is too small for it."
+    return click.option(FORCED, is_flag=True, expose_value=False, callback=remember, help=what)

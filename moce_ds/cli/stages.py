@@ -1,0 +1,167 @@
+"""The verbs of the stages: shards, pretrain, plan, features, cluster."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moce_ds.cli.bench import Numbers
+from moce_ds.cli.options import PATH, Verb, force_option, heads_option, words
+from moce_ds.config import settings as configuration
+from moce_ds.config.words import read_settings
+from moce_ds.console import say, show
+from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.host.place import Place
+from moce_ds.text import counted
+
+
+@click.command(cls=Verb, settings="moce_ds.data.shard_writer:ShardSettings")
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@words()
+def shards(source: Path, out: Path, words: Sequence[str]) -> None:
+    """Turn a folder of images SOURCE into tar shards OUT; the folder of an image is its class.
+
+    Interrupted, the same command goes on. Files that are no whole image are listed in OUT/rejected.jsonl.
+    """
+    from moce_ds.data.shard_writer import ShardSettings, write_shards
+    from moce_ds.data.shards import ShardSet
+
+    report = write_shards(source, out, read_settings(ShardSettings, words))
+    rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
+    say(
+        f"{out}: {counted(report.count, 'image')} of {counted(len(ShardSet.open(out).classes), 'class', 'classes')} in "
+        f"{counted(report.shards, 'shard')}, "
+        f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
+        + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
+    )
+
+
+@click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
+@words(required=True)
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan and the settings, and do nothing.")
+@click.option("--processes", default=None, type=click.IntRange(1), help="With --dry-run: plan for so many processes.")
+@force_option()
+def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
+    """Pre-train a masked autoencoder: dense (model.arch=mae) or with experts (model.arch=moce).
+
+    Runs alone, under torchrun, or with `moce launch local --nproc N pretrain ...`. The same command resumes.
+    """
+    from moce_ds.training.settings import PretrainSettings
+
+    config = read_settings(PretrainSettings, words)
+    if dry_run:
+        from moce_ds.planning.dry_run import plan_table
+
+        show(plan_table(config, processes or Place.here().world_size))
+        say(*configuration.to_yaml(config).splitlines())
+        return
+    from moce_ds.distributed.runtime import started
+    from moce_ds.planning.fitting import check_memory
+    from moce_ds.training.pretrain import pretrain as run
+
+    with started(config.run.peer_timeout) as runtime:
+        with runtime.raise_on_all_ranks():
+            check_memory(config, runtime.world_size, runtime.device)
+        progress = run(config, runtime)
+    if not progress.complete:
+        sys.exit(STOPPED)
+
+
+@click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
+@words(required=True)
+@click.option("--nodes", type=Numbers(), default="1", show_default=True, help="Nodes; several to compare: 1,2,4.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1), help="GPUs (processes) of a node.")
+@click.option("--device", default="h100", show_default=True, help="h100, h200, a100, this, or a YAML file.")
+@click.option("--assume", multiple=True, metavar="KEY=VALUE", help="Replace something assumed of the device.")
+@click.option("--images", type=click.IntRange(1), help="Images of the shard set, if it is not there yet.")
+@click.option("--moved", type=click.FloatRange(0, 1), help="Share of the images that leave their rank.")
+@click.option("--measure", is_flag=True, help="With --device this: take some steps, and print the error.")
+@click.option("--json", "json_file", type=PATH, help="Write predictions and assumptions to this file.")
+def plan(
+    words: Sequence[str], nodes: list[int], gpus: int, device: str, assume: Sequence[str], measure: bool, **given: Any
+) -> None:
+    """Predict a run on machines that are not at hand: time of a step and its parts, memory, days, GPU-hours.
+
+    Say `--nodes 1,2,4` to compare. With --device this, blocks, memory and links of this machine are timed for a moment
+    and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
+    it, its assumptions and errors are in docs/planning.md.
+    """
+    from moce_ds.planning import report
+    from moce_ds.planning.devices import THIS, assuming, find_device
+    from moce_ds.planning.prediction import predict, steps_of_run
+    from moce_ds.planning.work import Machines
+    from moce_ds.storage.files import check_writable, write_json, writes_to
+    from moce_ds.training.settings import PretrainSettings
+
+    config = read_settings(PretrainSettings, words)
+    if given["json_file"] is not None:
+        check_writable(given["json_file"])
+    steps, measured = steps_of_run(config, given["images"]), None
+    if device == THIS:
+        from moce_ds.bench.calibration import calibrate
+
+        calibration = calibrate(config, nodes, gpus, measure)
+        assumed, measured = assuming(calibration.device, assume), calibration.step
+    elif measure:
+        raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
+    else:
+        assumed = find_device(device, assume)
+    predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
+    show(report.prediction_table(config, device, assumed, predictions))
+    told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
+    say(*told)
+    if measured is not None:
+        show(report.error_table(predictions[0], measured))
+    if given["json_file"] is not None:
+        with writes_to(given["json_file"]):
+            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+
+
+@click.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
+@click.argument("encoder", type=PATH)
+@click.argument("shards", type=PATH)
+@click.argument("out", type=PATH)
+@heads_option()
+@words()
+def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: Sequence[str]) -> None:
+    """Write the features that ENCODER gives the images of SHARDS to OUT.
+
+    ENCODER is a dense run, an exported encoder, or a .pth file of the public MAE.
+    Several processes share the work. Interrupted, the same command goes on.
+    """
+    from moce_ds.data.shards import ShardSet
+    from moce_ds.distributed.runtime import started
+    from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
+
+    config = read_settings(FeatureSettings, words)
+    with started() as runtime:
+        opened = open_encoder(encoder, runtime.device, heads)
+        if encoder.is_file():
+            runtime.say(f"{encoder}: taken for {opened.provenance['taken_for']}")
+        write_features(opened, ShardSet.open(shards), out, config, runtime)
+        runtime.say(f"{out}: features of width {opened.shape.width}")
+
+
+@click.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
+@click.argument("features", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--shards", type=PATH, help="The shard set, to compare the clusters with its labels.")
+@words()
+def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]) -> None:
+    """Cluster FEATURES into OUT: k-means, then balanced assignment (method=sinkhorn)."""
+    from moce_ds.clustering.build import ClusterSettings, build_clusters
+    from moce_ds.clustering.quality import report_table
+    from moce_ds.data.shards import ShardSet
+    from moce_ds.distributed.runtime import lone_device
+
+    config = read_settings(ClusterSettings, words)
+    labelled = ShardSet.open(shards) if shards else None
+    labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
+    _, report = build_clusters(features, out, config, labels, classes, str(lone_device()))
+    show(report_table(report, compared=shards is not None))
+
+
+VERBS = (shards, pretrain, plan, features, cluster)

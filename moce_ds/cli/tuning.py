@@ -1,0 +1,128 @@
+"""The verbs that train on a task: finetune, detect, segment."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moce_ds.cli.options import PATH, Verb, words
+from moce_ds.config.values import is_number
+from moce_ds.config.words import read_settings
+from moce_ds.config.yaml_text import Plain
+from moce_ds.console import say
+from moce_ds.errors import STOPPED
+from moce_ds.text import in_line
+
+
+@click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
+@click.argument("encoder", type=PATH)
+@click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder.")
+@click.option("--test", type=PATH, required=True, help="Labelled test images, looked at once, at the end.")
+@click.option("--val", help="Labelled validation images, or a share of the training images such as 0.1.")
+@click.option("--out", type=PATH, required=True, help="The folder of the run.")
+@click.option("--task", default=None, help="The task's name in results (default: the folder of --test).")
+@click.option("--model", default=None, help="The encoder's name in results (default: its folder).")
+@click.option("--results", type=PATH, help="A results.json to add the record to.")
+@words()
+def finetune(
+    encoder: Path,
+    train: Path,
+    test: Path,
+    val: str | None,
+    out: Path,
+    task: str | None,
+    model: str | None,
+    results: Path | None,
+    words: Sequence[str],
+) -> None:
+    """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder with its head.
+
+    Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
+    weights by validation are kept, else the last.
+    """
+    from moce_ds.cli.evaluation import task_of
+    from moce_ds.distributed.runtime import started
+    from moce_ds.evaluation.metrics import SPOKEN
+    from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.tuning.classification import TUNED
+    from moce_ds.tuning.finetune import finetune as run
+    from moce_ds.tuning.settings import FinetuneSettings
+
+    named: dict[str, Path | str] = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
+    if val is not None:  # a folder may be called 1
+        named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
+    config = read_settings(FinetuneSettings, words, named)
+    check_results(results)
+    with started(config.run.peer_timeout) as runtime:
+        record = run(config, runtime)
+    if record is None:
+        sys.exit(STOPPED)
+    if runtime.is_main:
+        record |= {"task": task or task_of(test), "model": model or encoder.name}
+        told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
+        counted = f"({record['n_train']} training, {record['n_test']} test images)"
+        say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
+        say(f"{out / TUNED}: the tuned encoder and its head")
+        add_record(results, record)
+
+
+@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:DetectSettings")
+@click.argument("encoder", type=PATH)
+@click.option("--train", type=PATH, required=True, help="COCO's JSON of the training images.")
+@click.option("--images", type=PATH, required=True, help="Folder of the training images.")
+@click.option("--val", type=PATH, help="JSON of a validation split, which chooses the best weights.")
+@click.option("--test", type=PATH, help="JSON of what the final scores are of (default: the validation split).")
+@click.option("--eval-images", type=PATH, help="Folder of the images of --val and --test (default: --images).")
+@click.option("--out", type=PATH, required=True, help="The run's folder.")
+@words()
+def detect(words: Sequence[str], **paths: Path | None) -> None:
+    """Train Mask R-CNN around ENCODER on a set in COCO's format, and measure the average precision.
+
+    Runs alone, under torchrun, or with `moce launch local --nproc N detect ...`. The same command resumes.
+    """
+    from moce_ds.tuning.dense_settings import DetectSettings
+    from moce_ds.tuning.detection import DetectionTask
+
+    _tune(DetectSettings, DetectionTask, paths, words)
+
+
+@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:SegmentSettings")
+@click.argument("encoder", type=PATH)
+@click.option("--train", type=PATH, required=True, help="Folder with images/ and annotations/, or images/NAME.")
+@click.option("--val", type=PATH, help="Such a folder, which chooses the best weights.")
+@click.option("--test", type=PATH, help="Such a folder, which the final scores are of (default: the validation split).")
+@click.option("--out", type=PATH, required=True, help="The run's folder.")
+@words()
+def segment(words: Sequence[str], **paths: Path | None) -> None:
+    """Train UperNet around ENCODER on a set in ADE20K's format, and measure the mean intersection over union.
+
+    Runs alone, under torchrun, or with `moce launch local --nproc N segment ...`. The same command resumes.
+    """
+    from moce_ds.tuning.dense_settings import SegmentSettings
+    from moce_ds.tuning.segmentation import SegmentationTask
+
+    _tune(SegmentSettings, SegmentationTask, paths, words)
+
+
+def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
+    """Settings out of the verb's paths and words; then the whole run."""
+    from moce_ds.distributed.runtime import started
+    from moce_ds.tuning.loop import tune
+
+    keys = {"out": "run.out"}
+    named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}
+    config = read_settings(cls, words, named)
+    with started(config.run.peer_timeout) as runtime:
+        with runtime.raise_on_all_ranks():
+            task = make(config)
+        task.check_data(runtime)
+        found = tune(task, config, runtime)
+        if found is not None and runtime.is_main:
+            say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    if found is None:
+        sys.exit(STOPPED)
+
+
+VERBS = (finetune, detect, segment)

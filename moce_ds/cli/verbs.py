@@ -1,0 +1,20 @@
+"""The verbs of single stages, and running one of them in this process: what workflows are made of."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from moce_ds.cli import bench, dataset, evaluation, report, stages, tuning
+from moce_ds.config.values import arguments
+
+STAGE_VERBS: dict[str, click.Command] = {
+    str(verb.name): verb
+    for verb in (*stages.VERBS, *evaluation.VERBS, *tuning.VERBS, *dataset.VERBS, *report.VERBS, bench.bench)
+}
+
+
+def run_verb(words: Iterable[Any]) -> None:
+    """Run a verb with its arguments in this process. Raises what it raises; SystemExit where it ends the process."""
+    verb, *rest = arguments(words)
+    STAGE_VERBS[verb](rest, prog_name=f"moce {verb}", standalone_mode=False)

@@ -1,0 +1,316 @@
+"""Features on disk: one row per image of a shard set, in image order, written in blocks by any number of processes.
+
+    features/
+      block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
+      encoder/           the encoder that made them, put there by whoever makes the features
+      features.json      written last, with the checksums of blocks, encoder and itself: where it is, all is whole
+      begun.json         the same, without checksums, while they are being made
+
+Axes: N images asked for or in a block, D feature width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+from safetensors.numpy import load_file
+
+from moce_ds.config.settings import differences
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.storage import encoder_folder
+from moce_ds.storage.checksums import (
+    Files,
+    Findings,
+    check_file,
+    document_findings,
+    file_findings,
+    names_below,
+    read_checked,
+    records_of,
+    write_checked,
+)
+from moce_ds.storage.encoder_folder import WEIGHTS
+from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
+
+FORMAT, VERSION = "moce features", 1
+ENCODER = "encoder"
+"""Folder inside a features folder, and inside a clusters folder, with the encoder's weights and configuration."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the features were made of. Features of another identity are other features.
+
+    Attributes:
+        shards_fingerprint, encoder_fingerprint: of the images and of the encoder's weights.
+        encoder_input: size, mean, std, interpolation, crop.
+    """
+
+    shards_fingerprint: str
+    encoder_fingerprint: str
+    encoder_input: dict[str, Any]
+
+
+def fingerprint(state: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, shapes and float32 values of an encoder's weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name}{state[name].shape}".encode())
+        digest.update(np.ascontiguousarray(state[name], dtype="<f4").tobytes())
+    return digest.hexdigest()
+
+
+def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
+    """Refuse a features or clusters folder whose encoder is not the one that the folder was made with.
+
+    Each file is read once, without loading the weights, where `files` has their checksum.
+
+    Args:
+        expected: fingerprint of the encoder's weights.
+        files: checksums of the folder's files; None where an earlier version wrote it.
+
+    Raises:
+        ArtefactError: the encoder is missing or damaged, or differs from `expected` or `files`.
+    """
+    recorded = [name for name in files or () if name.startswith(f"{ENCODER}/")]
+    try:
+        for name in recorded:
+            check_file(folder, name, files, f"put the encoder of {folder} back, or make {folder} again.")
+    except ArtefactError:
+        check_fingerprint(folder, expected)  # which names both encoders, where the weights are another encoder's
+        raise
+    if f"{ENCODER}/{WEIGHTS}" not in recorded:
+        check_fingerprint(folder, expected)
+
+
+def check_fingerprint(folder: Path, expected: str) -> None:
+    """Refuse a features or clusters folder whose encoder has other weights; loads them.
+
+    Raises:
+        ArtefactError: the weights are missing or damaged, or their fingerprint is not `expected`.
+    """
+    weights = folder / ENCODER / WEIGHTS
+    with reads_from(weights, f"restore it, or make {folder} again."):
+        found = fingerprint(load_file(weights))
+    if found != expected:
+        raise ArtefactError(
+            f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
+            f"put that one back, or make {folder} again."
+        )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """`features.json`."""
+
+    count: Annotated[int, Field(gt=0)]
+    dim: Annotated[int, Field(gt=0)]
+    block_rows: Annotated[int, Field(gt=0)]
+    identity: Identity
+    sha256: dict[str, str]
+    files: Files | None = None
+
+
+class FeatureWriter:
+    """Begins a features folder or takes up one that was left unfinished.
+
+    Args:
+        path: the folder.
+        count: images of the shard set, at least 1.
+        dim: D.
+        block_rows: images per block.
+
+    Raises:
+        ArtefactError: the folder holds features of another identity or shape, or what nothing says the identity of;
+            or it is damaged.
+    """
+
+    def __init__(self, path: Path, count: int, dim: int, identity: Identity, block_rows: int = 4096) -> None:
+        self.path = path
+        self.count = count
+        self.dim = dim
+        self.block_rows = block_rows
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": count,
+            "dim": dim,
+            "block_rows": block_rows,
+            "identity": asdict(identity),
+        }
+        self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
+        recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
+        if recorded:
+            self._check_same(read_checked(recorded[0], dict[str, Any], "a record of features", "moce features"))
+        else:
+            self._refuse_unknown()
+            with writes_to(path):
+                write_json(path / "begun.json", self._description)
+
+    def missing_blocks(self) -> list[int]:
+        """Numbers of the blocks that are not on disk yet."""
+        return [k for k in range(self._num_blocks) if not _block_path(self.path, k).is_file()]
+
+    def block_ids(self, k: int) -> range:
+        """Image ids of block k."""
+        return range(k * self.block_rows, min((k + 1) * self.block_rows, self.count))
+
+    def write_block(self, k: int, features_ND: np.ndarray) -> None:
+        """Write the features of the images `block_ids(k)`, stored as float16.
+
+        Raises:
+            DataError: they have another shape.
+            ArtefactError: the block cannot be written.
+        """
+        expected = (len(self.block_ids(k)), self.dim)
+        if features_ND.shape != expected:
+            raise DataError(f"Block {k} of {self.path} has shape {features_ND.shape}, expected {expected}.")
+        with np.errstate(over="ignore"):  # Beyond float16 is infinite from here on, and `finish` names the image.
+            half_ND = features_ND.astype(np.float16)
+        with writes_to(_block_path(self.path, k)):
+            save_array(_block_path(self.path, k), half_ND)
+
+    def finish(self) -> None:
+        """Declare the features whole, once; one process calls it, after all blocks are written.
+
+        Raises:
+            ArtefactError: a block is missing or has the wrong shape, the encoder in the folder is another one, or the
+                record cannot be written.
+            DataError: a feature is NaN or infinite (float16 ends at 65504).
+        """
+        if (self.path / "features.json").is_file():
+            return  # the checksums in it are those of then, whatever has become of the blocks
+        if (self.path / ENCODER).is_dir():  # its checksums stand for the fingerprint from here on
+            check_fingerprint(self.path, self._description["identity"]["encoder_fingerprint"])
+        checksums = {}
+        for k in range(self._num_blocks):
+            block_ND = _open_block(self.path, k, (len(self.block_ids(k)), self.dim))
+            finite_N = np.isfinite(block_ND).all(axis=1)
+            if not finite_N.all():
+                image = self.block_ids(k)[int(np.argmin(finite_N))]
+                raise DataError(
+                    f"The features of image {image} are NaN or beyond float16 ({_block_path(self.path, k)}): "
+                    f"look whether the encoder's training diverged, then delete {self.path} and make them again."
+                )
+            checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
+        with writes_to(self.path):
+            files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
+            write_checked(self.path / "features.json", self._description | {"sha256": checksums, "files": files})
+            (self.path / "begun.json").unlink(missing_ok=True)
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-self.count // self.block_rows)
+
+    def _check_same(self, recorded: dict[str, Any]) -> None:
+        different = differences({key: recorded.get(key) for key in self._description}, self._description)
+        if different:
+            lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
+            raise ArtefactError(
+                f"{self.path} holds features that were begun differently; give another folder or delete it:{lines}"
+            )
+
+    def _refuse_unknown(self) -> None:
+        """Blocks without a record may be of other images or of another encoder."""
+        there = sorted(entry.name for entry in self.path.glob("*") if not entry.name.startswith("."))
+        if there:
+            raise ArtefactError(
+                f"{self.path} holds {there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}, but neither "
+                "features.json nor begun.json, which say what features are of: give another folder, or delete it."
+            )
+
+
+class FeatureSet:
+    """Finished features, read through memory maps. A block is compared with its checksum when it is first read.
+
+    Attributes:
+        count: images.
+        dim: D.
+        identity: what the features were made of.
+        files: checksums of the encoder's files; None where an earlier version wrote the features.
+    """
+
+    def __init__(self, path: Path, record: _Record) -> None:
+        self.path = path
+        self.count, self.dim, self.identity, self.files = record.count, record.dim, record.identity, record.files
+        self._block_rows = block_rows = record.block_rows
+        self._sha256, self._whole = record.sha256, set[int]()
+        count, dim = record.count, record.dim
+        starts = range(0, count, block_rows)
+        self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
+
+    @classmethod
+    def open(cls, path: Path) -> "FeatureSet":
+        """Open a features folder.
+
+        Raises:
+            ArtefactError: it is missing, unfinished, damaged or of an unknown version.
+        """
+        if (path / "begun.json").is_file() and not (path / "features.json").is_file():
+            raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
+        record = read_checked(
+            path / "features.json", _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
+        )
+        return cls(path, record)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All features in image order, float32 [N, D] at a time. Raises ArtefactError where a block is damaged."""
+        for k in range(len(self._blocks)):
+            yield self._block(k).astype(np.float32)
+
+    def _block(self, k: int) -> np.ndarray:
+        name = _block_path(self.path, k).name
+        if k not in self._whole and sha256_of(self.path / name) != self._sha256.get(name):
+            raise ArtefactError(f"{self.path / name} is damaged: its checksum differs: {_again(self.path)}")
+        self._whole.add(k)
+        return self._blocks[k]
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Features of these images in this order, float32 [N, D].
+
+        Raises:
+            DataError: an id lies outside the set.
+            ArtefactError: a block is damaged.
+        """
+        ids_N = np.asarray(ids, dtype=np.int64)
+        outside_N = (ids_N < 0) | (ids_N >= self.count)
+        if outside_N.any():
+            raise DataError(f"{self.path} has images 0 to {self.count - 1}, not {ids_N[outside_N][0]}.")
+        features_ND = np.empty((len(ids_N), self.dim), dtype=np.float32)
+        block_N, row_N = np.divmod(ids_N, self._block_rows)
+        for k in np.unique(block_N):
+            features_ND[block_N == k] = self._block(k)[row_N[block_N == k]]
+        return features_ND
+
+    def findings(self) -> Findings:
+        """Everything that is not as it was written, by checksum; reads all of it. Raises ArtefactError."""
+        names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
+        differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
+        found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])
+        found += document_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
+        found += encoder_folder.findings(self.path / ENCODER).below(ENCODER)
+        if not found.faults:
+            check_fingerprint(self.path, self.identity.encoder_fingerprint)
+        return found
+
+    def all(self) -> np.ndarray:
+        """All features, float32 [count, D]: 4 count D bytes of memory."""
+        return np.concatenate(list(self.blocks()))
+
+
+def _block_path(path: Path, k: int) -> Path:
+    return path / f"block-{k:06d}.npy"
+
+
+def _again(path: Path) -> str:
+    return f"delete {path}, and run the same `moce features` again."
+
+
+def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
+    block_path = _block_path(path, k)
+    return np.asarray(load_array(block_path, np.float16, shape, _again(path)))

@@ -1,0 +1,270 @@
+"""Settings: defaults in dataclasses <- YAML file <- `key=value`, refused with a clear message when wrong.
+
+What may not change when a run is resumed (it would be another experiment) is in the groups `model`, `experts`,
+`data` and `optim`, except where `metadata` of a field says otherwise; `run` and `engine` may change. This module
+holds the machinery; what text means is in `values.py`; each stage's settings stand beside the stage, those of
+pre-training in `training/settings.py`.
+"""
+
+import dataclasses
+import math
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from moce_ds.config import faults
+from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
+from moce_ds.config.yaml_text import Plain, read_yaml_text
+from moce_ds.errors import ConfigError
+
+T = TypeVar("T")
+Layer = tuple[str, dict[str, Any]]
+"""Where settings come from, as errors name it, and the tree of them."""
+
+WORDS = "the command line"
+_HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a group of settings: a frozen, validated dataclass that refuses unknown keys."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)  # type: ignore[return-value]
+
+
+def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = (), origin: str = WORDS) -> T:
+    """Settings of type `cls` from a YAML file and `key=value` words; later ones win (docs/settings.md).
+
+    Keys are dotted (`optim.epochs=3`); a value is read as its setting's type.
+
+    Args:
+        origin: where the words are from, for errors.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value is not allowed; every fault is listed.
+    """
+    layers = [(str(yaml_path), read_yaml_text(yaml_path))] if yaml_path else []
+    return from_layers(cls, [*layers, words_layer(overrides, origin)])
+
+
+def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
+    """`key=value` words as a tree of text. Raises ConfigError for a word that is none."""
+    tree: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
+        tree = _merged(tree, nested({key: Plain(text)}), origin)
+    return origin, tree
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree out of dotted keys and their values."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
+    return tree
+
+
+def from_tree(cls: type[T], tree: dict[str, Any], source: str) -> T:
+    """Settings of type `cls` from nested dictionaries, `source` being named in errors. Raises ConfigError."""
+    return from_layers(cls, [(source, tree)])
+
+
+def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
+    """Settings of type `cls` from trees, of which later ones win: mappings key by key, anything else as a whole.
+
+    Raises:
+        ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
+    """
+    layers = [layer for layer in layers if layer[1]] or layers[:1]
+    tree: dict[str, Any] = {}
+    origins: list[str] = []
+    for origin, own in layers:
+        origins.append(origin)
+        tree = _merged(tree, own, " and ".join(origins))
+    try:
+        return TypeAdapter(cls).validate_python(read(cls, tree, ""))
+    except ValidationError as error:
+        raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: str = "") -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in above.items():
+        key, old = f"{prefix}{name}", below.get(name)
+        if isinstance(old, dict) and isinstance(value, Plain) and value.lstrip().startswith("{"):
+            value = opened(value, key)
+        if isinstance(value, dict):
+            old = opened(old, key)
+            if isinstance(old, str | list):
+                raise ConfigError(f"{key}: given as a whole and in parts ({origins}); give it once, or all its parts.")
+            value = _merged(old or {}, value, origins, f"{key}.")
+        merged[name] = value
+    return merged
+
+
+def to_tree(config: Any) -> dict[str, Any]:
+    """Nested plain dictionaries of a settings object, as YAML and JSON can hold them; `from_tree` is the inverse."""
+    tree: dict[str, Any] = _plain_data(TypeAdapter(type(config)).dump_python(config))
+    return tree
+
+
+def _plain_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain_data(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(part) for part in value]
+    if isinstance(value, Path):
+        return path_text(value)
+    return str(value) if isinstance(value, str) else value
+
+
+def to_yaml(config: Any) -> str:
+    """The YAML text of a settings object; `load` gives the same object back."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False)
+
+
+def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every dotted key of a settings class with its field, groups opened."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
+    """A tree of settings of type `cls`, as an earlier version wrote it, with the defaults of settings added since."""
+    whole = dict(tree)
+    for field in dataclasses.fields(cls):
+        below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
+        if dataclasses.is_dataclass(field.type) and isinstance(below, dict):
+            whole[field.name] = completed(below, field.type)
+        elif field.name not in tree and (default := _default(field)) is not dataclasses.MISSING:
+            whole[field.name] = _plain_data(default)
+    return whole
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a setting, or MISSING where it is required."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two trees differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found
+
+
+def help_text(cls: Any) -> str:
+    """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
+    lines = []
+    for key, field in keys(cls):
+        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
+        lines += textwrap.wrap(
+            field.metadata.get("help", ""),
+            _HELP_WIDTH,
+            initial_indent=f"  {key + '=' + default:<{_HELP_INDENT - 3}} ",
+            subsequent_indent=" " * _HELP_INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [f"  {key}={default}"]
+    return "\n".join(lines)
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) -> Any:
+    """A field with a line of help; without a default the setting is required."""
+    metadata["help"] = help
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: default.copy(), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def word(key: str, value: Any) -> str:
+    """`key=value` that `load` reads as exactly this value: how programs write words for other processes."""
+    return f"{key}={path_text(value) if isinstance(value, Path) else _typed(value)}"
+
+
+def _typed(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_quoted(item) if isinstance(item, str) else _typed(item) for item in value) + "]"
+    return str(value)
+
+
+def _quoted(text: str) -> str:
+    """Text within a list of YAML's flow style."""
+    if re.fullmatch(r"[\w./=+][\w./=+-]*", text, re.ASCII):
+        return text
+    return yaml.safe_dump(text, default_style='"', width=math.inf).removesuffix("\n")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `key: value` tree of a YAML file whose settings' types are not known here: numbers, booleans and null as YAML
+    1.2 has them; empty for an empty file. Raises ConfigError as `read_yaml_text`."""
+    tree: dict[str, Any] = resolved(read_yaml_text(path))
+    return tree
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysOf(Reading):
+    """Marks a mapping whose keys, dotted or in groups, are those of another settings class: each value is read as its
+    key says, or each of a list of `several` values.
+
+    Attributes:
+        own: further keys, which are whole numbers.
+    """
+
+    cls: Any
+    several: bool = False
+    own: tuple[str, ...] = ()
+
+    def read(self, value: Any, key: str) -> Any:
+        """Dotted keys with values of plain data; what cannot be read stays text, for whoever uses it to refuse."""
+        value = opened(value, key)
+        if not isinstance(value, dict):
+            return value
+        types = {name: field.type for name, field in keys(self.cls)} | dict.fromkeys(self.own, int)
+        flat: dict[str, Any] = {}
+        for name, part in value.items():
+            inside = isinstance(part, dict) and any(known.startswith(f"{name}.") for known in types)
+            flat |= {f"{name}.{last}": one for last, one in part.items()} if inside else {name: part}
+        return {name: self._one(types.get(name, Any), part, f"{key}.{name}") for name, part in flat.items()}
+
+    def _one(self, kind: Any, value: Any, key: str) -> Any:
+        values = opened(value, key)
+        if self.several and isinstance(values, list):
+            return [_as_typed(read(kind, each, key), each) for each in values]
+        return values if self.several else _as_typed(read(kind, value, key), value)
+
+
+def _as_typed(found: Any, value: Any) -> Any:
+    """Plain data of what was read, numbers as they were typed: cells of studies are named after them."""
+    if isinstance(found, list) and isinstance(value, list):
+        return [_as_typed(*pair) for pair in zip(found, value, strict=True)]
+    if isinstance(found, float) and isinstance(value, str):
+        number = resolved(Plain(value))
+        return number if isinstance(number, int) or "." in value else str(value)
+    if isinstance(found, Misread | Path):
+        return str(value) if isinstance(value, str | Path) else value
+    return found

@@ -1,0 +1,70 @@
+"""The words of a command line that are settings: a YAML file, and `key=value`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moce_ds.config import settings as configuration
+from moce_ds.config.values import expanded
+from moce_ds.config.yaml_text import read_yaml_text
+from moce_ds.errors import ConfigError
+
+YAML = (".yaml", ".yml")
+
+
+def read_settings(
+    cls: type[configuration.T],
+    given: Sequence[str],
+    own: Mapping[str, Any] | None = None,
+    origin: str = configuration.WORDS,
+) -> configuration.T:
+    """Settings from a verb's trailing words: a YAML file and `key=value`.
+
+    Args:
+        own: values by dotted key that the caller sets; they win.
+        origin: where the words are from, for errors.
+
+    Raises:
+        ConfigError: a word is neither; the file cannot be read; or keys or values are not allowed, all of them listed.
+    """
+    known = {key for key, _ in configuration.keys(cls)}
+    files = [word for word in given if _names_file(word, known)]
+    pairs = [word for word in given if not _names_file(word, known)]
+    if len(files) > 1:
+        raise ConfigError(
+            f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
+        )
+    layers = [(file, read_yaml_text(_config_file(file, known))) for file in files]
+    layers += [configuration.words_layer(pairs, origin), (origin, configuration.nested(own or {}))]
+    return configuration.from_layers(cls, layers)
+
+
+def is_config_word(word: str) -> bool:
+    """Whether a word is a YAML file or `key=value`, and no name of a verb."""
+    return "=" in word or word.endswith(YAML) or _existing(word) is not None
+
+
+def _names_file(word: str, known: set[str]) -> bool:
+    """Whether a word means a YAML file: one that exists, or one that is missing rather than a setting."""
+    key, groups = word.partition("=")[0], {name.partition(".")[0] for name in known}
+    if "=" not in word or _existing(word) is not None:
+        return True
+    return "/" in key or key.endswith(YAML) or (word.endswith(YAML) and key.partition(".")[0] not in groups)
+
+
+def _existing(word: str) -> Path | None:
+    """The file that a word names, as typed or with `~` and variables expanded."""
+    try:
+        path = expanded(word)
+        return path if path.is_file() else None
+    except (ValueError, OSError):  # no such variable; a name that no file can have
+        return None
+
+
+def _config_file(word: str, known: set[str]) -> Path:
+    if word in known and not Path(word).exists():
+        raise ConfigError(f"{word} is a setting: give it a value, {word}=VALUE.")
+    try:
+        return expanded(word)
+    except ValueError as error:
+        raise ConfigError(f"{word}: {error}.") from None

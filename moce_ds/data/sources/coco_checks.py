@@ -1,0 +1,146 @@
+"""What is seen of a set in COCO's format before anything is learnt from it: names, sizes, boxes and masks.
+
+A fault that no reading repairs is refused and named. An object without pixels is left out and told, as long as there
+are few: most sets have some, COCO itself among them, but where there are many, a converter has gone wrong.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from moce_ds.data.image_file import MAX_SIDE
+from moce_ds.data.sources.coco_api import has_pixels, polygons_of, segmentation_fault
+from moce_ds.data.sources.walk import ODD, leads_out, list_folder
+from moce_ds.errors import DataError
+from moce_ds.text import part_of
+
+SLACK = 2.0
+"""Pixels by which a box or a corner may leave its image, where it is cut off: rounding."""
+
+_MOST_EMPTY = 0.1  # share of the annotations
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """An image of the JSON file, sizes in pixels."""
+
+    id: int
+    file_name: str
+    width: Annotated[int, Field(gt=0)]
+    height: Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class CocoObject:
+    """An annotation of the JSON file; `bbox` is x, y, width, height in pixels, `segmentation` polygons or RLE, `area`
+    that of the mask."""
+
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    segmentation: Any = None
+    iscrowd: int = 0
+    area: float | None = None
+
+
+def check_ids(path: Path, kind: str, ids: list[int]) -> None:
+    """Raise DataError where an id is there twice."""
+    for most, times in Counter(ids).most_common(1):
+        if times > 1:
+            raise DataError(f"{path}: {kind}: {times} have the id {most}; expected another id for each.")
+
+
+def check_images(path: Path, images: list[CocoImage], max_pixels: int) -> None:
+    """Names that stay in their folder, and sizes that can be. Raises DataError."""
+    for image in images:
+        where, name = f"{path}: image {image.id}", image.file_name
+        if leads_out(name):
+            raise DataError(
+                f"{where}: file_name {name!r}; expected the path of a file below the folder of images, such as "
+                "'train/1.jpg'. Give the folder that all images lie in, and paths from there."
+            )
+        if image.width * image.height > max_pixels or max(image.width, image.height) > MAX_SIDE:
+            raise DataError(
+                f"{where} ({name}) has {image.width} x {image.height} pixels; expected {max_pixels} in all and "
+                f"{MAX_SIDE} along a side at most. Make it smaller, or allow more with data.max_pixels."
+            )
+
+
+def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
+    """Raise DataError where an image is not there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder: expected the images of {path}.")
+    there = {name for name, size in list_folder(folder).items() if size != ODD}
+    missing = [i for i in images if i.file_name not in there and not _is_there(folder / i.file_name)]
+    if missing:
+        first = missing[0]
+        raise DataError(
+            f"{folder / first.file_name} not found: {path} has it as image {first.id}; "
+            f"{part_of(len(missing), len(images), 'image')} missing. Give the folder that holds them."
+        )
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # a link to itself, a name that is too long
+        return False
+
+
+def check_object(path: Path, thing: CocoObject, image: CocoImage | None, categories: dict[int, str]) -> None:
+    """Raise DataError where an annotation belongs to nothing, leaves its image, or has no mask that can be."""
+    where = f"{path}: annotation {thing.id}"
+    if image is None:
+        raise DataError(f"{where} belongs to image {thing.image_id}, which is not among `images`.")
+    if thing.category_id not in categories:
+        raise DataError(f"{where} has category {thing.category_id}, which is not among `categories`.")
+    if thing.iscrowd not in (0, 1):
+        raise DataError(f"{where}: iscrowd is {thing.iscrowd}; expected 0 or 1.")
+    if thing.area is not None and not 0 <= thing.area < math.inf:
+        raise DataError(f"{where}: area is {thing.area}; expected the pixels of its mask, or no `area`.")
+    x, y, width, height = thing.bbox
+    inside = x >= -SLACK and y >= -SLACK and x + width <= image.width + SLACK and y + height <= image.height + SLACK
+    if not inside or not width >= 0 or not height >= 0:
+        raise DataError(
+            f"{where}: box {[x, y, width, height]} (x, y, width, height) leaves its image {image.file_name} of "
+            f"{image.width} x {image.height} pixels."
+        )
+    if fault := segmentation_fault(thing.segmentation, image.height, image.width, SLACK):
+        raise DataError(f"{where}: segmentation {fault}.")
+
+
+def emptiness(thing: CocoObject, image: CocoImage) -> str | None:
+    """Why there is nothing to learn from an object that was checked, in words; None where there is."""
+    x, y, width, height = thing.bbox
+    if not width or not height:
+        return f"a box of {width:g} x {height:g} pixels"
+    if min(image.width, image.height) > 1:
+        corners = polygons_of(thing.segmentation)
+        if max(x + width, y + height) <= 1 or (corners and max(map(max, corners)) <= 1):
+            return "within the first pixel, as coordinates are that are shares of the image"
+    return None if has_pixels(thing.segmentation, image.height, image.width) else "a mask without a pixel"
+
+
+def told_empty(path: Path, empty: dict[int, str], count: int) -> str | None:
+    """What is said of the objects, of `count`, in which there is nothing to learn from; None where there are none.
+
+    Raises:
+        DataError: they are too many.
+    """
+    if not empty:
+        return None
+    named = "".join(f"\n  annotation {number}: {why}" for number, why in list(empty.items())[:_NAMED])
+    more = f"\n  and {len(empty) - _NAMED} more" if len(empty) > _NAMED else ""
+    if len(empty) > _MOST_EMPTY * count:
+        raise DataError(
+            f"{path}: {part_of(len(empty), count, 'annotation', ('has', 'have'))} nothing to learn from; "
+            "expected a tenth of them at most, with boxes and polygons in pixels, inside of their image. Convert the "
+            f"set again.{named}{more}"
+        )
+    return f"WARNING: {path}: {part_of(len(empty), count, 'annotation')} left out of training:{named}{more}"

@@ -1,0 +1,84 @@
+"""The files of a folder of images, each looked at once by a pool of processes."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from moce_ds.data import image_file
+from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
+from moce_ds.data.sources.walk import ODD, SourceFile, unwanted, why_odd
+from moce_ds.errors import DataError
+from moce_ds.text import in_line
+
+_BATCH = 16  # files per message to a worker
+_BATCHES_AHEAD = 3  # per worker, so that a large image does not hold up the others at once
+
+
+def examined(
+    source: Path, files: Sequence[SourceFile], max_pixels: int, workers: int | None
+) -> Generator[tuple[SourceFile, Accepted | Rejected], None, None]:
+    """Each of `files` with the verdict on it, in order; `workers` processes look at them, None: one per core.
+
+    Batches are dealt out in turn, each worker having a pipe of its own: so the death of any process, in the middle
+    of a message too, is the end of a pipe for the other side. An executor's shared queue would block for good.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
+    team = [_start_worker(source, max_pixels) for _ in range(min(workers, len(batches)))]
+    ahead = _BATCHES_AHEAD * len(team)
+    number = 0
+    try:
+        for number, batch in enumerate(batches[:ahead]):
+            team[number % len(team)][1].send(batch)
+        for number, batch in enumerate(batches):
+            _, connection = team[number % len(team)]
+            verdicts = connection.recv()
+            if number + ahead < len(batches):
+                connection.send(batches[number + ahead])
+            yield from zip(batch, verdicts, strict=True)
+    except (EOFError, OSError):
+        raise DataError(
+            f"A worker process died between {in_line(batches[number][0].path)} and "
+            f"{in_line(batches[number][-1].path)}: perhaps killed for lack of memory. Run the same command again to "
+            "continue, with fewer `workers=` if it happens again."
+        ) from None
+    finally:
+        for process, connection in team:
+            connection.close()
+            process.terminate()
+            process.join()
+
+
+def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that torch's threads hold
+    context.set_forkserver_preload(["__main__", image_file.__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, source, max_pixels), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _work(connection: Connection, source: Path, max_pixels: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
+        while True:
+            connection.send([_examine_listed(source, file, max_pixels) for file in connection.recv()])
+
+
+def _examine_listed(source: Path, file: SourceFile, max_pixels: int) -> Accepted | Rejected:
+    if rejected := unwanted(file.path):
+        return rejected
+    if file.size == ODD:
+        return why_odd(source / file.path)
+    if file.size == 0:
+        return Rejected(EMPTY, "0 bytes")
+    return examine(source / file.path, max_pixels)

@@ -1,0 +1,120 @@
+"""What a reader of a public data set finds, and what readers share.
+
+Nothing is executed: text, JSON, MATLAB's .mat and raw bytes are read, Python's pickles are not.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moce_ds.data.sources.listing import Listed
+from moce_ds.data.sources.walk import leads_out
+from moce_ds.errors import DataError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images of a data set by split (`SPLITS`), their paths below `root`.
+
+    `multi_label`: an image may show several classes, or none.
+    """
+
+    root: Path
+    splits: dict[str, list[Listed]]
+    multi_label: bool = False
+
+    @property
+    def classes(self) -> list[str]:
+        """All class names, sorted."""
+        images = [image for images in self.splits.values() for image in images]
+        return sorted({name for image in images for name in image.classes + image.unsure})
+
+
+def first_there(source: Path, *names: str) -> Path:
+    """The first of the names that is there below `source`. Raises DataError where none is."""
+    for name in names:
+        if (source / name).exists():
+            return source / name
+    raise DataError(
+        f"{source} holds no {' and no '.join(names)}: expected the data set unpacked as it is distributed. "
+        "docs/transfer.md says which files each one has."
+    )
+
+
+def read_lines(path: Path, fields: int = 1) -> list[list[str]]:
+    """The lines of a text file that are not empty, cut at spaces into `fields` (the last one may hold spaces).
+
+    Raises:
+        DataError: the file cannot be read, or a line has too few fields.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        row = line.strip().split(maxsplit=fields - 1) if fields > 1 else [line.strip()]
+        if len(row) < fields:
+            raise DataError(f"{path}, line {number}: got {line[:80]!r}; expected {fields} words. Unpack it anew.")
+        rows.append(row)
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises DataError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): unpack the data set anew.") from None
+
+
+def for_validation(images: Sequence[Listed], seed: int, share: float) -> tuple[list[Listed], list[Listed]]:
+    """The images without a random `share` of each class, and those; at least one of each class, and never all."""
+    return draw(images, seed, lambda count: min(max(1, round(share * count)), count - 1))
+
+
+def draw(images: Sequence[Listed], seed: int, number: Callable[[int], int]) -> tuple[list[Listed], list[Listed]]:
+    """The images without, and those, that are drawn at random: `number` of the count of each class.
+
+    Depends on the seed and on the paths, not on the order of `images`.
+    """
+    of_class = defaultdict(list)
+    for image in sorted(images):
+        of_class[image.classes].append(image)
+    rest, drawn = [], []
+    random = np.random.default_rng(seed)
+    for _, members in sorted(of_class.items()):
+        order = random.permutation(len(members))
+        taken = number(len(members))
+        drawn += [members[i] for i in order[:taken]]
+        rest += [members[i] for i in order[taken:]]
+    return sorted(rest), sorted(drawn)
+
+
+def checked(found: Found) -> Found:
+    """The same, refused where it cannot be a task.
+
+    Raises:
+        DataError: a split is empty, a path leads out of the data set, or no training image shows a class.
+    """
+    for split, images in found.splits.items():
+        if not images:
+            raise DataError(f"{found.root}: the {split} split lists no image; expected some. Unpack the data set anew.")
+        for image in images:
+            if leads_out(image.path):
+                raise DataError(f"{found.root}: {image.path!r} is listed and lies outside. Do not trust this data set.")
+    trained = _names(found.splits["train"])
+    for split, images in found.splits.items():
+        if unknown := sorted(_names(images) - trained):
+            raise DataError(
+                f"{found.root}: the {split} split has classes {unknown[:5]} that no training image shows; "
+                "expected the same classes in all splits. Unpack the data set anew."
+            )
+    return found
+
+
+def _names(images: Iterable[Listed]) -> set[str]:
+    return {name for image in images for name in image.classes}

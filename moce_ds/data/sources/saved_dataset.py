@@ -1,0 +1,133 @@
+"""A data set of the `datasets` library, as `save_to_disk` leaves it: its images and their classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from moce_ds.console import warn
+from moce_ds.data.sources.listing import Listed, Listing
+from moce_ds.errors import ConfigError, DataError
+from moce_ds.storage.files import read_json, writes_to
+
+_WRITTEN_BY = "datasets' save_to_disk"
+_SPLITS = "dataset_dict.json"
+_IMAGES, _LABELS = ("image", "img"), ("label", "labels")
+"""Names of the column that counts where there are several of a kind."""
+_KINDS = ("string", "large_string", "bool")
+"""Types of values, beside whole numbers, that can be classes."""
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder is one, or holds one for each split."""
+    return (path / _SPLITS).is_file() or all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def unpack_images(path: Path, out: Path) -> Listing:
+    """Write the images of a saved data set as files, undecoded, into the folder `out`; returns them with their classes.
+
+    A file is named by its row. Rows without an image become empty files, which no shard takes.
+
+    Classes are those of a column of type ClassLabel; or, in a column called label or labels, the numbers or texts that
+    occur. A negative number, or none, is no class.
+
+    Raises:
+        ConfigError: the library is not installed.
+        DataError: `path` holds several splits, no column of images, a class that is none, or is damaged.
+        ArtefactError: `out` cannot be written.
+    """
+    if (path / _SPLITS).is_file():
+        raise DataError(f"{path} holds several splits: {_splits(path)}.")
+    library = _import_datasets()
+    try:
+        dataset = library.load_from_disk(str(path))
+        image, label = _image_column(path, dataset, library), _label_column(path, dataset, library)
+        rows = dataset.select_columns([image, label] if label else [image])
+        rows = rows.cast_column(image, library.Image(decode=False))
+        found: list[Any] = []
+        with writes_to(out):
+            out.mkdir()
+        for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
+            data = (row[image] or {}).get("bytes") or b""
+            with writes_to(out):
+                (out / _name(number)).write_bytes(data)
+            found.append(row[label] if label else None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}): write it again with {_WRITTEN_BY}.") from None
+    classes = _class_names(path, dataset.features[label], found) if label else {}
+    listed = [
+        Listed(_name(number), (classes[value],) if value in classes else ()) for number, value in enumerate(found)
+    ]
+    return Listing(listed, list(classes.values()), origin=path)
+
+
+def _name(row: int) -> str:
+    return f"{row:09d}"
+
+
+def _splits(path: Path) -> str:
+    content = read_json(path / _SPLITS, "the splits of a data set", _WRITTEN_BY)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, list) or not splits:
+        return f"expected their names in {_SPLITS}"
+    return f"name one of them, {', '.join(map(str, splits))}, such as {path / str(splits[0])}"
+
+
+def _class_names(path: Path, feature: Any, found: Sequence[Any]) -> dict[Any, str]:
+    """The name of each value of the column of classes that is one, in the order of the labels."""
+    if not hasattr(feature, "names"):
+        there = {value for value in found if value is not None and value != ""}
+        return {value: str(value) for value in sorted(there) if isinstance(value, str) or value >= 0}
+    names = dict(enumerate(feature.names))
+    for number, value in enumerate(found):
+        if value is not None and value >= 0 and value not in names:
+            raise DataError(
+                f"{path}: row {number} has the class {value} of {len(names)}. Write it again with {_WRITTEN_BY}."
+            )
+    return names
+
+
+def _import_datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"Reading what {_WRITTEN_BY} wrote needs the datasets library, which does not import here ({error}). "
+            "Install the extra: pip install 'moce-ds[hf]'."
+        ) from None
+    return datasets
+
+
+def _image_column(path: Path, dataset: Any, library: ModuleType) -> str:
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, library.Image)]
+    if not found:
+        raise DataError(f"{path} has no column of images; its columns: {', '.join(dataset.column_names)}.")
+    return _chosen(path, found, "Image")
+
+
+def _label_column(path: Path, dataset: Any, library: ModuleType) -> str | None:
+    """The column of classes; None, which is said, where no column can be one."""
+    features = dataset.features
+    if found := [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]:
+        return _chosen(path, found, "ClassLabel")
+    called = [name for name in _LABELS if name in features]
+    for name in called:
+        kind = str(getattr(features[name], "dtype", ""))
+        if isinstance(features[name], library.Value) and ("int" in kind or kind in _KINDS):
+            return name
+    there = "; ".join(f"{name} is {features[name]}" for name in called) or "no column is called label"
+    warn(
+        f"{path}: its images have no classes, since no column is of type ClassLabel, and none called label holds whole "
+        f"numbers or text ({there})."
+    )
+    return None
+
+
+def _chosen(path: Path, found: Sequence[str], kind: str) -> str:
+    """Of several columns of a kind the one of a usual name, or the first, which is said."""
+    chosen = next((name for name in (*_IMAGES, *_LABELS) if name in found), found[0])
+    if len(found) > 1:
+        warn(f"{path}: columns {', '.join(found)} are all {kind}: {chosen} is taken.")
+    return chosen

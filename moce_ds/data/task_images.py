@@ -1,0 +1,108 @@
+"""A task's images, as a shard set, a plain folder or a saved data set of the `datasets` library: a temporary shard set
+where it is none. Axes: N images.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.console import warn
+from moce_ds.data.shard_writer import ShardSettings, write_shards
+from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
+from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
+from moce_ds.data.sources.skipped_files import left_out
+from moce_ds.errors import DataError
+from moce_ds.storage.drafts import scratch_folder
+from moce_ds.text import in_line
+
+
+@contextmanager
+def opened_images(path: Path, say: Callable[[str], None] = warn) -> Iterator[ShardSet]:
+    """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
+
+    Args:
+        path: what messages name, whatever is read in its place.
+        say: is told which files are no whole images and were left out, since no figure counts them.
+
+    Raises:
+        DataError: `path` is none of these, or holds several splits or no images.
+        ConfigError: the `datasets` library is needed and not installed.
+    """
+    with _shards_of(path) as images:
+        if told := left_out(images.path, path):
+            say(told)
+        yield images
+
+
+@contextmanager
+def _shards_of(path: Path) -> Iterator[ShardSet]:
+    if (path / MANIFEST).exists() or (path / PROGRESS).is_dir():
+        yield ShardSet.open(path)
+        return
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "not found"
+        raise DataError(f"{path} {what}: expected a shard set (`moce shards`) or a folder of images.")
+    if (path / SAMPLES).exists():
+        raise DataError(
+            f"{path} is a shard set without its {MANIFEST}: restore that from a copy, or write the set again with "
+            "`moce shards`."
+        )
+    with scratch_folder() as scratch:
+        source, listing = path, None
+        if is_saved_dataset(path):
+            source = scratch / "images"
+            listing = unpack_images(path, source)
+        write_shards(source, scratch / "shards", ShardSettings(), listing)
+        yield ShardSet.open(scratch / "shards", named=path)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's labelled images; `val` is None where some of the training images choose in its place."""
+
+    train: ShardSet
+    val: ShardSet | None
+    test: ShardSet
+
+
+@contextmanager
+def opened_task(train: Path, val: Path | None, test: Path) -> Iterator[Splits]:
+    """The splits of a task, each a shard set or a folder. Raises DataError as `opened_images`."""
+    with ExitStack() as opened:
+        of_train, of_test = (opened.enter_context(opened_images(path)) for path in (train, test))
+        yield Splits(of_train, opened.enter_context(opened_images(val)) if val else None, of_test)
+
+
+def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
+    """Labels [N], or targets [N, K] of images with several, as positions among the classes of the training split.
+
+    Raises:
+        DataError: an image has no class, or the classes are not those of the training split.
+    """
+    if (images.targets is None) != (training.targets is None):
+        one, several = (images, training) if images.targets is None else (training, images)
+        raise DataError(
+            f"{one.named} has one label an image, {several.named} several: expected all splits of a task to be alike."
+        )
+    if images.targets is None and (images.labels < 0).any():
+        lost = images.source(int((images.labels < 0).argmax()))
+        raise DataError(
+            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class, or, "
+            "of a saved data set, a column `label`."
+        )
+    if unknown := sorted(set(images.classes) - set(training.classes)):
+        raise DataError(
+            f"{images.named}: classes {unknown[:5]} are not among the training classes of {training.named}: expected "
+            "folders of the same names in all splits."
+        )
+    position = {name: k for k, name in enumerate(training.classes)}
+    place_K = np.array([position[name] for name in images.classes], dtype=np.int64)
+    if images.targets is None:
+        return place_K[images.labels]
+    targets_NK = np.zeros((images.count, len(training.classes)), np.int8)
+    targets_NK[:, place_K] = images.targets
+    return targets_NK

@@ -1,0 +1,1 @@
+"""What every process of a group needs: runtime, rendezvous, watchdog, agreement, randomness."""

@@ -1,0 +1,30 @@
+"""What all processes must agree on before a forward pass begins."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import MoceError
+
+Batch = TypeVar("Batch")
+
+
+def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> Batch:
+    """The next batch, once all processes have one and the same plan; else all raise, and nobody waits in a collective.
+
+    Raises:
+        DataError: a process cannot read its batch.
+        MoceError: the processes have different plans; the step and the ranks are named.
+    """
+    with runtime.raise_on_all_ranks():
+        batch = next(stream)
+    largest, negative_smallest = runtime.max([float(digest), float(-digest)])
+    if largest != -negative_smallest:
+        digests = runtime.texts(f"{digest:012x}")
+        usual = max(digests, key=digests.count)  # rank 0's where there is no majority: the same for all
+        others = [rank for rank, text in enumerate(digests) if text != usual]
+        raise MoceError(
+            f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} planned "
+            f"otherwise than the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
+        )
+    return batch

@@ -1,0 +1,226 @@
+"""The store at which the processes of a run meet, and what keeps strangers out of it.
+
+PyTorch's TCPStore has no password: whoever reaches its port can list, read and write every key. So the processes of one
+machine meet on its loopback interface, and what they tell each other through the store is sealed (docs/security.md).
+"""
+
+import errno
+import itertools
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
+
+from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
+
+from moce_ds.distributed.sealing import SECRET, Sealer
+from moce_ds.errors import LostPeerError
+from moce_ds.host.place import Place, PlaceError
+from moce_ds.text import printable
+
+LONGEST_TEXT = 4000
+"""Characters of a sealed text; a longer one is cut as it is written, and is not ours where it is read."""
+
+_LOOPBACK = "127.0.0.1"
+_LOOPBACK_INTERFACES = ("lo", "lo0")
+
+# Processes start at different times: on another machine, after a slow import. They are waited for as many times as long
+# as one that falls silent, but at least and at most so many seconds.
+_STARTS, _SHORTEST_START, _LONGEST_START = 5, 30.0, 600.0
+_PORT_ATTEMPTS, _PORT_PAUSE = 10, 1.0
+_sessions = itertools.count()  # of this process; all processes have the same number of them
+
+
+def host_on_loopback(port: int = 0, host: str = _LOOPBACK) -> TCPStore:
+    """A store that this process hosts at one address of the loopback; `port` 0: one that is free. Raises OSError.
+
+    TCPStore listens on all addresses, whatever host it is told, unless it is given a socket that is bound already.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # localhost may be ::1 too, on machines that have no IPv6.
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    listening = socket.create_server((str(address[0]), port), family=family)
+    port = listening.getsockname()[1]
+    return TCPStore(str(address[0]), port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+def _check_host(place: Place) -> None:
+    try:
+        socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
+        raise PlaceError(
+            f"MASTER_ADDR is {place.host!r}, which has no address here ({reason}): set it to the name or address "
+            "of the machine of rank 0."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
+
+
+def _missing(store: Store, ranks: Sequence[int], shown: int = 8) -> str:
+    missing = [rank for rank in ranks if not store.check([str(rank)])]
+    more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
+    return ", ".join(map(str, missing[:shown])) + more
+
+
+def on_loopback(host: str) -> bool:
+    """Whether an address is one of the loopback interface. Names but localhost are not looked up: a node's own name is
+    often 127.0.1.1 in its /etc/hosts, and other nodes must reach it."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def interfaces(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep gloo and NCCL on the loopback interface, where all processes run on one machine."""
+    processes = environment.get("WORLD_SIZE")
+    one_machine = processes is not None and environment.get("LOCAL_WORLD_SIZE") == processes
+    if not one_machine and not on_loopback(environment.get("MASTER_ADDR", "")):
+        return {}
+    found = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK_INTERFACES), None)
+    return {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": f"={found}"} if found else {}
+
+
+class SealedStore:
+    """Texts under keys of a store, each sealed together with its key."""
+
+    def __init__(self, store: TCPStore, prefix: str, sealer: Sealer) -> None:
+        self._store, self._prefix, self._sealer = store, prefix, sealer
+
+    def set(self, key: str, text: str) -> None:
+        """Write a text, without what could command a terminal, and cut to `LONGEST_TEXT`. Raises DistError."""
+        key, text = self._prefix + key, printable(text)[:LONGEST_TEXT]
+        self._store.set(key, f"{self._sealer.seal(key + text)} {text}")
+
+    def get(self, key: str) -> str:
+        """The text of a key; "" where there is none, or one that is not ours. Never waits. Raises DistError."""
+        key = self._prefix + key
+        if not self._store.check([key]):
+            return ""
+        seal, _, text = self._store.get(key).decode("utf-8", "replace").partition(" ")
+        ours = len(text) <= LONGEST_TEXT and self._sealer.is_genuine(seal, key + text)
+        return printable(text) if ours else ""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the processes of a run meet; each makes one for each process group.
+
+    Attributes:
+        place: of this process, with host and port of the store.
+        hosted: whether this process hosts it: rank 0, where no launcher does.
+        sealer: with the secret of the run.
+        name: of this meeting; a later one at the same store has another.
+    """
+
+    place: Place
+    hosted: bool
+    sealer: Sealer
+    name: str
+
+    @classmethod
+    def here(cls, place: Place) -> "Rendezvous":
+        """Where the process of that place meets its peers."""
+        given = os.environ
+        sealer = Sealer(given.get(SECRET, "").encode())
+        return cls(
+            place,
+            place.rank == 0 and given.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            sealer,
+            # With something of the secret, so that two runs which meet at one port by mistake do not get mixed up;
+            # not the secret itself, as keys can be listed. torchrun keeps its store, and in it the verdict on the start
+            # before, when it starts all processes again.
+            f"{sealer.seal('name')[:16]}/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/",
+        )
+
+    @property
+    def host(self) -> str:
+        """Name or address of the store's machine."""
+        return self.place.host
+
+    def connect(self, seconds: float) -> TCPStore:
+        """A connection to the store; raises DistError if there is none after so many seconds."""
+        return TCPStore(self.host, self.place.port, is_master=False, timeout=timedelta(seconds=seconds))
+
+    def group_store(self, silence: float) -> Store:
+        """The store for the process group, hosted here if this process is to; returns when all processes have come.
+
+        Args:
+            silence: seconds after which a process that runs counts as lost. A launcher that hosts the store must answer
+                within them; processes may come later, since machines start at different times.
+
+        Raises:
+            ConfigError: the host has no address, or another process has the same rank.
+            LostPeerError: the port is taken, the store does not answer, or processes are missing; they are named.
+        """
+        _check_host(self.place)
+        patience = min(_LONGEST_START, max(_SHORTEST_START, _STARTS * silence))
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            store = self._host_store() if self.hosted else self.connect(silence if launched else patience)
+            self._roll_call(PrefixStore(f"{self.name}here", store), silence, patience)
+        except (DistError, OSError) as error:
+            who = "The launcher" if launched else f"Rank 0 (this is rank {self.place.rank})"
+            raise LostPeerError(
+                f"{who} does not answer at {self._address}: {_first_line(error)}. Look whether it has started, and "
+                "whether MASTER_ADDR and MASTER_PORT are the same for all processes and no firewall lies between them."
+            ) from None
+        store.set_timeout(timedelta(seconds=_LONGEST_START))
+        return PrefixStore(f"{self.name}group", store)
+
+    @property
+    def _address(self) -> str:
+        return f"{self.host}:{self.place.port}"
+
+    def _host_store(self) -> TCPStore:
+        """A store at this port, which the run before may hold for a while. Raises LostPeerError if it stays taken."""
+        for _ in range(_PORT_ATTEMPTS):
+            try:
+                if on_loopback(self.host):
+                    return host_on_loopback(self.place.port, self.host)
+                return TCPStore(self.host, self.place.port, is_master=True, wait_for_workers=False)
+            except (DistError, OSError) as error:
+                if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
+                    raise
+            time.sleep(_PORT_PAUSE)
+        raise LostPeerError(
+            f"Port {self.place.port} of this machine is still taken (address already in use) after "
+            f"{_PORT_ATTEMPTS} attempts: another job has it. Choose another MASTER_PORT."
+        )
+
+    def _roll_call(self, store: Store, silence: float, patience: float) -> None:
+        """Wait until all processes have come, and say so where it takes long. Raises LostPeerError, ConfigError."""
+        rank, everyone = self.place.rank, range(self.place.world_size)
+        if store.add(str(rank), 1) > 1:
+            raise PlaceError(f"Two processes have RANK {rank} at {self._address}: give each of them its own.")
+        with suppress(DistStoreError):
+            store.wait([str(other) for other in everyone], timedelta(seconds=min(silence, patience)))
+            return
+        if rank == 0:
+            print(f"Waiting for ranks {_missing(store, everyone)} at {self._address}.", file=sys.stderr, flush=True)
+        with suppress(DistStoreError):
+            store.wait([str(other) for other in everyone], timedelta(seconds=max(1.0, patience - silence)))
+            return
+        lost = LostPeerError(
+            f"Of {self.place.world_size} processes, ranks {_missing(store, everyone)} did not connect to "
+            f"{self._address} within {patience:.0f} s. Look whether they have started, and whether all have "
+            "the same WORLD_SIZE."
+        )
+        lost.every_process = False
+        raise lost
+
+    def sealed(self, seconds: float) -> SealedStore:
+        """What the processes tell each other; a connection of its own, as a thread may wait in the group's.
+
+        Raises:
+            DistError: the store does not answer for so many seconds.
+        """
+        return SealedStore(self.connect(seconds), f"{self.name}watch/", self.sealer)

@@ -1,0 +1,245 @@
+"""Where a process stands among its peers, and how they agree to stop.
+
+A process learns its place from the variables that torchrun, `launchers/` and SLURM set (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
+"""
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+from moce_ds.console import say, warn
+from moce_ds.distributed.rendezvous import Rendezvous, interfaces
+from moce_ds.distributed.watchdog import Watch
+from moce_ds.errors import MoceError
+from moce_ds.host import threads
+from moce_ds.host.interrupts import obeyed
+from moce_ds.host.machine import machine_fault
+from moce_ds.host.place import ALONE, Place, PlaceError
+from moce_ds.text import counted, encoded
+
+_PEER_TIMEOUT = timedelta(minutes=10)
+_MAX_TEXT_BYTES = 2**30
+# DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
+_NOWHERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A process's place: global rank, number of processes, rank on its machine, the device it computes on, and the
+    watch over its peers, where it has any."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    watch: Watch | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes what needs one writer."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print to standard error, once for all processes, clear of a progress bar."""
+        if self.is_main:
+            say(text, err=True)
+
+    def set_status(self, doing: str) -> None:
+        """Say what this process is at, such as "step 12": told to the others if it is lost."""
+        if self.watch is not None:
+            self.watch.set_status(doing)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all processes, in float64 on the host; every process gets the same result."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def max(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over all processes, in float64 on the host; every process gets the same result."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes that this process has held at most: tensors on its GPU, or without one all that it holds."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    @contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Run a block that can fail on some processes only; then all raise, and none waits for one that has gone.
+
+        The block itself must hold no collective; leaving it is one.
+
+        Raises:
+            MoceError: what the first process that failed has raised, or met as an error of its machine.
+        """
+        fault: MoceError | None = None
+        try:
+            yield
+        except MoceError as error:
+            fault = error
+        except (OSError, MemoryError, RuntimeError) as error:
+            fault = machine_fault(error)
+            if fault is None:
+                raise
+        status = int(self.max([float(fault.status if fault else 0)])[0])
+        if status:
+            first = next(text for text in self.texts(str(fault or "")) if text)
+            agreed = type(fault or MoceError())(first)
+            agreed.status, agreed.every_process = status, False  # all of them know it
+            raise agreed from None
+
+    def texts(self, text: str) -> list[str]:
+        """The texts of all processes, by rank.
+
+        They travel as bytes: `torch.distributed` would send objects as pickles, which can run anything.
+
+        Raises:
+            MoceError: one is longer than 1 GiB.
+        """
+        if self.world_size == 1:
+            return [text]
+        mine = torch.frombuffer(bytearray(encoded(text)) or bytearray(1), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine) if text else 0]))
+        longest = max(map(int, sizes))
+        if not 0 <= longest <= _MAX_TEXT_BYTES:
+            raise MoceError(f"A process sends {longest} bytes of text; the limit is {_MAX_TEXT_BYTES}.")
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(mine)] = mine[:longest]
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        received = zip(gathered, sizes, strict=True)
+        return [bytes(data[: int(size)].numpy()).decode("utf-8", "surrogatepass") for data, size in received]
+
+
+def lone_device() -> torch.device:
+    """Where a process without a group computes: the GPU where there is one. Says once how many threads it takes."""
+    _tell_threads()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@cache
+def _tell_threads() -> None:
+    if line := threads.told():
+        warn(line)
+
+
+@contextmanager
+def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
+    """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block.
+
+    A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
+
+    Raises:
+        ConfigError: the variables that tell this process its place are missing or impossible.
+        LostPeerError: the port is taken, or not all processes have come.
+    """
+    place = Place.here()
+    given = ALONE | (_NOWHERE if place.world_size == 1 else interfaces(os.environ))
+    with _unless_given(given), _joined(place, peer_timeout) as runtime:
+        yield runtime
+
+
+@contextmanager
+def _unless_given(values: dict[str, str]) -> Iterator[None]:
+    """Variables of the environment for the length of the block; a process that is started later must not see them."""
+    own = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            del os.environ[name]
+
+
+@contextmanager
+def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
+    rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise PlaceError(
+                f"LOCAL_RANK is {local_rank} and this machine shows {counted(torch.cuda.device_count(), 'GPU')}: start "
+                "at most one process per GPU, or show more of them (CUDA_VISIBLE_DEVICES)."
+            )
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    watch = None
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        meeting = Rendezvous.here(place)
+        store = meeting.group_store(peer_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_PEER_TIMEOUT)
+        watch = Watch(rank, world_size, local_rank, peer_timeout, meeting)
+    try:
+        with watch or nullcontext():
+            runtime = Runtime(rank, world_size, local_rank, device, watch)
+            _tell_threads()
+            yield runtime
+            dist.barrier()  # nobody takes the store away while others still look into it
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+class StopRequest:
+    """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
+
+    A second Ctrl-C ends the process at once, as an impatient user expects. SIGHUP, of a terminal that is gone, asks for
+    a stop too, unless it is ignored, as under nohup.
+
+    Args:
+        seconds: after so long a stop is wanted too; None: never.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self._received: signal.Signals | None = None
+        self._deadline = time.monotonic() + seconds if seconds is not None else float("inf")
+        self._previous = {number: signal.signal(number, self._remember) for number in obeyed()}
+
+    @property
+    def wanted(self) -> bool:
+        """Whether this process wants the run to stop."""
+        return self._received is not None or time.monotonic() >= self._deadline
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self._received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
+
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back to whoever handled them before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

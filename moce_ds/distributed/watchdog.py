@@ -1,0 +1,135 @@
+"""Noticing that a process has gone, and which: a peer that dies or stops must end the others, not leave them waiting.
+
+Every process beats once a second, from a thread of its own, in the store at which the processes met. Rank 0 watches all
+beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
+there and ends with status LOST_PEER, out of whatever collective it waits in. One that is interrupted, not stopped at a
+step, says so in the same way, and all end with STOPPED. An error that a process has explained (a
+MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process,
+or at once where its disk or network has failed.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import threading
+from contextlib import suppress
+from types import TracebackType
+
+from torch.distributed import DistError
+
+from moce_ds.distributed.rendezvous import Rendezvous
+from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
+from moce_ds.host.machine import machine_fault
+
+_BEAT_SECONDS = 1.0
+_BROKEN_BEATS = 5  # once a process has seen a connection break, a silence of so many beats tells who broke it
+_STORE_SECONDS = 20.0
+_STATUSES = (1, LOST_PEER, STOPPED)  # of a verdict, which nobody can use to end a run as if all were well
+
+
+class Watch:
+    """The beats of one process, and its eye on the others.
+
+    Args:
+        rank, world_size: of this process; local_rank: 0 prints the verdict, once a machine.
+        timeout: seconds of silence after which a rank counts as lost.
+        meeting: where the processes have met.
+    """
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, timeout: float, meeting: Rendezvous) -> None:
+        self._rank, self._world_size, self._local_rank = rank, world_size, local_rank
+        self._limit = max(_BROKEN_BEATS, round(timeout / _BEAT_SECONDS))
+        self._host, self._store = meeting.host, meeting.sealed(_STORE_SECONDS)
+        self._doing, self._broken = "starting", False
+        self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def set_status(self, doing: str) -> None:
+        """Say what this process is at, such as "step 12", for the message about it if it is lost."""
+        self._doing = doing
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, and end the others if this process ends otherwise than it should.
+
+        Raises:
+            LostPeerError: a collective has failed, and it did not show which process is to blame.
+        """
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            self._broken = True
+            self._thread.join(3 * _BROKEN_BEATS * _BEAT_SECONDS)  # the verdict ends this process
+            raise LostPeerError(
+                f"A collective failed at {self._doing}, while all processes still answer: {error}"
+            ) from error
+        self._stop.set()
+        self._thread.join()
+        if error is None:
+            return
+        who = f"Rank {self._rank} on {socket.gethostname()}"
+        fault = error if isinstance(error, MoceError) else machine_fault(error)
+        how = f"{type(error).__name__}: {error}" if fault is None else str(fault)
+        told = f"{who} ended at {self._doing}: {how}"
+        with suppress(DistError):  # the store may have gone first
+            if isinstance(error, KeyboardInterrupt):
+                self._store.set("verdict", f"{STOPPED} {who} was interrupted at {self._doing}.")
+            elif fault is not None and not (fault.status == LOST_PEER and fault.every_process):
+                status = fault.status if fault.status in _STATUSES else 1
+                self._store.set(f"farewell/{self._rank}", f"{status} {told}")
+            else:  # a defect, or what struck this process alone: the others wait for it in vain
+                self._store.set("verdict", f"{LOST_PEER} {told}")
+
+    def _run(self) -> None:
+        for count in itertools.count():
+            try:
+                self._store.set(f"beat/{self._rank}", f"{count} {socket.gethostname()}")
+                if self._broken:
+                    self._store.set("broken", str(self._rank))
+                verdict = _parsed(self._store.get("verdict"))
+                own = None if verdict else self._judge()
+            except DistError:
+                if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
+                    return  # this process was about to end as well
+                gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it."
+                own, verdict = None, (LOST_PEER, gone)
+            if end := own or verdict:
+                status, text = end
+                if own or self._local_rank == 0:
+                    with suppress(OSError):  # nobody reads it any more
+                        print(text if status == STOPPED else f"Error: {text}", file=sys.stderr, flush=True)
+                os._exit(status)
+            if self._stop.wait(_BEAT_SECONDS):
+                return
+
+    def _judge(self) -> tuple[int, str] | None:
+        """A verdict (exit status and message) if a watched rank has been silent for too long; None if all is well."""
+        limit = _BROKEN_BEATS if self._store.get("broken") else self._limit
+        watched = range(1, self._world_size) if self._rank == 0 else range(1)
+        for rank in watched:
+            beat = self._store.get(f"beat/{rank}")
+            last, age = self._heard.get(rank, ("", 0))
+            # Counted in own beats: after a pause of all processes (Ctrl-Z) nobody is taken for lost.
+            self._heard[rank] = (beat, age + 1 if beat == last else 0)
+            if self._heard[rank][1] >= limit:
+                host = beat.partition(" ")[2] or "an unknown host"
+                # The step is that at which this process waits for the lost one.
+                status, text = _parsed(self._store.get(f"farewell/{rank}")) or (
+                    LOST_PEER,
+                    f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at {self._doing}. "
+                    "It has died or hangs; the other processes end.",
+                )
+                self._store.set("verdict", f"{status} {text}")
+                return status, text
+        return None
+
+
+def _parsed(verdict: str) -> tuple[int, str] | None:
+    """Exit status and message of a verdict or a farewell; None where there is none, or it makes no sense."""
+    status, _, text = verdict.partition(" ")
+    return next(((known, text) for known in _STATUSES if status == str(known)), None)

@@ -1,0 +1,1 @@
+"""What features are worth: k-NN, linear probe, reconstruction error."""

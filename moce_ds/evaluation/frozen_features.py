@@ -1,0 +1,72 @@
+"""How good an encoder's frozen features are for a task: k-NN or linear probe on its splits.
+
+Axes: N images of a split, D features.
+"""
+
+import torch
+from torch import Tensor
+
+from moce_ds.console import warn
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import Splits, labels_of
+from moce_ds.evaluation.knn import KnnSettings, check_classes, knn_accuracy
+from moce_ds.evaluation.linear import MAX_ITERATIONS
+from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
+from moce_ds.evaluation.probe import ProbeSettings, linear_probe
+from moce_ds.models.encode import EncodeSettings, encode_all
+from moce_ds.models.vit import Encoder
+
+SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
+"""Of each verb; they say what is measured."""
+
+
+def measure_frozen(
+    encoder: Encoder,
+    splits: Splits,
+    config: KnnSettings | ProbeSettings,
+    device: torch.device,
+    choose_by: Metric | None = None,
+) -> Score | MultiLabelScore:
+    """k-NN, in which the validation images vote too, or the linear probe, whose strength they choose.
+
+    Raises:
+        DataError: the splits do not go together, or no classifier can be judged on them.
+    """
+    check_labels(splits)
+    train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, device)
+    validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
+    test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
+    if isinstance(config, ProbeSettings):
+        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
+        if unfinished := score.settings.get("not_converged"):
+            warn(
+                f"probe: logistic regression had not converged after {MAX_ITERATIONS} iterations with "
+                f"l2={', '.join(map(str, unfinished))}; l2={score.settings['l2']} was chosen. Features are nearly "
+                "separable there: leave these strengths out of l2, or take method=closed_form."
+            )
+        return score
+    if validation is not None:
+        train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
+    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config)
+
+
+def check_labels(splits: Splits) -> None:
+    """Refuse labels that no classifier can be judged by, before anything is encoded. Raises DataError."""
+    train = torch.from_numpy(labels_of(splits.train, splits.train))
+    for name, images in (("test", splits.test), ("validation", splits.val)):
+        if images is not None:
+            labels = torch.from_numpy(labels_of(images, splits.train))
+            if train.ndim == 1:
+                check_classes(train, labels, name)
+
+
+def encoded(
+    encoder: Encoder, images: ShardSet, training: ShardSet, config: EncodeSettings, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of a split, and its labels [N] or targets [N, K], both by the classes of the training split.
+
+    Raises:
+        DataError: an image has no class, or the classes are not those of the training split.
+    """
+    labels = torch.from_numpy(labels_of(images, training))
+    return encode_all(encoder, images, config, device), labels

@@ -1,0 +1,128 @@
+"""What a task is judged by: top-1, mean accuracy per class, and VOC2007's 11-point mean average precision.
+
+Labels are classes [N], or, where an image may show several things, targets [N, K]: 1 shown, 0 not shown, -1 not counted
+(VOC's "difficult").
+
+Axes: N images, K classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moce_ds.errors import DataError
+from moce_ds.evaluation.settings import Metric
+
+SPOKEN: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy on a task's test images, with how it was obtained.
+
+    Attributes:
+        top1: share of the test images with the right class, 0-1.
+        mean_per_class: the same share per class, averaged over the classes present in the test split, 0-1.
+        n_train: images in the training split (and in the one for validation), all of them used.
+        n_test: images in the test split.
+        settings: what was set or chosen, such as k or the regularisation; JSON values only.
+    """
+
+    top1: float
+    mean_per_class: float
+    n_train: int
+    n_test: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """By metric."""
+        return {"top1": self.top1, "mean_per_class": self.mean_per_class}
+
+
+@dataclass(frozen=True)
+class MultiLabelScore:
+    """As `Score`, of a task whose images show several things: 11-point mAP, 0-1."""
+
+    map11: float
+    n_train: int
+    n_test: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """By metric."""
+        return {"map11": self.map11}
+
+
+def top1(predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> float:
+    """Share of images with the right class, 0-1."""
+    return float((predicted_N == labels_N).mean())
+
+
+def mean_per_class(predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> float:
+    """The share of right images of each class, averaged over the classes that `labels_N` holds, 0-1."""
+    _, class_N = np.unique(labels_N, return_inverse=True)
+    per_class_K = np.bincount(class_N, weights=predicted_N == labels_N) / np.bincount(class_N)
+    return float(per_class_K.mean())
+
+
+def average_precision_11(scores_N: NDArray[np.floating], target_N: NDArray[np.integer]) -> float:
+    """VOC2007's average precision of one class: the mean over recalls r = 0, 0.1 ... 1 of the best precision at a
+    recall of r or more, 0-1. Images with target -1 count for nothing; of equal scores the earlier image ranks first.
+
+    Recalls are compared as integers: 3 of 10 *is* a recall of 0.3, which floating point may deny.
+
+    Raises:
+        DataError: no image shows the class.
+
+    Source: Everingham et al. 2010, section 4.2.
+    """
+    counted_N = target_N >= 0
+    ranked = np.argsort(-scores_N[counted_N], kind="stable")
+    shown = target_N[counted_N][ranked] == 1
+    found = np.cumsum(shown)
+    if not shown.any():
+        raise DataError("No test image shows the class: its average precision is not defined.")
+    precision = found / np.arange(1, len(shown) + 1)
+    return float(np.mean([precision[10 * found >= tenths * found[-1]].max() for tenths in range(11)]))
+
+
+def mean_average_precision_11(scores_NK: NDArray[np.floating], targets_NK: NDArray[np.integer]) -> float:
+    """`average_precision_11` averaged over the classes that some image shows. Raises DataError where there is none."""
+    shown = np.flatnonzero((targets_NK == 1).any(axis=0))
+    if not len(shown):
+        raise DataError("No test image shows any class: average precision is not defined.")
+    return float(np.mean([average_precision_11(scores_NK[:, k], targets_NK[:, k]) for k in shown]))
+
+
+def figure(metric: Metric, scores_NK: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """One metric of the scores that a classifier gives to each class; labels are positions [N], or targets [N, K]."""
+    if metric == "map11":
+        return mean_average_precision_11(scores_NK, labels)
+    return {"top1": top1, "mean_per_class": mean_per_class}[metric](scores_NK.argmax(axis=1), labels)
+
+
+def judge(
+    scores_NK: NDArray[np.floating], labels: NDArray[np.integer], n_train: int, settings: Mapping[str, Any]
+) -> Score | MultiLabelScore:
+    """All metrics of the scores that a classifier gives to each class; labels are positions [N], or targets [N, K]."""
+    if labels.ndim == 2:
+        return MultiLabelScore(mean_average_precision_11(scores_NK, labels), n_train, len(labels), settings)
+    predicted_N = scores_NK.argmax(axis=1)
+    return Score(top1(predicted_N, labels), mean_per_class(predicted_N, labels), n_train, len(labels), settings)
+
+
+def score(predicted_N: Tensor, labels_N: Tensor, n_train: int, settings: Mapping[str, Any]) -> Score:
+    """The `Score` of predicted classes against the true ones."""
+    predicted, labels = predicted_N.cpu().numpy(), labels_N.cpu().numpy()
+    return Score(top1(predicted, labels), mean_per_class(predicted, labels), n_train, len(labels), settings)
+
+
+def default_metric(labels: Tensor | NDArray[np.integer]) -> Metric:
+    """Top-1, or 11-point mAP for targets [N, K]."""
+    return "map11" if labels.ndim == 2 else "top1"

@@ -1,0 +1,165 @@
+"""`results.json`: a list of records of measurements, which any number of commands may add to at the same time.
+
+A record is known by what was measured (`verb`, `task`, `model`, `seed`) and by `made_from`, a SHA-256 of all that
+decides the number: the content of the model and of the images, and the settings. Measured again, it replaces the record
+of before, and one of an earlier version, which has no `made_from`; of another model under the same name, it stands
+beside it. `content_sha256` is that of the record itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moce_ds.console import warn
+from moce_ds.storage.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
+from moce_ds.storage.files import check_writable, read_json, valid_record, write_json, writes_to
+from moce_ds.storage.locks import locked
+from moce_ds.text import counted, in_line
+
+WRITTEN_BY = "moce knn, moce probe or moce select"
+_WHAT = "a list of results"
+_OF_ENCODERS = ("knn", "probe", "finetune")
+_SHOWN = 8  # digits of a checksum that tell two models apart
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What every record has."""
+
+    verb: str
+    task: str
+
+
+@dataclass(frozen=True)
+class _Accuracy(_Record):
+    model: str
+    top1: float
+    mean_per_class: float
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class _Precision(_Record):
+    """Of a task whose images have several labels."""
+
+    model: str
+    map11: float
+    n_train: int
+    n_test: int
+
+
+@dataclass(frozen=True)
+class _Selection(_Record):
+    route: list[int]
+    share: float
+    n_images: int
+
+
+_KINDS: dict[str, type[_Record]] = {"knn": _Accuracy, "probe": _Accuracy, "select": _Selection}
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The records of a results file, without their checksums; none where it is not there yet.
+
+    Raises:
+        ArtefactError: it is damaged, or holds something else.
+    """
+    return [{key: value for key, value in record.items() if key != CHECKSUM} for record in _stored(path)]
+
+
+def results_findings(path: Path) -> Findings:
+    """What cannot be verified. Raises ArtefactError where a record is not what was written."""
+    older = sum(not has_checksum(record) for record in _stored(path))
+    return Findings(unverified=[written_before(f"{path.name}, {counted(older, 'record')} of it")] if older else [])
+
+
+def check_results(path: Path | None) -> None:
+    """Refuse, before anything is measured, a results file that no record can be added to. Raises ArtefactError."""
+    if path is not None:
+        check_writable(path)
+        read_results(path)
+
+
+def add_record(path: Path | None, record: dict[str, Any]) -> None:
+    """Add a record to a results file, in the place of an earlier one of the same measurement; None: nowhere.
+
+    Raises:
+        ArtefactError: the file holds something else, or cannot be written; or another process does not let go of it.
+    """
+    if path is None:
+        return
+    busy = f"{path} has been held by another process for a minute: check that process, then run the same command again."
+    with locked(path.with_name(f".{path.name}.lock"), busy):
+        stored = _stored(path)
+        others = [one for one in stored if not _gives_way(one, record)]
+        if any(_is_older(one, record) for one in stored):
+            named = in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model")))))
+            warn(f"{path}: the new record of {named} replaces one that does not say which model and images it is of.")
+        with writes_to(path):
+            write_json(path, [*others, with_checksum(record)])
+
+
+def told_apart(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, in order, with a mark on the name of a model that stands for several on one task:
+    `expert (1a2b3c4d)`. One name may stand for another model on every task, as that of a task's own expert does.
+
+    The digits are those of the model's checksum, or of all that the record was made from where the model is the same.
+    """
+    models: dict[Any, set[Any]] = defaultdict(set)
+    for record in records:
+        models[_subject(record)].add(record.get("model_sha256"))
+    for known in models.values():
+        known.discard(None)  # of an earlier version, which may well have measured the same model
+    named = [_named(record, "model_sha256", len(models[_subject(record)]) > 1) for record in records]
+    alike: dict[Any, set[Any]] = defaultdict(set)
+    for record in named:
+        alike[_place(record)].add(record.get("made_from"))
+    return [_named(record, "made_from", len(alike[_place(record)]) > 1) for record in named]
+
+
+def _named(record: dict[str, Any], by: str, ambiguous: bool) -> dict[str, Any]:
+    if not ambiguous:
+        return record
+    mark = str(record[by])[:_SHOWN] if record.get(by) else "earlier version"
+    return {**record, "model": f"{record.get('model') or ''} ({mark})".strip()}
+
+
+def _subject(record: dict[str, Any]) -> tuple[Any, ...]:
+    """What is to be one model: that of a task. The checksums of encoders say nothing of those of whole checkpoints."""
+    measures = "encoder" if record["verb"] in _OF_ENCODERS else record["verb"]
+    return measures, record["task"], record.get("model")
+
+
+def _place(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["verb"], record["task"], record.get("model"), record.get("seed")
+
+
+def _gives_way(stored: dict[str, Any], record: dict[str, Any]) -> bool:
+    same = stored.get("made_from") == record.get("made_from")
+    return (_place(stored) == _place(record) and same) or _is_older(stored, record)
+
+
+def _is_older(stored: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether an earlier version wrote it, in which the newer record would have taken its place."""
+    return _place(stored) == _place(record) and not stored.get("made_from") and bool(record.get("made_from"))
+
+
+def _stored(path: Path) -> list[dict[str, Any]]:
+    """The records as they are in the file, checked."""
+    if not path.exists():
+        return []
+    records = read_json(path, _WHAT, WRITTEN_BY)
+    valid_record(list[dict[str, Any]], records, str(path), _WHAT, WRITTEN_BY)
+    for number, record in enumerate(records):
+        _check(record, path, number)
+    return list(records)
+
+
+def _check(record: dict[str, Any], path: Path, number: int) -> None:
+    kind = _KINDS.get(str(record.get("verb")), _Record)
+    kind = _Precision if kind is _Accuracy and "map11" in record else kind
+    valid_record(kind, record, f"{path}, record {number},", "it", WRITTEN_BY)
+    check_document(path, record, f"record {number}", WRITTEN_BY)

@@ -1,0 +1,141 @@
+"""What the options of `moce export` ask for, and doing it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.data.task_images import opened_images
+from moce_ds.errors import ConfigError
+from moce_ds.export import routes as choosing
+from moce_ds.export.formats.target import Format
+from moce_ds.export.routes import AVERAGES, Chosen
+from moce_ds.export.select import Selection, run_clusters, select_route
+from moce_ds.export.write import ROUTE, check_free, export_dense, export_route
+from moce_ds.models.encode import EncodeSettings
+from moce_ds.storage.files import atomic_folder, writes_to
+
+AUTO = "auto"
+_OPTIONS = "--data, --cluster, --route, --expert, --all, --average"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as given; None or False where an option is not."""
+
+    data: Path | None = None
+    cluster: int | None = None
+    route: str | None = None
+    expert: int | None = None
+    all: bool = False
+    average: str | None = None
+
+    @property
+    def choice(self) -> str | None:
+        """The option that chooses; `--data` alone does. Raises ConfigError where several do, or they do not fit."""
+        given = [f"--{name}" for name, value in vars(self).items() if value is not None and value is not False]
+        choosing = [option for option in given if option != "--data"]
+        if len(choosing) > 1:
+            raise ConfigError(f"Got {' and '.join(choosing)}: choose a route with one of {_OPTIONS}.")
+        if self.route == AUTO and self.data is None:
+            raise ConfigError("--route auto: the images of --data choose the route; name a shard set or a folder.")
+        if self.data is not None and choosing and self.route != AUTO and self.average is None:
+            raise ConfigError(f"--data: {choosing[0]} needs no images; they go with --route auto and --average.")
+        if self.average is not None and self.average not in AVERAGES:
+            raise ConfigError(f"--average: got {self.average!r}; expected {' or '.join(AVERAGES)}.")
+        return next(iter(choosing or given), None)
+
+
+def export_requested(
+    run: Path,
+    out: Path,
+    request: Request,
+    format: Format,
+    config: EncodeSettings,
+    device: torch.device,
+    task: str | None,
+    replace: bool = False,
+    selection: Selection | None = None,
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write what is asked for; yields every folder written with its provenance.
+
+    With `--all` the folders appear in `out` together, when the last one is whole.
+
+    Args:
+        task: the name of the task of `request.data`.
+        replace: put it in the place of an earlier export.
+        selection: the vote of those images, where it has been counted.
+
+    Raises:
+        ConfigError: the options do not fit the run, or `out` exists.
+        ArtefactError: the run is damaged, or `out` cannot be written.
+    """
+    choice, checkpoint = request.choice, find(run)
+    check_free(out, replace)
+    if not checkpoint.experts:
+        if choice:
+            raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")
+        yield out, export_dense(checkpoint, out, format, replace)
+        return
+    if not choice:
+        raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
+    checkpoint, clusters = run_clusters(run)
+    if request.average and checkpoint.entry("model", "experts", "gate") == "path":
+        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units are no copies of one another.")
+    if request.all:
+        with writes_to(out), atomic_folder(out) as draft:
+            for chosen in choosing.choose_all(checkpoint):
+                name = f"{ROUTE}{choosing.spoken(chosen.experts or ())}"
+                yield out / name, export_route(checkpoint, clusters, chosen, draft / name, {}, format)
+        return
+    selection = selection or _selected(run, request.data, config, device)
+    votes = {"votes": selection.record(task or "")} if selection else {}
+    chosen = _chosen(checkpoint, request, selection)
+    yield out, export_route(checkpoint, clusters, chosen, out, votes, format, replace)
+
+
+def _selected(run: Path, data: Path | None, config: EncodeSettings, device: torch.device) -> Selection | None:
+    if data is None:
+        return None
+    with opened_images(data) as images:
+        return select_route(run, images, config, device)
+
+
+def _chosen(checkpoint: Checkpoint, request: Request, selection: Selection | None) -> Chosen:
+    if request.average is not None:
+        return choosing.choose_average(checkpoint, request.average, selection.clusters if selection else None)
+    if selection is not None:
+        return choosing.choose_selected(checkpoint, selection)
+    if request.cluster is not None:
+        return choosing.choose_cluster(checkpoint, request.cluster)
+    if request.expert is not None:
+        return choosing.choose_expert(checkpoint, request.expert)
+    return choosing.choose_route(checkpoint, _experts(str(request.route)))
+
+
+def _experts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
+
+
+def told(out: Path, provenance: dict[str, Any]) -> str:
+    """What the terminal says of an export."""
+    route, back = provenance["route"], provenance["loaded_back"]
+    what, twin = "dense encoder", "the trained model"
+    if route:
+        what = f"route {choosing.spoken(tuple(route))}"
+    elif "average" in provenance:
+        what, twin = f"{provenance['average']} average", "trained blocks around averaged experts"
+    if back["library"]:
+        check = f"loaded back by {back['library']}: {back['max_difference']:.1e}"
+    else:
+        check = f"not loaded back: {back['reason']}"
+    return (
+        f"{out}: {what} of step {provenance['step']} as {provenance['format']}, {provenance['part']}; differs from "
+        f"{twin} by {provenance['max_difference']:.1e} (of the largest output); {check}"
+    )

@@ -1,0 +1,113 @@
+"""Which route serves a task: its images vote through the clusters they fall in (docs/method.md, "Deployment").
+
+Axes: N images, M clusters, L expert layers.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.feature_store import ENCODER, check_encoder
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError
+from moce_ds.export.typicality import Typicality
+from moce_ds.models.encode import EncodeSettings, encode_all
+from moce_ds.models.vit import Encoder, load_encoder
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The vote of a task's images.
+
+    Attributes:
+        route: expert of every expert layer, of the winning route.
+        share: the winner's share of the votes: the confidence.
+        routes: every route that got votes with its share, falling.
+        clusters: share of the images in each cluster that holds any, falling.
+        n_images: images that voted.
+        typicality: how much they look like the images of pre-training; None where only clusters were counted.
+    """
+
+    route: tuple[int, ...]
+    share: float
+    routes: list[tuple[tuple[int, ...], float]]
+    clusters: dict[int, float]
+    n_images: int
+    typicality: Typicality | None = None
+
+    def record(self, task: str) -> dict[str, Any]:
+        """Plain data for results.json."""
+        return {
+            "verb": "select",
+            "task": task,
+            "route": list(self.route),
+            "share": self.share,
+            "routes": [{"route": list(route), "share": share} for route, share in self.routes],
+            "clusters": {str(cluster): share for cluster, share in self.clusters.items()},
+            "n_images": self.n_images,
+            "typicality": self.typicality and self.typicality.record(),
+        }
+
+
+def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
+    """The newest checkpoint of a run with experts and the clusters it was trained with.
+
+    Raises:
+        ArtefactError: the run is dense, or its clusters are not those of the checkpoint.
+    """
+    checkpoint = find(run)
+    if not checkpoint.experts:
+        raise ArtefactError(f"{run} is a dense run: it has no routes to select from.")
+    if checkpoint.manifest.get("routing") is None:
+        raise ArtefactError(f"{run} routes by token (experts.gate=token): no route serves a whole image.")
+    clusters = Clusters.load(clusters_folder(checkpoint))
+    if clusters.hash != checkpoint.manifest.get("clusters_hash"):
+        raise ArtefactError(f"{clusters_folder(checkpoint)}: these are not the clusters that {run} was trained with.")
+    return checkpoint, clusters
+
+
+def clusters_folder(checkpoint: Checkpoint) -> Path:
+    """The copy of the clusters in the checkpoint's run folder."""
+    return checkpoint.folder.parent.parent / "clusters"
+
+
+def clusters_encoder(checkpoint: Checkpoint, clusters: Clusters, device: torch.device) -> Encoder:
+    """The encoder that labels a task's images with the run's clusters. Raises ArtefactError where it is another one."""
+    folder = clusters_folder(checkpoint)
+    check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
+    return load_encoder(folder / ENCODER, device)
+
+
+def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torch.device) -> Selection:
+    """Label a task's images with the run's clusters and count the votes. Raises ArtefactError, DataError."""
+    checkpoint, clusters = run_clusters(run)
+    encoder = clusters_encoder(checkpoint, clusters, device)
+    features_ND = encode_all(encoder, task, config, device)
+    # Features of the pre-training set went through float16 on disk; the task's take the same way.
+    ids_N, cosine_N = clusters.assign_with_cosine(features_ND.half().float().numpy())
+    expert_ML = np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
+    return replace(count_votes(ids_N, expert_ML), typicality=Typicality.of(ids_N, cosine_N, clusters))
+
+
+def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selection:
+    """Histogram over clusters, and votes per route, since several clusters can share one.
+
+    Args:
+        ids_N: cluster of each of the task's images; at least one.
+        expert_ML: route of each cluster.
+    """
+    count_M = np.bincount(ids_N, minlength=len(expert_ML))
+    order = [int(c) for c in np.argsort(-count_M, kind="stable") if count_M[c]]
+    votes: dict[tuple[int, ...], int] = {}
+    for cluster in order:
+        route = tuple(int(e) for e in expert_ML[cluster])
+        votes[route] = votes.get(route, 0) + int(count_M[cluster])
+    n = len(ids_N)
+    routes = [(route, count / n) for route, count in sorted(votes.items(), key=lambda item: (-item[1], item[0]))]
+    return Selection(routes[0][0], routes[0][1], routes, {c: count_M[c] / n for c in order}, n)

@@ -1,0 +1,212 @@
+"""Experts of a trained MoCE as an ordinary dense ViT, checked against the model they come from before it is published.
+
+Peak memory is that of the dense model and one expert, however many experts the run has: the trained model's answer is
+worked out first, with the chosen experts alone; then the dense model is put together and written; then it is loaded.
+
+Axes: T tokens, D width, L expert layers, M clusters, E experts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.export.formats.registry import TIMM
+from moce_ds.export.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
+from moce_ds.export.reference_model import Output, Trial, output_of, trained_model
+from moce_ds.export.routes import Chosen, Voices
+from moce_ds.models.build import ModelSpec
+from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
+from moce_ds.models.mae import MaskedAutoencoder, run_plainly
+from moce_ds.models.moce import make_gate
+from moce_ds.models.vit import check_state
+from moce_ds.storage.drafts import restore
+from moce_ds.storage.encoder_folder import PROVENANCE, replace_provenance
+from moce_ds.storage.files import atomic_folder, check_writable, write_json, writes_to
+
+ROUTE = "route-"
+"""How the names of the folders begin that `--all` writes."""
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the largest output, between the export and the model that was trained."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: experts of a checkpoint, or a dense one; `spoken` names it in errors."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    clusters: Clusters | None
+    mixture: Mixture
+    spoken: str
+
+
+def export_route(
+    checkpoint: Checkpoint,
+    clusters: Clusters,
+    chosen: Chosen,
+    out: Path,
+    extra: dict[str, Any],
+    format: Format = TIMM,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """Write the dense ViT of chosen experts; returns its provenance.
+
+    The gate value folded in is that of the cluster, or the mean over the clusters that speak for an expert.
+
+    Args:
+        out: the folder; must not exist, unless `replace` is given and it holds an earlier export.
+        extra: goes into `provenance.json` (the votes, say).
+
+    Raises:
+        ConfigError: `out` exists, or the run's routes are no dense ViTs.
+        ArtefactError: the export does not compute what the trained model computes; nothing is written.
+    """
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
+    assert spec.experts is not None, "the caller opens runs with experts only"
+    if spec.experts.k > 1 or spec.experts.shared:
+        raise ConfigError(
+            f"{checkpoint.folder}: k={spec.experts.k}, shared_expert={spec.experts.shared}: an image goes through "
+            "several MLPs a layer: a route is no dense ViT. Export a run with experts.k=1 and no shared expert."
+        )
+    mixture = _mixture(chosen, _gate_table(checkpoint, spec, clusters))
+    provenance: dict[str, Any] = {
+        "clusters_hash": clusters.hash,
+        "layers": list(spec.experts.layers),
+        "route": None if chosen.average else list(chosen.experts or ()),
+        "combine": spec.experts.combine,
+        "clusters": {str(cluster): share for cluster, share in chosen.clusters.items()},
+    }
+    if chosen.average:
+        provenance["average"] = chosen.average
+        provenance["experts"] = [{str(e): vars(share) for e, share in layer.items()} for layer in mixture]
+        provenance["exact_for"] = "nothing: an average of experts is a model that was not trained"
+    else:
+        provenance["gate_values"] = [share.gate for layer in mixture for share in layer.values()]
+        exact = len(chosen.clusters) == 1
+        provenance["exact_for"] = "every image of the cluster" if exact else "mean gate value of the clusters"
+    check_free(out, replace)
+    return _export(_Source(checkpoint, spec, clusters, mixture, chosen.spoken), out, provenance | extra, format)
+
+
+def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
+    """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
+    spec = ModelSpec.from_tree(checkpoint.entry("model"))
+    check_free(out, replace)
+    return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
+
+
+def check_free(out: Path, replace: bool) -> None:
+    """Nothing is overwritten, but an earlier export where that is asked for.
+
+    Raises:
+        ConfigError: something else is there, or replacing was not asked for.
+        ArtefactError: `out` cannot be written.
+    """
+    check_writable(out)
+    restore(out)
+    if out.exists() and not (replace and (_is_export(out) or _holds_all(out))):
+        raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / PROVENANCE).is_file()
+
+
+def _holds_all(folder: Path) -> bool:
+    """Whether an `--all` wrote a folder: every route of a run, and nothing else."""
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    return bool(inside) and all(path.name.startswith(ROUTE) and _is_export(path) for path in inside)
+
+
+def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) -> dict[str, Any]:
+    checkpoint, spec, dense = source.checkpoint, source.spec, source.spec.dense
+    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **told}
+    provenance |= {"format": format.name, "part": format.part}
+    trial = Trial.of(dense)
+    before: Output = "patches" if format.part == "full" else "tokens"
+    trained, run_block = trained_model(checkpoint, spec, source.clusters, source.mixture)
+    expected = {output: output_of(trained, run_block, trial, output) for output in (before, format.output)}
+    del trained, run_block
+    state = encoder_state(checkpoint, spec, source.mixture)
+    if format.part == "full":
+        state |= decoder_state(checkpoint, spec)
+    provenance |= _compared(_dense_output(state, dense, trial, before), expected[before], source.spoken)
+    with writes_to(out), atomic_folder(out) as draft:
+        format.write(draft, DenseModel(state, dense, provenance))
+        del state
+        provenance["loaded_back"] = _loaded_back(format, draft, source, trial, expected[format.output])
+        if format.is_encoder_folder:
+            replace_provenance(draft, provenance)
+        else:
+            write_json(draft / PROVENANCE, provenance)
+            write_record(draft, format, dense)
+    return provenance
+
+
+def _gate_table(checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters) -> Tensor | None:
+    """The gate values [L, M, E]; None with straight_through, which multiplies by 1 in value."""
+    assert spec.experts is not None
+    if spec.experts.combine == "straight_through":
+        return None
+    gate = make_gate(spec.experts, torch.from_numpy(clusters.embeddings_MD))
+    shared = checkpoint.load(WEIGHTS, ["cls_token"])
+    weights = {name.removeprefix("gate."): t for name, t in shared.items() if name.startswith("gate.")}
+    load_weights_strict(dict(gate.named_parameters()), weights, str(checkpoint.folder))
+    with torch.inference_mode():
+        return gate().double()
+
+
+def _mixture(chosen: Chosen, probs_LME: Tensor | None) -> Mixture:
+    """What each expert contributes: its share, and its gate value, the mean over the clusters that speak for it."""
+
+    def share(layer: int, expert: int, voices: Voices) -> Share:
+        weight = 1.0 if chosen.experts else sum(voices.values())
+        if probs_LME is None:
+            return Share(weight)
+        return Share(weight, sum(part / weight * float(probs_LME[layer, c, expert]) for c, part in voices.items()))
+
+    return tuple({e: share(layer, e, v) for e, v in experts.items()} for layer, experts in enumerate(chosen.layers))
+
+
+@torch.inference_mode()
+def _dense_output(state: dict[str, Tensor], spec: ModelSpec, trial: Trial, output: Output) -> Tensor:
+    """What the dense model in memory computes: timm's ViT, or the masked autoencoder where the decoder goes along."""
+    if output == "tokens":
+        return as_encoder(state, spec, {}, "the export").model.forward_features(trial.images_BCHW)
+    with torch.device("meta"):  # no second copy
+        mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    check_state(mae, state, "the export")
+    mae.load_state_dict(state, assign=True)
+    return output_of(mae.eval(), run_plainly, trial, output)
+
+
+def _compared(found: Tensor, expected: Tensor, what: str) -> dict[str, float]:
+    """How far an output is from the trained model's. Raises ArtefactError where that is too far."""
+    largest = float((found - expected).abs().max())
+    relative = largest / float(expected.abs().max())
+    if not relative <= TOLERANCE:  # NaN, too
+        raise ArtefactError(
+            f"The export of {what} differs from the trained model by {relative:.1e}, more than {TOLERANCE:.0e}: "
+            "nothing was written. This is a defect of moce_ds; please report it."
+        )
+    return {"max_difference": relative, "max_abs_difference": largest}
+
+
+def _loaded_back(format: Format, folder: Path, source: _Source, trial: Trial, expected: Tensor) -> dict[str, Any]:
+    """The library that loaded the written files and how far its output is, or why none did. Raises ArtefactError."""
+    if format.library is None or format.run is None:
+        return {"library": None, "reason": f"{format.name} cannot be installed as a package"}
+    if not installed(format.library):
+        return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
+    with torch.inference_mode():
+        found = format.run(folder, source.spec.dense, trial)
+    compared = _compared(found, expected, f"{source.spoken} as {format.name}")
+    return {"library": library_version(format.library), **compared}

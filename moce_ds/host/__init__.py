@@ -1,0 +1,1 @@
+"""The process and its machine: signals, threads, faults of the machine."""

@@ -1,0 +1,111 @@
+"""The queue of SLURM, through submitit: put jobs into it, and ask what is in it."""
+
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit import SlurmExecutor
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from moce_ds.errors import ConfigError
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.launch.slurm_rank import Rank
+from moce_ds.text import counted, script_fault
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job in the queue, or an array of them.
+
+    Attributes:
+        job: its number.
+        what: what it asks for, in words.
+        log: what its first process writes; the others' are beside it. Of an array: the pattern of all.
+    """
+
+    job: str
+    what: str
+    log: str
+
+
+def submit(
+    profile: SlurmProfile,
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    name: str,
+    after: Sequence[str] = (),
+    usable_nodes: Sequence[int] = (),
+) -> Submitted:
+    """Queue a job for each command (words after `moce`), several as one array; logs go to `folder`.
+
+    Args:
+        after: jobs that must have succeeded first.
+        usable_nodes: numbers of nodes that the commands can run on, of those that the profile allows; empty: all.
+
+    Raises:
+        ConfigError: there is no SLURM here, sbatch refuses, which is passed on, or the folder's or job's name cannot be
+            in a script.
+    """
+    check_scriptable(folder, name)
+    python = str(profile.python or sys.executable)
+    ranks = [
+        Rank(
+            (python, "-m", "moce_ds", *words),
+            tuple(usable_nodes),
+            profile.max_failures,
+            signal.Signals[f"SIG{profile.signal}"],
+        )
+        for words in commands
+    ]
+    try:
+        # Its own count of time-outs would end a run that is meant to be requeued for weeks.
+        inside = f"{profile.container} {shlex.quote(python)}".strip()
+        executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
+        told = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
+        teardown = ["status=$?", f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {told}", "exit $status"]
+        executor.update_parameters(job_name=name, teardown=teardown, **profile.sbatch(after))
+        with executor.batch():
+            jobs = [executor.submit(rank) for rank in ranks]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise ConfigError(f"sbatch refused the job: {_own_words(error)}") from None
+    except RuntimeError as error:  # submitit did not find srun
+        raise ConfigError(f"{error} Run this where sbatch and srun are, as on a login node.") from None
+    if len(jobs) == 1:
+        return Submitted(jobs[0].job_id, profile.spoken, str(jobs[0].paths.stdout))
+    number = jobs[0].job_id.partition("_")[0]
+    logs = folder.absolute() / f"{number}_*_0_log.out"
+    return Submitted(number, f"{counted(len(jobs), 'job')} of {profile.spoken}", str(logs))
+
+
+def check_scriptable(folder: Path, name: str = "") -> None:
+    """Check that a job's script can name the folder of its logs: what follows a line break would be run.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    for text in (str(folder.absolute()), name):
+        if fault := script_fault(text):
+            raise ConfigError(f"{text!r} {fault}, and the job's script names it: choose another folder.")
+
+
+def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
+    """State of those jobs that wait or run. Empty, too, where there is no SLURM."""
+    if not jobs:
+        return {}
+    try:
+        asked = ["squeue", "--noheader", "--me", "--format=%F %T"]
+        told = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+    except FileNotFoundError:
+        return {}
+    states = dict(line.split() for line in told)
+    return {job: states[job] for job in jobs if job in states}
+
+
+def _own_words(error: Exception) -> str:
+    """What sbatch said, out of what submitit makes of it."""
+    lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
+    return "; ".join(line.removeprefix("error: ") for line in lines) or str(error).strip()

@@ -1,0 +1,105 @@
+"""What each process of a SLURM job does: run the command as one rank, pass signals on, see that the job goes on.
+
+submitit starts a `Rank` in every process of the job. Its own handling of signals does not fit: it acts on rank 0 alone,
+not while rank 0 waits in a collective, and takes every warning of a short job for the end of its time. So the command
+runs in a child, which asks its peers to stop with it, and here is what remains: signals are passed on, and when the
+child has ended before its work was done the job is put back into the queue, unless SLURM is about to end it anyway.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+
+from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import SlurmJobEnvironment
+
+from moce_ds.distributed.sealing import SECRET
+from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.host.interrupts import kept_signals, wait_for
+from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
+
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
+_LAST_SECONDS = 90.0  # in which SLURM ends a job that was put back into the queue
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of a job; the same object for all of them.
+
+    Attributes:
+        command: what to run; it learns its rank from the environment.
+        usable_nodes: numbers of nodes with which it can run; of more, the last stay idle. Empty: any.
+        max_failures: starts after a lost process, in a row.
+        warning: the signal before the end, after which the job is to go on later.
+    """
+
+    command: tuple[str, ...]
+    usable_nodes: tuple[int, ...]
+    max_failures: int
+    warning: signal.Signals
+
+    def __call__(self) -> None:
+        """Run the command; returns when it has done its work, and else ends the process with its status."""
+        with kept_signals(_PASSED_ON) as asked:
+            job, began = SlurmJobEnvironment(), time.monotonic()
+            start = JobStart.of(job, job.paths.folder)
+            nodes = max((n for n in self.usable_nodes if n <= job.num_nodes), default=job.num_nodes)
+            if job.node >= nodes:
+                print(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
+                return
+            child = subprocess.Popen(self.command, env={**os.environ, **place(job, start, nodes)})
+            # SLURM may have sent the child the same signals, which does not mind: only the first counts.
+            status = wait_for(child, asked)
+            if status == 0:
+                return
+            stopped = status == STOPPED or -status in asked
+            lost = not stopped and (status < 0 or status == LOST_PEER)
+            if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
+                start.requeue("stopped as asked")
+            who = f"rank {job.global_rank} on {socket.gethostname()}"
+            if not stopped or job.global_rank == 0:  # others may be stopped by a srun that fails
+                start.record_end(who, status, time.monotonic() - began, lost=lost)
+            if stopped:
+                sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
+            if lost:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                print(f"{who.capitalize()} {how}.", flush=True)
+                # Every process asks for that: one that is cut off cannot.
+                if start.begin_again(self.max_failures):
+                    _wait_for_the_end(asked)
+            sys.exit(status if status > 0 else LOST_PEER)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """For submitit, when the warning comes before this object is called: nothing is done yet, so begin again."""
+        return DelayedSubmission(self)
+
+
+def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, str]:
+    """The variables by which the processes of a job on its first `nodes` nodes find each other."""
+    each = job.num_tasks // job.num_nodes
+    secret = start.folder / SECRET_FILE
+    # Another port at each start: what the last one left may still hold the old one.
+    port = _FIRST_PORT + zlib.crc32(f"{start.name} {start.restart}".encode()) % _PORTS
+    return {
+        "RANK": str(job.global_rank),
+        "WORLD_SIZE": str(nodes * each),
+        "LOCAL_RANK": str(job.local_rank),
+        "LOCAL_WORLD_SIZE": str(each),
+        "MASTER_ADDR": job.hostnames[0] if nodes > 1 else "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # Its own for each start: jobs of one array share the file. It is absent from launches of older versions.
+        SECRET: f"{secret.read_text().strip()}-{start.name}-{start.restart}" if secret.exists() else "",
+    }
+
+
+def _wait_for_the_end(asked: list[int]) -> None:
+    """Wait until SLURM ends this process: to leave by itself would look like a failure of the job."""
+    deadline = time.monotonic() + _LAST_SECONDS
+    while signal.SIGTERM not in asked and time.monotonic() < deadline:
+        time.sleep(0.05)

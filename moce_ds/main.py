@@ -1,0 +1,38 @@
+"""The `moce` command: the verbs of single stages (cli/), and those that run other verbs (workflow/)."""
+
+import click
+
+from moce_ds import __version__
+from moce_ds.cli.verbs import STAGE_VERBS
+from moce_ds.console import run_command
+from moce_ds.host import threads
+from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
+
+
+@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moce")
+def moce() -> None:
+    """Masked autoencoders with a mixture of cluster-conditional experts.
+
+    \b
+    The stages, in order:
+      shards    images -> tar shards            select    which expert serves a task
+      pretrain  a dense MAE (arch=mae)          export    that expert as a dense ViT
+      features  its features of every image     knn       accuracy without training
+      cluster   features -> clusters            probe     accuracy of a linear classifier
+      pretrain  the experts (arch=moce)         finetune  train encoder and classifier
+                                                report    one HTML page of a run
+
+    `pipeline` runs them all. Before a long run, `plan` says what it would take on other machines; `study` runs many, to
+    compare them.
+    """
+
+
+for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS):
+    moce.add_command(verb)
+
+
+def main() -> None:
+    """Entry point."""
+    threads.apply_choice()
+    run_command(moce, "moce")

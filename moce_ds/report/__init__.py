@@ -1,0 +1,1 @@
+"""HTML reports and inspection of what is on disk."""

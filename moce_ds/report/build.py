@@ -1,0 +1,172 @@
+"""`moce report`: one self-contained HTML page about a run, a folder of runs, or a study (a grid of runs).
+
+What concerns all runs stands here: results on tasks, and how the runs trained beside one another. A section whose
+files are not there is not made.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moce_ds.report import plots
+from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table, write_page
+from moce_ds.report.plots import Line, Scale
+from moce_ds.report.routing import route_name
+from moce_ds.report.run_chapter import run_chapter
+from moce_ds.report.run_folder import Run, Study, read_study
+from moce_ds.report.study_chapter import study_chapters, study_summary, write_csv
+from moce_ds.report.study_folder import STUDY, read_study_folder
+from moce_ds.storage.files import check_writable
+
+# Columns of the result table: heading, verb and key of the record.
+_MEASURES = (
+    ("k-NN top-1", "knn", "top1"),
+    ("k-NN per class", "knn", "mean_per_class"),
+    ("probe top-1", "probe", "top1"),
+    ("probe per class", "probe", "mean_per_class"),
+    ("k-NN mAP", "knn", "map11"),
+    ("probe mAP", "probe", "map11"),
+)
+
+
+# Curves of all runs: key of the metrics, title, unit, scale, caption.
+_CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
+    (
+        "reconstruction",
+        "Reconstruction error",
+        "mean squared error",
+        "log",
+        "Squared error on masked patches, each patch normalised: lower is better, and about 1 is what guessing a "
+        "patch's mean gives. Every run counts its own steps from 0. Circles, where there are any: held-out images.",
+    ),
+    ("images_per_second", "Throughput", "images a second", "from zero", "Images a second over all processes."),
+    (
+        "data_wait",
+        "Waiting for data",
+        "share of time",
+        "percent",
+        "Share of the time spent waiting for images: near 0 means that loading keeps up.",
+    ),
+)
+
+
+def build_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the page about a run folder, a folder of run folders, or a study, and return its path.
+
+    Args:
+        folder: a run folder (it holds `config.yaml`), a folder whose sub-folders are, or that of a study (it holds
+            `study.json`), about which `study.csv` is written beside the page.
+        out: the HTML file; `folder/report.html` by default.
+
+    Raises:
+        ArtefactError: `folder` is none of these, a file in it is damaged, or the page cannot be written.
+    """
+    out = out or folder / "report.html"
+    check_writable(out)
+    if (folder / STUDY).is_file():
+        grid = read_study_folder(folder)
+        write_page(out, grid.name, study_summary(grid), study_chapters(grid))
+        write_csv(grid, out.with_name("study.csv"))
+        return out
+    study = read_study(folder)
+    chapters = [*_results(study.results), *_training(study.runs), *(run_chapter(run) for run in study.runs)]
+    write_page(out, study.name, _summary(study), [chapter for chapter in chapters if chapter.sections])
+    return out
+
+
+def _summary(study: Study) -> str:
+    parts = []
+    for run in study.runs:
+        text = f"{run.name}: {'dense MAE' if run.arch == 'mae' else 'MoCE'}"
+        if run.metrics:
+            text += f", {run.metrics[-1]['step']:,} steps"
+        if run.routing:
+            blocks = " and ".join(str(layer) for layer in run.routing.layers)
+            text += f", {run.routing.n_experts} experts in blocks {blocks}"
+        if run.clusters:
+            text += f", {run.clusters.num_clusters} clusters of {run.clusters.sizes_M.sum():,} images"
+        parts.append(text)
+    return " · ".join(parts)
+
+
+def _results(records: Sequence[dict[str, Any]]) -> Iterator[Chapter]:
+    if not records:
+        return
+    tables = [table for table in (_accuracies(records), _routes(records)) if table.rows]
+    text = "Accuracy of frozen features on test images, on which no choice was made."
+    yield Chapter("Results", "results", [Section("", text, tables=tables)])
+
+
+def _accuracies(records: Sequence[dict[str, Any]]) -> Table:
+    scores = {(r["task"], r["model"], r["verb"]): r for r in records if r["verb"] in ("knn", "probe")}
+    measures = [m for m in _MEASURES if any(verb == m[1] and m[2] in r for (*_, verb), r in scores.items())]
+    rows = []
+    for task in dict.fromkeys(task for task, _, _ in scores):
+        models = list(dict.fromkeys(model for named, model, _ in scores if named == task))
+        cells = {model: [_score(scores, task, model, verb, key) for _, verb, key in measures] for model in models}
+        best = [max(column, key=lambda value: value or 0) for column in zip(*cells.values(), strict=True)]
+        for model in models:
+            images = next(record for (t, m, _), record in scores.items() if (t, m) == (task, model))
+            rows.append(
+                [Cell(task), Cell(model)]
+                + [
+                    Cell(
+                        "–" if value is None else f"{value:.1%}", len(models) > 1 and value is not None and value == top
+                    )
+                    for value, top in zip(cells[model], best, strict=True)
+                ]
+                + [Cell(f"{images['n_train']:,}"), Cell(f"{images['n_test']:,}")]
+            )
+    return Table(
+        ["task", "model", *(heading for heading, _, _ in measures), "train", "test"],
+        rows,
+        "Test accuracy, best of each task in bold. “Per class” averages over classes instead of images.",
+        names=2,
+    )
+
+
+def _score(scores: dict[tuple[str, str, str], Any], task: str, model: str, verb: str, key: str) -> float | None:
+    record = scores.get((task, model, verb))
+    return None if record is None or key not in record else float(record[key])
+
+
+def _routes(records: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    selected = [record for record in records if record["verb"] == "select"]
+    several = {task for task, count in Counter(record["task"] for record in selected).items() if count > 1}
+    for record in selected:
+        others = [other for other in record.get("routes", []) if other["route"] != record["route"]]
+        clusters = sorted(record.get("clusters", {}).items(), key=lambda item: -item[1])[:3]
+        rows.append(
+            [
+                Cell(f"{record['task']} {record.get('model', '')}" if record["task"] in several else record["task"]),
+                Cell(route_name(record["route"]), best=True),
+                Cell(", ".join(f"{route_name(other['route'])} {other['share']:.0%}" for other in others[:2]) or "–"),
+                Cell(", ".join(f"{cluster} ({share:.0%})" for cluster, share in clusters) or "–"),
+                Cell(f"{record['share']:.0%}"),
+                Cell(f"{record['n_images']:,}" if "n_images" in record else "–"),
+            ]
+        )
+    return Table(
+        ["task", "selected route", "next routes", "main clusters", "votes", "images"],
+        rows,
+        "A route names the expert of each expert layer, in order. Each image of the task votes for the route of the "
+        "cluster that it falls in; “votes” is the winner's share. A model called “expert” above is this route.",
+        names=4,
+    )
+
+
+def _training(runs: Sequence[Run]) -> Iterator[Chapter]:
+    exhibits = []
+    for key, title, unit, scale, caption in _CURVES:
+        lines = [Line(run.name, *run.series(key), plots.colour(i)) for i, run in enumerate(runs)]
+        if key == "reconstruction":
+            lines += [
+                Line(f"{run.name}, held out", *run.series("eval_reconstruction"), plots.colour(i), marker=True)
+                for i, run in enumerate(runs)
+            ]
+        if drawn := [line for line in lines if len(line.values_S)]:
+            exhibits.append(Exhibit(plots.curves(drawn, title, unit, scale), caption))
+    if exhibits:
+        yield Chapter("Training", "training", [Section("", exhibits=exhibits)])

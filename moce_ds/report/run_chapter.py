@@ -1,0 +1,238 @@
+"""The report's chapter about one run: its losses, clusters, routes, images, reconstructions and settings.
+
+Axes: M clusters, N images of the shard set, E experts per layer, G groups of images (domains or classes).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.clustering.quality import cluster_report
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.report import gallery, plots, routing
+from moce_ds.report.gallery import Card
+from moce_ds.report.page import Chapter, Exhibit, Section
+from moce_ds.report.plots import Line
+from moce_ds.report.routing import Ints, Routing, route_name
+from moce_ds.report.run_folder import CLUSTERS, Run
+
+_CLUSTER_CARDS = 24
+_EXPERT_CARDS = 64  # over all layers
+_MOST_CLASSES = 60  # more rows than this are a texture, not a table
+_ROUTES_NAMED = 8
+_PICTURE_SIDE = 1400  # pixels
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a run's clusters were made of.
+
+    Attributes:
+        labels_N: position in `classes`, -1 without a class.
+        ids_N: cluster.
+    """
+
+    shards: ShardSet
+    labels_N: Ints
+    ids_N: Ints
+
+    @property
+    def classes(self) -> list[str]:
+        return self.shards.classes
+
+    def card(self, title: str, member_ids: Ints, note: str = "") -> Card:
+        """A card of some of `member_ids`, with their number, their commonest class and a note."""
+        main = gallery.main_class(self.labels_N[member_ids], self.classes)
+        notes = (f"{len(member_ids):,} images", f"{main.name} {main.share:.0%}" if main.name else "", note)
+        drawn = [gallery.picture(self.shards.decode(i), self._describe(i)) for i in gallery.draw(member_ids)]
+        return Card(title, " · ".join(part for part in notes if part), drawn)
+
+    def _describe(self, image_id: int) -> str:
+        label = self.labels_N[image_id]
+        return f"image {image_id}" + (f", {self.classes[label]}" if label >= 0 else "")
+
+
+def run_chapter(run: Run) -> Chapter:
+    """All that one run's folder holds, in the order in which one asks about it."""
+    images, why_not = _open_images(run)
+    sections = [
+        *_experts(run),
+        *_cluster_sizes(run, images, why_not),
+        *_gates(run, images),
+        *_cluster_gallery(run, images),
+        *_expert_gallery(run, images),
+        *_reconstruction(run),
+        Section("Settings", listing=yaml.safe_dump(run.config, sort_keys=False)),
+    ]
+    return Chapter(f"Run {run.name}", f"run-{run.name}", sections)
+
+
+def _open_images(run: Run) -> tuple[Images | None, str]:
+    """The run's images, or why they cannot be shown: a report outlives the shard set it is about."""
+    if run.clusters is None or run.shards is None:
+        return None, ""
+    try:
+        shards = ShardSet.open(run.shards)
+        ids_N = load_ids(run.path / CLUSTERS, shards.fingerprint, shards.count)
+    except (ArtefactError, DataError) as error:
+        return None, f"Images are not shown: {error}"
+    return Images(shards, shards.labels.astype(np.int64), ids_N), ""
+
+
+def _experts(run: Run) -> Iterator[Section]:
+    exhibits = []
+    for key, caption in (
+        ("imbalance", "0 while the gates prefer no expert, 1 − E for every expert layer once they are certain."),
+        ("balance", "Squared coefficient of variation of the experts' load, summed over layers: 0 is an equal load."),
+    ):
+        steps_S, values_S = run.series(key)
+        if len(steps_S):
+            title = f"{key.capitalize()} loss"
+            exhibits.append(Exhibit(plots.curves([Line(key, steps_S, values_S, plots.colour(0))], title, ""), caption))
+    layers = sorted({layer for record in run.metrics for layer in record.get("layers", {})}, key=int)
+    confidence = [
+        Line(f"block {layer}", *run.series("layers", layer, "confidence"), plots.colour(i))
+        for i, layer in enumerate(layers)
+    ]
+    if confidence:
+        caption = "Mean probability that the gate gives to the expert it chooses; 1/E is undecided, 100% certain."
+        exhibits.append(Exhibit(plots.curves(confidence, "Gate confidence", "probability", "percent"), caption))
+    for layer in layers:
+        steps_S, load_SE = run.series("layers", layer, "load")
+        _, live_S = run.series("layers", layer, "live")
+        caption = (
+            f"Share of images that each expert of block {layer} is given; white dashes mark equal shares. "
+            f"Live at the end: {live_S[-1]:.0f} of {load_SE.shape[1]} experts."
+        )
+        exhibits.append(Exhibit(plots.expert_load(steps_S, load_SE, f"Expert load, block {layer}"), caption))
+    if exhibits:
+        yield Section("Experts in training", exhibits=exhibits)
+
+
+def _cluster_sizes(run: Run, images: Images | None, why_not: str) -> Iterator[Section]:
+    if run.clusters is None:
+        return
+    clusters = run.clusters
+    method = "k-means" if clusters.method == "kmeans" else f"balanced assignment (Sinkhorn, eps {clusters.eps:g})"
+    relative_M = clusters.sizes_M / clusters.sizes_M.mean()
+    caption = (
+        f"Images per cluster by {method}: smallest {relative_M.min():.2f}, median {np.median(relative_M):.2f}, "
+        f"largest {relative_M.max():.2f} of the mean."
+    )
+    text = _agreement(clusters, images) if images else why_not
+    yield Section("Clusters", text, exhibits=[Exhibit(plots.sorted_sizes(clusters.sizes_M), caption)])
+
+
+def _agreement(clusters: Clusters, images: Images) -> str:
+    cosine_N = clusters.cosine_M[images.ids_N]
+    report = cluster_report(images.ids_N, clusters.num_clusters, cosine_N, images.labels_N, images.classes)
+    if report.domains is None or report.classes is None:
+        return "The images have no classes to compare the clusters with."
+    text = f"Agreement of clusters with classes: NMI {report.classes.nmi:.2f}, purity {report.classes.purity:.2f}."
+    if len(report.domains.majority_share) > 1:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in report.domains.majority_share.items())
+        text += f" Share of each domain's images in clusters that are mostly of that domain: {shares}."
+    return text
+
+
+def _gates(run: Run, images: Images | None) -> Iterator[Section]:
+    if run.routing is None:
+        return
+    table, order = run.routing, run.routing.order()
+    rows = [_cluster_name(images, cluster) for cluster in order]
+    exhibits = [
+        Exhibit(
+            plots.heatmap(probs_ME[order], rows, f"Gate of block {layer}"),
+            f"How likely the gate of block {layer} sends a cluster (row, with its commonest class) to an expert. "
+            "Rows are sorted by route, then by confidence, alike for all blocks, so that equal routes form bands.",
+        )
+        for layer, probs_ME in zip(table.layers, table.probs_LME, strict=True)
+    ]
+    used = Counter(table.routes)
+    counted = ", ".join(f"{route_name(route)} ({clusters})" for route, clusters in used.most_common(_ROUTES_NAMED))
+    more = f" and {len(used) - _ROUTES_NAMED} others" if len(used) > _ROUTES_NAMED else ""
+    text = f"{len(used)} routes are in use at step {table.step:,}; in brackets their clusters: {counted}{more}."
+    yield Section("Routing of clusters", text, exhibits=exhibits)
+    if images:
+        yield from _groups(table, images)
+
+
+def _cluster_name(images: Images | None, cluster: int) -> str:
+    name = gallery.main_class(images.labels_N[images.ids_N == cluster], images.classes).name if images else ""
+    return f"{name} · {cluster}" if name else str(cluster)
+
+
+def _groups(table: Routing, images: Images) -> Iterator[Section]:
+    """Domains, and classes where there are more of them but not too many, against the experts of each block."""
+    domains, domain_N = routing.group_images(images.classes, images.labels_N)
+    groupings = [("domains", domains, domain_N)] if len(domains) > 1 else []
+    if len(domains) < len(images.classes) <= _MOST_CLASSES:
+        groupings.append(("classes", images.classes, images.labels_N))
+    for what, names, group_N in groupings:
+        exhibits = []
+        for position, layer in enumerate(table.layers):
+            expert_N = table.expert_ML[images.ids_N, position]
+            share_GE = routing.shares(routing.count(group_N, expert_N, len(names), table.n_experts))
+            order = routing.row_order(share_GE)
+            title = f"{what.capitalize()} in block {layer}"
+            plot = plots.heatmap(share_GE[order], [names[group] for group in order], title)
+            exhibits.append(
+                Exhibit(plot, f"Share of the images of each row that the experts of block {layer} are given.")
+            )
+        yield Section(f"Routing of {what}", exhibits=exhibits)
+
+
+def _cluster_gallery(run: Run, images: Images | None) -> Iterator[Section]:
+    if run.clusters is None or images is None:
+        return
+    m = run.clusters.num_clusters
+    routes = run.routing.routes if run.routing else [()] * m
+    cards = [
+        images.card(
+            f"Cluster {cluster}",
+            np.flatnonzero(images.ids_N == cluster),
+            f"route\u00a0{route_name(routes[cluster])}" if routes[cluster] else "",
+        )
+        for cluster in gallery.choose_clusters(run.clusters.sizes_M, routes, _CLUSTER_CARDS)
+    ]
+    text = "Images drawn at random from each cluster, with its size, its commonest class and its route"
+    text += f"; {len(cards)} of {m} clusters, the largest of each route first." if len(cards) < m else "."
+    yield Section("Images by cluster", text, cards=cards)
+
+
+def _expert_gallery(run: Run, images: Images | None) -> Iterator[Section]:
+    if run.routing is None or images is None:
+        return
+    for position, layer in enumerate(run.routing.layers):
+        expert_N = run.routing.expert_ML[images.ids_N, position]
+        used_E = np.bincount(expert_N, minlength=run.routing.n_experts)
+        busiest = np.argsort(-used_E, kind="stable")[: max(1, _EXPERT_CARDS // len(run.routing.layers))]
+        cards = [
+            images.card(f"Expert {expert}", np.flatnonzero(expert_N == expert))
+            for expert in sorted(busiest.tolist())
+            if used_E[expert]
+        ]
+        text = (
+            f"Images drawn at random from all that an expert is given; {(used_E > 0).sum()} of {len(used_E)} get any."
+        )
+        yield Section(f"Images by expert, block {layer}", text, cards=cards)
+
+
+def _reconstruction(run: Run) -> Iterator[Section]:
+    if run.reconstruction is None:
+        return
+    with Image.open(run.reconstruction) as opened:
+        picture = gallery.picture(opened, f"Reconstructions of run {run.name}", _PICTURE_SIDE, quality=92)
+    scale = max(1, min(720 // picture.width, 640 // picture.height))
+    step = int(run.reconstruction.stem.removeprefix("step-"))
+    caption = (
+        f"From left to right: input, masked input, and the input with its hidden patches filled in, at step {step:,}. "
+        "Filled patches are shown at the true patch's mean and contrast, which the model does not predict."
+    )
+    yield Section("Reconstructions", exhibits=[Exhibit(picture, caption, scale)])

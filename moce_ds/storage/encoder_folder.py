@@ -1,0 +1,76 @@
+"""The folder in which a trained encoder travels, as files; what is in them is read in `models/vit.py`.
+
+encoder/
+  model.safetensors   weights, by timm's parameter names
+  provenance.json     where it comes from
+  ...                 what belongs to it, such as the head of a tuned encoder
+  config.json         shape, input, and the checksums of the other files and of itself; written last
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moce_ds.storage.checksums import (
+    Files,
+    Findings,
+    check_file,
+    document_findings,
+    file_findings,
+    names_below,
+    read_checked,
+    records_of,
+    write_checked,
+)
+from moce_ds.storage.files import read_json, read_record, sha256_of, write_json
+
+FORMAT = "moce_ds encoder 1"
+WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
+_WHAT, _MADE_BY = "an encoder folder", "moce export"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Record:
+    sha256: str
+    files: Files | None = None
+
+
+def write_config(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `config.json` with the checksums of all other files that are in the folder by now."""
+    others = [name for name in names_below(folder) if name != CONFIG]
+    record = {"format": FORMAT, **content, "sha256": sha256_of(folder / WEIGHTS), "files": records_of(folder, others)}
+    write_checked(folder / CONFIG, record)
+
+
+def replace_provenance(folder: Path, provenance: Any) -> None:
+    """Put another `provenance.json` into a whole encoder folder, and its checksum into `config.json`."""
+    write_json(folder / PROVENANCE, provenance)
+    write_config(folder, read_json(folder / CONFIG, _WHAT, _MADE_BY))
+
+
+def read_config(folder: Path, kind: type[T]) -> T:
+    """`config.json` as a `kind`. Raises ArtefactError: it is missing, damaged or of another version."""
+    return read_checked(folder / CONFIG, kind, _WHAT, _MADE_BY, format=FORMAT)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where an encoder comes from. Raises ArtefactError."""
+    provenance = read_record(folder / PROVENANCE, dict[str, Any], _WHAT, _MADE_BY)
+    check_file(folder, PROVENANCE, read_config(folder, _Record).files, "export it again.")
+    return provenance
+
+
+def findings(folder: Path) -> Findings:
+    """Everything in an encoder folder that is not as it was written. Raises ArtefactError where that cannot be told."""
+    record = read_config(folder, _Record)
+    found = document_findings(folder / CONFIG, CONFIG)
+    if record.files is not None:
+        return found + file_findings(folder, record.files)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        return found + Findings([f"{WEIGHTS}: is missing"])
+    differs = [] if sha256_of(weights) == record.sha256 else [f"{WEIGHTS}: is damaged or was exchanged"]
+    return found + Findings(differs) + file_findings(folder, None, [PROVENANCE])

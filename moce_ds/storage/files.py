@@ -1,0 +1,270 @@
+"""Writing so that a kill at any moment leaves either the old thing or the new one, never half of one."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tokenize import TokenError
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from moce_ds.errors import ArtefactError, MoceError
+from moce_ds.host.machine import refused, system_error
+from moce_ds.storage.drafts import draft_of, put_in_place, restore
+from moce_ds.text import is_utf8
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+_NO_UTF8 = "holds bytes that are no UTF-8, which the library of safetensors refuses"
+
+# What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
+_DAMAGE = (
+    SafetensorError, TokenError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError,
+    RecursionError,
+)  # fmt: skip
+
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # of torch.save, which says no more than that
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = draft_of(path)
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
+
+    An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
+    leaves it aside, and the next process that asks for it puts it back (`drafts`).
+
+    Raises:
+        ArtefactError: `path` was not there when the block began, and another process has written it since.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    restore(path)
+    may_replace = path.exists()
+    temporary = draft_of(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists() and not may_replace:
+            raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
+        put_in_place(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writes_to(path: Path) -> Iterator[None]:
+    """Give whatever the block cannot write, as on a full disk, the name of the artefact. Raises ArtefactError."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(ArtefactError, f"{path} cannot be written", error, path) from None
+    except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
+            raise
+        if cause := system_error(error):
+            raise refused(ArtefactError, f"{path} cannot be written", cause) from None
+        raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
+
+
+@contextmanager
+def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> Iterator[None]:
+    """Give whatever the block cannot read of a file, which is missing, forbidden or damaged, the file's name.
+
+    Args:
+        path: the file; it is opened once here, since libraries call missing whatever they cannot open.
+        cure: what to do about a file that is missing or damaged, such as "write the clusters again with ...".
+        kind: the error to raise.
+
+    Raises:
+        ArtefactError, or `kind`: the fault, and what to do.
+    """
+    try:
+        with open(path, "rb"):
+            pass
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise kind(f"{path} is missing: {cure}") from None
+    except OSError as error:
+        raise refused(kind, f"{path} cannot be read", error, path) from None
+    except _DAMAGE as error:
+        if cause := system_error(error):
+            raise refused(kind, f"{path} cannot be read", cause) from None
+        if not is_utf8(path):
+            raise kind(f"{path} {_NO_UTF8}: give its folder another name.") from None
+        raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
+
+
+def load_array(
+    path: Path, dtype: Any, shape: tuple[int, ...], cure: str, kind: type[MoceError] = ArtefactError
+) -> np.ndarray:
+    """A `.npy` file of ours, memory-mapped for reading; nothing in it is unpickled.
+
+    Raises:
+        ArtefactError, or `kind`: as `reads_from`; or it holds another dtype or shape.
+    """
+    with reads_from(path, cure, kind):
+        array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype != dtype or array.shape != shape:
+        raise kind(f"{path} holds {array.shape} of {array.dtype}, expected {shape} of {np.dtype(dtype)}: {cure}")
+    return array
+
+
+def load_tensors(path: Path, cure: str) -> "dict[str, Tensor]":
+    """The tensors of a `.safetensors` file, on the host. Raises ArtefactError as `reads_from`."""
+    with reads_from(path, cure):
+        from safetensors.torch import load_file  # here, since verbs that need no torch read records with this module
+
+        return load_file(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file, atomically. Raises OSError where the disk does not take it."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as opened:
+        # numpy writes to what it takes for a file with C's stdio, and then misses what a full disk says at its end.
+        np.lib.format.write_array(SimpleNamespace(write=opened.write), array, allow_pickle=False)
+
+
+def save_tensors(
+    path: Path, tensors: "Mapping[str, Tensor | np.ndarray]", metadata: dict[str, str] | None = None
+) -> None:
+    """Write a `.safetensors` file of tensors of the host, all of torch or all of numpy, as readable as the umask lets
+    it be: the library itself gives files to their owner alone. Raises OSError, or SafetensorError with its text."""
+    if not is_utf8(path):
+        raise OSError(errno.EILSEQ, f"its path {_NO_UTF8}")
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written to, before anything is computed for it. Raises ArtefactError."""
+    above = path.parent
+    while not os.access(above, os.F_OK):  # unlike Path.exists, says no where looking is forbidden
+        above = above.parent
+    if not above.is_dir():
+        raise ArtefactError(f"{path} cannot be written: {above} is a file. Name a place in a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtefactError(f"{path} cannot be written: {above} does not allow it. Name another place.")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str, made_by: str) -> Any:
+    """Read a JSON file of ours; `what` it is and which verb it is `made_by` go into the error.
+
+    Raises:
+        ArtefactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except NotADirectoryError:
+        raise ArtefactError(f"{path.parent} is no folder: expected {what} in one, as `{made_by}` writes it.") from None
+    except FileNotFoundError:
+        raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is damaged ({error}): write {what} again with `{made_by}`.") from None
+    except OSError as error:
+        raise refused(ArtefactError, f"{path} cannot be read", error, path) from None
+
+
+def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
+    """Read a JSON object of ours as a `kind`, a dataclass; keys that it does not have are left out.
+
+    Args:
+        version: keys that say how to read the file, with the values that this program knows; looked at first.
+
+    Raises:
+        ArtefactError: as `read_json`; or another version; or keys are missing or of another type, all of them listed.
+    """
+    content = read_json(path, what, made_by)
+    found = {key: content.get(key) for key in version} if isinstance(content, dict) else version
+    if found != version:
+        raise ArtefactError(
+            f"{path} says {_spoken(found)}; this program reads {_spoken(version)}: write {what} again with "
+            f"`{made_by}`, or use the version of moce that wrote it."
+        )
+    return valid_record(kind, content, str(path), what, made_by)
+
+
+def valid_record(kind: type[T], content: Any, source: str, what: str, made_by: str) -> T:
+    """Plain data as a `kind`; `source` being named in errors. Raises ArtefactError as `read_record`."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors())
+        raise ArtefactError(
+            f"{source} is damaged ({'; '.join(faults)}): write {what} again with `{made_by}`."
+        ) from None
+
+
+def _spoken(version: dict[str, object]) -> str:
+    return " ".join(f"{key} {value!r}" for key, value in version.items())
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy a folder, as hard links where the file system allows (artefacts are never edited in place)."""
+
+    def link_or_copy(src: str, dst: str) -> None:
+        try:
+            os.link(src, dst)
+        except OSError:
+            try:
+                shutil.copy2(src, dst)
+            except OSError as error:
+                faults.append(error)
+                raise
+
+    faults: list[OSError] = []  # what shutil collects is text
+    try:
+        shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of all that failed; the first says why
+        raise (faults or [OSError(error.args[0][0][2])])[0] from None

@@ -1,0 +1,103 @@
+"""One process at a time works on something: whoever holds its lock file.
+
+The system releases the locks of a killed process. Where the file system supports no locks (NFS and Lustre can be
+mounted so), a file whose existence is the lock stands in: the next process on the same host removes that of a killed
+one, but nobody can tell whether a process on another host still runs, and its file has to be deleted by hand.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from moce_ds.errors import ArtefactError
+from moce_ds.storage.files import writes_to
+
+LOCK = ".lock"
+"""The lock file of a folder that one process writes at a time."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextmanager
+def locked(lock: Path, busy: str, seconds: float = 60.0) -> Iterator[None]:
+    """Hold a lock file for the length of the block, which is to be short where others wait for it.
+
+    Args:
+        busy: what is said where another process does not let go of it within so many `seconds`.
+
+    Raises:
+        ArtefactError: `busy`; or the file cannot be written.
+    """
+    acquired = _acquired(lock, seconds)
+    if acquired is None:
+        raise ArtefactError(busy)
+    try:
+        yield
+    finally:
+        acquired.release()
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock file for the length of the block, waiting for a process that does as long as it takes.
+
+    Raises:
+        ArtefactError: the file cannot be written.
+    """
+    with locked(lock, "", seconds=-1):
+        yield
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file now. Raises ArtefactError where the file cannot be written."""
+    if not (lock.exists() or _marker(lock).exists()):
+        return False
+    acquired = _acquired(lock, seconds=0)
+    if acquired is not None:
+        acquired.release()
+    return acquired is None
+
+
+@contextmanager
+def alone_in(folder: Path, busy: str) -> Iterator[None]:
+    """Be the only process that writes a folder, which is made where it is not there; leaves no lock file.
+
+    Raises:
+        ArtefactError: another process does; `busy` says so. Or the folder cannot be written.
+    """
+    lock = folder / LOCK
+    with writes_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(lock, busy, seconds=0):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
+
+
+def _acquired(lock: Path, seconds: float) -> BaseFileLock | None:
+    """The lock, or None where another process has held it for so many seconds; negative: wait without end."""
+    with writes_to(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _wait_for(FileLock(lock, timeout=seconds))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return _wait_for(SoftFileLock(_marker(lock), timeout=seconds))
+
+
+def _marker(lock: Path) -> Path:
+    """The file whose existence is the lock where the file system supports none."""
+    return lock.with_name(f"{lock.name}.soft")
+
+
+def _wait_for(lock: BaseFileLock) -> BaseFileLock | None:
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock

@@ -1,0 +1,206 @@
+"""What a run tells while it runs: the progress line, `metrics.jsonl` (the record), and TensorBoard (a mirror).
+
+Only the main process tells. A step that two attempts have recorded is resolved by whoever reads (`read_metrics`).
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.storage.files import sync, writes_to
+from moce_ds.storage.metrics_file import METRICS, checked, last_check
+
+
+class Meter:
+    """Images a second and the share of time spent waiting for data, over the last steps."""
+
+    def __init__(self, window: int = 20) -> None:
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=window)
+        self._last = time.perf_counter()
+
+    def step(self, images: int, waited: float) -> None:
+        """Count a step of so many images, of which `waited` seconds were spent waiting for data."""
+        now = time.perf_counter()
+        self._steps.append((images, now - self._last, waited))
+        self._last = now
+
+    @property
+    def images_per_second(self) -> float:
+        """Images a second of all processes together."""
+        return sum(s[0] for s in self._steps) / max(1e-9, sum(s[1] for s in self._steps))
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time, 0 to 1."""
+        return sum(s[2] for s in self._steps) / max(1e-9, sum(s[1] for s in self._steps))
+
+
+def measures(
+    attempt: RunLease, step: int, epoch: float, loss: float, lr: float, grad_norm: float, meter: Meter, runtime: Runtime
+) -> dict[str, Any]:
+    """What every record of metrics.jsonl holds (rates are per second, shares 0 to 1, memory in bytes).
+
+    A collective: `peak_memory` is that of the process with the most.
+    """
+    return {
+        "step": step,
+        "attempt": attempt.number,
+        "epoch": round(epoch, 4),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "images_per_second": round(meter.images_per_second, 2 if meter.images_per_second >= 1 else 6),
+        "data_wait": round(meter.data_wait, 4),
+        "peak_memory": int(runtime.max([float(runtime.peak_memory)])[0]),
+    }
+
+
+class MetricLogger:
+    """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context. Making one is a collective.
+
+    Raises:
+        ArtefactError: the run folder cannot be written to.
+    """
+
+    def __init__(self, attempt: RunLease, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
+        self._attempt, self._runtime = attempt, runtime
+        self._check = ""
+        self._images_per_step = images_per_step
+        with runtime.raise_on_all_ranks(), writes_to(attempt.run):
+            if runtime.is_main:
+                from moce_ds.training.tensorboard import Board  # here, since the other processes need none
+
+                self._check = last_check(attempt.run / METRICS)
+                self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+                self._board = Board(attempt.run / "tensorboard", first_step, runtime.say)
+        if not runtime.is_main:
+            return
+        self._bar = tqdm(
+            initial=first_step,
+            total=steps,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="step {n_fmt}/{total_fmt} {desc}eta {remaining}",
+        )
+
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._runtime.is_main:
+            return
+        self._bar.close()
+        self._board.close()
+        try:
+            self._record.close()
+        except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
+            if error is None:
+                self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
+
+    @property
+    def mark(self) -> str | None:
+        """Checksum of the last line of metrics.jsonl, which goes into a checkpoint's manifest; None: no line yet."""
+        return self._check or None
+
+    def keep(self, step: int) -> None:
+        """Wait until the records are on the disk, before a checkpoint names the last of them; a collective.
+
+        Raises:
+            ArtefactError, SupersededError: on every process, when they cannot be written.
+        """
+        with self._runtime.raise_on_all_ranks():
+            if self._runtime.is_main:
+                with self._attempt.writing(step):
+                    os.fsync(self._record.fileno())
+                    sync(self._attempt.run)
+
+    def step(self) -> None:
+        """Move the progress line on by one step."""
+        if self._runtime.is_main:
+            self._bar.update()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Write one record, a collective; numbers in nested dictionaries become TensorBoard scalars under a/b/c.
+
+        Raises:
+            ArtefactError, SupersededError: on every process, when it cannot be written.
+        """
+        with self._runtime.raise_on_all_ranks():
+            if self._runtime.is_main:
+                with self._attempt.writing(record["step"]):
+                    self._write(record)
+                self._show(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        line = checked(_finite(record), self._check)
+        self._record.write(json.dumps(line, allow_nan=False) + "\n")
+        self._record.flush()
+        self._check = line["check"]
+        for tag, value in _flat(record):
+            self._board.scalar(tag, value, record["step"])
+
+    def _show(self, record: dict[str, Any]) -> None:
+        line = progress_line(record)
+        self._bar.set_description_str(line + " ", refresh=True)
+        if self._bar.disable:  # not a terminal: a log file wants whole lines
+            eta = time_left((self._bar.total - record["step"]) * self._images_per_step, record["images_per_second"])
+            print(f"step {record['step']}/{self._bar.total} {line} eta {eta}", file=sys.stderr, flush=True)
+
+    def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
+        """Show a picture in TensorBoard."""
+        if self._runtime.is_main:
+            self._board.picture(tag, picture_HWC, step)
+
+
+def time_left(images: int, images_per_second: float) -> str:
+    """How long the images still take, as hours, minutes and seconds; `?` where the rate is too low to be known."""
+    return tqdm.format_interval(images / images_per_second) if images_per_second else "?"
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """The record in under 100 columns: loss, speed, waiting, rate, expert load."""
+    rate = record["images_per_second"]
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"{rate:.0f} img/s" if rate >= 10 else f"{rate:.2f} img/s" if rate >= 0.1 else f"{rate:.2g} img/s",
+        f"wait {record['data_wait']:.0%}",
+        f"lr {record['lr']:.1e}",
+    ]
+    layers = record.get("layers")
+    if layers:
+        loads = [share for layer in layers.values() for share in layer["load"]]
+        parts.append(f"load {min(loads):.0%}-{max(loads):.0%}")
+    return " ".join(parts)
+
+
+def _finite(value: Any) -> Any:
+    """A record in which numbers that are not finite are null: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _flat(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found += [(f"{prefix}{key}/{i}", float(item)) for i, item in enumerate(value)]
+        elif key != "step":
+            found.append((f"{prefix}{key}", float(value)))
+    return found

@@ -1,0 +1,1 @@
+"""Several verbs as one: pipeline, study, transfer."""

@@ -1,0 +1,75 @@
+"""The whole pipeline on one machine, every stage real: from images to expert ViTs and a report.
+
+    python -m moce_ds.workflow.demo [--short] [--out runs/demo]
+
+This is `moce pipeline configs/demo/pipeline.yaml` on images that are written first. Every command is printed before it
+runs; pre-training and features run in two processes, two experts a layer in each. Interrupted, it goes on when
+started again.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from moce_ds.config.settings import word
+from moce_ds.config.values import expanded
+from moce_ds.console import run_main, say, show
+from moce_ds.host import threads
+from moce_ds.workflow.pipeline import run_pipeline
+
+CONFIG = "configs/demo/pipeline.yaml"
+TASKS = ("digits", "textiles")
+SHORT = ("optim.epochs=1", "run.log_every=5")
+
+
+def main() -> int:
+    """Run the demo; returns the exit status. Raises MoceError as the stages."""
+    parser = argparse.ArgumentParser(prog="python -m moce_ds.workflow.demo", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--short", action="store_true", help="one epoch a run: shows that everything works, little more"
+    )
+    parser.add_argument(
+        "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"
+    )
+    given = parser.parse_args()
+    threads.apply_choice()
+    began = time.monotonic()
+    status = run_demo(given.out, given.short)
+    say(f"{time.monotonic() - began:.0f} s in all.")
+    return status
+
+
+def run_demo(out: Path, short: bool) -> int:
+    """Write the images, run all stages on them, and say what came out; returns the exit status."""
+    from moce_ds.data.sources.demo_images import write_demo_images
+
+    write_demo_images(out / "images")
+    words = [CONFIG, word("out", out), word("images", out / "images/pretrain")]
+    words += [word(f"tasks.{task}", out / "images/tasks" / task) for task in TASKS]
+    words += [word(f"words.{stage}", SHORT) for stage in ("mae", "moce") if short]
+    return run_pipeline(words) or _summary(out)
+
+
+def _summary(out: Path) -> int:
+    """The table, and whether each domain has clusters of its own."""
+    from moce_ds.clustering.clusters import Clusters, load_ids
+    from moce_ds.clustering.quality import cluster_report
+    from moce_ds.data.shards import ShardSet
+    from moce_ds.evaluation.results import accuracy_table
+    from moce_ds.evaluation.results_file import read_results
+
+    shards, clusters = ShardSet.open(out / "shards"), Clusters.load(out / "clusters")
+    ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
+    report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
+    assert report.domains is not None, "the demo's images have classes"
+    say("")
+    show(accuracy_table(read_results(out / "results.json")))
+    for domain, share in sorted(report.domains.majority_share.items()):
+        say(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
+    say(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

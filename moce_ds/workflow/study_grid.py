@@ -1,0 +1,208 @@
+"""A study on paper: its settings, the cells of its grid, and what can be refused before any of them is run."""
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from moce_ds.config.settings import KeysOf, option, settings, word
+from moce_ds.config.values import arguments
+from moce_ds.config.words import read_settings
+from moce_ds.errors import ConfigError, MoceError
+from moce_ds.report.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
+from moce_ds.storage.checksums import read_checked
+from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
+
+TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
+"""Of a task that the settings name: a folder is called by it, and a word of a command."""
+
+Single = bool | int | float | str | None
+Value = Single | list[Single]
+
+POINT = KeysOf(PretrainSettings, own=LAUNCH_KEYS)
+GRID = KeysOf(PretrainSettings, own=LAUNCH_KEYS, several=True)
+
+
+@settings
+class StudySettings:
+    """The settings of `moce study`."""
+
+    out: Path = option(help="the study's folder")
+    base: Path = option(help="YAML file of `moce pretrain` that every cell starts from")
+    set: list[str] = option([], "key=value words of `moce pretrain` for every cell")
+    grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], GRID] = option(
+        {}, "for each key of `moce pretrain`, or processes, or nodes, the values that are crossed with all others"
+    )
+    cells: Annotated[list[Annotated[dict[str, Value], POINT]], Field(min_length=1)] = option(
+        [{}], "keys that change together, one mapping a point; each point is crossed with the grid"
+    )
+    processes: Positive = option(1, "processes of a cell on each machine, where the grid does not say")
+    nodes: Positive = option(1, "machines of a cell, where the grid does not say")
+    tasks: dict[TaskName, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
+    heldout: Path | None = option(None, "held-out images, for the reconstruction error of cells with experts")
+    x: str | None = option(None, "key on the report's horizontal axis; null: the one with the most values")
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """What a cell is evaluated on: a cell that is done for others is evaluated again."""
+        heldout = {"held out": str(self.heldout)} if self.heldout else {}
+        return {name: str(folder) for name, folder in self.tasks.items()} | heldout
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        name: short keys and values, unique and fit for a file name: `num=4,seed=1`.
+        at: full keys and values.
+        words: the arguments of `moce pretrain`.
+        processes, nodes: processes on each machine, and machines.
+        folder: where the run and all that is measured on it lies.
+    """
+
+    name: str
+    at: dict[str, Value]
+    words: list[str]
+    processes: int
+    nodes: int
+    folder: Path
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.processes * self.nodes
+
+    @property
+    def run(self) -> Path:
+        """The folder of its run."""
+        return self.folder / "run"
+
+    @property
+    def log(self) -> Path:
+        """What it said, of all its starts."""
+        return self.folder / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        """What the process holds that works on it."""
+        return self.folder / ".lock"
+
+    def config(self) -> PretrainSettings:
+        """The settings of its run. Raises ConfigError."""
+        return read_settings(PretrainSettings, self.words, origin="the study")
+
+    def record(self) -> CellRecord | None:
+        """What is known of it, None before its first start. Raises ArtefactError."""
+        path = self.folder / CELL
+        return read_checked(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
+
+
+def cells_of(study: StudySettings) -> list[Cell]:
+    """The cells in the order in which they are run: the last key of the grid changes fastest.
+
+    Raises:
+        ConfigError: two cells have one name, a key belongs to the study, or processes or nodes is no positive number.
+    """
+    crossed = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
+    points = [point | other for point in study.cells for other in crossed]
+    short = _short_keys(dict.fromkeys(key for point in points for key in point))
+    cells = [_cell(study, point, short) for point in points]
+    twice = [name for name, count in Counter(cell.name for cell in cells).items() if count > 1]
+    if twice:
+        raise ConfigError(f"The study has several cells called {', '.join(twice)}: name each point of the grid once.")
+    return cells
+
+
+def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> Cell:
+    name = ",".join(f"{short[key]}={_file_safe(value)}" for key, value in at.items()) or "only"
+    folder = study.out / CELLS / name
+    launch = {"processes": study.processes, "nodes": study.nodes} | {k: v for k, v in at.items() if k in LAUNCH_KEYS}
+    for key, value in launch.items():
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{key}: got {value!r} in cell {name}; expected a number from 1 on.")
+    if "run.out" in at:
+        raise ConfigError(
+            f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
+        )
+    own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
+    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / "run")]
+    return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
+
+
+def _short_keys(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of every key, or the whole key where two end alike."""
+    keys = list(keys)
+    counts = Counter(key.rsplit(".", 1)[-1] for key in keys)
+    return {key: last if counts[last := key.rsplit(".", 1)[-1]] == 1 else key for key in keys}
+
+
+def _file_safe(value: Value) -> str:
+    parts = value if isinstance(value, list) else [value]
+    texts = (json.dumps(part) if isinstance(part, bool | None) else str(part) for part in parts)
+    return "-".join(re.sub(r"[^\w.+-]+", "-", text).strip("-") for text in texts)
+
+
+def check_settings(cells: Sequence[Cell]) -> None:
+    """Check the settings of all cells, and their batch arithmetic. Raises ConfigError, listing every fault."""
+
+    def check(cell: Cell) -> None:
+        batch_arithmetic(cell.config(), cell.world_size)
+
+    _collect(cells, check)
+
+
+def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
+    """Check that what the cells read is there, and that none of their folders holds another run.
+
+    Raises:
+        ConfigError: every fault is listed, with the settings in which a run that is there differs.
+    """
+    from moce_ds.training.setup import check_run  # brings DeepSpeed along
+
+    inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
+    inputs |= {"heldout": [study.heldout]} if study.heldout else {}
+    check_there(inputs)
+
+    def check(cell: Cell) -> None:
+        config, record = cell.config(), cell.record()
+        read = {"data.shards": config.data.shards, "run.init_from": config.run.init_from}
+        read |= {"experts.clusters": config.experts.clusters} if config.model.arch == "moce" else {}
+        check_there({key: [path] for key, path in read.items() if path})
+        check_run(config)
+        if record and cell.run.exists() and (record.processes, record.nodes) != (cell.processes, cell.nodes):
+            raise ConfigError(
+                f"{cell.folder} was measured with {record.processes} processes on {record.nodes} machines, not "
+                f"{cell.processes} on {cell.nodes}: its speed would be of both. Use another `out`."
+            )
+
+    _collect(cells, check)
+
+
+def check_there(places: dict[str, list[Path]]) -> None:
+    """Raise ConfigError if anything that settings name is missing, listing all of it."""
+    missing = [f"{key}: {path} not found" for key, paths in places.items() for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError("\n".join(missing))
+
+
+def _collect(cells: Sequence[Cell], check: Any) -> None:
+    """Raise one error of all faults, each once, with the cells that have it."""
+    faults: dict[str, list[str]] = {}
+    for cell in cells:
+        try:
+            check(cell)
+        except MoceError as error:
+            faults.setdefault(str(error), []).append(cell.name)
+    if faults:
+        texts = []
+        for fault, names in faults.items():
+            whose = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more cells"
+            texts.append(f"{whose}:\n  " + fault.replace("\n", "\n  "))
+        raise ConfigError("Nothing was run. " + "\n".join(texts))

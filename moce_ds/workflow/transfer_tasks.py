@@ -1,0 +1,137 @@
+"""The tasks of the transfer protocol: where their images are, what they are judged by, how each method is set."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from moce_ds.config.settings import Layer, from_layers, option, settings
+from moce_ds.config.values import expanded
+from moce_ds.config.yaml_text import read_yaml_text
+from moce_ds.data.shards import MANIFEST
+from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
+from moce_ds.data.sources.public.found import SPLITS
+from moce_ds.data.task_images import Splits
+from moce_ds.errors import ConfigError
+from moce_ds.evaluation.knn import KnnSettings
+from moce_ds.evaluation.metrics import Metric
+from moce_ds.evaluation.probe import ProbeSettings
+
+CONFIGS = Path("configs/transfer")
+
+
+@settings
+class FinetuneWords:
+    """What `moce finetune` is told."""
+
+    words: list[str] = option([], "settings of moce finetune, as key=value")
+    choices: list[list[str]] = option(
+        [], "lists of further settings, of which the best on the validation split is taken"
+    )
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = option(
+        0.2, "training images that choose the weights, where there is no split for validation"
+    )
+
+
+@settings
+class TaskSettings:
+    """A task of `moce transfer`."""
+
+    data: Path = option(help="folder with train, test and perhaps val: shard sets, or folders of images by class")
+    dataset: str | None = option(None, "public data set that is written there while it is missing (moce dataset)")
+    source: Path | None = option(None, "where that data set lies, as it is distributed")
+    metric: Metric = option("top1", "top1, mean_per_class or map11 (images with several labels)")
+    knn: KnnSettings = dataclasses.field(default_factory=KnnSettings)
+    probe: ProbeSettings = dataclasses.field(default_factory=ProbeSettings)
+    finetune: FinetuneWords = dataclasses.field(default_factory=FinetuneWords)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task by name; `val` is None where it has no split for validation."""
+
+    name: str
+    config: TaskSettings
+    train: Path
+    val: Path | None
+    test: Path
+
+
+def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
+    """The task behind a word of `--tasks`: the name of a file in `configs/transfer`, or a YAML file.
+
+    Args:
+        overrides: a YAML file whose settings win.
+        data: a folder with a folder of each task's name, in the place of `data` in the settings.
+
+    Raises:
+        ConfigError: there is no such task, its settings have faults, or its images are not there.
+    """
+    path = _task_file(word)
+    layers: list[Layer] = [(str(path), read_yaml_text(path))]
+    if overrides is not None:
+        layers.append((str(overrides), read_yaml_text(overrides)))
+    if data is not None:
+        layers.append(("--data", {"data": data / path.stem}))
+    config = from_layers(TaskSettings, layers)
+    _write_missing(path.stem, config)
+    places = {split: config.data / split for split in SPLITS}
+    for split in ("train", "test"):
+        if not places[split].is_dir():
+            what = "is no folder" if places[split].exists() else "not found"
+            raise ConfigError(f"Task {path.stem}: {places[split]} {what}: {_how_to_write(config)}")
+    val = places["val"] if places["val"].is_dir() else None
+    if val is None and config.finetune.choices:
+        raise ConfigError(f"Task {path.stem}: finetune.choices need {places['val']}, images to choose by.")
+    return Task(path.stem, config, places["train"], val, places["test"])
+
+
+def _task_file(word: str) -> Path:
+    try:
+        named = expanded(word)
+    except ValueError as error:
+        raise ConfigError(f"--tasks: {word}: {error}.") from None
+    path = named if word.endswith((".yaml", ".yml")) or named.is_file() else CONFIGS / f"{word}.yaml"
+    if path.is_dir():
+        raise ConfigError(f"--tasks: {path} is a folder; expected a YAML file.")
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml"))) or f"none, no {CONFIGS} is here"
+        raise ConfigError(f"--tasks: {path} not found; known tasks: {known}. Or name a YAML file.")
+    return path
+
+
+def check_metric(task: Task, splits: Splits) -> None:
+    """Raise ConfigError where the task's labels do not allow its metric."""
+    several = splits.train.targets is not None
+    if several != (task.config.metric == "map11"):
+        kind, allowed = ("several labels", "map11") if several else ("one label", "top1 or mean_per_class")
+        raise ConfigError(
+            f"Task {task.name}: metric: got {task.config.metric}; its images have {kind} each: expected {allowed}."
+        )
+
+
+def _write_missing(name: str, config: TaskSettings) -> None:
+    written = all((config.data / split / MANIFEST).exists() for split in SPLITS)
+    if config.dataset is None or written:
+        return
+    if config.source is None or not config.source.is_dir():
+        raise ConfigError(f"Task {name}: {config.data} is not complete: {_how_to_write(config)}")
+    write_dataset(config.dataset, config.source, config.data, DatasetSettings())
+
+
+def _how_to_write(config: TaskSettings) -> str:
+    if config.dataset is None:
+        return "expected a shard set (`moce shards`) or a folder of images by class; --data says where tasks are."
+    unpacked = f" ({config.source} is not there)" if config.source else ""
+    return f"write it with `moce dataset {config.dataset} UNPACKED {config.data}`, or set source{unpacked}."
+
+
+def read_tasks(words: Sequence[str], overrides: Path | None, data: Path | None) -> list[Task]:
+    """All tasks, each once. Raises ConfigError as `read_task`."""
+    tasks = [read_task(word, overrides, data) for word in words]
+    names = [task.name for task in tasks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"--tasks: {', '.join(twice)} is named twice.")
+    return tasks

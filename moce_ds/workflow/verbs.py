@@ -1,0 +1,141 @@
+"""The verbs that run other verbs: pipeline, study, transfer, and launch, which runs them in several processes."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moce_ds.cli.options import PATH, Verb, force_option, words
+from moce_ds.config.words import is_config_word, read_settings
+from moce_ds.console import show
+from moce_ds.errors import ConfigError
+
+
+@click.command(cls=Verb, settings="moce_ds.workflow.study_grid:StudySettings")
+@words(required=True)
+@click.option("--list", "listed", is_flag=True, help="Print the cells and how far they are, and do nothing.")
+@force_option()
+@click.option("--cell", help="Run this cell only, such as num=4,seed=1.")
+def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
+    """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
+
+    Cells that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    """
+    from moce_ds.workflow.study import run_study, states_table
+    from moce_ds.workflow.study_grid import StudySettings
+
+    config = read_settings(StudySettings, words)
+    if listed:
+        show(states_table(config))
+        return
+    sys.exit(run_study(config, cell))
+
+
+@click.command(cls=Verb, settings="moce_ds.workflow.pipeline_stages:PipelineSettings")
+@words(required=True)
+@click.option("--list", "listed", is_flag=True, help="Print the stages and how far they are, and do nothing.")
+@force_option()
+@click.option("--stage", help="Run this stage only, such as features.")
+def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
+    """Run all stages, from images to the experts of tasks, their evaluation and a report.
+
+    Stages that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    """
+    from moce_ds.workflow.pipeline import run_pipeline, states_table
+
+    if listed:
+        show(states_table(words))
+        return
+    sys.exit(run_pipeline(words, stage))
+
+
+@click.command()
+@click.argument("runs", type=PATH, nargs=-1, required=True)
+@click.option("--tasks", required=True, help="Names of files in configs/transfer, or YAML files: digits,textiles.")
+@click.option("--config", type=PATH, help="A YAML file whose settings win over those of every task.")
+@click.option("--data", type=PATH, help="A folder with a folder for each task (default: data of its settings).")
+@click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")
+@click.option("--seeds", default="0", show_default=True, help="Of probe and finetune, with commas: 0,1,2.")
+@click.option("--out", type=PATH, help="Folder of everything (default: transfer in the first of RUNS).")
+def transfer(
+    runs: tuple[Path, ...],
+    tasks: str,
+    config: Path | None,
+    data: Path | None,
+    methods: str,
+    seeds: str,
+    out: Path | None,
+) -> None:
+    """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
+
+    A table for each method at the end; every number is kept in OUT/results.json. The same command goes on, or adds
+    what is new.
+    """
+    from moce_ds.workflow.transfer import run_campaign
+    from moce_ds.workflow.transfer_models import find_subjects
+    from moce_ds.workflow.transfer_table import campaign_tables
+    from moce_ds.workflow.transfer_tasks import read_tasks
+
+    subjects = find_subjects(list(runs))
+    read = read_tasks(_names("--tasks", tasks), config, data)
+    chosen = _names("--methods", methods)
+    records = run_campaign(subjects, read, chosen, _seeds(seeds), out or runs[0] / "transfer")
+    for table in campaign_tables(records, [subject.name for subject in subjects]):
+        show(table)
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise ConfigError(f"{option}: got {text!r}; expected one name or more, with a comma between two.")
+    return names
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdecimal() and len(part) < 19 for part in text.split(",")):  # 64 bits hold 18 digits
+        raise ConfigError(f"--seeds: got {text!r}; expected numbers with commas between them, such as 0,1,2.")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+# What follows the launched verb is the verb's own, options too.
+FOREIGN: Any = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.group()
+def launch() -> None:
+    """Run a verb in several processes: on this machine, or as a job of SLURM."""
+
+
+@launch.command("local", context_settings=FOREIGN)
+@click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Processes to start.")
+@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="After a lost process.")
+@click.argument("verb")
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB ...]")
+def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None:
+    """Run VERB in several processes on this machine, such as pretrain."""
+    from moce_ds.launch.local import run_processes
+
+    sys.exit(run_processes([sys.executable, "-m", "moce_ds", verb, *rest], nproc, max_restarts))
+
+
+@launch.command("slurm", cls=Verb, settings="moce_ds.launch.slurm_profile:SlurmProfile", context_settings=FOREIGN)
+@click.argument("words", nargs=-1, required=True, metavar="[PROFILE.yaml] [key=value ...] VERB [ITS ARGUMENTS ...]")
+def slurm(words: Sequence[str]) -> None:
+    """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
+
+    `pretrain`, `features`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array of jobs, and
+    `pipeline` a chain. Other verbs run in one process. A job whose time is over, that was preempted, or that lost a
+    node goes on by itself.
+    """
+    from moce_ds.launch.slurm_profile import SlurmProfile
+    from moce_ds.workflow.submit import JOB_VERBS, launch_on_slurm
+
+    verb = next((i for i, word in enumerate(words) if word in JOB_VERBS or not is_config_word(word)), None)
+    if verb is None:
+        raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
+    launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])
+
+
+VERBS = (study, pipeline, transfer, launch)
