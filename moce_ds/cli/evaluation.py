@@ -1,5 +1,6 @@
 """The verbs about a task: select, export, knn, probe, evaluate."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import click
 
 from moce_ds.cli.options import PATH, Verb, heads_option, words
 from moce_ds.config.words import read_settings
-from moce_ds.console import say, show, warn
+from moce_ds.console import say, show
 from moce_ds.text import in_line
+
+_logger = logging.getLogger(__name__)
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
@@ -157,7 +160,7 @@ def _accuracy(
     check_results(results)
     opened = open_encoder(encoder, device, heads)
     if encoder.is_file():
-        warn(f"{encoder}: taken for {opened.provenance['taken_for']}")
+        _logger.info(f"{encoder}: taken for {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]

@@ -3,6 +3,7 @@
 Axes: N images of the fit or of a block, M clusters, D feature width.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
 from moce_ds.clustering.feature_store import ENCODER, FeatureSet, check_encoder
@@ -19,9 +19,11 @@ from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.config.settings import differences, to_tree
-from moce_ds.console import say
+from moce_ds.console import progress_bar
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
+
+_logger = logging.getLogger(__name__)
 
 _ROWS = 8192
 """Rows of features whose [N, M] cosines exist at one time."""
@@ -65,7 +67,7 @@ def build_clusters(
     }
     if out.exists():
         _check_same(out, made_from)
-        say(f"{out} is finished, with the same settings and features: left as it is.", err=True)
+        _logger.info(f"{out} is complete, with the same settings and features: nothing to do.")
     else:
         check_writable(out)
         _write(feature_set, out, config, made_from, device)
@@ -115,12 +117,12 @@ def _fit(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
     """Embeddings [M, D], duals [M] and how the solver ended, None for plain k-means."""
     fit_ND = normalised(_sample(feature_set, config), mean_D)
-    with tqdm(total=config.kmeans_iterations, desc="k-means", delay=2) as bar:
+    with progress_bar(total=config.kmeans_iterations, desc="k-means", delay=2) as bar:
         centroids_MD = kmeans(fit_ND, config.num_clusters, config.seed, config.kmeans_iterations, watch=bar.update)
     if config.method == "kmeans":
         return centroids_MD, np.zeros(config.num_clusters, dtype=np.float32), None
     points_ND = torch.from_numpy(fit_ND).to(device)
-    with tqdm(desc="balance", unit=" passes", delay=2) as bar:
+    with progress_bar(desc="balance", unit=" passes", delay=2) as bar:
 
         def watch(marginal_error: float) -> None:
             bar.set_postfix_str(f"marginal error {marginal_error:.2g} -> {config.tolerance:g}", refresh=False)
@@ -212,12 +214,12 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
             f"(cosine above {_MERGED}): how images divide between them is arbitrary. Lower eps, rounds or num_clusters."
         )
     for fault in faults:
-        say(f"WARNING: {fault} Look at the hard sizes.", err=True)
+        _logger.warning(f"{fault} Look at the hard sizes.")
 
 
 def _progress(feature_set: FeatureSet, what: str) -> Iterator[np.ndarray]:
     """The blocks of a pass over all features, behind a bar when it takes long."""
-    with tqdm(total=feature_set.count, desc=what, unit=" images", unit_scale=True, delay=2) as bar:
+    with progress_bar(total=feature_set.count, desc=what, unit=" images", unit_scale=True, delay=2) as bar:
         for block_ND in feature_set.blocks():
             yield block_ND
             bar.update(len(block_ND))

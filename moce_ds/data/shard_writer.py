@@ -23,6 +23,7 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from moce_ds.config.settings import differences, option, settings
+from moce_ds.console import progress_bar
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
     FORMAT_VERSION,
@@ -213,7 +214,7 @@ def _write_missing(
     """Write the shards that have no record yet, and append theirs to `records`."""
     next_file = records[-1].next_file if records else 0
     first_id = sum(len(record.rows) for record in records)
-    bar = tqdm(total=len(files), initial=next_file, desc="shards", unit="file", disable=None)
+    bar = progress_bar(total=len(files), initial=next_file, desc="shards", unit="file", disable=None)
     with bar, closing(examined(source, files[next_file:], config.max_pixels, config.workers)) as results:
         while next_file < len(files):
             record = _write_shard(out, len(records), first_id, next_file, results, config.images_per_shard, bar)

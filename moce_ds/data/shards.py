@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from moce_ds.console import progress_bar
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
 from moce_ds.host.machine import status_of
@@ -224,7 +224,7 @@ class ShardSet:
 
     def _shard_faults(self) -> list[str]:
         faults = []
-        for number, shard in enumerate(tqdm(self.shards, "verify", unit="shard", disable=None, delay=2)):
+        for number, shard in enumerate(progress_bar(self.shards, "verify", unit="shard", disable=None, delay=2)):
             ids = np.flatnonzero(self.samples["shard"] == number)
             if sha256_of(self.path / shard.name) != shard.sha256:
                 damaged = self.damaged(ids.tolist())

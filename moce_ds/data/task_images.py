@@ -21,12 +21,12 @@ from moce_ds.text import in_line
 
 
 @contextmanager
-def opened_images(path: Path, say: Callable[[str], None] = warn) -> Iterator[ShardSet]:
+def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[ShardSet]:
     """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
 
     Args:
         path: what messages name, whatever is read in its place.
-        say: is told which files are no whole images and were left out, since no figure counts them.
+        warn: logs which files are no whole images and were left out, since no figure counts them.
 
     Raises:
         DataError: `path` is none of these, or holds several splits or no images.
@@ -34,7 +34,7 @@ def opened_images(path: Path, say: Callable[[str], None] = warn) -> Iterator[Sha
     """
     with _shards_of(path) as images:
         if told := left_out(images.path, path):
-            say(told)
+            warn(told)
         yield images
 
 

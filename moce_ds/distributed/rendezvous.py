@@ -6,9 +6,9 @@ machine meet on its loopback interface, and what they tell each other through th
 
 import errno
 import itertools
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,6 +22,8 @@ from moce_ds.distributed.sealing import SECRET, Sealer
 from moce_ds.errors import LostPeerError
 from moce_ds.host.place import Place, PlaceError
 from moce_ds.text import printable
+
+_logger = logging.getLogger(__name__)
 
 LONGEST_TEXT = 4000
 """Characters of a sealed text; a longer one is cut as it is written, and is not ours where it is read."""
@@ -205,7 +207,7 @@ class Rendezvous:
             store.wait([str(other) for other in everyone], timedelta(seconds=min(silence, patience)))
             return
         if rank == 0:
-            print(f"Waiting for ranks {_missing(store, everyone)} at {self._address}.", file=sys.stderr, flush=True)
+            _logger.info(f"Waiting for ranks {_missing(store, everyone)} at {self._address}.")
         with suppress(DistStoreError):
             store.wait([str(other) for other in everyone], timedelta(seconds=max(1.0, patience - silence)))
             return

@@ -4,6 +4,7 @@ A process learns its place from the variables that torchrun, `launchers/` and SL
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
 """
 
+import logging
 import os
 import resource
 import signal
@@ -19,7 +20,6 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from moce_ds.console import say, warn
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
 from moce_ds.errors import MoceError
@@ -28,6 +28,8 @@ from moce_ds.host.interrupts import obeyed
 from moce_ds.host.machine import machine_fault
 from moce_ds.host.place import ALONE, Place, PlaceError
 from moce_ds.text import counted, encoded
+
+_logger = logging.getLogger(__name__)
 
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
@@ -52,9 +54,14 @@ class Runtime:
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print to standard error, once for all processes, clear of a progress bar."""
+        """Log a notice from rank 0 only."""
         if self.is_main:
-            say(text, err=True)
+            _logger.info(text, stacklevel=2)
+
+    def warn(self, text: str) -> None:
+        """Log a warning that every rank would repeat, from rank 0 only."""
+        if self.is_main:
+            _logger.warning(text, stacklevel=2)
 
     def set_status(self, doing: str) -> None:
         """Say what this process is at, such as "step 12": told to the others if it is lost."""
@@ -146,7 +153,7 @@ def lone_device() -> torch.device:
 @cache
 def _tell_threads() -> None:
     if line := threads.told():
-        warn(line)
+        _logger.info(line)
 
 
 @contextmanager
@@ -201,6 +208,7 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     try:
         with watch or nullcontext():
             runtime = Runtime(rank, world_size, local_rank, device, watch)
+            _logger.debug("joined %d processes on %s, backend %s", world_size, device, backend)
             _tell_threads()
             yield runtime
             dist.barrier()  # nobody takes the store away while others still look into it

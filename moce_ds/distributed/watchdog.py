@@ -11,13 +11,13 @@ or at once where its disk or network has failed.
 import itertools
 import os
 import socket
-import sys
 import threading
 from contextlib import suppress
 from types import TracebackType
 
 from torch.distributed import DistError
 
+from moce_ds.console import say_error
 from moce_ds.distributed.rendezvous import Rendezvous
 from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
 from moce_ds.host.machine import machine_fault
@@ -102,7 +102,7 @@ class Watch:
                 status, text = end
                 if own or self._local_rank == 0:
                     with suppress(OSError):  # nobody reads it any more
-                        print(text if status == STOPPED else f"Error: {text}", file=sys.stderr, flush=True)
+                        say_error(text if status == STOPPED else f"Error: {text}")
                 os._exit(status)
             if self._stop.wait(_BEAT_SECONDS):
                 return

@@ -3,7 +3,6 @@
 Axes: N images, D width.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Never
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.feature_store import ENCODER, FeatureWriter, Identity
+from moce_ds.console import progress_bar
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
@@ -163,4 +163,4 @@ def _write_blocks(
 
 
 def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":
-    return tqdm(total=total, desc=what, unit="img", file=sys.stderr, disable=not visible, delay=2, dynamic_ncols=True)
+    return progress_bar(total=total, desc=what, unit="img", disable=not visible, delay=2, dynamic_ncols=True)

@@ -45,8 +45,8 @@ def step_record(
         record |= {"moved": round(moved, 5), "layers": layers}
         if step >= session.schedule.imbalance_steps:
             for block, expert in statistics.newly_dead():
-                session.runtime.say(
-                    f"WARNING: step {step}: no cluster chooses expert {expert} of block {block}. Raise "
+                session.runtime.warn(
+                    f"step {step}: no cluster chooses expert {expert} of block {block}. Raise "
                     "experts.balance_weight, or set experts.balance=sinkhorn."
                 )
     return record

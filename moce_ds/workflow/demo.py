@@ -8,6 +8,7 @@ started again.
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ def main() -> int:
     threads.apply_choice()
     began = time.monotonic()
     status = run_demo(given.out, given.short)
-    say(f"{time.monotonic() - began:.0f} s in all.")
+    logging.getLogger("moce_ds").info(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
 

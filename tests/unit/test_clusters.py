@@ -112,7 +112,7 @@ def test_the_hash_is_of_what_decides_labels(built):
 def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tmp_path, capsys):
     before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     clusters, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
-    assert "same settings and features: left as it is" in capsys.readouterr().err
+    assert "same settings and features: nothing to do" in capsys.readouterr().err
     assert before == {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     assert report.classes is not None and clusters.num_clusters == 16
     with pytest.raises(ArtefactError, match=r"settings\.eps: 0\.025 there, 0\.05 now"):

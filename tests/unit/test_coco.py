@@ -152,7 +152,7 @@ def test_objects_without_pixels_are_left_out_where_they_are_few(
     with pytest.raises(DataError, match=rf"1 of 4 annotations has nothing to learn.*\n  annotation 2: {why}"):
         CocoSet.open(*write_coco(tmp_path / "many", annotations=objects[:4]))
     data = CocoSet.open(path, images)
-    assert data.warning == f"WARNING: {path}: 1 of 11 annotations is left out of training:\n  annotation 2: {why}"
+    assert data.warning == f"{path}: 1 of 11 annotations is left out of training:\n  annotation 2: {why}"
     assert [thing.id for thing in data.to_learn(1)] == [1] and data.with_objects == [0, 1]
     assert len(data.truth["annotations"]) == 11
     _, target = training_example(data, 1, View((0, 0, 48, 32), 48, 32), 48, (0.5, 0.5, 0.5))

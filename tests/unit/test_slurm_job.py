@@ -31,7 +31,7 @@ def after(capsys: pytest.CaptureFixture[str], folder: Path, ends: list[tuple[int
     for restart, (status, seconds) in enumerate(ends):
         start(folder, restart).record_end("rank 0", status, seconds, lost=status == LOST)
     assert not start(folder, len(ends) - 1).begin_again(max_failures=0)
-    return capsys.readouterr().out
+    return capsys.readouterr().err
 
 
 def test_losses_in_a_row_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_loss_counts_whoever_records_first(
     assert start(tmp_path, 0).has_ended and not start(tmp_path, 1).has_ended
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7_1_end_0.json", "7_1_lost_0.json"], "no draft is left"
     start(tmp_path, 0).begin_again(max_failures=0)
-    assert "1 failures in a row" in capsys.readouterr().out
+    assert "1 failures in a row" in capsys.readouterr().err
 
 
 def test_processes_of_a_start_share_a_secret_that_others_cannot_read(

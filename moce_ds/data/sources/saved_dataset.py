@@ -5,9 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
-from moce_ds.console import warn
+from moce_ds.console import progress_bar, warn
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.storage.files import read_json, writes_to
@@ -49,7 +47,7 @@ def unpack_images(path: Path, out: Path) -> Listing:
         found: list[Any] = []
         with writes_to(out):
             out.mkdir()
-        for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
+        for number, row in enumerate(progress_bar(rows, "unpacking", unit="img", delay=2)):
             data = (row[image] or {}).get("bytes") or b""
             with writes_to(out):
                 (out / _name(number)).write_bytes(data)

@@ -24,7 +24,7 @@ def left_out(folder: Path, named: Path) -> str | None:
     reasons = ", ".join(f"{number} {reason}" for reason, number in manifest.rejected.items())
     examples = _examples(folder / REJECTED)
     return printable(
-        f"WARNING: {in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} left out, "
+        f"{in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} left out, "
         f"since {'it is no whole image' if count == 1 else 'they are no whole images'}: {reasons}"
         f"{_listed(examples, count)}"
     )
