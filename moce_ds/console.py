@@ -129,19 +129,22 @@ def configure_logging() -> None:
         _logger.addHandler(_StderrHandler())
 
 
-@contextmanager
-def log_level(level: str) -> Iterator[None]:
-    """Log at one of `LEVELS` for the length of the block, in this process and in those that it starts."""
-    before = os.environ.get(LOG)
+def set_log_level(level: str) -> None:
+    """Log at one of `LEVELS` in this process, until `run_main` ends, and in the processes that it starts."""
     os.environ[LOG] = level
     configure_logging()
+
+
+@contextmanager
+def _restored_log_level() -> Iterator[None]:
+    before, level = os.environ.get(LOG), _logger.level
     try:
         yield
     finally:
-        del os.environ[LOG]
+        os.environ.pop(LOG, None)
         if before is not None:
             os.environ[LOG] = before
-        configure_logging()
+        _logger.setLevel(level)
 
 
 def run_command(command: click.Command, name: str) -> None:
@@ -157,6 +160,11 @@ def run_main(main: Callable[[], T]) -> T:
     """
     outlive_readers()
     tolerate_any_text()
+    with _restored_log_level():
+        return _run_reported(main)
+
+
+def _run_reported(main: Callable[[], T]) -> T:
     try:
         with interruptible():
             configure_logging()

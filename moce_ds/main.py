@@ -4,7 +4,7 @@ import click
 
 from moce_ds import __version__
 from moce_ds.cli.verbs import STAGE_VERBS
-from moce_ds.console import log_level, run_command
+from moce_ds.console import run_command, set_log_level
 from moce_ds.host import threads
 from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
 
@@ -13,8 +13,7 @@ from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
 @click.version_option(__version__, prog_name="moce")
 @click.option("-v", "--verbose", is_flag=True, help="Log debug output, with time, rank and module.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only results, warnings and errors.")
-@click.pass_context
-def moce(context: click.Context, verbose: bool, quiet: bool) -> None:
+def moce(verbose: bool, quiet: bool) -> None:
     """Masked autoencoders with a mixture of cluster-conditional experts.
 
     \b
@@ -34,7 +33,7 @@ def moce(context: click.Context, verbose: bool, quiet: bool) -> None:
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet exclude each other.")
     if verbose or quiet:
-        context.with_resource(log_level("debug" if verbose else "warning"))
+        set_log_level("debug" if verbose else "warning")
 
 
 for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from moce_command import run_here
 
-from moce_ds.console import LOG, configure_logging, log_level, progress_bar, run_main, say, warn
+from moce_ds.console import LOG, configure_logging, progress_bar, run_main, say, set_log_level, warn
 from moce_ds.errors import ConfigError, DataError
 
 logger = logging.getLogger("moce_ds.data.example")
@@ -19,8 +19,8 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def usual_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each test begins without MOCE_LOG, and the next one finds the level that it was."""
-    monkeypatch.delenv(LOG, raising=False)
+    """Each test begins at the default level, whatever the one before has set."""
+    monkeypatch.setenv(LOG, "info")
     monkeypatch.delenv("RANK", raising=False)
     configure_logging()
     yield
@@ -42,20 +42,20 @@ def test_results_go_to_stdout_and_records_to_stderr(capsys: Capture) -> None:
 
 
 def test_quiet_hides_progress_only(capsys: Capture) -> None:
-    with log_level("warning"):
-        say("a result")
-        log_at_all_levels()
-        with progress_bar(total=3, disable=False) as bar:
-            assert bar.disable
-    assert tuple(capsys.readouterr()) == ("a result\n", "WARNING: odd\nERROR: lost\n")
     with progress_bar(total=3, disable=False, delay=60) as bar:
         assert not bar.disable
+    set_log_level("warning")
+    say("a result")
+    log_at_all_levels()
+    with progress_bar(total=3, disable=False) as bar:
+        assert bar.disable
+    assert tuple(capsys.readouterr()) == ("a result\n", "WARNING: odd\nERROR: lost\n")
 
 
 def test_verbose_shows_time_rank_level_and_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    with log_level("debug"):
-        log_at_all_levels()
+    set_log_level("debug")
+    log_at_all_levels()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines] == [
         "[rank 3] DEBUG test_console: details",
@@ -108,9 +108,8 @@ def test_child_processes_inherit_the_level() -> None:
     )
     child = [sys.executable, "-c", report]
     assert subprocess.run(child, capture_output=True, text=True, timeout=300).stderr == "progress\n"
-    with log_level("warning"):
-        assert subprocess.run(child, capture_output=True, text=True, timeout=300).stderr == ""
-    assert LOG not in os.environ
+    set_log_level("warning")
+    assert subprocess.run(child, capture_output=True, text=True, timeout=300).stderr == ""
 
 
 @pytest.mark.parametrize(("option", "shown"), [((), False), (("--quiet",), False), (("-v",), True)])
@@ -118,7 +117,7 @@ def test_only_verbose_shows_where_an_error_was_raised(option: tuple[str, ...], s
     said = run_here(*option, "inspect", "nowhere")
     assert said.status == 1 and said.err.splitlines()[-1].startswith("Error: ")
     assert ("Traceback" in said.err) == shown
-    assert LOG not in os.environ and logging.getLogger("moce_ds").level == logging.INFO
+    assert os.environ[LOG] == "info" and logging.getLogger("moce_ds").level == logging.INFO
 
 
 def test_verbose_and_quiet_exclude_each_other() -> None:
@@ -130,6 +129,7 @@ def test_quiet_does_not_hide_an_error(capsys: Capture) -> None:
     def fail() -> None:
         raise DataError("no images")
 
-    with log_level("warning"), pytest.raises(SystemExit) as end:
+    set_log_level("warning")
+    with pytest.raises(SystemExit) as end:
         run_main(fail)
     assert end.value.code == 1 and capsys.readouterr().err == "Error: no images\n"

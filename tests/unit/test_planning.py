@@ -263,7 +263,7 @@ BASE = CONFIGS / "vit_base_moce.yaml"
         ("--gpus 4 --images 9", "experts.ep_size: got 8; it must divide the number of processes, 4"),
         ("", "data.shards: data/imagenet is not there yet, .* --images 1281167"),
         ("--images 9 --assume speed=1", "speed: no such setting"),
-        ("--images 9 experts.gate=token", "experts.gate: .*it has no plan"),
+        ("--images 9 experts.gate=token", "experts.gate: .*it cannot be planned"),
         ("--images 9 --measure", "--measure: only this machine can be measured; got --device h100"),
         ("--images 9 --device this --nodes 1,2", "--nodes: got 1,2; --device this is one machine"),
     ],
