@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moce_ds.clustering.clusters import Clusters as FeatureClusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
-from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, in_words, to_rgb
+from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
@@ -107,7 +107,7 @@ def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
         try:
             rgb = to_rgb(image)
         except DECODER_FAULTS as fault:
-            raise DataError(f"{image!r} cannot be decoded ({in_words(fault)}).") from None
+            raise DataError(f"{image!r} cannot be decoded ({fault_text(fault)}).") from None
     elif not isinstance(image, str | PathLike):
         raise DataError(f"Got an image of type {type(image).__name__}: expected a path or a Pillow image.")
     else:

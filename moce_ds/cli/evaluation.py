@@ -151,7 +151,7 @@ def _accuracy(
     from moce_ds.config.settings import to_tree
     from moce_ds.data.task_images import opened_task
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
-    from moce_ds.evaluation.metrics import SPOKEN
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES
     from moce_ds.evaluation.results import accuracy_record, known_by
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.models.encode import EncodeSettings, open_encoder
@@ -165,7 +165,7 @@ def _accuracy(
         score = measure_frozen(opened, splits, config, device)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
     name, task_name = model or encoder.name, task or task_of(test)
-    told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
+    told = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {told} ({score.n_train} training, {score.n_test} test images)")
     how = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))

@@ -44,7 +44,7 @@ def finetune(
     """
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
-    from moce_ds.evaluation.metrics import SPOKEN
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
@@ -61,7 +61,9 @@ def finetune(
         sys.exit(STOPPED)
     if runtime.is_main:
         record |= {"task": task or task_of(test), "model": model or encoder.name}
-        told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
+        told = ", ".join(
+            f"{spoken} {record[metric]:.4f}" for metric, spoken in DISPLAY_NAMES.items() if metric in record
+        )
         counted = f"({record['n_train']} training, {record['n_test']} test images)"
         say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
