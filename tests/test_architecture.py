@@ -119,12 +119,21 @@ def doors(sources: Sources) -> Iterator[str]:
 
 def reach(sources: Sources) -> Iterator[str]:
     """Some packages must load without others, whatever lies in between."""
-    direct = {module: imports(module, text, at_import_only=True) for module, text in product(sources).items()}
-    loads = {name: {*imported, name.rpartition(".")[0]} for name, imported in direct.items()}  # packages, too
+    loads = {
+        module: {part for name in (module, *imports(module, text, at_import_only=True)) for part in with_packages(name)}
+        for module, text in product(sources).items()
+    }
     for package, forbidden in NEVER_REACH.items():
-        for module in (name for name in direct if is_in(name, package)):
+        for module in (name for name in loads if is_in(name, package)):
             for name in sorted(n for n in reached([module], loads) if any(is_in(n, bad) for bad in forbidden)):
                 yield f"{module} reaches {name}"
+
+
+def with_packages(name: str) -> Iterator[str]:
+    """A dotted name and the packages that it is in: a module loads its packages."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def process_groups(sources: Sources) -> Iterator[str]:
