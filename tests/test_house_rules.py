@@ -28,7 +28,7 @@ def lengthened(path: str, added: str) -> Tree:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.measure.__name__)
 def test_the_code_keeps(rule: Rule) -> None:
     measure = today(rule.measure.__name__)
-    assert not rule.is_broken(measure.count), measure.places
+    assert not rule.is_broken(measure.value), measure.places
 
 
 # Rule, file, lines added to it, and what the rule lists then.
@@ -62,9 +62,9 @@ BREACHES = [
 def test_a_breach_is_counted(name: str, path: str, added: str, place: str) -> None:
     rule = BY_NAME[name]
     before, after = today(name), rule.measure(lengthened(path, added))
-    assert after.count > before.count
+    assert after.value > before.value
     assert any(place in line for line in after.places)
-    assert rule._replace(bound=before.count).is_broken(after.count)
+    assert rule._replace(bound=before.value).is_broken(after.value)
 
 
 # What looks like a breach and is none.
@@ -82,13 +82,13 @@ ALLOWED = [
 
 @pytest.mark.parametrize(("name", "path", "added"), ALLOWED)
 def test_what_is_no_breach_is_not_counted(name: str, path: str, added: str) -> None:
-    assert BY_NAME[name].measure(lengthened(path, added)).count == today(name).count
+    assert BY_NAME[name].measure(lengthened(path, added)).value == today(name).value
 
 
 def test_short_modules_lower_the_median() -> None:
     rule = BY_NAME["median_lines"]
     split = {**REAL, **{f"moce_ds/part{number}.py": "import a\nimport b\n" for number in range(1000)}}
-    assert rule.measure(split).count == 2 and rule.is_broken(2)
+    assert rule.measure(split).value == 2 and rule.is_broken(2)
 
 
 def test_the_way_to_a_training_step_grows_with_a_level() -> None:
@@ -103,7 +103,7 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
         "moce_ds.training.loop:Loop.fit",
     ]
     longer = loop.replace("self.engine.step()", "self.one()\n    def one(self): self.engine.step()")
-    assert levels_to_a_step({**tree, "moce_ds/training/loop.py": longer}).count == 3
+    assert levels_to_a_step({**tree, "moce_ds/training/loop.py": longer}).value == 3
 
 
 def test_the_real_way_begins_at_the_verb_and_ends_in_training() -> None:

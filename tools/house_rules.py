@@ -52,9 +52,9 @@ ODD_WORDS = re.compile(
 
 
 class Measure(NamedTuple):
-    """A count, and the places that make it up."""
+    """A number, and the places that make it up."""
 
-    count: int
+    value: int
     places: Sequence[str] = ()
 
 
@@ -111,8 +111,11 @@ def _settings_of_runs(sources: Sources) -> set[str]:
     while more := {c.name for c in classes if whole & {last_name(base) for base in c.bases}} - whole:
         whole |= more
     for node in nodes:
-        bounded = isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
-        if bounded and last_name(node.value.func) == "TypeVar":
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and last_name(node.value.func) == "TypeVar"
+        ):
             bounds = {last_name(word.value) for word in node.value.keywords} | set(map(last_name, node.value.args))
             whole |= {last_name(target) for target in node.targets} if bounds & whole else set()
     return whole
@@ -148,15 +151,13 @@ def kind_tests(tree: Tree) -> Measure:
         for module, text in product(modules(tree)).items()
         if not (module.endswith("settings") or module == "moce_ds.models.build")
         for node in ast.walk(parse(text))
-        if _tests_kind(node)
+        if isinstance(node, ast.Compare | ast.Match) and _tests_kind(node)
     )
 
 
-def _tests_kind(node: ast.AST) -> bool:
+def _tests_kind(node: ast.Compare | ast.Match) -> bool:
     if isinstance(node, ast.Match):
         return last_name(node.subject) in ("arch", "gate")
-    if not isinstance(node, ast.Compare):
-        return False
     sides = [node.left, *node.comparators]
     texts = any(isinstance(part, ast.Constant) and isinstance(part.value, str) for s in sides for part in ast.walk(s))
     return texts and any(last_name(side) in ("arch", "gate") for side in sides)
@@ -328,9 +329,9 @@ def main(base: str | None, places: str) -> None:
     broken = []
     for rule in RULES:
         now = rule.measure(tree)
-        counts = [str(rule.measure(before).count)] if before else []
-        table.add_row(rule.name, *counts, str(now.count), f"{'>=' if rule.least else '<='} {rule.bound}")
-        if rule.is_broken(now.count):
+        counts = [str(rule.measure(before).value)] if before else []
+        table.add_row(rule.name, *counts, str(now.value), f"{'>=' if rule.least else '<='} {rule.bound}")
+        if rule.is_broken(now.value):
             broken.append(rule)
         if rule in broken or (places and places in rule.name):
             say(f"{rule.name}:", *(f"  {place}" for place in now.places), err=True)
