@@ -113,7 +113,7 @@ def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
     else:
         found = examine(Path(image))
         if isinstance(found, Rejected):
-            raise DataError(f"{image} is no image that can be read: {found.reason} ({found.detail}).")
+            raise DataError(f"{image} is not a readable image: {found.reason} ({found.detail}).")
         rgb = decoded(found.data, (found.width, found.height), str(image))
     none, size = np.zeros(1, np.int64), (np.array([rgb.height], np.int32), np.array([rgb.width], np.int32))
     window = CenterCrop(input.center_crop).windows(none, none, *size)

@@ -114,9 +114,9 @@ def test_a_run_has_its_clusters(moce_run: MakeRun, tiny_images: Path) -> None:
 def test_images_that_are_none(tiny_clusters: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no image")
     clusters = moce_ds.Clusters.load(tiny_clusters)
-    with pytest.raises(DataError, match=r"note.txt is no image that can be read: not an image"):
+    with pytest.raises(DataError, match=r"note.txt is not a readable image: not an image"):
         clusters.assign([tmp_path / "note.txt"])
-    with pytest.raises(DataError, match=r"absent.png is no image that can be read: unreadable"):
+    with pytest.raises(DataError, match=r"absent.png is not a readable image: unreadable"):
         clusters.assign([tmp_path / "absent.png"])
     with pytest.raises(ArtefactError, match=r"clusters.json not found"):
         moce_ds.Clusters.load(tmp_path)

@@ -24,7 +24,7 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
-from moce_ds.export.routes import Chosen, choose_cluster, choose_route, choose_selected
+from moce_ds.export.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
 from moce_ds.export.select import Selection, run_clusters
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models import dense
@@ -319,7 +319,7 @@ def test_dense_is_the_route_without_experts(dense_run: tuple[Path, MaskedAutoenc
 def test_choosing_by_hand_is_choosing(moce_run: Callable[..., Path], tmp_path: Path) -> None:
     """Shares may be any weights that sum to 1."""
     checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
-    chosen = Chosen.of_route((0, 1), {2: 0.25, 5: 0.75})
+    chosen = SelectedExperts.of_route((0, 1), {2: 0.25, 5: 0.75})
     provenance = export_route(checkpoint, clusters, chosen, tmp_path / "out", {})
     model = trained(checkpoint, clusters)
     values = np.array([gate_values(model, cluster, (0, 1)) for cluster in (2, 5)])

@@ -125,7 +125,7 @@ def test_pixels_of_all_splits_are_looked_at_before_training(tmp_path: Path, tiny
     (images / "10.png").write_bytes((images / "10.png").read_bytes()[:-100])
     instances = tmp_path / "coco" / "instances.json"
     told = detect(tmp_path, tiny_encoder, "--test", instances, f"data.workers={workers}")
-    assert told.startswith(f"{images}/10.png is no image that can be read")
+    assert told.startswith(f"{images}/10.png is not a readable image")
     assert not (tmp_path / "run").exists()
 
 

@@ -261,7 +261,7 @@ BASE = CONFIGS / "vit_base_moce.yaml"
         ("--device v100 --images 9", "--device: got 'v100'; expected h100"),
         ("--nodes 3 --images 9", "optim.batch_size: 4096 is not divisible by 24 processes"),
         ("--gpus 4 --images 9", "experts.ep_size: got 8; it must divide the number of processes, 4"),
-        ("", "data.shards: data/imagenet is not there yet, .* --images 1281167"),
+        ("", "data.shards: data/imagenet does not exist yet, .* --images 1281167"),
         ("--images 9 --assume speed=1", "speed: no such setting"),
         ("--images 9 experts.gate=token", "experts.gate: .*it cannot be planned"),
         ("--images 9 --measure", "--measure: only this machine can be measured; got --device h100"),

@@ -185,7 +185,7 @@ def test_what_is_no_such_encoder_is_refused(
 def test_from_a_foreign_file_to_clusters(full: State, tiny_shards: Path, tmp_path: Path) -> None:
     path = KINDS["training"](tmp_path / "checkpoint-799.pth", full)
     said = run_here("features", path, tiny_shards, tmp_path / "features", "--heads", 2, "threads=1")
-    assert said.status == 0 and "taken for a ViT of the public MAE: width 16, 3 blocks, 2 heads" in said.err, said
+    assert said.status == 0 and "read as a ViT of the public MAE: width 16, 3 blocks, 2 heads" in said.err, said
     kept = load_encoder(tmp_path / "features" / "encoder")
     assert kept.fingerprint == public_encoder(path, heads=2).fingerprint
     assert run_here("cluster", tmp_path / "features", tmp_path / "clusters", "num_clusters=4").status == 0
