@@ -14,8 +14,9 @@ Sources = Mapping[str, str]
 
 # The parts of the package in layers: a part may import itself and the parts of the lines before its own.
 LAYERS = (
-    {"errors", "text", "compat", "__version__"},
-    {"config", "host"},
+    {"errors", "text", "compat", "old_names", "__version__"},
+    {"host"},
+    {"config"},
     {"console", "storage"},
     {"distributed"},
     {"data", "clustering", "moe", "launch"},

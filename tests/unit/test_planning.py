@@ -298,6 +298,9 @@ def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:
     for row in record["predictions"]:
         parts = ("compute", "exchange_inside", "exchange_across", "reduction", "optimizer")
         assert row["step"] == pytest.approx(sum(row[part] for part in parts))
+    assert run_here("plan", path, "--images", 1000, "--json", file).status == 0
+    file.write_text('{"mine": 1}')
+    assert f"{file} exists and is not a plan of this program" in refused("plan", path, "--images", 1000, "--json", file)
 
 
 def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path) -> None:
