@@ -94,11 +94,9 @@ def test_the_verb_prints_records_draws_and_exports(selected: tuple[Said, Path]) 
     assert load_encoder(out / "expert").shape.width == 16 and f"route {route} of step 5 as timm" in said.out
 
 
-def test_a_picture_replaces_one_of_its_own_alone(
-    selected: tuple[Said, Path], moce_run: MoceRun, tiny_images: Path
-) -> None:
+def test_a_picture_replaces_one_of_its_own_alone(selected: tuple[Said, Path], tiny_images: Path) -> None:
     _, out = selected
-    words = ("select", moce_run(), "--data", tiny_images / "digits", "threads=1", "--picture")
+    words = ("select", out.parent / "run", "--data", tiny_images / "digits", "threads=1", "--picture")
     Image.new("RGB", (8, 8)).save(out / "photograph.png")
     before = (out / "photograph.png").read_bytes()
     assert "photograph.png exists and is not a picture of this program" in refused(*words, out / "photograph.png")
