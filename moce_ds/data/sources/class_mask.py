@@ -18,11 +18,11 @@ from PIL import Image
 
 from moce_ds.data.image_file import (
     DECODER_FAULTS,
-    fault_text,
     file_content,
     open_image,
     pixel_limit,
     rotated_upright,
+    undecodable,
     upright,
 )
 from moce_ds.data.png_file import GRAY, PALETTE, Png
@@ -64,7 +64,7 @@ def read_mask(path: Path, size: tuple[int, int], strictly: bool = True) -> Class
     try:
         values_HW = np.array(rotated_upright(image))
     except DECODER_FAULTS as fault:
-        raise DataError(f"{path} is not a readable mask ({fault_text(fault)}).") from None
+        raise undecodable(path, "mask", fault) from None
     palette = png.palette if png.colour == PALETTE else []
     colours = {int(value): palette[value] for value in np.unique(values_HW) if value < len(palette)}
     _check_palette(path, palette, colours)
@@ -80,7 +80,7 @@ def _opened(path: Path, size: tuple[int, int]) -> tuple[Png, Image.Image]:
             image = open_image(io.BytesIO(data))
             mask_size = upright(image)
     except DECODER_FAULTS as fault:
-        raise DataError(f"{path} is not a readable mask ({fault_text(fault)}).") from None
+        raise undecodable(path, "mask", fault) from None
     if png is None:
         lossy = ", whose compression invents classes" if image.format in ("JPEG", "MPO", "WEBP") else ""
         raise DataError(f"{path} holds {image.format}{lossy}; expected PNG, regardless of the file name. {_CURE}.")

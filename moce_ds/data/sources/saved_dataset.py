@@ -8,6 +8,7 @@ from typing import Any
 from moce_ds.console import progress_bar, warn
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.storage.files import read_json, writes_to
 
 _WRITTEN_BY = "datasets' save_to_disk"
@@ -53,6 +54,8 @@ def unpack_images(path: Path, out: Path) -> Listing:
                 (out / _name(number)).write_bytes(data)
             values.append(row[label] if label else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and machine_failed(error):
+            raise refused(DataError, f"{path} cannot be read", error, path) from None
         raise DataError(f"{path} cannot be read ({error}): write it again with {_WRITTEN_BY}.") from None
     classes = _class_names(path, dataset.features[label], values) if label else {}
     listed = [
