@@ -61,11 +61,10 @@ def finetune(
         sys.exit(STOPPED)
     if runtime.is_main:
         record |= {"task": task or task_of(test), "model": model or encoder.name}
-        told = ", ".join(
-            f"{spoken} {record[metric]:.4f}" for metric, spoken in DISPLAY_NAMES.items() if metric in record
-        )
-        counted = f"({record['n_train']} training, {record['n_test']} test images)"
-        say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
+        metrics = {name: record[metric] for metric, name in DISPLAY_NAMES.items() if metric in record}
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        images = f"({record['n_train']} training, {record['n_test']} test images)"
+        say(in_line(f"finetune {record['task']} {record['model']}: {scores} {images}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
 

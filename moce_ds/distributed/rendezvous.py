@@ -1,7 +1,7 @@
 """The store at which the processes of a run meet, protected from other users.
 
-PyTorch's TCPStore has no password: whoever reaches its port can list, read and write every key. So the processes of one
-machine meet on its loopback interface, and the messages in the store are sealed (docs/security.md).
+PyTorch's TCPStore has no password: any process that reaches its port can list, read and write every key. So the
+processes of one machine meet on its loopback interface, and the messages in the store are sealed (docs/security.md).
 """
 
 import errno

@@ -19,7 +19,7 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
     table.add_row(
         "encoder", f"{shape.depth} blocks, width {shape.width}, {shape.heads} heads, patch {shape.patch_size}"
     )
-    table.add_row("parameters", f"total {_millions(count.total)}, active {_millions(count.active)}, of which encoder "
+    table.add_row("parameters", f"total {_millions(count.total)}, active {_millions(count.active)}, encoder "
                   f"{_millions(count.encoder)}; a process holds {_millions(count.held)}")  # fmt: skip
     table.add_row("tokens", f"{shape.num_patches} patches, {visible_tokens(config) - 1} visible + cls in the encoder")
     table.add_row("batch", f"{batches.global_batch} = {world_size} processes x {batches.accumulation} parts x "

@@ -148,7 +148,7 @@ def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) 
 
 
 def _finding(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, one that cannot be read included: verification goes on with the next."""
+    """What is wrong with a file; an unreadable one is a finding too, so that verification continues."""
     try:
         return _fault(path, record)
     except OSError as error:
@@ -156,7 +156,7 @@ def _finding(path: Path, record: FileRecord) -> str | None:
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:
-    """In which way a file is not what was written. Raises OSError where it is there and cannot be read."""
+    """How a file differs from what was written. Raises OSError if it exists but cannot be read."""
     try:
         size = path.stat().st_size
         if size != record.bytes:

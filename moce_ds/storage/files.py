@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NO_UTF8 = "holds bytes that are no UTF-8, which the library of safetensors refuses"
+_NO_UTF8 = "holds bytes that are not UTF-8, which the library of safetensors refuses"
 
 # Errors that readers of arrays and tensors raise on damaged files; they have no common base class. `test_files` flips
 # every bit.
@@ -189,12 +189,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: Path, what: str, mark: bytes) -> None:
-    """Refuse a place for an output file before anything is computed for it. A file that an earlier run of the same verb
-    wrote is replaced; any other is kept.
+    """Refuse a place for an output file before computing it. A file of the same kind is replaced, any other is kept.
 
     Args:
-        what: of which kind the file is to be, such as "a report".
-        mark: bytes that every file of the kind holds near its beginning.
+        what: kind of the file, such as "a report".
+        mark: bytes that every file of the kind contains near its beginning.
 
     Raises:
         ArtefactError: `path` cannot be written, or holds a file of another kind.
@@ -203,7 +202,7 @@ def check_output(path: Path, what: str, mark: bytes) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_file():
-        raise ArtefactError(f"{path} is no regular file: name another path for {what}.")
+        raise ArtefactError(f"{path} is not a regular file: name another path for {what}.")
     with reads_from(path, "name another path."), open(path, "rb") as opened:
         head = opened.read(_HEAD_BYTES)
     if head and mark not in head:
@@ -236,7 +235,9 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except NotADirectoryError:
-        raise ArtefactError(f"{path.parent} is no folder: expected {what} in one, as `{made_by}` writes it.") from None
+        raise ArtefactError(
+            f"{path.parent} is not a folder: expected {what} in one, as `{made_by}` writes it."
+        ) from None
     except FileNotFoundError:
         raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
     except (ValueError, RecursionError) as error:

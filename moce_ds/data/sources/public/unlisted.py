@@ -28,12 +28,12 @@ _Rows = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Cifar:
-    """The files of a set in CIFAR's binary format: images of some label bytes, of which the last counts, and pixels.
+    """The files of a set in CIFAR's binary format: label bytes (the last one is the class), then pixels, per image.
 
     Attributes:
         training, testing: the files.
-        times: images of a training file for each one of the test file.
-        labels: bytes before each image.
+        times: images in a training file per image in the test file.
+        labels: number of label bytes of each image.
     """
 
     training: list[Path]
@@ -85,7 +85,7 @@ def _cifar(files: _Cifar, names: Path, seed: int, scratch: Path) -> DatasetSplit
     classes = [name for (name,) in read_lines(names)]
     rows = {file: _rows(file, files.labels + 3 * _SIDE**2) for file in (*files.training, files.testing)}
     of_test = len(rows[files.testing])
-    for file in files.training:  # one that was cut between two images
+    for file in files.training:  # detects a file that was cut between two images
         if len(rows[file]) != files.times * of_test:
             raise DataError(
                 f"{file} holds {len(rows[file])} images and {files.testing.name} {of_test}; expected "
