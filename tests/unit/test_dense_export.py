@@ -298,7 +298,7 @@ def test_half_an_export_is_called_one(
     weights.unlink()
     assert f"{weights} is missing: export it again" in refused("inspect", out)
     message = refused("knn", out, "--train", task, "--test", task)
-    assert f"{weights} is missing: {out} is an export that is half written" in message
+    assert f"{weights} is missing: {out} is an incomplete export" in message
 
 
 def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., Path]) -> None:

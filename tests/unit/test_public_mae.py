@@ -193,7 +193,7 @@ def test_from_a_foreign_file_to_clusters(full: State, tiny_shards: Path, tmp_pat
     by_file = run_here(*verbs, "--heads", 2, "--model", "same", "threads=1")
     by_folder = run_here("knn", tmp_path / "features" / "encoder", *verbs[2:], "--model", "same", "threads=1")
     assert by_file.out == by_folder.out and by_file.status == 0, by_file
-    assert "--heads goes with a file" in refused("knn", tmp_path / "features" / "encoder", *verbs[2:], "--heads", 2)
+    assert "--heads requires a file" in refused("knn", tmp_path / "features" / "encoder", *verbs[2:], "--heads", 2)
     other = KINDS["training"](tmp_path / "other.pth", {name: tensor + 1e-3 for name, tensor in full.items()})
     said = run_here("features", other, tiny_shards, tmp_path / "features", "--heads", 2)
     assert said.status == 1 and "identity.encoder_fingerprint" in said.err, said
