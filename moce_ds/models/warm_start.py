@@ -1,4 +1,4 @@
-"""Initial weights of a run: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth` files."""
+"""Initial weights of a run: our checkpoints and encoder folders, safetensors files, and `.pth` of the public MAE."""
 
 import argparse
 import math
