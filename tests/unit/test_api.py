@@ -98,7 +98,7 @@ def test_images_in_whatever_holds_them(tiny_clusters: Path, tiny_images: Path) -
     assert clusters.assign(path for path in paths).tolist() == expected
     assert clusters.assign(torch.from_numpy(clusters.features(paths)).requires_grad_()).tolist() == expected
     for alone in (str(paths[0]), paths[0], Image.open(paths[0])):
-        with pytest.raises(DataError, match=r"alone: expected a list of images, such as \["):
+        with pytest.raises(DataError, match=r"Got the single image .*: expected a list of images, such as \["):
             clusters.assign(alone)  # type: ignore[arg-type]  # a text is a sequence of texts
     with pytest.raises(DataError, match="Got an image of type int: expected a path or a Pillow image"):
         clusters.assign([3])  # type: ignore[list-item]
