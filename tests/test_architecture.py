@@ -47,6 +47,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.training.engine",
         "moce_ds.checkpoint.deepspeed_state",
         "moce_ds.checkpoint.manager",
+        "moce_ds.training.pretrain",
         "moce_ds.training.session",
         "moce_ds.training.steward",
         "moce_ds.tuning.loop",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import verify_checkpoint
@@ -21,10 +22,7 @@ from moce_ds.data.transform import RandomCrop
 from moce_ds.distributed.agreement import next_batch_checked
 from moce_ds.distributed.randomness import GATE_NOISE, hashed
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.models.mae import Reconstruction, mask_noise
-from moce_ds.models.moce import MoceOutput
-from moce_ds.models.sdr import SdrOutput
-from moce_ds.models.token_moe import TokenOutput
+from moce_ds.models.mae import mask_noise
 from moce_ds.training.engine import set_lr
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.record import manifest, report_replaced, show_picture, step_record
@@ -96,8 +94,9 @@ def _train(session: Session) -> int:
         while steward.goes_on:
             runtime.set_status(f"step {steward.step + 1}")
             set_lr(engine, schedule.lr(steward.step))
-            totals, waited = _step(session, stream, steward.saver, steward.step)
-            *totals, replaced = steward.after_step([*totals, float(len(loader.replaced))], waited)
+            mine, waited = _step(session, stream, steward.saver, steward.step)
+            *means, replaced = steward.after_step([*mine.values(), float(len(loader.replaced))], waited)
+            totals = dict(zip(mine, means, strict=True))
             step, last = steward.step, not steward.goes_on
             if session.router and not last:
                 session.router.prepare(step)  # of the next step; it reaches the host while this one is recorded
@@ -118,20 +117,24 @@ def _train(session: Session) -> int:
     return steward.step
 
 
-def _step(session: Session, stream: Iterator[Batch], saver: CheckpointManager, step: int) -> tuple[list[float], float]:
-    """One optimizer step. Returns this process's part of the totals (loss, reconstruction, two gate losses, share of
-    rows that moved; they add up to means over processes), and the seconds waited for data."""
+def _step(
+    session: Session, stream: Iterator[Batch], saver: CheckpointManager, step: int
+) -> tuple[dict[str, float], float]:
+    """One optimizer step. Returns this process's part of the losses and of the share of rows that moved, which add up
+    to means over processes, and the seconds waited for data."""
     engine, runtime, accumulation = session.engine, session.runtime, session.batches.accumulation
     table = session.router.table(step) if session.router else None
     # Only the token gate draws from torch's generator; seeded by the step, its noise does not depend on resuming.
     torch.manual_seed(int(hashed(GATE_NOISE, session.config.run.seed, step, runtime.rank)[()] >> np.uint64(1)))
-    terms, moved, waited = [], 0.0, 0.0
+    parts: list[dict[str, Tensor]] = []
+    moved, waited = 0.0, 0.0
+    share = session.schedule.imbalance_share(step)
     for part in range(accumulation):
         index = step * accumulation + part
         routing = None
         if session.router is not None and table is not None:
             # Planned from the ids that were asked for: the same on every process, also where one replaces an image.
-            routing = session.router.route(table, session.sampler.batch(index).ids)
+            routing = session.router.route(table, session.sampler.batch(index).ids, share)
             moved += float(np.mean([layer.moved / len(layer.image_N) for layer in routing.plan.layers]))
         began = time.perf_counter()
         batch = next_batch_checked(runtime, stream, routing.plan.digest if routing else 0, step)
@@ -141,39 +144,21 @@ def _step(session: Session, stream: Iterator[Batch], saver: CheckpointManager, s
         )
         inputs: list[Any] = [batch.images_BCHW, noise_BN.to(runtime.device, non_blocking=True)]
         inputs += [further for further in (routing, session.teacher) if further is not None]
-        loss, parts = _loss(engine(*inputs), session, step)
-        engine.backward(loss)
+        losses = _losses(engine, inputs)
+        engine.backward(losses["loss"])
         saver.wait_for_staging()
         engine.step()
-        terms.append(torch.stack(parts))
-    totals = torch.stack(terms).double().sum(dim=0).tolist()  # the step's one wait for the device, at its end
+        parts.append({name: loss.detach() for name, loss in losses.items()})
+    terms = torch.stack([torch.stack(list(losses.values())) for losses in parts])
+    totals = terms.double().sum(dim=0).tolist()  # the step's one wait for the device, at its end
     shares = accumulation * runtime.world_size
-    return [*(total / shares for total in totals), moved / shares], waited
+    means = {name: total / shares for name, total in zip(parts[0], totals, strict=True)}
+    return means | {"moved": moved / shares}, waited
 
 
-def _loss(
-    output: Reconstruction | MoceOutput | SdrOutput | TokenOutput, session: Session, step: int
-) -> tuple[Tensor, list[Tensor]]:
-    """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, and two of
-    the model's own."""
-    own = session.config.experts
-    if isinstance(output, Reconstruction):
-        zero = torch.zeros_like(output.loss)
-        loss, terms = output.loss, [output.loss, zero, zero]
-    elif isinstance(output, SdrOutput):
-        terms = [output.reconstruction.loss, output.distillation, torch.zeros_like(output.distillation)]
-        loss = terms[0] + own.distillation_weight * terms[1]
-    elif isinstance(output, TokenOutput):
-        terms = [output.reconstruction.loss, output.importance, output.load]
-        loss = terms[0] + own.token_balance_weight * (terms[1] + terms[2])
-    else:
-        terms = [output.reconstruction.loss, output.gate.imbalance, output.gate.balance]
-        loss = terms[0]
-        if own.gate == "cluster":  # a random table learns nothing
-            loss = loss + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
-        if own.gate == "cluster" and own.balance == "loss":
-            loss = loss + own.balance_weight * terms[2]
-    return loss, [term.detach() for term in (loss, *terms)]
+def _losses(engine: DeepSpeedEngine, inputs: list[Any]) -> dict[str, Tensor]:
+    """The model's named losses of a micro-batch."""
+    return engine(*inputs).losses
 
 
 def _loader(session: Session) -> Loader:

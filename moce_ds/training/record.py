@@ -14,7 +14,7 @@ from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.transform import CenterCrop
 from moce_ds.distributed.agreement import next_batch_checked
-from moce_ds.models.mae import Reconstruction, mask_noise
+from moce_ds.models.mae import mask_noise
 from moce_ds.storage.checksums import FileRecord
 from moce_ds.text import counted
 from moce_ds.training.locality import LocalSampler
@@ -27,22 +27,17 @@ _PICTURE_IMAGES = 8
 
 
 def step_record(
-    session: Session, step: int, totals: list[float], meter: Meter, statistics: RouteStatistics | None
+    session: Session, step: int, totals: dict[str, float], meter: Meter, statistics: RouteStatistics | None
 ) -> dict[str, Any]:
     """One line of metrics.jsonl for the step just taken; a collective."""
-    loss, reconstruction, first, second, moved = totals
     epoch = step * session.batches.global_batch / session.shards.count
     lr, norm = session.schedule.lr(step - 1), float(session.engine.get_global_grad_norm())
-    record = measures(session.attempt, step, epoch, loss, lr, norm, meter, session.runtime)
-    record["reconstruction"] = reconstruction
-    if session.config.model_spec.experts is not None and session.router is None:
-        record |= {"importance": first, "token_load": second}
+    record = measures(session.attempt, step, epoch, totals["loss"], lr, norm, meter, session.runtime)
+    record |= {name: value for name, value in totals.items() if name not in ("loss", "moved")}
     if session.router is not None and statistics is not None:
         ids_G = session.sampler.batch(step * session.batches.accumulation - 1).ids
         layers = statistics.of_step(session.router.table(step - 1), ids_G)
-        sdr = session.config.experts.gate == "path"
-        record |= {"distillation": first} if sdr else {"imbalance": first, "balance": second}
-        record |= {"moved": round(moved, 5), "layers": layers}
+        record |= {"moved": round(totals["moved"], 5), "layers": layers}
         if step >= session.schedule.imbalance_steps:
             for block, expert in statistics.newly_dead():
                 session.runtime.say(
@@ -82,8 +77,9 @@ def show_picture(session: Session, teller: MetricLogger, step: int) -> None:
     session.engine.module.train()
     with runtime.raise_on_all_ranks():
         if runtime.is_main:
-            reconstruction = output if isinstance(output, Reconstruction) else output.reconstruction
-            picture = reconstruction_picture(batch.images_BCHW, reconstruction, config.vit_shape.patch_size, input)
+            picture = reconstruction_picture(
+                batch.images_BCHW, output.reconstruction, config.vit_shape.patch_size, input
+            )
             path = config.run.out / "reconstructions" / f"step-{step:08d}.png"
             with session.attempt.file(path, step) as draft:
                 Image.fromarray(picture).save(draft, format="PNG")

@@ -95,13 +95,13 @@ class Router:
             return self._prepared
         return self.prepare(step)
 
-    def route(self, table: StepTable, ids_G: NDArray[np.int64]) -> Routing:
+    def route(self, table: StepTable, ids_G: NDArray[np.int64], imbalance_share: float = 1.0) -> Routing:
         """Plan the micro-batch of the images `ids_G`, rank after rank; the same call on every rank."""
         clusters_WB = self.ids_N[ids_G].astype(np.int64).reshape(self.runtime.world_size, -1)
         plan = make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
         clusters_B = torch.from_numpy(clusters_WB[self.runtime.rank].copy())
         device = self.runtime.device
-        return Routing(on_device(clusters_B, device), plan.to(device), table.noise_LME)
+        return Routing(on_device(clusters_B, device), plan.to(device), table.noise_LME, imbalance_share)
 
     def record(self, step: int) -> dict[str, Any]:
         """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""

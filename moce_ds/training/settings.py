@@ -15,6 +15,7 @@ from moce_ds.config.settings import from_tree, keys, option, settings
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
+from moce_ds.models.losses import LossWeights
 from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 
 if TYPE_CHECKING:
@@ -271,6 +272,18 @@ class PretrainSettings:
                 common_units=self._common_units,
             )
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """How much the losses of the model's own count (docs/method.md, "Losses")."""
+        own = self.experts
+        if self.model.arch == "mae" or own.gate == "random":  # a random table learns nothing
+            return LossWeights()
+        if own.gate == "token":
+            return LossWeights(token_balance=own.token_balance_weight)
+        if own.gate == "path":
+            return LossWeights(distillation=own.distillation_weight)
+        return LossWeights(own.imbalance_weight, own.balance_weight if own.balance == "loss" else None)
 
     @property
     def image_input(self) -> ImageInput:

@@ -211,7 +211,7 @@ def build_for_training(config: PretrainSettings, data: ClusteredData | None) -> 
             return TokenMoE(make_expert, width, num_experts, own.ep_size, own.k)
         return ClusterMoE(make_expert, num_experts, own.ep_size, shared)
 
-    return build_model(config.model_spec, data.clusters if data else None, make_layer)
+    return build_model(config.model_spec, data.clusters if data else None, make_layer, config.loss_weights)
 
 
 def tune_execution(model: MaskedAutoencoder, config: PretrainSettings, device: torch.device) -> None:

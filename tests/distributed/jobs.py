@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from moce_ds.config.words import read_settings
@@ -20,7 +22,6 @@ from moce_ds.errors import MoceError
 from moce_ds.report.run_folder import read_metrics
 from moce_ds.training import pretrain as loop
 from moce_ds.training.pretrain import pretrain
-from moce_ds.training.session import Session
 from moce_ds.training.settings import PretrainSettings
 
 
@@ -95,21 +96,21 @@ def run_job(job: Job, runtime: Runtime) -> Told:
 def faulty(fault: NotFinite) -> Iterator[None]:
     """Let the arithmetic go wrong as `fault` says."""
     hooks = []
-    right = loop._loss
+    right = loop._losses
 
-    def wrong(output: Any, session: Session, step: int) -> tuple[Tensor, list[Tensor]]:
+    def wrong(engine: DeepSpeedEngine, inputs: list[Any]) -> dict[str, Tensor]:
         while hooks:
             hooks.pop().remove()
-        loss, terms = right(output, session, step)
-        if step in fault.steps and session.runtime.rank == fault.rank:
+        losses = right(engine, inputs)
+        if engine.global_steps in fault.steps and dist.get_rank() == fault.rank:
             if not fault.expert:
-                return loss * float("nan"), [term * float("nan") for term in terms]
-            named = session.engine.module.named_parameters()
+                return {name: loss * float("nan") for name, loss in losses.items()}
+            named = engine.module.named_parameters()
             expert = next(parameter for name, parameter in named if ".experts." in name)
             hooks.append(expert.register_hook(lambda gradient: gradient * float("nan")))
-        return loss, terms
+        return losses
 
-    with patch.object(loop, "_loss", wrong):
+    with patch.object(loop, "_losses", wrong):
         yield
 
 

@@ -15,7 +15,7 @@ from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
-from moce_ds.models.mae import Reconstruction, mask_noise
+from moce_ds.models.mae import mask_noise
 from moce_ds.models.moce import Moce
 from moce_ds.moe.placement import default_placement
 from moce_ds.storage.files import write_json
@@ -57,8 +57,7 @@ class Session:
         inputs: list[Any] = [self.images_BCHW, self.noise_BN]
         if self.router:
             inputs.append(self.router.route(self.router.prepare(None), IDS_G))
-        output = self.engine(*inputs)
-        return (output if isinstance(output, Reconstruction) else output.reconstruction).loss
+        return self.engine(*inputs).reconstruction.loss
 
     def train(self) -> None:
         for _ in range(STEPS):
