@@ -274,6 +274,12 @@ class PretrainSettings:
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
 
     @property
+    def routing_clusters(self) -> Path | None:
+        """The folder of the clusters that route the images; None: nothing is routed by cluster."""
+        by_cluster = self.model.arch == "moce" and self.experts.gate != "token"
+        return self.experts.clusters if by_cluster else None
+
+    @property
     def loss_weights(self) -> LossWeights:
         """How much the losses of the model's own count (docs/method.md, "Losses")."""
         own = self.experts

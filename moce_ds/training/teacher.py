@@ -1,39 +1,40 @@
 """The teacher of SDR's second phase: the dense MAE that the run starts from, which the run folder keeps."""
 
+from pathlib import Path
+
 from moce_ds.distributed.runtime import Runtime
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.dense import as_encoder
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.models.warm_start import is_decoder, read_weights
 from moce_ds.storage.files import atomic_folder, writes_to
-from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.settings import PretrainRunSettings
 
 TEACHER = "teacher"
 """Encoder folder in a run folder: the same teacher when the run goes on, wherever `run.init_from` is by then."""
 
 
-def read_teacher(config: PretrainSettings) -> Encoder | None:
-    """The teacher's encoder, where the run wants one. Raises ArtefactError: it cannot be read, or does not fit."""
-    if not config.wants_teacher:
-        return None
-    if (kept := config.run.out / TEACHER).exists():
+def read_teacher(spec: ModelSpec, run: PretrainRunSettings) -> Encoder:
+    """The teacher's encoder. Raises ArtefactError: it cannot be read, or does not fit `spec`."""
+    if (kept := run.out / TEACHER).exists():
         return load_encoder(kept)
-    source, spec = config.run.init_from, config.model_spec
+    source = run.init_from
     assert source is not None, "PretrainSettings sees to it"
-    weights = read_weights(source, config.run.replace_positions)
+    weights = read_weights(source, run.replace_positions)
     state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
     state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
     return as_encoder(state, spec, {"init_from": str(source)}, str(source))
 
 
-def keep_teacher(encoder: Encoder, config: PretrainSettings, runtime: Runtime) -> Teacher:
-    """Leave the teacher in the run folder, and make it ready on this process's device; a collective.
+def keep_teacher(encoder: Encoder, run: Path, runtime: Runtime) -> Teacher:
+    """Leave the teacher in the folder of the run, and make it ready on this process's device; a collective.
 
     Raises:
         ArtefactError: the folder cannot be written to.
     """
-    folder = config.run.out / TEACHER
+    folder = run / TEACHER
     with runtime.raise_on_all_ranks(), writes_to(folder):
         if runtime.is_main and not folder.exists():
             with atomic_folder(folder) as draft:

@@ -9,19 +9,19 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from moce_ds.config.words import read_settings
+from moce_ds.data.loader import Batch
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
 from moce_ds.report.run_folder import read_metrics
-from moce_ds.training import pretrain as loop
+from moce_ds.training.engine import Engine
 from moce_ds.training.pretrain import pretrain
+from moce_ds.training.pretrain_task import PretrainTask
 from moce_ds.training.settings import PretrainSettings
 
 
@@ -96,13 +96,13 @@ def run_job(job: Job, runtime: Runtime) -> Told:
 def faulty(fault: NotFinite) -> Iterator[None]:
     """Let the arithmetic go wrong as `fault` says."""
     hooks = []
-    right = loop._losses
+    right = PretrainTask.losses
 
-    def wrong(engine: DeepSpeedEngine, inputs: list[Any]) -> dict[str, Tensor]:
+    def wrong(self: PretrainTask, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         while hooks:
             hooks.pop().remove()
-        losses = right(engine, inputs)
-        if engine.global_steps in fault.steps and dist.get_rank() == fault.rank:
+        losses = right(self, engine, batch, step, part)
+        if step in fault.steps and dist.get_rank() == fault.rank:
             if not fault.expert:
                 return {name: loss * float("nan") for name, loss in losses.items()}
             named = engine.module.named_parameters()
@@ -110,7 +110,7 @@ def faulty(fault: NotFinite) -> Iterator[None]:
             hooks.append(expert.register_hook(lambda gradient: gradient * float("nan")))
         return losses
 
-    with patch.object(loop, "_losses", wrong):
+    with patch.object(PretrainTask, "losses", wrong):
         yield
 
 

@@ -29,8 +29,8 @@ from moce_ds.moe.gate import PathGate, route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.training.inputs import check_paths
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import check_paths
 from moce_ds.training.teacher import read_teacher
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
@@ -172,11 +172,17 @@ def test_groups_are_not_averaged(moce_run: Callable[..., Path], dense_run: Path,
     assert not (tmp_path / "out").exists()
 
 
+def paths_of(config: PretrainSettings) -> ExpertShape:
+    experts = config.model_spec.experts
+    assert experts is not None
+    return experts
+
+
 def test_more_paths_than_clusters_are_refused(tiny_config: Callable[..., PretrainSettings], dense_run: Path) -> None:
     words = ["model.arch=moce", "experts.clusters=there", *WORDS, f"run.init_from={dense_run}"]
-    check_paths(tiny_config(*words), clusters=3)
+    check_paths(paths_of(tiny_config(*words)), clusters=3)
     with pytest.raises(ConfigError, match=r"experts.stages: 3 groups in 2 stages make 9 paths for 8 clusters"):
-        check_paths(tiny_config(*words, "experts.stages=2"), clusters=8)
+        check_paths(paths_of(tiny_config(*words, "experts.stages=2")), clusters=8)
 
 
 def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
@@ -184,12 +190,13 @@ def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
 ) -> None:
     words = ["model.arch=moce", "experts.clusters=there", *WORDS]
     config = tiny_config(*words, f"run.init_from={dense_run}")
-    teacher = read_teacher(config)
-    assert teacher is not None
+    assert config.wants_teacher
+    teacher = read_teacher(config.model_spec, config.run)
     weights = find(dense_run).load("weights")
     for name, tensor in teacher.model.state_dict().items():
         expected = weights[name] if name in weights else sincos_positions(config.vit_shape, 16)
         assert torch.equal(tensor, expected), name
-    assert read_teacher(tiny_config(*words, "experts.distillation_weight=0")) is None
+    assert not tiny_config(*words, "experts.distillation_weight=0").wants_teacher
+    other = tiny_config(*words, f"run.init_from={moce_run()}")
     with pytest.raises(ArtefactError, match="does not fit the model"):
-        read_teacher(tiny_config(*words, f"run.init_from={moce_run()}"))
+        read_teacher(other.model_spec, other.run)
