@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from moce_ds.bench.timing import interleaved, keep_freed_memory
-from moce_ds.models.losses import LossWeights
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing
+from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE

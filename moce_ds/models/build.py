@@ -7,10 +7,10 @@ import torch
 
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.transform import ImageInput
-from moce_ds.models.losses import NO_WEIGHTS, LossWeights
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
 from moce_ds.models.sdr import Sdr, path_shape
+from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import valid_record

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.distributed.randomness import INIT, hashed
-from moce_ds.models.losses import NO_WEIGHTS, LossWeights
 from moce_ds.models.mae import Block, MaskedAutoencoder, ModelOutput, RunBlock, make_mlp
-from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
+from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer

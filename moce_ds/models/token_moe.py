@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moce_ds.models.losses import NO_WEIGHTS, LossWeights
 from moce_ds.models.mae import Block, DecoderShape, MaskedAutoencoder, ModelOutput, make_mlp
+from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.vit import ViTShape
 
 

@@ -1,4 +1,6 @@
-"""What a run reads: the images, and the clusters that route them, which the run folder keeps."""
+"""What a run reads: the images, the clusters that route them, and the teacher of an SDR: the dense MAE that its second
+phase starts from. The run folder keeps clusters and teacher.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,18 @@ from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
+from moce_ds.models.build import ModelSpec
+from moce_ds.models.dense import as_encoder
+from moce_ds.models.mae import sincos_positions
+from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.models.warm_start import is_decoder, read_weights
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
+from moce_ds.training.settings import PretrainRunSettings
+
+TEACHER = "teacher"
+"""Encoder folder in a run folder: the same teacher when the run goes on, wherever `run.init_from` is by then."""
 
 
 @dataclass(frozen=True)
@@ -88,3 +100,30 @@ def keep_clusters(source: Path, run: Path, runtime: Runtime) -> None:
         if runtime.is_main and not target.exists():
             with atomic_folder(target) as draft:
                 copy_tree(source, draft)
+
+
+def read_teacher(spec: ModelSpec, run: PretrainRunSettings) -> Encoder:
+    """The teacher's encoder. Raises ArtefactError: it cannot be read, or does not fit `spec`."""
+    if (kept := run.out / TEACHER).exists():
+        return load_encoder(kept)
+    source = run.init_from
+    assert source is not None, "PretrainSettings sees to it"
+    weights = read_weights(source, run.replace_positions)
+    state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
+    state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
+    return as_encoder(state, spec, {"init_from": str(source)}, str(source))
+
+
+def keep_teacher(encoder: Encoder, run: Path, runtime: Runtime) -> Teacher:
+    """Leave the teacher in the folder of the run, and make it ready on this process's device; a collective.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
+    folder = run / TEACHER
+    with runtime.raise_on_all_ranks(), writes_to(folder):
+        if runtime.is_main and not folder.exists():
+            with atomic_folder(folder) as draft:
+                save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    encoder.model.to(runtime.device)
+    return Teacher(encoder)

@@ -16,17 +16,18 @@ from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
+from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.losses import NO_WEIGHTS, LossWeights
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import Moce
+from moce_ds.models.moce import ExpertShape, Moce, upcycle
+from moce_ds.models.sdr import part_units
+from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
+from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement, held_experts, placement_by_traffic
 from moce_ds.moe.token_layer import TokenMoE
-from moce_ds.training.initial_weights import first_weights, take_weights
 from moce_ds.training.settings import EngineSettings, ExpertSettings, PretrainRunSettings
 
 
@@ -144,3 +145,58 @@ def place_experts(model: MaskedAutoencoder, slot_LE: NDArray[np.int64], rank: in
     """Tell every expert layer which global experts this rank holds."""
     for layer, slot_E in zip(expert_layers(model).values(), slot_LE, strict=True):
         layer.set_local_experts(held_experts(slot_E, rank % layer.ep_size, layer.ep_size))
+
+
+def first_weights(
+    model: MaskedAutoencoder, spec: ModelSpec, run: PretrainRunSettings, perturbation: float
+) -> tuple[dict[str, Tensor], str]:
+    """A new run's weights by global names, all experts included, and a sentence that says where they come from.
+
+    Without `run.init_from` the experts start from the model's own random MLPs, by the same rule (`upcycle`).
+
+    Args:
+        model: gives the gates' weights where the source has none.
+        perturbation: relative noise on the experts' weights.
+
+    Raises:
+        ArtefactError: the weights cannot be read, or hold experts where a dense run is wanted.
+    """
+    source = run.init_from
+    fresh = _random_dense(spec, run.seed)
+    if source is None:
+        weights, message = dict(fresh), "Starting from random weights."
+    else:
+        weights, message = read_weights(source, run.replace_positions), f"Starting from {source}."
+        if lacks_decoder(weights):
+            weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
+            message = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."
+        if run.replace_positions:
+            message += " Its position tables are replaced by fixed sine-cosine ones."
+    if spec.experts is None:
+        if has_experts(weights):
+            raise ArtefactError(
+                f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
+            )
+    elif not has_experts(weights):
+        weights = _with_experts(weights, spec.experts, perturbation, run.seed)
+        weights |= {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
+    return weights, message
+
+
+def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: Path | None) -> None:
+    """Give a model whose experts have their places those of the weights that it holds. Raises ArtefactError."""
+    parameters = dict(global_parameters(model))
+    here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
+    load_weights_strict(parameters, here, str(source))
+
+
+def _with_experts(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
+    if experts.gate == "path":
+        return part_units(dense, experts)
+    return upcycle(dense, experts, perturbation, seed)
+
+
+def _random_dense(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    dense = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+    return {name: p.detach() for name, p in dense.named_parameters()}

@@ -9,13 +9,12 @@ from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.config.settings import to_tree
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.training.engine import parameter_groups, start_engine
-from moce_ds.training.inputs import keep_clusters, open_inputs
+from moce_ds.training.inputs import keep_clusters, keep_teacher, open_inputs, read_teacher
 from moce_ds.training.model import placed_model
 from moce_ds.training.pretrain_task import PretrainTask
 from moce_ds.training.run_checks import check_resumable, keep_settings
 from moce_ds.training.schedule import describe, make_schedule
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-from moce_ds.training.teacher import keep_teacher, read_teacher
 from moce_ds.training.trainer import Progress, Trainer
 
 

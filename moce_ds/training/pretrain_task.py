@@ -26,10 +26,9 @@ from moce_ds.models.sdr import Teacher
 from moce_ds.text import counted
 from moce_ds.training.engine import Engine
 from moce_ds.training.inputs import Inputs
-from moce_ds.training.locality import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.pictures import RunPictures
-from moce_ds.training.router import Router, RouteStatistics
+from moce_ds.training.router import LocalSampler, Router, RouteStatistics
 from moce_ds.training.schedule import Schedule
 from moce_ds.training.settings import BatchArithmetic, DataSettings, ExpertSettings, PretrainRunSettings
 from moce_ds.training.skipping import SkippedSteps

@@ -15,8 +15,7 @@ from moce_ds.config.settings import from_tree, keys, option, settings
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
-from moce_ds.models.losses import LossWeights
-from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
+from moce_ds.models.shapes import DecoderShape, ExpertShape, LossWeights, ViTShape
 
 if TYPE_CHECKING:
     from moce_ds.models.build import ModelSpec

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.models.losses import LossWeights
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import ExpertShape, Moce, Routing, make_gate, upcycle
+from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import RandomGate, chosen_experts
 from moce_ds.moe.placement import default_placement

@@ -29,9 +29,8 @@ from moce_ds.moe.gate import PathGate, route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.training.inputs import check_paths
+from moce_ds.training.inputs import check_paths, read_teacher
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.teacher import read_teacher
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
 GROUPS, STAGES, COMMON = 4, 2, 32

@@ -22,8 +22,7 @@ from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.vit import save_encoder, timm_vit
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
 from moce_ds.moe.placement import default_placement
-from moce_ds.training.initial_weights import first_weights, take_weights
-from moce_ds.training.model import build_for_training, place_experts
+from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.settings import PretrainSettings
 
 Make = Callable[..., PretrainSettings]
