@@ -1,4 +1,4 @@
-"""A model on paper: its sizes, and what its losses weigh. Settings are made of these: nothing here needs torch or timm."""
+"""A model on paper: its sizes, and what its losses weigh. Settings are made of these: no torch or timm is needed."""
 
 import math
 from dataclasses import dataclass, replace
