@@ -167,7 +167,7 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
     Raises:
         ConfigError: every fault is listed, with the settings in which a run that is there differs.
     """
-    from moce_ds.training.setup import check_run  # brings DeepSpeed along
+    from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
 
     inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
     inputs |= {"heldout": [study.heldout]} if study.heldout else {}
