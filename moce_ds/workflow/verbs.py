@@ -21,14 +21,14 @@ from moce_ds.errors import ConfigError
 def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
     """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
 
-    Cells that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    Cells that are done are not run again: rerun the same command after a stop, a kill or a failure.
     """
-    from moce_ds.workflow.study import run_study, states_table
+    from moce_ds.workflow.study import list_study, run_study
     from moce_ds.workflow.study_grid import StudySettings
 
     config = read_settings(StudySettings, words)
     if listed:
-        show(states_table(config))
+        show(list_study(config))
         return
     sys.exit(run_study(config, cell))
 
@@ -41,12 +41,12 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
     """Run all stages, from images to the experts of tasks, their evaluation and a report.
 
-    Stages that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    Stages that are done are not run again: rerun the same command after a stop, a kill or a failure.
     """
-    from moce_ds.workflow.pipeline import run_pipeline, states_table
+    from moce_ds.workflow.pipeline import list_pipeline, run_pipeline
 
     if listed:
-        show(states_table(words))
+        show(list_pipeline(words))
         return
     sys.exit(run_pipeline(words, stage))
 
