@@ -115,7 +115,7 @@ def test_a_campaign_that_was_stopped_goes_on(runs: Path, task: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-3] + b"abc"), "model.safetensors"),
     ],
 )
-def test_a_damaged_export_is_made_anew(
+def test_a_damaged_export_is_exported_again(
     moce_run: MakeRun, task: Path, harm: Callable[[Path], object], name: str
 ) -> None:
     command = ("transfer", moce_run(), "--tasks", task, "--methods", "knn")
@@ -124,9 +124,9 @@ def test_a_damaged_export_is_made_anew(
     whole, made = contents(out / "experts"), len(records(out, "knn"))
     harm(out / "experts/MoCE/kinds" / name)
     said = run_here(*command)
-    assert said.status == 0 and said.err.count("It is made anew.") == 1 and name in said.err, said
+    assert said.status == 0 and said.err.count("Re-exporting.") == 1 and name in said.err, said
     assert contents(out / "experts") == whole and "(was done)" in said.out and len(records(out, "knn")) == made
-    assert "made anew" not in run_here(*command).err
+    assert "Re-exporting" not in run_here(*command).err
 
 
 def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path: Path) -> None:
