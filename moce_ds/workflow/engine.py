@@ -1,8 +1,8 @@
-"""Run the steps of a workflow: skip what is done, share with other processes, resume, and go on after failures.
+"""Run the steps of a workflow: skip what is done, share with other processes, resume, continue after failures.
 
 Several processes may run one workflow at the same time, also on several machines with one file system: a step that
-another process runs is left to it, and waited for when nothing else is left. A step runs when the steps that it needs
-are done; one that fails keeps back those that need it, and no others.
+another process runs is left to it, and waited for when nothing else can run. A step runs when the steps that it needs
+are done. A step that fails holds back the steps that need it, and no others.
 """
 
 import time
@@ -22,7 +22,7 @@ from moce_ds.workflow.step import Launch, Step, StepRecord, Workflow, now, perfo
 
 
 class Progress:
-    """Prints how the steps of a workflow come along, a line each."""
+    """Prints the progress of a workflow, a line for each change of a step."""
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
@@ -42,7 +42,7 @@ class Progress:
     def done(self, step: Step, seconds: float) -> None:
         """The step is done; waiting and running took so many seconds."""
         record = step.record()
-        say(f"{self.workflow.place(step)} done in {spoken(record.seconds if record else seconds)}")
+        say(f"{self.workflow.place(step)} done in {duration(record.seconds if record else seconds)}")
 
     def stopped(self, step: Step) -> None:
         """The step has stopped where it can resume."""
@@ -122,7 +122,7 @@ def run_steps(steps: Sequence[Step], progress: Progress, keep_going: bool = Fals
 
 
 def _next(waiting: Sequence[Step], outcome: Outcome) -> Step | None:
-    """The first step that is not kept back and that no other process runs, else the first that is not kept back."""
+    """The first step that is not held back and that no other process runs, else the first that is not held back."""
     unfinished = {step.name for step in (*waiting, *outcome.stopped, *(failure.step for failure in outcome.failures))}
     ready = [step for step in waiting if not unfinished.intersection(step.needs)]
     return next((step for step in ready if not is_held(step.lock)), ready[0] if ready else None)
@@ -175,7 +175,7 @@ def _start(launch: Launch, processes: int) -> int:
 
 
 def _explained(step: Step, status: int, seconds: float) -> Failure:
-    """Why the processes of a step failed: kept in its record, where they were killed or had no time to do so."""
+    """Why the processes of a step failed. Its record is written here unless its first process has done so."""
     log, record = step.launch and step.launch.log, step.record()
     lost = LOST_PEER if status < 0 else status
     if log is None and record is not None and record.state == "failed":
@@ -199,6 +199,6 @@ def states_table(workflow: Workflow, title: str) -> Table:
     return table
 
 
-def spoken(seconds: float) -> str:
-    """A duration in words."""
+def duration(seconds: float) -> str:
+    """Seconds or minutes, in words."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

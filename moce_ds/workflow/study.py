@@ -12,7 +12,7 @@ from moce_ds.host.place import Place
 from moce_ds.report.study_folder import STUDY, StudyRecord
 from moce_ds.storage.checksums import write_checked
 from moce_ds.storage.files import writes_to
-from moce_ds.workflow.engine import Failure, Progress, run_steps, spoken, states_table
+from moce_ds.workflow.engine import Failure, Progress, duration, run_steps, states_table
 from moce_ds.workflow.step import Step, Workflow, perform
 from moce_ds.workflow.study_cell import study_workflow
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
@@ -107,13 +107,13 @@ class _CellProgress(Progress):
     def done(self, step: Step, seconds: float) -> None:
         self._took.append(seconds)
         left = self._pending * sum(self._took) / len(self._took)
-        print(f"done in {spoken(seconds)}{f', about {spoken(left)} left' if self._pending else ''}")
+        print(f"done in {duration(seconds)}{f', about {duration(left)} left' if self._pending else ''}")
 
     def stopped(self, step: Step) -> None:
         print("stopped")
 
     def failed(self, step: Step, seconds: float) -> None:
-        print(f"FAILED after {spoken(seconds)}")
+        print(f"FAILED after {duration(seconds)}")
 
 
 def _list_failure(failure: Failure) -> None:

@@ -24,7 +24,7 @@ CONFIGS = Path("configs/transfer")
 
 @settings
 class FinetuneWords:
-    """What `moce finetune` is told."""
+    """The words of `moce finetune`, and how they are chosen."""
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
     choices: list[list[str]] = option(

@@ -70,8 +70,8 @@ def transfer(
 ) -> None:
     """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
 
-    A table for each method at the end; every number is kept in OUT/results.json. The same command goes on, or adds
-    what is new.
+    Prints a table for each method at the end and keeps every number in OUT/results.json. Rerun the same command to
+    resume, or with more tasks, methods or seeds to add what is missing.
     """
     from moce_ds.workflow.transfer import run_campaign
     from moce_ds.workflow.transfer_models import find_subjects
@@ -126,8 +126,8 @@ def slurm(words: Sequence[str]) -> None:
     """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
 
     `pretrain`, `features`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array of jobs, and
-    `pipeline` a chain. Other verbs run in one process. A job whose time is over, that was preempted, or that lost a
-    node goes on by itself.
+    `pipeline` a chain. Other verbs run in one process. A job is requeued and resumes after its time limit, a
+    preemption, or the loss of a node.
     """
     from moce_ds.launch.slurm_profile import SlurmProfile
     from moce_ds.workflow.submit import JOB_VERBS, launch_on_slurm
