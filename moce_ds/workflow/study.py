@@ -49,7 +49,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
 
 def list_study(study: StudySettings) -> Table:
     """The cells and how far they are. Raises ConfigError for a fault in the settings of any."""
-    return states_table(study_workflow(study, checked_cells(study)), f"{study.base} -> {study.out}")
+    return states_table(study_workflow(study, checked_cells(study)), f"{study.pretrain} -> {study.out}")
 
 
 def checked_cells(study: StudySettings) -> list[Cell]:
