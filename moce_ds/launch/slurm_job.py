@@ -1,6 +1,7 @@
 """A SLURM job as its own processes see it: how its starts ended, and how it is requeued."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 SECRET_FILE = "secret"
 """In the folder of a launch, readable by its owner alone: the key that authenticates messages of its processes."""
 
+_logger = logging.getLogger(__name__)
 _STEADY_SECONDS = 3600.0
 
 
@@ -50,7 +52,7 @@ class JobStart:
         """Requeue the job after a lost process, unless too many failed in a row; returns whether it tried."""
         failures = self._in_a_row()
         if failures > max_failures:
-            print(f"{failures} failures in a row, and max_failures={max_failures}: not queued again.", flush=True)
+            _logger.warning(f"{failures} failures in a row; max_failures={max_failures} are allowed.")
             return False
         self.requeue(f"failure {failures} of at most {max_failures} in a row")
         return True
@@ -60,12 +62,12 @@ class JobStart:
         command = ["squeue", "--noheader", f"--jobs={self.name}", "--format=%T"]
         state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if state != "RUNNING":
-            print(f"Job {self.name} is {state or 'gone'}: left as it is, not queued again ({why}).", flush=True)
+            _logger.info(f"Job {self.name} is {state or 'gone'}: it does not requeue itself ({why}).")
             return
-        print(f"Job {self.name} goes back into the queue: {why}.", flush=True)
+        _logger.info(f"Job {self.name} goes back into the queue: {why}.")
         done = subprocess.run(["scontrol", "requeue", self.name], capture_output=True, text=True)
         if done.returncode:
-            print(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to resume.", flush=True)
+            _logger.warning(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to resume.")
 
     def _in_a_row(self) -> int:
         """Starts that lost a process: this one and those just before it, back to one that ran steadily."""

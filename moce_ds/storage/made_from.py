@@ -47,7 +47,7 @@ class Comparison:
             what: the place and what it holds, such as "runs/clusters holds clusters".
         """
         if self.differences:
-            raise kind(f"{what} made from something else; give another folder or delete it:{self.listed}")
+            raise kind(f"{what} made from something else; choose another folder or delete it:{self.listed}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ another process runs is left to it, and waited for when nothing else can run. A 
 are done. A step that fails holds back the steps that need it, and no others.
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import click
 from rich.table import Table
 
-from moce_ds.console import say
 from moce_ds.errors import LOST_PEER, STOPPED, MoceError
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.logged import log_tail, run_logged
@@ -20,35 +20,41 @@ from moce_ds.storage.locks import held, is_held
 from moce_ds.text import in_line
 from moce_ds.workflow.step import Launch, Step, StepRecord, Workflow, now, perform
 
+_logger = logging.getLogger(__name__)
+
 
 class Progress:
-    """Prints the progress of a workflow, a line for each change of a step."""
+    """Logs the progress of a workflow, a line for each change of a step."""
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
 
     def skipped(self, step: Step) -> None:
         """The step was done before."""
-        say(f"{self.workflow.place(step)} is done")
+        _logger.info(f"{self.workflow.place(step)} is done")
 
     def waiting(self, step: Step) -> None:
         """Another process runs the step."""
-        say(f"{self.workflow.place(step)} waits for the process that runs it")
+        _logger.info(f"{self.workflow.place(step)} waits for the process that runs it")
 
     def started(self, step: Step) -> None:
         """The step begins."""
-        say(f"{self.workflow.place(step)}{f' in {step.processes} processes' if step.processes > 1 else ''} ...")
+        _logger.info(
+            f"{self.workflow.place(step)}{f' in {step.processes} processes' if step.processes > 1 else ''} ..."
+        )
 
     def done(self, step: Step, seconds: float) -> None:
         """The step is done; waiting and running took so many seconds."""
         record = step.record()
-        say(f"{self.workflow.place(step)} done in {duration(record.seconds if record else seconds)}")
+        _logger.info(f"{self.workflow.place(step)} done in {duration(record.seconds if record else seconds)}")
 
     def stopped(self, step: Step) -> None:
         """The step has stopped where it can resume."""
+        _logger.info(f"{self.workflow.place(step)} stopped")
 
     def failed(self, step: Step, seconds: float) -> None:
         """The step has failed."""
+        _logger.warning(f"{self.workflow.place(step)} failed after {duration(seconds)}")
 
 
 @dataclass(frozen=True)

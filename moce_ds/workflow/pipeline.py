@@ -1,5 +1,6 @@
 """`moce pipeline CONFIG`: all stages from images to a report, as steps that run one after the other."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,9 +19,11 @@ from moce_ds.workflow.engine import Failure, Progress, StepError, run_steps, sta
 from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, pipeline_workflow
 from moce_ds.workflow.step import Step, Workflow, perform
 
+_logger = logging.getLogger(__name__)
+
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
-    """Run all stages that are not done, in order, or `only` one; returns the exit status (STOPPED: as requested).
+    """Run all stages that are not done, in order, or `only` one; returns the exit status (STOPPED: as asked).
 
     Several of these at once share the stages: one that another process runs is waited for. Where torchrun or a job has
     started this process, it is one of those that share the stage.
@@ -46,7 +49,7 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
     keep_stages(stages, pipeline.out)
     outcome = run_steps(chosen, Progress(workflow))
     for stage in outcome.stopped:
-        say(f"Stopped as requested in stage {stage.name}. Rerun the same command to resume.")
+        _logger.info(f"Stopped as asked in stage {stage.name}. Rerun the same command to resume.")
     for failure in outcome.failures:
         if not failure.shown:
             raise StepError("stage", failure)

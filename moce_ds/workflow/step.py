@@ -4,6 +4,7 @@ One process runs a step, or several share it. The first of them holds the step's
 done or failed. A step that is stopped stays begun.
 """
 
+import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -16,15 +17,16 @@ from typing import Any, Literal, Protocol
 import click
 
 from moce_ds.cli.verbs import run_verb
-from moce_ds.console import say
 from moce_ds.errors import ConfigError
-from moce_ds.host.place import Place, is_first
+from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import sha256_of, writes_to
 from moce_ds.storage.locks import held, is_held
 from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import counted, in_line
+
+_logger = logging.getLogger(__name__)
 
 State = Literal["begun", "done", "failed"]
 Measures = dict[str, Any]
@@ -195,7 +197,7 @@ def perform(step: Step) -> None:
         return
     with held(step.lock):
         if here.world_size == 1 and step.is_done():  # the processes of one step all run it, or none does
-            say(f"{step.name} was done meanwhile by another process.")
+            _logger.info(f"{step.name} was done meanwhile by another process.")
             return
         with _Recording(step) as recording:
             recording.measures = step.work()
@@ -227,15 +229,14 @@ class _Recording:
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> None:
-    """Run `moce` commands in this process, one after the other, each of which the first process prints.
+    """Run `moce` commands in this process, one after the other, each of which is logged.
 
     Raises:
         MoceError: as the commands.
         SystemExit: a command ended the process.
     """
     for command in commands:
-        if is_first():
-            say("", f"$ moce {in_line(shlex.join(command))}")
+        _logger.info(f"$ moce {in_line(shlex.join(command))}")
         run_verb(command)
 
 

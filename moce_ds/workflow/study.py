@@ -1,6 +1,7 @@
 """`moce study CONFIG`: a grid of runs. The cells are steps that need nothing of one another."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -16,6 +17,8 @@ from moce_ds.workflow.engine import Failure, Progress, duration, run_steps, stat
 from moce_ds.workflow.step import Step, Workflow, perform
 from moce_ds.workflow.study_cell import study_workflow
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
+
+_logger = logging.getLogger(__name__)
 
 
 def run_study(study: StudySettings, only: str | None = None) -> int:
@@ -39,7 +42,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
     pending = [cell for cell in chosen if not cell.is_done()]
     outcome = run_steps(pending, _CellProgress(workflow, len(pending)), keep_going=True)
     if outcome.stopped:  # by a signal, or run.max_hours of a cell
-        say(f"Stopped as requested, {workflow.summary(chosen)}. Rerun the same command to resume.")
+        _logger.info(f"Stopped as asked, {workflow.summary(chosen)}. Rerun the same command to resume.")
         return outcome.status
     say(f"{workflow.summary(chosen)} in {study.out}. Look at: moce report {study.out}")
     for failure in outcome.failures:
@@ -87,36 +90,25 @@ def _share(chosen: Sequence[Step], only: str | None) -> int:
 
 
 class _CellProgress(Progress):
-    """A cell prints into its own log: its line here ends when it has ended, with an estimate for the others."""
+    """Estimates the time that the other cells take."""
 
     def __init__(self, workflow: Workflow, pending: int) -> None:
         super().__init__(workflow)
         self._pending = pending
         self._took: list[float] = []
 
-    def skipped(self, step: Step) -> None:
-        self._pending -= 1
-
-    def waiting(self, step: Step) -> None:
-        self.started(step)
-
     def started(self, step: Step) -> None:
         self._pending -= 1
-        print(f"{self.workflow.place(step)} ...", end=" ", flush=True)
+        super().started(step)
 
     def done(self, step: Step, seconds: float) -> None:
         self._took.append(seconds)
         left = self._pending * sum(self._took) / len(self._took)
-        print(f"done in {duration(seconds)}{f', about {duration(left)} left' if self._pending else ''}")
-
-    def stopped(self, step: Step) -> None:
-        print("stopped")
-
-    def failed(self, step: Step, seconds: float) -> None:
-        print(f"FAILED after {duration(seconds)}")
+        estimate = f", about {duration(left)} left" if self._pending else ""
+        _logger.info(f"{self.workflow.place(step)} done in {duration(seconds)}{estimate}")
 
 
 def _list_failure(failure: Failure) -> None:
     cell, message = failure.step, failure.message.replace("\n", "\n    ")
     log = cell.launch and cell.launch.log
-    say(f"FAILED {cell.name} (all of it in {log}; again: --cell {cell.name})\n    {message}", err=True)
+    _logger.error(f"cell {cell.name} failed (log: {log}; to rerun it: --cell {cell.name})\n    {message}")

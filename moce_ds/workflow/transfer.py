@@ -7,6 +7,7 @@ OUT/finetune the runs of fine-tuning. Several commands on one OUT share the meas
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from moce_ds.data.task_images import Splits, opened_task
 from moce_ds.distributed.runtime import lone_device
 from moce_ds.errors import ConfigError
 from moce_ds.evaluation.frozen_features import measure_frozen
-from moce_ds.evaluation.metrics import SPOKEN
+from moce_ds.evaluation.metrics import DISPLAY_NAMES
 from moce_ds.evaluation.results import accuracy_record, known_by
 from moce_ds.evaluation.results_file import add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
@@ -30,6 +31,8 @@ from moce_ds.workflow.step import Step, StepRecord, Workflow
 from moce_ds.workflow.transfer_finetune import finetuned
 from moce_ds.workflow.transfer_models import Expert, Subject
 from moce_ds.workflow.transfer_tasks import Task, check_metric
+
+_logger = logging.getLogger(__name__)
 
 METHODS = ("knn", "probe", "finetune")
 RESULTS = "results.json"
@@ -223,7 +226,7 @@ def _measure_all(
         assert record is not None, "it is done"
         records[step.name] = record.measures
         metric, number = record.measures["metric"], [each.name for each in steps].index(step.name) + 1
-        figure = f"{SPOKEN[metric]} {record.measures[metric]:.4f}{' (was done)' if was_done else ''}"
+        figure = f"{DISPLAY_NAMES[metric]} {record.measures[metric]:.4f}{' (was done)' if was_done else ''}"
         say(f"[{number}/{len(steps)}] {step.name}: {figure}")
 
     _run(workflow, _Reporting(workflow, report))
@@ -254,5 +257,5 @@ def _run(workflow: Workflow, progress: Progress) -> None:
         if failure.error:
             raise failure.error
     if outcome.stopped:
-        say(f"Stopped as requested at {outcome.stopped[0].name}. Rerun the same command to resume.")
+        _logger.info(f"Stopped as asked at {outcome.stopped[0].name}. Rerun the same command to resume.")
         raise SystemExit(outcome.status)

@@ -1,16 +1,18 @@
 """Fine-tuning as a step of the transfer protocol: `moce finetune` in a process of its own, since it trains."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moce_ds.config.values import arguments
-from moce_ds.console import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.launch.logged import log_tail, run_logged
 from moce_ds.storage.files import read_json
 from moce_ds.workflow.transfer_tasks import Task
+
+_logger = logging.getLogger(__name__)
 
 
 def finetuned(encoder: Path, task: Task, seed: int, out: Path) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _run(
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
-        say(f"fine-tuning: tail -F {log}")
+        _logger.info(f"fine-tuning: tail -F {log}")
         status = run_logged([sys.executable, "-m", "moce_ds", *arguments(command)], log)
         if status == STOPPED:
             raise KeyboardInterrupt

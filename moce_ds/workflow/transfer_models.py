@@ -1,5 +1,6 @@
 """The models that the transfer protocol compares: runs, their names, and the encoder that each gives a task."""
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
-from moce_ds.console import say
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.export.routes import choose_selected
@@ -22,6 +22,8 @@ from moce_ds.storage.files import read_json
 from moce_ds.storage.made_from import MadeFrom
 from moce_ds.workflow.step import Step, StepRecord
 from moce_ds.workflow.transfer_tasks import Task
+
+_logger = logging.getLogger(__name__)
 
 _BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE", "path": "SDR"}
 _ORDER = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
@@ -145,4 +147,4 @@ class Expert:
         try:
             load_encoder(self.path)
         except ArtefactError as error:
-            say(f"{error} Re-exporting.", err=True)
+            _logger.warning(f"{error} It is exported again.")

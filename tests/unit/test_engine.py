@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moce_ds.console import configure_logging
 from moce_ds.errors import LOST_PEER, STOPPED, DataError
 from moce_ds.storage.locks import held
 from moce_ds.storage.made_from import MadeFrom
@@ -60,11 +61,12 @@ def failing() -> None:
 def test_a_step_is_run_once_for_what_it_is_made_from(
     make: Make, ran: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    configure_logging()
     steps = [make("a"), make("b", needs=["a"])]
     assert run(steps).status == 0 and ran == ["a", "b"]
-    assert "step 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().out
+    assert "step 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().err
     assert run(steps).status == 0 and ran == ["a", "b"]
-    assert capsys.readouterr().out == "step 1 of 2 a is done\nstep 2 of 2 b is done\n"
+    assert capsys.readouterr().err == "step 1 of 2 a is done\nstep 2 of 2 b is done\n"
     assert run([make("a", source="two"), steps[1]]).status == 0 and ran == ["a", "b", "a"]
     steps[1].outputs[0].unlink()
     assert steps[1].state() == "changed" and run(steps[1:]).status == 0 and ran[3:] == ["b"], "its output was gone"

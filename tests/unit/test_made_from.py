@@ -41,7 +41,7 @@ def test_differences_are_named() -> None:
     with pytest.raises(ArtefactError) as refusal:
         compared.refuse_different("out holds clusters")
     assert str(refusal.value) == (
-        "out holds clusters made from something else; give another folder or delete it:"
+        "out holds clusters made from something else; choose another folder or delete it:"
         "\n  settings.num_clusters: 6 there, 5 now\n  shards: None there, 'abc' now"
     )
     with pytest.raises(DataError):
