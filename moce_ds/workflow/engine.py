@@ -53,8 +53,7 @@ class Progress:
         _logger.info(f"{self.workflow.place(step)} stopped")
 
     def failed(self, step: Step, seconds: float) -> None:
-        """The step has failed."""
-        _logger.warning(f"{self.workflow.place(step)} failed after {duration(seconds)}")
+        """The step has failed; its message follows at the end."""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,9 @@ class _CellProgress(Progress):
         estimate = f", about {duration(left)} left" if self._pending else ""
         _logger.info(f"{self.workflow.place(step)} done in {duration(seconds)}{estimate}")
 
+    def failed(self, step: Step, seconds: float) -> None:
+        _logger.warning(f"{self.workflow.place(step)} failed after {duration(seconds)}")
+
 
 def _list_failure(failure: Failure) -> None:
     cell, message = failure.step, failure.message.replace("\n", "\n    ")
