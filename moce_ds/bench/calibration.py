@@ -32,7 +32,7 @@ from moce_ds.planning.devices import Device
 from moce_ds.planning.work import Machines
 from moce_ds.training.engine import set_lr, start_engine
 from moce_ds.training.router import Router
-from moce_ds.training.settings import ExpertSettings, PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.training.setup import ClusteredData, build_for_training, tune_execution
 
 _COPIED = 2**28  # bytes; more than caches hold
@@ -182,7 +182,7 @@ def _memory(runtime: Runtime) -> float:
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
     """An optimizer step as training takes it, without loading: images are random, and spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
-    data = _random_clusters(config) if config.model.arch == "moce" else None
+    data = _random_clusters(config) if config.family.routes_by_cluster else None
     model = build_for_training(config, data)
     tune_execution(model, config, runtime.device)
     engine = start_engine(model, config, batches)
@@ -206,18 +206,18 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
             inputs: list[Any] = [images_BCHW, noise_BN]
             if router and table:
                 inputs += [router.route(table, ids_G), *teachers]
-            engine.backward(_loss(engine(*inputs), config.experts))
+            engine.backward(_loss(engine(*inputs), config))
             engine.step()
 
     return step
 
 
-def _loss(output: Reconstruction | MoceOutput | SdrOutput, experts: ExpertSettings) -> Tensor:
+def _loss(output: Reconstruction | MoceOutput | SdrOutput, config: PretrainSettings) -> Tensor:
     if isinstance(output, Reconstruction):
         return output.loss
     if isinstance(output, SdrOutput):
-        return output.reconstruction.loss + experts.distillation_weight * output.distillation
-    return output.reconstruction.loss + experts.imbalance_weight * output.gate.imbalance
+        return output.reconstruction.loss + config.sdr.distillation_weight * output.distillation
+    return output.reconstruction.loss + config.experts.imbalance_weight * output.gate.imbalance
 
 
 def _random_clusters(config: PretrainSettings) -> ClusteredData:

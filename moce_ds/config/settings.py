@@ -19,7 +19,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from moce_ds.config import faults
+from moce_ds.config import earlier, faults
 from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.config.yaml_text import Plain, read_yaml_text
 from moce_ds.errors import ConfigError
@@ -88,6 +88,8 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
         ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
     """
     layers = [layer for layer in layers if layer[1]] or layers[:1]
+    if _is_of_pretraining(cls):
+        layers = earlier.translate_layers(layers)
     tree: dict[str, Any] = {}
     origins: list[str] = []
     for origin, own in layers:
@@ -97,6 +99,11 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
         raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+
+
+def _is_of_pretraining(cls: Any) -> bool:
+    """Whether a settings class has the settings that earlier versions named otherwise."""
+    return "model.arch" in dict(keys(cls))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: str = "") -> dict[str, Any]:
@@ -145,8 +152,9 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
 
 
 def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
-    """A tree of settings of type `cls`, as an earlier version wrote it, with the defaults of settings added since."""
-    whole = dict(tree)
+    """A tree of settings of type `cls`, as an earlier version wrote it, by the names of this version and with the
+    defaults of settings added since."""
+    whole = earlier.translate_tree(tree) if _is_of_pretraining(cls) else dict(tree)
     for field in dataclasses.fields(cls):
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
         if dataclasses.is_dataclass(field.type) and isinstance(below, dict):
@@ -245,6 +253,7 @@ class KeysOf(Reading):
         if not isinstance(value, dict):
             return value
         types = {name: field.type for name, field in keys(self.cls)} | dict.fromkeys(self.own, int)
+        types |= {old: types[new] for old, new in earlier.MOVED.items() if new in types}
         flat: dict[str, Any] = {}
         for name, part in value.items():
             inside = isinstance(part, dict) and any(known.startswith(f"{name}.") for known in types)

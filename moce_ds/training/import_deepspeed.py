@@ -195,7 +195,7 @@ def _is_plain(tensor: Any) -> bool:
 def _clustered_data(config: PretrainSettings) -> ClusteredData | None:
     """The clusters of the settings; None for a model that does not route by them. Raises ArtefactError."""
     folder = config.experts.clusters
-    if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
+    if not config.family.routes_by_cluster or folder is None:
         return None
     clusters = Clusters.load(folder)
     return ClusteredData(clusters, load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum())))

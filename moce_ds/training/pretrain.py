@@ -25,6 +25,7 @@ from moce_ds.models.mae import Reconstruction, mask_noise
 from moce_ds.models.moce import MoceOutput
 from moce_ds.models.sdr import SdrOutput
 from moce_ds.models.token_moe import TokenOutput
+from moce_ds.moe.gate import ClusterGate
 from moce_ds.training.engine import set_lr
 from moce_ds.training.locality import LocalSampler
 from moce_ds.training.record import manifest, report_replaced, show_picture, step_record
@@ -156,22 +157,23 @@ def _loss(
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted loss (docs/method.md, "Losses") and its detached terms: total, reconstruction, and two of
     the model's own."""
-    own = session.config.experts
+    config = session.config
+    own = config.experts
     if isinstance(output, Reconstruction):
         zero = torch.zeros_like(output.loss)
         loss, terms = output.loss, [output.loss, zero, zero]
     elif isinstance(output, SdrOutput):
         terms = [output.reconstruction.loss, output.distillation, torch.zeros_like(output.distillation)]
-        loss = terms[0] + own.distillation_weight * terms[1]
+        loss = terms[0] + config.sdr.distillation_weight * terms[1]
     elif isinstance(output, TokenOutput):
         terms = [output.reconstruction.loss, output.importance, output.load]
-        loss = terms[0] + own.token_balance_weight * (terms[1] + terms[2])
+        loss = terms[0] + config.token_moe.balance_weight * (terms[1] + terms[2])
     else:
         terms = [output.reconstruction.loss, output.gate.imbalance, output.gate.balance]
         loss = terms[0]
-        if own.gate == "cluster":  # a random table learns nothing
+        if isinstance(session.engine.module.gate, ClusterGate):  # a random table learns nothing
             loss = loss + own.imbalance_weight * session.schedule.imbalance_share(step) * terms[1]
-        if own.gate == "cluster" and own.balance == "loss":
+        if isinstance(session.engine.module.gate, ClusterGate) and own.balance == "loss":
             loss = loss + own.balance_weight * terms[2]
     return loss, [term.detach() for term in (loss, *terms)]
 

@@ -40,7 +40,7 @@ def step_record(
     if session.router is not None and statistics is not None:
         ids_G = session.sampler.batch(step * session.batches.accumulation - 1).ids
         layers = statistics.of_step(session.router.table(step - 1), ids_G)
-        sdr = session.config.experts.gate == "path"
+        sdr = session.config.family.distils
         record |= {"distillation": first} if sdr else {"imbalance": first, "balance": second}
         record |= {"moved": round(moved, 5), "layers": layers}
         if step >= session.schedule.imbalance_steps:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.settings import ExpertSettings
 from moce_ds.moe.gate import gate_noise, live_experts, route_table
 from moce_ds.moe.plan import make_plan, on_device
-from moce_ds.training.settings import ExpertSettings
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.config import settings as configuration
+from moce_ds.config.earlier import translate_tree
 from moce_ds.config.values import recorded_path
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import ExpertShape, Moce, upcycle
-from moce_ds.models.sdr import part_units
+from moce_ds.models.moce import Moce
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
@@ -97,7 +97,7 @@ def check_same_settings(config: AnySettings) -> None:
     if checkpoint is None:
         return
     now = configuration.to_tree(config)
-    different = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    different = configuration.differences(_filled(translate_tree(checkpoint.manifest.get("config", {})), now), now)
     changed = {key: pair for key, pair in different.items() if not _one_path(*pair)}
     if forbidden := sorted(forbidden_changes(set(changed), type(config))):
         listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in forbidden)
@@ -170,7 +170,7 @@ def keep_settings(config: AnySettings, attempt: RunLease, runtime: Runtime) -> N
 def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData | None:
     """The clusters of a run with experts, checked to be those of the shard set. Raises ArtefactError."""
     folder = config.experts.clusters
-    if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
+    if not config.family.routes_by_cluster or folder is None:
         return None
     clusters = Clusters.load(folder)
     check_encoder(folder, clusters.encoder_fingerprint, clusters.files)  # labels a task's images when the run is over
@@ -180,11 +180,11 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
 
 def check_paths(config: PretrainSettings, clusters: int) -> None:
     """Raise ConfigError where the paths of SDR are more than the clusters, so that some groups would learn nothing."""
-    own = config.experts
-    if own.gate == "path" and own.num**own.stages > clusters:
+    paths = config.groups.num_paths
+    if paths > clusters:
         raise ConfigError(
-            f"experts.stages: {own.num} groups in {own.stages} stages make {own.num**own.stages} paths for {clusters} "
-            f"clusters: expected at most as many. Lower experts.stages, or cluster into {own.num**own.stages}."
+            f"sdr.stages: {config.experts.num} groups in {config.sdr.stages} stages make {paths} paths for {clusters} "
+            f"clusters: expected at most as many. Lower sdr.stages, or cluster into {paths}."
         )
 
 
@@ -204,10 +204,10 @@ def keep_clusters(config: PretrainSettings, runtime: Runtime) -> None:
 def build_for_training(config: PretrainSettings, data: ClusteredData | None) -> MaskedAutoencoder:
     """The model with its first weights' random start: the same on every process, experts aside."""
     torch.manual_seed(config.run.seed)
-    own, width = config.experts, config.vit_shape.width
+    own, family, width = config.experts, config.family, config.vit_shape.width
 
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
-        if own.gate == "token":
+        if not family.routes_by_cluster:
             return TokenMoE(make_expert, width, num_experts, own.ep_size, own.k)
         return ClusterMoE(make_expert, num_experts, own.ep_size, shared)
 
@@ -225,7 +225,7 @@ def tune_execution(model: MaskedAutoencoder, config: PretrainSettings, device: t
             module.execute = rules.get(own.execution, auto)
     model.checkpoint_activations = engine.checkpoint_activations
     if engine.compile:
-        expert_blocks = set(config.expert_layers) if config.model.arch == "moce" else set()
+        expert_blocks = set(config.expert_layers)
         for index, block in enumerate(model.blocks):
             if index not in expert_blocks:
                 block.compile()
@@ -246,7 +246,7 @@ def choose_placement(
     resumed with the same `ep_size` keeps its placement, so that it goes on bit for bit.
     """
     own = config.experts
-    layers = len(config.expert_layers) if config.model.arch == "moce" else 0
+    layers = len(config.expert_layers)
     if data is None or own.ep_size == 1 or not own.loader_locality:
         return default_placement(layers, own.num)
     assert isinstance(model, Moce)
@@ -296,16 +296,10 @@ def first_weights(model: MaskedAutoencoder, config: PretrainSettings) -> tuple[d
                 f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
             )
     elif not has_experts(weights):
-        weights = _with_experts(weights, spec.experts, config)
+        weights = spec.variant.from_dense(weights, spec.experts, config.experts.perturbation, config.run.seed)
         gates = {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
         weights |= gates
     return weights, said
-
-
-def _with_experts(dense: dict[str, Tensor], experts: ExpertShape, config: PretrainSettings) -> dict[str, Tensor]:
-    if experts.gate == "path":
-        return part_units(dense, experts)
-    return upcycle(dense, experts, config.experts.perturbation, config.run.seed)
 
 
 def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: Path | None) -> None:
