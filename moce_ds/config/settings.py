@@ -154,7 +154,8 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
 def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """A tree of settings of type `cls`, as an earlier version wrote it, by the names of this version and with the
     defaults of settings added since."""
-    whole = earlier.translate_tree(tree) if _is_of_pretraining(cls) else dict(tree)
+    tree = earlier.translate_tree(tree) if _is_of_pretraining(cls) else tree
+    whole = dict(tree)
     for field in dataclasses.fields(cls):
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
         if dataclasses.is_dataclass(field.type) and isinstance(below, dict):

@@ -108,7 +108,9 @@ def test_words_are_translated_with_one_notice(notices: Callable[[], list[str]]) 
 def test_later_places_win_as_ever(tmp_path: Path, file: dict[str, Any], words: list[str], arch: str) -> None:
     path = tmp_path / "given.yaml"
     path.write_text(yaml.safe_dump(file))
-    more = [*TINY, "run.init_from=dense"] + ["experts.clusters=c"] * ("experts={" not in " ".join(words))
+    more = [*TINY, "model.depth=4", "run.init_from=dense"] + ["experts.clusters=c"] * (
+        "experts={" not in " ".join(words)
+    )
     assert load(PretrainSettings, path, [*more, *words]).model.arch == arch
 
 
