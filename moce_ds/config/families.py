@@ -1,11 +1,23 @@
-"""The kinds of model that `model.arch` names, as settings, manifests and tables know them.
+"""The kinds of model that `model.arch` names, as settings, manifests and tables know them, now and in earlier versions.
 
-`models/build.py` maps each to its class; this table needs no torch, so that settings and reports can read it.
+`models/build.py` maps each kind to its class; this module needs no torch, so that settings and reports can use it.
+
+In earlier versions TokenMoE and SDR were `model.arch=moce` with `experts.gate=token` and `experts.gate=path`, and their
+own settings were in the group `experts`. Only this module knows those names. It translates YAML files, words of a command
+line, and what run folders, checkpoints, pipelines and studies have recorded.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from moce_ds.config.values import opened
+from moce_ds.errors import ConfigError
+
+_Layer = tuple[str, dict[str, Any]]  # as in settings.py
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,5 +70,112 @@ def family_of_settings(arch: str, gate: str) -> Family:
 
 def family_of_tree(config: Mapping[str, Any]) -> Family:
     """The family of a run by its recorded settings (`config.yaml`), which may be incomplete."""
-    model, experts = config.get("model") or {}, config.get("experts") or {}
+    model, experts = _group(config, "model"), _group(config, "experts")
     return family_of_settings(str(model.get("arch", MAE.arch)), str(experts.get("gate")))
+
+
+MOVED = {
+    "experts.token_balance_weight": "token_moe.balance_weight",
+    "experts.stages": "sdr.stages",
+    "experts.common": "sdr.common",
+    "experts.distillation_weight": "sdr.distillation_weight",
+}
+"""Old key of a setting: new key. The new group is called as the value of `model.arch` that uses it."""
+
+_ARCH_NOW = {
+    ("moce", "token"): "token_moe",
+    ("moce", "path"): "sdr",
+    **{
+        (arch, gate): arch
+        for arch, gate in (("token_moe", "token"), ("sdr", "path"), ("mae", "token"), ("mae", "path"))
+    },
+}
+"""`model.arch` by the earlier pair of `model.arch` and `experts.gate`. A dense model ignores the gate."""
+
+_GROUPS = ("model", "experts", "token_moe", "sdr")
+
+
+def translate_layers(layers: Sequence[_Layer]) -> list[_Layer]:
+    """Layers of the settings of pre-training, by the names of this version; a notice names what was translated.
+
+    A moved setting that the model does not use is left out. It had no effect.
+
+    Raises:
+        ConfigError: a layer gives a setting by its old key and by its new one.
+    """
+    translated, changes = _translate(layers)
+    for origin, names in changes.items():
+        if names:
+            _notice(f"Settings of an earlier version in {origin}: {'; '.join(names)}.")
+    return translated
+
+
+def translate_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded tree of settings by the names of this version. Logs nothing: nobody is to change a record."""
+    ((_, translated),), _ = _translate([("the record", dict(tree))])
+    return translated
+
+
+@cache
+def _notice(text: str) -> None:
+    """Log a text once in this process."""
+    _logger.info(text)
+
+
+def _translate(layers: Sequence[_Layer]) -> tuple[list[_Layer], dict[str, list[str]]]:
+    """The layers, and for each origin what was translated. The last layer that names a setting decides its value."""
+    layers = [(origin, _with_groups(tree)) for origin, tree in layers]
+    changes: dict[str, list[str]] = {origin: [] for origin, _ in layers}
+    before, gate = _last(layers, "model", "arch", "mae"), _last(layers, "experts", "gate", "cluster")
+    now = _ARCH_NOW.get((before, gate))
+    for origin, tree in layers:
+        if now is not None:
+            changes[origin] += _move_gate(tree, before, now)
+        changes[origin] += _move_settings(tree, now or before, origin)
+    return layers, changes
+
+
+def _with_groups(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which the groups that are translated are mappings, also where a word gives one as text."""
+    copy = dict(tree)
+    for group in _GROUPS:
+        if isinstance(found := opened(copy.get(group), group), dict):
+            copy[group] = dict(found)
+    return copy
+
+
+def _group(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    group = tree.get(name)
+    return group if isinstance(group, dict) else {}
+
+
+def _last(layers: Sequence[_Layer], group: str, name: str, default: str) -> str:
+    found = [str(_group(tree, group)[name]) for _, tree in layers if name in _group(tree, group)]
+    return found[-1] if found else default
+
+
+def _move_gate(tree: dict[str, Any], before: str, now: str) -> list[str]:
+    """Replace the earlier pair of arch and gate in one layer, in place; returns what was changed."""
+    model, experts = _group(tree, "model"), _group(tree, "experts")
+    if str(model.get("arch")) == before:
+        model["arch"] = now
+    if (before, str(experts.get("gate"))) not in _ARCH_NOW:
+        return []
+    gate = experts.pop("gate")
+    return [f"experts.gate={gate} {f'is model.arch={now} now' if before != 'mae' else 'has no effect'}"]
+
+
+def _move_settings(tree: dict[str, Any], arch: str, origin: str) -> list[str]:
+    """Move the settings of one layer to their new groups, in place; returns what was changed."""
+    changes = []
+    for old, new in MOVED.items():
+        experts, (group, name) = _group(tree, "experts"), new.split(".")
+        if (old_name := old.removeprefix("experts.")) not in experts:
+            continue
+        value = experts.pop(old_name)
+        if name in _group(tree, group):
+            raise ConfigError(f"{origin}: {old} is the earlier name of {new}: give {new} alone.")
+        if used := group == arch:
+            tree[group] = {**_group(tree, group), name: value}
+        changes.append(f"{old} is {new} now" if used else f"{old} has no effect with model.arch={arch}")
+    return changes

@@ -13,13 +13,13 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from moce_ds.config import earlier, faults
+from moce_ds.config import families, faults
 from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.config.yaml_text import Plain, read_yaml_text
 from moce_ds.errors import ConfigError
@@ -27,6 +27,14 @@ from moce_ds.errors import ConfigError
 T = TypeVar("T")
 Layer = tuple[str, dict[str, Any]]
 """Where settings come from, as errors name it, and the tree of them."""
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
+Deviation = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 WORDS = "the command line"
 _HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
@@ -89,7 +97,7 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     """
     layers = [layer for layer in layers if layer[1]] or layers[:1]
     if _is_of_pretraining(cls):
-        layers = earlier.translate_layers(layers)
+        layers = families.translate_layers(layers)
     tree: dict[str, Any] = {}
     origins: list[str] = []
     for origin, own in layers:
@@ -154,7 +162,7 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
 def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """A tree of settings of type `cls`, as an earlier version wrote it, by the names of this version and with the
     defaults of settings added since."""
-    tree = earlier.translate_tree(tree) if _is_of_pretraining(cls) else tree
+    tree = families.translate_tree(tree) if _is_of_pretraining(cls) else tree
     whole = dict(tree)
     for field in dataclasses.fields(cls):
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
@@ -254,7 +262,7 @@ class KeysOf(Reading):
         if not isinstance(value, dict):
             return value
         types = {name: field.type for name, field in keys(self.cls)} | dict.fromkeys(self.own, int)
-        types |= {old: types[new] for old, new in earlier.MOVED.items() if new in types}
+        types |= {old: types[new] for old, new in families.MOVED.items() if new in types}
         flat: dict[str, Any] = {}
         for name, part in value.items():
             inside = isinstance(part, dict) and any(known.startswith(f"{name}.") for known in types)

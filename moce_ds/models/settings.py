@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moce_ds.config.families import Family, family_of_settings
-from moce_ds.config.numbers import NonNegative, OpenShare, Positive, Share
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import NonNegative, OpenShare, Positive, Share, option, settings
 from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from moce_ds.checkpoint.format import Checkpoint, step_folder, steps_of
 from moce_ds.clustering import clusters
-from moce_ds.config.earlier import translate_tree
-from moce_ds.config.families import family_of_tree
+from moce_ds.config.families import family_of_tree, translate_tree
 from moce_ds.errors import MoceError
 from moce_ds.storage import encoder_folder, metrics_file
 from moce_ds.storage.checksums import (

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.clustering.clusters import Clusters
-from moce_ds.config.earlier import translate_tree
-from moce_ds.config.families import Family, family_of_tree
+from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
 from moce_ds.errors import ArtefactError

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.earlier import translate_tree
-from moce_ds.config.families import Family
-from moce_ds.config.numbers import Beta, CropShare, Deviation, NonNegative, Positive
-from moce_ds.config.settings import from_tree, keys, option, settings
+from moce_ds.config.families import Family, translate_tree
+from moce_ds.config.settings import Beta, CropShare, Deviation, NonNegative, Positive, from_tree, keys, option, settings
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError

@@ -18,7 +18,7 @@ from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.config import settings as configuration
-from moce_ds.config.earlier import translate_tree
+from moce_ds.config.families import translate_tree
 from moce_ds.config.values import recorded_path
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime

@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config.numbers import NonNegative, Positive
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import NonNegative, Positive, option, settings
 from moce_ds.data.image_file import MAX_PIXELS
 from moce_ds.tuning.settings import LayerDecay, TuneDataSettings, TuneOptimSettings, TuneSettings
 

@@ -10,8 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.numbers import Beta, CropShare, NonNegative, OpenShare, Positive, Share
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import Beta, CropShare, NonNegative, OpenShare, Positive, Share, option, settings
 from moce_ds.evaluation.settings import Metric
 from moce_ds.training.settings import EngineSettings, OptimSettings
 

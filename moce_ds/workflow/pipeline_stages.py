@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moce_ds.clustering.settings import ClusterSettings
-from moce_ds.config.numbers import Positive
-from moce_ds.config.settings import KeysOf, option, settings, word
+from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.data.shard_writer import ShardSettings

@@ -14,7 +14,7 @@ import yaml
 from moce_command import run_here
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.config import earlier
+from moce_ds.config import families
 from moce_ds.config.settings import completed, differences, from_tree, load, to_tree
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
@@ -48,7 +48,7 @@ def now(kind: str, *words: str) -> PretrainSettings:
 @pytest.fixture
 def notices(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """The notices logged so far. What other tests have logged is forgotten."""
-    earlier._notice.cache_clear()
+    families._notice.cache_clear()
     caplog.set_level(logging.INFO, "moce_ds")
     return lambda: [record.getMessage() for record in caplog.records]
 
