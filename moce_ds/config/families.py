@@ -3,8 +3,8 @@
 `models/build.py` maps each kind to its class; this module needs no torch, so that settings and reports can use it.
 
 In earlier versions TokenMoE and SDR were `model.arch=moce` with `experts.gate=token` and `experts.gate=path`, and their
-own settings were in the group `experts`. Only this module knows those names. It translates YAML files, words of a command
-line, and what run folders, checkpoints, pipelines and studies have recorded.
+own settings were in the group `experts`. Only this module knows those names. It translates YAML files, words of a
+command line, and what run folders, checkpoints, pipelines and studies have recorded.
 """
 
 import logging
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from moce_ds.config.composition import Layer
 from moce_ds.config.values import opened
+from moce_ds.config.yaml_text import Section
 from moce_ds.errors import ConfigError
 
-_Layer = tuple[str, dict[str, Any]]  # as in settings.py
 _logger = logging.getLogger(__name__)
 
 
@@ -95,7 +96,7 @@ _ARCH_NOW = {
 _GROUPS = ("model", "experts", "token_moe", "sdr")
 
 
-def translate_layers(layers: Sequence[_Layer]) -> list[_Layer]:
+def translate_layers(layers: Sequence[Layer]) -> list[Layer]:
     """Layers of the settings of pre-training, by the names of this version; a notice names what was translated.
 
     A moved setting that the model does not use is left out. It had no effect.
@@ -112,8 +113,8 @@ def translate_layers(layers: Sequence[_Layer]) -> list[_Layer]:
 
 def translate_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded tree of settings by the names of this version. Logs nothing: nobody is to change a record."""
-    ((_, translated),), _ = _translate([("the record", dict(tree))])
-    return translated
+    (layer,), _ = _translate([Layer("the record", dict(tree))])
+    return layer.tree
 
 
 @cache
@@ -122,25 +123,25 @@ def _notice(text: str) -> None:
     _logger.info(text)
 
 
-def _translate(layers: Sequence[_Layer]) -> tuple[list[_Layer], dict[str, list[str]]]:
+def _translate(layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
     """The layers, and for each origin what was translated. The last layer that names a setting decides its value."""
-    layers = [(origin, _with_groups(tree)) for origin, tree in layers]
-    changes: dict[str, list[str]] = {origin: [] for origin, _ in layers}
+    layers = [layer._replace(tree=_with_groups(layer.tree)) for layer in layers]
+    changes: dict[str, list[str]] = {layer.origin: [] for layer in layers}
     before, gate = _last(layers, "model", "arch", "mae"), _last(layers, "experts", "gate", "cluster")
     now = _ARCH_NOW.get((before, gate))
-    for origin, tree in layers:
+    for layer in layers:
         if now is not None:
-            changes[origin] += _move_gate(tree, before, now)
-        changes[origin] += _move_settings(tree, now or before, origin)
+            changes[layer.origin] += _move_gate(layer.tree, before, now)
+        changes[layer.origin] += _move_settings(layer.tree, now or before, layer.origin)
     return layers, changes
 
 
 def _with_groups(tree: dict[str, Any]) -> dict[str, Any]:
     """A copy in which the groups that are translated are mappings, also where a word gives one as text."""
-    copy = dict(tree)
+    copy = tree.copy()
     for group in _GROUPS:
         if isinstance(found := opened(copy.get(group), group), dict):
-            copy[group] = dict(found)
+            copy[group] = found.copy()
     return copy
 
 
@@ -149,8 +150,9 @@ def _group(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     return group if isinstance(group, dict) else {}
 
 
-def _last(layers: Sequence[_Layer], group: str, name: str, default: str) -> str:
-    found = [str(_group(tree, group)[name]) for _, tree in layers if name in _group(tree, group)]
+def _last(layers: Sequence[Layer], group: str, name: str, default: str) -> str:
+    trees = [layer.tree for layer in layers]
+    found = [str(_group(tree, group)[name]) for tree in trees if name in _group(tree, group)]
     return found[-1] if found else default
 
 
@@ -169,13 +171,15 @@ def _move_settings(tree: dict[str, Any], arch: str, origin: str) -> list[str]:
     """Move the settings of one layer to their new groups, in place; returns what was changed."""
     changes = []
     for old, new in MOVED.items():
-        experts, (group, name) = _group(tree, "experts"), new.split(".")
-        if (old_name := old.removeprefix("experts.")) not in experts:
+        experts, (group, name), before = _group(tree, "experts"), new.split("."), old.removeprefix("experts.")
+        if before not in experts:
             continue
-        value = experts.pop(old_name)
-        if name in _group(tree, group):
+        value, given = experts.pop(before), _group(tree, group)
+        if name in given:
             raise ConfigError(f"{origin}: {old} is the earlier name of {new}: give {new} alone.")
         if used := group == arch:
-            tree[group] = {**_group(tree, group), name: value}
+            lines = given.lines if isinstance(given, Section) else {}
+            line = experts.lines.get(before, 0) if isinstance(experts, Section) else 0
+            tree[group] = Section({**given, name: value}, {**lines, name: line})
         changes.append(f"{old} is {new} now" if used else f"{old} has no effect with model.arch={arch}")
     return changes

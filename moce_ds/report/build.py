@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moce_ds.report import plots
-from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table, write_page
+from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
 from moce_ds.report.plots import Line, Scale
 from moce_ds.report.routing import route_name
 from moce_ds.report.run_chapter import run_chapter
 from moce_ds.report.run_folder import Run, Study, read_study
-from moce_ds.report.study_chapter import study_chapters, study_summary, write_csv
+from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
 from moce_ds.report.study_folder import STUDY, read_study_folder
-from moce_ds.storage.files import check_writable
+from moce_ds.storage.files import check_output
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (
@@ -63,11 +63,12 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
         ArtefactError: `folder` is none of these, a file in it is damaged, or the page cannot be written.
     """
     out = out or folder / "report.html"
-    check_writable(out)
+    check_output(out, "a report", PAGE_MARK)
     if (folder / STUDY).is_file():
+        check_output(out.with_name(STUDY_TABLE), "the table of a study", TABLE_MARK)
         grid = read_study_folder(folder)
         write_page(out, grid.name, study_summary(grid), study_chapters(grid))
-        write_csv(grid, out.with_name("study.csv"))
+        write_csv(grid, out.with_name(STUDY_TABLE))
         return out
     study = read_study(folder)
     chapters = [*_results(study.results), *_training(study.runs), *(run_chapter(run) for run in study.runs)]

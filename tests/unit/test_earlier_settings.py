@@ -151,7 +151,7 @@ def test_a_study_has_the_cells_that_it_had(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     base.write_text(yaml.safe_dump({"model": {"arch": "moce"}, "experts": {"clusters": "c"}}))
     grid = {"experts.gate": ["cluster", "path"], "experts.stages": [1, 2]}
-    tree = {"out": str(tmp_path / "study"), "base": str(base), "set": [*TINY[:-1], "run.init_from=d"], "grid": grid}
+    tree = {"out": str(tmp_path / "study"), "pretrain": str(base), "set": [*TINY[:-1], "run.init_from=d"], "grid": grid}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
     cells = cells_of(load(StudySettings, tmp_path / "study.yaml"))
     assert [cell.name for cell in cells][2:] == ["gate=path,stages=1", "gate=path,stages=2"]
