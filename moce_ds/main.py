@@ -3,6 +3,7 @@
 import click
 
 from moce_ds import __version__
+from moce_ds.cli.config import config
 from moce_ds.cli.verbs import STAGE_VERBS
 from moce_ds.console import run_command
 from moce_ds.host import threads
@@ -28,7 +29,7 @@ def moce() -> None:
     """
 
 
-for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS):
+for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS, config):
     moce.add_command(verb)
 
 

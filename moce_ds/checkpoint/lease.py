@@ -58,6 +58,22 @@ class RunLease:
                 attempt._take_over()
         return attempt
 
+    @classmethod
+    @contextmanager
+    def claimed(cls, run: Path, runtime: Runtime) -> Iterator["RunLease"]:
+        """Own a run folder for the length of a block. A run that could not begin in it leaves nothing behind.
+
+        Raises:
+            ArtefactError, SupersededError: as `claim`.
+        """
+        lease = cls.claim(run, runtime)
+        try:
+            yield lease
+        except MoceError:
+            if runtime.is_main and not (run / "config.yaml").exists():
+                lease.withdraw()
+            raise
+
     @property
     def folder(self) -> Path:
         """Where this attempt drafts what it writes; its absence says that the attempt is over."""

@@ -109,7 +109,7 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
 def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
     """Settings out of the verb's paths and words; then the whole run."""
     from moce_ds.distributed.runtime import started
-    from moce_ds.tuning.loop import tune
+    from moce_ds.tuning.tune import tune
 
     keys = {"out": "run.out"}
     named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}

@@ -17,6 +17,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce, upcycle
 from moce_ds.models.sdr import Sdr, join_units, part_units, path_shape
+from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import valid_record
@@ -60,16 +61,25 @@ class ModelSpec:
         return valid_record(cls, tree, "The manifest's model", "a checkpoint", "moce pretrain")
 
 
-def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
-    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers."""
-    return spec.variant.build(spec, clusters, make_layer)
+def build_model(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights = NO_WEIGHTS
+) -> MaskedAutoencoder:
+    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers.
+
+    `weights` of its own losses are for training.
+    """
+    return spec.variant.build(spec, clusters, make_layer, weights)
 
 
-def _build_dense(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
+def _build_dense(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+) -> MaskedAutoencoder:
     return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
 
 
-def _build_token_moe(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
+def _build_token_moe(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+) -> MaskedAutoencoder:
     assert spec.experts is not None, "of its family"
     num_experts = spec.experts.num_experts
     return TokenMoeAutoencoder(
@@ -78,13 +88,16 @@ def _build_token_moe(spec: ModelSpec, clusters: Clusters | None, make_layer: Mak
         spec.mask_ratio,
         spec.experts.layers,
         lambda make_mlp: make_layer(make_mlp, num_experts, False),
+        weights,
     )
 
 
 def _build_routed(kind: type[Moce]) -> "Build":
     """How a model is built whose images are routed by cluster."""
 
-    def build(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
+    def build(
+        spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+    ) -> MaskedAutoencoder:
         assert clusters is not None and spec.experts is not None, "a model routed by clusters is built from clusters"
         return kind(
             spec.shape,
@@ -94,12 +107,13 @@ def _build_routed(kind: type[Moce]) -> "Build":
             torch.from_numpy(clusters.embeddings_MD),
             torch.from_numpy(clusters.share_M),
             make_layer,
+            weights,
         )
 
     return build
 
 
-Build = Callable[[ModelSpec, Clusters | None, MakeLayer], MaskedAutoencoder]
+Build = Callable[[ModelSpec, Clusters | None, MakeLayer, LossWeights], MaskedAutoencoder]
 
 
 def _same_shape(shape: ViTShape, experts: ExpertShape) -> ViTShape:

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moce_ds.config.families import Family, family_of_settings
+from moce_ds.config.families import MOCE, SDR, TOKEN_MOE, Family, family_of_settings
 from moce_ds.config.settings import NonNegative, OpenShare, Positive, Share, option, settings
-from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
+from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 
 
 @settings
@@ -147,14 +147,20 @@ class ModelGroups:
         return round(self.sdr.common * self.shape.hidden) if self.model.arch == "sdr" else 0
 
     @property
-    def num_paths(self) -> int:
-        """Paths of SDR, which are at most as many as the clusters; 0 of other models."""
-        return self.experts.num**self.sdr.stages if self.model.arch == "sdr" else 0
-
-    @property
     def wants_teacher(self) -> bool:
         """Whether the dense MAE that the run starts from is to be imitated, too."""
         return self.family.distils and self.sdr.distillation_weight > 0
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """How much the losses of the model's own count (docs/method.md, "Losses"). A random table learns nothing."""
+        own = self.experts
+        weights = {
+            MOCE.gate: LossWeights(own.imbalance_weight, own.balance_weight if own.balance == "loss" else None),
+            TOKEN_MOE.gate: LossWeights(token_balance=self.token_moe.balance_weight),
+            SDR.gate: LossWeights(distillation=self.sdr.distillation_weight),
+        }
+        return weights.get(self.family.gate, NO_WEIGHTS)
 
     def expert_shape(self, seed: int) -> ExpertShape | None:
         """The experts on paper, None of a dense model. `seed`: of the random table."""

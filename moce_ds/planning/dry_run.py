@@ -37,7 +37,7 @@ def _steps(config: PretrainSettings) -> str:
     if not (config.data.shards / "shards.json").exists():
         return f"unknown: {config.data.shards} is not there yet"
     count = ShardSet.open(config.data.shards).count
-    schedule = make_schedule(config, count)
+    schedule = make_schedule(config.optim, count)
     return (
         f"{schedule.steps} = {config.optim.epochs:g} epochs of {count} images; {schedule.warmup_steps} of warm-up; "
         f"peak learning rate {schedule.peak_lr:.2e}"

@@ -131,4 +131,4 @@ def steps_of_run(config: PretrainSettings, images: int | None) -> int:
                 "such as --images 1281167."
             )
         images = ShardSet.open(config.data.shards).count
-    return make_schedule(config, images).steps
+    return make_schedule(config.optim, images).steps

@@ -18,7 +18,7 @@ from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.settings import ExpertSettings, ModelGroups, ModelSettings, SdrSettings, TokenMoeSettings
-from moce_ds.models.shapes import ViTShape
+from moce_ds.models.shapes import LossWeights, ViTShape
 
 if TYPE_CHECKING:
     from moce_ds.models.build import ModelSpec
@@ -121,6 +121,16 @@ class PretrainSettings:
 
         experts = self.groups.expert_shape(self.run.seed)
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
+
+    @property
+    def routing_clusters(self) -> Path | None:
+        """The folder of the clusters that route the images; None: nothing is routed by cluster."""
+        return self.experts.clusters if self.family.routes_by_cluster else None
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """How much the losses of the model's own count."""
+        return self.groups.loss_weights
 
     @property
     def image_input(self) -> ImageInput:

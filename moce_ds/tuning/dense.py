@@ -62,7 +62,7 @@ def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder,
 
 
 class DenseTask(ABC, Generic[DataT]):
-    """What the tasks (`moce_ds.tuning.task.Task`) of detection and segmentation share.
+    """What the tasks (`moce_ds.tuning.task.LabelledTask`) of detection and segmentation share.
 
     Attributes:
         config: the settings of the run.

@@ -34,7 +34,7 @@ from moce_ds.tuning.task import Measures
 
 
 class DetectionTask(DenseTask[CocoSet]):
-    """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
+    """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.LabelledTask`.
 
     Raises:
         ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.

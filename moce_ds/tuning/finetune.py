@@ -15,9 +15,9 @@ from moce_ds.evaluation.results import known_by
 from moce_ds.models.encode import open_encoder
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
-from moce_ds.tuning.loop import tune
 from moce_ds.tuning.result import read_result
 from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
+from moce_ds.tuning.tune import tune
 
 
 def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | None:

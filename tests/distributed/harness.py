@@ -19,7 +19,7 @@ _GRACE_SECONDS = 5.0
 # The ranks are forked from a process that has imported what takes seconds, has one thread and has done nothing else.
 # It is not the one of `multiprocessing`, which serves the product and must not know more than the product tells it.
 _nursery = multiprocessing.forkserver.ForkServer()
-_nursery.set_forkserver_preload(["moce_ds.training.pretrain", "moce_ds.tuning.loop", "torch._dynamo"])
+_nursery.set_forkserver_preload(["moce_ds.training.pretrain", "moce_ds.tuning.tune", "torch._dynamo"])
 
 
 class WorldError(AssertionError):

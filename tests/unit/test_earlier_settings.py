@@ -20,8 +20,8 @@ from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
 from moce_ds.report.run_findings import run_findings
 from moce_ds.report.run_folder import read_study
+from moce_ds.training.run_checks import check_run, check_same_settings
 from moce_ds.training.settings import PretrainSettings, settings_of_run
-from moce_ds.training.setup import check_run, check_same_settings
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 
 EARLIER = Path(__file__).parent.parent / "fixtures" / "earlier_settings"

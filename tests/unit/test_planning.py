@@ -275,7 +275,11 @@ def test_what_cannot_be_planned_is_refused(words: str, told: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(CONFIGS.rglob("*.yaml")) if "run" in yaml.safe_load(path.read_text())],
+    [
+        path
+        for path in sorted({*CONFIGS.rglob("*.yaml"), *CONFIGS.glob("demo/*.yaml")})
+        if "run" in yaml.safe_load(path.read_text())
+    ],
     ids=lambda path: path.stem,
 )
 def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:

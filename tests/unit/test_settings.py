@@ -13,8 +13,8 @@ from moce_ds.config.settings import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
+from moce_ds.training.run_checks import check_same_settings
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes, settings_of_run
-from moce_ds.training.setup import check_same_settings
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
