@@ -8,6 +8,7 @@ run in two processes, two experts a layer in each. Interrupted, it goes on when 
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> int:
     threads.apply_choice()
     began = time.monotonic()
     status = run_demo(given.out, given.short)
-    say(f"{time.monotonic() - began:.0f} s in all.")
+    logging.getLogger("moce_ds").info(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
 

@@ -1,5 +1,6 @@
 """The models that the transfer protocol compares: runs, their names, and the encoder that each gives a task."""
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
 from moce_ds.config.families import FAMILIES, Family, family_by_gate
-from moce_ds.console import say
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.export.routes import choose_selected
@@ -19,6 +19,8 @@ from moce_ds.models.encode import open_encoder
 from moce_ds.models.token_encoder import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.workflow.transfer_tasks import Task
+
+_logger = logging.getLogger(__name__)
 
 _ORDER = [family.title for family in FAMILIES]
 
@@ -105,5 +107,5 @@ def _whole(expert: Path) -> dict[str, Any] | None:
     try:
         return load_encoder(expert).provenance
     except ArtefactError as error:
-        say(f"{error} It is made anew.", err=True)
+        _logger.warning(f"{error} It is exported again.")
         return None

@@ -125,9 +125,9 @@ def test_a_damaged_export_is_made_anew(
     whole, made = contents(out / "experts"), len(records(out, "knn"))
     harm(out / "experts/MoCE/kinds" / name)
     said = run_here(*command)
-    assert said.status == 0 and said.err.count("It is made anew.") == 1 and name in said.err, said
+    assert said.status == 0 and said.err.count("It is exported again.") == 1 and name in said.err, said
     assert contents(out / "experts") == whole and "(was done)" in said.out and len(records(out, "knn")) == made
-    assert "made anew" not in run_here(*command).err
+    assert "exported again" not in run_here(*command).err
 
 
 def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path: Path) -> None:
