@@ -183,7 +183,7 @@ def _memory(runtime: Runtime) -> float:
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
     """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
-    data = _random_clusters(config) if config.model.arch == "moce" else None
+    data = _random_clusters(config) if config.family.routes_by_cluster else None
     spec, optim = config.model_spec, config.optim
     model = build_for_training(
         spec, data.clusters if data else None, config.experts.ep_size, config.run.seed, config.loss_weights
