@@ -106,7 +106,7 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
     _tune(SegmentSettings, SegmentationTask, paths, words)
 
 
-def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
+def _tune(cls: Any, make: Callable[..., Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
     """Settings out of the verb's paths and words; then the whole run."""
     from moce_ds.distributed.runtime import started
     from moce_ds.tuning.tune import tune
@@ -116,7 +116,7 @@ def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], w
     config = read_settings(cls, words, named)
     with started(config.run.peer_timeout) as runtime:
         with runtime.raise_on_all_ranks():
-            task = make(config)
+            task = make(config.data, config.model, config.optim, config.engine, config.run)
         task.check_data(runtime)
         found = tune(task, config, runtime)
         if found is not None and runtime.is_main:
