@@ -21,6 +21,7 @@ from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
+from moce_ds.console import configure_logging
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
@@ -37,6 +38,7 @@ from moce_ds.training.settings import PretrainSettings
 from tests.examples.disk import Disk, mounted_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
+configure_logging()  # as every program does
 
 
 # A busy machine is slow, not wrong.

@@ -165,15 +165,19 @@ def object_collectives(sources: Sources) -> Iterator[str]:
                 yield f"{module} uses {named}"
 
 
+_PRINTERS = ("Console", "print", "tqdm", "StreamHandler")
+
+
 def outputs(sources: Sources) -> Iterator[str]:
-    """What is printed may hold foreign names, so one module alone prints: `say`, `warn` and `show` of command_line."""
+    """Output may hold foreign names, so one module alone prints; all others call it, or log."""
+    attributes = ("click.echo", "click.secho", "stdout.write", "stderr.write")
     for module, text in product(sources).items():
         for node in ast.walk(parse(text)):
-            used = (
-                isinstance(node, ast.Attribute) and node.attr in ("echo", "secho") and last_name(node.value) == "click"
-            )
-            made = isinstance(node, ast.Call) and last_name(node.func) == "Console"
-            if (used or made) and module != "moce_ds.console":
+            if isinstance(node, ast.Attribute):
+                prints = f"{last_name(node.value)}.{node.attr}" in attributes
+            else:
+                prints = isinstance(node, ast.Call) and last_name(node.func) in _PRINTERS
+            if prints and module != "moce_ds.console":
                 yield f"{module}:{node.lineno} prints past moce_ds.console"
 
 
@@ -228,6 +232,9 @@ BREACHES: list[tuple[Rule, str, str, str]] = [
         "recv_object_list",
     ),
     (outputs, "moce_ds.main", "click.echo('x')", "prints past moce_ds.console"),
+    (outputs, "moce_ds.workflow.demo", "print('x')", "prints past moce_ds.console"),
+    (outputs, "moce_ds.launch.local", "sys.stderr.write('x')", "prints past moce_ds.console"),
+    (outputs, "moce_ds.data.shards", "for x in tqdm(range(3)): pass", "prints past moce_ds.console"),
     (outputs, "moce_ds.workflow.demo", "Console(width=100).print('x')", "prints past moce_ds.console"),
 ]
 

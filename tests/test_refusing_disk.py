@@ -135,7 +135,7 @@ def test_a_full_disk(inputs: Inputs, disk: Disk, verb: str, pages: int) -> None:
     out = disk.path / "out"
     disk.fill(left=pages * PAGE)
     told = refused(*VERBS[verb](inputs, out))
-    assert str(out) in told and (FULL in told or "Look whether the disk is full" in told), told
+    assert str(out) in told and (FULL in told or "Check whether the disk is full" in told), told
     assert "Traceback" not in told and "[Errno" not in told
     if verb in GOES_ON:
         assert f"out/{GOES_ON[verb]}" not in disk.files()

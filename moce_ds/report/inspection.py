@@ -17,7 +17,7 @@ from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.config.settings import read_yaml
 from moce_ds.data.shards import Manifest, ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.evaluation.results_file import read_results, results_findings, told_apart
+from moce_ds.evaluation.results_file import disambiguated, read_results, results_findings
 from moce_ds.report.pipeline_folder import PIPELINE, pipeline_findings, read_stages
 from moce_ds.report.run_findings import run_findings
 from moce_ds.report.run_folder import is_tuning, read_metrics, read_run
@@ -303,7 +303,7 @@ def _results(path: Path) -> Rows:
         seed = "" if record.get("seed") is None else f"seed {record['seed']}"
         return in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model"), seed))))
 
-    return {name(record): told(record) for record in told_apart(read_results(path / RESULTS))}
+    return {name(record): told(record) for record in disambiguated(read_results(path / RESULTS))}
 
 
 def _shape(shape: _Shape) -> str:

@@ -15,7 +15,7 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
 from moce_ds.errors import ArtefactError
-from moce_ds.evaluation.results_file import read_results, told_apart
+from moce_ds.evaluation.results_file import disambiguated, read_results
 from moce_ds.report.routing import Routing
 from moce_ds.storage.metrics_file import read_records
 
@@ -89,7 +89,7 @@ def read_study(folder: Path) -> Study:
             f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."
         )
     runs = sorted((read_run(path) for path in paths), key=lambda run: (run.arch != "mae", _natural(run.name)))
-    return Study(folder, runs, told_apart(read_results(folder / "results.json")))
+    return Study(folder, runs, disambiguated(read_results(folder / "results.json")))
 
 
 def is_tuning(path: Path) -> bool:

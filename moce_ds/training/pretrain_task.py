@@ -162,8 +162,8 @@ class PretrainTask(Task):
 
     def _warn_of_dead_experts(self, step: int, statistics: RouteStatistics) -> None:
         for block, expert in statistics.newly_dead():
-            self._runtime.say(
-                f"WARNING: step {step}: no cluster chooses expert {expert} of block {block}. Raise "
+            self._runtime.warn(
+                f"step {step}: no cluster chooses expert {expert} of block {block}. Raise "
                 "experts.balance_weight, or set experts.balance=sinkhorn."
             )
 

@@ -90,7 +90,7 @@ class DetectionTask(DenseTask[CocoSet]):
         """Tell which objects are left out, and read every image; a collective. Raises DataError."""
         for data in (self.train, self.val, self.test):
             if data is not None and data.warning:
-                runtime.say(data.warning)
+                runtime.warn(data.warning)
         super().check_data(runtime)
 
     def looked_at(self, seen: Iterable[None], runtime: Runtime) -> None:

@@ -64,7 +64,7 @@ def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> It
     with ExitStack() as stack:
 
         def opened(path: Path) -> ShardSet:
-            return stack.enter_context(opened_images(path, runtime.say))
+            return stack.enter_context(opened_images(path, runtime.warn))
 
         with runtime.raise_on_all_ranks():
             val = opened(data.val) if data.val else data.val_share

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from moce_ds.config.settings import KeysOf, option, settings, word
 from moce_ds.config.values import arguments
@@ -34,7 +34,10 @@ class StudySettings:
     """The settings of `moce study`."""
 
     out: Path = option(help="the study's folder")
-    pretrain: Path = option(help="YAML file of `moce pretrain` that every cell starts from", formerly="base")
+    # Under its former name, too, where Python code makes the settings.
+    pretrain: Annotated[Path, Field(validation_alias=AliasChoices("pretrain", "base"))] = option(
+        help="YAML file of `moce pretrain` that every cell starts from", formerly="base"
+    )
     set: list[str] = option([], "key=value words of `moce pretrain` for every cell")
     grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], GRID] = option(
         {}, "for each key of `moce pretrain`, or processes, or nodes, the values that are crossed with all others"

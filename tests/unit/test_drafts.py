@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moce_ds import drafts
+from moce_ds.storage import drafts
 from moce_ds.storage.files import atomic_folder
 dies_before, exchanges, changes = int(sys.argv[1]), sys.argv[2] == "exchange", 0
 
