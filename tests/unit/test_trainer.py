@@ -1,4 +1,4 @@
-"""One trainer for every task; its records reach the disk before a checkpoint names the last, or a power cut spoils it."""
+"""One trainer for every task; its records reach the disk before a checkpoint names the last of them."""
 
 import json
 import os
