@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.randomness import MASK, uniform
 from moce_ds.models.shapes import DecoderShape
 from moce_ds.models.vit import ViTShape
 
-from timm.layers import Mlp, PatchEmbed  # isort: skip  (after models.vit, which repairs torchvision)
-from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip
+repair_torchvision()
+from timm.layers import Mlp, PatchEmbed  # noqa: E402  (needs the repair)
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 NORM_EPS = 1e-6
 
