@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.tuning_result import RESULT, result_text
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -27,19 +28,18 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.report.study_folder import CellRecord
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_folder
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.training.setup import keep_clusters, keep_settings
-from moce_ds.tuning.result import RESULT, result_text
 from moce_ds.tuning.settings import FinetuneSettings
 from moce_ds.workflow.stage import Stage, StageRecord, keep_stages
 from moce_ds.workflow.stage import write_record as write_stage
 from moce_ds.workflow.study import keep_record
 from moce_ds.workflow.study_cell import write_record as write_cell
+from moce_ds.workflow.study_folder import CellRecord
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 
 STEPS = 4
@@ -96,7 +96,7 @@ def _write_dense(config: PretrainSettings) -> Path:
 
 def _write_moce(shard_set: Path, out: Path, folder: Path) -> Path:
     config = _settings(shard_set, out, "model.arch=moce", f"experts.clusters={folder}", "experts.num=4")
-    clusters, shards = Clusters.load(folder), ShardSet.open(config.data.shards)
+    clusters, shards = Clusters.open(folder), ShardSet.open(config.data.shards)
     model = build_model(config.model_spec, clusters, ReferenceMoE)
     assert isinstance(model, Moce)
     slot_LE = default_placement(len(config.expert_layers), config.experts.num)

@@ -134,7 +134,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
         faults = verify_checkpoint(run, step, runtime)
         if not faults:
             _set_aside(run, damaged, step, runtime)
-            return Checkpoint.open(step_folder(run, step))
+            return Checkpoint.open(step_folder(run, step), resumable=True)
         damaged[step] = faults
     if damaged:
         listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
@@ -148,7 +148,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
 def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
     """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
     try:
-        mine = Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
+        mine = Checkpoint.open(step_folder(run, step), resumable=True).faults(runtime.rank, runtime.world_size)
     except ArtefactError as error:
         mine = [str(error)]
     return sorted({line for text in runtime.texts("\n".join(mine)) for line in text.splitlines()})

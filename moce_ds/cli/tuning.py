@@ -42,11 +42,11 @@ def finetune(
     Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
     weights by validation are kept, else the last.
     """
+    from moce_ds.checkpoint.tuning_result import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.metrics import SPOKEN
     from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 

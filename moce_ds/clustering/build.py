@@ -69,7 +69,7 @@ def build_clusters(
     else:
         check_writable(out)
         _write(feature_set, out, config, made_from, device)
-    clusters = Clusters.load(out)
+    clusters = Clusters.open(out)
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
     # An image's cosine is stood in for by its cluster's mean, which leaves the mean over images as it is.
     return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], labels_N, classes)
@@ -95,7 +95,7 @@ def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_fro
     with writes_to(out), atomic_folder(out) as folder:
         copy_tree(feature_set.path / ENCODER, folder / ENCODER)
         save_ids(folder, ids_N)
-        clusters.save(folder)
+        clusters.write(folder)
 
 
 def _mean(feature_set: FeatureSet) -> np.ndarray:
@@ -180,9 +180,9 @@ def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -
 
 def _check_same(out: Path, made_from: dict[str, Any]) -> None:
     """Refuse to take `out` for clusters that it does not hold."""
-    if not (out / "clusters.json").is_file():
+    if not Clusters.recognises(out):
         raise ArtefactError(f"{out} exists and holds no clusters: give another folder.")
-    recorded = Clusters.load(out).provenance
+    recorded = Clusters.open(out).provenance
     different = differences({key: recorded.get(key, {}) for key in made_from}, made_from)
     if different:
         lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())

@@ -125,7 +125,7 @@ def steps_of_run(config: PretrainSettings, images: int | None) -> int:
         ArtefactError: it cannot be read.
     """
     if images is None:
-        if not (config.data.shards / "shards.json").exists():
+        if not ShardSet.recognises(config.data.shards):
             raise ConfigError(
                 f"data.shards: {config.data.shards} is not there yet, so the number of images is not known: say it, "
                 "such as --images 1281167."

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.checkpoint.lease import ATTEMPTS
+from moce_ds.checkpoint.routing_table import ROUTING, routing_text
+from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import settings as configuration
@@ -197,7 +198,7 @@ def _clustered_data(config: PretrainSettings) -> ClusteredData | None:
     folder = config.experts.clusters
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
-    clusters = Clusters.load(folder)
+    clusters = Clusters.open(folder)
     return ClusteredData(clusters, load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum())))
 
 
@@ -232,11 +233,11 @@ def _write_run(
         assert isinstance(model, Moce) and config.experts.clusters is not None
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, _ALONE)
         routing = router.record(native.step)
-        write_checked(draft / "routing.json", routing)
-        copy_tree(config.experts.clusters, draft / "clusters")
-    (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+        (draft / ROUTING).write_text(routing_text(routing), encoding="utf-8")
+        copy_tree(config.experts.clusters, draft / CLUSTERS)
+    (draft / CONFIG).write_text(configuration.to_yaml(config), encoding="utf-8")
     (draft / ATTEMPTS).mkdir()
-    write_checked(draft / ATTEMPTS / "0001.json", {"files": records_of(draft, ["config.yaml"])})
+    write_checked(draft / ATTEMPTS / "0001.json", {"files": records_of(draft, [CONFIG])})
     weights = {name: parameter.detach() for name, parameter in global_parameters(model)}
     manifest = {
         "step": native.step,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint import format as checkpoint_files
 from moce_ds.checkpoint.deepspeed_state import global_parameters
-from moce_ds.checkpoint.lease import ATTEMPTS, LAUNCHES, RunLease
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_folder import ATTEMPTS, LAUNCHES
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
@@ -172,7 +173,7 @@ def open_clusters(config: PretrainSettings, shards: ShardSet) -> ClusteredData |
     folder = config.experts.clusters
     if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
         return None
-    clusters = Clusters.load(folder)
+    clusters = Clusters.open(folder)
     check_encoder(folder, clusters.encoder_fingerprint, clusters.files)  # labels a task's images when the run is over
     check_paths(config, len(clusters.sizes_M))
     return ClusteredData(clusters, load_ids(folder, shards.fingerprint, shards.count))

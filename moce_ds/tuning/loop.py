@@ -15,6 +15,7 @@ from deepspeed import DeepSpeedEngine
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, load_checkpoint
 from moce_ds.checkpoint.format import STATE
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.tuning_result import RESULT, read_result, result_text
 from moce_ds.config import settings as configuration
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.agreement import next_batch_checked
@@ -29,7 +30,6 @@ from moce_ds.training.settings import BatchArithmetic, shared_batch
 from moce_ds.training.setup import check_run, check_same_settings, keep_settings, refuse_other
 from moce_ds.training.steward import Steward, steward_of
 from moce_ds.tuning.feed import feed
-from moce_ds.tuning.result import RESULT, read_result, result_text
 from moce_ds.tuning.settings import TuneSettings
 from moce_ds.tuning.state import TuneState
 from moce_ds.tuning.task import Measures, Task

@@ -17,7 +17,7 @@ from torch import Tensor
 from moce_ds.config.words import read_settings
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
-from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training import pretrain as loop
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.session import Session

@@ -171,7 +171,7 @@ def test_what_is_read_has_neither_tables_nor_head(source: MaskedAutoencoder, tin
 
 def clustered(config: PretrainSettings) -> ClusteredData:
     assert config.experts.clusters is not None
-    clusters = Clusters.load(config.experts.clusters)
+    clusters = Clusters.open(config.experts.clusters)
     return ClusteredData(clusters, torch.zeros(60).long().numpy())
 
 
