@@ -29,12 +29,12 @@ import numpy as np
 from safetensors import safe_open
 from xxhash import xxh3_128
 
+from moce_ds.checkpoint.manifest import check_manifest
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.encoder_folder import ModelShape
 from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
-from moce_ds.storage.manifest import check_manifest
 
 if TYPE_CHECKING:  # verbs that answer at once read records with this module, and need no torch
     from torch import Tensor

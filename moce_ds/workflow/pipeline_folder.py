@@ -7,9 +7,9 @@ out/
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
@@ -23,12 +23,11 @@ from moce_ds.storage.checksums import (
     document_findings,
     has_checksum,
     read_checked,
-    write_checked,
     written_before,
 )
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.export_folder import ExportFolder
-from moce_ds.storage.files import read_json, writes_to
+from moce_ds.storage.files import read_json
 
 PIPELINE, STAGES = "pipeline", "stages.json"
 _MADE_BY = "moce pipeline"
@@ -49,39 +48,6 @@ class StagesRecord:
         """The record in a pipeline's folder; None where an earlier version wrote the folder. Raises ArtefactError."""
         path = out / PIPELINE / STAGES
         return read_checked(path, cls, "a pipeline's record", _MADE_BY) if path.exists() else None
-
-    def write(self, out: Path) -> None:
-        """Put the record into a pipeline's folder, atomically. Raises ArtefactError."""
-        with writes_to(out):
-            write_checked(out / PIPELINE / STAGES, asdict(self))
-
-
-@dataclass(frozen=True)
-class StageRecord:
-    """OUT/pipeline/NAME.json: a stage, as far as it has come.
-
-    Attributes:
-        made_from: its commands, their settings, and digests of what they read.
-        at: when it came to this state.
-        seconds: how long the start that ended it took.
-        told: why it failed.
-    """
-
-    made_from: dict[str, Any]
-    at: str
-    state: Literal["begun", "done", "failed"] = "begun"
-    seconds: float = 0.0
-    told: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> "StageRecord | None":
-        """A stage's record; None where the stage has not begun. Raises ArtefactError."""
-        return read_checked(path, cls, "a stage's record", _MADE_BY) if path.exists() else None
-
-    def write(self, path: Path) -> None:
-        """Replace a stage's record, atomically. Raises ArtefactError."""
-        with writes_to(path):
-            write_checked(path, asdict(self))
 
 
 @dataclass(frozen=True)

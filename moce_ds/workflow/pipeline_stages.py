@@ -9,13 +9,10 @@ from moce_ds.config.settings import KeysOf, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.data.shard_writer import ShardSettings
-from moce_ds.data.shards import MANIFEST
 from moce_ds.errors import ConfigError
-from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.workflow.pipeline_folder import PIPELINE
 from moce_ds.workflow.stage import Name, Stage
 from moce_ds.workflow.study_grid import TaskName, check_there
 
@@ -84,7 +81,7 @@ def stages_of(pipeline: PipelineSettings) -> list[Stage]:
     Raises:
         ConfigError: a fault in the settings of any stage; every one is listed.
     """
-    configs, folder = _configs(pipeline), pipeline.out / PIPELINE
+    configs, folder = _configs(pipeline), pipeline.out / "pipeline"
     return [
         Stage(name, folder, configs[name], [arguments(command) for command in commands], reads, makes)
         for name, commands, reads, makes in _drafts(pipeline)
@@ -129,7 +126,7 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     yield "clusters", [clustering], [shards, features], [clusters]
     yield "moce", [["pretrain", *more("moce")]], [shards, mae, clusters], [moce]
 
-    results, report = out / RESULTS, out / "report.html"
+    results, report = out / "results.json", out / "report.html"
     given = [folder / part for folder in pipeline.tasks.values() for part in _PARTS]
     splits = [_split(pipeline, task)[part] for task in pipeline.tasks for part in _PARTS]
     experts = [out / "experts" / task for task in pipeline.tasks]
@@ -149,7 +146,7 @@ def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
     """Shards of a task's training and test images: given as such, or to be made."""
     given = {part: pipeline.tasks[task] / part for part in _PARTS}
     made = pipeline.out / "tasks" / task
-    return {part: place if (place / MANIFEST).exists() else made / part for part, place in given.items()}
+    return {part: place if (place / "shards.json").exists() else made / part for part, place in given.items()}
 
 
 def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
@@ -160,13 +157,13 @@ def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
             yield ["shards", images, shards, *pipeline.words_of("shards")]
     more = ["--data", split["train"], *pipeline.words_of("export")]
     exporting = ["--export", pipeline.out / "experts" / task, "--replace"]
-    yield ["select", moce, "--task", task, "--results", pipeline.out / RESULTS, *exporting, *more]
+    yield ["select", moce, "--task", task, "--results", pipeline.out / "results.json", *exporting, *more]
 
 
 def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
     """Measure a task's expert beside the dense MAE."""
     out, split = pipeline.out, _split(pipeline, task)
-    more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / RESULTS]
+    more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / "results.json"]
     for model, encoder in (("dense", out / "mae"), ("expert", out / "experts" / task)):
         for verb in ("knn", "probe"):
             yield [verb, encoder, "--model", model, *more, *pipeline.words_of("evaluation")]
@@ -190,7 +187,7 @@ def check_folders(pipeline: PipelineSettings, stages: Sequence[Stage]) -> None:
     """
     given = {f"tasks.{name}": [folder / part for part in _PARTS] for name, folder in pipeline.tasks.items()}
     given |= {"images": [pipeline.images]} if pipeline.images else {}
-    given |= {"shards": [pipeline.shards / MANIFEST]} if pipeline.shards else {}
+    given |= {"shards": [pipeline.shards / "shards.json"]} if pipeline.shards else {}
     given |= {"heldout": [pipeline.heldout]} if pipeline.heldout else {}
     check_there(given)
     for stage in stages:

@@ -3,7 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,10 +17,11 @@ from moce_ds.console import say
 from moce_ds.errors import STOPPED, MoceError
 from moce_ds.host.place import Place, is_first
 from moce_ds.launch.local import run_processes
-from moce_ds.storage.files import sha256_of
+from moce_ds.storage.checksums import read_checked, write_checked
+from moce_ds.storage.files import sha256_of, writes_to
 from moce_ds.storage.locks import held, is_held
 from moce_ds.text import in_line
-from moce_ds.workflow.pipeline_folder import StageRecord, StagesRecord
+from moce_ds.workflow.pipeline_folder import PIPELINE, STAGES, StagesRecord
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
 """The stages, in order."""
@@ -28,6 +29,24 @@ Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evalu
 _PARALLEL = ("mae", "features", "moce")
 _LAST = ("shards.json", "checkpoints/step-*/manifest.json", "features.json", "clusters.json", "config.json")
 """What is written last into a folder (shards, run, features, clusters, encoder); it holds checksums of the rest."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """OUT/pipeline/NAME.json: a stage, as far as it has come.
+
+    Attributes:
+        made_from: its commands, their settings, and digests of what they read.
+        at: when it came to this state.
+        seconds: how long the start that ended it took.
+        told: why it failed.
+    """
+
+    made_from: dict[str, Any]
+    at: str
+    state: Literal["begun", "done", "failed"] = "begun"
+    seconds: float = 0.0
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,8 @@ class Stage:
 
     def record(self) -> StageRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
-        return StageRecord.read(self.state)
+        there = self.state.exists()
+        return read_checked(self.state, StageRecord, "a stage's record", "moce pipeline") if there else None
 
     def made_from(self) -> dict[str, Any]:
         """All that decides what it makes, as things are now."""
@@ -144,7 +164,8 @@ def share_stage(stage: Stage) -> None:
 
 def write_record(stage: Stage, record: StageRecord) -> None:
     """Replace a stage's record. Raises ArtefactError."""
-    record.write(stage.state)
+    with writes_to(stage.state):
+        write_checked(stage.state, asdict(record))
 
 
 def keep_stages(stages: Sequence[Stage], out: Path) -> None:
@@ -153,7 +174,8 @@ def keep_stages(stages: Sequence[Stage], out: Path) -> None:
         stage.name: [str(place.relative_to(out) if place.is_relative_to(out) else place) for place in stage.makes]
         for stage in stages
     }
-    StagesRecord(makes).write(out)
+    with writes_to(out):
+        write_checked(out / PIPELINE / STAGES, asdict(StagesRecord(makes)))
 
 
 class _Recording:

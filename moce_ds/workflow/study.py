@@ -15,11 +15,12 @@ from moce_ds.console import say
 from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.host.interrupts import kept_signals, obeyed, wait_for
 from moce_ds.host.place import Place
+from moce_ds.storage.checksums import write_checked
 from moce_ds.storage.files import writes_to
 from moce_ds.storage.locks import is_held
 from moce_ds.text import counted, in_line
 from moce_ds.workflow.study_cell import is_done, run_cell, write_record
-from moce_ds.workflow.study_folder import StudyRecord
+from moce_ds.workflow.study_folder import STUDY, StudyRecord
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 _TOLD_LINES = 8
@@ -101,7 +102,9 @@ def _refuse_other_machines(cells: Sequence[Cell]) -> None:
 
 def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Leave what the cells' processes and the report read. Raises ArtefactError."""
-    StudyRecord(configuration.to_tree(study), [cell.name for cell in cells]).write(study.out)
+    record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
+    with writes_to(study.out):
+        write_checked(study.out / STUDY, dataclasses.asdict(record))
 
 
 def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> list[tuple[Cell, int]]:

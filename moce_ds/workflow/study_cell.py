@@ -15,14 +15,16 @@ from moce_ds.cli.verbs import run_verb
 from moce_ds.config import settings as configuration
 from moce_ds.console import run_main, say
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.evaluation.results_file import RESULTS, read_results
+from moce_ds.evaluation.results_file import read_results
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.planning.work import all_rows_bytes, count_parameters
+from moce_ds.storage.checksums import read_checked, write_checked
+from moce_ds.storage.files import writes_to
 from moce_ds.storage.locks import held
-from moce_ds.storage.metrics_file import METRICS, read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.study_folder import STUDY, CellRecord, StudyRecord
+from moce_ds.workflow.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
 
 _HELD_OUT = "held out"
@@ -31,7 +33,7 @@ _HELD_OUT = "held out"
 def main() -> int:
     """Run the cell that the arguments name; returns the exit status. Raises MoceError as `run_cell`."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    record = StudyRecord.read(folder)
+    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
     study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
     return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
 
@@ -72,7 +74,8 @@ def is_done(study: StudySettings, cell: Cell) -> bool:
 
 def write_record(cell: Cell, record: CellRecord) -> None:
     """Replace `cell.json`. Raises ArtefactError."""
-    record.write(cell.folder)
+    with writes_to(cell.folder):
+        write_checked(cell.folder / CELL, dataclasses.asdict(record))
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
@@ -81,9 +84,11 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
     Raises:
         ArtefactError: the run recorded nothing.
     """
-    records = read_metrics(cell.run / METRICS)
+    records = read_metrics(cell.run / "metrics.jsonl")
     if not records:
-        raise ArtefactError(f"{cell.run / METRICS} holds no record: delete {cell.folder} and run the cell again.")
+        raise ArtefactError(
+            f"{cell.run / 'metrics.jsonl'} holds no record: delete {cell.folder} and run the cell again."
+        )
     last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
     count = count_parameters(config)
     found: dict[str, float] = {
@@ -95,7 +100,7 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
     }
     if "moved" in last[-1]:
         found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * all_rows_bytes(config)
-    for record in read_results(cell.folder / RESULTS):
+    for record in read_results(cell.folder / "results.json"):
         if record["verb"] == "probe":
             found[f"probe {record['task']}"] = record["map11" if "map11" in record else "top1"]
         elif record["verb"] == "evaluate":
@@ -120,7 +125,7 @@ def _pretrain(cell: Cell) -> int:
 
 def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
     """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
-    dense, results = config.model.arch == "mae", ("--results", cell.folder / RESULTS)
+    dense, results = config.model.arch == "mae", ("--results", cell.folder / "results.json")
     for task, folder in study.tasks.items():
         encoder = cell.run if dense else cell.folder / "experts" / task
         if not encoder.exists():

@@ -15,8 +15,9 @@ from moce_ds.config.settings import KeysOf, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
+from moce_ds.storage.checksums import read_checked
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.workflow.study_folder import CELLS, LAUNCH_KEYS, RUN, CellRecord
+from moce_ds.workflow.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 """Of a task that the settings name: a folder is called by it, and a word of a command."""
@@ -81,7 +82,7 @@ class Cell:
     @property
     def run(self) -> Path:
         """The folder of its run."""
-        return self.folder / RUN
+        return self.folder / "run"
 
     @property
     def log(self) -> Path:
@@ -99,7 +100,8 @@ class Cell:
 
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
-        return CellRecord.read(self.folder)
+        path = self.folder / CELL
+        return read_checked(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
 
 
 def cells_of(study: StudySettings) -> list[Cell]:
@@ -130,7 +132,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
     own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / RUN)]
+    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / "run")]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

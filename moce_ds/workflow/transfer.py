@@ -23,13 +23,14 @@ from moce_ds.errors import ConfigError
 from moce_ds.evaluation.frozen_features import measure_frozen
 from moce_ds.evaluation.metrics import SPOKEN
 from moce_ds.evaluation.results import accuracy_record, known_by
-from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, read_results
+from moce_ds.evaluation.results_file import add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
 from moce_ds.workflow.transfer_finetune import finetuned
 from moce_ds.workflow.transfer_models import Subject, encoder_for
 from moce_ds.workflow.transfer_tasks import Task, check_metric
 
 METHODS = ("knn", "probe", "finetune")
+RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
