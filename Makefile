@@ -38,10 +38,11 @@ test-slurm: install  ## tests on real SLURM clusters of four nodes on this machi
 soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
 
-check: install  ## format, lint, types, import rules
+check: install  ## format, lint, types, house rules, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.house_rules
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 bench: install  ## speed of this machine: loading, expert layers, a training step

@@ -170,7 +170,7 @@ def _write_study(root: Path, shards: Path) -> Path:
     base = root / "base.yaml"
     base.write_text(TINY.read_text())
     fixed = f'set=["data.shards={shards}", "model.depth=2"]'
-    study = load(StudySettings, None, [f"out={root / 'study'}", f"base={base}", fixed, "grid.run.seed=[0]"])
+    study = load(StudySettings, None, [f"out={root / 'study'}", f"pretrain={base}", fixed, "grid.run.seed=[0]"])
     (cell,) = cells_of(study)
     keep_record(study, [cell])
     config = cell.config()

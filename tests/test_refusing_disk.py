@@ -156,7 +156,7 @@ VERBS: dict[str, Callable[[Inputs, Path], list[object]]] = {
     "segment": lambda i, out: dense("segment", i, out),
     "transfer": lambda i, out: ["transfer", i.run, "--tasks", i.task(), "--methods", "knn", "--out", out],
     "dataset": lambda i, out: ["dataset", "cifar10", i.dataset(), out, "workers=1"],
-    "study": lambda i, out: ["study", f"base={TINY}", f"out={out}", f'set=["data.shards={i.shards}"]'],
+    "study": lambda i, out: ["study", f"pretrain={TINY}", f"out={out}", f'set=["data.shards={i.shards}"]'],
     "pipeline": lambda i, out: ["pipeline", f"images={i.images}", f"mae={TINY}", f"moce={TINY}", EXPERTS, f"out={out}"],
 }  # fmt: skip
 GOES_ON = {"shards": "shards.json", "features": "features.json"}

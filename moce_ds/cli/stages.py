@@ -9,8 +9,9 @@ import click
 
 from moce_ds.cli.bench import Numbers
 from moce_ds.cli.options import PATH, Verb, force_option, heads_option, words
-from moce_ds.config import settings as configuration
-from moce_ds.config.words import read_settings
+from moce_ds.config.origins import explained
+from moce_ds.config.settings import from_layers, to_tree
+from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.console import say, show
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.host.place import Place
@@ -41,7 +42,7 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 
 @click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
 @words(required=True)
-@click.option("--dry-run", is_flag=True, help="Print the resolved plan and the settings, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the settings with their origins, and do nothing.")
 @click.option("--processes", default=None, type=click.IntRange(1), help="With --dry-run: plan for so many processes.")
 @force_option()
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
@@ -51,12 +52,13 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     """
     from moce_ds.training.settings import PretrainSettings
 
-    config = read_settings(PretrainSettings, words)
+    layers = settings_layers(PretrainSettings, words)
+    config = from_layers(PretrainSettings, layers)
     if dry_run:
         from moce_ds.planning.dry_run import plan_table
 
         show(plan_table(config, processes or Place.here().world_size))
-        say(*configuration.to_yaml(config).splitlines())
+        say(*explained(PretrainSettings, to_tree(config), layers))
         return
     from moce_ds.distributed.runtime import started
     from moce_ds.planning.fitting import check_memory

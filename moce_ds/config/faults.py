@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ArgsKwargs
 
+from moce_ds.config.composition import Layer
 from moce_ds.config.values import Misread
 
 Fields = dict[str, dataclasses.Field[Any]]
@@ -20,9 +21,9 @@ _short.maxstring = _short.maxother = 200
 _short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
 
 
-def told(known: Fields, error: ValidationError, layers: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def told(known: Fields, error: ValidationError, layers: Sequence[Layer]) -> str:
     """All faults, under what they are from; those of no layer alone (what is missing) under all."""
-    everywhere = " and ".join(origin for origin, _ in layers)
+    everywhere = together(layers)
     found: dict[str, list[str]] = {}
     for fault in error.errors():
         key = _key(fault)
@@ -33,14 +34,22 @@ def told(known: Fields, error: ValidationError, layers: Sequence[tuple[str, dict
     return "\n".join(f"Settings refused ({origin}):\n" + "\n".join(lines) for origin, lines in found.items())
 
 
+def together(layers: Sequence[Layer]) -> str:
+    """The names of layers. A base is part of the file that it leads to."""
+    named = [layer.origin for layer in layers if not set(layer.base_of) & {other.origin for other in layers}]
+    return " and ".join(named)
+
+
 def _key(fault: Any) -> str:
     """The dotted key of a fault; pydantic marks those of a mapping's own keys."""
     return ".".join(str(part) for part in fault["loc"] if part != "[key]")
 
 
-def _origin(key: str, layers: Sequence[tuple[str, dict[str, Any]]]) -> str | None:
+def _origin(key: str, layers: Sequence[Layer]) -> str | None:
     """The last layer that names most of the key."""
-    depths = [(_depth(tree, key.split(".")), origin) for origin, tree in layers]
+    depths = [
+        (_depth(layer.tree, key.split(".")), ", base of ".join((layer.origin, *layer.base_of))) for layer in layers
+    ]
     deepest = max(depth for depth, _ in depths)
     return next(origin for depth, origin in reversed(depths) if depth == deepest) if deepest else None
 

@@ -1,12 +1,13 @@
-"""Settings: defaults in dataclasses <- YAML file <- `key=value`, refused with a clear message when wrong.
+"""Settings: defaults in dataclasses <- YAML files <- `key=value`, refused with a clear message when wrong.
 
 What may not change when a run is resumed (it would be another experiment) is in the groups `model`, `experts`,
 `data` and `optim`, except where `metadata` of a field says otherwise; `run` and `engine` may change. This module
-holds the machinery; what text means is in `values.py`; each stage's settings stand beside the stage, those of
-pre-training in `training/settings.py`.
+holds the machinery. What text means is in `values.py`, and how YAML files build on one another in `composition.py`.
+Each stage's settings stand beside the stage, those of pre-training in `training/settings.py`.
 """
 
 import dataclasses
+import logging
 import math
 import re
 import textwrap
@@ -20,15 +21,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from moce_ds.config import faults
+from moce_ds.config.composition import Layer, file_layers
 from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.config.yaml_text import Plain, read_yaml_text
 from moce_ds.errors import ConfigError
 
 T = TypeVar("T")
-Layer = tuple[str, dict[str, Any]]
-"""Where settings come from, as errors name it, and the tree of them."""
-
 WORDS = "the command line"
+_log = logging.getLogger(__name__)
 _HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
 
 
@@ -39,7 +39,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = (), origin: str = WORDS) -> T:
-    """Settings of type `cls` from a YAML file and `key=value` words; later ones win (docs/settings.md).
+    """Settings of type `cls` from a YAML file with its bases, and `key=value` words; later ones win (docs/settings.md).
 
     Keys are dotted (`optim.epochs=3`); a value is read as its setting's type.
 
@@ -49,7 +49,7 @@ def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] =
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed; every fault is listed.
     """
-    layers = [(str(yaml_path), read_yaml_text(yaml_path))] if yaml_path else []
+    layers = file_layers(yaml_path, cls) if yaml_path else []
     return from_layers(cls, [*layers, words_layer(overrides, origin)])
 
 
@@ -61,7 +61,7 @@ def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
         if not sign or not key:
             raise ConfigError(f"{word!r} is not a setting: expected key=value, such as optim.epochs=3.")
         tree = _merged(tree, nested({key: Plain(text)}), origin)
-    return origin, tree
+    return Layer(origin, tree)
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_tree(cls: type[T], tree: dict[str, Any], source: str) -> T:
     """Settings of type `cls` from nested dictionaries, `source` being named in errors. Raises ConfigError."""
-    return from_layers(cls, [(source, tree)])
+    return from_layers(cls, [Layer(source, tree)])
 
 
 def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
@@ -87,16 +87,62 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     Raises:
         ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
     """
-    layers = [layer for layer in layers if layer[1]] or layers[:1]
-    tree: dict[str, Any] = {}
-    origins: list[str] = []
-    for origin, own in layers:
-        origins.append(origin)
-        tree = _merged(tree, own, " and ".join(origins))
+    layers, tree = _merged_layers(cls, layers)
     try:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
         raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+
+
+def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+    """As `to_tree(from_layers(cls, layers))`, without the settings that are required and not given.
+
+    Raises:
+        ConfigError: a key or value is not allowed. Rules between settings are checked only when none is missing.
+    """
+    layers, tree = _merged_layers(cls, layers)
+    given = read(cls, tree, "")
+    try:
+        return to_tree(TypeAdapter(cls).validate_python(given))
+    except ValidationError as error:
+        if any(fault["type"] != "missing" for fault in error.errors()):
+            raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+    return _partial(cls, given)
+
+
+def _partial(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            tree[field.name] = _partial(field.type, given.get(field.name, {}))
+        elif field.name in given:
+            kind: Any = field.type
+            adapter = TypeAdapter(kind)
+            tree[field.name] = _plain_data(adapter.dump_python(adapter.validate_python(given[field.name])))
+        elif (default := default_of(field)) is not dataclasses.MISSING:
+            tree[field.name] = _plain_data(default)
+    return tree
+
+
+def _merged_layers(cls: Any, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+    """The layers that say something, by the names that settings have today, and the tree that they make together."""
+    layers = [_renamed(cls, layer) for layer in layers if layer.tree] or list(layers[:1])
+    tree: dict[str, Any] = {}
+    for number, layer in enumerate(layers, 1):
+        tree = _merged(tree, layer.tree, faults.together(layers[:number]))
+    return layers, tree
+
+
+def _renamed(cls: Any, layer: Layer) -> Layer:
+    """A layer whose settings have the names of today, of those that were `formerly` called otherwise."""
+    for field in dataclasses.fields(cls):
+        if (earlier := field.metadata.get("formerly")) not in layer.tree:
+            continue
+        if field.name in layer.tree:
+            raise ConfigError(f"{layer.origin}: {earlier} is the earlier name of {field.name}: give one of them.")
+        _log.warning("%s: the setting %s is now called %s.", layer.origin, earlier, field.name)
+        layer = layer._replace(tree={field.name if key == earlier else key: part for key, part in layer.tree.items()})
+    return layer
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: str = "") -> dict[str, Any]:
@@ -110,7 +156,8 @@ def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: 
             if isinstance(old, str | list):
                 raise ConfigError(f"{key}: given as a whole and in parts ({origins}); give it once, or all its parts.")
             value = _merged(old or {}, value, origins, f"{key}.")
-        merged[name] = value
+        if value is not None or not isinstance(old, dict):  # a heading with nothing under it changes nothing
+            merged[name] = value
     return merged
 
 
@@ -151,12 +198,12 @@ def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
         if dataclasses.is_dataclass(field.type) and isinstance(below, dict):
             whole[field.name] = completed(below, field.type)
-        elif field.name not in tree and (default := _default(field)) is not dataclasses.MISSING:
+        elif field.name not in tree and (default := default_of(field)) is not dataclasses.MISSING:
             whole[field.name] = _plain_data(default)
     return whole
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
     """The default of a setting, or MISSING where it is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -177,7 +224,7 @@ def help_text(cls: Any) -> str:
     """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
     lines = []
     for key, field in keys(cls):
-        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
+        default = "(required)" if (known := default_of(field)) is dataclasses.MISSING else _typed(known)
         lines += textwrap.wrap(
             field.metadata.get("help", ""),
             _HELP_WIDTH,

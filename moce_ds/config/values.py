@@ -20,7 +20,9 @@ from moce_ds.config.yaml_text import Plain, read_flow
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_NULLS = ("null", "Null", "NULL")
+NULLS = ("null", "Null", "NULL")
+"""How YAML spells null."""
+
 _LONGEST = 100  # characters of a number; it takes long to read a million digits, and nobody means them
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
 
@@ -75,7 +77,7 @@ def resolved(value: Any) -> Any:
         return [resolved(part) for part in value]
     if not isinstance(value, Plain):
         return value
-    if value in _NULLS or value in _BOOLEANS:
+    if value in NULLS or value in _BOOLEANS:
         return _BOOLEANS.get(value)
     if (number := _decimal(value)) is None:
         return str(value)
@@ -83,7 +85,7 @@ def resolved(value: Any) -> Any:
 
 
 def _read_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    if type(None) in kinds and (value is None or (isinstance(value, Plain) and value in _NULLS)):
+    if type(None) in kinds and (value is None or (isinstance(value, Plain) and value in NULLS)):
         return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if len(kinds) == 1:
@@ -95,12 +97,14 @@ def _read_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
 def _read_parts(kind: Any, value: Any, key: str) -> Any:
     """The parts of a group, list, tuple or mapping; of what is none of these validation says so."""
     if dataclasses.is_dataclass(kind):
-        if value is None or value in _NULLS:
+        if value is None or value in NULLS:
             return {}  # a heading in a YAML file under which all is commented out
         if not isinstance(value, dict):
             return value
-        of = {field.name: field.type for field in dataclasses.fields(kind)}
-        return {name: read(of.get(name, Any), part, _dotted(key, name)) for name, part in value.items()}
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        of = {name: field.type for name, field in fields.items()}
+        named = {name: part for name, part in value.items() if part is not None or not _required(fields.get(name))}
+        return {name: read(of.get(name, Any), part, _dotted(key, name)) for name, part in named.items()}
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) is dict and isinstance(value, dict):
         return {name: read(arguments[1], part, _dotted(key, name)) for name, part in value.items()}
@@ -110,6 +114,13 @@ def _read_parts(kind: Any, value: Any, key: str) -> Any:
         kinds = [*arguments, *[Any] * len(value)]  # of too many for a tuple: validation counts them
         return [read(kinds[number], part, _dotted(key, str(number))) for number, part in enumerate(value)]
     return value
+
+
+def _required(field: "dataclasses.Field[Any] | None") -> bool:
+    """Whether a setting has to be given: its key alone, with nothing after it, gives it no value."""
+    if field is None or dataclasses.is_dataclass(field.type):
+        return False
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _dotted(key: str, name: str) -> str:
@@ -184,16 +195,17 @@ def is_number(text: str) -> bool:
     return _decimal(text) is not None
 
 
-def expanded(text: str) -> Path:
+def expanded(text: str, folder: Path | None = None) -> Path:
     """The path that text means: a leading `~` or `~user` is a home folder, `$NAME` and `${NAME}` are variables of the
-    environment, and `$$` is a dollar sign. What exists as typed is not looked at for variables.
+    environment, and `$$` is a dollar sign. What exists as typed, in `folder` (default: the working directory), is not
+    looked at for variables.
 
     Raises:
         ValueError: the text is empty, or names a user or a variable that is not there.
     """
     if not text or "\0" in text:
         raise ValueError("expected a path, and . for the current folder" if not text else "a path holds no NUL")
-    if "$" in text and os.path.lexists(text):
+    if "$" in text and os.path.lexists(folder / text if folder else text):
         return Path(text)
     head, _, rest = text.partition("/")
     if not text.startswith("~"):

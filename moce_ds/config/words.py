@@ -1,12 +1,13 @@
 """The words of a command line that are settings: a YAML file, and `key=value`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moce_ds.config import settings as configuration
+from moce_ds.config.composition import BASE, Layer, file_layers
 from moce_ds.config.values import expanded
-from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.errors import ConfigError
 
 YAML = (".yaml", ".yml")
@@ -27,16 +28,28 @@ def read_settings(
     Raises:
         ConfigError: a word is neither; the file cannot be read; or keys or values are not allowed, all of them listed.
     """
-    known = {key for key, _ in configuration.keys(cls)}
+    return configuration.from_layers(cls, settings_layers(cls, given, own, origin))
+
+
+def settings_layers(
+    cls: Any, given: Sequence[str], own: Mapping[str, Any] | None = None, origin: str = configuration.WORDS
+) -> list[Layer]:
+    """The layers that `read_settings` reads: the bases of the file, the file, the words. Raises ConfigError."""
+    known = {key for key, _ in configuration.keys(cls)} | _earlier_names(cls)
+    if BASE not in known and any(word.startswith(f"{BASE}=") for word in given):
+        raise ConfigError(f"{BASE} is a line of YAML files. As a word, name the file itself: OTHER.yaml key=value.")
     files = [word for word in given if _names_file(word, known)]
     pairs = [word for word in given if not _names_file(word, known)]
     if len(files) > 1:
         raise ConfigError(
             f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
         )
-    layers = [(file, read_yaml_text(_config_file(file, known))) for file in files]
-    layers += [configuration.words_layer(pairs, origin), (origin, configuration.nested(own or {}))]
-    return configuration.from_layers(cls, layers)
+    layers = [layer for file in files for layer in file_layers(_config_file(file, known), cls, file)]
+    return [*layers, configuration.words_layer(pairs, origin), Layer(origin, configuration.nested(own or {}))]
+
+
+def _earlier_names(cls: Any) -> set[str]:
+    return {field.metadata["formerly"] for field in dataclasses.fields(cls) if "formerly" in field.metadata}
 
 
 def is_config_word(word: str) -> bool:

@@ -1,6 +1,7 @@
 """YAML as trees of text. What unquoted text means depends on the setting that it is given to (`values.py`), not on its
 looks: YAML's own guesses turn `016` into 14, `yes` into true and `2024-01-01` into a date."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ class Plain(str):
     __slots__ = ()
 
 
+class Section(dict[str, Any]):
+    """A mapping of a YAML text with the line of each of its keys."""
+
+    def __init__(self, values: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+        super().__init__(values)
+        self.lines = dict(lines)
+
+    def copy(self) -> "Section":
+        """A shallow copy."""
+        return Section(self, self.lines)
+
+
 class _Loader(yaml.SafeLoader):
     """Parses without guessing: every scalar is text, except that `<<` merges mappings."""
 
@@ -28,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml_text(path: Path) -> dict[str, Any]:
-    """The `key: value` tree of a YAML file, its unquoted scalars being `Plain`; empty for an empty file.
+    """The `key: value` tree of a YAML file; empty for an empty file. Mappings are `Section`, unquoted scalars `Plain`.
 
     Raises:
         ConfigError: the file cannot be read, is no such tree, or names a key twice in one place.
@@ -109,9 +122,9 @@ class _Builder:
             node, f"{key or 'it'} has the tag {node.tag[:100]}; the setting itself says of what type it is"
         )
 
-    def _mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, prefix: str) -> Section:
         own: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
+        merged = Section({}, {})
         lines: dict[str, int] = {}
         for name, value in node.value:
             if not isinstance(name, yaml.ScalarNode) or name.tag not in (_TEXT, _MERGE):
@@ -125,15 +138,19 @@ class _Builder:
                 merged = self._merged(value, key)
             else:
                 own[str(name.value)] = self.value(value, key)
-        return merged | own
+        return Section(merged | own, merged.lines | lines)
 
-    def _merged(self, node: yaml.Node, key: str) -> dict[str, Any]:
+    def _merged(self, node: yaml.Node, key: str) -> Section:
         """What `<<: *anchor` or `<<: [*a, *b]` brings along, the first of several winning."""
         found = self.value(node, key)
         parts = found if isinstance(found, list) else [found]
-        if not all(isinstance(part, dict) for part in parts):
+        if not all(isinstance(part, Section) for part in parts):
             raise self._error(node, f"{key} merges what is no mapping")
-        return {name: value for part in reversed(parts) for name, value in part.items()}
+        merged = Section({}, {})
+        for part in reversed(parts):
+            merged.update(part)
+            merged.lines.update(part.lines)
+        return merged
 
     def _error(self, node: yaml.Node, told: str) -> ConfigError:
         return ConfigError(f"{self._fault}: line {node.start_mark.line + 1}: {told}.")

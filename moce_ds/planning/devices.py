@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.config import settings as configuration
+from moce_ds.config.composition import Layer
 from moce_ds.config.settings import option, settings
 from moce_ds.config.values import expanded
 from moce_ds.errors import ConfigError
@@ -96,5 +97,5 @@ def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
 
 def assuming(device: Device, assumed: Sequence[str]) -> Device:
     """`device` with parts of it replaced by `key=value` words. Raises ConfigError."""
-    layers = [("the device", configuration.to_tree(device)), configuration.words_layer(assumed, ASSUMED)]
+    layers = [Layer("the device", configuration.to_tree(device)), configuration.words_layer(assumed, ASSUMED)]
     return configuration.from_layers(Device, layers)

@@ -63,7 +63,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
 
 def states_table(study: StudySettings) -> Table:
     """The cells and how far they are. Raises ConfigError for a fault in the settings of any."""
-    table = Table(title=in_line(f"{study.base} -> {study.out}"), title_justify="left")
+    table = Table(title=in_line(f"{study.pretrain} -> {study.out}"), title_justify="left")
     for heading, justify in (("cell", "left"), ("processes", "right"), ("state", "left"), ("seconds", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for cell in _checked(study):

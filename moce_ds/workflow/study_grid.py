@@ -34,7 +34,7 @@ class StudySettings:
     """The settings of `moce study`."""
 
     out: Path = option(help="the study's folder")
-    base: Path = option(help="YAML file of `moce pretrain` that every cell starts from")
+    pretrain: Path = option(help="YAML file of `moce pretrain` that every cell starts from", formerly="base")
     set: list[str] = option([], "key=value words of `moce pretrain` for every cell")
     grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], GRID] = option(
         {}, "for each key of `moce pretrain`, or processes, or nodes, the values that are crossed with all others"
@@ -132,7 +132,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
     own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [*arguments([study.base]), *study.set, *own, word("run.out", folder / "run")]
+    words = [*arguments([study.pretrain]), *study.set, *own, word("run.out", folder / "run")]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

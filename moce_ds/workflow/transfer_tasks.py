@@ -7,17 +7,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config.settings import Layer, from_layers, option, settings
+from moce_ds.config.composition import Layer, file_layers
+from moce_ds.config.settings import from_layers, option, settings
 from moce_ds.config.values import expanded
-from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.shards import MANIFEST
 from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
 from moce_ds.data.sources.public.found import SPLITS
 from moce_ds.data.task_images import Splits
 from moce_ds.errors import ConfigError
-from moce_ds.evaluation.knn import KnnSettings
-from moce_ds.evaluation.metrics import Metric
-from moce_ds.evaluation.probe import ProbeSettings
+from moce_ds.evaluation.settings import KnnSettings, Metric, ProbeSettings
 
 CONFIGS = Path("configs/transfer")
 
@@ -70,11 +68,11 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
         ConfigError: there is no such task, its settings have faults, or its images are not there.
     """
     path = _task_file(word)
-    layers: list[Layer] = [(str(path), read_yaml_text(path))]
+    layers = file_layers(path, TaskSettings)
     if overrides is not None:
-        layers.append((str(overrides), read_yaml_text(overrides)))
+        layers += file_layers(overrides, TaskSettings)
     if data is not None:
-        layers.append(("--data", {"data": data / path.stem}))
+        layers.append(Layer("--data", {"data": data / path.stem}))
     config = from_layers(TaskSettings, layers)
     _write_missing(path.stem, config)
     places = {split: config.data / split for split in SPLITS}

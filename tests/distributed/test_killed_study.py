@@ -32,7 +32,7 @@ def write_study(
     """Write a study file of MoCE runs in two processes; returns its cells."""
     base, *fixed = tiny_settings(data.shards, path, *words, clusters=data.clusters)
     fixed = [word for word in fixed if not word.startswith(("run.out", "experts.num"))]
-    tree = {"out": str(path.with_suffix("")), "base": base, "set": fixed, "cells": cells, "processes": 2, **given}
+    tree = {"out": str(path.with_suffix("")), "pretrain": base, "set": fixed, "cells": cells, "processes": 2, **given}
     path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return cells_of(load(StudySettings, path))
 

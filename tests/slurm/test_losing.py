@@ -123,7 +123,7 @@ def test_too_many_failures_end_the_job(cluster: Cluster, data: TinyData, tmp_pat
 def test_a_cell_of_an_array_begins_again_alone(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
     base, shards, _, *words = tiny_settings(data.shards, tmp_path, "optim.epochs=30", "run.checkpoint_every=10")
     grid = {"grid": {"run.seed": [0, 1]}, "cells": [{"nodes": 2}]}
-    settings = {"out": str(tmp_path / "study"), "base": base, "set": [shards, *words], **grid}
+    settings = {"out": str(tmp_path / "study"), "pretrain": base, "set": [shards, *words], **grid}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     status, output = moce("launch", "slurm", "minutes=5", "study", tmp_path / "study.yaml")
     assert status == 0, output

@@ -43,7 +43,7 @@ def test_a_study_becomes_an_array(cluster: Cluster, data: TinyData, tmp_path: Pa
     study = tmp_path / "study.yaml"
     settings = {
         "out": str(tmp_path / "study"),
-        "base": words[0],
+        "pretrain": words[0],
         "set": [words[1]],
         "grid": {"run.seed": [0, 1]},
         "cells": [{"processes": 1}, {"nodes": 2}],

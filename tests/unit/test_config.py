@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from moce_ds.config.composition import Layer
 from moce_ds.config.settings import (
     KeysOf,
     differences,
@@ -208,7 +209,10 @@ def test_each_fault_is_told_under_its_origin(tmp_path: Path) -> None:
 
 
 def test_mappings_are_merged_and_all_else_is_replaced() -> None:
-    layers = [("a", {"names": ["x"], "places": {"a": "1"}}), words_layer(["names=[y]", "places={b: 2}", "places.c=3"])]
+    layers = [
+        Layer("a", {"names": ["x"], "places": {"a": "1"}}),
+        words_layer(["names=[y]", "places={b: 2}", "places.c=3"]),
+    ]
     silo = from_layers(Silo, layers)
     assert silo.names == ["y"] and silo.places == {"a": Path("1"), "b": Path("2"), "c": Path("3")}
 

@@ -302,7 +302,12 @@ def test_folders_of_tensors_are_named_in_utf8(
 
 def test_studies_and_pipelines_list_such_names(tmp_path: Path, tiny_shards: Path) -> None:
     out = tmp_path / NAMES[0]
-    study = {"out": str(out), "base": str(TINY), "set": [f"data.shards={tiny_shards}"], "grid": {"run.seed": [0, 1]}}
+    study = {
+        "out": str(out),
+        "pretrain": str(TINY),
+        "set": [f"data.shards={tiny_shards}"],
+        "grid": {"run.seed": [0, 1]},
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     assert "[red]" in done("study", tmp_path / "study.yaml", "--list")
     study["tasks"] = {"../x": str(tmp_path)}

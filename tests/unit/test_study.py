@@ -37,7 +37,7 @@ def make(tmp_path: Path, tiny_shards: Path, tiny_clusters: Path) -> Make:
     def made(*words: str, **given: Any) -> StudySettings:
         path = tmp_path / "study.yaml"
         fixed = [f"data.shards={tiny_shards}", "model.arch=moce", f"experts.clusters={tiny_clusters}"]
-        tree = {"out": str(tmp_path / "study"), "base": str(TINY), "set": fixed} | given
+        tree = {"out": str(tmp_path / "study"), "pretrain": str(TINY), "set": fixed} | given
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
         return load(StudySettings, path, words)
 
