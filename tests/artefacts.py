@@ -11,9 +11,11 @@ from moce_command import TINY, run_here
 from PIL import Image
 from safetensors.torch import save_file
 
+from moce_ds.artefacts.study_folder import CellRecord
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.tuning_result import RESULT, result_text
+from moce_ds.checkpoint.run_layout import RESULT
+from moce_ds.checkpoint.tuning_result import result_text
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -39,7 +41,6 @@ from moce_ds.workflow.stage import Stage, StageRecord, keep_stages
 from moce_ds.workflow.stage import write_record as write_stage
 from moce_ds.workflow.study import keep_record
 from moce_ds.workflow.study_cell import write_record as write_cell
-from moce_ds.workflow.study_folder import CellRecord
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 
 STEPS = 4

@@ -8,8 +8,7 @@ import pytest
 
 from tools.source_tree import Sources, imports, is_in, last_name, modules, parse, product, reached, read_tree
 
-# The parts of the package in layers: a part may import itself and the parts of the lines before its own. A part is a
-# folder or a module; modules of a folder that lie below the rest of it are named by both.
+# The parts of the package in layers: a part may import itself and the parts of the lines before its own.
 LAYERS = (
     {"errors", "text", "compat", "__version__"},
     {"config", "host"},
@@ -21,7 +20,7 @@ LAYERS = (
     {"training", "export", "api"},
     {"__init__"},  # lazily: the Python API
     {"evaluation", "planning"},
-    {"workflow.study_folder", "workflow.pipeline_folder"},  # what is on disk: the report reads it
+    {"artefacts"},
     {"tuning", "bench", "report"},
     {"cli"},
     {"workflow"},
@@ -97,20 +96,14 @@ WITHOUT_PROCESS_GROUP = (
 )
 
 
-def part_of(module: str) -> str:
-    """The part of the package that a module is in, as `LAYERS` names it."""
-    _, *words = module.split(".")
-    return next((part for part in (".".join(words[:2]), *words[:1]) if part in LAYER), "__init__")
-
-
 def layers(sources: Sources) -> Iterator[str]:
     """Imports run one way."""
     for module, text in product(sources).items():
         if not is_in(module, "moce_ds"):
             continue
-        part = part_of(module)
+        part = module.split(".")[1] if "." in module else "__init__"
         for name in imports(module, text):
-            imported = part_of(name) if name.startswith("moce_ds.") else part
+            imported = name.split(".")[1] if name.startswith("moce_ds.") else part
             above = imported != part and LAYER[imported] >= LAYER[part]
             if is_in(name, "launchers") or above or imported in BARRED.get(part, ()):
                 yield f"{module} imports {name}"

@@ -3,8 +3,6 @@
 Axes: L expert layers, M clusters, E experts per layer.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.errors import ArtefactError
-from moce_ds.storage.checksums import check_document, read_checked, with_checksum
+from moce_ds.storage.checksums import check_document, read_checked
 from moce_ds.storage.files import read_json
 
-ROUTING = "routing.json"
 _WHAT, _MADE_BY = "the routing tables", "moce pretrain"
-
-
-def routing_text(record: Mapping[str, Any]) -> str:
-    """The content of `routing.json`: the tables as the manifest of a checkpoint holds them, with a checksum."""
-    return json.dumps(with_checksum(record), indent=2) + "\n"
 
 
 def read_routing_record(path: Path) -> dict[str, Any]:

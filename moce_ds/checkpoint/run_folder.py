@@ -27,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
-from moce_ds.checkpoint.routing_table import ROUTING, RoutingTable, read_routing_record
-from moce_ds.checkpoint.tuning_result import TUNED, result_measures, verify_result
+from moce_ds.checkpoint.routing_table import RoutingTable, read_routing_record
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, RECONSTRUCTIONS, ROUTING, TEACHER, TUNED
+from moce_ds.checkpoint.tuning_result import result_measures, verify_result
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
@@ -47,18 +48,6 @@ from moce_ds.storage.checksums import (
 )
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.metrics_file import METRICS, read_metrics, verify_metrics
-
-CONFIG = "config.yaml"
-CLUSTERS, TEACHER = "clusters", "teacher"
-ATTEMPTS = "attempts"
-RECONSTRUCTIONS = "reconstructions"
-LAUNCHES = "launches"
-"""What launchers leave beside a run."""
-
-
-def picture_path(run: Path, step: int) -> Path:
-    """Where the reconstructions of a step are."""
-    return run / RECONSTRUCTIONS / f"step-{step:08d}.png"
 
 
 @dataclass(frozen=True)

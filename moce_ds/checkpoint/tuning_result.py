@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moce_ds.checkpoint.run_layout import RESULT, TUNED
 from moce_ds.storage.checksums import (
     Files,
     Findings,
@@ -21,7 +22,6 @@ from moce_ds.storage.checksums import (
 from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
 from moce_ds.storage.files import valid_record
 
-RESULT, TUNED = "result.json", "tuned"
 _WHAT, _MADE_BY = "a result", "moce finetune"
 
 

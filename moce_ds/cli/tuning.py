@@ -42,7 +42,7 @@ def finetune(
     Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
     weights by validation are kept, else the last.
     """
-    from moce_ds.checkpoint.tuning_result import TUNED
+    from moce_ds.checkpoint.run_layout import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.metrics import SPOKEN

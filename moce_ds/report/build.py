@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.report import plots
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table, write_page
@@ -18,7 +19,6 @@ from moce_ds.report.run_chapter import run_chapter
 from moce_ds.report.runs import RunGroup, read_runs
 from moce_ds.report.study_chapter import study_chapters, study_summary, write_csv
 from moce_ds.storage.files import check_writable
-from moce_ds.workflow.study_folder import StudyFolder
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (

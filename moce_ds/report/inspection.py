@@ -4,27 +4,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.feature_store import FeatureSet
-from moce_ds.data.shards import ShardSet
-from moce_ds.evaluation.results_file import ResultsFile
-from moce_ds.storage.artefact import Artefact, recognised
+from moce_ds.artefacts.kinds import KINDS
+from moce_ds.storage.artefact import recognised
 from moce_ds.storage.checksums import Findings
-from moce_ds.storage.encoder_folder import EncoderFolder
-from moce_ds.storage.export_folder import ExportFolder
 from moce_ds.text import in_line
-from moce_ds.workflow.pipeline_folder import PipelineFolder
-from moce_ds.workflow.study_folder import StudyFolder
-
-KINDS: tuple[type[Artefact], ...] = (
-    ShardSet, FeatureSet, Clusters, Checkpoint,
-    ExportFolder,  # before the files of the library that it is for
-    RunFolder,  # before the weights that a run of tuning leaves beside its settings
-    EncoderFolder, StudyFolder, PipelineFolder, ResultsFile,
-)  # fmt: skip
-"""All kinds of artefacts; the first that recognises a path is the one that it is."""
 
 
 def describe(path: Path) -> Table:

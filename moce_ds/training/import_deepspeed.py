@@ -19,8 +19,7 @@ from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.checkpoint.routing_table import ROUTING, routing_text
-from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import settings as configuration
@@ -233,7 +232,7 @@ def _write_run(
         assert isinstance(model, Moce) and config.experts.clusters is not None
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, _ALONE)
         routing = router.record(native.step)
-        (draft / ROUTING).write_text(routing_text(routing), encoding="utf-8")
+        write_checked(draft / ROUTING, routing)
         copy_tree(config.experts.clusters, draft / CLUSTERS)
     (draft / CONFIG).write_text(configuration.to_yaml(config), encoding="utf-8")
     (draft / ATTEMPTS).mkdir()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moce_ds.checkpoint import format as checkpoint_files
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_folder import ATTEMPTS, LAUNCHES
+from moce_ds.checkpoint.run_layout import ATTEMPTS, LAUNCHES
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.checkpoint.tuning_result import TUNED
+from moce_ds.checkpoint.run_layout import TUNED
 from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError

@@ -15,7 +15,8 @@ from deepspeed import DeepSpeedEngine
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, load_checkpoint
 from moce_ds.checkpoint.format import STATE
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.tuning_result import RESULT, read_result, result_text
+from moce_ds.checkpoint.run_layout import RESULT
+from moce_ds.checkpoint.tuning_result import read_result, result_text
 from moce_ds.config import settings as configuration
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.agreement import next_batch_checked

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import click
 
+from moce_ds.artefacts.pipeline_folder import PIPELINE, STAGES, StagesRecord
 from moce_ds.cli.verbs import run_verb
 from moce_ds.config.settings import completed, to_tree
 from moce_ds.console import say
@@ -21,7 +22,6 @@ from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import sha256_of, writes_to
 from moce_ds.storage.locks import held, is_held
 from moce_ds.text import in_line
-from moce_ds.workflow.pipeline_folder import PIPELINE, STAGES, StagesRecord
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
 """The stages, in order."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from moce_ds.artefacts.study_folder import STUDY, StudyRecord
 from moce_ds.config import settings as configuration
 from moce_ds.console import say
 from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
@@ -20,7 +21,6 @@ from moce_ds.storage.files import writes_to
 from moce_ds.storage.locks import is_held
 from moce_ds.text import counted, in_line
 from moce_ds.workflow.study_cell import is_done, run_cell, write_record
-from moce_ds.workflow.study_folder import STUDY, StudyRecord
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 _TOLD_LINES = 8

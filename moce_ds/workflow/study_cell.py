@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from moce_ds.artefacts.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.cli.verbs import run_verb
 from moce_ds.config import settings as configuration
 from moce_ds.console import run_main, say
@@ -24,7 +25,6 @@ from moce_ds.storage.files import writes_to
 from moce_ds.storage.locks import held
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
 
 _HELD_OUT = "held out"

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from moce_ds.artefacts.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.config.settings import KeysOf, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.storage.checksums import read_checked
 from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.workflow.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 """Of a task that the settings name: a folder is called by it, and a word of a command."""

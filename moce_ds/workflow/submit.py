@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import dropwhile, groupby
 from pathlib import Path
 
-from moce_ds.checkpoint.run_folder import LAUNCHES
+from moce_ds.checkpoint.run_layout import LAUNCHES
 from moce_ds.cli.options import FORCED
 from moce_ds.cli.verbs import STAGE_VERBS
 from moce_ds.config.settings import from_tree, to_tree

@@ -5,8 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from artefacts import KINDS, STEPS
+from artefacts import KINDS as NAMES
+from artefacts import STEPS
 
+from moce_ds.artefacts.kinds import KINDS
+from moce_ds.artefacts.pipeline_folder import PipelineFolder
+from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
@@ -14,13 +18,10 @@ from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.results_file import ResultsFile
-from moce_ds.report import inspection
 from moce_ds.storage.artefact import recognised, some_of
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.export_folder import ExportFolder
-from moce_ds.workflow.pipeline_folder import PipelineFolder
-from moce_ds.workflow.study_folder import StudyFolder
 
 CLASSES = {
     "shards": ShardSet, "labelled shards": ShardSet, "features": FeatureSet, "clusters": Clusters,
@@ -30,9 +31,9 @@ CLASSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_artefact_is_recognised_and_speaks_for_itself(artefacts: dict[str, Path], name: str) -> None:
-    kind = recognised(artefacts[name], inspection.KINDS)
+    kind = recognised(artefacts[name], KINDS)
     assert kind is CLASSES[name]
     opened = kind.open(artefacts[name])
     assert opened.verify() == Findings()
@@ -73,9 +74,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_or_missing_still_says_what_it_
 
 def test_what_is_no_artefact_is_refused_with_what_would_be_one(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match=r"is nothing that moce writes\. Known .*: shard set \(shards\.json\), "):
-        recognised(tmp_path, inspection.KINDS)
+        recognised(tmp_path, KINDS)
     with pytest.raises(ArtefactError, match="gone not found"):
-        recognised(tmp_path / "gone", inspection.KINDS)
+        recognised(tmp_path / "gone", KINDS)
 
 
 def test_long_lists_are_shortened() -> None:

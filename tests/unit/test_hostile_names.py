@@ -31,7 +31,7 @@ from run_folder_example import write_clusters, write_metrics, write_reconstructi
 from safetensors import safe_open
 
 from moce_ds import text
-from moce_ds.checkpoint.tuning_result import TUNED
+from moce_ds.checkpoint.run_layout import TUNED
 from moce_ds.config.settings import load
 from moce_ds.config.values import arguments
 from moce_ds.data.shards import ShardSet

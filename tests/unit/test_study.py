@@ -14,6 +14,7 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
+from moce_ds.artefacts.study_folder import CellRecord, StudyFolder, StudyRecord, series
 from moce_ds.config.settings import load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.planning.work import all_rows_bytes
@@ -24,7 +25,6 @@ from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.study import run_study
 from moce_ds.workflow.study_cell import is_done, measures, write_record
-from moce_ds.workflow.study_folder import CellRecord, StudyFolder, StudyRecord, series
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 Make = Callable[..., StudySettings]
