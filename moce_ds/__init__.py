@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from moce_ds import old_names
+
 if TYPE_CHECKING:
     from moce_ds.api import Clusters, load_expert
 
 __version__ = "0.1.0"
 __all__ = ["Clusters", "__version__", "load_expert"]
+
+old_names.install()
 
 
 def __dir__() -> list[str]:

@@ -10,8 +10,9 @@ from tools.source_tree import Sources, imports, is_in, last_name, modules, parse
 
 # The parts of the package in layers: a part may import itself and the parts of the lines before its own.
 LAYERS = (
-    {"errors", "text", "compat", "__version__"},
-    {"config", "host"},
+    {"errors", "text", "compat", "old_names", "__version__"},
+    {"host"},
+    {"config"},
     {"console", "storage"},
     {"distributed"},
     {"data", "clustering", "moe", "launch"},

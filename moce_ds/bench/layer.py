@@ -22,7 +22,7 @@ from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.storage.files import atomic_file, writes_to
+from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
 
 Row = dict[str, Any]
 
@@ -150,5 +150,5 @@ def plot_rows(rows: Sequence[Row], path: Path) -> None:
         axis.margins(y=0.3)  # room for the legend
         axis.legend(fontsize=7, ncols=3, loc="upper right")
     with writes_to(path), atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+        figure.savefig(temporary, dpi=150, format="png", metadata=PICTURE_TEXT)
     plt.close(figure)

@@ -26,7 +26,26 @@ class Numbers(click.ParamType):
 
 
 def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "json_file", type=PATH, help="Write machine and rows to this file.")(function)
+    return click.option(
+        "--json",
+        "json_file",
+        type=PATH,
+        callback=_free_for(b'"machine": {'),
+        help="Write machine and rows to this file.",
+    )(function)
+
+
+def _free_for(mark: bytes) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
+    """Refuse a file that is not what an earlier measurement wrote, before anything is measured."""
+
+    def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+        from moce_ds.storage.files import check_output
+
+        if path is not None:
+            check_output(path, "a measurement", mark)
+        return path
+
+    return check
 
 
 def _repeats(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -44,7 +63,9 @@ def bench() -> None:
 @click.option("--width", type=Numbers(), default="384", show_default=True, help="Width, D.")
 @click.option("--processes", default=2, show_default=True, help="For expert parallelism; 1: only one process's cases.")
 @click.option("--starts", default=3, show_default=True, type=click.IntRange(1), help="Sets of new processes.")
-@click.option("--plot", type=PATH, help="Write bars of the ratios to this PNG.")
+@click.option(
+    "--plot", type=PATH, callback=_free_for(b"Software\0moce_ds"), help="Write bars of the ratios to this PNG."
+)
 @_repeats(7)
 @_json_option
 def layer(

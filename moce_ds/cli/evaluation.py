@@ -49,13 +49,13 @@ def select(
     from moce_ds.export.selection_report import selection_report
     from moce_ds.export.write import check_free
     from moce_ds.models.encode import EncodeSettings
-    from moce_ds.storage.files import check_writable
+    from moce_ds.storage.files import PICTURE_MARK, check_output
 
     config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or task_of(data)
     if out:
         check_free(out, replace)
     if picture:
-        check_writable(picture)
+        check_output(picture, "a picture", PICTURE_MARK)
     check_results(results)
     checkpoint, _ = run_clusters(run)
     run = checkpoint.folder  # of one step to the end, also when the run is training on

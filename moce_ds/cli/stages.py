@@ -95,12 +95,12 @@ def plan(
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
     from moce_ds.planning.work import Machines
-    from moce_ds.storage.files import check_writable, write_json, writes_to
+    from moce_ds.storage.files import check_output, write_json, writes_to
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
     if given["json_file"] is not None:
-        check_writable(given["json_file"])
+        check_output(given["json_file"], "a plan", b'"device": {')
     steps, measured = steps_of_run(config, given["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from moce_ds.errors import ConfigError
+from moce_ds.host.machine import refused
 
 # What PyYAML's parser was seen to raise on bad text; they have no common base.
 _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -55,7 +56,7 @@ def read_yaml_text(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path} not found: expected a YAML file of settings.") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): make it readable.") from None
+        raise refused(ConfigError, f"{path} cannot be read", error, path) from None
     except ValueError as error:  # no UTF-8, or a NUL in the path
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     tree = _parsed(text, f"{path} is not valid YAML")

@@ -26,6 +26,7 @@ from moce_ds.data import png_file
 from moce_ds.data.png_file import Png
 from moce_ds.data.sources.containers import jpeg_orientation, known_orientation
 from moce_ds.errors import DataError
+from moce_ds.host.machine import machine_failed, refused
 
 EMPTY = "empty"
 NOT_AN_IMAGE = "not an image"
@@ -92,11 +93,13 @@ def suffixes() -> frozenset[str]:
 
 
 def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
-    """Decode the image at `path`; never raises."""
+    """Decode the image at `path`. Raises DataError where the machine fails, which says nothing about the image."""
     try:
         with _opened(path) as file, pixel_limit(max_pixels):
             return _decide(file)
     except DECODER_FAULTS as fault:
+        if isinstance(fault, OSError) and machine_failed(fault):
+            raise refused(DataError, f"{path} cannot be read", fault, path) from None
         # Only the operating system sets errno; Pillow's own OSErrors are about the content.
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault
@@ -189,7 +192,14 @@ def _image_at(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, Binary
             f"{path}: {_excess(fault, max_pixels)}. Make it smaller, or allow more with data.max_pixels."
         ) from None
     except DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no image that can be read ({in_words(fault)}).") from None
+        raise undecodable(path, "image", fault) from None
+
+
+def undecodable(path: Path, kind: str, fault: BaseException) -> DataError:
+    """The error for a file that is not a `kind` that can be read, with the status of a machine that failed."""
+    if isinstance(fault, OSError) and machine_failed(fault):
+        return refused(DataError, f"{path} cannot be read", fault, path)
+    return DataError(f"{path} is no {kind} that can be read ({in_words(fault)}).")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from moce_ds.errors import DataError
 from moce_ds.host.machine import status_of
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes, some_of
 from moce_ds.storage.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
-from moce_ds.storage.files import load_array, read_json, read_record, sha256_of
+from moce_ds.storage.files import load_array, read_json, read_record, reads_from, sha256_of
 from moce_ds.text import counted
 
 FORMAT_VERSION = 1
@@ -274,11 +274,9 @@ class ShardSet:
     @cached_property
     def _sources(self) -> list[str]:
         check_file(self.path, SOURCES, self.files, _restore(self.path), DataError)
-        try:
+        with reads_from(self.path / SOURCES, _restore(self.path), DataError):
             lines = (self.path / SOURCES).read_text(encoding="ascii").splitlines()
             return [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.path / SOURCES} cannot be read ({error}). {_restore(self.path)}") from None
 
 
 def shard_name(number: int) -> str:

@@ -10,6 +10,7 @@ from textwrap import fill
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.clustering.clusters import load_ids
@@ -18,7 +19,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.export.routes import choose_selected, spoken
 from moce_ds.export.select import Selection, clusters_folder
-from moce_ds.storage.files import atomic_file, writes_to
+from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.text import in_line, shortened
 
 _SIDE, _GAP, _COLUMNS, _ROWS = 80, 6, 6, 5
@@ -50,8 +51,11 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
     sheet = Image.new("RGB", (2 * left.width + 3 * _MARGIN, left.height + 2 * _MARGIN), _PAPER)
     sheet.paste(left, (_MARGIN, _MARGIN))
     sheet.paste(right, (left.width + 2 * _MARGIN, _MARGIN))
+    text = PngInfo()
+    for key, value in PICTURE_TEXT.items():
+        text.add_text(key, value)
     with writes_to(path), atomic_file(path) as temporary:
-        sheet.save(temporary, "PNG")
+        sheet.save(temporary, "PNG", pnginfo=text)
     return note
 
 

@@ -58,6 +58,9 @@ _REMEDIES: dict[int, str] = {
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
 _PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
 
+# What says nothing about the file that was to be read: the machine, or this process, cannot read others either.
+_OF_THE_MACHINE = _PASSING | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV}
+
 E = TypeVar("E", bound=MoceError)
 
 # torch reports an allocation that failed as a RuntimeError.
@@ -114,6 +117,12 @@ def status_of(error: OSError | MoceError) -> int:
     if isinstance(error, MoceError):
         return error.status
     return LOST_PEER if error.errno in _PASSING else MoceError.status
+
+
+def machine_failed(error: BaseException) -> bool:
+    """Whether a file could not be read through no fault of its own: its disk or file server fails, or a limit is
+    reached. Where odd files are skipped, such a file is an error, since others would be skipped for the same cause."""
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def system_error(error: Exception) -> OSError | None:

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+from moce_ds.console import say
 from moce_ds.distributed.sealing import SECRET
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host.interrupts import kept_signals, wait_for
+from moce_ds.host.machine import MachineError, refused
 from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -45,7 +47,19 @@ class Rank:
     warning: signal.Signals
 
     def __call__(self) -> None:
-        """Run the command; returns when it has done its work, and else ends the process with its status."""
+        """Run the command; returns when it has done its work, and else ends the process with its status.
+
+        An error of the system before that, such as one of the disk with the logs, is one message, not submitit's
+        traceback.
+        """
+        try:
+            self._run()
+        except OSError as error:
+            fault = refused(MachineError, f"This process of the job on {socket.gethostname()} cannot run", error)
+            say(f"Error: {fault}", err=True)
+            sys.exit(fault.status)
+
+    def _run(self) -> None:
         with kept_signals(_PASSED_ON) as asked:
             job, began = SlurmJobEnvironment(), time.monotonic()
             start = JobStart.of(job, job.paths.folder)
@@ -63,15 +77,17 @@ class Rank:
             if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
                 start.requeue("stopped as asked")
             who = f"rank {job.global_rank} on {socket.gethostname()}"
+            recorded = True
             if not stopped or job.global_rank == 0:  # others may be stopped by a srun that fails
-                start.record_end(who, status, time.monotonic() - began, lost=lost)
+                recorded = _recorded(start, who, status, time.monotonic() - began, lost)
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
             if lost:
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 print(f"{who.capitalize()} {how}.", flush=True)
-                # Every process asks for that: one that is cut off cannot.
-                if start.begin_again(self.max_failures):
+                # Every process asks for that: one that is cut off cannot. A loss that is not recorded is not counted,
+                # so the job could begin again for ever.
+                if recorded and start.begin_again(self.max_failures):
                     _wait_for_the_end(asked)
             sys.exit(status if status > 0 else LOST_PEER)
 
@@ -96,6 +112,16 @@ def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, st
         # Its own for each start: jobs of one array share the file. It is absent from launches of older versions.
         SECRET: f"{secret.read_text().strip()}-{start.name}-{start.restart}" if secret.exists() else "",
     }
+
+
+def _recorded(start: JobStart, who: str, status: int, seconds: float, lost: bool) -> bool:
+    """Record how a process ended. False, which is said, where the disk does not take it: its status stays its own."""
+    try:
+        start.record_end(who, status, seconds, lost=lost)
+    except OSError as error:
+        say(f"Error: {refused(MachineError, f'The end of {who} cannot be recorded', error)}", err=True)
+        return False
+    return True
 
 
 def _wait_for_the_end(asked: list[int]) -> None:

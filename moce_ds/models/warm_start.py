@@ -15,6 +15,7 @@ from torch import Tensor
 from moce_ds.checkpoint.format import WEIGHTS, find
 from moce_ds.checkpoint.weights import cut
 from moce_ds.errors import ArtefactError
+from moce_ds.host.machine import refused
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import load_tensors
@@ -166,6 +167,8 @@ def read_torch_file(path: Path, named: str) -> Any:
         with torch.serialization.safe_globals(_VALUES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
+        if isinstance(error, OSError) and error.errno:  # of the system; torch's own have none
+            raise refused(ArtefactError, f"{named} cannot be read", error) from None
         # What torch advises, before and behind the reason, is to run the file's code.
         (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [
             type(error).__name__

@@ -12,13 +12,13 @@ from typing import Any
 from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.report import plots
-from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table, write_page
+from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
 from moce_ds.report.plots import Line, Scale
 from moce_ds.report.routing import route_name
 from moce_ds.report.run_chapter import run_chapter
 from moce_ds.report.runs import RunGroup, read_runs
-from moce_ds.report.study_chapter import study_chapters, study_summary, write_csv
-from moce_ds.storage.files import check_writable
+from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
+from moce_ds.storage.files import check_output
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (
@@ -64,11 +64,12 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
         ArtefactError: `folder` is none of these, a file in it is damaged, or the page cannot be written.
     """
     out = out or folder / "report.html"
-    check_writable(out)
+    check_output(out, "a report", PAGE_MARK)
     if StudyFolder.recognises(folder):
+        check_output(out.with_name(STUDY_TABLE), "the table of a study", TABLE_MARK)
         grid = StudyFolder.open(folder)
         write_page(out, grid.name, study_summary(grid), study_chapters(grid))
-        write_csv(grid, out.with_name("study.csv"))
+        write_csv(grid, out.with_name(STUDY_TABLE))
         return out
     group = read_runs(folder)
     chapters = [*_results(group.results), *_training(group.runs), *(run_chapter(run) for run in group.runs)]

@@ -11,6 +11,9 @@ from moce_ds.report.gallery import Card, Picture
 from moce_ds.storage.files import atomic_file, writes_to
 from moce_ds.text import printable
 
+PAGE_MARK = b"<title>MoCE report: "
+"""What every page holds near its beginning."""
+
 
 class Cell(NamedTuple):
     """Text of a table's cell; `best` sets it in bold."""

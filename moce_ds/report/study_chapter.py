@@ -88,6 +88,11 @@ def study_summary(study: StudyFolder) -> str:
     return f"{done} of {counted(len(study.cells) + len(study.waiting), 'cell')} done. {grid}"
 
 
+STUDY_TABLE = "study.csv"
+TABLE_MARK = b"cell,state,"
+"""How every such file begins."""
+
+
 def write_csv(study: StudyFolder, path: Path) -> None:
     """One line a cell: its name, state, keys, processes, machines, seconds, and all measures in SI units."""
     columns = ["cell", "state", *(key for key in study.keys if key not in LAUNCH_KEYS), *LAUNCH_KEYS, "seconds"]

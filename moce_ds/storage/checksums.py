@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moce_ds.errors import ArtefactError, MoceError
+from moce_ds.host.machine import refused
 from moce_ds.storage.files import read_json, read_record, sha256_of, write_json
 
 CHECKSUM = "content_sha256"
@@ -128,7 +129,13 @@ def check_file(folder: Path, name: str, files: Files | None, cure: str, kind: ty
     Raises:
         ArtefactError, or `kind`: the file is missing, or its content is another; `cure` says what to do.
     """
-    if files is not None and name in files and (fault := _fault(folder / name, files[name])):
+    if files is None or name not in files:
+        return
+    try:
+        fault = _fault(folder / name, files[name])
+    except OSError as error:
+        raise refused(kind, f"{folder / name} cannot be read", error, folder / name) from None
+    if fault:
         raise kind(f"{folder / name} {fault}: {cure}")
 
 
@@ -138,10 +145,19 @@ def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) 
     if files is None:
         missing = [f"{name}: is missing" for name in names if not (folder / name).is_file()]
         return Findings(missing, [written_before(name) for name in names if (folder / name).is_file()])
-    return Findings([f"{name}: {fault}" for name, one in files.items() if (fault := _fault(folder / name, one))])
+    return Findings([f"{name}: {fault}" for name, one in files.items() if (fault := _finding(folder / name, one))])
+
+
+def _finding(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file, one that cannot be read included: verification goes on with the next."""
+    try:
+        return _fault(path, record)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:
+    """In which way a file is not what was written. Raises OSError where it is there and cannot be read."""
     try:
         size = path.stat().st_size
         if size != record.bytes:
@@ -149,8 +165,6 @@ def _fault(path: Path, record: FileRecord) -> str | None:
         return None if sha256_of(path) == record.sha256 else "is damaged or was exchanged: its checksum differs"
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def _mangled(content: Any) -> bool:

@@ -35,6 +35,12 @@ _DAMAGE = (
     RecursionError,
 )  # fmt: skip
 
+_HEAD_BYTES = 4096
+
+PICTURE_TEXT = {"Software": "moce_ds"}
+"""Text chunk of every PNG that a verb writes where its user says."""
+PICTURE_MARK = b"Software\0moce_ds"
+
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # of torch.save, which says no more than that
 
 
@@ -109,9 +115,9 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
         yield
     except (FileNotFoundError, NotADirectoryError):
         raise kind(f"{path} is missing: {cure}") from None
-    except OSError as error:
-        raise refused(kind, f"{path} cannot be read", error, path) from None
-    except _DAMAGE as error:
+    except (OSError, *_DAMAGE) as error:
+        if isinstance(error, OSError) and error.errno:  # which only the system sets: a library's own is about damage
+            raise refused(kind, f"{path} cannot be read", error, path) from None
         if cause := system_error(error):
             raise refused(kind, f"{path} cannot be read", cause) from None
         if not is_utf8(path):
@@ -175,6 +181,30 @@ def check_writable(path: Path) -> None:
         raise ArtefactError(f"{path} cannot be written: {above} is a file. Name a place in a folder.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ArtefactError(f"{path} cannot be written: {above} does not allow it. Name another place.")
+
+
+def check_output(path: Path, what: str, mark: bytes) -> None:
+    """Refuse a place for an output file before anything is computed for it. A file that an earlier run of the same verb
+    wrote is replaced; any other is kept.
+
+    Args:
+        what: of which kind the file is to be, such as "a report".
+        mark: bytes that every file of the kind holds near its beginning.
+
+    Raises:
+        ArtefactError: `path` cannot be written, or holds a file of another kind.
+    """
+    check_writable(path)
+    if not os.path.lexists(path):
+        return
+    if not path.is_file():
+        raise ArtefactError(f"{path} is no regular file: name another path for {what}.")
+    with reads_from(path, "name another path."), open(path, "rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+    if head and mark not in head:
+        raise ArtefactError(
+            f"{path} exists and is not {what} of this program, so it is not replaced: name another path, or remove it."
+        )
 
 
 def sync(path: Path) -> None:

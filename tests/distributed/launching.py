@@ -12,7 +12,11 @@ from pathlib import Path
 
 from moce_ds.storage.metrics_file import read_metrics
 
-SECONDS = 300  # a start takes about 5 s on an idle machine
+SECONDS = 300
+"""The limit on a hang; a start takes about 5 s on an idle machine. It is less than the 600 s after which the process
+group gives up by itself, so what ends within it has not waited for that."""
+PATIENT = "run.peer_timeout=3600"
+"""For runs in which a process is lost or fails: what ends within SECONDS has not waited for a silent peer either."""
 
 
 def local(nproc: int, *options: str) -> tuple[str, ...]:

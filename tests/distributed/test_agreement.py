@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -59,10 +58,8 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         ):
             words = tiny_settings(shards, folder / name, "experts.ep_size=2", *other, clusters=clusters)
             config = read_settings(PretrainSettings, words)
-            began = time.monotonic()
             with patch.object(setup, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
                 note(name, lambda config=config: pretrain(config, runtime))
-            assert time.monotonic() - began < 100
 
         encoder = open_encoder(clusters / "encoder", runtime.device)
         settings = FeatureSettings(block_rows=HALF)  # one block a rank

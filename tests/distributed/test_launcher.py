@@ -4,13 +4,12 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 import click
 import pytest
 from jobs import Told
-from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
+from launching import PATIENT, SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 
 from moce_ds.checkpoint.format import find, steps_of
@@ -75,15 +74,13 @@ except KeyboardInterrupt:
 def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with launched(
-        *local(2), "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2")
+        *local(2), "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2", PATIENT)
     ) as launcher:
         wait_until(lambda: len(steps_of(run)) > 0)
         ranks = ranks_of(launcher)
         assert sorted(ranks) == [0, 1]
-        killed = time.monotonic()
         send(signal.SIGKILL, ranks[1])
         output, _ = launcher.communicate(timeout=SECONDS)
-    assert time.monotonic() - killed < 100
     assert launcher.returncode == LOST_PEER and "Restart" not in output, "nobody asked for one"
     assert "Process 1 was killed by SIGKILL." in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
@@ -96,10 +93,8 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
     sampler = ShuffledSampler(ShardSet.open(shards).count, 16, seed=0)
     alter_images(shards, [i for step in range(3) for i in sampler.batch(step).part(1, 2).ids.tolist()])  # of rank 1
     run = tmp_path / "run"
-    began = time.monotonic()
-    command = (*local(2, "--max-restarts", "2"), "pretrain", *tiny_settings(shards, run, "optim.epochs=50"))
+    command = (*local(2, "--max-restarts", "2"), "pretrain", *tiny_settings(shards, run, "optim.epochs=50", PATIENT))
     status, output = run_to_end(*command)
-    assert time.monotonic() - began < 100
     assert status == 1 and "Restart" not in output, "it would only occur again"
     assert "was altered after it was written" in output and str(shards) in output
     assert output.count("Error:") == 1

@@ -3,7 +3,6 @@
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,6 @@ def four(data: TinyData, runs: Path) -> list[str]:
 
 def test_a_run_outlives_a_killed_and_a_stopped_rank(four: list[str], runs: Path) -> None:
     run = runs / "four-lost"
-    ended = []
     with launched(
         *local(4, "--max-restarts", "2"), "pretrain", *four, f"run.out={run}", "run.peer_timeout=5"
     ) as launcher:
@@ -38,13 +36,10 @@ def test_a_run_outlives_a_killed_and_a_stopped_rank(four: list[str], runs: Path)
             wait_for_step(run, 3 * attempt, attempt)
             ranks = ranks_of(launcher)
             assert sorted(ranks) == [0, 1, 2, 3]
-            began = time.monotonic()
             send(number, ranks[lost])
             wait_until(lambda old=ranks: not any(Path(f"/proc/{pid}").exists() for pid in old.values()))
-            ended.append(time.monotonic() - began)
         output, _ = launcher.communicate(timeout=SECONDS)
     assert launcher.returncode == 0, output
-    assert max(ended) < 100, "seconds until all of a start had ended"
     (killed_at,) = re.findall(r"Error: Rank 3 on \S+ has not answered for 5 s at step (\d+)\. It has died", output)
     stopped_at = set(re.findall(r"Error: Rank 1 on \S+ has not answered for 5 s at step (\d+)\. It has died", output))
     assert 3 <= int(killed_at) <= STEPS and len(stopped_at) == 1 and 6 <= int(*stopped_at) <= STEPS

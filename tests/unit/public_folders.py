@@ -65,13 +65,13 @@ def cifar10(root: Path) -> None:
     text(folder / "batches.meta.txt", "airplane", "automobile", "")
     for number in range(1, 6):
         (folder / f"data_batch_{number}.bin").write_bytes(_cifar_rows([(0,), (1,), (number % 2,)]))
-    (folder / "test_batch.bin").write_bytes(_cifar_rows([(1,), (0,)]))
+    (folder / "test_batch.bin").write_bytes(_cifar_rows([(1,), (0,), (1,)]))
 
 
 def cifar100(root: Path) -> None:
     folder = root / "cifar-100-binary"
     text(folder / "fine_label_names.txt", "apple", "aquarium_fish")
-    (folder / "train.bin").write_bytes(_cifar_rows([(9, i % 2) for i in range(6)]))
+    (folder / "train.bin").write_bytes(_cifar_rows([(9, i % 2) for i in range(10)]))
     (folder / "test.bin").write_bytes(_cifar_rows([(9, 1), (9, 0)]))
 
 

@@ -188,7 +188,7 @@ def test_a_file_that_is_no_json_an_image_of_other_size_and_one_that_is_damaged(t
     path.write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
         CocoSet.open(path, images)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"other\.json is missing: expected COCO's instances"):
         CocoSet.open(tmp_path / "other.json", images)
 
 

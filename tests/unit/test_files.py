@@ -22,6 +22,7 @@ from moce_ds.errors import LOST_PEER, ArtefactError
 from moce_ds.host.machine import MachineError, machine_fault, reason
 from moce_ds.storage.files import (
     atomic_folder,
+    check_output,
     check_writable,
     load_array,
     load_tensors,
@@ -94,6 +95,22 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "access", lambda _, mode: mode == os.F_OK)  # root may do everything
     with pytest.raises(ArtefactError, match=f"x cannot be written: {tmp_path} does not allow it"):
         check_writable(tmp_path / "x")
+
+
+def test_an_output_replaces_its_own_kind_alone(tmp_path: Path) -> None:
+    mark, path = b"<title>MoCE report: ", tmp_path / "report.html"
+    for content in (None, b"", b"<!doctype html>\n<title>MoCE report: a</title>"):
+        if content is not None:
+            path.write_bytes(content)
+        check_output(path, "a report", mark)
+    for content in (b"<html>my thesis</html>", b"\x89PNG", bytes(10_000) + mark):
+        path.write_bytes(content)
+        with pytest.raises(ArtefactError, match=f"{path} exists and is not a report of this program"):
+            check_output(path, "a report", mark)
+        assert path.read_bytes() == content
+    for odd in (tmp_path, Path(os.devnull)):
+        with pytest.raises(ArtefactError, match=f"{odd} is no regular file"):
+            check_output(odd, "a report", mark)
 
 
 ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)

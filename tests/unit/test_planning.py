@@ -298,6 +298,9 @@ def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:
     for row in record["predictions"]:
         parts = ("compute", "exchange_inside", "exchange_across", "reduction", "optimizer")
         assert row["step"] == pytest.approx(sum(row[part] for part in parts))
+    assert run_here("plan", path, "--images", 1000, "--json", file).status == 0
+    file.write_text('{"mine": 1}')
+    assert f"{file} exists and is not a plan of this program" in refused("plan", path, "--images", 1000, "--json", file)
 
 
 def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path) -> None:
@@ -307,10 +310,13 @@ def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path)
     )
     settings, file = tmp_path / "config.yaml", tmp_path / "plan.json"
     settings.write_text(to_yaml(config))
-    said = run_alone("plan", settings, "--gpus", 2, "--device", "this", "--measure", "--json", file)
-    assert said.status == 0, said.err
-    assert re.search(r"step predicted .* step measured .* error", said.out) and re.search(r"[+-][\d.]+%", said.out)
-    record = json.loads(file.read_text())
-    (prediction,) = record["predictions"]
-    assert prediction["exchange_inside"] > 0 and prediction["reduction"] > 0
-    assert 1 / 10 < prediction["step"] / record["measured_step"] < 10
+    ratios: list[float] = []
+    while not (ratios and 1 / 3 < ratios[-1] < 3):
+        assert len(ratios) < 3, f"predicted over measured step: {ratios}"  # a load that comes or goes spoils one try
+        said = run_alone("plan", settings, "--gpus", 2, "--device", "this", "--measure", "--json", file)
+        assert said.status == 0, said.err
+        assert re.search(r"step predicted .* step measured .* error", said.out) and re.search(r"[+-][\d.]+%", said.out)
+        record = json.loads(file.read_text())
+        (prediction,) = record["predictions"]
+        assert prediction["exchange_inside"] > 0 and prediction["reduction"] > 0
+        ratios.append(prediction["step"] / record["measured_step"])

@@ -91,8 +91,8 @@ DRAWN: dict[str, tuple[dict[str, int], dict[str, int], dict[str, int]]] = {
         {"BACKGROUND_Google": 3, "accordion": 1, "yin_yang": 10},
     ),
     "cars": ({"AM General Hummer": 4, "Acura RL": 4}, *ONE_OF_EACH["cars"]),
-    "cifar10": ({"airplane": 6, "automobile": 7}, *ONE_OF_EACH["cifar10"]),
-    "cifar100": ({"apple": 2, "aquarium_fish": 2}, *ONE_OF_EACH["cifar100"]),
+    "cifar10": ({"airplane": 6, "automobile": 7}, ONE_OF_EACH["cifar10"][0], {"airplane": 1, "automobile": 2}),
+    "cifar100": ({"apple": 4, "aquarium_fish": 4}, *ONE_OF_EACH["cifar100"]),
     "food101": ({"apple_pie": 1, "ramen": 1}, *ONE_OF_EACH["food101"]),
     "pets": ({"Abyssinian": 1, "american_bulldog": 1}, *ONE_OF_EACH["pets"]),
     "sun397": ({"a/abbey": 2, "c/church/indoor": 2}, *ONE_OF_EACH["sun397"]),
@@ -170,6 +170,16 @@ def spoil_bytes(root: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def spoil_row(root: Path) -> None:
+    path = root / "cifar-10-batches-bin/data_batch_3.bin"
+    path.write_bytes(path.read_bytes()[:-3073])
+
+
+def spoil_test_row(root: Path) -> None:
+    path = root / "cifar-100-binary/test.bin"
+    path.write_bytes(path.read_bytes()[:-3074])
+
+
 def spoil_label(root: Path) -> None:
     path = root / "cifar-10-batches-bin/data_batch_3.bin"
     path.write_bytes(b"\x07" + path.read_bytes()[1:])
@@ -220,6 +230,8 @@ def spoil_image(root: Path) -> None:
         ("dtd", spoil_image, r"banded_0003.jpg is listed and cannot be read"),
         ("food101", spoil_json, r"train.json is no list of images by class"),
         ("cifar10", spoil_bytes, r"data_batch_3.bin has 9218 bytes; expected a multiple of 3073"),
+        ("cifar10", spoil_row, r"data_batch_3.bin holds 2 images and test_batch.bin 3; expected 10000 and 10000"),
+        ("cifar100", spoil_test_row, r"train.bin holds 10 images and test.bin 1; expected 50000 and 10000"),
         ("cifar10", spoil_label, r"names class 7 of 2"),
         ("cars", spoil_mat, r"cars_train_annos.mat: annotations cannot be read"),
         ("cars", spoil_class_number, r"names class 2 of 1"),

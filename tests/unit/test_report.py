@@ -163,6 +163,15 @@ def test_one_run_alone(study: Path, tmp_path: Path) -> None:
     assert Page(build_report(study / "mae")).headings == ["Run mae", "Settings"]
 
 
+def test_a_page_replaces_one_of_its_own_alone(study: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.html"
+    for _ in range(2):
+        build_report(study, out)
+    out.write_text("<html>my thesis</html>")
+    with pytest.raises(ArtefactError, match=f"{out} exists and is not a report of this program"):
+        build_report(study, out)
+
+
 def test_report_outlives_its_shard_set(study: Path) -> None:
     config = study / "moce" / "config.yaml"
     config.write_text(re.sub(r"shards: .*", "shards: gone/shards", config.read_text()))

@@ -94,6 +94,16 @@ def test_the_verb_prints_records_draws_and_exports(selected: tuple[Said, Path]) 
     assert load_encoder(out / "expert").shape.width == 16 and f"route {route} of step 5 as timm" in said.out
 
 
+def test_a_picture_replaces_one_of_its_own_alone(selected: tuple[Said, Path], tiny_images: Path) -> None:
+    _, out = selected
+    words = ("select", out.parent / "run", "--data", tiny_images / "digits", "threads=1", "--picture")
+    Image.new("RGB", (8, 8)).save(out / "photograph.png")
+    before = (out / "photograph.png").read_bytes()
+    assert "photograph.png exists and is not a picture of this program" in refused(*words, out / "photograph.png")
+    assert (out / "photograph.png").read_bytes() == before
+    assert run_here(*words, out / "digits.png").status == 0
+
+
 def test_the_export_goes_on_from_the_votes_without_the_images(moce_run: MoceRun, tmp_path: Path) -> None:
     run = moce_run()
     selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))

@@ -1,18 +1,22 @@
 """How often a job begins again. Real jobs are in tests/slurm."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from moce_ds.distributed.sealing import SECRET
+from moce_ds.errors import LOST_PEER
 from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.launch.slurm_rank import place
+from moce_ds.launch.slurm_rank import Rank, place
 from moce_ds.launch.snapshot import begin_launch
 
 LOST, STOPPED = 77, 76
@@ -85,13 +89,19 @@ def test_the_processes_of_one_node_meet_on_its_loopback(tmp_path: Path, monkeypa
     assert (given["MASTER_ADDR"], given["WORLD_SIZE"], given["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", "2", "2")
 
 
-def fourth_process(folder: Path, child: str, asked: bool) -> int:
-    """The status of the last of a job's four processes, whose child runs some Python and says when it is there."""
+def started_fourth(folder: Path, child: str) -> subprocess.Popen[str]:
+    """The last of a job's four processes, whose child runs some Python and says when it is there."""
     job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "4", "NODEID": "3", "PROCID": "3", "LOCALID": "0"}
     slurm = {f"SLURM_{name}": value for name, value in (job | {"JOB_NODELIST": "node[1-4]"}).items()}
     command = [sys.executable, "-c", RANK, sys.executable, "-c", f"print('there', flush=True); {child}"]
     environment = {**os.environ, **slurm, "SUBMITIT_FOLDER": str(folder)}
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+
+
+def fourth_process(folder: Path, child: str, asked: bool) -> int:
+    """How it ends."""
+    with started_fourth(folder, child) as process:
         assert process.stdout is not None and process.stdout.readline() == "there\n"
         if asked:
             process.send_signal(signal.SIGTERM)
@@ -105,3 +115,34 @@ def test_a_stop_is_told_by_the_first_process_alone(tmp_path: Path) -> None:
     assert not JobStart("7", tmp_path, 0).has_ended
     assert fourth_process(tmp_path, "raise SystemExit(2)", asked=False) == 2
     assert JobStart("7", tmp_path, 0).has_ended
+
+
+def test_an_end_that_cannot_be_recorded_is_one_message_and_keeps_the_status(tmp_path: Path) -> None:
+    """As where the disk of the logs is full. A loss is not put back into the queue: uncounted, it could be for ever."""
+    gone = tmp_path / "gone"  # removed while the child runs; root may write into every folder
+    for child, status in (("raise SystemExit(3)", 3), (f"raise SystemExit({LOST_PEER})", LOST_PEER)):
+        gone.mkdir(exist_ok=True)
+        (gone / SECRET_FILE).write_text("word")
+        with started_fourth(gone, f"import shutil; shutil.rmtree({str(gone)!r}); {child}") as process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == status
+        assert re.fullmatch(r"Error: The end of rank 3 on \S+ cannot be recorded: No such file or directory .*\n", err)
+        assert "queue" not in out
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.ESTALE, LOST_PEER), (errno.EACCES, 1)])
+def test_a_secret_that_cannot_be_read_is_one_message(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"JOB_ID": "7", "NTASKS": "1", "JOB_NUM_NODES": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+    for variable, value in (job | {"JOB_NODELIST": "node1"}).items():
+        monkeypatch.setenv(f"SLURM_{variable}", value)
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    (tmp_path / SECRET_FILE).write_text("word")
+    fault = OSError(number, os.strerror(number), str(tmp_path / SECRET_FILE))
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=fault))  # no file server is at hand that loses a file
+    with pytest.raises(SystemExit) as ended:
+        Rank((sys.executable, "-c", ""), (), 3, signal.SIGUSR2)()
+    assert ended.value.code == status
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"Error: This process of the job on \S+ cannot run: {os.strerror(number)} .*\n", told), told

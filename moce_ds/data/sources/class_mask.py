@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_ds.data.image_file import DECODER_FAULTS, file_content, in_words, open_image, pixel_limit, turned, upright
+from moce_ds.data.image_file import DECODER_FAULTS, file_content, open_image, pixel_limit, turned, undecodable, upright
 from moce_ds.data.png_file import GRAY, PALETTE, Png
 from moce_ds.errors import DataError
 
@@ -56,7 +56,7 @@ def read_mask(path: Path, size: tuple[int, int], strictly: bool = True) -> Class
     try:
         values_HW = np.array(turned(image))
     except DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no mask that can be read ({in_words(fault)}).") from None
+        raise undecodable(path, "mask", fault) from None
     palette = png.palette if png.colour == PALETTE else []
     colours = {int(value): palette[value] for value in np.unique(values_HW) if value < len(palette)}
     _check_palette(path, palette, colours)
@@ -72,7 +72,7 @@ def _opened(path: Path, size: tuple[int, int]) -> tuple[Png, Image.Image]:
             image = open_image(io.BytesIO(data))
             found = upright(image)
     except DECODER_FAULTS as fault:
-        raise DataError(f"{path} is no mask that can be read ({in_words(fault)}).") from None
+        raise undecodable(path, "mask", fault) from None
     if png is None:
         lossy = ", whose compression invents classes" if image.format in ("JPEG", "MPO", "WEBP") else ""
         raise DataError(f"{path} holds {image.format}{lossy}; expected PNG, whatever the file is called. {_CURE}.")

@@ -31,6 +31,7 @@ from moce_ds.data.sources.coco_checks import (
     told_empty,
 )
 from moce_ds.errors import DataError
+from moce_ds.storage.files import reads_from
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,12 @@ class CocoSet:
 
 
 def _read(path: Path) -> _Content:
+    with reads_from(path, "expected COCO's instances in JSON.", DataError):
+        data = path.read_bytes()
     content: Any = None
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         return TypeAdapter(_Content).validate_python(content)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): expected COCO's instances in JSON.") from None
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))

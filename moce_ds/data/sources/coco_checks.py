@@ -16,6 +16,7 @@ from moce_ds.data.image_file import MAX_SIDE
 from moce_ds.data.sources.coco_api import has_pixels, polygons_of, segmentation_fault
 from moce_ds.data.sources.walk import ODD, leads_out, list_folder
 from moce_ds.errors import DataError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import part_of
 
 SLACK = 2.0
@@ -89,7 +90,9 @@ def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
 def _is_there(file: Path) -> bool:
     try:
         return file.is_file()
-    except OSError:  # a link to itself, a name that is too long
+    except OSError as error:  # a link to itself, a name that is too long
+        if machine_failed(error):
+            raise refused(DataError, f"{file} cannot be read", error, file) from None
         return False
 
 

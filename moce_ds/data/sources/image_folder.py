@@ -12,7 +12,7 @@ from pathlib import Path
 from moce_ds.data import image_file
 from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
 from moce_ds.data.sources.walk import ODD, SourceFile, unwanted, why_odd
-from moce_ds.errors import DataError
+from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.text import in_line
 
 _BATCH = 16  # files per message to a worker
@@ -28,7 +28,7 @@ def examined(
     of a message too, is the end of a pipe for the other side. An executor's shared queue would block for good.
 
     Raises:
-        DataError: a worker process died.
+        DataError: a worker process died, or the machine cannot read a file (`examine`).
     """
     workers = workers or len(os.sched_getaffinity(0))
     batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
@@ -41,15 +41,19 @@ def examined(
         for number, batch in enumerate(batches):
             _, connection = team[number % len(team)]
             verdicts = connection.recv()
+            if isinstance(verdicts, MoceError):
+                raise verdicts
             if number + ahead < len(batches):
                 connection.send(batches[number + ahead])
             yield from zip(batch, verdicts, strict=True)
     except (EOFError, OSError):
-        raise DataError(
+        fault = DataError(
             f"A worker process died between {in_line(batches[number][0].path)} and "
             f"{in_line(batches[number][-1].path)}: perhaps killed for lack of memory. Run the same command again to "
             "continue, with fewer `workers=` if it happens again."
-        ) from None
+        )
+        fault.status = LOST_PEER  # as for a worker that prepares batches (host/machine.py)
+        raise fault from None
     finally:
         for process, connection in team:
             connection.close()
@@ -71,7 +75,14 @@ def _work(connection: Connection, source: Path, max_pixels: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
         while True:
-            connection.send([_examine_listed(source, file, max_pixels) for file in connection.recv()])
+            batch = connection.recv()
+            try:
+                verdicts: list[Accepted | Rejected] | MoceError = [
+                    _examine_listed(source, file, max_pixels) for file in batch
+                ]
+            except MoceError as error:
+                verdicts = error
+            connection.send(verdicts)
 
 
 def _examine_listed(source: Path, file: SourceFile, max_pixels: int) -> Accepted | Rejected:

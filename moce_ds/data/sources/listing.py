@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moce_ds.data.sources.walk import SourceFile
 from moce_ds.errors import DataError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import in_line
 
 
@@ -63,6 +64,8 @@ class Listing:
         try:
             return sorted(SourceFile(path, (source / path).stat().st_size) for path in self._by_path)
         except OSError as error:
+            if machine_failed(error):
+                raise refused(DataError, "The listed images cannot be read", error) from None
             raise DataError(
                 f"{in_line(error.filename)} is listed and cannot be read ({error.strerror}): unpack the data set anew."
             ) from None

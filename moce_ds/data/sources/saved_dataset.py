@@ -10,6 +10,7 @@ from tqdm import tqdm
 from moce_ds.console import warn
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.storage.files import read_json, writes_to
 
 _WRITTEN_BY = "datasets' save_to_disk"
@@ -55,6 +56,8 @@ def unpack_images(path: Path, out: Path) -> Listing:
                 (out / _name(number)).write_bytes(data)
             found.append(row[label] if label else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and machine_failed(error):
+            raise refused(DataError, f"{path} cannot be read", error, path) from None
         raise DataError(f"{path} cannot be read ({error}): write it again with {_WRITTEN_BY}.") from None
     classes = _class_names(path, dataset.features[label], found) if label else {}
     listed = [

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from moce_ds.data.image_file import NOT_A_FILE, NOT_AN_IMAGE, UNREADABLE, Rejected
 from moce_ds.errors import DataError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import in_line
 
 ODD = -1
@@ -69,11 +70,12 @@ def leads_out(path: str) -> bool:
 
 
 def why_odd(path: Path) -> Rejected:
-    """Why an entry has the size `ODD`. Never raises."""
+    """Why an entry has the size `ODD`. Raises DataError where the machine fails, which says nothing about it."""
     try:
         if stat.S_ISDIR(path.stat().st_mode):
             os.scandir(path).close()
     except OSError as error:
+        _raise_if_machine_failed(error, path)
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return Rejected(UNREADABLE, f"{type(error).__name__}: {error.strerror}")
     return Rejected(NOT_A_FILE, "broken link, link to itself or to a parent folder, pipe, socket or device")
@@ -99,7 +101,8 @@ def _walk(source: Path) -> Iterator[SourceFile]:
         path, ancestors = waiting.pop()
         try:
             found = _entries(f"{source}/{path}")
-        except OSError:  # closed, gone meanwhile, too deep for the system
+        except OSError as error:  # closed, gone meanwhile, too deep for the system
+            _raise_if_machine_failed(error, f"{source}/{path}")
             found = []
             yield SourceFile(path, ODD)
 
@@ -110,6 +113,7 @@ def _entries_of_source(folder: Path) -> list["os.DirEntry[str]"]:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{in_line(folder)} is not a folder: expected one that holds images, at any depth.") from None
     except OSError as error:
+        _raise_if_machine_failed(error, folder)
         raise DataError(f"{in_line(folder)} cannot be listed ({error.strerror}): make it readable.") from None
 
 
@@ -126,12 +130,20 @@ def _folder(entry: "os.DirEntry[str]") -> _Identity | None:
     """What a folder is known by; None for what is none or cannot be looked at, such as a link into a closed one."""
     try:
         return _identity(entry.stat()) if entry.is_dir() else None
-    except OSError:
+    except OSError as error:
+        _raise_if_machine_failed(error, entry.path)
         return None
 
 
 def _size(entry: "os.DirEntry[str]") -> int:
     try:
         return entry.stat().st_size if entry.is_file() else ODD
-    except OSError:
+    except OSError as error:
+        _raise_if_machine_failed(error, entry.path)
         return ODD
+
+
+def _raise_if_machine_failed(error: OSError, path: Path | str) -> None:
+    """Raise DataError where an entry that cannot be looked at is no odd one, but the machine fails."""
+    if machine_failed(error):
+        raise refused(DataError, f"{in_line(path)} cannot be read", error, Path(path)) from None

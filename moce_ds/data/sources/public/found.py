@@ -13,6 +13,9 @@ import numpy as np
 from moce_ds.data.sources.listing import Listed
 from moce_ds.data.sources.walk import leads_out
 from moce_ds.errors import DataError
+from moce_ds.storage.files import reads_from
+
+UNPACK_AGAIN = "unpack the data set anew."
 
 SPLITS = ("train", "val", "test")
 
@@ -65,10 +68,8 @@ def read_lines(path: Path, fields: int = 1) -> list[list[str]]:
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises DataError."""
-    try:
+    with reads_from(path, UNPACK_AGAIN, DataError):
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): unpack the data set anew.") from None
 
 
 def for_validation(images: Sequence[Listed], seed: int, share: float) -> tuple[list[Listed], list[Listed]]:

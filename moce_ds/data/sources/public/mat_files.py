@@ -11,8 +11,12 @@ from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from moce_ds.data.sources.listing import Listed
-from moce_ds.data.sources.public.found import Found, first_there, for_validation
+from moce_ds.data.sources.public.found import UNPACK_AGAIN, Found, first_there, for_validation
 from moce_ds.errors import DataError
+from moce_ds.host.machine import machine_failed, refused
+
+_READER_FAULTS = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError)
+"""What loadmat was seen to raise on damaged files, and on those of version 7.3; they have no common base."""
 
 
 def cars(source: Path, seed: int) -> Found:
@@ -70,7 +74,9 @@ def _numbers(path: Path, variable: str) -> np.ndarray:
 
 def _read(path: Path, variable: str) -> np.ndarray:
     """A vector out of a MATLAB file, version 5 or older. Raises DataError."""
-    try:  # what loadmat was seen to raise on damaged files has no common base
+    try:
         return np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=[variable])[variable])
-    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError) as error:
-        raise DataError(f"{path}: {variable} cannot be read ({error}): unpack the data set anew.") from None
+    except _READER_FAULTS as error:
+        if isinstance(error, OSError) and machine_failed(error):
+            raise refused(DataError, f"{path} cannot be read", error, path) from None
+        raise DataError(f"{path}: {variable} cannot be read ({error}): {UNPACK_AGAIN}") from None

@@ -1,17 +1,38 @@
 """Data sets without lists: Caltech101, whose splits are drawn, and CIFAR, whose images are raw bytes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from moce_ds.data.sources.listing import Listed
-from moce_ds.data.sources.public.found import Found, draw, first_there, for_validation, read_lines
+from moce_ds.data.sources.public.found import UNPACK_AGAIN, Found, draw, first_there, for_validation, read_lines
 from moce_ds.data.sources.walk import ODD, list_files, unwanted
 from moce_ds.errors import DataError
+from moce_ds.storage.files import reads_from
 
 _CALTECH_TRAINING, _CALTECH_VALIDATION = 30, 5  # images of each class; the others are for testing
 _SIDE = 32  # pixels of a CIFAR image
+
+_Rows = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """The files of a set in CIFAR's binary format: images of some label bytes, of which the last counts, and pixels.
+
+    Attributes:
+        training, testing: the files.
+        times: images of a training file for each one of the test file.
+        labels: bytes before each image.
+    """
+
+    training: list[Path]
+    testing: Path
+    times: int
+    labels: int
 
 
 def caltech101(source: Path, seed: int) -> Found:
@@ -31,13 +52,15 @@ def cifar10(source: Path, seed: int, scratch: Path) -> Found:
     """CIFAR-10, binary version: `data_batch_{1-5}.bin`, `test_batch.bin`, `batches.meta.txt`."""
     root = _binary(source, "cifar-10-batches-bin", "data_batch_1.bin")
     training = [root / f"data_batch_{number}.bin" for number in range(1, 6)]
-    return _cifar(training, root / "test_batch.bin", root / "batches.meta.txt", 1, seed, scratch)
+    splits = _Cifar(training, root / "test_batch.bin", times=1, labels=1)
+    return _cifar(splits, root / "batches.meta.txt", seed, scratch)
 
 
 def cifar100(source: Path, seed: int, scratch: Path) -> Found:
     """CIFAR-100 by fine label, binary version: `train.bin`, `test.bin`, `fine_label_names.txt`."""
     root = _binary(source, "cifar-100-binary", "train.bin")
-    return _cifar([root / "train.bin"], root / "test.bin", root / "fine_label_names.txt", 2, seed, scratch)
+    splits = _Cifar([root / "train.bin"], root / "test.bin", times=5, labels=2)
+    return _cifar(splits, root / "fine_label_names.txt", seed, scratch)
 
 
 def _binary(source: Path, folder: str, name: str) -> Path:
@@ -47,23 +70,32 @@ def _binary(source: Path, folder: str, name: str) -> Path:
     return first_there(source, f"{folder}/{name}", name).parent
 
 
-def _cifar(training: list[Path], testing: Path, names: Path, labels: int, seed: int, scratch: Path) -> Found:
-    """Unpack to PNG below `scratch`; a tenth of the training images of each class is for validation.
-
-    Of the `labels` bytes before each image the last one counts.
-    """
+def _cifar(files: _Cifar, names: Path, seed: int, scratch: Path) -> Found:
+    """Unpack to PNG below `scratch`; a tenth of the training images of each class is for validation."""
     classes = [name for (name,) in read_lines(names)]
-    train, val = for_validation(_unpacked(training, classes, labels, scratch, "train"), seed, 0.1)
-    return Found(scratch, {"train": train, "val": val, "test": _unpacked([testing], classes, labels, scratch, "test")})
+    rows = {file: _rows(file, files.labels + 3 * _SIDE**2) for file in (*files.training, files.testing)}
+    of_test = len(rows[files.testing])
+    for file in files.training:  # one that was cut between two images
+        if len(rows[file]) != files.times * of_test:
+            raise DataError(
+                f"{file} holds {len(rows[file])} images and {files.testing.name} {of_test}; expected "
+                f"{files.times * 10_000} and 10000: {UNPACK_AGAIN}"
+            )
+    train = _unpacked(files.training, rows, files.labels, classes, scratch, "train")
+    test = _unpacked([files.testing], rows, files.labels, classes, scratch, "test")
+    train, val = for_validation(train, seed, 0.1)
+    return Found(scratch, {"train": train, "val": val, "test": test})
 
 
-def _unpacked(files: list[Path], classes: list[str], labels: int, scratch: Path, split: str) -> list[Listed]:
+def _unpacked(
+    files: list[Path], rows: dict[Path, _Rows], labels: int, classes: list[str], scratch: Path, split: str
+) -> list[Listed]:
     (scratch / split).mkdir()
     images: list[Listed] = []
     for file in files:
-        for row in _rows(file, labels + 3 * _SIDE**2):
+        for row in rows[file]:
             if row[labels - 1] >= len(classes):
-                raise DataError(f"{file} names class {row[labels - 1]} of {len(classes)}: unpack the data set anew.")
+                raise DataError(f"{file} names class {row[labels - 1]} of {len(classes)}: {UNPACK_AGAIN}")
             image = Listed(f"{split}/{len(images):05d}.png", (classes[row[labels - 1]],))
             pixels_HWC = row[labels:].reshape(3, _SIDE, _SIDE).transpose(1, 2, 0)
             Image.fromarray(np.ascontiguousarray(pixels_HWC)).save(scratch / image.path)
@@ -71,12 +103,10 @@ def _unpacked(files: list[Path], classes: list[str], labels: int, scratch: Path,
     return images
 
 
-def _rows(file: Path, size: int) -> np.ndarray:
+def _rows(file: Path, size: int) -> _Rows:
     """[images, bytes of each]."""
-    try:
-        data = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): unpack the data set anew.") from None
+    with reads_from(file, UNPACK_AGAIN, DataError):
+        data = np.frombuffer(file.read_bytes(), np.uint8)  # np.fromfile ends in silence where the disk fails
     if not len(data) or len(data) % size:
-        raise DataError(f"{file} has {len(data)} bytes; expected a multiple of {size}: unpack the data set anew.")
+        raise DataError(f"{file} has {len(data)} bytes; expected a multiple of {size}: {UNPACK_AGAIN}")
     return data.reshape(-1, size)

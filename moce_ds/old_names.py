@@ -1,0 +1,111 @@
+"""Modules under the names that they had before the layout of docs/architecture.md.
+
+Scripts written for these names keep working: importing an old name gives the module of the new name, and a
+DeprecationWarning says which that is.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+
+_SOURCES = "ade20k class_mask coco coco_api coco_checks containers demo_images image_folder listing miniature public"
+_SLURM = "slurm_end slurm_job slurm_profile slurm_rank snapshot local"
+
+# New folder: old folder, and the modules that kept their own name.
+_FOLDERS: dict[str, tuple[str, str]] = {
+    "moce_ds.data.sources": ("moce_ds.data", f"{_SOURCES} saved_dataset walk"),
+    "moce_ds.config": ("moce_ds", "faults values yaml_text"),
+    "moce_ds.host": ("moce_ds", "interrupts machine place threads"),
+    "moce_ds.storage": ("moce_ds", "checksums drafts encoder_folder files locks metrics_file"),
+    "moce_ds.distributed": ("moce_ds", "randomness rendezvous runtime sealing"),
+    "moce_ds.evaluation": ("moce_ds.transfer", "knn lars linear metrics probe results settings"),
+    "moce_ds.export": ("moce_ds.transfer", "formats select selection_picture selection_report typicality"),
+    "moce_ds.launch": ("launchers", _SLURM),
+    "moce_ds.workflow": ("launchers", "demo pipeline stage study"),
+}
+
+MOVED: dict[str, str] = {
+    **{f"{old}.{name}": f"{new}.{name}" for new, (old, names) in _FOLDERS.items() for name in names.split()},
+    "launchers.cell": "moce_ds.workflow.study_cell",
+    "launchers.grid": "moce_ds.workflow.study_grid",
+    "launchers.launch": "moce_ds.workflow.submit",
+    "launchers.slurm": "moce_ds.launch.slurm_queue",
+    "launchers.stages": "moce_ds.workflow.pipeline_stages",
+    "moce_ds.analysis": "moce_ds.report",
+    "moce_ds.analysis.pipeline_folder": "moce_ds.artefacts.pipeline_folder",
+    "moce_ds.analysis.report": "moce_ds.report.build",
+    "moce_ds.analysis.run_findings": "moce_ds.checkpoint.run_folder",
+    "moce_ds.analysis.run_folder": "moce_ds.checkpoint.run_folder",
+    "moce_ds.analysis.study_folder": "moce_ds.artefacts.study_folder",
+    "moce_ds.bench.verbs": "moce_ds.cli.bench",
+    "moce_ds.checkpoint_files": "moce_ds.checkpoint.format",
+    "moce_ds.clustering.store": "moce_ds.clustering.feature_store",
+    "moce_ds.data.left_out": "moce_ds.data.sources.skipped_files",
+    "moce_ds.liveness": "moce_ds.distributed.watchdog",
+    "moce_ds.manifest": "moce_ds.checkpoint.manifest",
+    "moce_ds.models.spec": "moce_ds.models.build",
+    "moce_ds.moe.exchange": "moce_ds.moe.all_to_all",
+    "moce_ds.results_file": "moce_ds.evaluation.results_file",
+    "moce_ds.training.agreement": "moce_ds.distributed.agreement",
+    "moce_ds.training.attempt": "moce_ds.checkpoint.lease",
+    "moce_ds.training.board": "moce_ds.training.tensorboard",
+    "moce_ds.training.checkpoint": "moce_ds.checkpoint.deepspeed_state",
+    "moce_ds.training.loop": "moce_ds.training.pretrain",
+    "moce_ds.training.metrics": "moce_ds.training.metric_logger",
+    "moce_ds.training.native": "moce_ds.training.import_deepspeed",
+    "moce_ds.training.saver": "moce_ds.checkpoint.manager",
+    "moce_ds.transfer": "moce_ds.export",
+    "moce_ds.transfer.api": "moce_ds.api",
+    "moce_ds.transfer.campaign": "moce_ds.workflow.transfer",
+    "moce_ds.transfer.campaign_table": "moce_ds.workflow.transfer_table",
+    "moce_ds.transfer.chosen": "moce_ds.export.routes",
+    "moce_ds.transfer.evaluate": "moce_ds.evaluation.reconstruction",
+    "moce_ds.transfer.export": "moce_ds.export.write",
+    "moce_ds.transfer.export_request": "moce_ds.export.request",
+    "moce_ds.transfer.finetuning": "moce_ds.workflow.transfer_finetune",
+    "moce_ds.transfer.frozen": "moce_ds.evaluation.frozen_features",
+    "moce_ds.transfer.subjects": "moce_ds.workflow.transfer_models",
+    "moce_ds.transfer.task_data": "moce_ds.data.task_images",
+    "moce_ds.transfer.tasks": "moce_ds.workflow.transfer_tasks",
+    "moce_ds.transfer.trained": "moce_ds.export.reference_model",
+    "moce_ds.transfer.verbs": "moce_ds.cli.evaluation",
+    "moce_ds.tuning.result": "moce_ds.checkpoint.tuning_result",
+}
+"""New name by old name. What lies in a package that moved is found under the package's new name."""
+
+
+def new_name(name: str) -> str | None:
+    """The name of a module today, given an old one; None where it has not moved."""
+    if name in MOVED:
+        return MOVED[name]
+    package, _, rest = name.rpartition(".")
+    above = new_name(package) if package else None
+    return f"{above}.{rest}" if above else None
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules under their old names. It must come before Python's own finders, which would load a module of a
+    package that moved a second time."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """A spec that gives the module of the new name; None for all other names."""
+        return importlib.machinery.ModuleSpec(fullname, self) if new_name(fullname) else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the module of the new name in the place of an empty one."""
+        new = new_name(module.__name__)
+        assert new is not None
+        warnings.warn(f"{module.__name__} is now {new}.", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
+
+
+def install() -> None:
+    """Let `import` find old names, in this process."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
