@@ -1,6 +1,6 @@
 """The Python API: an exported expert as a module, and clusters that label images (docs/export.md).
 
-Axes: N images, B images at a time, D feature width.
+Axes: N images, B images per batch, D feature width.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from torch import Tensor
 from moce_ds.checkpoint.run_layout import CLUSTERS
 from moce_ds.clustering.clusters import Clusters as FeatureClusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
-from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, in_words, to_rgb
+from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
@@ -30,24 +30,24 @@ AnyImage = str | PathLike[str] | Image.Image
 def load_expert(path: str | PathLike[str]) -> VisionTransformer:
     """An exported expert: timm's VisionTransformer in evaluation mode, on the CPU, with `forward_features`.
 
-    `timm.data.resolve_model_data_config` knows the size, crop and normalisation of its images.
+    `timm.data.resolve_model_data_config` returns the size, crop and normalisation of its images.
 
     Args:
         path: a folder that `moce export` wrote in timm's layout.
 
     Raises:
-        ArtefactError: it is none, was written for another library, or is damaged.
+        ArtefactError: it is not such a folder, was written for another library, or is damaged.
     """
     folder = Path(path)
     if (folder / EXPORT).exists():
         raise ArtefactError(f"{folder} was exported for another library: export it again with --format timm.")
     encoder = load_encoder(folder)
-    seen = encoder.input
+    input = encoder.input
     encoder.model.pretrained_cfg = {
-        "input_size": (3, seen.size, seen.size),
-        "mean": seen.mean,
-        "std": seen.std,
-        "crop_pct": seen.center_crop,
+        "input_size": (3, input.size, input.size),
+        "mean": input.mean,
+        "std": input.std,
+        "crop_pct": input.center_crop,
         "crop_mode": "center",
         "interpolation": "bicubic",
     }
@@ -55,7 +55,7 @@ def load_expert(path: str | PathLike[str]) -> VisionTransformer:
 
 
 class Clusters:
-    """Clusters together with the encoder whose features they are clusters of."""
+    """Clusters with the encoder whose features were clustered."""
 
     def __init__(self, clusters: FeatureClusters, encoder: Encoder) -> None:
         self.clusters = clusters
@@ -79,22 +79,23 @@ class Clusters:
         """The cluster of every image, [N].
 
         Args:
-            images: paths, or Pillow images; or features [N, D] as the encoder gives them (not centred, not normalised).
+            images: paths or Pillow images; or features [N, D] in the form that the encoder returns (not centred, not
+                normalised).
 
         Raises:
-            DataError: one image is given alone, or something else than images; an image cannot be read, or features
-                have another width or are not finite.
+            DataError: a single image is given instead of a list, or something other than images; an image cannot be
+                read, or features have another width or are not finite.
         """
         if isinstance(images, Tensor):
             images = images.detach().float().cpu().numpy()
         features_ND = images if isinstance(images, np.ndarray) else self.features(images)
-        # Features of the pre-training set went through float16 on disk; these take the same way.
+        # Features of the pre-training set are stored as float16, so these are rounded in the same way.
         return self.clusters.assign(features_ND.astype(np.float16).astype(np.float32))
 
     def features(self, images: Iterable[AnyImage]) -> NDArray[np.float32]:
-        """The encoder's features, [N, D]; decoded by Pillow where `moce select` takes DALI. Raises DataError."""
+        """The encoder's features, [N, D]; decoded by Pillow, while `moce select` uses DALI. Raises DataError."""
         if isinstance(images, str | PathLike | Image.Image):
-            raise DataError(f"Got {images!r} alone: expected a list of images, such as [{images!r}].")
+            raise DataError(f"Got the single image {images!r}: expected a list of images, such as [{images!r}].")
         device, listed = next(self.encoder.model.parameters()).device, list(images)
         parts = [np.zeros((0, self.encoder.shape.width), np.float32)]
         for start in range(0, len(listed), _BATCH):
@@ -109,14 +110,14 @@ def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
         try:
             rgb = to_rgb(image)
         except DECODER_FAULTS as fault:
-            raise DataError(f"{image!r} cannot be decoded ({in_words(fault)}).") from None
+            raise DataError(f"{image!r} cannot be decoded ({fault_text(fault)}).") from None
     elif not isinstance(image, str | PathLike):
         raise DataError(f"Got an image of type {type(image).__name__}: expected a path or a Pillow image.")
     else:
-        found = examine(Path(image))
-        if isinstance(found, Rejected):
-            raise DataError(f"{image} is no image that can be read: {found.reason} ({found.detail}).")
-        rgb = decoded(found.data, (found.width, found.height), str(image))
+        verdict = examine(Path(image))
+        if isinstance(verdict, Rejected):
+            raise DataError(f"{image} is not a readable image: {verdict.reason} ({verdict.detail}).")
+        rgb = decoded(verdict.data, (verdict.width, verdict.height), str(image))
     none, size = np.zeros(1, np.int64), (np.array([rgb.height], np.int32), np.array([rgb.width], np.int32))
     window = CenterCrop(input.center_crop).windows(none, none, *size)
     (top, left), (height, width) = window.start_B2[0].tolist(), window.shape_B2[0].tolist()

@@ -1,4 +1,4 @@
-"""Work-arounds for other people's packages: each with the reason, and when it can go."""
+"""Work-arounds for third-party packages, each with its reason and when it can be removed."""
 
 import importlib
 import logging
@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # DeepSpeed warns at import when it has to find out by itself that there is only a CPU.
+    # DeepSpeed warns at import if it has to detect a CPU-only machine itself.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# The library object must stay alive as long as the operators that it defines.
+# The library object must outlive the operators that it defines.
 _torchvision_operators: list[torch.library.Library] = []
 
 
 def repair_torchvision() -> None:
-    """Make `import torchvision` (which timm does) work beside a CPU build of torch.
+    """Make `import torchvision` (which timm does) work with a CPU build of torch.
 
-    The torchvision wheel on the package index is built for CUDA; beside a CPU torch its compiled operators do not
-    load and the import fails at the first one it looks up ("operator torchvision::nms does not exist"). Models and
-    transforms do not need them, so the missing names are declared. Can go when a CPU wheel is on the index.
+    The torchvision wheel on the package index is built for CUDA. With a CPU build of torch its compiled operators do
+    not load, and the import fails at the first one it looks up ("operator torchvision::nms does not exist"). Models and
+    transforms do not need them, so the missing names are declared. Can be removed when a CPU wheel is on the index.
     """
     try:
         importlib.import_module("torchvision")
@@ -40,11 +40,11 @@ def repair_torchvision() -> None:
 
 
 def supply_torchvision_operators() -> None:
-    """Give torchvision's detectors the operators nms and roi_align where its compiled ones do not load.
+    """Provide nms and roi_align for torchvision's detectors if its compiled operators do not load.
 
-    Beside a CPU build of torch (see `repair_torchvision`) `nms` is an error, and `roi_align` falls back to one that
-    needs a C++ compiler at run time. Written in torch, they let the same Mask R-CNN run everywhere. Elsewhere nothing
-    is done. Can go with `repair_torchvision`.
+    With a CPU build of torch (see `repair_torchvision`) `nms` is an error, and `roi_align` falls back to one that needs
+    a C++ compiler at run time. Implemented in torch, they let the same Mask R-CNN run everywhere. Does nothing
+    otherwise. Can be removed with `repair_torchvision`.
     """
     repair_torchvision()
     extension = importlib.import_module("torchvision.extension")
@@ -64,9 +64,9 @@ def supply_torchvision_operators() -> None:
 
 
 def nms(boxes_N4: Tensor, scores_N: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of the boxes (x1, y1, x2, y2) that overlap no better-scored kept one by more, best first.
+    """Indices of the boxes (x1, y1, x2, y2) that no better kept box overlaps by more than the threshold, best first.
 
-    The greedy choice is the fixed point of "kept unless a kept, better one overlaps", reached after a few rounds.
+    The greedy choice is the fixed point of "kept unless a better kept box overlaps", reached after a few rounds.
     """
     from torchvision.ops import box_iou
 
@@ -91,10 +91,10 @@ def roi_align(
     """Means of bilinear samples in the bins of regions, [K, C, pooled_height, pooled_width].
 
     Args:
-        input: maps, [B, C, H, W].
+        input: feature maps, [B, C, H, W].
         rois: [K, 5]: index of the image, then x1, y1, x2, y2 in pixels of the image, within it.
-        spatial_scale: pixels of the map over pixels of the image.
-        sampling_ratio: samples along each side of a bin; 0 or less: as many as pixels of the map, by region.
+        spatial_scale: pixels of the map per pixel of the image.
+        sampling_ratio: samples along each side of a bin; 0 or less: one per pixel of the map.
     """
     bins_2 = torch.tensor([pooled_width, pooled_height], device=rois.device)
     corners_K4 = rois[:, 1:].float() * spatial_scale - (0.5 if aligned else 0.0)
@@ -125,19 +125,19 @@ def roi_align(
 
 
 def quiet_deepspeed() -> None:
-    """Keep DeepSpeed from compiling what training does not use, and from its chatter.
+    """Prevent DeepSpeed from compiling what training does not use, and reduce its log output.
 
     `init_distributed` compiles a shared-memory operator (31 s, needs g++) that only inference uses. The check of any
     optimizer imports Muon, whose functions are declared for `torch.compile`, which imports TorchInductor (1.6 s in
-    every process). Seen in 0.19.8; can go when DeepSpeed builds and imports them on first use.
+    every process). Seen in 0.19.8; can be removed when DeepSpeed builds and imports them on first use.
     """
     import deepspeed
     from deepspeed.runtime import compiler
     from deepspeed.utils import logger
 
-    compiler.compile = lambda: lambda function: function  # of all of DeepSpeed, Muon alone asks for it
+    compiler.compile = lambda: lambda function: function  # only Muon uses it in DeepSpeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)
-    # Inside DeepSpeed, on every process, about a name that torch 2.13 renamed.
+    # Raised inside DeepSpeed on every process, about a name that torch 2.13 renamed.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)

@@ -1,38 +1,38 @@
-"""Errors meant for the person at the terminal: they name the thing, what was expected and what to do.
+"""Errors for the user: each names the object, what was expected, and what to do.
 
-The command line prints the message of a `MoceError` without a traceback and exits with its status. Anything
-else that escapes is a defect of this program and keeps its traceback.
+The command line prints the message of a `MoceError` without a traceback and exits with its status. Any other exception
+is a defect of this program and keeps its traceback.
 """
 
 LOST_PEER = 75
-"""Exit status when another process, a disk or a network failed (EX_TEMPFAIL): the same command may well succeed."""
+"""Exit status if another process, a disk or a network failed (EX_TEMPFAIL): rerunning the command may succeed."""
 
 STOPPED = 76
-"""Exit status of a run that stopped as asked, before its last step: what needs the whole run must not follow."""
+"""Exit status of a run that was stopped before its last step: later stages must not follow."""
 
 
 class MoceError(Exception):
-    """Base of all errors that a user can cause and mend."""
+    """Base class of all errors that a user can cause and fix."""
 
     status = 1
     every_process = False
-    """Whether each process tells this, where an error is the same for all and the first process tells it for them."""
+    """Whether every process prints this error. By default rank 0 prints an error that is the same for all."""
 
 
 class ConfigError(MoceError):
-    """A setting is unknown, of the wrong type, or impossible together with another one."""
+    """A setting is unknown, has the wrong type, or contradicts another one."""
 
 
 class DataError(MoceError):
-    """Images, shards or features are missing, damaged, or not what they were said to be."""
+    """Images, shards or features are missing, damaged, or not what was expected."""
 
 
 class ArtefactError(MoceError):
-    """A file or folder written by an earlier stage is missing, incomplete, or belongs to something else."""
+    """A file or folder of an earlier stage is missing, incomplete, or belongs to something else."""
 
 
 class LostPeerError(MoceError):
-    """Another process of the run died or does not answer."""
+    """Another process of the run died or does not respond."""
 
     status = LOST_PEER
     every_process = True

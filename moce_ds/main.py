@@ -3,15 +3,18 @@
 import click
 
 from moce_ds import __version__
+from moce_ds.cli.config import config
 from moce_ds.cli.verbs import STAGE_VERBS
-from moce_ds.console import run_command
+from moce_ds.console import run_command, set_log_level
 from moce_ds.host import threads
 from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="moce")
-def moce() -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Log debug output, with time, rank and module.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only results, warnings and errors.")
+def moce(verbose: bool, quiet: bool) -> None:
     """Masked autoencoders with a mixture of cluster-conditional experts.
 
     \b
@@ -25,10 +28,16 @@ def moce() -> None:
 
     `pipeline` runs them all. Before a long run, `plan` says what it would take on other machines; `study` runs many, to
     compare them.
+
+    Results go to standard output, all else to standard error.
     """
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other.")
+    if verbose or quiet:
+        set_log_level("debug" if verbose else "warning")
 
 
-for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS):
+for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS, config):
     moce.add_command(verb)
 
 

@@ -54,6 +54,7 @@ MOVED: dict[str, str] = {
     "moce_ds.training.attempt": "moce_ds.checkpoint.lease",
     "moce_ds.training.board": "moce_ds.training.tensorboard",
     "moce_ds.training.checkpoint": "moce_ds.checkpoint.deepspeed_state",
+    "moce_ds.training.locality": "moce_ds.training.router",
     "moce_ds.training.loop": "moce_ds.training.pretrain",
     "moce_ds.training.metrics": "moce_ds.training.metric_logger",
     "moce_ds.training.native": "moce_ds.training.import_deepspeed",
@@ -73,6 +74,7 @@ MOVED: dict[str, str] = {
     "moce_ds.transfer.tasks": "moce_ds.workflow.transfer_tasks",
     "moce_ds.transfer.trained": "moce_ds.export.reference_model",
     "moce_ds.transfer.verbs": "moce_ds.cli.evaluation",
+    "moce_ds.tuning.loop": "moce_ds.tuning.tune",
     "moce_ds.tuning.result": "moce_ds.checkpoint.tuning_result",
 }
 """New name by old name. What lies in a package that moved is found under the package's new name."""

@@ -1,8 +1,8 @@
-"""Foreign text made fit for where it goes: names of files, classes, tasks and runs come from anywhere.
+"""Foreign text, made suitable for its output: names of files, classes, tasks and runs can be arbitrary.
 
-A name may hold escape sequences, line breaks, bytes that are no UTF-8 (Python keeps them as lone surrogates), the
+A name may contain escape sequences, line breaks, bytes that are not UTF-8 (Python keeps them as lone surrogates), the
 markup of a library, or characters that an output cannot encode. Text keeps its true form in memory and on disk; these
-functions change what is shown.
+functions change only what is shown.
 """
 
 import codecs
@@ -13,32 +13,33 @@ import unicodedata
 from typing import TextIO
 
 MARK = "\ufffd"
-"""Stands for every character that cannot be shown."""
+"""Replaces every character that cannot be shown."""
 
 _PLAIN = {"…": "~", "–": "-", "—": "-", "→": "->", "±": "+-", "≥": ">=", "·": ".", "“": '"', "”": '"', MARK: "?"}
-_BLOCKS = range(0x2580, 0x25A0)  # what bars are drawn with
+_BLOCKS = range(0x2580, 0x25A0)  # characters of progress bars
 _ON_TERMINAL = "moce_ds.on_terminal"
 
 
 def printable(text: str) -> str:
-    """Text with a mark for everything that could command the terminal or reorder a line; line breaks stay."""
+    """Text with a mark for every character that could control the terminal or reorder a line; line breaks stay."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else MARK for c in text)
 
 
 def in_line(name: object) -> str:
-    """A name for the middle of a sentence: as `printable`, and line breaks are marked too."""
+    """A name inside a sentence: as `printable`, but line breaks are marked too."""
     return printable(str(name)).replace("\n", MARK)
 
 
 def hanging(text: str) -> str:
-    """As `printable`, with all lines but the first indented: a line break in a name cannot begin another message."""
+    """As `printable`, with all lines but the first indented, so that a line break in a name cannot start another
+    message."""
     return re.sub(r"\n(?!  )", "\n  ", printable(text))
 
 
 def shortened(name: object, length: int) -> str:
-    """A name for a line, at most `length` characters long; the end stays, where names of one folder differ."""
+    """A name of at most `length` characters; its end is kept, because names in one folder differ there."""
     shown = in_line(name)
     return shown if len(shown) <= length else f"…{shown[1 - length :]}"
 
@@ -50,7 +51,7 @@ def plottable(name: object, length: int = 40) -> str:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8 of any text, for digests; lone surrogates are encoded too, which UTF-8 proper refuses."""
+    """UTF-8 of any text, for digests; also encodes lone surrogates, which UTF-8 itself refuses."""
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -60,26 +61,26 @@ def counted(count: int, noun: str, several: str = "") -> str:
 
 
 def part_of(part: int, whole: int, noun: str, verb: tuple[str, str] = ("is", "are")) -> str:
-    """A part of a number of things, with the form of the verb for it: 1 of 9 files is, 5 of 9 files are."""
+    """A part of a number of things with the right verb form: 1 of 9 files is, 5 of 9 files are."""
     return f"{part} of {counted(whole, noun)} {verb[part != 1]}"
 
 
 def is_utf8(name: object) -> bool:
-    """Whether a name can be written in UTF-8, as libraries want that are no Python: they refuse other paths."""
+    """Whether a name can be encoded as UTF-8; libraries outside Python refuse other paths."""
     return not any(unicodedata.category(c) == "Cs" for c in str(name))
 
 
 def script_fault(text: str) -> str | None:
-    """Why a text cannot stand in one line of a shell script, whatever quotes are around it; None where it can."""
+    """Why a text cannot be one line of a shell script, even in quotes; None if it can."""
     if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):
         return "holds a line break or another control character"
     if not is_utf8(text):
-        return "holds bytes that are no UTF-8"
+        return "holds bytes that are not UTF-8"
     return None
 
 
 def tolerate_any_text() -> None:
-    """Let standard output and error write what their encoding lacks, such as ASCII's, in a plainer form."""
+    """Let standard output and error replace characters that their encoding lacks, such as ASCII's, by plainer ones."""
     for stream in (sys.stdout, sys.stderr):
         _tolerate(stream)
 
@@ -90,7 +91,7 @@ def _tolerate(stream: TextIO) -> None:
 
 
 def _plainer(error: UnicodeError) -> tuple[str, int]:
-    """A handler of `codecs` for what an encoding lacks."""
+    """An error handler of `codecs` for characters that an encoding lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]

@@ -32,10 +32,11 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_folder
+from moce_ds.training.inputs import keep_clusters
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
+from moce_ds.training.run_checks import keep_settings
 from moce_ds.training.settings import AnySettings, PretrainSettings
-from moce_ds.training.setup import keep_clusters, keep_settings
 from moce_ds.tuning.settings import FinetuneSettings
 from moce_ds.workflow.stage import Stage, StageRecord, keep_stages
 from moce_ds.workflow.stage import write_record as write_stage
@@ -105,7 +106,7 @@ def _write_moce(shard_set: Path, out: Path, folder: Path) -> Path:
     routing = Router(model, ids_N, slot_LE, config.experts, seed=0, runtime=ALONE).record(STEPS)
     told = {"model": config.model_spec.to_tree(), "routing": routing, "clusters_hash": clusters.hash}
     run = _write_run(config, model, told)
-    keep_clusters(config, ALONE)
+    keep_clusters(folder, config.run.out, ALONE)
     return run
 
 

@@ -5,7 +5,7 @@ Axes: N images.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
+from moce_ds.console import configure_logging
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
@@ -34,8 +35,10 @@ from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.storage.checksums import write_checked
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.disk import Disk, mounted_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
+configure_logging()  # as every program does
 
 
 # A busy machine is slow, not wrong.
@@ -116,6 +119,13 @@ def artefacts(
 
     root = tmp_path_factory.mktemp("artefacts")
     return write_all(root, tiny_images, tiny_shards, tiny_clusters.parent / "features", tiny_clusters)
+
+
+@pytest.fixture(scope="module")
+def small_disk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    """A file system in memory of the size that the test's module states as DISK_SIZE; only root can mount it."""
+    with mounted_disk(tmp_path_factory.mktemp("disk"), request.module.DISK_SIZE) as disk:
+        yield disk
 
 
 @pytest.fixture

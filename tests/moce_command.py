@@ -42,7 +42,7 @@ def run_alone(*words: object) -> Said:
 
 def refused(*words: object) -> str:
     """The message of a command's user error: one, on standard error, with status 1 and no traceback."""
-    said = run_here(*words)
+    said = run_here("--quiet", *words)  # without notices before it
     assert said.status == 1, said
     assert said.err.count("Error:") == 1 and said.err.startswith("Error: "), said.err
     assert "Traceback" not in said.err + said.out

@@ -150,7 +150,7 @@ def test_features_whose_encoder_was_exchanged(
     exchange_encoder(features, other_encoder)
     message = refused("cluster", features, tmp_path / "out", "num_clusters=4")
     assert re.match(
-        rf"{features}/encoder/\S+ is another encoder .*: put that one back, or make {features} again", message
+        rf"{features}/encoder/\S+ is another encoder .*: restore that one, or write {features} again", message
     )
     assert not (tmp_path / "out").exists()
     said = run_here("inspect", features, "--verify")

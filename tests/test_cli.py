@@ -131,9 +131,9 @@ def test_every_fault_is_listed() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("shards {none} {out}", "{none} is not a folder: expected one that holds images"),
+        ("shards {none} {out}", "{none} is not a folder: expected one with images"),
         ("shards {empty} {out}", "No image to write"),
-        ("shards {images} {full}", "{full} is not an empty folder and holds no shard set"),
+        ("shards {images} {full}", "{full} is neither empty nor a shard set"),
         ("pretrain {none}.yaml", "{none}.yaml not found: expected a YAML file of settings"),
         ("pretrain {tiny} data.shards={none} run.out={out}", "{none}/shards.json not found: .*`moce shards`"),
         ("pretrain {tiny} data.shards={shards} run.out={full}", "run.out: {full} is not empty and holds no run"),
@@ -170,7 +170,7 @@ def test_every_fault_is_listed() -> None:
             "run.out: {file} is a file; expected a folder",
         ),
         ("pretrain {tiny} data.shards={shards} run.out={file}/run", "{file}/run cannot be written: .*Not a directory"),
-        ("shards {images} {file}/set", "{file} is a file; expected a folder, or nothing, there for {file}/set"),
+        ("shards {images} {file}/set", "{file} is a file; expected a folder for {file}/set"),
         (
             "finetune {encoder} --train {shards} --test {shards} --out {out} optim.batch_size=100000",
             "optim.batch_size: 100000 images in a step, of 60 to learn from: expected 60 at most",

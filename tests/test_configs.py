@@ -1,12 +1,16 @@
-"""Every YAML under configs/ is accepted by its verb, and those of pre-training can be planned."""
+"""Every YAML of ours is accepted by its verb and repeats nothing, and those of pre-training can be planned."""
 
+import json
 import re
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
+import moce_ds.workflow
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.config.settings import from_tree, load, to_tree, to_yaml
 from moce_ds.data.sources.public.datasets import NAMES
@@ -18,15 +22,22 @@ from moce_ds.workflow.study_grid import StudySettings, cells_of, check_settings
 from moce_ds.workflow.transfer_tasks import TaskSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-ALL = sorted(CONFIGS.rglob("*.y*ml"))
+INSTALLED = Path(moce_ds.workflow.__file__).parent / "configs"
+ALL = sorted({path.resolve() for folder in (CONFIGS, INSTALLED) for path in folder.rglob("*.y*ml")})
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
 PIPELINES = [path for path in ALL if "mae" in yaml.safe_load(path.read_text())]
-BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings, "transfer": TaskSettings}
+BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings, "tasks": TaskSettings}
 
 
 def name(path: Path) -> str:
-    return str(path.relative_to(CONFIGS))
+    return str(path.relative_to(CONFIGS if path.is_relative_to(CONFIGS) else INSTALLED))
+
+
+def kind(path: Path) -> Any:
+    """The settings class of a file."""
+    special = dict.fromkeys(PRETRAIN, PretrainSettings) | dict.fromkeys(PIPELINES, PipelineSettings)
+    return special.get(path) or BY_FOLDER[path.parent.name]
 
 
 def test_there_are_configs_of_both_kinds() -> None:
@@ -36,8 +47,7 @@ def test_there_are_configs_of_both_kinds() -> None:
 
 @pytest.mark.parametrize("path", ALL, ids=name)
 def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
-    special = dict.fromkeys(PRETRAIN, PretrainSettings) | dict.fromkeys(PIPELINES, PipelineSettings)
-    cls = special.get(path) or BY_FOLDER[path.parent.name]
+    cls = kind(path)
     config = load(cls, path)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(config))
@@ -48,6 +58,22 @@ def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
     for group, values in given.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             assert tree[group][key] == value, f"{group}.{key}"
+
+
+@pytest.mark.parametrize("path", ALL, ids=name)
+def test_composed_settings_are_those_before_files_had_bases(path: Path) -> None:
+    """The trees were written by the last version whose files had no `base`."""
+    trees = json.loads((Path(__file__).parent / "fixtures/composed_configs.json").read_text())
+    tree = trees[name(path).replace("tasks/", "transfer/")]
+    assert len(trees) == len(ALL)
+    assert load(kind(path), path) == from_tree(kind(path), tree, "the recorded tree")
+
+
+def test_no_file_repeats_a_model() -> None:
+    models = {name(path): yaml.safe_load(path.read_text()).get("model", {}) for path in PRETRAIN}
+    for one, other in combinations(models, 2):
+        repeated = models[one].items() & models[other].items() - {("vit", "vit_tiny_patch16_224")}
+        assert len(repeated) < 3, f"{one} and {other}: {repeated}; let one be the base of the other"
 
 
 def plan(path: Path, processes: int) -> dict[str, str]:
@@ -85,7 +111,7 @@ def test_config_can_be_planned(path: Path) -> None:
 def test_the_base_size_is_that_of_the_public_model() -> None:
     """111.9 M parameters, of which its files count 0.25 M of fixed positions; the encoder is timm's ViT-B/16."""
     rows = plan(CONFIGS / "vit_base_mae.yaml", 1)
-    assert rows["parameters"].startswith("total 111.7 M, active 111.7 M, of which encoder 85.6 M")
+    assert rows["parameters"].startswith("total 111.7 M, active 111.7 M, encoder 85.6 M")
 
 
 @pytest.mark.parametrize(("study", "count", "sizes"), [("experts", 15, {2}), ("scaling", 7, {1, 2, 4, 8})])
@@ -111,7 +137,7 @@ def test_every_stage_of_a_pipeline_is_accepted(path: Path, monkeypatch: pytest.M
 
 
 def test_the_eleven_tasks_have_their_metrics() -> None:
-    tasks = {path.stem: load(TaskSettings, path) for path in (CONFIGS / "transfer").glob("*.yaml")}
+    tasks = {path.stem: load(TaskSettings, path) for path in (INSTALLED / "tasks").glob("*.yaml")}
     public = {name: config for name, config in tasks.items() if config.dataset}
     assert sorted(public) == NAMES and set(tasks) - set(public) == {"digits", "textiles"}
     assert all((config.dataset, config.data) == (name, Path("tasks") / name) for name, config in public.items())

@@ -3,10 +3,12 @@
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import click
 import pytest
 
+from moce_ds.cli.config import KINDS
 from moce_ds.cli.options import Verb
 from moce_ds.config.settings import keys
 from moce_ds.main import moce
@@ -32,7 +34,9 @@ def check(group: click.Group, words: Sequence[str]) -> None:
     if isinstance(command, click.Group):
         return check(command, rest)
     params = command.make_context(name, list(rest)).params
-    if group.name == "launch":
+    if group.name == "config":
+        check_settings(KINDS[params["kind"]].load(), params["words"])
+    elif group.name == "launch":
         at = next(number for number, word in enumerate(rest) if word in moce.commands)
         check(moce, rest[at:])
         check_words(command, rest[:at] if name == "slurm" else [])
@@ -42,16 +46,23 @@ def check(group: click.Group, words: Sequence[str]) -> None:
 
 
 def check_words(command: click.Command, words: Sequence[str]) -> None:
-    """Words are settings that the verb has, or a YAML file, which is there if it is one of ours."""
-    assert not words or isinstance(command, Verb), words
+    """Words are settings that the verb has, or a YAML file."""
+    if not words:
+        return
+    assert isinstance(command, Verb), words
+    module, name = command.settings.split(":")
+    check_settings(getattr(__import__(module, fromlist=[name]), name), words)
+
+
+def check_settings(cls: Any, words: Sequence[str]) -> None:
+    """Words are settings of a class, or a YAML file, which is there if it is one of ours."""
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals:
             assert not word.startswith("configs/") or (ROOT / word).is_file(), f"{word} is not there"
             continue
-        module, name = command.settings.split(":")
-        known = [key for key, _ in keys(getattr(__import__(module, fromlist=[name]), name))]
-        assert key in known or key.split(".")[0] in known, f"{command.name} has no setting {key}"
+        known = [key for key, _ in keys(cls)]
+        assert key in known or key.split(".")[0] in known, f"{cls.__name__} has no setting {key}"
 
 
 DOCUMENTED = [

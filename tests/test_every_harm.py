@@ -275,7 +275,7 @@ def test_what_earlier_versions_wrote_opens_and_is_said_to_be_unverified(
         READERS[kind][0](copy)
         said = run_here("inspect", copy, "--verify")
         assert said.status == 0, said
-        unverified = f"{names[0]}: written before it had a checksum; nothing can be said about it"
+        unverified = f"{names[0]}: written before it had a checksum; it cannot be verified"
         assert unverified in said.out and "Verified" not in said.out
         assert "No fault found.\nThese parts cannot be verified:\n" in said.out
 

@@ -4,8 +4,6 @@ remedy, status 1, and nothing half written under its name.
 The disk is a small file system in memory, which only root can mount. Runs are in tests/distributed/test_full_disk.py.
 """
 
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,53 +17,18 @@ from public_folders import cifar10
 
 from moce_ds.config.settings import to_yaml
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.disk import Disk
 
-FILL = "fill"
+DISK_SIZE = "512k"
 PAGE = 4096
 FULL = "No space left on device"
 
 
-@pytest.fixture(scope="module")
-def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A file system of 512 KiB."""
-    folder = tmp_path_factory.mktemp("disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs to mount a small tmpfs: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@dataclass(frozen=True)
-class Disk:
-    """That file system, and what happens to it."""
-
-    path: Path
-
-    def leave(self, pages: int) -> None:
-        """Fill it, but for some pages of 4 KiB."""
-        free = shutil.disk_usage(self.path).free
-        (self.path / FILL).write_bytes(bytes(free - pages * PAGE))
-
-    def remount(self, how: str) -> None:
-        """Make it read-only ("ro") or writable ("rw")."""
-        subprocess.run(["mount", "-o", f"remount,{how}", str(self.path)], check=True)
-
-    def inside(self) -> set[str]:
-        """Names of what lies on it, but for empty lock files, whose removal would race with who waits for them."""
-        files = {path for path in self.path.rglob("*") if path.is_file()}
-        locks = {path for path in files if path.suffix == ".lock" and path.stat().st_size == 0}
-        return {str(path.relative_to(self.path)) for path in files - locks} - {FILL}
-
-
 @pytest.fixture
-def disk(mounted: Path) -> Iterator[Disk]:
-    disk = Disk(mounted)
-    yield disk
-    disk.remount("rw")
-    for entry in mounted.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+def disk(small_disk: Disk) -> Iterator[Disk]:
+    """The file system, empty and writable."""
+    yield small_disk
+    small_disk.clear()
 
 
 @dataclass(frozen=True)
@@ -170,14 +133,14 @@ LARGE = ("shards", "features", "cluster", "export", "export pth", "report", "tra
 @pytest.mark.parametrize(("verb", "pages"), [*((verb, 0) for verb in VERBS), *((verb, 2) for verb in LARGE)])
 def test_a_full_disk(inputs: Inputs, disk: Disk, verb: str, pages: int) -> None:
     out = disk.path / "out"
-    disk.leave(pages)
+    disk.fill(left=pages * PAGE)
     told = refused(*VERBS[verb](inputs, out))
-    assert str(out) in told and (FULL in told or "Look whether the disk is full" in told), told
+    assert str(out) in told and (FULL in told or "Check whether the disk is full" in told), told
     assert "Traceback" not in told and "[Errno" not in told
     if verb in GOES_ON:
-        assert f"out/{GOES_ON[verb]}" not in disk.inside()
+        assert f"out/{GOES_ON[verb]}" not in disk.files()
     else:
-        assert disk.inside() == set()
+        assert disk.files() == set()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -186,15 +149,15 @@ def test_a_read_only_disk(inputs: Inputs, disk: Disk, verb: str) -> None:
     out = disk.path / "out"
     told = refused(*VERBS[verb](inputs, out))
     assert str(out) in told and ("read-only" in told or "does not allow it" in told), told
-    assert disk.inside() == set()
+    assert disk.files() == set()
 
 
 @pytest.mark.parametrize("verb", GOES_ON)
 def test_with_space_the_same_command_goes_on(inputs: Inputs, disk: Disk, verb: str) -> None:
     out = disk.path / "out"
-    disk.leave(2)
+    disk.fill(left=2 * PAGE)
     refused(*VERBS[verb](inputs, out))
-    (disk.path / FILL).unlink()
+    disk.free()
     assert run_here(*VERBS[verb](inputs, out)).status == 0
     assert run_here("inspect", out, "--verify").status == 0
 
@@ -202,10 +165,10 @@ def test_with_space_the_same_command_goes_on(inputs: Inputs, disk: Disk, verb: s
 def test_temporary_files_have_no_place(inputs: Inputs, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(disk.path))
     words = ("knn", inputs.encoder, "--train", inputs.images, "--test", inputs.images)
-    disk.leave(2)
+    disk.fill(left=2 * PAGE)
     told = refused(*words)
     assert str(disk.path) in told and FULL in told and "TMPDIR" in told
-    assert disk.inside() == set(), "what was begun is removed"
+    assert disk.files() == set(), "what was begun is removed"
     disk.remount("ro")
     assert f"No temporary folder can be made in {disk.path}: Read-only file system" in refused(*words)
 
@@ -214,9 +177,9 @@ def test_results_that_are_there_stay(inputs: Inputs, disk: Disk) -> None:
     out = disk.path / "out"
     assert run_here(*measured("knn", inputs, out)).status == 0
     before = out.read_bytes()
-    disk.leave(0)
+    disk.fill(left=0)
     assert FULL in refused(*measured("probe", inputs, out))
-    assert out.read_bytes() == before and disk.inside() == {"out"}
+    assert out.read_bytes() == before and disk.files() == {"out"}
 
 
 def test_names_that_the_system_refuses(tiny_images: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import click
 from rich.table import Table
 
-from moce_ds.console import run_command, say, show
+from moce_ds.console import run_command, say_error, show
 from tools.source_tree import (
     Function,
     Sources,
@@ -309,7 +309,7 @@ RULES = (
     Rule("calls from the verb to a training step", levels_to_a_step, 4),
     Rule("packages that import one another", package_circles, 0),
     Rule("modules in a circle of imports", module_circles, 0),
-    Rule("modules loaded for a training step", step_closure, 69),
+    Rule("modules loaded for a training step", step_closure, 72),
     Rule("public functions without a docstring", undocumented, 14),
     Rule("odd English words", odd_words, 327),
 )
@@ -334,10 +334,10 @@ def main(base: str | None, places: str) -> None:
         if rule.is_broken(now.value):
             broken.append(rule)
         if rule in broken or (places and places in rule.name):
-            say(f"{rule.name}:", *(f"  {place}" for place in now.places), err=True)
+            say_error(f"{rule.name}:", *(f"  {place}" for place in now.places))
     show(table)
     if broken:
-        say(*(f"Broken: {rule.name}" for rule in broken), err=True)
+        say_error(*(f"Broken: {rule.name}" for rule in broken))
         sys.exit(1)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from moce_ds.bench.processes import in_processes
 from moce_ds.bench.timing import interleaved
@@ -22,18 +22,19 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
-from moce_ds.models.mae import Reconstruction, make_block
-from moce_ds.models.moce import Moce, MoceOutput
-from moce_ds.models.sdr import SdrOutput, Teacher
+from moce_ds.models.mae import make_block
+from moce_ds.models.moce import Moce
+from moce_ds.models.sdr import Teacher
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.planning import work
 from moce_ds.planning.devices import Device
 from moce_ds.planning.work import Machines
-from moce_ds.training.engine import set_lr, start_engine
+from moce_ds.training.engine import parameter_groups, set_lr, start_engine
+from moce_ds.training.inputs import ClusteredData
+from moce_ds.training.model import build_for_training, tune_execution
 from moce_ds.training.router import Router
-from moce_ds.training.settings import ExpertSettings, PretrainSettings, batch_arithmetic
-from moce_ds.training.setup import ClusteredData, build_for_training, tune_execution
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 _COPIED = 2**28  # bytes; more than caches hold
 _LARGEST = 2**26  # bytes of a measured collective at most
@@ -183,9 +184,13 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
     """An optimizer step as training takes it, without loading: images are random, and spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
     data = _random_clusters(config) if config.model.arch == "moce" else None
-    model = build_for_training(config, data)
-    tune_execution(model, config, runtime.device)
-    engine = start_engine(model, config, batches)
+    spec, optim = config.model_spec, config.optim
+    model = build_for_training(
+        spec, data.clusters if data else None, config.experts.ep_size, config.run.seed, config.loss_weights
+    )
+    tune_execution(model, config.experts.execution, config.engine, runtime.device)
+    groups = parameter_groups(model, optim, config.experts.gate_lr_scale)
+    engine = start_engine(model, groups, optim, config.engine, batches)
     set_lr(engine, 1e-4)
     router = None
     if data is not None:
@@ -206,18 +211,10 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
             inputs: list[Any] = [images_BCHW, noise_BN]
             if router and table:
                 inputs += [router.route(table, ids_G), *teachers]
-            engine.backward(_loss(engine(*inputs), config.experts))
+            engine.backward(engine(*inputs).loss)
             engine.step()
 
     return step
-
-
-def _loss(output: Reconstruction | MoceOutput | SdrOutput, experts: ExpertSettings) -> Tensor:
-    if isinstance(output, Reconstruction):
-        return output.loss
-    if isinstance(output, SdrOutput):
-        return output.reconstruction.loss + experts.distillation_weight * output.distillation
-    return output.reconstruction.loss + experts.imbalance_weight * output.gate.imbalance
 
 
 def _random_clusters(config: PretrainSettings) -> ClusteredData:

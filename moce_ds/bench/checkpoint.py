@@ -20,7 +20,8 @@ from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.storage.drafts import scratch_folder
-from moce_ds.training.engine import start_engine
+from moce_ds.training.engine import parameter_groups, start_engine
+from moce_ds.training.model import build_for_training
 from moce_ds.training.settings import (
     DataSettings,
     ModelSettings,
@@ -28,7 +29,6 @@ from moce_ds.training.settings import (
     PretrainSettings,
     batch_arithmetic,
 )
-from moce_ds.training.setup import build_for_training
 
 _BLOCK = 4 * 2**20  # bytes a write, as `dd bs=4M`
 
@@ -73,8 +73,9 @@ class _Rounds:
 
     def __init__(self, config: PretrainSettings, runtime: Runtime, scratch: Path) -> None:
         self._config, self._runtime, self._scratch = config, runtime, scratch
-        model = build_for_training(config, None)
-        self.engine = start_engine(model, config, batch_arithmetic(config, 1))
+        model = build_for_training(config.model_spec, None, 1, config.run.seed)
+        groups = parameter_groups(model, config.optim, 1.0)
+        self.engine = start_engine(model, groups, config.optim, config.engine, batch_arithmetic(config, 1))
         size, device = model.shape.image_size, self.engine.device
         self._inputs = (
             torch.randn(1, 3, size, size, device=device),

@@ -12,6 +12,7 @@ from torch import nn
 from moce_ds.bench.timing import interleaved, keep_freed_memory
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing
+from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.layer import ClusterMoE
@@ -33,8 +34,9 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
     def make_layer(make_expert: Any, count: int, shared: bool) -> nn.Module:
         return ClusterMoE(make_expert, count, ep_size=1, shared=shared)
 
+    weights = LossWeights(imbalance=0.01, balance=0.1)
     dense = MaskedAutoencoder(shape, decoder, 0.75).to(device)
-    moce = Moce(shape, decoder, 0.75, experts, embeddings_MC, share_M, make_layer).to(device)
+    moce = Moce(shape, decoder, 0.75, experts, embeddings_MC, share_M, make_layer, weights).to(device)
     images_BCHW = torch.randn(batch, 3, 224, 224, device=device)
     noise_BN = torch.rand(batch, shape.num_patches, device=device)
     clusters_B = np.random.default_rng(0).integers(_CLUSTERS, size=batch)
@@ -48,8 +50,7 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
         moce.zero_grad(set_to_none=True)
         expert_MLK = chosen_experts(moce.gate(), 1).cpu().numpy()
         plan = make_plan(clusters_B[None], expert_MLK, default_placement(2, num_experts), 0, 1).to(device)
-        output = moce(images_BCHW, noise_BN, Routing(torch.from_numpy(clusters_B).to(device), plan, None))
-        (output.reconstruction.loss + 0.01 * output.gate.imbalance + 0.1 * output.gate.balance).backward()
+        moce(images_BCHW, noise_BN, Routing(torch.from_numpy(clusters_B).to(device), plan, None)).loss.backward()
 
     seconds = interleaved({"dense MAE": dense_step, "MoCE": moce_step}, repeats)
     return [

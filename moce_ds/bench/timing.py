@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from moce_ds.console import progress_bar
 from moce_ds.host.place import is_first
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
@@ -26,7 +26,7 @@ def interleaved(
     `raise_on_all_ranks` is called before each case: a barrier, where several processes measure the same.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in tqdm(range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=not is_first()):
+    for turn in progress_bar(range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=not is_first()):
         for name, case in cases.items():
             _synchronise()
             together()

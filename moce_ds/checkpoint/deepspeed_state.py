@@ -158,8 +158,8 @@ def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Run
     for step, faults in damaged.items():
         aside = set_aside(run, step) if runtime.is_main else None
         listed = "\n".join(f"  {fault}" for fault in faults)
-        runtime.say(
-            f"WARNING: the checkpoint of step {step} is damaged; going on from step {good}, the newest whole one:\n"
+        runtime.warn(
+            f"the checkpoint of step {step} is damaged; resuming from step {good}, the newest valid one:\n"
             f"{listed}\n  It is kept as {aside}."
         )
     runtime.barrier()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moce_ds.checkpoint.run_layout import ATTEMPTS
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CONFIG
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.host.machine import refused
@@ -55,6 +55,22 @@ class RunLease:
             if runtime.is_main:
                 attempt._take_over()
         return attempt
+
+    @classmethod
+    @contextmanager
+    def claimed(cls, run: Path, runtime: Runtime) -> Iterator["RunLease"]:
+        """Own a run folder for the length of a block. A run that could not begin in it leaves nothing behind.
+
+        Raises:
+            ArtefactError, SupersededError: as `claim`.
+        """
+        lease = cls.claim(run, runtime)
+        try:
+            yield lease
+        except MoceError:
+            if runtime.is_main and not (run / CONFIG).exists():
+                lease.withdraw()
+            raise
 
     @property
     def folder(self) -> Path:

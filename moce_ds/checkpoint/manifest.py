@@ -1,4 +1,4 @@
-"""What a checkpoint's manifest may say, checked as it is read: everything else looks things up in it by name.
+"""The schema of a checkpoint's manifest, checked when it is read: all other code looks entries up by name.
 
 Axes: L expert layers, M clusters, E experts.
 """
@@ -28,7 +28,7 @@ class _Routing:
 
     def __post_init__(self) -> None:
         if len(self.expert_ML) != len(self.cluster_share_M) or len({len(row) for row in self.expert_ML}) > 1:
-            raise ValueError("expert_ML and cluster_share_M are not of the same clusters")
+            raise ValueError("expert_ML and cluster_share_M have different numbers of clusters")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Experts:
 
 @dataclass(frozen=True)
 class _Model:
-    """Of the sizes no more than what is looked up by name; `ModelSpec` checks them all."""
+    """Only the sizes that are looked up by name; `ModelSpec` checks them all."""
 
     shape: dict[str, Any]
     experts: _Experts | None
@@ -60,7 +60,7 @@ class _Model:
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What the writer knows nothing of is left out or null."""
+    """Entries unknown to the writer are absent or null."""
 
     step: Annotated[int, Field(ge=0, lt=10**8)]
     files: dict[str, _File]
@@ -76,7 +76,7 @@ class _Manifest:
 
     def __post_init__(self) -> None:
         experts = self.model.experts if self.model else None
-        if experts is None or self.routing is None or experts.gate == "path":  # whose table is that of the paths
+        if experts is None or self.routing is None or experts.gate == "path":  # its table lists paths
             return
         for route in self.routing.expert_ML:
             if len(route) != len(experts.layers) or max(route, default=0) >= experts.num_experts:
@@ -84,5 +84,5 @@ class _Manifest:
 
 
 def check_manifest(content: Any, path: Path) -> None:
-    """Refuse a manifest in which an entry is missing or of another type. Raises ArtefactError, listing the faults."""
+    """Raise ArtefactError, listing the faults, if an entry of a manifest is missing or has another type."""
     valid_record(_Manifest, content, str(path), "a checkpoint", "moce pretrain")

@@ -1,1 +1,1 @@
-"""The `moce` command: one module for each group of verbs."""
+"""The `moce` command: one module per group of verbs."""

@@ -14,14 +14,14 @@ from moce_ds.errors import ConfigError
 
 
 class Numbers(click.ParamType):
-    """Positive numbers with commas: 64,128,256."""
+    """Positive numbers separated by commas: 64,128,256."""
 
     name = "N,N,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         parts = [str(part) for part in value] if isinstance(value, list) else str(value).split(",")
         if not all(part.isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r}: expected positive numbers with commas between them, such as 64,128.", param, ctx)
+            self.fail(f"{value!r}: expected positive numbers separated by commas, such as 64,128.", param, ctx)
         return [int(part) for part in parts]
 
 
@@ -49,22 +49,33 @@ def _free_for(mark: bytes) -> Callable[[click.Context, click.Parameter, Path | N
 
 
 def _repeats(default: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return click.option("--repeats", default=default, show_default=True, help="Rounds; the median counts.")
+    return click.option("--repeats", default=default, show_default=True, help="Repetitions; the median is reported.")
 
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: ratios, side by side in one run."""
+    """Measure this machine; each result is a ratio between alternatives in one run."""
 
 
 @bench.command("layer")
-@click.option("--batch", type=Numbers(), default="128", show_default=True, help="Images of a process, B.")
-@click.option("--experts", type=Numbers(), default="8", show_default=True, help="Experts a layer, E.")
+@click.option("--batch", type=Numbers(), default="128", show_default=True, help="Images per process, B.")
+@click.option("--experts", type=Numbers(), default="8", show_default=True, help="Experts per layer, E.")
 @click.option("--width", type=Numbers(), default="384", show_default=True, help="Width, D.")
-@click.option("--processes", default=2, show_default=True, help="For expert parallelism; 1: only one process's cases.")
-@click.option("--starts", default=3, show_default=True, type=click.IntRange(1), help="Sets of new processes.")
 @click.option(
-    "--plot", type=PATH, callback=_free_for(b"Software\0moce_ds"), help="Write bars of the ratios to this PNG."
+    "--processes", default=2, show_default=True, help="Processes for expert parallelism; 1: single-process cases only."
+)
+@click.option(
+    "--starts",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of times that new processes are started.",
+)
+@click.option(
+    "--plot",
+    type=PATH,
+    callback=_free_for(b"Software\0moce_ds"),
+    help="Write a bar chart of the ratios to this PNG.",
 )
 @_repeats(7)
 @_json_option
@@ -78,9 +89,9 @@ def layer(
     repeats: int,
     json_file: Path | None,
 ) -> None:
-    """Expert layers over the dense MLP of the same active size, forward and backward.
+    """Time of an expert layer relative to the dense MLP of the same active size, forward and backward.
 
-    Of several sizes (--batch 64,128) the first is kept while those of another option vary.
+    With several sizes (--batch 64,128) the first is used while other options vary.
     """
     import torch
 
@@ -99,12 +110,12 @@ def layer(
 
 @bench.command("step")
 @click.option("--batch", default=16, show_default=True, help="Images, B.")
-@click.option("--experts", default=8, show_default=True, help="Experts a layer, E.")
+@click.option("--experts", default=8, show_default=True, help="Experts per layer, E.")
 @click.option("--width", default=192, show_default=True, help="Width of the encoder, D; a multiple of 64.")
 @_repeats(15)
 @_json_option
 def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
-    """A training step of MoCE (2 of 12 blocks with experts) over that of the dense MAE."""
+    """Time of a training step of MoCE (2 of 12 blocks with experts) relative to the dense MAE."""
     from moce_ds.bench.step import bench_step
     from moce_ds.bench.timing import this_device
 
@@ -119,7 +130,7 @@ def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | N
 @_repeats(5)
 @_json_option
 def load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
-    """Images a second of the DALI pipeline, beside PIL and torchvision."""
+    """Images per second of the DALI pipeline, compared with PIL and torchvision."""
     from moce_ds.bench.load import bench_load
     from moce_ds.bench.timing import this_device
 
@@ -128,11 +139,11 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
 
 @bench.command("checkpoint")
 @click.option("--vit", default="vit_base_patch16_224", show_default=True, help="Encoder, by timm's name.")
-@click.option("--folder", type=PATH, default=".", show_default=True, help="On the disk to measure.")
+@click.option("--folder", type=PATH, default=".", show_default=True, help="A folder on the disk to measure.")
 @_repeats(5)
 @_json_option
 def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> None:
-    """Save and load the state of a dense run beside the disk's own speed, and the pause that training sees."""
+    """Time to save and load the state of a dense run, compared with the raw disk speed, and the pause in training."""
     from moce_ds.bench.checkpoint import bench_checkpoint
 
     _show(bench_checkpoint(vit, folder, repeats), json_file)

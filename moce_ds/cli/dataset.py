@@ -1,4 +1,4 @@
-"""The verb of public data sets: dataset."""
+"""The verb for public data sets: dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path

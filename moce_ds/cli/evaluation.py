@@ -1,5 +1,6 @@
 """The verbs about a task: select, export, knn, probe, evaluate."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,20 +9,22 @@ import click
 
 from moce_ds.cli.options import PATH, Verb, heads_option, words
 from moce_ds.config.words import read_settings
-from moce_ds.console import say, show, warn
+from moce_ds.console import say, show
 from moce_ds.text import in_line
+
+_logger = logging.getLogger(__name__)
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="The task's images: shards, a folder, or a saved data set.")
-@click.option("--task", default=None, help="The task's name in results (default: that of --data).")
+@click.option("--data", type=PATH, required=True, help="Images of the task: shards, a folder, or a saved data set.")
+@click.option("--task", default=None, help="Name of the task in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Routes in the table.")
-@click.option("--picture", type=PATH, help="A PNG: the task's images beside those that trained the chosen expert.")
-@click.option("--export", "out", type=PATH, help="Go on and export the winning route to this folder.")
-@click.option("--format", default="timm", show_default=True, help="Of the export, as in moce export.")
-@click.option("--part", default="encoder", show_default=True, help="Of the export: encoder, or full.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Number of routes in the table.")
+@click.option("--picture", type=PATH, help="Write a PNG: images of the task beside those of the expert.")
+@click.option("--export", "out", type=PATH, help="Also export the winning route to this folder.")
+@click.option("--format", default="timm", show_default=True, help="Format of the export, as in moce export.")
+@click.option("--part", default="encoder", show_default=True, help="Part to export: encoder, or full.")
 @click.option("--replace", is_flag=True, help="Replace an earlier export.")
 @words()
 def select(
@@ -37,12 +40,12 @@ def select(
     replace: bool,
     words: Sequence[str],
 ) -> None:
-    """Find the route through the experts of RUN that serves a task's images best, and say how typical they are."""
+    """Find the route through the experts of RUN that serves a task's images best, and report how typical they are."""
     from moce_ds.data.task_images import opened_images
     from moce_ds.evaluation.results import known_by
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, export_requested, told
+    from moce_ds.export.request import Request, export_requested, summary
     from moce_ds.export.routes import routes_of
     from moce_ds.export.select import run_clusters, select_route
     from moce_ds.export.selection_picture import write_picture
@@ -58,7 +61,7 @@ def select(
         check_output(picture, "a picture", PICTURE_MARK)
     check_results(results)
     checkpoint, _ = run_clusters(run)
-    run = checkpoint.folder  # of one step to the end, also when the run is training on
+    run = checkpoint.folder  # fixed to one step, even if the run is still training
     with opened_images(data) as images:
         selection, fingerprint = select_route(run, images, config, _device()), images.fingerprint
         show(selection_report(selection, name, routes_of(checkpoint), top))
@@ -67,40 +70,42 @@ def select(
             say(f"{picture}: written. {note or ''}".rstrip())
     add_record(results, selection.record(name) | known_by(checkpoint, fingerprint))
     if out:
-        asked = Request(data=data)
-        for folder, made in export_requested(run, out, asked, target, config, _device(), name, replace, selection):
-            say(told(folder, made))
+        wanted = Request(data=data)
+        for folder, made in export_requested(run, out, wanted, target, config, _device(), name, replace, selection):
+            say(summary(folder, made))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--data", type=PATH, help="A task's images (a shard set or a folder): their votes choose the route.")
-@click.option("--cluster", type=int, help="Choose the route of one cluster.")
-@click.option("--route", help="Choose the experts, one a layer: 3,5; or auto: by the votes, as with --data alone.")
-@click.option("--expert", type=int, help="Choose the most taken route through this expert of the last expert layer.")
-@click.option("--all", is_flag=True, help="Every route that is taken, each into a folder of OUT.")
-@click.option("--average", help="All experts averaged: uniform, or weighted by --data or the training images.")
+@click.option("--data", type=PATH, help="Images of a task (a shard set or a folder), whose votes choose the route.")
+@click.option("--cluster", type=int, help="Export the route of one cluster.")
+@click.option("--route", help="Export these experts, one per layer: 3,5; or auto: choose by --data.")
+@click.option("--expert", type=int, help="Export the most frequent route through this expert of the last expert layer.")
+@click.option("--all", is_flag=True, help="Export every route in use, each to a folder in OUT.")
+@click.option("--average", help="Export the average of all experts: uniform, or weighted by --data or training images.")
 @click.option(
     "--format",
     default="timm",
     show_default=True,
-    help="Or hf-vit, hf-vitmae, onnx, detectron2, mmdet, mmseg, mmpretrain.",
+    help="timm, hf-vit, hf-vitmae, onnx, detectron2, mmdet, mmseg or mmpretrain.",
 )
-@click.option("--part", default="encoder", show_default=True, help="Or full: the decoder, too (timm, hf-vitmae).")
+@click.option(
+    "--part", default="encoder", show_default=True, help="encoder, or full: with the decoder (timm, hf-vitmae)."
+)
 @click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
 @words()
 def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
     """Write experts of RUN as a dense ViT to OUT; the encoder of a dense RUN needs no choice (docs/export.md)."""
     from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, export_requested, told
+    from moce_ds.export.request import Request, export_requested, summary
     from moce_ds.models.encode import EncodeSettings
 
     config, target = read_settings(EncodeSettings, words), find_format(format, part)
     task = task_of(request["data"]) if request["data"] else None
-    asked = Request(**request)
-    for folder, provenance in export_requested(run, out, asked, target, config, _device(), task, replace):
-        say(told(folder, provenance))
+    wanted = Request(**request)
+    for folder, provenance in export_requested(run, out, wanted, target, config, _device(), task, replace):
+        say(summary(folder, provenance))
 
 
 def _accuracy_options(function: Any) -> Any:
@@ -108,10 +113,10 @@ def _accuracy_options(function: Any) -> Any:
         words(),
         heads_option(),
         click.option("--results", type=PATH, help="A results.json to add the record to."),
-        click.option("--model", default=None, help="The encoder's name in results (default: its folder's)."),
-        click.option("--task", default=None, help="The task's name in results (default: the folder of --test)."),
+        click.option("--model", default=None, help="Name of the encoder in results (default: its folder)."),
+        click.option("--task", default=None, help="Name of the task in results (default: the folder of --test)."),
         click.option("--test", type=PATH, required=True, help="Labelled test images."),
-        click.option("--val", type=PATH, help="Labelled images for choosing (probe; default: some of --train)."),
+        click.option("--val", type=PATH, help="Labelled validation images (probe; default: some of --train)."),
         click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder."),
         click.argument("encoder", type=PATH),
     ):
@@ -121,16 +126,16 @@ def _accuracy_options(function: Any) -> Any:
 
 @click.command(cls=Verb, settings="moce_ds.evaluation.settings:KnnSettings")
 @_accuracy_options
-def knn(**given: Any) -> None:
-    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; nothing is chosen, --val votes too."""
-    _accuracy("knn", **given)
+def knn(**options: Any) -> None:
+    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; --val images vote too."""
+    _accuracy("knn", **options)
 
 
 @click.command(cls=Verb, settings="moce_ds.evaluation.settings:ProbeSettings")
 @_accuracy_options
-def probe(**given: Any) -> None:
-    """Accuracy of a linear classifier on ENCODER's features, its strength chosen on validation images."""
-    _accuracy("probe", **given)
+def probe(**options: Any) -> None:
+    """Accuracy of a linear classifier on ENCODER's features, with a strength chosen on validation images."""
+    _accuracy("probe", **options)
 
 
 def _accuracy(
@@ -148,7 +153,7 @@ def _accuracy(
     from moce_ds.config.settings import to_tree
     from moce_ds.data.task_images import opened_task
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
-    from moce_ds.evaluation.metrics import SPOKEN
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES
     from moce_ds.evaluation.results import accuracy_record, known_by
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.models.encode import EncodeSettings, open_encoder
@@ -157,22 +162,22 @@ def _accuracy(
     check_results(results)
     opened = open_encoder(encoder, device, heads)
     if encoder.is_file():
-        warn(f"{encoder}: taken for {opened.provenance['taken_for']}")
+        _logger.info(f"{encoder}: read as {opened.provenance['taken_for']}")
     with opened_task(train, val, test) as splits:
         score = measure_frozen(opened, splits, config, device)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
     name, task_name = model or encoder.name, task or task_of(test)
-    told = ", ".join(f"{SPOKEN[metric]} {value:.4f}" for metric, value in score.figures.items())
-    say(f"{verb} {in_line(task_name)} {in_line(name)}: {told} ({score.n_train} training, {score.n_test} test images)")
-    how = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
-    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, how, images))
+    scores = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
+    say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
+    decisive = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
+    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, decisive, images))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
-@click.option("--dense", type=PATH, help="The run of a dense MAE, to compare with.")
-@click.option("--task", default=None, help="The data's name in results (default: that of --data).")
+@click.option("--dense", type=PATH, help="The run of a dense MAE for comparison.")
+@click.option("--task", default=None, help="Name of the data in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
 @words()
 def evaluate(
@@ -187,17 +192,17 @@ def evaluate(
     config = read_settings(EncodeSettings, words)
     check_results(results)
     with opened_images(data) as images:
-        found = evaluate_run(run, images, dense, config, _device())
-    named = {"dense twin": found.dense, "selected route": found.selected, "own routes": found.own}
-    base = found.dense or found.own
+        errors = evaluate_run(run, images, dense, config, _device())
+    named = {"dense twin": errors.dense, "selected route": errors.selected, "own routes": errors.own}
+    base = errors.dense or errors.own
     for name, error in named.items():
         if error is not None:
             say(f"{name:<15} {error:.5f}  x {error / base:.4f}")
-    add_record(results, found.record(task or task_of(data), run.name))
+    add_record(results, errors.record(task or task_of(data), run.name))
 
 
 def task_of(data: Path) -> str:
-    """The task behind `digits/train` and behind `digits`: digits."""
+    """The name of the task of a folder: digits for both `digits/train` and `digits`."""
     return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
 
 

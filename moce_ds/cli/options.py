@@ -1,4 +1,4 @@
-"""What the verbs share: the type of paths, the words of settings, and common options.
+"""Shared parts of the verbs: the type of paths, the trailing settings, and common options.
 
 A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
 packages.
@@ -16,11 +16,11 @@ from moce_ds.errors import ConfigError
 
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
 FORCED = "--force"
-"""The option by which a run starts that does not fit into memory."""
+"""The option that starts a run although it does not fit into memory."""
 
 
 class _PathType(click.ParamType):
-    """A path, in which `~` and variables of the environment mean what they mean in settings."""
+    """A path, in which `~` and environment variables are expanded as in settings."""
 
     name = "path"
 
@@ -55,19 +55,19 @@ class Verb(click.Command):
 
 
 def words(required: bool = False) -> Any:
-    """The trailing words of a verb: a YAML file and `key=value` settings."""
+    """The trailing arguments of a verb: a YAML file and `key=value` settings."""
     return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
 
 
 def heads_option() -> Any:
-    """What a file of the public MAE does not say of an ENCODER."""
+    """The option for the number of heads, which a file of the public MAE does not contain."""
     return click.option(
-        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file, if of an unusual size."
+        "--heads", type=click.IntRange(1), help="Attention heads of an ENCODER in a .pth file of unusual size."
     )
 
 
 def force_option() -> Any:
-    """--force, which the processes that are started from here obey, too."""
+    """--force, which child processes obey too."""
 
     def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -75,5 +75,5 @@ def force_option() -> Any:
 
             os.environ[FORCE] = "1"
 
-    what = "Start pre-training also where this machine's memory is too small for it."
+    what = "Start pre-training even if this machine has too little memory."
     return click.option(FORCED, is_flag=True, expose_value=False, callback=remember, help=what)

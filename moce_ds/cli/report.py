@@ -11,9 +11,9 @@ from moce_ds.console import say, show
 
 @click.command()
 @click.argument("folder", type=PATH)
-@click.option("--out", type=PATH, help="The page (default: FOLDER/report.html).")
+@click.option("--out", type=PATH, help="File of the page (default: FOLDER/report.html).")
 def report(folder: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page about a run, about a folder of runs and their results.json, or a study."""
+    """Write one self-contained HTML page about a run, a folder of runs with their results.json, or a study."""
     from moce_ds.report.build import build_report
 
     say(str(build_report(folder, out)))
@@ -21,18 +21,18 @@ def report(folder: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("path", type=PATH)
-@click.option("--verify", is_flag=True, help="Read everything and compare checksums.")
+@click.option("--verify", is_flag=True, help="Read all files and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
-    """Say what PATH is (shards, features, clusters, run, checkpoint, encoder, results) and what it holds."""
+    """Describe PATH (shards, features, clusters, run, checkpoint, encoder, results) and its content."""
     from moce_ds.report.inspection import describe, findings
 
-    found = findings(path) if verify else None
-    unverified = ["These parts cannot be verified:", *found.unverified] if found and found.unverified else []
-    if found and found.faults:  # which the description may be refused for
-        say(*found.faults, *unverified)
+    checked = findings(path) if verify else None
+    unverified = ["These parts cannot be verified:", *checked.unverified] if checked and checked.unverified else []
+    if checked and checked.faults:  # the description may fail because of them
+        say(*checked.faults, *unverified)
         sys.exit(1)
     show(describe(path))
-    if found:
+    if checked:
         say(*(["No fault found.", *unverified] if unverified else ["Verified: everything is as it was written."]))
 
 

@@ -25,7 +25,7 @@ from moce_ds.text import counted
 def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     """Turn a folder of images SOURCE into tar shards OUT; the folder of an image is its class.
 
-    Interrupted, the same command goes on. Files that are no whole image are listed in OUT/rejected.jsonl.
+    Rerun the same command to resume. Files that are not complete images are listed in OUT/rejected.jsonl.
     """
     from moce_ds.data.shard_writer import ShardSettings, write_shards
     from moce_ds.data.shards import ShardSet
@@ -42,13 +42,16 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 
 @click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
 @words(required=True)
-@click.option("--dry-run", is_flag=True, help="Print the plan and the settings with their origins, and do nothing.")
-@click.option("--processes", default=None, type=click.IntRange(1), help="With --dry-run: plan for so many processes.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the settings with their origins, and exit.")
+@click.option(
+    "--processes", default=None, type=click.IntRange(1), help="With --dry-run: number of processes to plan for."
+)
 @force_option()
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
     """Pre-train a masked autoencoder: dense (model.arch=mae) or with experts (model.arch=moce).
 
-    Runs alone, under torchrun, or with `moce launch local --nproc N pretrain ...`. The same command resumes.
+    Runs in one process, under torchrun, or with `moce launch local --nproc N pretrain ...`. Rerun the same command to
+    resume.
     """
     from moce_ds.training.settings import PretrainSettings
 
@@ -74,22 +77,22 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
 
 @click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
 @words(required=True)
-@click.option("--nodes", type=Numbers(), default="1", show_default=True, help="Nodes; several to compare: 1,2,4.")
-@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1), help="GPUs (processes) of a node.")
+@click.option("--nodes", type=Numbers(), default="1", show_default=True, help="Nodes; several for a comparison: 1,2,4.")
+@click.option("--gpus", default=8, show_default=True, type=click.IntRange(1), help="GPUs (processes) per node.")
 @click.option("--device", default="h100", show_default=True, help="h100, h200, a100, this, or a YAML file.")
-@click.option("--assume", multiple=True, metavar="KEY=VALUE", help="Replace something assumed of the device.")
-@click.option("--images", type=click.IntRange(1), help="Images of the shard set, if it is not there yet.")
+@click.option("--assume", multiple=True, metavar="KEY=VALUE", help="Replace an assumption about the device.")
+@click.option("--images", type=click.IntRange(1), help="Images of the shard set, if it does not exist yet.")
 @click.option("--moved", type=click.FloatRange(0, 1), help="Share of the images that leave their rank.")
-@click.option("--measure", is_flag=True, help="With --device this: take some steps, and print the error.")
+@click.option("--measure", is_flag=True, help="With --device this: train some steps, and print the error.")
 @click.option("--json", "json_file", type=PATH, help="Write predictions and assumptions to this file.")
 def plan(
-    words: Sequence[str], nodes: list[int], gpus: int, device: str, assume: Sequence[str], measure: bool, **given: Any
+    words: Sequence[str], nodes: list[int], gpus: int, device: str, assume: Sequence[str], measure: bool, **options: Any
 ) -> None:
-    """Predict a run on machines that are not at hand: time of a step and its parts, memory, days, GPU-hours.
+    """Predict a run on other machines: time of a step and its parts, memory, days, GPU-hours.
 
-    Say `--nodes 1,2,4` to compare. With --device this, blocks, memory and links of this machine are timed for a moment
-    and the plan is made of that; --measure then trains for some steps and says how far off it was. The model behind
-    it, its assumptions and errors are in docs/planning.md.
+    Use `--nodes 1,2,4` to compare. With --device this, the plan uses short measurements of the blocks, memory and links
+    of this machine; --measure then trains some steps and prints the error of the prediction. docs/planning.md describes
+    the model, its assumptions and errors.
     """
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
@@ -99,9 +102,9 @@ def plan(
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
-    if given["json_file"] is not None:
-        check_output(given["json_file"], "a plan", b'"device": {')
-    steps, measured = steps_of_run(config, given["images"]), None
+    if options["json_file"] is not None:
+        check_output(options["json_file"], "a plan", b'"device": {')
+    steps, measured = steps_of_run(config, options["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
 
@@ -111,15 +114,14 @@ def plan(
         raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
     else:
         assumed = find_device(device, assume)
-    predictions = [predict(config, Machines(count, gpus), assumed, steps, given["moved"]) for count in nodes]
+    predictions = [predict(config, Machines(count, gpus), assumed, steps, options["moved"]) for count in nodes]
     show(report.prediction_table(config, device, assumed, predictions))
-    told = [report.assumptions(config, assumed, given["moved"]), *report.advice(config, assumed, predictions)]
-    say(*told)
+    say(report.assumptions(config, assumed, options["moved"]), *report.advice(config, assumed, predictions))
     if measured is not None:
         show(report.error_table(predictions[0], measured))
-    if given["json_file"] is not None:
-        with writes_to(given["json_file"]):
-            write_json(given["json_file"], report.to_record(assumed, predictions, measured))
+    if options["json_file"] is not None:
+        with writes_to(options["json_file"]):
+            write_json(options["json_file"], report.to_record(assumed, predictions, measured))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
@@ -129,10 +131,10 @@ def plan(
 @heads_option()
 @words()
 def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: Sequence[str]) -> None:
-    """Write the features that ENCODER gives the images of SHARDS to OUT.
+    """Write the features of ENCODER for the images of SHARDS to OUT.
 
-    ENCODER is a dense run, an exported encoder, or a .pth file of the public MAE.
-    Several processes share the work. Interrupted, the same command goes on.
+    ENCODER is a dense run, an exported encoder, or a .pth file of the public MAE. Several processes share the work.
+    Rerun the same command to resume.
     """
     from moce_ds.data.shards import ShardSet
     from moce_ds.distributed.runtime import started
@@ -142,7 +144,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device, heads)
         if encoder.is_file():
-            runtime.say(f"{encoder}: taken for {opened.provenance['taken_for']}")
+            runtime.say(f"{encoder}: read as {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
 
@@ -150,7 +152,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
 @click.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
 @click.argument("features", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--shards", type=PATH, help="The shard set, to compare the clusters with its labels.")
+@click.option("--shards", type=PATH, help="The shard set, for comparing the clusters with its labels.")
 @words()
 def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]) -> None:
     """Cluster FEATURES into OUT: k-means, then balanced assignment (method=sinkhorn)."""

@@ -19,11 +19,11 @@ from moce_ds.text import in_line
 @click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder.")
-@click.option("--test", type=PATH, required=True, help="Labelled test images, looked at once, at the end.")
-@click.option("--val", help="Labelled validation images, or a share of the training images such as 0.1.")
-@click.option("--out", type=PATH, required=True, help="The folder of the run.")
-@click.option("--task", default=None, help="The task's name in results (default: the folder of --test).")
-@click.option("--model", default=None, help="The encoder's name in results (default: its folder).")
+@click.option("--test", type=PATH, required=True, help="Labelled test images, used once at the end.")
+@click.option("--val", help="Labelled validation images, or a share of --train such as 0.1.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
+@click.option("--task", default=None, help="Name of the task in results (default: the folder of --test).")
+@click.option("--model", default=None, help="Name of the encoder in results (default: its folder).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
 @words()
 def finetune(
@@ -39,19 +39,19 @@ def finetune(
 ) -> None:
     """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder with its head.
 
-    Runs alone, or with `moce launch local --nproc N finetune ...`. The same command resumes. With --val the best
-    weights by validation are kept, else the last.
+    Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
+    --val, the best weights by validation are kept, otherwise the last.
     """
     from moce_ds.checkpoint.run_layout import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
-    from moce_ds.evaluation.metrics import SPOKEN
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
     named: dict[str, Path | str] = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
-    if val is not None:  # a folder may be called 1
+    if val is not None:  # a folder may have the name 1
         named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
     config = read_settings(FinetuneSettings, words, named)
     check_results(results)
@@ -61,9 +61,10 @@ def finetune(
         sys.exit(STOPPED)
     if runtime.is_main:
         record |= {"task": task or task_of(test), "model": model or encoder.name}
-        told = ", ".join(f"{spoken} {record[metric]:.4f}" for metric, spoken in SPOKEN.items() if metric in record)
-        counted = f"({record['n_train']} training, {record['n_test']} test images)"
-        say(in_line(f"finetune {record['task']} {record['model']}: {told} {counted}"))
+        metrics = {name: record[metric] for metric, name in DISPLAY_NAMES.items() if metric in record}
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        images = f"({record['n_train']} training, {record['n_test']} test images)"
+        say(in_line(f"finetune {record['task']} {record['model']}: {scores} {images}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
 
@@ -72,15 +73,16 @@ def finetune(
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="COCO's JSON of the training images.")
 @click.option("--images", type=PATH, required=True, help="Folder of the training images.")
-@click.option("--val", type=PATH, help="JSON of a validation split, which chooses the best weights.")
-@click.option("--test", type=PATH, help="JSON of what the final scores are of (default: the validation split).")
+@click.option("--val", type=PATH, help="JSON of the validation split, for choosing the best weights.")
+@click.option("--test", type=PATH, help="JSON of the test split (default: the validation split).")
 @click.option("--eval-images", type=PATH, help="Folder of the images of --val and --test (default: --images).")
-@click.option("--out", type=PATH, required=True, help="The run's folder.")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @words()
 def detect(words: Sequence[str], **paths: Path | None) -> None:
-    """Train Mask R-CNN around ENCODER on a set in COCO's format, and measure the average precision.
+    """Train Mask R-CNN with ENCODER as backbone on a set in COCO's format, and measure the average precision.
 
-    Runs alone, under torchrun, or with `moce launch local --nproc N detect ...`. The same command resumes.
+    Runs in one process, under torchrun, or with `moce launch local --nproc N detect ...`. Rerun the same command to
+    resume.
     """
     from moce_ds.tuning.dense_settings import DetectSettings
     from moce_ds.tuning.detection import DetectionTask
@@ -91,14 +93,15 @@ def detect(words: Sequence[str], **paths: Path | None) -> None:
 @click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:SegmentSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="Folder with images/ and annotations/, or images/NAME.")
-@click.option("--val", type=PATH, help="Such a folder, which chooses the best weights.")
-@click.option("--test", type=PATH, help="Such a folder, which the final scores are of (default: the validation split).")
-@click.option("--out", type=PATH, required=True, help="The run's folder.")
+@click.option("--val", type=PATH, help="Such a folder for choosing the best weights.")
+@click.option("--test", type=PATH, help="Such a folder for the final scores (default: the validation split).")
+@click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @words()
 def segment(words: Sequence[str], **paths: Path | None) -> None:
-    """Train UperNet around ENCODER on a set in ADE20K's format, and measure the mean intersection over union.
+    """Train UperNet with ENCODER as backbone on a set in ADE20K's format, and measure the mean intersection over union.
 
-    Runs alone, under torchrun, or with `moce launch local --nproc N segment ...`. The same command resumes.
+    Runs in one process, under torchrun, or with `moce launch local --nproc N segment ...`. Rerun the same command to
+    resume.
     """
     from moce_ds.tuning.dense_settings import SegmentSettings
     from moce_ds.tuning.segmentation import SegmentationTask
@@ -107,9 +110,9 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
 
 
 def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
-    """Settings out of the verb's paths and words; then the whole run."""
+    """Read the settings from the paths and words of a verb, then run it."""
     from moce_ds.distributed.runtime import started
-    from moce_ds.tuning.loop import tune
+    from moce_ds.tuning.tune import tune
 
     keys = {"out": "run.out"}
     named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}
@@ -118,10 +121,10 @@ def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], w
         with runtime.raise_on_all_ranks():
             task = make(config)
         task.check_data(runtime)
-        found = tune(task, config, runtime)
-        if found is not None and runtime.is_main:
-            say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-    if found is None:
+        measures = tune(task, config, runtime)
+        if measures is not None and runtime.is_main:
+            say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+    if measures is None:
         sys.exit(STOPPED)
 
 

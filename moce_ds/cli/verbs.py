@@ -1,4 +1,4 @@
-"""The verbs of single stages, and running one of them in this process: what workflows are made of."""
+"""The verbs of single stages, and running one of them in this process, as workflows do."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +15,7 @@ STAGE_VERBS: dict[str, click.Command] = {
 
 
 def run_verb(words: Iterable[Any]) -> None:
-    """Run a verb with its arguments in this process. Raises what it raises; SystemExit where it ends the process."""
+    """Run a verb with its arguments in this process. Raises the errors of the verb, and SystemExit if it ends the
+    process."""
     verb, *rest = arguments(words)
     STAGE_VERBS[verb](rest, prog_name=f"moce {verb}", standalone_mode=False)

@@ -1,10 +1,10 @@
-"""The clusters artefact: all that it takes to label an image, and what it was made from.
+"""The clusters artefact: everything needed to label an image, and its provenance.
 
-    clusters/
-      clusters.safetensors   embeddings, duals, mean, sizes, cosines
-      ids.npy                int32, the cluster of every image of the shard set
-      encoder/               the encoder whose features are clustered
-      clusters.json          written last: method, eps, fingerprints, provenance, checksums of the rest and of itself
+        clusters/
+          clusters.safetensors   embeddings, duals, mean, sizes, cosines
+          ids.npy                int32, the cluster of every image of the shard set
+          encoder/               the encoder whose features are clustered
+          clusters.json          written last: method, eps, fingerprints, provenance, checksums of all files
 
 Axes: N images, M clusters, D feature width.
 """
@@ -50,7 +50,7 @@ LOW = 0.05
 
 @dataclass(frozen=True)
 class _Record:
-    """What is read of `clusters.json`."""
+    """The entries of `clusters.json` that are read."""
 
     hash: str
     eps: Annotated[float, Field(gt=0)]
@@ -64,24 +64,24 @@ class _Record:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Clusters:
-    """Clusters of a shard set's images, as docs/method.md's C and g.
+    """Clusters of the images of a shard set; C and g of docs/method.md.
 
     Attributes:
         embeddings_MD: float32, C: L2-normalised centroids.
         duals_M: float32, g; 0 for k-means.
         mean_D: float32, subtracted from features before they are normalised.
         sizes_M: int64, images of the shard set in each cluster (hard assignment).
-        cosine_M: float32, mean cosine of a cluster's images to its centroid; 0 where there are none.
-        low_cosine_M: float32, the cosine that the least typical 5% of a cluster's images do not reach; 1 where there
-            are none. None where an earlier version wrote the clusters.
+        cosine_M: float32, mean cosine of a cluster's images to its centroid; 0 for an empty cluster.
+        low_cosine_M: float32, the cosine that the least typical 5% of a cluster's images stay below; 1 for an empty
+            cluster. None if an earlier version wrote the clusters.
         eps: weight of the entropy, in the units of a cosine.
         method: "sinkhorn" or "kmeans".
         shards_fingerprint: of the shard set that was clustered.
         encoder_fingerprint: of the encoder whose features are clustered.
-        encoder_input: what images looked like to it (size, mean, std, interpolation, crop).
-        provenance: settings, features and how the solver ended.
-        files: checksums of the folder's files, once it has been read; None where an earlier version wrote it.
-        folder: where they lie, once they have been read.
+        encoder_input: input format of the encoder (size, mean, std, interpolation, crop).
+        provenance: settings, features and the final state of the solver.
+        files: checksums of the folder's files after loading; None if an earlier version wrote it.
+        folder: where they are, after loading.
     """
 
     kind: ClassVar[str] = "clusters"
@@ -107,19 +107,19 @@ class Clusters:
 
     @property
     def share_M(self) -> np.ndarray:
-        """float64, each cluster's share of the images; sums to 1."""
+        """Share of the images in each cluster, float64; sums to 1."""
         return self.sizes_M / self.sizes_M.sum()
 
     @property
     def hash(self) -> str:
-        """Hex SHA-256 of what decides labels: equal hashes label every image alike."""
+        """Hex SHA-256 of what determines labels: clusters with equal hashes label every image alike."""
         digest = hashlib.sha256(repr((self.embeddings_MD.shape, float(self.eps))).encode())
         for tensor in (self.embeddings_MD, self.duals_M, self.mean_D):
             digest.update(tensor.astype("<f4").tobytes())
         return digest.hexdigest()
 
     def assign(self, features_ND: np.ndarray) -> np.ndarray:
-        """Cluster of each feature as the encoder gives it (not centred, not normalised): int64 [N].
+        """Cluster of each feature in the form that the encoder returns (not centred, not normalised): int64 [N].
 
         Raises:
             DataError: features of another width, or not finite.
@@ -127,25 +127,25 @@ class Clusters:
         return self.assign_with_cosine(features_ND)[0]
 
     def assign_with_cosine(self, features_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As `assign`, and the float32 cosine of each feature to the centroid it went to."""
+        """As `assign`, plus the float32 cosine of each feature to its centroid."""
         if features_ND.ndim != 2 or features_ND.shape[1] != len(self.mean_D):
             raise DataError(f"Features have shape {features_ND.shape}, these clusters need [N, {len(self.mean_D)}].")
         cosine_NM = normalised(features_ND, self.mean_D) @ self.embeddings_MD.T
         if not np.isfinite(cosine_NM).all():
             first = int(np.argmin(np.isfinite(cosine_NM).all(axis=1)))
-            raise DataError(f"Feature {first} of those to be labelled is not finite: is the encoder the right one?")
+            raise DataError(f"Feature {first} to be labelled is not finite: is this the right encoder?")
         ids_N = (cosine_NM / np.float32(self.eps) + self.duals_M).argmax(axis=1)
         return ids_N, np.take_along_axis(cosine_NM, ids_N[:, None], axis=1)[:, 0]
 
     def write(self, folder: Path) -> None:
-        """Write clusters.safetensors, then clusters.json with the checksums of all that is in the folder by then."""
+        """Write clusters.safetensors, then clusters.json with the checksums of all files in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         known = {name: getattr(self, name) for name in _TENSORS | _LATER}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
         with atomic_file(folder / TENSORS) as temporary:
             save_tensors(temporary, tensors)
-        left_out = {*known, "files", "folder"}
-        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
+        excluded = {*known, "files", "folder"}
+        record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in excluded}
         record["files"] = records_of(folder, [name for name in names_below(folder) if name != RECORD])
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
         write_checked(folder / RECORD, header | record)
@@ -160,7 +160,7 @@ class Clusters:
         """Read a clusters folder.
 
         Raises:
-            ArtefactError: it is missing, of an unknown version, or damaged; the fault is named.
+            ArtefactError: it is missing, of an unknown version, or damaged; names the fault.
         """
         restore(folder)
         path = folder / RECORD
@@ -207,7 +207,7 @@ class Clusters:
         return found
 
     def _check(self, path: Path) -> None:
-        """Refuse tensors that do not fit together."""
+        """Raise ArtefactError if the tensors do not match each other."""
         m, d = self.embeddings_MD.shape
         expected = {"embeddings_MD": (m, d), "duals_M": (m,), "mean_D": (d,), "sizes_M": (m,), "cosine_M": (m,)}
         if self.low_cosine_M is not None:
@@ -217,9 +217,9 @@ class Clusters:
             if tensor.shape != shape:
                 raise ArtefactError(f"{path}: {name} has shape {tensor.shape}, expected {shape}.")
             if not np.isfinite(tensor).all():
-                raise ArtefactError(f"{path}: {name} holds numbers that are not finite.")
+                raise ArtefactError(f"{path}: {name} holds values that are not finite.")
         if not np.allclose(np.linalg.norm(self.embeddings_MD, axis=1), 1, atol=1e-3):
-            raise ArtefactError(f"{path}: embeddings_MD has rows that are not of norm 1.")
+            raise ArtefactError(f"{path}: embeddings_MD has rows whose norm is not 1.")
 
 
 def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
@@ -249,7 +249,7 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
         )
     ids_N = load_array(folder / IDS, np.int32, (count,), _AGAIN)
     m = clusters.num_clusters
-    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: of what is no cluster
+    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: ids of no cluster
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
         raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
     check_file(folder, IDS, clusters.files, _AGAIN)
@@ -261,9 +261,9 @@ def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     with reads_from(path, again):
         tensors: dict[str, np.ndarray] = load_file(path)
     if missing := [name for name in _TENSORS if name not in tensors]:
-        raise ArtefactError(f"{path} is damaged, without {', '.join(missing)}: {again}")
-    found = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}
-    for name, axes in found.items():
+        raise ArtefactError(f"{path} is damaged: it lacks {', '.join(missing)}: {again}")
+    present = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}
+    for name, axes in present.items():
         if tensors[name].ndim != axes:
             raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {again}")
-    return {name: tensors[name] for name in found}
+    return {name: tensors[name] for name in present}

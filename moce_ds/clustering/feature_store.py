@@ -1,12 +1,12 @@
 """Features on disk: one row per image of a shard set, in image order, written in blocks by any number of processes.
 
-    features/
-      block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
-      encoder/           the encoder that made them, put there by whoever makes the features
-      features.json      written last, with the checksums of blocks, encoder and itself: where it is, all is whole
-      begun.json         the same, without checksums, while they are being made
+        features/
+          block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
+          encoder/           the encoder that computed them, put there by the writer
+          features.json      written last, with the checksums of blocks, encoder and itself: marks a complete folder
+          begun.json         the same without checksums, while the features are incomplete
 
-Axes: N images asked for or in a block, D feature width.
+Axes: N images requested or in a block, D feature width.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of,
 FORMAT, VERSION = "moce features", 1
 RECORD, BEGUN = "features.json", "begun.json"
 ENCODER = "encoder"
-"""Folder inside a features folder, and inside a clusters folder, with the encoder's weights and configuration."""
+"""Folder with the encoder's weights and configuration, inside a features or clusters folder."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What the features were made of. Features of another identity are other features.
+    """The inputs of the features. Features with another identity are different features.
 
     Attributes:
         shards_fingerprint, encoder_fingerprint: of the images and of the encoder's weights.
@@ -67,13 +67,13 @@ def fingerprint(state: Mapping[str, np.ndarray]) -> str:
 
 
 def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
-    """Refuse a features or clusters folder whose encoder is not the one that the folder was made with.
+    """Refuse a features or clusters folder whose encoder is not the one that it was made with.
 
-    Each file is read once, without loading the weights, where `files` has their checksum.
+    Each file is read once, without loading the weights, if `files` has their checksum.
 
     Args:
         expected: fingerprint of the encoder's weights.
-        files: checksums of the folder's files; None where an earlier version wrote it.
+        files: checksums of the folder's files; None if an earlier version wrote it.
 
     Raises:
         ArtefactError: the encoder is missing or damaged, or differs from `expected` or `files`.
@@ -81,9 +81,9 @@ def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
     recorded = [name for name in files or () if name.startswith(f"{ENCODER}/")]
     try:
         for name in recorded:
-            check_file(folder, name, files, f"put the encoder of {folder} back, or make {folder} again.")
+            check_file(folder, name, files, f"restore the encoder of {folder}, or write {folder} again.")
     except ArtefactError:
-        check_fingerprint(folder, expected)  # which names both encoders, where the weights are another encoder's
+        check_fingerprint(folder, expected)  # it names both encoders if the weights differ
         raise
     if f"{ENCODER}/{WEIGHTS}" not in recorded:
         check_fingerprint(folder, expected)
@@ -96,12 +96,12 @@ def check_fingerprint(folder: Path, expected: str) -> None:
         ArtefactError: the weights are missing or damaged, or their fingerprint is not `expected`.
     """
     weights = folder / ENCODER / WEIGHTS
-    with reads_from(weights, f"restore it, or make {folder} again."):
-        found = fingerprint(load_file(weights))
-    if found != expected:
+    with reads_from(weights, f"restore it, or write {folder} again."):
+        actual = fingerprint(load_file(weights))
+    if actual != expected:
         raise ArtefactError(
-            f"{weights} is another encoder ({found[:12]}) than the one that {folder} was made with ({expected[:12]}): "
-            f"put that one back, or make {folder} again."
+            f"{weights} is another encoder ({actual[:12]}) than the one that {folder} was made with ({expected[:12]}): "
+            f"restore that one, or write {folder} again."
         )
 
 
@@ -118,7 +118,7 @@ class _Record:
 
 
 class FeatureWriter:
-    """Begins a features folder or takes up one that was left unfinished.
+    """Starts a features folder, or continues an incomplete one.
 
     Args:
         path: the folder.
@@ -127,8 +127,7 @@ class FeatureWriter:
         block_rows: images per block.
 
     Raises:
-        ArtefactError: the folder holds features of another identity or shape, or what nothing says the identity of;
-            or it is damaged.
+        ArtefactError: the folder holds features of another or an unknown identity or shape, or it is damaged.
     """
 
     def __init__(self, path: Path, count: int, dim: int, identity: Identity, block_rows: int = 4096) -> None:
@@ -144,7 +143,7 @@ class FeatureWriter:
             "block_rows": block_rows,
             "identity": asdict(identity),
         }
-        self._description = json.loads(json.dumps(description))  # As it will be read again: no tuples.
+        self._description = json.loads(json.dumps(description))  # as it will be read back: without tuples
         recorded = [path / name for name in (RECORD, BEGUN) if (path / name).is_file()]
         if recorded:
             self._check_same(read_checked(recorded[0], dict[str, Any], "a record of features", "moce features"))
@@ -162,31 +161,31 @@ class FeatureWriter:
         return range(k * self.block_rows, min((k + 1) * self.block_rows, self.count))
 
     def write_block(self, k: int, features_ND: np.ndarray) -> None:
-        """Write the features of the images `block_ids(k)`, stored as float16.
+        """Write the features of the images `block_ids(k)` as float16.
 
         Raises:
-            DataError: they have another shape.
+            DataError: the features have another shape.
             ArtefactError: the block cannot be written.
         """
         expected = (len(self.block_ids(k)), self.dim)
         if features_ND.shape != expected:
             raise DataError(f"Block {k} of {self.path} has shape {features_ND.shape}, expected {expected}.")
-        with np.errstate(over="ignore"):  # Beyond float16 is infinite from here on, and `finish` names the image.
+        with np.errstate(over="ignore"):  # values beyond float16 become infinite; `finish` names the image
             half_ND = features_ND.astype(np.float16)
         with writes_to(_block_path(self.path, k)):
             save_array(_block_path(self.path, k), half_ND)
 
     def finish(self) -> None:
-        """Declare the features whole, once; one process calls it, after all blocks are written.
+        """Mark the features as complete. One process calls it once, after all blocks are written.
 
         Raises:
             ArtefactError: a block is missing or has the wrong shape, the encoder in the folder is another one, or the
                 record cannot be written.
-            DataError: a feature is NaN or infinite (float16 ends at 65504).
+            DataError: a feature is NaN or infinite (the float16 maximum is 65504).
         """
         if (self.path / RECORD).is_file():
-            return  # the checksums in it are those of then, whatever has become of the blocks
-        if (self.path / ENCODER).is_dir():  # its checksums stand for the fingerprint from here on
+            return  # keep its checksums, even if a block has changed since
+        if (self.path / ENCODER).is_dir():  # from now on its checksums replace the fingerprint
             check_fingerprint(self.path, self._description["identity"]["encoder_fingerprint"])
         checksums = {}
         for k in range(self._num_blocks):
@@ -196,7 +195,7 @@ class FeatureWriter:
                 image = self.block_ids(k)[int(np.argmin(finite_N))]
                 raise DataError(
                     f"The features of image {image} are NaN or beyond float16 ({_block_path(self.path, k)}): "
-                    f"look whether the encoder's training diverged, then delete {self.path} and make them again."
+                    f"check whether the encoder's training diverged, then delete {self.path} and write it again."
                 )
             checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
         with writes_to(self.path):
@@ -213,27 +212,27 @@ class FeatureWriter:
         if different:
             lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
             raise ArtefactError(
-                f"{self.path} holds features that were begun differently; give another folder or delete it:{lines}"
+                f"{self.path} holds features with other settings; choose another folder or delete it:{lines}"
             )
 
     def _refuse_unknown(self) -> None:
-        """Blocks without a record may be of other images or of another encoder."""
-        there = sorted(entry.name for entry in self.path.glob("*") if not entry.name.startswith("."))
-        if there:
+        """Blocks without a record may belong to other images or another encoder."""
+        names = sorted(entry.name for entry in self.path.glob("*") if not entry.name.startswith("."))
+        if names:
             raise ArtefactError(
-                f"{self.path} holds {there[0]}{f' and {len(there) - 1} more' if there[1:] else ''}, but neither "
-                "features.json nor begun.json, which say what features are of: give another folder, or delete it."
+                f"{self.path} holds {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}, but neither "
+                "features.json nor begun.json, which identify features: choose another folder, or delete it."
             )
 
 
 class FeatureSet:
-    """Finished features, read through memory maps. A block is compared with its checksum when it is first read.
+    """Complete features, read through memory maps. The checksum of a block is verified when it is first read.
 
     Attributes:
         count: images.
         dim: D.
-        identity: what the features were made of.
-        files: checksums of the encoder's files; None where an earlier version wrote the features.
+        identity: the inputs of the features.
+        files: checksums of the encoder's files; None if an earlier version wrote the features.
     """
 
     kind: ClassVar[str] = "features"
@@ -261,14 +260,14 @@ class FeatureSet:
             ArtefactError: it is missing, unfinished, damaged or of an unknown version.
         """
         if (path / BEGUN).is_file() and not (path / RECORD).is_file():
-            raise ArtefactError(f"{path} is unfinished: run the same `moce features` again to complete it.")
+            raise ArtefactError(f"{path} is unfinished: rerun the same `moce features` to complete it.")
         record = read_checked(
             path / RECORD, _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
         )
         return cls(path, record)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """All features in image order, float32 [N, D] at a time. Raises ArtefactError where a block is damaged."""
+        """All features in image order, in blocks of float32 [N, D]. Raises ArtefactError if a block is damaged."""
         for k in range(len(self._blocks)):
             yield self._block(k).astype(np.float32)
 
@@ -283,7 +282,7 @@ class FeatureSet:
         """Features of these images in this order, float32 [N, D].
 
         Raises:
-            DataError: an id lies outside the set.
+            DataError: an id is outside the set.
             ArtefactError: a block is damaged.
         """
         ids_N = np.asarray(ids, dtype=np.int64)
@@ -331,7 +330,7 @@ def _block_path(path: Path, k: int) -> Path:
 
 
 def _again(path: Path) -> str:
-    return f"delete {path}, and run the same `moce features` again."
+    return f"delete {path}, and rerun the same `moce features`."
 
 
 def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:

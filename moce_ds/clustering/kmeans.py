@@ -19,16 +19,16 @@ def kmeans(
     max_points_per_centroid: int | None = None,
     watch: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
-    """Centroids that maximise the cosine of each point to its centroid; on all GPUs that faiss sees, else on CPU.
+    """Centroids that maximise the cosine of each point to its centroid; on all GPUs that faiss finds, else on the CPU.
 
     Args:
         features_ND: L2-normalised, float32 (faiss's `spherical` normalises centroids only, never the data).
-        max_points_per_centroid: beyond this, a random sample of the points is used. All points when None: faiss's
-            own default is 256, and it says nothing.
+        max_points_per_centroid: use a random sample of the points beyond this; None: all points. (faiss's own default
+            is 256, applied silently.)
         watch: called after each iteration.
 
     Returns:
-        float32 [M, D], rows of norm 1. The same seed gives the same bits on CPU.
+        float32 [M, D], rows of norm 1. The same seed gives bit-identical results on the CPU.
 
     Raises:
         DataError: fewer points than clusters, or features that are not finite.
@@ -39,7 +39,7 @@ def kmeans(
         raise DataError(f"{count} images cannot form {num_clusters} clusters: set num_clusters to {count} or less.")
     if not np.isfinite(features_ND).all():
         first = int(np.argmin(np.isfinite(features_ND).all(axis=1)))
-        raise DataError(f"Feature {first} of those given to k-means is not finite: was the encoder trained to NaN?")
+        raise DataError(f"Feature {first} is not finite: did the training of the encoder diverge?")
     faiss = _import_faiss()
     solver = faiss.Kmeans(
         dim,
@@ -53,13 +53,15 @@ def kmeans(
     )
     points_ND = np.ascontiguousarray(features_ND, dtype=np.float32)
     centroids_MD = None
-    for _ in range(iterations):  # One at a time for the sake of `watch`: faiss itself reports nothing.
+    for _ in range(iterations):  # one at a time, because faiss reports no progress itself
         solver.train(points_ND, init_centroids=centroids_MD)
         centroids_MD = solver.centroids
         watch()
     norms_M1 = np.linalg.norm(solver.centroids, axis=1, keepdims=True)
     if not norms_M1.all():
-        raise DataError(f"k-means found a centroid at the origin: have the images {num_clusters} different features?")
+        raise DataError(
+            f"k-means found a centroid at the origin: do the images have {num_clusters} different features?"
+        )
     return np.asarray(solver.centroids / norms_M1, dtype=np.float32)
 
 

@@ -1,4 +1,4 @@
-"""How good clusters are: balance of their hard sizes, tightness, and agreement with labels where labels exist.
+"""Quality of clusters: balance of their hard sizes, tightness, and agreement with labels if there are any.
 
 Class names are paths ("digits/3"); the first part is the domain ("digits"), reported beside the classes.
 
@@ -20,8 +20,8 @@ class Agreement:
 
     Attributes:
         nmi: normalised mutual information (arithmetic mean), 0 to 1.
-        purity: share of images whose label is the commonest one of their cluster.
-        majority_share: per label, the share of its images in clusters of which it has more than half.
+        purity: share of images with the most frequent label of their cluster.
+        majority_share: per label, the share of its images in clusters where it has the majority.
     """
 
     nmi: float
@@ -34,9 +34,9 @@ class ClusterReport:
     """Quality of a clustering; sizes are hard (argmax) sizes divided by their mean.
 
     Attributes:
-        smallest, median, largest: over all clusters, the empty ones included.
+        smallest, median, largest: over all clusters, including empty ones.
         cosine: mean over images of the cosine to the centroid.
-        classes, domains: None where no image has a label.
+        classes, domains: None if no image has a label.
     """
 
     num_images: int
@@ -90,7 +90,7 @@ def cluster_report(
 
 
 def agreement(ids_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> Agreement:
-    """Compare cluster ids with labels 0 to len(names) - 1; a name that no image has is left out."""
+    """Compare cluster ids with labels 0 to len(names) - 1; names without images are left out."""
     from sklearn.metrics import normalized_mutual_info_score  # Slow to import.
 
     counts_ML = np.zeros((ids_N.max() + 1, len(names)), dtype=np.int64)
@@ -106,14 +106,14 @@ def agreement(ids_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> 
 
 
 def report_table(report: ClusterReport, compared: bool = True) -> Table:
-    """The report for a terminal: at most 100 columns; `compared`: whether it was told of labels, if there are any."""
+    """The report for a terminal, at most 100 columns; `compared`: whether labels were requested."""
     table = Table(title=f"{report.num_images:,} images in {report.num_clusters:,} clusters", width=100)
     table.add_column("quantity", ratio=4)
     table.add_column("value", justify="right", no_wrap=True, min_width=18)
     table.add_column("meaning", ratio=5, style="dim")
     sizes = f"{report.smallest:.2f} / {report.median:.2f} / {report.largest:.2f}"
     table.add_row("hard sizes min / median / max", sizes, "over the mean size; 1 is balanced")
-    table.add_row("empty clusters", f"{report.empty_clusters}", "clusters that no image falls in")
+    table.add_row("empty clusters", f"{report.empty_clusters}", "clusters without images")
     table.add_row("cosine to centroid", f"{report.cosine:.3f}", "mean over images; 1 is a single point")
     by_name = {"classes": report.classes}
     if (
@@ -122,25 +122,25 @@ def report_table(report: ClusterReport, compared: bool = True) -> Table:
         and report.domains.majority_share.keys() != report.classes.majority_share.keys()
     ):
         by_name["domains"] = report.domains
-    for name, found in by_name.items():
-        if found is None:
+    for name, scores in by_name.items():
+        if scores is None:
             table.add_row(
                 "agreement with labels",
                 "-",
-                "these images have no labels" if compared else "not compared: name the --shards",
+                "these images have no labels" if compared else "not compared: pass --shards",
             )
         else:
-            _add_agreement(table, name, found)
+            _add_agreement(table, name, scores)
     return table
 
 
-def _add_agreement(table: Table, name: str, found: Agreement) -> None:
+def _add_agreement(table: Table, name: str, scores: Agreement) -> None:
     table.add_section()
-    table.add_row(f"NMI with {name}", f"{found.nmi:.3f}", "mutual information, 0 to 1")
-    table.add_row(f"purity by {name}", f"{found.purity:.3f}", "share in its cluster's commonest label")
-    ordered = sorted(found.majority_share.items(), key=lambda item: item[1])
+    table.add_row(f"NMI with {name}", f"{scores.nmi:.3f}", "mutual information, 0 to 1")
+    table.add_row(f"purity by {name}", f"{scores.purity:.3f}", "share with the most frequent label of the cluster")
+    ordered = sorted(scores.majority_share.items(), key=lambda item: item[1])
     for rank, (label, share) in enumerate(ordered[:_SHARES_SHOWN]):
-        meaning = "in clusters mostly its own; lowest" if rank == 0 else ""
+        meaning = "in clusters with its majority; lowest" if rank == 0 else ""
         table.add_row(f"  {label}", f"{100 * share:.1f}%", meaning)
     if len(ordered) > _SHARES_SHOWN:
         table.add_row(f"  {len(ordered) - _SHARES_SHOWN} more {name}", f"≥ {100 * ordered[_SHARES_SHOWN][1]:.1f}%", "")

@@ -11,18 +11,18 @@ Positive = Annotated[int, Field(ge=1)]
 
 @settings
 class ClusterSettings:
-    """How images are clustered."""
+    """Clustering of images."""
 
-    method: Literal["sinkhorn", "kmeans"] = option("sinkhorn", "sinkhorn (balanced sizes) or kmeans (as they fall)")
-    num_clusters: Positive = option(256, "m, the number of clusters")
+    method: Literal["sinkhorn", "kmeans"] = option("sinkhorn", "sinkhorn (balanced sizes) or kmeans (unbalanced sizes)")
+    num_clusters: Positive = option(256, "number of clusters, m")
     fit_images_per_cluster: Positive | None = option(
-        200, "fit on a sample of this many images per cluster and label the rest; null fits on all"
+        200, "size of the sample to fit on, in images per cluster; null: fit on all images"
     )
-    kmeans_iterations: Positive = option(20, "iterations of k-means, which gives the first centroids")
+    kmeans_iterations: Positive = option(20, "iterations of k-means, which initialises the centroids")
     eps: Annotated[float, Field(gt=0)] = option(
-        0.025, "entropy of the balanced assignment; smaller is stricter, slower"
+        0.025, "entropy weight of the balanced assignment; smaller is stricter and slower"
     )
-    rounds: Annotated[int, Field(ge=0)] = option(0, "how often centroids are re-estimated from the balanced assignment")
+    rounds: Annotated[int, Field(ge=0)] = option(0, "re-estimations of the centroids from the balanced assignment")
     tolerance: Annotated[float, Field(gt=0)] = option(0.01, "largest relative error of a soft cluster size")
-    max_iterations: Positive = option(1000, "Sinkhorn iterations a round, converged or not")
-    seed: int = option(0, "of the sample and of k-means")
+    max_iterations: Positive = option(1000, "maximum Sinkhorn iterations per round")
+    seed: int = option(0, "random seed of the sample and of k-means")

@@ -1,10 +1,10 @@
 """Balanced assignment of points to clusters by Sinkhorn-Knopp, in the log domain, streamed and distributed.
 
 Maximise `Tr(Q^T F C^T) + eps H(Q)` over Q >= 0 whose rows sum to 1/n and whose columns sum to 1/m (docs/method.md,
-"Clustering"; SeLa, Asano 2020; SwAV, Caron 2020). The optimum is `Q = softmax_M(F C^T / eps + g) / n`: the rows
-are met by the softmax, and one vector g is all the state. It is moved by `g -= log(m * column sums)` until the
-columns are met too. So Q is never stored: features pass in blocks, and several processes that each hold a part of
-the points sum one M-vector per iteration.
+"Clustering"; SeLa, Asano 2020; SwAV, Caron 2020). The optimum is `Q = softmax_M(F C^T / eps + g) / n`: the softmax
+satisfies the row constraints, and one vector g is the only state. It is updated by `g -= log(m * column sums)` until
+the columns satisfy theirs. So Q is never stored: features pass in blocks, and processes that each hold a part of the
+points sum one M-vector per iteration.
 
 Axes: N points (of one block), M clusters, D feature width.
 """
@@ -21,7 +21,7 @@ Blocks = Callable[[], Iterable[torch.Tensor]]
 """Starts a pass over this process's points: blocks [N, D] of L2-normalised features."""
 
 AllReduce = Callable[[torch.Tensor], object]
-"""Sums a tensor over the processes in place and leaves the same bits on all (`torch.distributed.all_reduce`)."""
+"""Sums a tensor over the processes in place, with bit-identical results on all (`torch.distributed.all_reduce`)."""
 
 
 _FIRST_EPS, _STAGE_FACTOR, _STAGE_TOLERANCE = 0.2, 0.25, 0.1
@@ -29,11 +29,11 @@ _FIRST_EPS, _STAGE_FACTOR, _STAGE_TOLERANCE = 0.2, 0.25, 0.1
 
 @dataclass(frozen=True)
 class Solution:
-    """What the solver reached.
+    """Result of the solver.
 
     Attributes:
-        duals_M: float64, g with mean 0 (a constant added to g changes nothing); `label = argmax(f.C / eps + g)`.
-        iterations: how often g was moved.
+        duals_M: float64, g with mean 0 (adding a constant to g changes nothing); `label = argmax(f.C / eps + g)`.
+        iterations: number of updates of g.
         marginal_error: largest `|m * column sum - 1|` at `duals_M`, 0 being perfect balance.
         converged: whether `marginal_error` is within the tolerance.
     """
@@ -49,7 +49,7 @@ def alone(tensor: torch.Tensor) -> None:
 
 
 def unwatched(marginal_error: float) -> None:
-    """The watcher of a solve that nobody looks at."""
+    """A watcher that does nothing."""
 
 
 def soft_assignment(
@@ -72,15 +72,16 @@ def solve_duals(
 ) -> Solution:
     """Find g for fixed clusters.
 
-    Not to converge within `max_iterations` is not an error: look at `Solution.converged`.
+    Missing convergence within `max_iterations` is not an error; see `Solution.converged`.
 
     Args:
         blocks: this process's points; called once per iteration.
         embeddings_MD: L2-normalised. The arithmetic runs in its dtype and on its device; sums are float64.
-        eps: weight of the entropy, in the units of a cosine. Smaller is closer to balanced *hard* sizes, and slower.
-        tolerance: on `Solution.marginal_error`.
-        duals_M: where to start; zero when not given.
-        watch: called after each pass with the marginal error there.
+        eps: weight of the entropy, in the units of a cosine. Smaller values give more balanced *hard* sizes but
+            converge slower.
+        tolerance: for `Solution.marginal_error`.
+        duals_M: initial value; zero by default.
+        watch: called after each pass with the marginal error.
 
     Raises:
         DataError: there are no points, or a feature is not finite. Every process raises it.
@@ -88,7 +89,7 @@ def solve_duals(
     num_clusters, device = embeddings_MD.shape[0], embeddings_MD.device
     g_M = torch.zeros(num_clusters) if duals_M is None else duals_M
     g_M = g_M.to(device, torch.float64)
-    # A column that no point reaches sums to 0 in this arithmetic; its logarithm is cut here and g goes on rising.
+    # A column without points sums to 0 in this precision; its logarithm is clamped here and g keeps rising.
     smallest = torch.finfo(embeddings_MD.dtype).tiny
     for iteration in range(max_iterations + 1):
         balance_M = num_clusters * _column_sums(blocks, embeddings_MD, g_M, eps, all_reduce)
@@ -110,14 +111,14 @@ def soft_centroids(
     eps: float,
     all_reduce: AllReduce = alone,
 ) -> torch.Tensor:
-    """C from Q: the mean of the points weighted by Q's columns, L2-normalised; [M, D], as `embeddings_MD`."""
+    """C from Q: the mean of the points weighted by the columns of Q, L2-normalised; [M, D], as `embeddings_MD`."""
     sums_MD = torch.zeros_like(embeddings_MD, dtype=torch.float64)
     for features_ND in blocks():
         probs_NM = soft_assignment(features_ND, embeddings_MD, duals_M, eps)
         sums_MD += probs_NM.T @ features_ND.to(embeddings_MD)
     all_reduce(sums_MD)
     norms_M1 = sums_MD.norm(dim=1, keepdim=True)
-    # Points that cancel exactly have no direction: such a cluster stays where it was.
+    # Points that cancel exactly have no direction: such a cluster keeps its centroid.
     return torch.where(norms_M1 > 0, sums_MD / norms_M1, embeddings_MD.double()).to(embeddings_MD)
 
 
@@ -131,11 +132,11 @@ def balance(
     all_reduce: AllReduce = alone,
     watch: Callable[[float], None] = unwatched,
 ) -> tuple[torch.Tensor, Solution]:
-    """Solve for g, then `rounds` times re-estimate C from Q and solve again from the g before.
+    """Solve for g, then `rounds` times re-estimate C from Q and solve again from the previous g.
 
-    The first solve comes down to `eps` from a large one, each stage starting from the g before: with small eps this
-    takes a third to a seventh of the iterations (seen: 0.01, 0.005 and 0.002 on 7,583 clumped points). Since the
-    potential in the units of a cosine is eps g, g grows as eps falls.
+    The first solve anneals from a large eps down to `eps`, each stage starting from the previous g. With small eps this
+    takes a third to a seventh of the iterations (seen with 0.01, 0.005 and 0.002 on 7,583 clumped points). The
+    potential in the units of a cosine is eps g, so g grows as eps falls.
 
     Returns:
         embeddings_MD and the solution for them. Arguments and errors as `solve_duals`.
@@ -154,7 +155,7 @@ def balance(
 
 
 def _stages(eps: float) -> list[float]:
-    """The values of eps to come down through, falling, all larger than `eps`."""
+    """The decreasing values of eps to anneal through, all larger than `eps`."""
     stages = [_FIRST_EPS]
     while stages[-1] * _STAGE_FACTOR > eps:
         stages.append(stages[-1] * _STAGE_FACTOR)
@@ -164,7 +165,7 @@ def _stages(eps: float) -> list[float]:
 def _column_sums(
     blocks: Blocks, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float, all_reduce: AllReduce
 ) -> torch.Tensor:
-    """Q's column sums over all processes, float64 [M]. Rows of n Q sum to 1, so the total is the number of points."""
+    """Column sums of Q over all processes, float64 [M]. Rows of n Q sum to 1, so the total is the number of points."""
     sums_M = torch.zeros_like(duals_M)
     for features_ND in blocks():
         sums_M += soft_assignment(features_ND, embeddings_MD, duals_M, eps).sum(0, dtype=torch.float64)

@@ -119,8 +119,8 @@ def _partial(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             kind: Any = field.type
             adapter = TypeAdapter(kind)
             tree[field.name] = _plain_data(adapter.dump_python(adapter.validate_python(given[field.name])))
-        elif (default := default_of(field)) is not dataclasses.MISSING:
-            tree[field.name] = _plain_data(default)
+        elif (default := plain_default(field)) is not dataclasses.MISSING:
+            tree[field.name] = default
     return tree
 
 
@@ -198,14 +198,20 @@ def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
         if dataclasses.is_dataclass(field.type) and isinstance(below, dict):
             whole[field.name] = completed(below, field.type)
-        elif field.name not in tree and (default := default_of(field)) is not dataclasses.MISSING:
-            whole[field.name] = _plain_data(default)
+        elif field.name not in tree and (default := plain_default(field)) is not dataclasses.MISSING:
+            whole[field.name] = default
     return whole
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     """The default of a setting, or MISSING where it is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def plain_default(field: dataclasses.Field[Any]) -> Any:
+    """The default of a setting as plain data, or MISSING where it is required."""
+    default = _default(field)
+    return default if default is dataclasses.MISSING else _plain_data(default)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -224,7 +230,7 @@ def help_text(cls: Any) -> str:
     """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
     lines = []
     for key, field in keys(cls):
-        default = "(required)" if (known := default_of(field)) is dataclasses.MISSING else _typed(known)
+        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
         lines += textwrap.wrap(
             field.metadata.get("help", ""),
             _HELP_WIDTH,

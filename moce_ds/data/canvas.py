@@ -1,7 +1,7 @@
 """Images and their masks on a square canvas of fixed size, as a function of (seed, epoch, image id).
 
-Training sees an image at a random scale, cut where it is larger than the canvas and filled up where it is smaller,
-and mirrored or not (large-scale jitter; Ghiasi et al., 2021). Image and masks go through the same `View`.
+Training sees an image at a random scale, cropped if it is larger than the canvas, padded if it is smaller, and possibly
+mirrored (large-scale jitter; Ghiasi et al., 2021). Image and masks go through the same `View`.
 
 Axes: C channels, H x W pixels of the canvas.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from moce_ds.distributed.randomness import CROP, FLIP, uniform
 
 Fit = Literal["longer", "shorter"]
-"""The side of an image that is as long as the canvas at scale 1."""
+"""The side of an image that equals the side of the canvas at scale 1."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The part `box` (x1, y1, x2, y2, pixels of the image) as `width` x `height` pixels of the canvas, from its top
-    left corner, mirrored or not."""
+    """The part `box` (x1, y1, x2, y2, pixels of the image), drawn as `width` x `height` pixels at the top left corner
+    of the canvas, possibly mirrored."""
 
     box: tuple[float, float, float, float]
     width: int
@@ -34,11 +34,11 @@ class View:
 
 @dataclass(frozen=True)
 class Jitter:
-    """Random views: the scale is uniform in `scale`, the place of the cut is uniform, half of the views are mirrored.
+    """Random views: uniform scale in `scale`, uniform crop position, and mirroring with probability 1/2.
 
     Attributes:
         side: of the canvas, pixels.
-        scale: range of the size relative to the one that fits (see `Fit`).
+        scale: range of the size relative to the size that fits (see `Fit`).
     """
 
     side: int
@@ -61,21 +61,21 @@ class Jitter:
 
 
 def draw_image(image: Image.Image, view: View, side: int, mean: tuple[float, float, float]) -> Tensor:
-    """An RGB image on a canvas that is otherwise of the colour `mean`: [3, H, W] float32 in [0, 1]."""
-    seen = image.resize((view.width, view.height), Image.Resampling.BILINEAR, view.box)
-    pixels_HWC = torch.from_numpy(np.array(seen)).float() / 255
+    """An RGB image on a canvas padded with the colour `mean`: [3, H, W] float32 in [0, 1]."""
+    resized = image.resize((view.width, view.height), Image.Resampling.BILINEAR, view.box)
+    pixels_HWC = torch.from_numpy(np.array(resized)).float() / 255
     canvas_CHW = torch.tensor(mean)[:, None, None].repeat(1, side, side)
-    canvas_CHW[:, : view.height, : view.width] = _turned(pixels_HWC.permute(2, 0, 1), view)
+    canvas_CHW[:, : view.height, : view.width] = _mirrored(pixels_HWC.permute(2, 0, 1), view)
     return canvas_CHW
 
 
 def draw_mask(mask_HW: NDArray[np.uint8], view: View, side: int, fill: int) -> Tensor:
-    """A mask of the image's size on a canvas that is otherwise `fill`: [H, W] uint8, no values mixed."""
-    seen = Image.fromarray(mask_HW).resize((view.width, view.height), Image.Resampling.NEAREST, view.box)
+    """A mask of the image's size on a canvas padded with `fill`: [H, W] uint8, with nearest-neighbour values."""
+    resized = Image.fromarray(mask_HW).resize((view.width, view.height), Image.Resampling.NEAREST, view.box)
     canvas_HW = torch.full((side, side), fill, dtype=torch.uint8)
-    canvas_HW[: view.height, : view.width] = _turned(torch.from_numpy(np.array(seen)), view)
+    canvas_HW[: view.height, : view.width] = _mirrored(torch.from_numpy(np.array(resized)), view)
     return canvas_HW
 
 
-def _turned(pixels: Tensor, view: View) -> Tensor:
+def _mirrored(pixels: Tensor, view: View) -> Tensor:
     return pixels.flip(-1) if view.mirror else pixels

@@ -1,9 +1,9 @@
-"""The verdict on one file: what of it goes into a shard, or why nothing does.
+"""Examines one image file: the bytes to store in a shard, or the reason to reject it.
 
-What goes into a shard must be decoded by DALI as Pillow decodes it here, since one image that is not ends a DALI
-pipeline. Plain 8-bit JPEG and PNG are stored byte for byte; all else that Pillow reads becomes an RGB PNG.
+DALI must decode every stored image, and decode it as Pillow does here, because one undecodable image ends a DALI
+pipeline. Plain 8-bit JPEG and PNG are stored byte for byte; every other format that Pillow reads becomes an RGB PNG.
 
-How large an image may be is decided here, in place of Pillow's own limit.
+This module limits the size of images, in place of Pillow's own limit.
 """
 
 import io
@@ -36,22 +36,22 @@ TOO_LARGE = "too large"
 UNREADABLE = "unreadable"
 
 MAX_PIXELS = 100_000_000
-"""Pixels of an image where no setting says otherwise; a larger one may be a decompression bomb."""
+"""Default maximum number of pixels; a larger image may be a decompression bomb."""
 MAX_SIDE = 1_000_000
-"""Pixels of a side; libpng, and so DALI, takes no more."""
+"""Maximum side in pixels; libpng, and so DALI, refuses larger ones."""
 
-# Formats with a signature that Pillow decodes by itself. Left out: those it hands to another program (EPS, WMF) and
-# those that any bytes can be taken for (TGA).
+# Formats with a signature that Pillow decodes itself. Excluded are those that it passes to another program (EPS, WMF)
+# and those without a signature (TGA).
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
 DECODER_FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError,
     EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow's decoders were seen to raise on damaged files; they have no common base."""
+"""Errors that Pillow's decoders were seen to raise on damaged files; they have no common base class."""
 
-# EXIF orientation -> what brings the image upright. Pillow's own exif_transpose also rewrites the EXIF and fails
-# where that is damaged elsewhere.
+# EXIF orientation -> transposition that makes the image upright. Pillow's own exif_transpose also rewrites the EXIF,
+# and fails if another part of it is damaged.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -63,11 +63,12 @@ _TURNS = {
 }
 
 
-_LYING = (5, 6, 7, 8)
+_SWAPPED = (5, 6, 7, 8)
 """Orientations that exchange width and height."""
 
 _LIMIT = threading.RLock()
-"""Held while Pillow's limit is ours. A fork waits for it, or a child could inherit it locked, and the limit with it."""
+"""Held while Pillow's limit is changed. A fork waits for it; otherwise a child could inherit the lock and the changed
+limit."""
 os.register_at_fork(before=_LIMIT.acquire, after_in_parent=_LIMIT.release, after_in_child=_LIMIT.release)
 
 
@@ -80,14 +81,14 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """Why a file is not stored: one of the reasons above, and the particulars."""
+    """Why a file is not stored: one of the reasons above, and details."""
 
     reason: str
     detail: str
 
 
 def suffixes() -> frozenset[str]:
-    """What names of images end with, of all accepted formats, in lower case: .jpg, .bmp, ..."""
+    """File name suffixes of all accepted formats, in lower case: .jpg, .bmp, ..."""
     Image.init()
     return frozenset(suffix for suffix, format in Image.EXTENSION.items() if format in _FORMATS)
 
@@ -100,7 +101,7 @@ def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
     except DECODER_FAULTS as fault:
         if isinstance(fault, OSError) and machine_failed(fault):
             raise refused(DataError, f"{path} cannot be read", fault, path) from None
-        # Only the operating system sets errno; Pillow's own OSErrors are about the content.
+        # only the operating system sets errno; Pillow's own OSErrors concern the content
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault
         return Rejected(reason, f"{type(fault).__name__}: {detail}")
@@ -112,10 +113,10 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
     """An image that was accepted with this `size` (width, height), upright and RGB.
 
     Args:
-        strictly: look for missing pixels, as is done before an image is accepted; earlier versions did not.
+        strictly: check for missing pixels, as before accepting an image; earlier versions did not.
 
     Raises:
-        DataError: it is of another size, or no whole image; the message begins with `name`.
+        DataError: it has another size, or is not a complete image; the message begins with `name`.
     """
     try:
         with pixel_limit(size[0] * size[1]):
@@ -125,12 +126,12 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
             image = to_rgb(opened)
         fault = (png and png.pixel_fault) or f"{image.width} x {image.height} pixels" * (image.size != size)
     except (*DECODER_FAULTS, Image.DecompressionBombError) as error:
-        fault = in_words(error)
+        fault = fault_text(error)
     if fault:
         raise DataError(
-            f"{name} is not a whole image of {size[0]} x {size[1]} pixels ({fault}), although it was written as one. "
+            f"{name} is not a complete image of {size[0]} x {size[1]} pixels ({fault}), but it was written as one. "
             "An earlier version may have accepted it: write the set again with `moce shards`, into another folder, "
-            "which leaves such images out."
+            "to skip such images."
         )
     return image
 
@@ -139,7 +140,7 @@ def read_rgb(path: Path, max_pixels: int = MAX_PIXELS, strictly: bool = True) ->
     """The image at `path`, upright and RGB.
 
     Args:
-        strictly: look for missing pixels, which costs another decompression of a PNG.
+        strictly: check for missing pixels, which decompresses a PNG a second time.
 
     Raises:
         DataError: it cannot be read, or is larger than `max_pixels`.
@@ -151,21 +152,21 @@ def read_rgb(path: Path, max_pixels: int = MAX_PIXELS, strictly: bool = True) ->
 
 
 def upright_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the image at `path` as `read_rgb` gives it, from its header. Raises DataError."""
+    """Width and height of the image that `read_rgb` returns for `path`, from its header. Raises DataError."""
     with _image_at(path, max_pixels) as (image, _):
         return upright(image)
 
 
 def upright(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image once it is turned as its EXIF says."""
-    return image.size[::-1] if _orientation(image) in _LYING else image.size
+    """Width and height of an image after its EXIF rotation."""
+    return image.size[::-1] if _orientation(image) in _SWAPPED else image.size
 
 
 @contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
-    """In this block Pillow opens images of up to `pixels` without a warning, and no larger ones.
+    """In this block Pillow opens images of up to `pixels` without a warning, and refuses larger ones.
 
-    Other threads wait to enter such a block: Pillow's limit and Python's filter of warnings are those of the process.
+    Blocks of several threads run one after the other: Pillow's limit and Python's warning filter are global.
 
     Raises:
         PIL.Image.DecompressionBombError: an image is larger.
@@ -183,28 +184,26 @@ def pixel_limit(pixels: int) -> Iterator[None]:
 
 @contextmanager
 def _image_at(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """The image at `path`, undecoded, and its file. Raises DataError, also for what decoding in the block raises."""
+    """The undecoded image at `path`, and its file. Raises DataError, also for decoding errors in the block."""
     try:
         with _opened(path) as file, pixel_limit(max_pixels):
             yield open_image(file), file
     except Image.DecompressionBombError as fault:
-        raise DataError(
-            f"{path}: {_excess(fault, max_pixels)}. Make it smaller, or allow more with data.max_pixels."
-        ) from None
+        raise DataError(f"{path}: {_excess(fault, max_pixels)}. Make it smaller, or raise data.max_pixels.") from None
     except DECODER_FAULTS as fault:
         raise undecodable(path, "image", fault) from None
 
 
 def undecodable(path: Path, kind: str, fault: BaseException) -> DataError:
-    """The error for a file that is not a `kind` that can be read, with the status of a machine that failed."""
+    """The error for an unreadable file of a `kind`, with the status of a machine fault if that is the cause."""
     if isinstance(fault, OSError) and machine_failed(fault):
         return refused(DataError, f"{path} cannot be read", fault, path)
-    return DataError(f"{path} is no {kind} that can be read ({in_words(fault)}).")
+    return DataError(f"{path} is not a readable {kind} ({fault_text(fault)}).")
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A file to read; a pipe, on which opening would wait, is refused with OSError."""
+    """An open file. Refuses a pipe with OSError, because opening it would block."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError("not a regular file")
@@ -217,16 +216,16 @@ def file_content(path: Path) -> bytes:
         return file.read()
 
 
-def in_words(fault: BaseException) -> str:
-    """What a decoder has raised. Pillow names the object in memory that it cannot identify."""
+def fault_text(fault: BaseException) -> str:
+    """The text of a decoder error, without Pillow's name for an in-memory object."""
     if isinstance(fault, UnidentifiedImageError):
-        return "it is in none of the formats that are read"
+        return "its format is not supported"
     return str(fault) if isinstance(fault, OSError | SyntaxError | ValueError) else f"{type(fault).__name__}: {fault}"
 
 
 def _excess(fault: Image.DecompressionBombError, max_pixels: int) -> str:
-    found = re.search(r"\d+", str(fault))
-    return f"{found[0] if found else 'many'} pixels; max_pixels={max_pixels} were allowed"
+    count = re.search(r"\d+", str(fault))
+    return f"{count[0] if count else 'many'} pixels; max_pixels={max_pixels} were allowed"
 
 
 def _decide(file: BinaryIO) -> Accepted | Rejected:
@@ -236,7 +235,7 @@ def _decide(file: BinaryIO) -> Accepted | Rejected:
         file.seek(0)
         return Rejected(NOT_AN_IMAGE, f"begins with {file.read(16)!r}")
     if max(image.size) > MAX_SIDE:
-        return Rejected(TOO_LARGE, f"{image.width} x {image.height} pixels; no side may have more than {MAX_SIDE}")
+        return Rejected(TOO_LARGE, f"{image.width} x {image.height} pixels; a side may have at most {MAX_SIDE}")
     image.load()
     png = _png_in(image, file)
     if png and (fault := png.pixel_fault):
@@ -260,36 +259,36 @@ def _content(file: BinaryIO) -> bytes:
 
 
 def as_png(rgb: Image.Image) -> bytes:
-    """An image in a file that every decoder takes."""
+    """An image as a PNG that every decoder reads."""
     encoded = io.BytesIO()
     rgb.save(encoded, "PNG")
     return encoded.getvalue()
 
 
 def _is_plain(image: Image.Image, data: bytes, png: Png | None) -> bool:
-    """Whether DALI decodes `data` to the pixels that Pillow sees, so that it can be stored unchanged."""
-    if png is None:  # MPO: a JPEG with further pictures behind it, which DALI ignores too
+    """Whether DALI decodes `data` to the same pixels as Pillow, so that it can be stored unchanged."""
+    if png is None:  # MPO is a JPEG followed by further pictures, which DALI ignores too
         return image.mode in ("L", "RGB") and _orientation(image) == jpeg_orientation(data)
     return (
-        png.depth == 8  # Pillow's mode does not tell 16-bit colour from 8-bit
+        png.depth == 8  # Pillow's mode does not distinguish 16-bit from 8-bit colour
         and png.colour in (png_file.GRAY, png_file.RGB)
         and not image.has_transparency_data
         and not png.is_animated
         and _orientation(image) == 1
         and png.is_flawless
-        and png.is_slim
+        and png.has_small_metadata
         and png.is_wide_enough
         and png.inflated == (png.pixel_bytes, True)
     )
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """Open an image of an accepted format, undecoded; its orientation is the one that DALI sees.
+    """Open an image of an accepted format, undecoded, with the orientation that DALI sees.
 
-    Of a PNG only what its pixels depend on is looked at: text and profiles may be of any size.
+    Of a PNG, only the chunks that its pixels depend on are read: text and profiles may have any size.
 
     Raises:
-        PIL.UnidentifiedImageError: it is none of the accepted formats.
+        PIL.UnidentifiedImageError: it has none of the accepted formats.
     """
     Image.init()
     if file.read(len(png_file.SIGNATURE)) == png_file.SIGNATURE and (png := Png.of(_content(file))):
@@ -297,7 +296,7 @@ def open_image(file: BinaryIO) -> Image.Image:
     file.seek(0)
     image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
     if image.format in ("JPEG", "MPO"):
-        image.info.pop("xmp", None)  # Pillow would also take the orientation from here; DALI reads EXIF only
+        image.info.pop("xmp", None)  # Pillow also reads the orientation from XMP; DALI reads EXIF only
     return image
 
 
@@ -305,8 +304,8 @@ def _orientation(image: Image.Image) -> int:
     return known_orientation(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
-def turned(image: Image.Image) -> Image.Image:
-    """`image`, decoded, upright as its EXIF says."""
+def rotated_upright(image: Image.Image) -> Image.Image:
+    """`image`, decoded and rotated according to its EXIF."""
     image.load()
     orientation = _orientation(image)
     return image if orientation == 1 else image.transpose(_TURNS[orientation])
@@ -315,10 +314,10 @@ def turned(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` upright, 8-bit RGB, without metadata; transparency over white.
 
-    16-bit gray is divided by 257; 32-bit integers and floats have no fixed range, so the image's own minimum and
-    maximum become 0 and 255.
+    16-bit gray is divided by 257. 32-bit integers and floats have no fixed range, so the minimum and maximum of the
+    image become 0 and 255.
     """
-    image = turned(image)
+    image = rotated_upright(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -328,11 +327,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.new("RGBA", image.size, "white")
         image.alpha_composite(layer)
     rgb = image.convert("RGB")
-    return Image.frombytes("RGB", rgb.size, rgb.tobytes())  # leaves profiles and other metadata behind
+    return Image.frombytes("RGB", rgb.size, rgb.tobytes())  # drops profiles and other metadata
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:
     if not np.isfinite(pixels).all():
-        raise ValueError("pixels that are not finite numbers")
+        raise ValueError("pixel values that are not finite")
     low, high = pixels.min(), pixels.max()
     return np.rint((pixels - low) * (255 / max(high - low, np.finfo(np.float64).tiny))).astype(np.uint8)

@@ -1,7 +1,7 @@
 """The DALI pipeline: image files in, normalised crops out. The only file that imports DALI.
 
-One pipeline for CPU and GPU. It is fed by our own callback, so the order of reading, the crops and the flips are
-those of the sampler and the transform, and a run resumes at any batch exactly.
+One pipeline serves CPU and GPU. Our own callback feeds it, so sampler and transform determine the order of reading, the
+crops and the flips, and a run resumes exactly at any batch.
 
 Axes: B images, H, W pixels.
 """
@@ -29,11 +29,11 @@ except ImportError as error:
         "extras: pip install 'moce-ds[cpu]', 'moce-ds[cu13]' or 'moce-ds[cu12]'."
     ) from None
 
-# Other images tried in the place of a bad one before the shard set as a whole is called damaged.
+# Replacement images tried for a bad one before the whole shard set counts as damaged.
 _REPLACEMENTS = 100
-# Batches that DALI prepares ahead of the one that is asked for.
+# Batches that DALI prefetches.
 _PREFETCH = 2
-# A shard with this many bad images, and this share of those read from it, is damaged as a whole.
+# A shard with at least this many bad images, and more than this share of those read from it, is damaged as a whole.
 _ALTERED_COUNT, _ALTERED_SHARE = 3, 0.1
 
 
@@ -51,12 +51,12 @@ class Crop(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with what is known of them.
+    """Images and their ids.
 
     Attributes:
         images_BCHW: float32, normalised, on the loader's device.
-        ids_B, epochs_B: which image, and in which epoch it is read; int64 on the host.
-        wanted_B: the ids that the sampler asked for; they differ from `ids_B` where a bad image was replaced.
+        ids_B, epochs_B: id of each image, and the epoch of its read; int64 on the host.
+        wanted_B: the ids that the sampler requested; they differ from `ids_B` where a bad image was replaced.
     """
 
     images_BCHW: Tensor
@@ -119,7 +119,7 @@ class _Source:
         raise DataError(fault)
 
     def _decodable(self, image_id: int, data: bytes) -> bytes:
-        """`data`; or what Pillow reads there, if DALI has refused it. Raises DataError: neither can decode it."""
+        """`data`, or a PNG of Pillow's reading if DALI refused it. Raises DataError if neither can decode it."""
         refused = self.refusals.get(image_id, 0)
         if not refused:
             return data
@@ -128,7 +128,7 @@ class _Source:
             return as_png(image)
         raise DataError(
             f"{self.shards.path}: image {image_id} ({self.shards.source(image_id)}) is decoded by Pillow but not by "
-            "DALI. Leave this image out of the source and write the set again with `moce shards`, and report this "
+            "DALI. Remove this image from the source, write the set again with `moce shards`, and report the "
             "image."
         )
 
@@ -136,7 +136,7 @@ class _Source:
         after = f" and the {self.replacements} after it are" if self.replacements else " is"
         return (
             f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, or cannot be "
-            "decoded; look at the set with `moce inspect --verify`, write it again with `moce shards`."
+            "decoded; check the set with `moce inspect --verify`, and write it again with `moce shards`."
         )
 
 
@@ -175,18 +175,18 @@ class Loader:
     """Iterates over the batches `first` to `last` (exclusive) of a sampler's part.
 
     Args:
-        shards: where the images are.
-        read_list: batch index -> what this process reads; a pure function.
+        shards: the images.
+        read_list: batch index -> the images that this process reads; a pure function.
         crop: windows of the images.
         input: size and normalisation.
         batch_size: the longest batch.
         threads: decoding threads.
-        device: where the images go; decoding happens there too.
-        replace_damaged: read the next image in the place of one that is not as it was written; else that is an error.
+        device: device of the images; decoding happens there too.
+        replace_damaged: read the next image instead of a damaged one; otherwise a damaged image is an error.
 
     Raises (while iterating):
-        DataError: a shard has been altered, or cannot be read. Single bad images are replaced and counted in
-            `replaced` (id -> times).
+        DataError: a shard was altered, or cannot be read. Single bad images are replaced and counted in `replaced` (id
+            -> times).
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Loader:
         self._first, self._last = first, last
         self._batch_size, self._threads, self._device = batch_size, threads, device
         self._replacements = _REPLACEMENTS if replace_damaged else 0
-        self._refusals: dict[int, int] = {}  # image -> times that DALI did not decode what it was given of it
+        self._refusals: dict[int, int] = {}  # image id -> times that DALI refused its data
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -223,8 +223,8 @@ class Loader:
             try:
                 images, numbers = pipeline.run()
             except RuntimeError as error:
-                # A pipeline that failed to decode is of no further use. The stream is a pure function of the index,
-                # so a new one goes on from here, with Pillow's reading of the image that broke the old one.
+                # A pipeline that failed to decode cannot be used again. The stream is a pure function of the index, so
+                # a new pipeline continues here, with Pillow's reading of the image that DALI refused.
                 for image_id in self._find_undecodable(index, error):
                     self._refusals[image_id] = self._refusals.get(image_id, 0) + 1
                 pipeline = self._started(self._source(self._read_list, index, self._last))
@@ -233,7 +233,7 @@ class Loader:
             numbers_B3 = np.asarray(numbers.as_tensor())
             ids_B, epochs_B, wanted_B = (numbers_B3[:, k].copy() for k in range(3))
             self._count_replaced(ids_B, wanted_B)
-            # The pipeline writes its buffers again: the copy is what makes the tensor ours.
+            # the pipeline reuses its buffers, so copy them
             yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
 
     def _source(self, read_list: Callable[[int], ReadList], first: int, last: int) -> _Source:
@@ -255,8 +255,8 @@ class Loader:
         return pipeline
 
     def _find_undecodable(self, index: int, error: RuntimeError) -> frozenset[int]:
-        """Images read for the batches under way at `index` that fail alone; raises `error` when there are none."""
-        found = set()
+        """Images of the batches in flight at `index` that fail on their own; raises `error` if there are none."""
+        undecodable = set()
         for ahead in range(index, min(index + _PREFETCH + 1, self._last)):
             wanted = self._read_list(ahead)
             for place in range(len(wanted.ids)):
@@ -265,17 +265,17 @@ class Loader:
                 try:
                     self._started(source).run()
                 except RuntimeError:
-                    found.add(source.read_intact(int(alone.ids[0]))[1])  # the image itself, or what replaced it
-        if not found:
+                    undecodable.add(source.read_intact(int(alone.ids[0]))[1])  # the image itself, or its replacement
+        if not undecodable:
             raise error
-        return frozenset(found)
+        return frozenset(undecodable)
 
     def _count_replaced(self, ids_B: NDArray[np.int64], wanted_B: NDArray[np.int64]) -> None:
         shard_B = self.shards.samples["shard"][wanted_B]
         bad_B = ids_B != wanted_B
         np.add.at(self._read_from_shard, shard_B, 1)
         for image_id, shard in zip(wanted_B[bad_B].tolist(), shard_B[bad_B], strict=True):
-            self._bad_in_shard[shard] += image_id not in self.replaced  # not again in the next epoch
+            self._bad_in_shard[shard] += image_id not in self.replaced  # count each image once, not once per epoch
             self.replaced[image_id] = self.replaced.get(image_id, 0) + 1
         altered = (self._bad_in_shard >= _ALTERED_COUNT) & (self._bad_in_shard > _ALTERED_SHARE * self._read_from_shard)
         if altered.any():
@@ -288,7 +288,7 @@ class Loader:
             )
 
     def replaced_sources(self) -> list[str]:
-        """One line an image that was replaced: its id, source and shard."""
+        """One line per replaced image: its id, source and shard."""
         names = self.shards.shards
         return [
             f"image {i} ({self.shards.source(i)}) in {names[int(self.shards.samples['shard'][i])].name}"

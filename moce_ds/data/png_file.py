@@ -1,7 +1,7 @@
-"""What a PNG holds, read from its chunks: header, palette, and whether the compressed pixels are all there.
+"""Reads the chunks of a PNG: header, palette, and whether its compressed pixels are complete.
 
-Pillow forgives a PNG whose last rows are missing and refuses one whose text or colour profile is large; libpng, with
-which DALI decodes, does the reverse. So the chunks decide here, and Pillow sees only those that pixels depend on.
+Pillow accepts a PNG without its last rows and refuses one with a large text or colour profile; libpng, which DALI
+decodes with, does the reverse. So the chunks are checked here, and Pillow only sees those that pixels depend on.
 """
 
 import struct
@@ -17,13 +17,13 @@ GRAY, RGB, PALETTE = 0, 2, 3
 
 _CHANNELS = {GRAY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
-"""First column and row, and steps across and down, of the passes of an interlaced image."""
+"""First column and row, and column and row steps, of the passes of an interlaced image."""
 
-# Chunks that pixels, orientation or the number of frames depend on. Text and profiles, which may be large or may
-# inflate to gigabytes, are left out.
+# Chunks that pixels, orientation or the number of frames depend on. Text and profiles may be large, or may decompress
+# to gigabytes, and are excluded.
 _NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND")
-_PIECE = 1 << 18  # bytes that are inflated at a time
-_LITTLE = 1 << 20  # bytes of all text and profiles, inflated; Pillow takes no more in one of them
+_CHUNK_BYTES = 1 << 18  # bytes decompressed at a time
+_MAX_METADATA = 1 << 20  # maximum total of decompressed text and profiles in bytes; Pillow's limit for one of them
 
 
 class _Chunk(NamedTuple):
@@ -33,20 +33,20 @@ class _Chunk(NamedTuple):
 
     @property
     def intact(self) -> bool:
-        """Whether the content has its checksum."""
+        """Whether the checksum matches the content."""
         return zlib.crc32(self.raw[4:-4]).to_bytes(4, "big") == self.raw[-4:]
 
 
 @dataclass(frozen=True)
 class Png:
-    """A PNG as far as its chunks can be followed.
+    """A PNG, up to the point where its chunks can be followed.
 
     Attributes:
         width, height: pixels.
         depth: bits of a sample.
         colour: colour type.
-        interlaced: whether the pixels come in seven passes.
-        chunks: up to the end, or to the first that is cut off.
+        interlaced: whether the pixels are stored in seven passes.
+        chunks: all chunks up to the end, or up to the first truncated one.
         rest: bytes behind those chunks.
     """
 
@@ -60,7 +60,7 @@ class Png:
 
     @classmethod
     def of(cls, data: bytes) -> "Png | None":
-        """The PNG in `data`; None where it is none, or has no header that can be."""
+        """The PNG in `data`; None if it is not a PNG or its header is invalid."""
         chunks, rest = _chunks(memoryview(data)[len(SIGNATURE) :])
         if not data.startswith(SIGNATURE) or not chunks or chunks[0].kind != b"IHDR" or len(chunks[0].data) != 13:
             return None
@@ -71,7 +71,7 @@ class Png:
 
     @property
     def is_flawless(self) -> bool:
-        """Whether all chunks up to the end are there with the right checksums."""
+        """Whether all chunks up to the end are present with valid checksums."""
         return self.chunks[-1].kind == b"IEND" and all(chunk.intact for chunk in self.chunks)
 
     @property
@@ -81,19 +81,19 @@ class Png:
 
     @property
     def palette(self) -> list[tuple[int, int, int]]:
-        """The colours of the palette; none without one."""
+        """The colours of the palette; empty without one."""
         data = next((bytes(chunk.data) for chunk in self.chunks if chunk.kind == b"PLTE"), b"")
         return [(data[k], data[k + 1], data[k + 2]) for k in range(0, len(data) - 2, 3)]
 
     @property
     def bare(self) -> bytes:
-        """The same image without text, profiles and other chunks that pixels do not depend on."""
+        """The same image with only the chunks that pixels depend on, without text and profiles."""
         needed = [chunk.raw for chunk in self.chunks if chunk.kind in _NEEDED]
         return b"".join([SIGNATURE, *needed, b"" if self.chunks[-1].kind == b"IEND" else self.rest])
 
     @property
     def pixel_bytes(self) -> int:
-        """Bytes that the pixels have when inflated: rows of packed samples, each behind the number of its filter."""
+        """Size of the decompressed pixels in bytes: rows of packed samples, each preceded by its filter number."""
         passes = _ADAM7 if self.interlaced else ((0, 0, 1, 1),)
         bits = _CHANNELS[self.colour] * self.depth
         total = 0
@@ -105,21 +105,23 @@ class Png:
 
     @property
     def pixel_fault(self) -> str | None:
-        """How many of the pixels are missing, in words; None where all are there."""
+        """A text about missing pixels; None if they are complete."""
         count, _ = self.inflated
         return None if count == self.pixel_bytes else f"its pixels end after {count} of {self.pixel_bytes} bytes"
 
     @property
     def is_wide_enough(self) -> bool:
-        """Whether the stream of pixels tells a window that they fit in. Some encoders tell too narrow a one, which
-        libpng takes literally."""
+        """Whether the compressed stream declares a window that the pixels fit in.
+
+        Some encoders declare one that is too narrow, and libpng enforces it.
+        """
         first = next((chunk.data[0] for chunk in self.chunks if chunk.kind == b"IDAT" and len(chunk.data)), 0)
         return min(self.pixel_bytes, 1 << 15) <= 1 << (8 + (first >> 4))
 
     @property
-    def is_slim(self) -> bool:
-        """Whether text, profiles and the like are of a size that every reader takes."""
-        room = _LITTLE
+    def has_small_metadata(self) -> bool:
+        """Whether text, profiles and other metadata are small enough for every reader."""
+        room = _MAX_METADATA
         for chunk in self.chunks:
             if chunk.kind not in _NEEDED:
                 room -= len(chunk.raw) + _inflated_text(chunk, max(1, room))
@@ -127,8 +129,10 @@ class Png:
 
     @cached_property
     def inflated(self) -> tuple[int, bool]:
-        """How many bytes of pixels there are, `pixel_bytes` at most, and whether their stream is as it should be: it
-        ends there, with the right checksum. Holds no more than `_PIECE` of them in memory."""
+        """Number of bytes of pixels, at most `pixel_bytes`, and whether their stream is valid.
+
+        A valid stream ends there, with the right checksum. At most `_CHUNK_BYTES` are in memory at a time.
+        """
         stream, count, limit = zlib.decompressobj(), 0, self.pixel_bytes
         parts = [chunk.data for chunk in self.chunks if chunk.kind == b"IDAT"]
         try:
@@ -137,9 +141,9 @@ class Png:
                 while len(waiting) and not stream.eof:
                     if count > limit:
                         return limit, False
-                    count += len(stream.decompress(waiting, _PIECE))
+                    count += len(stream.decompress(waiting, _CHUNK_BYTES))
                     waiting = stream.unconsumed_tail
-            while not stream.eof and count <= limit and (more := len(stream.decompress(b"", _PIECE))):
+            while not stream.eof and count <= limit and (more := len(stream.decompress(b"", _CHUNK_BYTES))):
                 count += more
         except zlib.error:
             return min(count, limit), False
@@ -147,7 +151,7 @@ class Png:
 
 
 def _chunks(data: memoryview) -> tuple[list[_Chunk], memoryview]:
-    """The chunks up to the end, and what is behind them."""
+    """The chunks up to the end, and the bytes behind them."""
     chunks: list[_Chunk] = []
     position = 0
     while position + 12 <= len(data) and not (chunks and chunks[-1].kind == b"IEND"):
@@ -162,7 +166,7 @@ def _chunks(data: memoryview) -> tuple[list[_Chunk], memoryview]:
 
 
 def _inflated_text(chunk: _Chunk, limit: int) -> int:
-    """Bytes, up to a little over `limit`, that the compressed text or profile in a chunk has; 0 where it is none."""
+    """Decompressed size of the text or profile in a chunk, up to a little over `limit`; 0 for other chunks."""
     if chunk.kind not in (b"zTXt", b"iTXt", b"iCCP"):
         return 0
     text = bytes(chunk.data).partition(b"\0")[2][1:]  # behind the keyword and the method

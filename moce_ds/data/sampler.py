@@ -1,7 +1,7 @@
-"""Which images are read when: a pure function of (seed, batch index), whatever the number of ranks.
+"""The reading order of images: a pure function of (seed, batch index), independent of the number of ranks.
 
-Epochs follow one another as one endless stream of permutations, cut into batches of equal size. So every image
-is read exactly once an epoch, no batch is short, and nothing is dropped or repeated where an epoch ends.
+Epochs form one endless stream of permutations, cut into batches of equal size. So every image is read exactly once per
+epoch, no batch is short, and nothing is dropped or repeated at the end of an epoch.
 
 Axes: G global batch, B one rank's part of it.
 """
@@ -17,7 +17,7 @@ from moce_ds.distributed.randomness import SHUFFLE, hashed
 
 @dataclass(frozen=True)
 class ReadList:
-    """Images to read, in order: their ids and the epoch that each read belongs to. Both int64, same length."""
+    """Images to read, in order: their ids and the epoch of each read. Both int64, same length."""
 
     ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
@@ -50,7 +50,7 @@ class ShuffledSampler:
 
 @dataclass(frozen=True)
 class SequentialSampler:
-    """One pass in the order of the ids, from `first` up to `last` (exclusive); the last batch may be short."""
+    """One pass in the order of the ids, from `first` to `last` (exclusive); the last batch may be short."""
 
     first: int
     last: int
@@ -58,17 +58,17 @@ class SequentialSampler:
 
     @property
     def num_batches(self) -> int:
-        """How many batches the pass has."""
+        """Number of batches in the pass."""
         return -(-(self.last - self.first) // self.batch_size)
 
     def batch(self, index: int) -> ReadList:
-        """The batch with this index, its length at most `batch_size`; epoch 0."""
+        """The batch with this index, at most `batch_size` long; epoch 0."""
         start = self.first + index * self.batch_size
         ids = np.arange(start, min(start + self.batch_size, self.last), dtype=np.int64)
         return ReadList(ids, np.zeros_like(ids))
 
 
-@lru_cache(maxsize=2)  # a batch touches two epochs at most, unless the set is smaller than the batch
+@lru_cache(maxsize=2)  # a batch spans at most two epochs, unless the set is smaller than the batch
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of an epoch, [count]."""
     key = int(hashed(SHUFFLE, seed, epoch)[()])

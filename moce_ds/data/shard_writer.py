@@ -1,8 +1,8 @@
-"""`moce shards`: a folder of images becomes a shard set (docs/data-format.md).
+"""`moce shards`: turns a folder of images into a shard set (docs/data-format.md).
 
-Worker processes read, decode and where needed re-encode the files; one process takes their results in the order of
-the sorted paths, gives out ids and writes. So the bytes on disk depend neither on the number of workers nor on how
-often the work was interrupted: a finished shard leaves a record that says at which file the next one begins.
+Worker processes read, decode and, if needed, re-encode the files. One process takes their results in the order of the
+sorted paths, assigns ids and writes. So the bytes on disk depend neither on the number of workers nor on interruptions:
+a finished shard leaves a record of the file where the next one begins.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from pydantic import PositiveInt
 from tqdm import tqdm
 
 from moce_ds.config.settings import differences, option, settings
+from moce_ds.console import progress_bar
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
     FORMAT_VERSION,
@@ -54,16 +55,18 @@ from moce_ds.text import in_line
 
 @settings
 class ShardSettings:
-    """How a folder of images is cut into shards."""
+    """Division of a folder of images into shards."""
 
-    images_per_shard: PositiveInt = option(10_000, help="images in one tar file; the last may hold fewer")
-    max_pixels: PositiveInt = option(MAX_PIXELS, help="a larger image is refused: it may be a decompression bomb")
-    workers: PositiveInt | None = option(None, help="processes that decode; null: one per available core")
+    images_per_shard: PositiveInt = option(10_000, help="images per tar file; the last may have fewer")
+    max_pixels: PositiveInt = option(
+        MAX_PIXELS, help="maximum pixels of an image; a larger one may be a decompression bomb"
+    )
+    workers: PositiveInt | None = option(None, help="decoding processes; null: one per available core")
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What was written, or had been (`already_complete`). `rejected` counts by reason; see rejected.jsonl."""
+    """What was written, or existed before (`already_complete`). `rejected` counts files by reason (rejected.jsonl)."""
 
     path: Path
     count: int
@@ -77,9 +80,9 @@ class ShardReport:
 
 @dataclasses.dataclass
 class _Record:
-    """What a shard adds to the set, kept in a file until the set is whole. One without images has no shard."""
+    """What a shard adds to the set, stored in a file until the set is complete. Without images there is no shard."""
 
-    next_file: int  # the first file of the source that is not accounted for yet
+    next_file: int  # the first file of the source that is not processed yet
     shard: ShardFile | None = None
     rows: list[tuple[int, ...]] = dataclasses.field(default_factory=list)  # of SAMPLE, without the label
     sources: list[str] = dataclasses.field(default_factory=list)
@@ -87,20 +90,19 @@ class _Record:
 
 
 def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listing | None = None) -> ShardReport:
-    """Write the images below `source` as a shard set in `out`; continue where an earlier attempt was stopped.
+    """Write the images below `source` as a shard set in `out`; resume an interrupted attempt.
 
-    With a `listing`, only the images that it names are written, with its classes. A set that is complete already is
-    left alone. Files that are no images, damaged, empty or too large are counted and listed in rejected.jsonl with
-    their reason.
+    With a `listing`, only its images are written, with its classes. A complete set stays unchanged. Files that are not
+    images, damaged, empty or too large are counted, and listed with their reason in rejected.jsonl.
 
     Raises:
         ArtefactError: `out` cannot be written to, or another process is writing it.
-        DataError: no image can be decoded; `out` lies in `source`, holds other files, or was begun from other
-            files or with other settings; or a worker process died.
+        DataError: no image can be decoded; `out` is inside `source`, holds other files, or was begun with other files
+            or settings; or a worker process died.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
     if out.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{out} lies in the source folder {source}: choose a folder outside of it.")
+        raise DataError(f"{out} is inside the source folder {source}: choose a folder outside of it.")
     files = list_files(source) if listing is None else listing.files(source)
     plan = _plan(files, config) | ({} if listing is None else {"labels_sha256": listing.digest, "seed": listing.seed})
     if (out / MANIFEST).exists():
@@ -109,11 +111,11 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
     busy = f"{out} is being written by another process: wait for it, or choose another folder."
     try:
         with alone_in(out, busy):
-            if (out / MANIFEST).exists():  # of a process that was faster
+            if (out / MANIFEST).exists():  # another process completed it first
                 return _complete(out, source, plan)
             return _write(source, out, files, plan, config, listing)
     except DataError:
-        with suppress(OSError):  # not empty: the same command may go on
+        with suppress(OSError):  # not empty: the same command may resume
             out.rmdir()
         raise
 
@@ -137,7 +139,7 @@ def _write(
 
 
 def _plan(files: Sequence[SourceFile], config: ShardSettings) -> dict[str, Any]:
-    """Everything that decides what is written."""
+    """Everything that determines what is written."""
     listing = sha256()
     for file in files:
         listing.update(json.dumps(file).encode() + b"\n")
@@ -153,7 +155,7 @@ def _complete(out: Path, source: Path, plan: dict[str, Any]) -> ShardReport:
     ShardSet.open(out)
     manifest = Manifest.read(out)
     _refuse_other_plan(out, source, manifest.made_from, plan)
-    shutil.rmtree(out / PROGRESS, ignore_errors=True)  # left by a kill just after the manifest was written
+    shutil.rmtree(out / PROGRESS, ignore_errors=True)  # left over if killed just after the manifest was written
     return _report(out, manifest, already_complete=True)
 
 
@@ -161,7 +163,7 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
     plan_file = out / PROGRESS / "plan.json"
     if plan_file.exists():
         _refuse_other_plan(out, source, read_json(plan_file, "the plan of a shard set", "moce shards"), plan)
-        # Also those of other machines, which `drafts` leaves for a day: whoever writes the set is alone in its folder.
+        # Also drafts of other machines, which `drafts` keeps for a day: this process is the only writer of the folder.
         for unfinished in [*out.glob(".*.tmp"), *(out / PROGRESS).glob(".*.tmp")]:
             unfinished.unlink()
         return
@@ -170,20 +172,20 @@ def _begin(out: Path, source: Path, plan: dict[str, Any]) -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Raise DataError where a folder holds something else than an unfinished set, or cannot be made."""
+    """Raise DataError if a folder holds something other than an unfinished set, or cannot be made."""
     begun = (out / PROGRESS / "plan.json").exists()
     if out.exists() and not begun and (not out.is_dir() or any(e.name not in (PROGRESS, LOCK) for e in out.iterdir())):
-        raise DataError(f"{out} is not an empty folder and holds no shard set: choose another one, or empty it.")
+        raise DataError(f"{out} is neither empty nor a shard set: choose another folder, or empty it.")
     if not (above := next(parent for parent in out.parents if parent.exists())).is_dir():
-        raise DataError(f"{above} is a file; expected a folder, or nothing, there for {out}: choose another one.")
+        raise DataError(f"{above} is a file; expected a folder for {out}: choose another place.")
 
 
 def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = differences(old, new)
-    seed_before, seed_now = changed.pop("seed", (None, None))  # matters only where it has drawn other images
+    seed_before, seed_now = changed.pop("seed", (None, None))  # it matters only if it drew other images
     if "listing_sha256" in changed:
         before, now = changed.get("files", (new["files"],) * 2)
-        what = f"{source} had other files or file sizes then ({before} files then, {now} now)"
+        what = f"{source} had other files or file sizes before ({before} files before, {now} now)"
         if seed_before is not None:
             what = f"seed was {seed_before}, now {seed_now}, which may draw other images; or {what}"
     elif changed:
@@ -191,8 +193,8 @@ def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[s
     else:
         return
     raise DataError(
-        f"{out} was begun from something else: {what}. Use the same files and settings, choose another folder, "
-        f"or delete {out} to start afresh."
+        f"{out} was begun with other inputs: {what}. Use the same files and settings, choose another folder, "
+        f"or delete {out} to start over."
     )
 
 
@@ -210,10 +212,10 @@ def _record_path(out: Path, number: int) -> Path:
 def _write_missing(
     source: Path, out: Path, files: Sequence[SourceFile], records: list[_Record], config: ShardSettings
 ) -> None:
-    """Write the shards that have no record yet, and append theirs to `records`."""
+    """Write the shards without a record, and append theirs to `records`."""
     next_file = records[-1].next_file if records else 0
     first_id = sum(len(record.rows) for record in records)
-    bar = tqdm(total=len(files), initial=next_file, desc="shards", unit="file", disable=None)
+    bar = progress_bar(total=len(files), initial=next_file, desc="shards", unit="file", disable=None)
     with bar, closing(examined(source, files[next_file:], config.max_pixels, config.workers)) as results:
         while next_file < len(files):
             record = _write_shard(out, len(records), first_id, next_file, results, config.images_per_shard, bar)
@@ -249,7 +251,7 @@ def _write_shard(
                     break
         digest, count = sha256_of(temporary), len(record.rows)
         record.shard = ShardFile(path.name, temporary.stat().st_size, digest, count)
-    if not record.rows:  # the last files of the source were all refused
+    if not record.rows:  # all remaining files of the source were rejected
         path.unlink()
         record.shard = None
         return record
@@ -259,17 +261,17 @@ def _write_shard(
 
 
 def _add_sample(tar: tarfile.TarFile, image_id: int, data: bytes) -> int:
-    """Append an image and its id; the offset of the image's bytes."""
+    """Append an image and its id; returns the offset of the image's bytes."""
     offset = tar.offset + tarfile.BLOCKSIZE
     for extension, content in (("jpg", data), ("idx", image_id.to_bytes(8, "little", signed=True))):
-        member = tarfile.TarInfo(f"{key_of(image_id)}.{extension}")  # its mtime, uid and gid are 0
+        member = tarfile.TarInfo(f"{key_of(image_id)}.{extension}")  # mtime, uid and gid are 0
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
     return offset
 
 
 def _samples(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """[n] of SAMPLE from `rows` without labels; labels are -1."""
+    """`rows` as an array [n] of SAMPLE with labels -1."""
     samples = np.empty(len(rows), SAMPLE)
     columns = ("shard", "offset", "size", "height", "width", "crc32")
     for name, column in zip(columns, zip(*rows, strict=True), strict=True):
@@ -281,7 +283,7 @@ def _samples(rows: Sequence[Sequence[int]]) -> np.ndarray:
 def _write_tables(
     out: Path, records: Sequence[_Record], source: Path, plan: dict[str, Any], listing: Listing | None
 ) -> Manifest:
-    """Merge the shards' records into the set's tables; returns the manifest, which is not written yet."""
+    """Merge the records of the shards into the tables of the set; returns the manifest without writing it."""
     rejected = [entry for record in records for entry in record.rejected]
     if not any(record.rows for record in records):
         _refuse_empty(out, (listing and listing.origin) or source, rejected)
@@ -315,8 +317,8 @@ def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -
     shutil.rmtree(out / PROGRESS)
     if not rejected:
         raise DataError(f"{source}: No image to write: the folder holds no files; expected images, at any depth.")
-    told = [f"{entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5]]
-    listed = "".join(f"\n  {in_line(line)}" for line in told)
+    examples = [f"{entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5]]
+    listed = "".join(f"\n  {in_line(line)}" for line in examples)
     more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
     raise DataError(f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from moce_ds.console import progress_bar
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
 from moce_ds.host.machine import status_of
@@ -54,7 +54,7 @@ _ID_BYTES = 8
 
 @dataclasses.dataclass(frozen=True)
 class ShardFile:
-    """A tar as it was when written: name, size in bytes, hex SHA-256, number of images."""
+    """A tar file as written: name, size in bytes, hex SHA-256, number of images."""
 
     name: str
     bytes: int
@@ -82,12 +82,12 @@ class Manifest:
         """Read the manifest of the set in folder `path`.
 
         Raises:
-            ArtefactError: there is no shard set, or one of another version, or it is damaged.
-            DataError: a name in it leads out of the folder.
+            ArtefactError: there is no shard set, or it is damaged or of another version.
+            DataError: a name in it points outside of the folder.
         """
         path = path / MANIFEST
         manifest = read_record(path, cls, "a shard set", "moce shards", version=FORMAT_VERSION)
-        for shard in manifest.shards:  # nothing outside the folder is ever opened, whatever the manifest says
+        for shard in manifest.shards:  # never open a file outside the folder, whatever the manifest says
             if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
                 raise DataError(f"{path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
         check_document(path, read_json(path, "a shard set", "moce shards"), "a shard set", "moce shards")
@@ -96,19 +96,19 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardSet:
-    """An opened shard set. Holds no open file of its own, so it can be forked, spawned and pickled.
+    """An opened shard set. It holds no open files, so it can be forked, spawned and pickled.
 
     Attributes:
         path: its folder.
-        named: what messages call it: its folder as it was given, or the images that it was made from for a while.
+        named: its name in messages: the folder as given, or the source of a temporary set.
         count: N.
         classes: names, in the order of the labels.
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
         shards: the tar files.
         samples: [N] structured, dtype `SAMPLE`, memory-mapped.
-        targets: [N, K] int8 where an image may show several of the K classes: 1 shown, 0 not shown, -1 not counted;
-            all labels are -1 then. None where an image has one label.
-        files: checksums of the tables beside the shards; None where an earlier version wrote the set.
+        targets: [N, K] int8 if an image may show several of the K classes: 1 shown, 0 not shown, -1 ignored; all labels
+            are then -1. None if an image has one label.
+        files: checksums of the tables beside the shards; None if an earlier version wrote the set.
     """
 
     kind: ClassVar[str] = "shard set"
@@ -125,24 +125,25 @@ class ShardSet:
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether `path` is the folder of a shard set that was finished."""
+        """Whether `path` is the folder of a complete shard set."""
         return is_marked(path, cls.marks)
 
     @classmethod
     def open(cls, path: Path, named: Path | None = None) -> "ShardSet":
-        """Open the set in folder `path` and check that its shards are there with the sizes they were written with.
+        """Open the set in folder `path` and check that all shards exist with the right sizes.
 
         Args:
             path: the folder.
-            named: what messages call it instead.
+            named: its name in messages, if different.
 
         Raises:
             ArtefactError: there is no shard set, or its manifest is damaged or of another version.
-            DataError: the set is unfinished; a file is missing, cut short or grown; or its parts contradict each other.
+            DataError: the set is unfinished; a file is missing, truncated or too long; or its parts contradict each
+                other.
         """
         named, path = Path(named or path), Path(path).absolute()
         if (path / PROGRESS).is_dir() and not (path / MANIFEST).exists():
-            raise DataError(f"{path} is an unfinished shard set: run the same `moce shards` command to finish it.")
+            raise DataError(f"{path} is an unfinished shard set: rerun the same `moce shards` command to finish it.")
         manifest = Manifest.read(path)
         opened = cls(
             path=path,
@@ -163,18 +164,18 @@ class ShardSet:
 
     @property
     def labels(self) -> np.ndarray:
-        """[N] int32, positions in `classes`; -1 where an image has no class."""
+        """[N] int32, positions in `classes`; -1 for an image without a class."""
         return np.ascontiguousarray(self.samples["label"])
 
     def read(self, image_id: int) -> bytes:
-        """The stored bytes of an image (JPEG or PNG). Raises DataError where the shard is gone or ends too early."""
+        """The stored bytes of an image (JPEG or PNG). Raises DataError if the shard is gone or truncated."""
         row = self._row(image_id)
         shard = self.shards[row["shard"]]
         try:
             data = os.pread(_opened(self.path, shard).fileno(), int(row["size"]), int(row["offset"]))
         except OSError as error:
-            gone = f"{self.path / shard.name} cannot be read any more ({error.strerror}). {_restore(self.path)}"
-            fault = DataError(gone)
+            message = f"{self.path / shard.name} can no longer be read ({error.strerror}). {_restore(self.path)}"
+            fault = DataError(message)
             fault.status = status_of(error)
             raise fault from None
         if len(data) != row["size"]:
@@ -182,14 +183,14 @@ class ShardSet:
         return data
 
     def decode(self, image_id: int, strictly: bool = False) -> Image.Image:
-        """An image as RGB, upright; of any size, since the set has taken it.
+        """An image as RGB, upright. It may have any size, because the set has accepted it.
 
         Args:
-            image_id: which.
-            strictly: look for missing pixels too, which an earlier version may have taken.
+            image_id: the image.
+            strictly: also check for missing pixels, which an earlier version may have accepted.
 
         Raises:
-            DataError: its bytes were altered after writing, or it is an image of another size, or none.
+            DataError: its bytes were altered after writing, or it is not an image of the recorded size.
         """
         data = self.read(image_id)
         if not self.is_intact(image_id, data):
@@ -209,11 +210,11 @@ class ShardSet:
         return zlib.crc32(data) == self._row(image_id)["crc32"]
 
     def damaged(self, image_ids: Iterable[int]) -> list[int]:
-        """Those of `image_ids` whose bytes on disk are no longer what was written."""
+        """Those of `image_ids` whose bytes on disk differ from what was written."""
         return [image_id for image_id in image_ids if not self.is_intact(image_id, self.read(image_id))]
 
     def verify_sizes(self) -> None:
-        """Raise DataError if a shard is missing or its size is not the one it was written with."""
+        """Raise DataError if a shard is missing or its size has changed."""
         for shard in self.shards:
             file = self.path / shard.name
             if not file.is_file():
@@ -248,7 +249,7 @@ class ShardSet:
 
     def _shard_faults(self) -> list[str]:
         faults = []
-        for number, shard in enumerate(tqdm(self.shards, "verify", unit="shard", disable=None, delay=2)):
+        for number, shard in enumerate(progress_bar(self.shards, "verify", unit="shard", disable=None, delay=2)):
             ids = np.flatnonzero(self.samples["shard"] == number)
             if sha256_of(self.path / shard.name) != shard.sha256:
                 damaged = self.damaged(ids.tolist())
@@ -295,7 +296,7 @@ def key_of(image_id: int) -> str:
 
 
 def members_of(samples: np.ndarray, first_id: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset of the content and size of each member of a tar with rows `samples` [n] from `first_id` on."""
+    """Name, content offset and size of each tar member, for rows `samples` [n] starting at id `first_id`."""
     for key, row in zip(map(key_of, range(first_id, first_id + len(samples))), samples, strict=True):
         offset, size = int(row["offset"]), int(row["size"])
         yield f"{key}.jpg", offset, size
@@ -303,39 +304,39 @@ def members_of(samples: np.ndarray, first_id: int) -> Iterator[tuple[str, int, i
 
 
 def index_text(samples: np.ndarray, first_id: int) -> str:
-    """DALI's index (v1.2, the same as `wds2idx` makes) of a shard with rows `samples` [n] from `first_id` on."""
+    """DALI's index (v1.2, as `wds2idx` writes it) of a shard with rows `samples` [n] starting at id `first_id`."""
     entries = [f"{name[-3:]} {offset} {size} {name}" for name, offset, size in members_of(samples, first_id)]
     lines = [f"v1.2 {len(samples)}", *(" ".join(pair) for pair in zip(entries[::2], entries[1::2], strict=True))]
     return "\n".join(lines) + "\n"
 
 
 def foreign_member(tar: Path, samples: np.ndarray, first_id: int) -> str | None:
-    """The first member of a tar that is not as it should be, in words; None where all are.
+    """A message about the first unexpected member of a tar file; None if all are as expected.
 
-    This program reads by offset and never looks at names, but whoever unpacks a tar would follow them.
+    This program reads by offset and ignores names, but unpacking the tar would follow them.
     """
     try:
         with tarfile.open(tar, "r:") as opened:
-            found = opened.getmembers()
+            members = opened.getmembers()
     except (tarfile.TarError, OSError, ValueError) as error:
-        return f"no tar ({error})"
-    for there, expected in zip_longest(found, members_of(samples, first_id)):
-        if there is None or not there.isreg() or (there.name, there.offset_data, there.size) != expected:
-            named = f"{there.name!r} of type {there.type!r}" if there else "no member"
+        return f"not a tar file ({error})"
+    for member, expected in zip_longest(members, members_of(samples, first_id)):
+        if member is None or not member.isreg() or (member.name, member.offset_data, member.size) != expected:
+            named = f"{member.name!r} of type {member.type!r}" if member else "no member"
             return f"{named} where {expected[0] if expected else 'nothing'} is expected: do not unpack it"
     return None
 
 
 def fingerprint_of(samples: np.ndarray, targets: np.ndarray | None = None) -> str:
-    """Hex SHA-256 over (crc32 <u4, size <i8, label <i4) of `samples` [N], in the order of the ids, then `targets`."""
+    """Hex SHA-256 over (crc32 <u4, size <i8, label <i4) of `samples` [N], by id, then over `targets`."""
     table = np.empty(len(samples), np.dtype([(name, SAMPLE[name]) for name in ("crc32", "size", "label")]))
     for name in table.dtype.names or ():
         table[name] = samples[name]
     return hashlib.sha256(table.tobytes() + (b"" if targets is None else targets.tobytes())).hexdigest()
 
 
-# A set of tens of millions of images has more shards than a process may have open files. A file dropped from the
-# cache is closed when the last reader lets go of it.
+# A set of tens of millions of images has more shards than a process may have open files. A file that leaves the cache
+# is closed when its last reader releases it.
 @lru_cache(maxsize=512)
 def _opened(folder: Path, shard: ShardFile) -> BinaryIO:
     return open(folder / shard.name, "rb", buffering=0)
@@ -346,7 +347,7 @@ def _restore(folder: Path) -> str:
 
 
 def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array that was written beside the shards. Raises DataError where it is another one."""
+    """An array that was written beside the shards. Raises DataError if its type or shape differs."""
     return load_array(path, dtype, shape, _restore(path.parent), DataError)
 
 
@@ -359,19 +360,19 @@ def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:
 
 
 def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
-    """The table of images, checked to point nowhere but into the shards and the classes. Raises DataError."""
+    """The table of images, checked to refer only to existing shards and classes. Raises DataError."""
     samples = _map_array(path, SAMPLE, (manifest.count,))
     outside = len(manifest.shards)
     counts = np.bincount(samples["shard"].astype(np.uint32).clip(max=outside), minlength=outside + 1)
     if counts.tolist() != [*(shard.count for shard in manifest.shards), 0]:
-        raise DataError(f"{path} and {MANIFEST} do not count the same images in each shard. {_restore(path.parent)}")
+        raise DataError(f"{path} and {MANIFEST} disagree on the number of images in a shard. {_restore(path.parent)}")
     size_of = np.array([shard.bytes for shard in manifest.shards])
     offset, size, label = samples["offset"], samples["size"], samples["label"]
     inside = (offset >= 0) & (size > 0) & (size <= size_of[samples["shard"]] - offset)
     inside &= (samples["height"] > 0) & (samples["width"] > 0) & (label >= -1) & (label < len(manifest.classes))
     if not inside.all():
         raise DataError(
-            f"{path}: row {int(inside.argmin())} points out of its shard or of the classes, or has no size. "
+            f"{path}: row {int(inside.argmin())} refers to a place outside its shard, an unknown class, or no pixels. "
             f"{_restore(path.parent)}"
         )
     check_file(path.parent, SAMPLES, manifest.files, _restore(path.parent), DataError)

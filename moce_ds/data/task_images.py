@@ -1,5 +1,6 @@
-"""A task's images, as a shard set, a plain folder or a saved data set of the `datasets` library: a temporary shard set
-where it is none. Axes: N images.
+"""Images of a task: a shard set, a plain folder, or a saved data set of the `datasets` library.
+
+The latter two become a temporary shard set. Axes: N images.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,27 +15,27 @@ from moce_ds.console import warn
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
 from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
-from moce_ds.data.sources.skipped_files import left_out
+from moce_ds.data.sources.skipped_files import skipped_notice
 from moce_ds.errors import DataError
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.text import in_line
 
 
 @contextmanager
-def opened_images(path: Path, say: Callable[[str], None] = warn) -> Iterator[ShardSet]:
-    """A shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
+def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[ShardSet]:
+    """Open a shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
 
     Args:
-        path: what messages name, whatever is read in its place.
-        say: is told which files are no whole images and were left out, since no figure counts them.
+        path: the source; messages name it, even if a temporary set is read.
+        warn: logs which files were skipped because they are not complete images.
 
     Raises:
         DataError: `path` is none of these, or holds several splits or no images.
         ConfigError: the `datasets` library is needed and not installed.
     """
     with _shards_of(path) as images:
-        if told := left_out(images.path, path):
-            say(told)
+        if notice := skipped_notice(images.path, path):
+            warn(notice)
         yield images
 
 
@@ -48,7 +49,7 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
         raise DataError(f"{path} {what}: expected a shard set (`moce shards`) or a folder of images.")
     if (path / SAMPLES).exists():
         raise DataError(
-            f"{path} is a shard set without its {MANIFEST}: restore that from a copy, or write the set again with "
+            f"{path} is a shard set without its {MANIFEST}: restore it from a copy, or write the set again with "
             "`moce shards`."
         )
     with scratch_folder() as scratch:
@@ -62,7 +63,7 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
 
 @dataclass(frozen=True)
 class Splits:
-    """A task's labelled images; `val` is None where some of the training images choose in its place."""
+    """Labelled images of a task; if `val` is None, a part of the training images takes its place."""
 
     train: ShardSet
     val: ShardSet | None
@@ -78,7 +79,7 @@ def opened_task(train: Path, val: Path | None, test: Path) -> Iterator[Splits]:
 
 
 def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
-    """Labels [N], or targets [N, K] of images with several, as positions among the classes of the training split.
+    """Labels [N], or targets [N, K] of images with several, as positions in the classes of the training split.
 
     Raises:
         DataError: an image has no class, or the classes are not those of the training split.
@@ -86,13 +87,14 @@ def labels_of(images: ShardSet, training: ShardSet) -> NDArray[np.integer]:
     if (images.targets is None) != (training.targets is None):
         one, several = (images, training) if images.targets is None else (training, images)
         raise DataError(
-            f"{one.named} has one label an image, {several.named} several: expected all splits of a task to be alike."
+            f"{one.named} has one label per image, {several.named} has several: expected the same kind in all "
+            "splits of a task."
         )
     if images.targets is None and (images.labels < 0).any():
         lost = images.source(int((images.labels < 0).argmax()))
         raise DataError(
-            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class, or, "
-            "of a saved data set, a column `label`."
+            f"{images.named}: {in_line(lost)} has no class; expected every image in the folder of its class, "
+            "or a column `label` in a saved data set."
         )
     if unknown := sorted(set(images.classes) - set(training.classes)):
         raise DataError(

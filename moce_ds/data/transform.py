@@ -1,7 +1,7 @@
-"""Which window of an image the model sees, as a function of (seed, epoch, image id).
+"""The crop window of an image that the model sees, as a function of (seed, epoch, image id).
 
-The windows are worked out on the host from the sizes in the shard index, so the decoder reads only the part that is
-needed and the result depends neither on ranks nor on threads.
+Windows are computed on the host from the sizes in the shard index. So the decoder reads only the required part, and the
+result depends neither on ranks nor on threads.
 
 Axes: B images, K tries; a window is (top, left) and (height, width) in pixels.
 """
@@ -22,8 +22,13 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class ImageInput:
-    """What a model's input is: side in pixels, normalisation, and the share of the shorter side that the centre
-    crop of evaluation keeps. It travels with every exported encoder and with the clusters."""
+    """The input format of a model; stored with every exported encoder and with the clusters.
+
+    Attributes:
+        size: side in pixels.
+        mean, std: normalisation.
+        center_crop: share of the shorter side that the centre crop of evaluation keeps.
+    """
 
     size: int
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -42,7 +47,7 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class Windows:
-    """For each image: `start_B2` (top, left) and `shape_B2` (height, width), int32, and `mirror_B` (0 or 1), int32."""
+    """Per image: `start_B2` (top, left) and `shape_B2` (height, width), int32, and `mirror_B` (0 or 1), int32."""
 
     start_B2: NDArray[np.int32]
     shape_B2: NDArray[np.int32]
@@ -53,8 +58,8 @@ class Windows:
 class RandomCrop:
     """The training crop of MAE: an area share in `scale`, an aspect ratio in `ratio` (log-uniform), and a flip.
 
-    Ten tries find a window that fits inside the image. Where all fail, the window is the largest centred one of an
-    allowed ratio, to the pixel that of torchvision's RandomResizedCrop.
+    The first of ten tries that fits inside the image is used. If none fits, the window is the largest centred one with
+    an allowed ratio, pixel-identical to that of torchvision's RandomResizedCrop.
     """
 
     seed: int
@@ -85,21 +90,21 @@ class RandomCrop:
         first_B = fits_BK.argmax(axis=1)
         rows = np.arange(len(ids_B))
         fallback = _largest_window(h_B, w_B, self.ratio)
-        found_B = fits_BK.any(axis=1)
-        height_B = np.where(found_B, height_BK[rows, first_B], fallback[0])
-        width_B = np.where(found_B, width_BK[rows, first_B], fallback[1])
+        any_fits_B = fits_BK.any(axis=1)
+        height_B = np.where(any_fits_B, height_BK[rows, first_B], fallback[0])
+        width_B = np.where(any_fits_B, width_BK[rows, first_B], fallback[1])
         place_B2 = np.stack([draw(2)[rows, first_B], draw(3)[rows, first_B]], axis=1)
         shape_B2 = np.stack([height_B, width_B], axis=1)
         room_B2 = np.stack([h_B, w_B], axis=1) - shape_B2
         random_B2 = np.minimum(np.floor(place_B2 * (room_B2 + 1)), room_B2)
-        start_B2 = np.where(found_B[:, None], random_B2, room_B2 // 2)
+        start_B2 = np.where(any_fits_B[:, None], random_B2, room_B2 // 2)
         mirror_B = (uniform(FLIP, self.seed, epochs_B, ids_B) < 0.5) & self.flip
         return Windows(start_B2.astype(np.int32), shape_B2.astype(np.int32), mirror_B.astype(np.int32))
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The crop of evaluation: the centred square whose side is `share` of the shorter side; no flip."""
+    """The crop of evaluation: the centred square with `share` of the shorter side; no flip."""
 
     share: float
 
@@ -110,7 +115,7 @@ class CenterCrop:
         heights_B: NDArray[np.int32],
         widths_B: NDArray[np.int32],
     ) -> Windows:
-        """The windows of a batch; ids and epochs do not matter."""
+        """The windows of a batch, independent of ids and epochs."""
         side_B = np.maximum(1, np.round(np.minimum(heights_B, widths_B) * self.share))
         shape_B2 = np.stack([side_B, side_B], axis=1)
         start_B2 = np.floor((np.stack([heights_B, widths_B], axis=1) - shape_B2) / 2)

@@ -1,4 +1,4 @@
-"""What all processes must agree on before a forward pass begins."""
+"""What all ranks must agree on before a forward pass begins."""
 
 from collections.abc import Iterator
 from typing import TypeVar
@@ -10,21 +10,21 @@ Batch = TypeVar("Batch")
 
 
 def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> Batch:
-    """The next batch, once all processes have one and the same plan; else all raise, and nobody waits in a collective.
+    """The next batch, once all ranks have the same plan. If any rank fails, every rank raises.
 
     Raises:
-        DataError: a process cannot read its batch.
-        MoceError: the processes have different plans; the step and the ranks are named.
+        DataError: a rank cannot read its batch.
+        MoceError: the ranks have different plans; names the step and the ranks.
     """
     with runtime.raise_on_all_ranks():
         batch = next(stream)
     largest, negative_smallest = runtime.max([float(digest), float(-digest)])
     if largest != -negative_smallest:
         digests = runtime.texts(f"{digest:012x}")
-        usual = max(digests, key=digests.count)  # rank 0's where there is no majority: the same for all
+        usual = max(digests, key=digests.count)  # rank 0's if there is no majority; the same on all ranks
         others = [rank for rank, text in enumerate(digests) if text != usual]
         raise MoceError(
-            f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} planned "
-            f"otherwise than the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
+            f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} differ "
+            f"from the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
         )
     return batch

@@ -1,8 +1,8 @@
-"""Random numbers as a function of what they are for, not of who draws them or when.
+"""Counter-based random numbers: a function of their purpose, not of who draws them or when.
 
-Crops, flips and masks are looked up under (seed, epoch, image id), so they do not depend on the number of ranks,
-on threads, or on where a run was resumed. The generator is counter based: the SplitMix64 finaliser (Steele, Lea
-and Flood, 2014) applied to the counters one after the other.
+Crops, flips and masks are looked up by (seed, epoch, image id). So they do not depend on the number of ranks, on
+threads, or on where a run was resumed. The generator applies the SplitMix64 finaliser (Steele, Lea and Flood, 2014) to
+the counters one after the other.
 """
 
 import numpy as np
@@ -34,5 +34,5 @@ def uniform(*counters: int | NDArray[np.integer]) -> NDArray[np.float64]:
     return (hashed(*counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-# The first counter of every draw says what it is for, so that two uses never share numbers.
+# The first counter of every draw is its purpose, so that two uses never share numbers.
 CROP, FLIP, MASK, GATE_NOISE, SHUFFLE, INIT, ROUTE, AUGMENT, FORWARD = range(9)

@@ -1,14 +1,14 @@
-"""The store at which the processes of a run meet, and what keeps strangers out of it.
+"""The store at which the processes of a run meet, protected from other users.
 
-PyTorch's TCPStore has no password: whoever reaches its port can list, read and write every key. So the processes of one
-machine meet on its loopback interface, and what they tell each other through the store is sealed (docs/security.md).
+PyTorch's TCPStore has no password: any process that reaches its port can list, read and write every key. So the
+processes of one machine meet on its loopback interface, and the messages in the store are sealed (docs/security.md).
 """
 
 import errno
 import itertools
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,27 +23,29 @@ from moce_ds.errors import LostPeerError
 from moce_ds.host.place import Place, PlaceError
 from moce_ds.text import printable
 
+_logger = logging.getLogger(__name__)
+
 LONGEST_TEXT = 4000
-"""Characters of a sealed text; a longer one is cut as it is written, and is not ours where it is read."""
+"""Maximum number of characters of a sealed text. The writer truncates longer ones; the reader rejects them."""
 
 _LOOPBACK = "127.0.0.1"
 _LOOPBACK_INTERFACES = ("lo", "lo0")
 
-# Processes start at different times: on another machine, after a slow import. They are waited for as many times as long
-# as one that falls silent, but at least and at most so many seconds.
+# Processes start at different times, such as on another machine or after a slow import. The wait for them is `_STARTS`
+# times the peer timeout, within these limits in seconds.
 _STARTS, _SHORTEST_START, _LONGEST_START = 5, 30.0, 600.0
 _PORT_ATTEMPTS, _PORT_PAUSE = 10, 1.0
-_sessions = itertools.count()  # of this process; all processes have the same number of them
+_sessions = itertools.count()  # counted the same in all processes
 
 
 def host_on_loopback(port: int = 0, host: str = _LOOPBACK) -> TCPStore:
-    """A store that this process hosts at one address of the loopback; `port` 0: one that is free. Raises OSError.
+    """A store that this process hosts at one loopback address; `port` 0 means any free port. Raises OSError.
 
-    TCPStore listens on all addresses, whatever host it is told, unless it is given a socket that is bound already.
+    TCPStore listens on all addresses, whatever host it is given, unless it receives a bound socket.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    # localhost may be ::1 too, on machines that have no IPv6.
-    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # localhost may also be ::1, even on machines without IPv6.
+    family, *_, address = min(addresses, key=lambda one: one[0] != socket.AF_INET)
     listening = socket.create_server((str(address[0]), port), family=family)
     port = listening.getsockname()[1]
     return TCPStore(str(address[0]), port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
@@ -71,8 +73,11 @@ def _missing(store: Store, ranks: Sequence[int], shown: int = 8) -> str:
 
 
 def on_loopback(host: str) -> bool:
-    """Whether an address is one of the loopback interface. Names but localhost are not looked up: a node's own name is
-    often 127.0.1.1 in its /etc/hosts, and other nodes must reach it."""
+    """Whether an address is on the loopback interface.
+
+    Names other than localhost are not resolved: /etc/hosts often maps a node's own name to 127.0.1.1, but other nodes
+    must reach it.
+    """
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -80,45 +85,45 @@ def on_loopback(host: str) -> bool:
 
 
 def interfaces(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that keep gloo and NCCL on the loopback interface, where all processes run on one machine."""
+    """Variables that keep gloo and NCCL on the loopback interface if all processes run on one machine."""
     processes = environment.get("WORLD_SIZE")
     one_machine = processes is not None and environment.get("LOCAL_WORLD_SIZE") == processes
     if not one_machine and not on_loopback(environment.get("MASTER_ADDR", "")):
         return {}
-    found = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK_INTERFACES), None)
-    return {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": f"={found}"} if found else {}
+    loopback = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK_INTERFACES), None)
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"} if loopback else {}
 
 
 class SealedStore:
-    """Texts under keys of a store, each sealed together with its key."""
+    """Texts under keys of a store, each sealed with its key."""
 
     def __init__(self, store: TCPStore, prefix: str, sealer: Sealer) -> None:
         self._store, self._prefix, self._sealer = store, prefix, sealer
 
     def set(self, key: str, text: str) -> None:
-        """Write a text, without what could command a terminal, and cut to `LONGEST_TEXT`. Raises DistError."""
+        """Write a printable text, truncated to `LONGEST_TEXT`. Raises DistError."""
         key, text = self._prefix + key, printable(text)[:LONGEST_TEXT]
         self._store.set(key, f"{self._sealer.seal(key + text)} {text}")
 
     def get(self, key: str) -> str:
-        """The text of a key; "" where there is none, or one that is not ours. Never waits. Raises DistError."""
+        """The text of a key; "" if there is none or its seal is wrong. Never waits. Raises DistError."""
         key = self._prefix + key
         if not self._store.check([key]):
             return ""
         seal, _, text = self._store.get(key).decode("utf-8", "replace").partition(" ")
-        ours = len(text) <= LONGEST_TEXT and self._sealer.is_genuine(seal, key + text)
-        return printable(text) if ours else ""
+        genuine = len(text) <= LONGEST_TEXT and self._sealer.is_genuine(seal, key + text)
+        return printable(text) if genuine else ""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the processes of a run meet; each makes one for each process group.
+    """The meeting point of the processes of a run. Each process makes one per process group.
 
     Attributes:
-        place: of this process, with host and port of the store.
-        hosted: whether this process hosts it: rank 0, where no launcher does.
-        sealer: with the secret of the run.
-        name: of this meeting; a later one at the same store has another.
+        place: rank of this process, with host and port of the store.
+        hosted: whether this process hosts the store: rank 0, unless a launcher does.
+        sealer: holds the secret of the run.
+        name: prefix of the keys; a later rendezvous at the same store has another one.
     """
 
     place: Place
@@ -128,38 +133,38 @@ class Rendezvous:
 
     @classmethod
     def here(cls, place: Place) -> "Rendezvous":
-        """Where the process of that place meets its peers."""
-        given = os.environ
-        sealer = Sealer(given.get(SECRET, "").encode())
+        """The rendezvous of the process with that rank."""
+        environment = os.environ
+        sealer = Sealer(environment.get(SECRET, "").encode())
         return cls(
             place,
-            place.rank == 0 and given.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            place.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
             sealer,
-            # With something of the secret, so that two runs which meet at one port by mistake do not get mixed up;
-            # not the secret itself, as keys can be listed. torchrun keeps its store, and in it the verdict on the start
-            # before, when it starts all processes again.
-            f"{sealer.seal('name')[:16]}/{given.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/",
+            # Depends on the secret, so that two runs on the same port by mistake do not mix. It is not the secret
+            # itself, because keys can be listed. torchrun keeps its store across restarts, with the verdict on the
+            # previous start in it.
+            f"{sealer.seal('name')[:16]}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/",
         )
 
     @property
     def host(self) -> str:
-        """Name or address of the store's machine."""
+        """Name or address of the machine of the store."""
         return self.place.host
 
     def connect(self, seconds: float) -> TCPStore:
-        """A connection to the store; raises DistError if there is none after so many seconds."""
+        """A connection to the store. Raises DistError if there is none after that many seconds."""
         return TCPStore(self.host, self.place.port, is_master=False, timeout=timedelta(seconds=seconds))
 
     def group_store(self, silence: float) -> Store:
-        """The store for the process group, hosted here if this process is to; returns when all processes have come.
+        """The store for the process group, hosted here if this process is to. Returns when all processes have joined.
 
         Args:
-            silence: seconds after which a process that runs counts as lost. A launcher that hosts the store must answer
-                within them; processes may come later, since machines start at different times.
+            silence: seconds after which a running process counts as lost. A launcher that hosts the store must answer
+                within that time; processes may join later, because machines start at different times.
 
         Raises:
             ConfigError: the host has no address, or another process has the same rank.
-            LostPeerError: the port is taken, the store does not answer, or processes are missing; they are named.
+            LostPeerError: the port is taken, the store does not answer, or processes are missing; names them.
         """
         _check_host(self.place)
         patience = min(_LONGEST_START, max(_SHORTEST_START, _STARTS * silence))
@@ -170,8 +175,8 @@ class Rendezvous:
         except (DistError, OSError) as error:
             who = "The launcher" if launched else f"Rank 0 (this is rank {self.place.rank})"
             raise LostPeerError(
-                f"{who} does not answer at {self._address}: {_first_line(error)}. Look whether it has started, and "
-                "whether MASTER_ADDR and MASTER_PORT are the same for all processes and no firewall lies between them."
+                f"{who} does not answer at {self._address}: {_first_line(error)}. Check that it has started, "
+                "that MASTER_ADDR and MASTER_PORT are the same for all processes, and that no firewall blocks the port."
             ) from None
         store.set_timeout(timedelta(seconds=_LONGEST_START))
         return PrefixStore(f"{self.name}group", store)
@@ -181,7 +186,7 @@ class Rendezvous:
         return f"{self.host}:{self.place.port}"
 
     def _host_store(self) -> TCPStore:
-        """A store at this port, which the run before may hold for a while. Raises LostPeerError if it stays taken."""
+        """A store at this port, which the previous run may hold for a while. Raises LostPeerError if it stays taken."""
         for _ in range(_PORT_ATTEMPTS):
             try:
                 if on_loopback(self.host):
@@ -197,7 +202,7 @@ class Rendezvous:
         )
 
     def _roll_call(self, store: Store, silence: float, patience: float) -> None:
-        """Wait until all processes have come, and say so where it takes long. Raises LostPeerError, ConfigError."""
+        """Wait until all processes have joined; report a long wait. Raises LostPeerError, ConfigError."""
         rank, everyone = self.place.rank, range(self.place.world_size)
         if store.add(str(rank), 1) > 1:
             raise PlaceError(f"Two processes have RANK {rank} at {self._address}: give each of them its own.")
@@ -205,22 +210,23 @@ class Rendezvous:
             store.wait([str(other) for other in everyone], timedelta(seconds=min(silence, patience)))
             return
         if rank == 0:
-            print(f"Waiting for ranks {_missing(store, everyone)} at {self._address}.", file=sys.stderr, flush=True)
+            _logger.info(f"Waiting for ranks {_missing(store, everyone)} at {self._address}.")
         with suppress(DistStoreError):
             store.wait([str(other) for other in everyone], timedelta(seconds=max(1.0, patience - silence)))
             return
         lost = LostPeerError(
             f"Of {self.place.world_size} processes, ranks {_missing(store, everyone)} did not connect to "
-            f"{self._address} within {patience:.0f} s. Look whether they have started, and whether all have "
-            "the same WORLD_SIZE."
+            f"{self._address} within {patience:.0f} s. Check that they have started and that all "
+            "have the same WORLD_SIZE."
         )
         lost.every_process = False
         raise lost
 
     def sealed(self, seconds: float) -> SealedStore:
-        """What the processes tell each other; a connection of its own, as a thread may wait in the group's.
+        """The channel for messages between the processes. It has its own connection, because a thread may block in the
+        group's.
 
         Raises:
-            DistError: the store does not answer for so many seconds.
+            DistError: the store does not answer for that many seconds.
         """
         return SealedStore(self.connect(seconds), f"{self.name}watch/", self.sealer)

@@ -1,9 +1,10 @@
-"""Where a process stands among its peers, and how they agree to stop.
+"""The rank of a process, its process group, and how the ranks agree to stop.
 
-A process learns its place from the variables that torchrun, `launchers/` and SLURM set (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them it is alone.
+A process reads its rank from the variables that torchrun, `launchers/` and SLURM set (RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR, MASTER_PORT). Without them it runs alone.
 """
 
+import logging
 import os
 import resource
 import signal
@@ -19,7 +20,6 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from moce_ds.console import say, warn
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
 from moce_ds.errors import MoceError
@@ -29,16 +29,24 @@ from moce_ds.host.machine import machine_fault
 from moce_ds.host.place import ALONE, Place, PlaceError
 from moce_ds.text import counted, encoded
 
+_logger = logging.getLogger(__name__)
+
 _PEER_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
-# DeepSpeed looks for the address even when there is no one to meet; the in-process store needs no port.
-_NOWHERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+# DeepSpeed requires an address even for a single process; the in-process store needs no port.
+_NO_ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A process's place: global rank, number of processes, rank on its machine, the device it computes on, and the
-    watch over its peers, where it has any."""
+    """The rank of a process in its group.
+
+    Attributes:
+        rank, world_size: global rank, and number of processes.
+        local_rank: rank on its machine.
+        device: the device that it computes on.
+        watch: watches the other processes; None for a single process.
+    """
 
     rank: int
     world_size: int
@@ -48,16 +56,21 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process prints and writes what needs one writer."""
+        """Whether this process is rank 0, which prints and writes for all."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print to standard error, once for all processes, clear of a progress bar."""
+        """Log a notice from rank 0 only."""
         if self.is_main:
-            say(text, err=True)
+            _logger.info(text, stacklevel=2)
+
+    def warn(self, text: str) -> None:
+        """Log a warning that every rank would repeat, from rank 0 only."""
+        if self.is_main:
+            _logger.warning(text, stacklevel=2)
 
     def set_status(self, doing: str) -> None:
-        """Say what this process is at, such as "step 12": told to the others if it is lost."""
+        """Set what this process is doing, such as "step 12". The others report it if this process is lost."""
         if self.watch is not None:
             self.watch.set_status(doing)
 
@@ -67,14 +80,14 @@ class Runtime:
             dist.barrier()
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over all processes, in float64 on the host; every process gets the same result."""
+        """Element-wise sum over all processes, in float64 on the host. Every process gets the same result."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
     def max(self, values: list[float]) -> list[float]:
-        """Element-wise maximum over all processes, in float64 on the host; every process gets the same result."""
+        """Element-wise maximum over all processes, in float64 on the host. Every process gets the same result."""
         largest = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -82,7 +95,7 @@ class Runtime:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes that this process has held at most: tensors on its GPU, or without one all that it holds."""
+        """Peak memory of this process in bytes: tensors on its GPU, or without a GPU its resident set."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -90,12 +103,12 @@ class Runtime:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Run a block that can fail on some processes only; then all raise, and none waits for one that has gone.
+        """Run a block that can fail on some ranks only. If any rank fails, every rank raises.
 
-        The block itself must hold no collective; leaving it is one.
+        Leaving the block is a collective; the block itself must contain none.
 
         Raises:
-            MoceError: what the first process that failed has raised, or met as an error of its machine.
+            MoceError: the error of the first rank that failed, or the machine error that it met.
         """
         fault: MoceError | None = None
         try:
@@ -110,16 +123,16 @@ class Runtime:
         if status:
             first = next(text for text in self.texts(str(fault or "")) if text)
             agreed = type(fault or MoceError())(first)
-            agreed.status, agreed.every_process = status, False  # all of them know it
+            agreed.status, agreed.every_process = status, False  # every rank raises it
             raise agreed from None
 
     def texts(self, text: str) -> list[str]:
         """The texts of all processes, by rank.
 
-        They travel as bytes: `torch.distributed` would send objects as pickles, which can run anything.
+        They are sent as bytes: `torch.distributed` would send objects as pickles, which can run arbitrary code.
 
         Raises:
-            MoceError: one is longer than 1 GiB.
+            MoceError: a text is longer than 1 GiB.
         """
         if self.world_size == 1:
             return [text]
@@ -138,42 +151,42 @@ class Runtime:
 
 
 def lone_device() -> torch.device:
-    """Where a process without a group computes: the GPU where there is one. Says once how many threads it takes."""
-    _tell_threads()
+    """The device of a process without a group: the GPU if there is one. Logs once how many threads are used."""
+    _log_threads()
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @cache
-def _tell_threads() -> None:
-    if line := threads.told():
-        warn(line)
+def _log_threads() -> None:
+    if line := threads.notice():
+        _logger.info(line)
 
 
 @contextmanager
 def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
     """Join the process group (gloo on the host, NCCL on GPUs) for the length of the block.
 
-    A peer that dies, or is silent for `peer_timeout` seconds, ends this process with status LOST_PEER and a message.
+    If a peer dies, or is silent for `peer_timeout` seconds, this process ends with status LOST_PEER and a message.
 
     Raises:
-        ConfigError: the variables that tell this process its place are missing or impossible.
-        LostPeerError: the port is taken, or not all processes have come.
+        ConfigError: the variables that give this process its rank are missing or invalid.
+        LostPeerError: the port is taken, or not all processes joined.
     """
     place = Place.here()
-    given = ALONE | (_NOWHERE if place.world_size == 1 else interfaces(os.environ))
-    with _unless_given(given), _joined(place, peer_timeout) as runtime:
+    variables = ALONE | (_NO_ADDRESS if place.world_size == 1 else interfaces(os.environ))
+    with _default_environment(variables), _joined(place, peer_timeout) as runtime:
         yield runtime
 
 
 @contextmanager
-def _unless_given(values: dict[str, str]) -> Iterator[None]:
-    """Variables of the environment for the length of the block; a process that is started later must not see them."""
-    own = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(own)
+def _default_environment(values: dict[str, str]) -> Iterator[None]:
+    """Set missing environment variables for the length of the block; processes started later must not see them."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in own:
+        for name in added:
             del os.environ[name]
 
 
@@ -183,8 +196,8 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise PlaceError(
-                f"LOCAL_RANK is {local_rank} and this machine shows {counted(torch.cuda.device_count(), 'GPU')}: start "
-                "at most one process per GPU, or show more of them (CUDA_VISIBLE_DEVICES)."
+                f"LOCAL_RANK is {local_rank} and this machine has {counted(torch.cuda.device_count(), 'GPU')}: start "
+                "at most one process per GPU, or make more of them visible (CUDA_VISIBLE_DEVICES)."
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -201,22 +214,23 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     try:
         with watch or nullcontext():
             runtime = Runtime(rank, world_size, local_rank, device, watch)
-            _tell_threads()
+            _logger.debug("joined %d processes on %s, backend %s", world_size, device, backend)
+            _log_threads()
             yield runtime
-            dist.barrier()  # nobody takes the store away while others still look into it
+            dist.barrier()  # no process closes the store while others still read it
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 class StopRequest:
-    """Remembers that a signal asked for a stop, and knows when time is up; the loop looks at it between steps.
+    """Records that a signal asked for a stop, and whether time is up. The training loop checks it between steps.
 
-    A second Ctrl-C ends the process at once, as an impatient user expects. SIGHUP, of a terminal that is gone, asks for
-    a stop too, unless it is ignored, as under nohup.
+    A second Ctrl-C ends the process at once. SIGHUP, sent when a terminal closes, asks for a stop too, unless it is
+    ignored, as under nohup.
 
     Args:
-        seconds: after so long a stop is wanted too; None: never.
+        seconds: also stop after this many seconds; None: never.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -226,7 +240,7 @@ class StopRequest:
 
     @property
     def wanted(self) -> bool:
-        """Whether this process wants the run to stop."""
+        """Whether this process asks the run to stop."""
         return self._received is not None or time.monotonic() >= self._deadline
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -240,6 +254,6 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,5 @@
-"""The secret of a run, which its launcher gives to all processes, and seals that only who knows it can make."""
+"""The secret of a run, which its launcher gives to all processes, and message authentication codes (seals) made with
+it."""
 
 import hashlib
 import hmac
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from moce_ds.text import encoded
 
 SECRET = "MOCE_SECRET"
-"""The environment variable of the secret. Without one, as under torchrun, seals protect from accidents alone."""
+"""Environment variable of the secret. Without it, as under torchrun, seals only detect accidents."""
 
 
 def new_secret() -> str:
@@ -27,5 +28,5 @@ class Sealer:
         return hmac.digest(self.secret, encoded(text), hashlib.sha256).hex()
 
     def is_genuine(self, seal: str, text: str) -> bool:
-        """Whether that is the seal of that text; takes as long for a wrong one as for the right one."""
+        """Whether `seal` is the seal of `text`; takes constant time."""
         return hmac.compare_digest(encoded(seal), self.seal(text).encode())

@@ -1,40 +1,39 @@
-"""Noticing that a process has gone, and which: a peer that dies or stops must end the others, not leave them waiting.
+"""Detects that a process is gone, and which one: a peer that dies or hangs must end the others, not block them.
 
-Every process beats once a second, from a thread of its own, in the store at which the processes met. Rank 0 watches all
-beats and every rank watches rank 0's. Who sees that a rank is lost writes the verdict into the store; everyone reads it
-there and ends with status LOST_PEER, out of whatever collective it waits in. One that is interrupted, not stopped at a
-step, says so in the same way, and all end with STOPPED. An error that a process has explained (a
-MoceError) is mostly agreed, and then all end with it; of one that is not, the others learn once they miss that process,
-or at once where its disk or network has failed.
+Every process writes a heartbeat once a second, from its own thread, into the store of the rendezvous. Rank 0 watches
+all heartbeats and every rank watches rank 0's. The rank that notices a loss writes a verdict into the store. All ranks
+read it there and end with status LOST_PEER, even while they wait in a collective. An interrupted process reports that
+in the same way, and all end with STOPPED. Ranks normally agree on a handled error (a MoceError) and all end with it. If
+they do not, the others learn of it when they miss that process, or at once if its disk or network failed.
 """
 
 import itertools
 import os
 import socket
-import sys
 import threading
 from contextlib import suppress
 from types import TracebackType
 
 from torch.distributed import DistError
 
+from moce_ds.console import say_error
 from moce_ds.distributed.rendezvous import Rendezvous
 from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
 from moce_ds.host.machine import machine_fault
 
 _BEAT_SECONDS = 1.0
-_BROKEN_BEATS = 5  # once a process has seen a connection break, a silence of so many beats tells who broke it
+_BROKEN_BEATS = 5  # after a broken connection, this many missed heartbeats identify the rank that broke it
 _STORE_SECONDS = 20.0
-_STATUSES = (1, LOST_PEER, STOPPED)  # of a verdict, which nobody can use to end a run as if all were well
+_STATUSES = (1, LOST_PEER, STOPPED)  # valid in a verdict: nobody can end a run with status 0 through the store
 
 
 class Watch:
-    """The beats of one process, and its eye on the others.
+    """The heartbeat of one process, and its watch over the others.
 
     Args:
-        rank, world_size: of this process; local_rank: 0 prints the verdict, once a machine.
+        rank, world_size: of this process; local_rank: 0 prints the verdict, once per machine.
         timeout: seconds of silence after which a rank counts as lost.
-        meeting: where the processes have met.
+        meeting: the rendezvous of the processes.
     """
 
     def __init__(self, rank: int, world_size: int, local_rank: int, timeout: float, meeting: Rendezvous) -> None:
@@ -42,13 +41,13 @@ class Watch:
         self._limit = max(_BROKEN_BEATS, round(timeout / _BEAT_SECONDS))
         self._host, self._store = meeting.host, meeting.sealed(_STORE_SECONDS)
         self._doing, self._broken = "starting", False
-        self._heard: dict[int, tuple[str, int]] = {}  # the last beat of a rank, and for how many of ours it is old
+        self._heard: dict[int, tuple[str, int]] = {}  # last heartbeat by rank, and its age in our own heartbeats
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def set_status(self, doing: str) -> None:
-        """Say what this process is at, such as "step 12", for the message about it if it is lost."""
+        """Set what this process is doing, such as "step 12", for the message if it is lost."""
         self._doing = doing
 
     def __enter__(self) -> "Watch":
@@ -57,10 +56,10 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop, and end the others if this process ends otherwise than it should.
+        """Stop watching, and end the other processes if this one ends with an unexpected error.
 
         Raises:
-            LostPeerError: a collective has failed, and it did not show which process is to blame.
+            LostPeerError: a collective failed without showing which process caused it.
         """
         if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             self._broken = True
@@ -75,15 +74,15 @@ class Watch:
         who = f"Rank {self._rank} on {socket.gethostname()}"
         fault = error if isinstance(error, MoceError) else machine_fault(error)
         how = f"{type(error).__name__}: {error}" if fault is None else str(fault)
-        told = f"{who} ended at {self._doing}: {how}"
-        with suppress(DistError):  # the store may have gone first
+        message = f"{who} ended at {self._doing}: {how}"
+        with suppress(DistError):  # the store may end first
             if isinstance(error, KeyboardInterrupt):
                 self._store.set("verdict", f"{STOPPED} {who} was interrupted at {self._doing}.")
             elif fault is not None and not (fault.status == LOST_PEER and fault.every_process):
                 status = fault.status if fault.status in _STATUSES else 1
-                self._store.set(f"farewell/{self._rank}", f"{status} {told}")
-            else:  # a defect, or what struck this process alone: the others wait for it in vain
-                self._store.set("verdict", f"{LOST_PEER} {told}")
+                self._store.set(f"farewell/{self._rank}", f"{status} {message}")
+            else:  # a defect, or a fault of this process alone: the others would wait for it forever
+                self._store.set("verdict", f"{LOST_PEER} {message}")
 
     def _run(self) -> None:
         for count in itertools.count():
@@ -92,33 +91,33 @@ class Watch:
                 if self._broken:
                     self._store.set("broken", str(self._rank))
                 verdict = _parsed(self._store.get("verdict"))
-                own = None if verdict else self._judge()
+                judgement = None if verdict else self._judge()
             except DistError:
                 if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
-                    return  # this process was about to end as well
+                    return  # this process was ending as well
                 gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it."
-                own, verdict = None, (LOST_PEER, gone)
-            if end := own or verdict:
+                judgement, verdict = None, (LOST_PEER, gone)
+            if end := judgement or verdict:
                 status, text = end
-                if own or self._local_rank == 0:
-                    with suppress(OSError):  # nobody reads it any more
-                        print(text if status == STOPPED else f"Error: {text}", file=sys.stderr, flush=True)
+                if judgement or self._local_rank == 0:
+                    with suppress(OSError):  # standard error has no reader any more
+                        say_error(text if status == STOPPED else f"Error: {text}")
                 os._exit(status)
             if self._stop.wait(_BEAT_SECONDS):
                 return
 
     def _judge(self) -> tuple[int, str] | None:
-        """A verdict (exit status and message) if a watched rank has been silent for too long; None if all is well."""
+        """A verdict (exit status and message) if a watched rank has been silent for too long; None otherwise."""
         limit = _BROKEN_BEATS if self._store.get("broken") else self._limit
         watched = range(1, self._world_size) if self._rank == 0 else range(1)
         for rank in watched:
             beat = self._store.get(f"beat/{rank}")
             last, age = self._heard.get(rank, ("", 0))
-            # Counted in own beats: after a pause of all processes (Ctrl-Z) nobody is taken for lost.
+            # Counted in own heartbeats, so that no rank counts as lost after a pause of all processes (Ctrl-Z).
             self._heard[rank] = (beat, age + 1 if beat == last else 0)
             if self._heard[rank][1] >= limit:
                 host = beat.partition(" ")[2] or "an unknown host"
-                # The step is that at which this process waits for the lost one.
+                # The step is the one at which this process waits for the lost rank.
                 status, text = _parsed(self._store.get(f"farewell/{rank}")) or (
                     LOST_PEER,
                     f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at {self._doing}. "
@@ -130,6 +129,6 @@ class Watch:
 
 
 def _parsed(verdict: str) -> tuple[int, str] | None:
-    """Exit status and message of a verdict or a farewell; None where there is none, or it makes no sense."""
+    """Exit status and message of a verdict or farewell; None if there is none or it is invalid."""
     status, _, text = verdict.partition(" ")
     return next(((known, text) for known in _STATUSES if status == str(known)), None)

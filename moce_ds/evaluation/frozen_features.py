@@ -1,4 +1,4 @@
-"""How good an encoder's frozen features are for a task: k-NN or linear probe on its splits.
+"""Quality of an encoder's frozen features for a task: k-NN or linear probe on its splits.
 
 Axes: N images of a split, D features.
 """
@@ -17,7 +17,7 @@ from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
-"""Of each verb; they say what is measured."""
+"""Settings class of each verb."""
 
 
 def measure_frozen(
@@ -27,10 +27,10 @@ def measure_frozen(
     device: torch.device,
     choose_by: Metric | None = None,
 ) -> Score | MultiLabelScore:
-    """k-NN, in which the validation images vote too, or the linear probe, whose strength they choose.
+    """k-NN, where validation images vote too, or a linear probe, whose strength they choose.
 
     Raises:
-        DataError: the splits do not go together, or no classifier can be judged on them.
+        DataError: the splits do not match, or no classifier can be evaluated on them.
     """
     check_labels(splits)
     train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, device)
@@ -40,9 +40,9 @@ def measure_frozen(
         score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
         if unfinished := score.settings.get("not_converged"):
             warn(
-                f"probe: logistic regression had not converged after {MAX_ITERATIONS} iterations with "
+                f"probe: logistic regression did not converge after {MAX_ITERATIONS} iterations with "
                 f"l2={', '.join(map(str, unfinished))}; l2={score.settings['l2']} was chosen. Features are nearly "
-                "separable there: leave these strengths out of l2, or take method=closed_form."
+                "separable there: remove these strengths from l2, or set method=closed_form."
             )
         return score
     if validation is not None:
@@ -51,7 +51,7 @@ def measure_frozen(
 
 
 def check_labels(splits: Splits) -> None:
-    """Refuse labels that no classifier can be judged by, before anything is encoded. Raises DataError."""
+    """Refuse labels that no classifier can be evaluated on, before any image is encoded. Raises DataError."""
     train = torch.from_numpy(labels_of(splits.train, splits.train))
     for name, images in (("test", splits.test), ("validation", splits.val)):
         if images is not None:
@@ -63,7 +63,7 @@ def check_labels(splits: Splits) -> None:
 def encoded(
     encoder: Encoder, images: ShardSet, training: ShardSet, config: EncodeSettings, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, D] of a split, and its labels [N] or targets [N, K], both by the classes of the training split.
+    """Features [N, D] of a split, and its labels [N] or targets [N, K] by the classes of the training split.
 
     Raises:
         DataError: an image has no class, or the classes are not those of the training split.

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour accuracy on frozen features, as DINO's protocol has it.
+"""Weighted k-nearest-neighbour accuracy on frozen features, with DINO's protocol.
 
 Labels are classes [N], or targets [N, K] (see `metrics`).
 
@@ -13,20 +13,20 @@ from moce_ds.errors import DataError
 from moce_ds.evaluation.metrics import MultiLabelScore, Score, judge
 from moce_ds.evaluation.settings import KnnSettings
 
-_BLOCK_ENTRIES = 2**24  # similarities held at a time: 64 MiB in float32
+_BLOCK_ENTRIES = 2**24  # similarities in memory at a time: 64 MiB in float32
 
 
 def knn_accuracy(
     train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, config: KnnSettings | None = None
 ) -> Score | MultiLabelScore:
-    """Accuracy of a vote of the k nearest training images, each weighing exp(cosine / temperature).
+    """Accuracy of a vote of the k nearest training images, each weighted by exp(cosine / temperature).
 
-    Fewer than k training images all vote; `settings["k"]` says how many did. Similarities are computed in
-    blocks of test images, so memory does not grow with the test split. With targets, the score of a class is the
-    vote's share for it, neighbours that are not counted for the class left out.
+    If there are fewer than k training images, all vote; `settings["k"]` is the number of voters. Similarities are
+    computed in blocks of test images, so memory does not grow with the test split. With targets, the score of a class
+    is its share of the vote, without neighbours that are ignored for the class.
 
     Args:
-        train_ND, test_ND: float32 features, any scale (they are L2-normalised here).
+        train_ND, test_ND: float32 features of any scale (they are L2-normalised here).
         train_labels, test_labels: integer class of each image [N], or targets [N, K].
 
     Raises:
@@ -46,12 +46,12 @@ def knn_accuracy(
             for test_QD in test_ND.split(block)
         ]
     )
-    chosen = {"k": k, "temperature": config.temperature}
-    return judge(votes_NK.cpu().numpy(), test_y.cpu().numpy(), len(train_ND), chosen)
+    settings = {"k": k, "temperature": config.temperature}
+    return judge(votes_NK.cpu().numpy(), test_y.cpu().numpy(), len(train_ND), settings)
 
 
 def positions(train_labels: Tensor, *others: Tensor) -> list[Tensor]:
-    """Classes as positions in the sorted classes of the training split; targets as they are."""
+    """Classes as positions in the sorted classes of the training split; targets unchanged."""
     if train_labels.ndim == 2:
         return [train_labels, *others]
     classes = torch.unique(train_labels)
@@ -61,11 +61,11 @@ def positions(train_labels: Tensor, *others: Tensor) -> list[Tensor]:
 def check_split(
     train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, test: str = "test"
 ) -> None:
-    """Refuse features and labels that no classifier can be judged on; `test` names the second split in errors.
+    """Refuse features and labels that no classifier can be evaluated on; `test` names the second split in errors.
 
     Raises:
-        DataError: an empty split, labels that do not fit the features, unequal widths, values that are not finite,
-            fewer than two classes, or a test class without a training image.
+        DataError: an empty split, labels that do not match the features, unequal widths, non-finite values, fewer than
+            two classes, or a test class without a training image.
     """
     for split, features_ND, labels in (("training", train_ND, train_labels), (test, test_ND, test_labels)):
         if features_ND.ndim != 2 or labels.ndim not in (1, 2) or labels.shape[:1] != features_ND.shape[:1]:
@@ -90,14 +90,14 @@ def check_split(
     if train_labels.shape[1:] != test_labels.shape[1:]:
         raise DataError(
             f"Training labels are {list(train_labels.shape)} and {test} labels {list(test_labels.shape)}; "
-            "expected both with one label an image, or with a target for each of the same classes."
+            "expected both with one label per image, or with one target per class for the same classes."
         )
     if train_labels.ndim == 1:
         check_classes(train_labels, test_labels, test)
 
 
 def check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:
-    """Refuse a single class, and a class of the split called `test` without a training image. Raises DataError."""
+    """Refuse a single class, and a class of the split `test` without a training image. Raises DataError."""
     known = set(train_labels_N.tolist())
     if len(known) < 2:
         raise DataError("The training split holds a single class; accuracy needs at least two.")
@@ -110,7 +110,7 @@ def check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> N
 
 def _vote(similarity_QN: Tensor, train_y: Tensor, k: int, temperature: float) -> Tensor:
     similarity_Qk, neighbour_Qk = similarity_QN.topk(k, dim=1)
-    # A common factor per row changes no vote; dividing by the largest weight keeps small temperatures finite.
+    # A common factor per row does not change the vote; dividing by the largest weight keeps small temperatures finite.
     weight_Qk = ((similarity_Qk - similarity_Qk[:, :1]) / temperature).exp()
     if train_y.ndim == 1:
         votes_QK = weight_Qk.new_zeros(len(similarity_QN), int(train_y.max()) + 1)

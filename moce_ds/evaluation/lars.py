@@ -1,7 +1,7 @@
 """A linear classifier trained as MAE's linear probe: BatchNorm without affine part, LARS, cosine schedule.
 
-MAE crops and flips the images anew in every epoch; here the features of the centre crops are computed once, so that
-ninety epochs take seconds and several learning rates can be compared.
+MAE draws new crops and flips in every epoch. Here the features of the centre crops are computed once, so that ninety
+epochs take seconds and several learning rates can be compared.
 
 Labels are positions [N], or targets [N, K] (see `metrics`).
 
@@ -30,35 +30,35 @@ _NORM_EPS = 1e-6
 def lars_fits(
     x_ND: NDArray[np.float32], y: NDArray[np.integer], base_lrs: Sequence[float], config: LarsSettings, seed: int
 ) -> Fits:
-    """A classifier for each learning rate, all from the same first weights and in the same order of images."""
+    """A classifier for each learning rate, all with the same initial weights and the same order of images."""
     x, labels = torch.from_numpy(x_ND), torch.from_numpy(y.astype(np.int64))
     for base_lr in base_lrs:
-        yield Fit(base_lr, _trained(x, labels, base_lr, config, seed))
+        yield Fit(base_lr, _train_classifier(x, labels, base_lr, config, seed))
 
 
-def _trained(x_ND: Tensor, labels: Tensor, base_lr: float, config: LarsSettings, seed: int) -> Predict:
+def _train_classifier(x_ND: Tensor, labels: Tensor, base_lr: float, config: LarsSettings, seed: int) -> Predict:
     random = torch.Generator().manual_seed(seed)
     classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     head = nn.Linear(x_ND.shape[1], classes)
     nn.init.trunc_normal_(head.weight, std=_INIT_STD, generator=random)
     nn.init.zeros_(head.bias)
     model = nn.Sequential(nn.BatchNorm1d(x_ND.shape[1], affine=False, eps=_NORM_EPS), head)
-    # timm adapts no group without weight decay unless told; biases are never adapted, as in MAE's LARS.
+    # timm adapts groups without weight decay only on request; biases are never adapted, as in MAE's LARS.
     groups = [
         {"params": [head.weight], "always_adapt": True, "weight_decay": config.weight_decay},
         {"params": [head.bias]},
     ]
     optimizer = Lars(groups, lr=0.0, momentum=config.momentum, weight_decay=0.0)
     batch = min(config.batch_size, len(x_ND))
-    steps = len(x_ND) // batch  # whole batches only, since BatchNorm needs more than an image
+    steps = len(x_ND) // batch  # whole batches only: BatchNorm needs more than one image
     for epoch in range(config.epochs):
         order_N = torch.randperm(len(x_ND), generator=random)
-        for step, chosen_B in enumerate(order_N[: steps * batch].split(batch)):
+        for step, ids_B in enumerate(order_N[: steps * batch].split(batch)):
             rate = base_lr * batch / 256 * _schedule(epoch + step / steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            _loss(model(x_ND[chosen_B]), labels[chosen_B]).backward()
+            _loss(model(x_ND[ids_B]), labels[ids_B]).backward()
             optimizer.step()
     model.eval()
 

@@ -1,4 +1,4 @@
-"""Linear classifiers that need no learning rate: logistic regression, and ridge regression in closed form.
+"""Linear classifiers without a learning rate: logistic regression, and ridge regression in closed form.
 
 Labels are positions [N], or targets [N, K] (see `metrics`).
 
@@ -17,14 +17,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 Predict = Callable[[NDArray[np.float32]], NDArray[np.floating]]
-"""Features [N, D] -> scores [N, K]; the highest one is the class."""
+"""Features [N, D] -> scores [N, K]; the highest score is the predicted class."""
 
 MAX_ITERATIONS = 500
-"""Of logistic regression, which reaches its optimum before that unless it is hardly regularised."""
+"""Iterations of logistic regression, which converges earlier unless the regularisation is very weak."""
 
 
 class Fit(NamedTuple):
-    """What was fitted with a strength, and whether it got to its optimum."""
+    """A classifier fitted with one strength, and whether the fit converged."""
 
     strength: float
     predict: Predict
@@ -35,9 +35,10 @@ Fits = Iterator[Fit]
 
 
 def logistic_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:
-    """Multinomial logistic regression on standardised features; with targets, one classifier a class.
+    """Multinomial logistic regression on standardised features; with targets, one classifier per class.
 
-    A strength is the weight of `||W||^2 / 2` beside the *mean* cross-entropy, so that it means the same for any N.
+    The strength is the weight of `||W||^2 / 2` relative to the *mean* cross-entropy, so that it means the same for any
+    N.
     """
     fit = _logistic if y.ndim == 1 else _one_by_one
     for strength in strengths:
@@ -51,7 +52,7 @@ def logistic_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: 
 
 
 def _logistic(x_ND: NDArray[np.float32], y_N: NDArray[np.integer], strength: float) -> Predict:
-    # scikit-learn weighs the *sum* of the cross-entropy by C.
+    # scikit-learn's C weighs the *sum* of the cross-entropy.
     classifier = LogisticRegression(C=1 / (strength * len(x_ND)), max_iter=MAX_ITERATIONS)
     fitted = make_pipeline(StandardScaler(), classifier).fit(x_ND, y_N)
     if len(fitted.classes_) == 2:  # scikit-learn gives the score of the second class only
@@ -60,8 +61,8 @@ def _logistic(x_ND: NDArray[np.float32], y_N: NDArray[np.integer], strength: flo
 
 
 def _one_by_one(x_ND: NDArray[np.float32], targets_NK: NDArray[np.integer], strength: float) -> Predict:
-    """Images that are not counted for a class are left out of its classifier; of a class that all or none of the
-    others show, nothing can be learnt, and all images score alike."""
+    """One classifier per class. Images with target -1 for a class are ignored; if all or none of the others show it,
+    all scores are 0."""
     predicts: list[Predict | None] = []
     for target_N in targets_NK.T:
         counted_N = target_N >= 0
@@ -71,9 +72,10 @@ def _one_by_one(x_ND: NDArray[np.float32], targets_NK: NDArray[np.integer], stre
 
 
 def ridge_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:
-    """Least squares to one-hot labels on standardised features, `l2 * ||W||^2` beside the *mean* squared error.
+    """Least squares to one-hot labels on standardised features, plus `l2 * ||W||^2` relative to the *mean* squared
+    error.
 
-    One eigendecomposition of the D x D covariance serves all strengths. A target that is not counted is taken for 1/2.
+    One eigendecomposition of the D x D covariance serves all strengths. Ignored targets count as 1/2.
     """
     scaler = StandardScaler().fit(x_ND)
     z_ND = scaler.transform(x_ND).astype(np.float64)

@@ -1,6 +1,6 @@
-"""What a task is judged by: top-1, mean accuracy per class, and VOC2007's 11-point mean average precision.
+"""Metrics of a task: top-1, mean accuracy per class, and VOC2007's 11-point mean average precision.
 
-Labels are classes [N], or, where an image may show several things, targets [N, K]: 1 shown, 0 not shown, -1 not counted
+Labels are classes [N], or, where an image may show several classes, targets [N, K]: 1 shown, 0 not shown, -1 ignored
 (VOC's "difficult").
 
 Axes: N images, K classes.
@@ -17,19 +17,19 @@ from torch import Tensor
 from moce_ds.errors import DataError
 from moce_ds.evaluation.settings import Metric
 
-SPOKEN: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
+DISPLAY_NAMES: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy on a task's test images, with how it was obtained.
+    """Accuracy on the test images of a task, and how it was measured.
 
     Attributes:
         top1: share of the test images with the right class, 0-1.
         mean_per_class: the same share per class, averaged over the classes present in the test split, 0-1.
-        n_train: images in the training split (and in the one for validation), all of them used.
+        n_train: images in the training split, including the validation images.
         n_test: images in the test split.
-        settings: what was set or chosen, such as k or the regularisation; JSON values only.
+        settings: settings and choices, such as k or the regularisation; JSON values only.
     """
 
     top1: float
@@ -40,13 +40,13 @@ class Score:
 
     @property
     def figures(self) -> dict[str, float]:
-        """By metric."""
+        """Values by metric."""
         return {"top1": self.top1, "mean_per_class": self.mean_per_class}
 
 
 @dataclass(frozen=True)
 class MultiLabelScore:
-    """As `Score`, of a task whose images show several things: 11-point mAP, 0-1."""
+    """As `Score`, for a task whose images show several classes: 11-point mAP, 0-1."""
 
     map11: float
     n_train: int
@@ -55,7 +55,7 @@ class MultiLabelScore:
 
     @property
     def figures(self) -> dict[str, float]:
-        """By metric."""
+        """Values by metric."""
         return {"map11": self.map11}
 
 
@@ -65,17 +65,17 @@ def top1(predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> flo
 
 
 def mean_per_class(predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> float:
-    """The share of right images of each class, averaged over the classes that `labels_N` holds, 0-1."""
+    """The accuracy of each class, averaged over the classes in `labels_N`, 0-1."""
     _, class_N = np.unique(labels_N, return_inverse=True)
     per_class_K = np.bincount(class_N, weights=predicted_N == labels_N) / np.bincount(class_N)
     return float(per_class_K.mean())
 
 
 def average_precision_11(scores_N: NDArray[np.floating], target_N: NDArray[np.integer]) -> float:
-    """VOC2007's average precision of one class: the mean over recalls r = 0, 0.1 ... 1 of the best precision at a
-    recall of r or more, 0-1. Images with target -1 count for nothing; of equal scores the earlier image ranks first.
+    """VOC2007's average precision of one class, 0-1: the mean over recalls r = 0, 0.1 ... 1 of the best precision at a
+    recall of at least r. Images with target -1 are ignored. Among equal scores the earlier image ranks first.
 
-    Recalls are compared as integers: 3 of 10 *is* a recall of 0.3, which floating point may deny.
+    Recalls are compared as integers: 3 of 10 *is* a recall of 0.3, which floating point may round down.
 
     Raises:
         DataError: no image shows the class.
@@ -85,15 +85,15 @@ def average_precision_11(scores_N: NDArray[np.floating], target_N: NDArray[np.in
     counted_N = target_N >= 0
     ranked = np.argsort(-scores_N[counted_N], kind="stable")
     shown = target_N[counted_N][ranked] == 1
-    found = np.cumsum(shown)
+    hits = np.cumsum(shown)
     if not shown.any():
         raise DataError("No test image shows the class: its average precision is not defined.")
-    precision = found / np.arange(1, len(shown) + 1)
-    return float(np.mean([precision[10 * found >= tenths * found[-1]].max() for tenths in range(11)]))
+    precision = hits / np.arange(1, len(shown) + 1)
+    return float(np.mean([precision[10 * hits >= tenths * hits[-1]].max() for tenths in range(11)]))
 
 
 def mean_average_precision_11(scores_NK: NDArray[np.floating], targets_NK: NDArray[np.integer]) -> float:
-    """`average_precision_11` averaged over the classes that some image shows. Raises DataError where there is none."""
+    """`average_precision_11` averaged over the classes that some image shows. Raises DataError if there is none."""
     shown = np.flatnonzero((targets_NK == 1).any(axis=0))
     if not len(shown):
         raise DataError("No test image shows any class: average precision is not defined.")
@@ -101,7 +101,7 @@ def mean_average_precision_11(scores_NK: NDArray[np.floating], targets_NK: NDArr
 
 
 def figure(metric: Metric, scores_NK: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
-    """One metric of the scores that a classifier gives to each class; labels are positions [N], or targets [N, K]."""
+    """One metric of class scores; labels are positions [N], or targets [N, K]."""
     if metric == "map11":
         return mean_average_precision_11(scores_NK, labels)
     return {"top1": top1, "mean_per_class": mean_per_class}[metric](scores_NK.argmax(axis=1), labels)
@@ -110,7 +110,7 @@ def figure(metric: Metric, scores_NK: NDArray[np.floating], labels: NDArray[np.i
 def judge(
     scores_NK: NDArray[np.floating], labels: NDArray[np.integer], n_train: int, settings: Mapping[str, Any]
 ) -> Score | MultiLabelScore:
-    """All metrics of the scores that a classifier gives to each class; labels are positions [N], or targets [N, K]."""
+    """All metrics of class scores; labels are positions [N], or targets [N, K]."""
     if labels.ndim == 2:
         return MultiLabelScore(mean_average_precision_11(scores_NK, labels), n_train, len(labels), settings)
     predicted_N = scores_NK.argmax(axis=1)
@@ -118,7 +118,7 @@ def judge(
 
 
 def score(predicted_N: Tensor, labels_N: Tensor, n_train: int, settings: Mapping[str, Any]) -> Score:
-    """The `Score` of predicted classes against the true ones."""
+    """The `Score` of predicted classes."""
     predicted, labels = predicted_N.cpu().numpy(), labels_N.cpu().numpy()
     return Score(top1(predicted, labels), mean_per_class(predicted, labels), n_train, len(labels), settings)
 

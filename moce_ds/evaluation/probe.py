@@ -1,4 +1,4 @@
-"""Linear probe: a linear classifier on frozen features, its strength chosen on validation images.
+"""Linear probe: a linear classifier on frozen features, with a strength chosen on validation images.
 
 Labels are classes [N], or targets [N, K] (see `metrics`).
 
@@ -27,21 +27,21 @@ def linear_probe(
     validation: tuple[Tensor, Tensor] | None = None,
     choose_by: Metric | None = None,
 ) -> Score | MultiLabelScore:
-    """Test accuracy of a linear classifier whose strength was chosen without looking at the test split.
+    """Test accuracy of a linear classifier whose strength is chosen without the test split.
 
-    Every strength (regularisation, or learning rate) is fitted on the training split and judged on `validation`; the
-    best one, the stronger of equals, is fitted again on both and judged on the test split. Without `validation`, a
+    Each strength (regularisation, or learning rate) is fitted on the training split and evaluated on `validation`. The
+    best one (among equals, the stronger) is fitted on both and evaluated on the test split. Without `validation`, a
     part of the training split takes its place (stratified by class). Features are standardised with the statistics of
     the images fitted on. Deterministic for a given seed.
 
     Args:
         train_ND, test_ND: float32 features.
         train_labels, test_labels: integer class of each image [N], or targets [N, K].
-        validation: features and labels of images that choose.
-        choose_by: the metric that chooses; default: top-1, or 11-point mAP for targets.
+        validation: features and labels of the images that choose the strength.
+        choose_by: the metric for the choice; default: top-1, or 11-point mAP for targets.
 
     Raises:
-        DataError: see `check_split`; also when no class has two training images, and there is no `validation`.
+        DataError: see `check_split`; also if no class has two training images and there is no `validation`.
     """
     config = config or ProbeSettings()
     check_split(train_ND, train_labels, test_ND, test_labels)
@@ -61,7 +61,7 @@ def linear_probe(
     best = max(figures, key=lambda strength: figures[strength])
     (final,) = _fits(config, x_ND, y, [best])
     unfinished |= set() if final.converged else {best}
-    chosen = {
+    settings = {
         "method": config.method,
         "base_lr" if config.method == "lars" else "l2": best,
         f"validation_{metric}": figures[best],
@@ -69,11 +69,11 @@ def linear_probe(
         "seed": config.seed,
         **({"not_converged": sorted(unfinished)} if unfinished else {}),
     }
-    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), chosen)
+    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), settings)
 
 
 def _strengths(config: ProbeSettings) -> list[float]:
-    """The strongest regularisation, and the lowest learning rate, first."""
+    """Strengths in order: the strongest regularisation, or the lowest learning rate, first."""
     return sorted(config.lars.base_lr) if config.method == "lars" else sorted(config.l2, reverse=True)
 
 
@@ -84,19 +84,18 @@ def _fits(config: ProbeSettings, x_ND: NDArray[np.float32], y: NDArray[np.intege
 
 
 def held_out(labels: NDArray[np.integer], share: float, seed: int) -> NDArray[np.bool_]:
-    """True for a random `share` of the images, stratified where each has one label. Raises DataError."""
+    """True for a random `share` of the images, stratified if each has one label. Raises DataError."""
     if labels.ndim == 1:
         return stratified_mask(labels, share, seed)
     if len(labels) < 2:
-        raise DataError("One training image cannot both train and choose the probe's strength: give it more images.")
-    chosen = np.random.default_rng(seed).permutation(len(labels))[
-        : min(max(1, round(share * len(labels))), len(labels) - 1)
-    ]
-    return np.isin(np.arange(len(labels)), chosen)
+        raise DataError("One training image cannot both train the probe and choose its strength: add more images.")
+    count = min(max(1, round(share * len(labels))), len(labels) - 1)
+    held_ids = np.random.default_rng(seed).permutation(len(labels))[:count]
+    return np.isin(np.arange(len(labels)), held_ids)
 
 
 def stratified_mask(labels_N: NDArray[np.integer], share: float, seed: int) -> NDArray[np.bool_]:
-    """True for a random `share` of each class: at least one image, and never all; none of a class of one.
+    """True for a random `share` of each class: at least one image and never all; none of a class with one image.
 
     Raises:
         DataError: no class has two images.

@@ -1,9 +1,10 @@
-"""Reconstruction error of a run on held-out images: on the selected route, each image on its own, and a dense twin's.
+"""Reconstruction error of a run on held-out images: on the selected route, on each image's own route, and of a dense
+twin.
 
-`own` is what the experts are capable of, `selected` what one deployed ViT gives; a random table (experts.gate=random)
-shows what capacity alone gives (docs/method.md, "Gates").
+`own` is what the experts are capable of, `selected` what one deployed ViT achieves. A random table
+(experts.gate=random) shows the effect of capacity alone (docs/method.md, "Gates").
 
-Axes: B images, N patches, M clusters, L expert layers, K experts an image is sent to.
+Axes: B images, N patches, M clusters, L expert layers, K experts per image.
 """
 
 from collections.abc import Callable
@@ -35,14 +36,14 @@ from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 
-_MASK_SEED = 20_230_207  # of the held-out masks: the same for all models that are compared
+_MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared
 
 
 @dataclass(frozen=True)
 class Reconstructions:
     """Mean squared errors on hidden patches, normalised per patch; `dense` is None without a twin.
 
-    `known_by` tells the record from those of other models and images.
+    `known_by` distinguishes the record from those of other models and images.
     """
 
     selected: float
@@ -61,7 +62,7 @@ class Reconstructions:
 def evaluate_run(
     run: Path, held_out: ShardSet, dense: Path | None, config: EncodeSettings, device: torch.device
 ) -> Reconstructions:
-    """Measure a run with experts. Raises ArtefactError where `run` or `dense` is something else."""
+    """Measure a run with experts. Raises ArtefactError if `run` or `dense` is something else."""
     checkpoint, clusters = run_clusters(run)
     model = load_whole(checkpoint, clusters).to(device)
     assert isinstance(model, Moce)
@@ -69,7 +70,7 @@ def evaluate_run(
     ids_N = clusters.assign(encode_all(encoder, held_out, config, device).half().float().numpy())
     expert_MLK = run_routes(model, checkpoint)
     selection = count_votes(ids_N, expert_MLK[:, :, 0])
-    # The cluster that stands for the winning route: the commonest one among the images that voted for it.
+    # The most frequent cluster among the images that voted for the winning route represents it.
     winner = next(c for c in selection.clusters if tuple(expert_MLK[c, :, 0]) == selection.route)
 
     def routed(clusters_N: NDArray[np.int64]) -> Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]:
@@ -114,7 +115,7 @@ def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoe
 
 
 def run_routes(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
-    """The noise-free choice of experts, [M, L, K], by the rule that the run was trained with."""
+    """The experts without gate noise, [M, L, K], by the rule that the run was trained with."""
     balance = checkpoint.entry("config", "experts", "balance")
     with torch.inference_mode():
         return route_table(model.gate, model.gate(), model.share_M, model.experts.k, balance).cpu().numpy()
@@ -129,7 +130,7 @@ def mean_error(
     config: EncodeSettings,
     device: torch.device,
 ) -> float:
-    """Mean of `loss(ids, images, mask noise)` over a shard set, every model seeing the same crops and masks."""
+    """Mean of `loss(ids, images, mask noise)` over a shard set. All models see the same crops and masks."""
     input = ModelSpec.from_tree(checkpoint.entry("model")).input
     sampler = SequentialSampler(0, held_out.count, config.batch_size)
     loader = Loader(

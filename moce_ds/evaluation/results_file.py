@@ -1,9 +1,9 @@
-"""`results.json`: a list of records of measurements, which any number of commands may add to at the same time.
+"""`results.json`: a list of records of measurements, to which any number of commands may add at the same time.
 
-A record is known by what was measured (`verb`, `task`, `model`, `seed`) and by `made_from`, a SHA-256 of all that
-decides the number: the content of the model and of the images, and the settings. Measured again, it replaces the record
-of before, and one of an earlier version, which has no `made_from`; of another model under the same name, it stands
-beside it. `content_sha256` is that of the record itself.
+A record is identified by what was measured (`verb`, `task`, `model`, `seed`) and by `made_from`, a SHA-256 of
+everything that determines the number: the content of the model and of the images, and the settings. A new measurement
+replaces the record with the same identity, and one of an earlier version, which has no `made_from`. A record of another
+model with the same name is added beside it. `content_sha256` is the checksum of the record itself.
 """
 
 from collections import defaultdict
@@ -25,12 +25,12 @@ RESULTS = "results.json"
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
 _OF_ENCODERS = ("knn", "probe", "finetune")
-_SHOWN = 8  # digits of a checksum that tell two models apart
+_SHOWN = 8  # digits of a checksum in the name of an ambiguous model
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What every record has."""
+    """The entries of every record."""
 
     verb: str
     task: str
@@ -47,7 +47,7 @@ class _Accuracy(_Record):
 
 @dataclass(frozen=True)
 class _Precision(_Record):
-    """Of a task whose images have several labels."""
+    """Of a task with several labels per image."""
 
     model: str
     map11: float
@@ -86,7 +86,7 @@ class ResultsFile:
     @property
     def records(self) -> list[dict[str, Any]]:
         """As `read_results`, with a mark on the names of models that are ambiguous. Raises ArtefactError."""
-        return told_apart(read_results(self.path))
+        return disambiguated(read_results(self.path))
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _shown_value(record: dict[str, Any]) -> str:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file, without their checksums; none where it is not there yet.
+    """The records of a results file, without their checksums; empty if there is no file.
 
     Raises:
         ArtefactError: it is damaged, or holds something else.
@@ -128,42 +128,43 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def check_results(path: Path | None) -> None:
-    """Refuse, before anything is measured, a results file that no record can be added to. Raises ArtefactError."""
+    """Refuse, before anything is measured, a results file that cannot take a record. Raises ArtefactError."""
     if path is not None:
         check_writable(path)
         read_results(path)
 
 
 def add_record(path: Path | None, record: dict[str, Any]) -> None:
-    """Add a record to a results file, in the place of an earlier one of the same measurement; None: nowhere.
+    """Add a record to a results file, in place of an earlier one of the same measurement. Does nothing if `path` is
+    None.
 
     Raises:
-        ArtefactError: the file holds something else, or cannot be written; or another process does not let go of it.
+        ArtefactError: the file holds something else, or cannot be written; or another process does not release it.
     """
     if path is None:
         return
-    busy = f"{path} has been held by another process for a minute: check that process, then run the same command again."
+    busy = f"{path} has been held by another process for a minute: check that process, then rerun the same command."
     with locked(path.with_name(f".{path.name}.lock"), busy):
         stored = _stored(path)
         others = [one for one in stored if not _gives_way(one, record)]
         if any(_is_older(one, record) for one in stored):
             named = in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model")))))
-            warn(f"{path}: the new record of {named} replaces one that does not say which model and images it is of.")
+            warn(f"{path}: the new record of {named} replaces one that does not identify its model and images.")
         with writes_to(path):
             write_json(path, [*others, with_checksum(record)])
 
 
-def told_apart(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records, in order, with a mark on the name of a model that stands for several on one task:
-    `expert (1a2b3c4d)`. One name may stand for another model on every task, as that of a task's own expert does.
+def disambiguated(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records, in order. If one name stands for several models on one task, a mark is added: `expert (1a2b3c4d)`.
 
-    The digits are those of the model's checksum, or of all that the record was made from where the model is the same.
+    One name may still stand for a different model on each task, such as the expert selected for it. The digits are
+    those of the model's checksum, or of `made_from` if the model is the same.
     """
     models: dict[Any, set[Any]] = defaultdict(set)
     for record in records:
         models[_subject(record)].add(record.get("model_sha256"))
     for known in models.values():
-        known.discard(None)  # of an earlier version, which may well have measured the same model
+        known.discard(None)  # an earlier version, which may have measured the same model
     named = [_named(record, "model_sha256", len(models[_subject(record)]) > 1) for record in records]
     alike: dict[Any, set[Any]] = defaultdict(set)
     for record in named:
@@ -179,7 +180,7 @@ def _named(record: dict[str, Any], by: str, ambiguous: bool) -> dict[str, Any]:
 
 
 def _subject(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What is to be one model: that of a task. The checksums of encoders say nothing of those of whole checkpoints."""
+    """What must be one model: that of a task. Checksums of encoders cannot be compared with those of checkpoints."""
     measures = "encoder" if record["verb"] in _OF_ENCODERS else record["verb"]
     return measures, record["task"], record.get("model")
 
@@ -194,12 +195,12 @@ def _gives_way(stored: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def _is_older(stored: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether an earlier version wrote it, in which the newer record would have taken its place."""
+    """Whether an earlier version wrote `stored`, so that `record` replaces it."""
     return _place(stored) == _place(record) and not stored.get("made_from") and bool(record.get("made_from"))
 
 
 def _stored(path: Path) -> list[dict[str, Any]]:
-    """The records as they are in the file, checked."""
+    """The records as they are in the file, validated."""
     if not path.exists():
         return []
     records = read_json(path, _WHAT, WRITTEN_BY)

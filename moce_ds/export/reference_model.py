@@ -1,6 +1,7 @@
-"""What the trained model computes for chosen experts: training's own modules, with only those experts in memory.
+"""The output of the trained model for chosen experts, computed with the training modules and only those experts in
+memory.
 
-An export is held against this before it is published.
+An export is compared with it before it is published.
 
 Axes: B images, N patches, V visible patches, T tokens, D width, P pixels of a patch x 3.
 """
@@ -22,7 +23,7 @@ from moce_ds.models.warm_start import is_decoder
 from moce_ds.moe.reference import ReferenceMoE
 
 Output = Literal["tokens", "visible", "patches"]
-"""What is compared: all tokens after the final norm [B, N + 1, D]; the visible ones of masked images [B, V + 1, D];
+"""The compared output: all tokens after the final norm [B, N + 1, D]; the visible ones of masked images [B, V + 1, D];
 the decoder's patches [B, N, P]."""
 
 _IMAGES = 4
@@ -37,7 +38,7 @@ class Trial:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Trial":
-        """The same for every export of a size."""
+        """The same input for every export of a size."""
         generator, size = torch.Generator().manual_seed(0), spec.shape.image_size
         images_BCHW = torch.randn(_IMAGES, 3, size, size, generator=generator)
         return cls(images_BCHW, torch.rand(_IMAGES, spec.shape.num_patches, generator=generator))
@@ -53,19 +54,19 @@ def output_of(model: MaskedAutoencoder, run_block: RunBlock, trial: Trial, outpu
     return model.encode(trial.images_BCHW, masking, run_block)
 
 
-def trained_model(
+def reference_model(
     checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters | None, mixture: Mixture
 ) -> tuple[MaskedAutoencoder, RunBlock]:
-    """The model of a checkpoint with one expert a layer, and what runs its blocks.
+    """The model of a checkpoint with one expert per layer, and the function that runs its blocks.
 
-    A route's expert stands there as it was trained, and the gate value multiplies what it puts out. Of several experts
-    there is no trained counterpart: their average stands there.
+    For a route, the layer contains the trained expert, and its output is multiplied by the gate value. An average of
+    several experts has no trained counterpart; the layer then contains the average.
 
     Raises:
         ArtefactError: the checkpoint's files are damaged, or hold something else.
     """
     layers = spec.experts.layers if spec.experts else ()
-    with torch.device("meta"):  # the weights are the checkpoint's tensors, not copies of them
+    with torch.device("meta"):  # uses the checkpoint's tensors without a copy
         model = build_model(spec, clusters, lambda make_mlp, _, shared: ReferenceMoE(make_mlp, 1, shared))
     names = ["cls_token", *(f"blocks.{block}.norm1.weight" for block in range(spec.shape.depth))]
     weights = {name: tensor for name, tensor in checkpoint.load(WEIGHTS, names).items() if not is_decoder(name)}
@@ -73,8 +74,8 @@ def trained_model(
     gates = []
     for block, shares in zip(layers, mixture, strict=True):
         alone = next(iter(shares.values())) if len(shares) == 1 else None
-        chosen = merged_expert(checkpoint, block, {next(iter(shares)): Share()} if alone else shares)
-        weights |= {expert_key(block, 0, rest): tensor for rest, tensor in chosen.items()}
+        merged = merged_expert(checkpoint, block, {next(iter(shares)): Share()} if alone else shares)
+        weights |= {expert_key(block, 0, rest): tensor for rest, tensor in merged.items()}
         gates.append(alone.gate if alone else 1.0)
     check_fit(dict(model.named_parameters()), weights, str(checkpoint.folder))
     model.load_state_dict(weights, strict=False, assign=True)

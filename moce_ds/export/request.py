@@ -1,4 +1,4 @@
-"""What the options of `moce export` ask for, and doing it."""
+"""The options of `moce export`, and carrying them out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from moce_ds.data.task_images import opened_images
 from moce_ds.errors import ConfigError
 from moce_ds.export import routes as choosing
 from moce_ds.export.formats.target import Format
-from moce_ds.export.routes import AVERAGES, Chosen
+from moce_ds.export.routes import AVERAGES, SelectedExperts
 from moce_ds.export.select import Selection, run_clusters, select_route
 from moce_ds.export.write import ROUTE, check_free, export_dense, export_route
 from moce_ds.models.encode import EncodeSettings
@@ -24,7 +24,7 @@ _OPTIONS = "--data, --cluster, --route, --expert, --all, --average"
 
 @dataclass(frozen=True)
 class Request:
-    """The options as given; None or False where an option is not."""
+    """The options as given; None or False if an option is absent."""
 
     data: Path | None = None
     cluster: int | None = None
@@ -35,18 +35,18 @@ class Request:
 
     @property
     def choice(self) -> str | None:
-        """The option that chooses; `--data` alone does. Raises ConfigError where several do, or they do not fit."""
-        given = [f"--{name}" for name, value in vars(self).items() if value is not None and value is not False]
-        choosing = [option for option in given if option != "--data"]
+        """The option that chooses the route (`--data` may stand alone). Raises ConfigError for contradictions."""
+        options = [f"--{name}" for name, value in vars(self).items() if value is not None and value is not False]
+        choosing = [option for option in options if option != "--data"]
         if len(choosing) > 1:
             raise ConfigError(f"Got {' and '.join(choosing)}: choose a route with one of {_OPTIONS}.")
         if self.route == AUTO and self.data is None:
             raise ConfigError("--route auto: the images of --data choose the route; name a shard set or a folder.")
         if self.data is not None and choosing and self.route != AUTO and self.average is None:
-            raise ConfigError(f"--data: {choosing[0]} needs no images; they go with --route auto and --average.")
+            raise ConfigError(f"--data: {choosing[0]} takes no images; use --data with --route auto or --average.")
         if self.average is not None and self.average not in AVERAGES:
             raise ConfigError(f"--average: got {self.average!r}; expected {' or '.join(AVERAGES)}.")
-        return next(iter(choosing or given), None)
+        return next(iter(choosing or options), None)
 
 
 def export_requested(
@@ -60,17 +60,17 @@ def export_requested(
     replace: bool = False,
     selection: Selection | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write what is asked for; yields every folder written with its provenance.
+    """Write the requested exports; yields every folder with its provenance.
 
-    With `--all` the folders appear in `out` together, when the last one is whole.
+    With `--all` the folders appear in `out` together, once the last one is complete.
 
     Args:
         task: the name of the task of `request.data`.
-        replace: put it in the place of an earlier export.
-        selection: the vote of those images, where it has been counted.
+        replace: replace an earlier export.
+        selection: the vote of those images, if it has been counted already.
 
     Raises:
-        ConfigError: the options do not fit the run, or `out` exists.
+        ConfigError: the options do not match the run, or `out` exists.
         ArtefactError: the run is damaged, or `out` cannot be written.
     """
     choice, checkpoint = request.choice, find(run)
@@ -84,27 +84,27 @@ def export_requested(
         raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
     checkpoint, clusters = run_clusters(run)
     if request.average and checkpoint.entry("model", "experts", "gate") == "path":
-        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units are no copies of one another.")
+        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units cannot be averaged.")
     if request.all:
         with writes_to(out), atomic_folder(out) as draft:
-            for chosen in choosing.choose_all(checkpoint):
-                name = f"{ROUTE}{choosing.spoken(chosen.experts or ())}"
-                yield out / name, export_route(checkpoint, clusters, chosen, draft / name, {}, format)
+            for selected in choosing.choose_all(checkpoint):
+                name = f"{ROUTE}{choosing.route_label(selected.experts or ())}"
+                yield out / name, export_route(checkpoint, clusters, selected, draft / name, {}, format)
         return
-    selection = selection or _selected(run, request.data, config, device)
+    selection = selection or _selection(run, request.data, config, device)
     votes = {"votes": selection.record(task or "")} if selection else {}
-    chosen = _chosen(checkpoint, request, selection)
-    yield out, export_route(checkpoint, clusters, chosen, out, votes, format, replace)
+    selected = _selected_experts(checkpoint, request, selection)
+    yield out, export_route(checkpoint, clusters, selected, out, votes, format, replace)
 
 
-def _selected(run: Path, data: Path | None, config: EncodeSettings, device: torch.device) -> Selection | None:
+def _selection(run: Path, data: Path | None, config: EncodeSettings, device: torch.device) -> Selection | None:
     if data is None:
         return None
     with opened_images(data) as images:
         return select_route(run, images, config, device)
 
 
-def _chosen(checkpoint: Checkpoint, request: Request, selection: Selection | None) -> Chosen:
+def _selected_experts(checkpoint: Checkpoint, request: Request, selection: Selection | None) -> SelectedExperts:
     if request.average is not None:
         return choosing.choose_average(checkpoint, request.average, selection.clusters if selection else None)
     if selection is not None:
@@ -120,15 +120,15 @@ def _experts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--route: got {text!r}; expected one expert a layer, such as 3,5.") from None
+        raise ConfigError(f"--route: got {text!r}; expected one expert per layer, such as 3,5.") from None
 
 
-def told(out: Path, provenance: dict[str, Any]) -> str:
-    """What the terminal says of an export."""
+def summary(out: Path, provenance: dict[str, Any]) -> str:
+    """A line for the terminal about an export."""
     route, back = provenance["route"], provenance["loaded_back"]
     what, twin = "dense encoder", "the trained model"
     if route:
-        what = f"route {choosing.spoken(tuple(route))}"
+        what = f"route {choosing.route_label(tuple(route))}"
     elif "average" in provenance:
         what, twin = f"{provenance['average']} average", "trained blocks around averaged experts"
     if back["library"]:

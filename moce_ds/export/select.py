@@ -1,4 +1,4 @@
-"""Which route serves a task: its images vote through the clusters they fall in (docs/method.md, "Deployment").
+"""Selects the route for a task: its images vote through their clusters (docs/method.md, "Deployment").
 
 Axes: N images, M clusters, L expert layers.
 """
@@ -27,12 +27,12 @@ class Selection:
     """The vote of a task's images.
 
     Attributes:
-        route: expert of every expert layer, of the winning route.
-        share: the winner's share of the votes: the confidence.
-        routes: every route that got votes with its share, falling.
-        clusters: share of the images in each cluster that holds any, falling.
+        route: experts of the winning route, one per expert layer.
+        share: the winner's share of the votes, as a measure of confidence.
+        routes: all routes with votes and their shares, in decreasing order.
+        clusters: share of the images in each non-empty cluster, in decreasing order.
         n_images: images that voted.
-        typicality: how much they look like the images of pre-training; None where only clusters were counted.
+        typicality: similarity to the images of pre-training; None if only clusters were counted.
     """
 
     route: tuple[int, ...]
@@ -57,7 +57,7 @@ class Selection:
 
 
 def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
-    """The newest checkpoint of a run with experts and the clusters it was trained with.
+    """The newest checkpoint of a run with experts, and the clusters that it was trained with.
 
     Raises:
         ArtefactError: the run is dense, or its clusters are not those of the checkpoint.
@@ -79,7 +79,7 @@ def clusters_folder(checkpoint: Checkpoint) -> Path:
 
 
 def clusters_encoder(checkpoint: Checkpoint, clusters: Clusters, device: torch.device) -> Encoder:
-    """The encoder that labels a task's images with the run's clusters. Raises ArtefactError where it is another one."""
+    """The encoder that labels a task's images with the run's clusters. Raises ArtefactError if it is another one."""
     folder = clusters_folder(checkpoint)
     check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
     return load_encoder(folder / ENCODER, device)
@@ -90,14 +90,14 @@ def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torc
     checkpoint, clusters = run_clusters(run)
     encoder = clusters_encoder(checkpoint, clusters, device)
     features_ND = encode_all(encoder, task, config, device)
-    # Features of the pre-training set went through float16 on disk; the task's take the same way.
+    # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
     ids_N, cosine_N = clusters.assign_with_cosine(features_ND.half().float().numpy())
     expert_ML = np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
     return replace(count_votes(ids_N, expert_ML), typicality=Typicality.of(ids_N, cosine_N, clusters))
 
 
 def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selection:
-    """Histogram over clusters, and votes per route, since several clusters can share one.
+    """Histogram over clusters, and votes per route (several clusters may share one).
 
     Args:
         ids_N: cluster of each of the task's images; at least one.

@@ -1,4 +1,4 @@
-"""A picture to judge a selection by: some of the task's images beside images that trained the chosen expert.
+"""A picture for judging a selection: images of the task beside images that trained the chosen expert.
 
 Axes: N images of the training set.
 """
@@ -17,7 +17,7 @@ from moce_ds.clustering.clusters import load_ids
 from moce_ds.config.values import recorded_path
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.export.routes import choose_selected, spoken
+from moce_ds.export.routes import choose_selected, route_label
 from moce_ds.export.select import Selection, clusters_folder
 from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.text import in_line, shortened
@@ -31,18 +31,19 @@ _PAPER, _INK = "white", "#2b2f36"
 
 
 def write_picture(path: Path, images: ShardSet, task: str, selection: Selection, checkpoint: Checkpoint) -> str | None:
-    """Write a PNG: left the task's images, right training images on the winning route, drawn by the task's votes.
+    """Write a PNG: images of the task on the left, training images of the winning route on the right, drawn by the
+    votes.
 
-    The same selection gives the same picture. Returns why there are no training images in it; None where they are.
+    The same selection gives the same picture. Returns why training images are missing; None if they are present.
 
     Raises:
         ArtefactError: `path` cannot be written.
-        DataError: a task's image was altered after writing.
+        DataError: an image of the task was altered after writing.
     """
     number = min(_COLUMNS * _ROWS, images.count)
     ids = np.random.default_rng(0).choice(images.count, number, replace=False)
     left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in sorted(ids.tolist())])
-    title, note = f"route {spoken(selection.route)}: what its experts were trained on", None
+    title, note = f"route {route_label(selection.route)}: training images of its experts", None
     try:
         right = _block(title, _training_images(checkpoint, choose_selected(checkpoint, selection).clusters))
     except (ArtefactError, DataError) as error:
@@ -60,17 +61,17 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
 
 
 def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
-    """Raises ArtefactError, DataError: the run's shards are not where its settings name them, are other ones, or hold
-    no image of the clusters that voted."""
+    """Raises ArtefactError or DataError if the run's shards are missing or different, or hold no image of the clusters
+    with votes."""
     shards = ShardSet.open(recorded_path(str(checkpoint.entry("config", "data", "shards"))))
     ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
     if not (drawn := draw_by_votes(ids_N, votes)):
-        raise DataError(f"no image of {shards.path} is in the clusters that voted.")
+        raise DataError(f"no image of {shards.path} is in a cluster with votes.")
     return [shards.decode(image_id) for image_id in drawn]
 
 
 def draw_by_votes(ids_N: NDArray[np.int64], votes: Mapping[int, float]) -> list[int]:
-    """Different images of the clusters that have votes, more of those with more; in order, the same ones every time.
+    """Distinct images of the clusters with votes, in proportion to the votes; deterministic, in order.
 
     Args:
         ids_N: cluster of each image.

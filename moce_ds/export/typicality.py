@@ -1,4 +1,5 @@
-"""How much a task looks like the images of pre-training: cosines to the centroids, held against theirs.
+"""How typical the images of a task are of pre-training: their cosines to the centroids, compared with those of training
+images.
 
 Axes: N images of the task, M clusters.
 """
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from moce_ds.clustering.clusters import LOW, Clusters
 
-# Measured on the demo (docs/select.md): held-out images of the clustered domains 2-8%, images of a domain that was left
-# out of the clusters 57-100%.
+# Measured on the demo (docs/select.md): 2-8% for held-out images of the clustered domains, 57-100% for images of a
+# domain without clusters.
 UNUSUAL = 0.15
 UNLIKE = 0.5
 
@@ -22,10 +23,10 @@ class Typicality:
     """The cosines of a task's images to the centroids of their clusters.
 
     Attributes:
-        low_share: share of the images farther from their centroid than all but the least typical 5% of its training
-            images: 0.05 is expected of images like those. None where the clusters do not record those cosines.
+        low_share: share of the images that are farther from their centroid than 95% of its training images; 0.05 is
+            expected for images like those. None if the clusters do not record the threshold.
         cosine: mean over the images.
-        training_cosine: what training images in the same clusters have on average.
+        training_cosine: mean of the training images in the same clusters.
     """
 
     low_share: float | None
@@ -34,14 +35,14 @@ class Typicality:
 
     @classmethod
     def of(cls, ids_N: NDArray[np.int64], cosine_N: NDArray[np.float32], clusters: Clusters) -> "Typicality":
-        """From the cluster of every image and its cosine to that centroid."""
+        """Computed from the cluster of every image and its cosine to the centroid."""
         low_M = clusters.low_cosine_M
         low_share = None if low_M is None else float((cosine_N < low_M[ids_N]).mean())
         return cls(low_share, float(cosine_N.mean()), float(clusters.cosine_M[ids_N].mean()))
 
     @property
     def verdict(self) -> str:
-        """In words; "unknown" where there is nothing to hold against."""
+        """The verdict as text; "unknown" if there is nothing to compare with."""
         if self.low_share is None:
             return "unknown"
         if self.low_share < UNUSUAL:
@@ -49,7 +50,7 @@ class Typicality:
         return "unusual" if self.low_share < UNLIKE else "unlike anything in the pre-training set"
 
     @property
-    def spoken(self) -> str:
+    def summary(self) -> str:
         """A sentence for the terminal."""
         cosines = f"mean cosine {self.cosine:.3f}, of training images in the same clusters {self.training_cosine:.3f}"
         if self.low_share is None:

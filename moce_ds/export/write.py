@@ -1,7 +1,7 @@
-"""Experts of a trained MoCE as an ordinary dense ViT, checked against the model they come from before it is published.
+"""Writes experts of a trained MoCE as an ordinary dense ViT, checked against the original model before it is published.
 
-Peak memory is that of the dense model and one expert, however many experts the run has: the trained model's answer is
-worked out first, with the chosen experts alone; then the dense model is put together and written; then it is loaded.
+Peak memory is that of the dense model and one expert, for any number of experts: first the output of the trained model
+is computed with the chosen experts alone, then the dense model is assembled and written, then it is loaded again.
 
 Axes: T tokens, D width, L expert layers, M clusters, E experts.
 """
@@ -19,8 +19,8 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import TIMM
 from moce_ds.export.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
-from moce_ds.export.reference_model import Output, Trial, output_of, trained_model
-from moce_ds.export.routes import Chosen, Voices
+from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
+from moce_ds.export.routes import ClusterShares, SelectedExperts
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
@@ -31,83 +31,84 @@ from moce_ds.storage.encoder_folder import PROVENANCE, replace_provenance
 from moce_ds.storage.files import atomic_folder, check_writable, write_json, writes_to
 
 ROUTE = "route-"
-"""How the names of the folders begin that `--all` writes."""
+"""Prefix of the folder names that `--all` writes."""
 
 TOLERANCE = 1e-5
-"""Largest difference, relative to the largest output, between the export and the model that was trained."""
+"""Largest difference, relative to the largest output, between the export and the trained model."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported: experts of a checkpoint, or a dense one; `spoken` names it in errors."""
+    """What is exported: experts of a checkpoint, or a dense model; `label` names it in errors."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
     clusters: Clusters | None
     mixture: Mixture
-    spoken: str
+    label: str
 
 
 def export_route(
     checkpoint: Checkpoint,
     clusters: Clusters,
-    chosen: Chosen,
+    selected: SelectedExperts,
     out: Path,
     extra: dict[str, Any],
     format: Format = TIMM,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Write the dense ViT of chosen experts; returns its provenance.
+    """Write the dense ViT of the selected experts; returns its provenance.
 
-    The gate value folded in is that of the cluster, or the mean over the clusters that speak for an expert.
+    The folded gate value is that of the cluster, or the mean over the clusters that choose an expert.
 
     Args:
-        out: the folder; must not exist, unless `replace` is given and it holds an earlier export.
-        extra: goes into `provenance.json` (the votes, say).
+        out: the folder; must not exist, unless `replace` is set and it holds an earlier export.
+        extra: further entries of `provenance.json`, such as the votes.
 
     Raises:
-        ConfigError: `out` exists, or the run's routes are no dense ViTs.
-        ArtefactError: the export does not compute what the trained model computes; nothing is written.
+        ConfigError: `out` exists, or the run's routes are not dense ViTs.
+        ArtefactError: the output of the export differs from the trained model; nothing is written.
     """
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     assert spec.experts is not None, "the caller opens runs with experts only"
     if spec.experts.k > 1 or spec.experts.shared:
         raise ConfigError(
-            f"{checkpoint.folder}: k={spec.experts.k}, shared_expert={spec.experts.shared}: an image goes through "
-            "several MLPs a layer: a route is no dense ViT. Export a run with experts.k=1 and no shared expert."
+            f"{checkpoint.folder}: k={spec.experts.k}, shared_expert={spec.experts.shared}: an image passes "
+            "several MLPs per layer, so a route is not a dense ViT. Export a run with experts.k=1 and no shared expert."
         )
-    mixture = _mixture(chosen, _gate_table(checkpoint, spec, clusters))
+    mixture = _mixture(selected, _gate_table(checkpoint, spec, clusters))
     provenance: dict[str, Any] = {
         "clusters_hash": clusters.hash,
         "layers": list(spec.experts.layers),
-        "route": None if chosen.average else list(chosen.experts or ()),
+        "route": None if selected.average else list(selected.experts or ()),
         "combine": spec.experts.combine,
-        "clusters": {str(cluster): share for cluster, share in chosen.clusters.items()},
+        "clusters": {str(cluster): share for cluster, share in selected.clusters.items()},
     }
-    if chosen.average:
-        provenance["average"] = chosen.average
+    if selected.average:
+        provenance["average"] = selected.average
         provenance["experts"] = [{str(e): vars(share) for e, share in layer.items()} for layer in mixture]
         provenance["exact_for"] = "nothing: an average of experts is a model that was not trained"
     else:
         provenance["gate_values"] = [share.gate for layer in mixture for share in layer.values()]
-        exact = len(chosen.clusters) == 1
+        exact = len(selected.clusters) == 1
         provenance["exact_for"] = "every image of the cluster" if exact else "mean gate value of the clusters"
     check_free(out, replace)
-    return _export(_Source(checkpoint, spec, clusters, mixture, chosen.spoken), out, provenance | extra, format)
+    return _export(_Source(checkpoint, spec, clusters, mixture, selected.label), out, provenance | extra, format)
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
-    """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as above."""
+    """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as
+    `export_route`."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     check_free(out, replace)
     return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
 
 
 def check_free(out: Path, replace: bool) -> None:
-    """Nothing is overwritten, but an earlier export where that is asked for.
+    """Refuse to overwrite anything except, on request, an earlier export.
 
     Raises:
-        ConfigError: something else is there, or replacing was not asked for.
+        ConfigError: `out` exists and must not be replaced.
         ArtefactError: `out` cannot be written.
     """
     check_writable(out)
@@ -121,24 +122,24 @@ def _is_export(folder: Path) -> bool:
 
 
 def _holds_all(folder: Path) -> bool:
-    """Whether an `--all` wrote a folder: every route of a run, and nothing else."""
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    return bool(inside) and all(path.name.startswith(ROUTE) and _is_export(path) for path in inside)
+    """Whether `--all` wrote a folder: it contains routes of a run, and nothing else."""
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    return bool(entries) and all(path.name.startswith(ROUTE) and _is_export(path) for path in entries)
 
 
-def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) -> dict[str, Any]:
+def _export(source: _Source, out: Path, facts: dict[str, Any], format: Format) -> dict[str, Any]:
     checkpoint, spec, dense = source.checkpoint, source.spec, source.spec.dense
-    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **told}
+    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **facts}
     provenance |= {"format": format.name, "part": format.part}
     trial = Trial.of(dense)
     before: Output = "patches" if format.part == "full" else "tokens"
-    trained, run_block = trained_model(checkpoint, spec, source.clusters, source.mixture)
-    expected = {output: output_of(trained, run_block, trial, output) for output in (before, format.output)}
-    del trained, run_block
+    model, run_block = reference_model(checkpoint, spec, source.clusters, source.mixture)
+    expected = {output: output_of(model, run_block, trial, output) for output in (before, format.output)}
+    del model, run_block
     state = encoder_state(checkpoint, spec, source.mixture)
     if format.part == "full":
         state |= decoder_state(checkpoint, spec)
-    provenance |= _compared(_dense_output(state, dense, trial, before), expected[before], source.spoken)
+    provenance |= _compared(_dense_output(state, dense, trial, before), expected[before], source.label)
     with writes_to(out), atomic_folder(out) as draft:
         format.write(draft, DenseModel(state, dense, provenance))
         del state
@@ -152,7 +153,7 @@ def _export(source: _Source, out: Path, told: dict[str, Any], format: Format) ->
 
 
 def _gate_table(checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters) -> Tensor | None:
-    """The gate values [L, M, E]; None with straight_through, which multiplies by 1 in value."""
+    """The gate values [L, M, E]; None with straight_through, whose value is 1."""
     assert spec.experts is not None
     if spec.experts.combine == "straight_through":
         return None
@@ -164,35 +165,35 @@ def _gate_table(checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters) -> 
         return gate().double()
 
 
-def _mixture(chosen: Chosen, probs_LME: Tensor | None) -> Mixture:
-    """What each expert contributes: its share, and its gate value, the mean over the clusters that speak for it."""
+def _mixture(selected: SelectedExperts, probs_LME: Tensor | None) -> Mixture:
+    """Share and gate value of each expert; the gate value is the mean over the clusters that choose it."""
 
-    def share(layer: int, expert: int, voices: Voices) -> Share:
-        weight = 1.0 if chosen.experts else sum(voices.values())
+    def share(layer: int, expert: int, clusters: ClusterShares) -> Share:
+        weight = 1.0 if selected.experts else sum(clusters.values())
         if probs_LME is None:
             return Share(weight)
-        return Share(weight, sum(part / weight * float(probs_LME[layer, c, expert]) for c, part in voices.items()))
+        return Share(weight, sum(part / weight * float(probs_LME[layer, c, expert]) for c, part in clusters.items()))
 
-    return tuple({e: share(layer, e, v) for e, v in experts.items()} for layer, experts in enumerate(chosen.layers))
+    return tuple({e: share(layer, e, v) for e, v in experts.items()} for layer, experts in enumerate(selected.layers))
 
 
 @torch.inference_mode()
 def _dense_output(state: dict[str, Tensor], spec: ModelSpec, trial: Trial, output: Output) -> Tensor:
-    """What the dense model in memory computes: timm's ViT, or the masked autoencoder where the decoder goes along."""
+    """The output of the dense model in memory: timm's ViT, or the masked autoencoder if the decoder is exported too."""
     if output == "tokens":
         return as_encoder(state, spec, {}, "the export").model.forward_features(trial.images_BCHW)
-    with torch.device("meta"):  # no second copy
+    with torch.device("meta"):  # without a second copy
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     check_state(mae, state, "the export")
     mae.load_state_dict(state, assign=True)
     return output_of(mae.eval(), run_plainly, trial, output)
 
 
-def _compared(found: Tensor, expected: Tensor, what: str) -> dict[str, float]:
-    """How far an output is from the trained model's. Raises ArtefactError where that is too far."""
-    largest = float((found - expected).abs().max())
+def _compared(output: Tensor, expected: Tensor, what: str) -> dict[str, float]:
+    """The difference of an output from the trained model. Raises ArtefactError if it is too large."""
+    largest = float((output - expected).abs().max())
     relative = largest / float(expected.abs().max())
-    if not relative <= TOLERANCE:  # NaN, too
+    if not relative <= TOLERANCE:  # also if NaN
         raise ArtefactError(
             f"The export of {what} differs from the trained model by {relative:.1e}, more than {TOLERANCE:.0e}: "
             "nothing was written. This is a defect of moce_ds; please report it."
@@ -201,12 +202,13 @@ def _compared(found: Tensor, expected: Tensor, what: str) -> dict[str, float]:
 
 
 def _loaded_back(format: Format, folder: Path, source: _Source, trial: Trial, expected: Tensor) -> dict[str, Any]:
-    """The library that loaded the written files and how far its output is, or why none did. Raises ArtefactError."""
+    """The library that loaded the written files and the difference of its output, or why none did. Raises
+    ArtefactError."""
     if format.library is None or format.run is None:
         return {"library": None, "reason": f"{format.name} cannot be installed as a package"}
     if not installed(format.library):
         return {"library": None, "reason": f"{format.library} is not installed: pip install '{EXTRA}'"}
     with torch.inference_mode():
-        found = format.run(folder, source.spec.dense, trial)
-    compared = _compared(found, expected, f"{source.spoken} as {format.name}")
+        output = format.run(folder, source.spec.dense, trial)
+    compared = _compared(output, expected, f"{source.label} as {format.name}")
     return {"library": library_version(format.library), **compared}

@@ -1,6 +1,7 @@
-"""What ends a command from outside, a signal or a reader of its output that has gone, and signals passed on to a child.
+"""How a command ends from outside: by a signal, or because the reader of its output is gone. Also passes signals on to
+a child.
 
-Imports nothing that takes time, as it is needed before anything else is loaded.
+Imports nothing that takes time, because it is needed before anything else is loaded.
 """
 
 import errno
@@ -19,18 +20,20 @@ from moce_ds.errors import STOPPED
 from moce_ds.host.place import is_first
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a command to stop."""
+"""Signals that ask a command to stop."""
 
 
 def obeyed() -> list[signal.Signals]:
-    """The signals of `SIGNALS` to listen to: not SIGHUP where it is ignored, as under nohup."""
+    """The signals of `SIGNALS` to handle: all but SIGHUP where it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNALS if not (ignored and number is signal.SIGHUP)]
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """A handler: end at once, while nothing has begun. No exception, as one that is raised inside an import can be
-    swallowed there."""
+    """A signal handler that ends the process at once, for the time before any work has begun.
+
+    It raises no exception, because an import could swallow it.
+    """
     if is_first():
         with suppress(OSError):
             os.write(2, b"Interrupted.\n")
@@ -39,12 +42,14 @@ def leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block in which each signal is a KeyboardInterrupt, so that what it has half written is removed; a second one
-    ends the process. Those who can stop at a better moment handle signals themselves meanwhile."""
-    own = os.getpid()
+    """Turn each signal into a KeyboardInterrupt within the block, so that partial output is removed.
+
+    A second signal ends the process. Code that can stop at a better moment installs its own handlers meanwhile.
+    """
+    process = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != own and number != signal.SIGINT:  # a process that was forked: it ends as it always did
+        if os.getpid() != process and number != signal.SIGINT:  # in a forked process: keep the default behaviour
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         for other in obeyed():
@@ -61,25 +66,25 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def kept_signals(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """The signals that arrive while the block runs, in order; whoever handled them before does so again after it."""
-    asked: list[int] = []
+    """Collect the signals that arrive during the block, in order. The previous handlers return after it."""
+    received: list[int] = []
 
     def keep(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
 
     before: dict[int, Any] = {number: signal.signal(number, keep) for number in numbers}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def wait_for(child: subprocess.Popen[bytes], asked: Sequence[int]) -> int:
-    """Wait for a child and return how it ended. What is asked meanwhile is passed on, in order."""
+def wait_for(child: subprocess.Popen[bytes], received: Sequence[int]) -> int:
+    """Wait for a child and return its exit status. Signals added to `received` meanwhile are passed on, in order."""
     passed_on = 0
     while child.poll() is None:
-        for number in asked[passed_on:]:
+        for number in received[passed_on:]:
             child.send_signal(number)
             passed_on += 1
         time.sleep(0.05)
@@ -87,7 +92,7 @@ def wait_for(child: subprocess.Popen[bytes], asked: Sequence[int]) -> int:
 
 
 class _Output(io.FileIO):
-    """A descriptor to write to, whose reader may leave: what is written after that is dropped."""
+    """A file descriptor for writing. Once its reader is gone, further output is dropped."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -103,8 +108,10 @@ class _Output(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let standard output and error survive a pipe that is closed, as by `head`, or a terminal that is gone: nothing
-    more is said, and the work goes on. A full disk is still an error."""
+    """Let standard output and error survive a closed pipe, as by `head`, or a terminal that is gone.
+
+    Further output is dropped and the work continues. A full disk is still an error.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if _is_descriptor(stream):
@@ -122,6 +129,6 @@ def outlive_readers() -> None:
 
 
 def _is_descriptor(stream: Any) -> bool:
-    """Whether a text stream writes to a descriptor, and is not one that `outlive_readers` has made."""
+    """Whether a text stream writes to a descriptor and was not made by `outlive_readers`."""
     raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
     return isinstance(stream, io.TextIOWrapper) and isinstance(raw, io.FileIO) and not isinstance(raw, _Output)

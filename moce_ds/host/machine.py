@@ -1,4 +1,4 @@
-"""What the machine refuses (disk, permissions, descriptors, memory), as one sentence with what to do about it."""
+"""Errors of the machine (disk, permissions, descriptors, memory), each as one sentence with a remedy."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ _REMEDIES: dict[int, str] = {
     errno.ENOTCONN: _FILE_SERVER,
     errno.ESHUTDOWN: _FILE_SERVER,
 }
-# A disk, a file server or a network that fails under one process: elsewhere, or later, the same command may succeed.
+# A disk, a file server or a network can fail under one process only: elsewhere, or later, the command may succeed.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
 _PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
 
@@ -67,8 +67,8 @@ E = TypeVar("E", bound=MoceError)
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed")
 _MEMORY = "Use a smaller batch, model or number of workers, or a machine with more memory"
 
-# How torch's DataLoader tells, anywhere in the main thread, that a process of its own is gone; and what such a process
-# says of /dev/shm, through which its tensors travel.
+# How torch's DataLoader reports, anywhere in the main thread, that one of its worker processes is gone; and how a
+# worker reports that /dev/shm is full, through which its tensors are sent.
 _WORKER_DIED = "DataLoader worker (pid"
 _NO_SHARED_MEMORY = ("unable to allocate shared memory", "unable to write to file </torch_")
 _WORKERS = (
@@ -78,18 +78,18 @@ _WORKERS = (
 
 
 class MachineError(MoceError):
-    """The machine did not allow something: its disk is full, a permission is missing, a limit is reached.
+    """The machine refused something: its disk is full, a permission is missing, a limit is reached.
 
-    Its status is LOST_PEER where a disk, a file server or the network has failed, as it may under one process alone.
+    The exit status is LOST_PEER where a disk, a file server or the network failed, which may affect one process only.
     """
 
     every_process = True
 
 
 def reason(error: OSError, named: Path | None = None) -> str:
-    """Why the system refused, and what to do, such as "No space left on device. Free some space ...".
+    """Why the system refused an operation, and a remedy, such as "No space left on device. Free some space ...".
 
-    The path is told where the system names one, unless it is `named` already.
+    The path is included if the system names one, unless it is `named` already.
     """
     path = _path_of(error)
     where = f" ({path})" if path and (named is None or Path(path) != named) else ""
@@ -101,11 +101,11 @@ def reason(error: OSError, named: Path | None = None) -> str:
 
 
 def refused(kind: type[E], what: str, error: OSError | MoceError, named: Path | None = None) -> E:
-    """An error of a kind that says what cannot be done and why, and has the status of its cause.
+    """An error of class `kind` with the failed action, the reason, and the exit status of its cause.
 
     Args:
-        what: such as "runs/a cannot be written".
-        named: the path that `what` names, as for `reason`.
+        what: the failed action, such as "runs/a cannot be written".
+        named: the path that `what` contains, as for `reason`.
     """
     fault = kind(f"{what}: {reason(error, named) if isinstance(error, OSError) else error}")
     fault.status = status_of(error)
@@ -113,7 +113,7 @@ def refused(kind: type[E], what: str, error: OSError | MoceError, named: Path | 
 
 
 def status_of(error: OSError | MoceError) -> int:
-    """With which status a command ends for this cause: LOST_PEER where it may pass."""
+    """The exit status for this cause: LOST_PEER if the fault may be temporary."""
     if isinstance(error, MoceError):
         return error.status
     return LOST_PEER if error.errno in _PASSING else MoceError.status
@@ -126,9 +126,9 @@ def machine_failed(error: BaseException) -> bool:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The error of the system that a library written in Rust passes on as text: "... (os error 28)"; None: of none."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+    """The system error that a library written in Rust passes on as text, "... (os error 28)"; None if there is none."""
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
 
 
 def _path_of(error: OSError) -> str:
@@ -136,11 +136,11 @@ def _path_of(error: OSError) -> str:
 
 
 def machine_fault(error: BaseException) -> MachineError | None:
-    """What to tell of an error that the machine caused; None for another one, which is a defect of this program."""
+    """The error to report for a fault of the machine; None for any other error, which is a defect of this program."""
     if isinstance(error, OSError):
         path = _path_of(error)
         return refused(MachineError, path or "The system refused an operation", error, Path(path))
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # by Path.resolve, no OSError
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # Path.resolve raises no OSError
         return MachineError(f"{error}. {_REMEDIES[errno.ELOOP]}.")
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         detail = str(error).splitlines()[0].strip() if str(error) else ""
@@ -149,31 +149,32 @@ def machine_fault(error: BaseException) -> MachineError | None:
 
 
 def _fault_of_workers(error: BaseException) -> MachineError | None:
-    told = str(error)
+    message = str(error)
     if not isinstance(error, RuntimeError):
         return None
-    if told.startswith(_WORKER_DIED):  # by a signal; another start may have the memory that this one had not
-        fault = MachineError(f"A process that prepares data died, perhaps for lack of memory ({told}). {_WORKERS}.")
+    if message.startswith(_WORKER_DIED):  # killed by a signal; a new start may have enough memory
+        fault = MachineError(f"A data worker died, perhaps for lack of memory ({message}). {_WORKERS}.")
         fault.status = LOST_PEER
         return fault
-    if told.startswith(_NO_SHARED_MEMORY):
-        return MachineError(f"Out of shared memory ({told.splitlines()[0]}). {_WORKERS}.")
+    if message.startswith(_NO_SHARED_MEMORY):
+        return MachineError(f"Out of shared memory ({message.splitlines()[0]}). {_WORKERS}.")
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that memory ran out, of this machine or of a GPU."""
+    """Whether an error of torch reports that this machine or a GPU is out of memory."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def control_groups(
     controller: str, own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> Iterator[Path]:
-    """Folders of the control groups that limit this process, as SLURM and systemd make them: its own, and all above.
+    """Folders of the control groups that limit this process, as SLURM and systemd make them: its own and all parents.
 
     Args:
-        controller: such as "memory", of groups of version 1; those of version 2 have all controllers in one folder.
-        own, mounted: where the system says which groups these are, and where they are.
+        controller: a controller such as "memory". Groups of version 1 have one folder per controller, those of version
+            2 one folder for all.
+        own, mounted: the file that lists the groups of this process, and the folder where they are mounted.
     """
     try:
         lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -185,5 +186,5 @@ def control_groups(
             continue
         top = mounted / controller if controllers else mounted
         parts = [part for part in PurePosixPath(group).parts if part not in ("/", "..")]
-        # In a container the name may be that of the host, which has no folder here; the topmost always has one.
+        # In a container the group may be that of the host, which has no folder here; the topmost group always has one.
         yield from (folder for n in range(len(parts), -1, -1) if (folder := top.joinpath(*parts[:n])).is_dir())

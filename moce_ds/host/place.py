@@ -1,4 +1,4 @@
-"""Which of several processes this one is, by the variables that torchrun, our launchers and SLURM's jobs set."""
+"""The rank of this process among its peers, from the variables that torchrun, our launchers and SLURM jobs set."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moce_ds.errors import ConfigError
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-"""The variables of a process that has no peers."""
+"""The variables of a process without peers."""
 
 _CURE = (
     "Start several processes with torchrun or `moce launch local --nproc N`, which set these variables; to run one "
@@ -16,19 +16,19 @@ _CURE = (
 
 
 class PlaceError(ConfigError):
-    """The variables that tell a process its place are missing or impossible."""
+    """The variables that give a process its rank are missing or invalid."""
 
     every_process = True
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a process among its peers.
+    """The rank of a process, and the address where the processes meet.
 
     Attributes:
-        rank, world_size: its number, and how many there are.
-        local_rank: its number on its machine.
-        host, port: where the processes meet; "" and 0 for one that is alone.
+        rank, world_size: global rank, and number of processes.
+        local_rank: rank on its machine.
+        host, port: address of the rendezvous; "" and 0 for a single process.
     """
 
     rank: int
@@ -38,39 +38,39 @@ class Place:
     port: int = 0
 
     @classmethod
-    def here(cls, given: Mapping[str, str] = os.environ) -> "Place":
-        """The place of this process; that of one that is alone where nothing is set.
+    def here(cls, environment: Mapping[str, str] = os.environ) -> "Place":
+        """The rank of this process. A single process needs no variables.
 
         Raises:
-            PlaceError: a variable is missing, is no number, or does not go with the others.
+            PlaceError: a variable is missing, is not a number, or contradicts the others.
         """
-        world_size = _number(given, "WORLD_SIZE", least=1)
+        world_size = _number(environment, "WORLD_SIZE", least=1)
         if world_size == 1:
-            _number(given, "RANK", least=0, most=0)
-            return cls(0, 1, _number(given, "LOCAL_RANK", least=0))
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not given.get(name, "").strip()]
+            _number(environment, "RANK", least=0, most=0)
+            return cls(0, 1, _number(environment, "LOCAL_RANK", least=0))
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name, "").strip()]
         if missing:
             are = "is" if len(missing) == 1 else "are"
             raise PlaceError(f"WORLD_SIZE is {world_size}, but {', '.join(missing)} {are} not set. {_CURE}")
         return cls(
-            _number(given, "RANK", least=0, most=world_size - 1),
+            _number(environment, "RANK", least=0, most=world_size - 1),
             world_size,
-            _number(given, "LOCAL_RANK", least=0),
-            given["MASTER_ADDR"].strip(),
-            _number(given, "MASTER_PORT", least=1, most=65535),
+            _number(environment, "LOCAL_RANK", least=0),
+            environment["MASTER_ADDR"].strip(),
+            _number(environment, "MASTER_PORT", least=1, most=65535),
         )
 
 
-def is_first(given: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process says what all have to say."""
-    return given.get("RANK", "0") == "0"
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is rank 0, which reports what all ranks would repeat."""
+    return environment.get("RANK", "0") == "0"
 
 
-def _number(given: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
-    text = given.get(name, ALONE.get(name, ""))
+def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:
+    text = environment.get(name, ALONE.get(name, ""))
     expected = f"a whole number from {least} to {most}" if most is not None else f"a whole number of at least {least}"
     expected = str(least) if least == most else expected
-    # isdecimal knows other scripts' digits, and int takes underscores and signs.
+    # str.isdecimal accepts the digits of other scripts, and int accepts underscores and signs.
     if text.strip().isascii() and text.strip().isdecimal() and len(text.strip()) <= 9:
         number = int(text)
         if number >= least and (most is None or number <= most):

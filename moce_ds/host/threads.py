@@ -1,7 +1,7 @@
-"""How many threads a process computes with where OMP_NUM_THREADS is unset.
+"""The number of compute threads per process where OMP_NUM_THREADS is unset.
 
-PyTorch takes one for every core, whoever else uses them. Its threads wait for each other at each operation, so on a
-machine that others share a process with all threads can be many times slower than with one.
+PyTorch takes one thread per core, even if other processes use the cores too. Its threads wait for each other at every
+operation, so on a shared machine all threads together can be many times slower than one.
 """
 
 import math
@@ -13,19 +13,22 @@ from moce_ds.host.machine import control_groups
 from moce_ds.text import counted
 
 _COUNT = "OMP_NUM_THREADS"
-_CPUS = "MOCE_CPUS"  # what the outermost process of ours found, for its children to share
-CHOSEN = "MOCE_THREADS"  # what was chosen here: where OMP_NUM_THREADS is something else, the user set it
+_CPUS = "MOCE_CPUS"  # free CPUs as the outermost of our processes found them; its children share them
+CHOSEN = "MOCE_THREADS"  # the number chosen here; if OMP_NUM_THREADS differs, the user set it
 
 
 def apply_choice(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set OMP_NUM_THREADS for this process, unless the user did: before torch is imported, which reads it then."""
+    """Set OMP_NUM_THREADS for this process unless the user did. Call it before importing torch, which reads it."""
     local = environment.get("LOCAL_WORLD_SIZE") or environment.get("WORLD_SIZE") or "1"
     environment.update(shared_by(int(local) if local.isdecimal() and int(local) else 1, environment))
 
 
 def keep(count: int | None, environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """Compute with as many threads as the run that is resumed did, so that its numbers stay the same to the bit; unless
-    the user says otherwise, or there are not as many CPUs here. Returns the change in a line; None: there is none."""
+    """Use as many threads as the run that is resumed, so that its results stay bit-identical.
+
+    Does nothing if the user set OMP_NUM_THREADS or this machine has fewer CPUs. Returns a notice of the change, or
+    None.
+    """
     if count and not _by_user(environment) and _COUNT in environment and count <= allowed_cpus():
         import torch
 
@@ -38,9 +41,9 @@ def keep(count: int | None, environment: MutableMapping[str, str] = os.environ) 
 
 
 def shared_by(processes: int, environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables for each of so many processes on this machine; none where the user set OMP_NUM_THREADS.
+    """Variables for each of `processes` processes on this machine; empty if the user set OMP_NUM_THREADS.
 
-    The machine is looked at once, by the outermost process: what its children do is no load of others.
+    Only the outermost process measures the load of the machine: the work of its children is not load of others.
     """
     if _by_user(environment):
         return {}
@@ -49,8 +52,8 @@ def shared_by(processes: int, environment: MutableMapping[str, str] = os.environ
     return {_CPUS: cpus, _COUNT: count, CHOSEN: count}
 
 
-def told(environment: MutableMapping[str, str] = os.environ) -> str | None:
-    """The choice in a line; None where it was the user's."""
+def notice(environment: MutableMapping[str, str] = os.environ) -> str | None:
+    """A notice of the number of threads; None if the user chose it."""
     if _by_user(environment) or _COUNT not in environment:
         return None
     count = environment[_COUNT]
@@ -61,18 +64,18 @@ def told(environment: MutableMapping[str, str] = os.environ) -> str | None:
 
 
 def free_cpus() -> int:
-    """CPUs that this process may use and that others leave free, at least 1."""
+    """CPUs that this process may use and that other processes leave free, at least 1."""
     return max(1, min(allowed_cpus(), (os.cpu_count() or 1) - round(_load())))
 
 
 def allowed_cpus() -> int:
-    """CPUs that this process may use: of its affinity, and of its control groups' quotas."""
+    """CPUs that this process may use, by its affinity and the quotas of its control groups."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min([affinity, *map(cgroup_cpus, control_groups("cpu"))])
 
 
 def cgroup_cpus(folder: Path) -> int:
-    """The quota of CPUs of a control group, given its folder, rounded up; many where there is none."""
+    """The CPU quota of a control group, rounded up; a large number if it has none."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -84,8 +87,10 @@ def cgroup_cpus(folder: Path) -> int:
 
 
 def _load() -> float:
-    """CPUs that others use: the less of the last minute's mean and of this moment, so that neither what has just ended
-    nor what lasts for a moment counts."""
+    """CPUs in use by others: the smaller of the mean over the last minute and the current value.
+
+    So neither a process that has just ended nor a short peak counts.
+    """
     try:
         mean = os.getloadavg()[0]
         running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1

@@ -10,10 +10,10 @@ or silent for run.peer_timeout seconds), and the run goes on from its newest che
 on once.
 """
 
+import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -21,6 +21,8 @@ from moce_ds.distributed.sealing import SECRET, new_secret
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host import threads
 from moce_ds.host.interrupts import leave, obeyed
+
+_logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 20.0
 _INTERRUPTED = 130  # how many programs end at a Ctrl-C
@@ -40,7 +42,7 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
             status, lost = _run(command, nproc, asked)
             if not lost or asked or restart == max_restarts:
                 break
-            print(f"Restart {restart + 1} of at most {max_restarts}.", file=sys.stderr, flush=True)
+            _logger.warning(f"Restart {restart + 1} of at most {max_restarts}.")
         return status
     finally:
         for number, handler in before.items():
@@ -110,5 +112,5 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
         return STOPPED
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself
-        print(f"Process {rank} {how}.", file=sys.stderr)
+        _logger.warning(f"Process {rank} {how}.")
     return status

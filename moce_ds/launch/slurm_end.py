@@ -4,6 +4,7 @@ What a process of the job meets it explains itself (`slurm_rank`). But srun fail
 started, as on a node that died a moment before and that SLURM has not missed yet; then the job begins again.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def main(folder: str, status: str, seconds: str, max_failures: str) -> None:
     start = JobStart.of(SlurmJobEnvironment(), Path(folder))
     if start.has_ended:
         return
-    print(f"srun ended with status {status}, and no process of the job said why.", flush=True)
+    logging.getLogger("moce_ds").warning(f"srun ended with status {status}, and no process of the job said why.")
     start.record_end("srun", int(status), float(seconds), lost=True)
     start.begin_again(int(max_failures))
 

@@ -1,6 +1,7 @@
 """A job of SLURM as its own processes see it: how its starts have ended, and how it begins again."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 SECRET_FILE = "secret"
 """In the folder of a launch, for its owner's eyes: what its processes seal their words with."""
 
+_logger = logging.getLogger(__name__)
 _STEADY_SECONDS = 3600.0
 
 
@@ -50,7 +52,7 @@ class JobStart:
         """Put the job back into the queue after a loss, the `max_failures`th in a row at most; whether it was tried."""
         failures = self._in_a_row()
         if failures > max_failures:
-            print(f"{failures} failures in a row, of which max_failures={max_failures} are borne.", flush=True)
+            _logger.warning(f"{failures} failures in a row; max_failures={max_failures} are allowed.")
             return False
         self.requeue(f"failure {failures} of at most {max_failures} in a row")
         return True
@@ -60,12 +62,12 @@ class JobStart:
         asked = ["squeue", "--noheader", f"--jobs={self.name}", "--format=%T"]
         state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
         if state != "RUNNING":
-            print(f"Job {self.name} is {state or 'gone'}: not put back into the queue by itself ({why}).", flush=True)
+            _logger.info(f"Job {self.name} is {state or 'gone'}: it does not requeue itself ({why}).")
             return
-        print(f"Job {self.name} goes back into the queue: {why}.", flush=True)
+        _logger.info(f"Job {self.name} goes back into the queue: {why}.")
         done = subprocess.run(["scontrol", "requeue", self.name], capture_output=True, text=True)
         if done.returncode:
-            print(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to go on.", flush=True)
+            _logger.warning(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to resume.")
 
     def _in_a_row(self) -> int:
         """Starts that lost a process: this one and those just before it, back to one that ran steadily."""

@@ -1,5 +1,6 @@
 """What a job asks SLURM for: the settings of `moce launch slurm`, a YAML file a cluster (`configs/slurm/`)."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moce_ds.config.settings import option, settings
+from moce_ds.console import LOG
 from moce_ds.host.threads import CHOSEN
 from moce_ds.text import counted, script_fault
 
@@ -92,7 +94,8 @@ class SlurmProfile:
         """Parameters of submitit's executor; `after`: jobs that must have succeeded first."""
         # Nothing of what was chosen for the machine that submits (CHOSEN) is for the nodes.
         count = {"OMP_NUM_THREADS": str(self.cpus_per_task), CHOSEN: ""}
-        environment = {**count, "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
+        log_level = {LOG: os.environ[LOG]} if LOG in os.environ else {}
+        environment = {**count, **log_level, "SUBMITIT_PREEMPT_SIGNAL": self.signal, **self.env}
         each = self.processes_per_node
         nodes = {"nodes": f"{self.min_nodes}-{self.nodes}"} if self.min_nodes else {}
         wanted = {

@@ -6,6 +6,7 @@ runs in a child, which asks its peers to stop with it, and here is what remains:
 child has ended before its work was done the job is put back into the queue, unless SLURM is about to end it anyway.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -18,12 +19,14 @@ from dataclasses import dataclass
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from moce_ds.console import say
+from moce_ds.console import configure_logging, say_error
 from moce_ds.distributed.sealing import SECRET
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host.interrupts import kept_signals, wait_for
 from moce_ds.host.machine import MachineError, refused
 from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
+
+_logger = logging.getLogger(__name__)
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
@@ -52,11 +55,12 @@ class Rank:
         An error of the system before that, such as one of the disk with the logs, is one message, not submitit's
         traceback.
         """
+        configure_logging()
         try:
             self._run()
         except OSError as error:
             fault = refused(MachineError, f"This process of the job on {socket.gethostname()} cannot run", error)
-            say(f"Error: {fault}", err=True)
+            say_error(f"Error: {fault}")
             sys.exit(fault.status)
 
     def _run(self) -> None:
@@ -65,7 +69,7 @@ class Rank:
             start = JobStart.of(job, job.paths.folder)
             nodes = max((n for n in self.usable_nodes if n <= job.num_nodes), default=job.num_nodes)
             if job.node >= nodes:
-                print(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
+                _logger.info(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
                 return
             child = subprocess.Popen(self.command, env={**os.environ, **place(job, start, nodes)})
             # SLURM may have sent the child the same signals, which does not mind: only the first counts.
@@ -84,7 +88,7 @@ class Rank:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
             if lost:
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                print(f"{who.capitalize()} {how}.", flush=True)
+                _logger.warning(f"{who.capitalize()} {how}.")
                 # Every process asks for that: one that is cut off cannot. A loss that is not recorded is not counted,
                 # so the job could begin again for ever.
                 if recorded and start.begin_again(self.max_failures):
@@ -119,7 +123,7 @@ def _recorded(start: JobStart, who: str, status: int, seconds: float, lost: bool
     try:
         start.record_end(who, status, seconds, lost=lost)
     except OSError as error:
-        say(f"Error: {refused(MachineError, f'The end of {who} cannot be recorded', error)}", err=True)
+        say_error(f"Error: {refused(MachineError, f'The end of {who} cannot be recorded', error)}")
         return False
     return True
 

@@ -10,6 +10,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
 from moce_ds.models.sdr import Sdr, path_shape
+from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import valid_record
@@ -42,8 +43,13 @@ class ModelSpec:
         return valid_record(cls, tree, "The manifest's model", "a checkpoint", "moce pretrain")
 
 
-def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer) -> MaskedAutoencoder:
-    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers."""
+def build_model(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights = NO_WEIGHTS
+) -> MaskedAutoencoder:
+    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers.
+
+    `weights` of its own losses are for training.
+    """
     experts = spec.experts
     if experts is None:
         return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
@@ -54,6 +60,7 @@ def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLaye
             spec.mask_ratio,
             experts.layers,
             lambda make_mlp: make_layer(make_mlp, experts.num_experts, False),
+            weights,
         )
     assert clusters is not None, "a model routed by clusters is built from clusters"
     kind = Sdr if experts.gate == "path" else Moce
@@ -65,4 +72,5 @@ def build_model(spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLaye
         torch.from_numpy(clusters.embeddings_MD),
         torch.from_numpy(clusters.share_M),
         make_layer,
+        weights,
     )

@@ -1,6 +1,6 @@
-"""The dense ViT inside a checkpoint: chosen experts in place of the expert layers, the gates left out.
+"""The dense ViT inside a checkpoint: chosen experts replace the expert layers, without the gates.
 
-Experts are read one at a time: the memory taken is that of the dense model and one expert, however many there are.
+Experts are read one at a time, so the memory required is that of the dense model and one expert.
 """
 
 from collections.abc import Mapping
@@ -23,26 +23,30 @@ _MLP = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 @dataclass(frozen=True)
 class Share:
-    """An expert's part in the dense MLP of a layer: its weight in the average of the layer's chosen experts (1 where it
-    is alone), and the gate value that is folded in."""
+    """An expert's part in the dense MLP of a layer.
+
+    Attributes:
+        weight: its weight in the average of the layer's chosen experts (1 if it is the only one).
+        gate: the gate value to fold in.
+    """
 
     weight: float = 1.0
     gate: float = 1.0
 
 
 Mixture = tuple[Mapping[int, Share], ...]
-"""The chosen experts of every expert layer; one of each layer is a route."""
+"""The chosen experts of every expert layer; one expert per layer is a route."""
 
 DENSE: Mixture = ()
 
 
 def route_of(experts: tuple[int, ...], gates: tuple[float, ...]) -> Mixture:
-    """The mixture that is one route."""
+    """The mixture of a single route."""
     return tuple({expert: Share(gate=gate)} for expert, gate in zip(experts, gates, strict=True))
 
 
 def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> dict[str, Tensor]:
-    """Weights of the dense ViT, by timm's names; reads none but their files. Raises ArtefactError."""
+    """Weights of the dense ViT, by timm's names; reads only their files. Raises ArtefactError."""
     layers = spec.experts.layers if spec.experts else ()
     shared = ["cls_token", *(f"blocks.{block}.norm1.weight" for block in range(spec.shape.depth))]
     state = {"pos_embed": sincos_positions(spec.shape, spec.shape.width)}
@@ -67,7 +71,7 @@ def decoder_state(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, Tensor]:
 def merged_expert(checkpoint: Checkpoint, block: int, shares: Mapping[int, Share]) -> dict[str, Tensor]:
     """The MLP of a block: the average of its chosen experts, each with its gate value folded in.
 
-    The gate value p goes into the second matrix: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
+    The gate value p scales the second matrix: `fc2.weight *= p`, `fc2.bias *= p` (docs/method.md, "Deployment").
     """
     merged: dict[str, Tensor] = {}
     for expert, share in shares.items():
@@ -79,8 +83,8 @@ def merged_expert(checkpoint: Checkpoint, block: int, shares: Mapping[int, Share
 
 
 def as_encoder(state: Mapping[str, Tensor], spec: ModelSpec, provenance: dict[str, object], source: str) -> Encoder:
-    """An encoder in memory that has these tensors for weights, checked against the shape. Raises ArtefactError."""
-    with torch.device("meta"):  # no second copy
+    """An encoder in memory with these tensors as weights, checked against the shape. Raises ArtefactError."""
+    with torch.device("meta"):  # without a second copy
         model = timm_vit(spec.shape)
     check_state(model, state, source)
     model.load_state_dict(dict(state), assign=True)
@@ -88,7 +92,7 @@ def as_encoder(state: Mapping[str, Tensor], spec: ModelSpec, provenance: dict[st
 
 
 def dense_encoder(checkpoint: Checkpoint) -> Encoder:
-    """The encoder of a dense run's checkpoint. Raises ArtefactError where there are experts to choose from."""
+    """The encoder of a dense run's checkpoint. Raises ArtefactError if the run has experts."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     if spec.experts is not None:
         raise ArtefactError(f"{checkpoint.folder} holds experts: choose one with `moce export` and use what it writes.")

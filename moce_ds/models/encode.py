@@ -1,9 +1,8 @@
-"""Encoder features of images: to memory for a task, to disk for a pre-training set.
+"""Encoder features of images: in memory for a task, on disk for a pre-training set.
 
 Axes: N images, D width.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Never
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.feature_store import ENCODER, FeatureWriter, Identity
+from moce_ds.console import progress_bar
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
@@ -30,16 +30,18 @@ from moce_ds.storage.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.storage.files import atomic_folder, writes_to
 from moce_ds.text import shortened
 
-_KEPT = 4
-_kept_features: dict[tuple[str, str, str], Tensor] = {}
+_CACHE_SIZE = 4
+_cached_features: dict[tuple[str, str, str], Tensor] = {}
 
 
 def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:
-    """The encoder that `path` names: an encoder folder, a run folder or checkpoint of a dense MAE, or a file of the
-    public MAE, whose attention `heads` may have to be told (see `public_encoder`).
+    """Open an encoder folder, the run folder or a checkpoint of a dense MAE, or a file of the public MAE.
+
+    Args:
+        heads: attention heads, if a file of the public MAE requires them (see `public_encoder`).
 
     Raises:
-        ArtefactError: it is none of them.
+        ArtefactError: `path` is none of these.
     """
     restore(path)
     if path.is_file():
@@ -47,12 +49,12 @@ def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> 
         encoder.model.to(device)
         return encoder
     if heads is not None:
-        raise ArtefactError(f"--heads goes with a file of the public MAE; {path} is none.")
+        raise ArtefactError(f"--heads requires a file of the public MAE; {path} is not one.")
     if not path.is_dir():
         raise ArtefactError(
             f"{path} not found: expected an encoder folder, the run of a dense MAE, or a .pth file of the public MAE."
         )
-    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone is half of an export, and says so
+    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone: an incomplete export
         return load_encoder(path, device)
     encoder = dense_encoder(find(path))
     encoder.model.to(device)
@@ -62,10 +64,9 @@ def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> 
 def encode(
     encoder: Encoder, shards: ShardSet, ids: range, config: EncodeSettings, device: torch.device
 ) -> Iterator[Tensor]:
-    """Features of the images `ids`, in order, batch after batch, [<= batch_size, D] float32 on the host.
+    """Features of the images `ids`, in order, batch by batch, [<= batch_size, D] float32 on the host.
 
-    A damaged image would be replaced by another one and get its features; here that is an error, since a feature
-    stands for its image.
+    A damaged image is an error here, not replaced, because a feature must belong to its image.
 
     Raises:
         DataError: an image is not as it was written.
@@ -90,25 +91,25 @@ def encode(
 def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
     """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar.
 
-    Those of the last few pairs of encoder and images are kept: one process that measures several things on the same
+    The last few results are cached by encoder and images, so that a process that measures several things on the same
     features, as the demo does, computes them once.
     """
     key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
-    if key in _kept_features:
-        return _kept_features[key]
-    while len(_kept_features) >= _KEPT:
-        _kept_features.pop(next(iter(_kept_features)))
+    if key in _cached_features:
+        return _cached_features[key]
+    while len(_cached_features) >= _CACHE_SIZE:
+        _cached_features.pop(next(iter(_cached_features)))
     with _bar(shards.count, f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}", visible=True) as bar:
         parts = []
         for part_ND in encode(encoder, shards, range(shards.count), config, device):
             parts.append(part_ND)
             bar.update(len(part_ND))
-    _kept_features[key] = torch.cat(parts)
-    return _kept_features[key]
+    _cached_features[key] = torch.cat(parts)
+    return _cached_features[key]
 
 
 def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
-    """Write the features of a shard set; the processes share the blocks, and blocks that are there are kept.
+    """Write the features of a shard set. The processes share the blocks; existing blocks are kept.
 
     Raises:
         ArtefactError: `out` holds features of other images or of another encoder.
@@ -121,12 +122,12 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
     )
     writer = None
     with runtime.raise_on_all_ranks():
-        if runtime.is_main:  # one process begins the folder, the others find it begun
+        if runtime.is_main:  # rank 0 creates the folder before the others open it
             writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
             _keep_encoder(encoder, out / ENCODER)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()
-    runtime.barrier()  # all have looked before anyone adds a block
+    runtime.barrier()  # no rank adds a block before all have listed them
     with runtime.raise_on_all_ranks():
         _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
     if runtime.is_main:
@@ -134,14 +135,14 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
 
 
 def _keep_encoder(encoder: Encoder, folder: Path) -> None:
-    """Leave the encoder beside its features. Raises ArtefactError where another one lies there."""
+    """Write the encoder beside its features. Raises ArtefactError if another one is there."""
     if not folder.exists():
         with writes_to(folder), atomic_folder(folder) as draft:
             save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
     elif load_encoder(folder).identity != encoder.identity:
         raise ArtefactError(
-            f"{folder} is another encoder than the one given; the features beside it may come from either encoder: "
-            f"give another folder, or delete {folder.parent} and make the features again."
+            f"{folder} differs from the given encoder, and the features beside it may come from either of them: "
+            f"choose another folder, or delete {folder.parent} and write the features again."
         )
 
 
@@ -163,4 +164,4 @@ def _write_blocks(
 
 
 def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":
-    return tqdm(total=total, desc=what, unit="img", file=sys.stderr, disable=not visible, delay=2, dynamic_ncols=True)
+    return progress_bar(total=total, desc=what, unit="img", disable=not visible, delay=2, dynamic_ncols=True)

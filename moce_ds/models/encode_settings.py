@@ -7,14 +7,14 @@ from moce_ds.config.settings import option, settings
 
 @settings
 class EncodeSettings:
-    """How images are run through an encoder."""
+    """Running images through an encoder."""
 
-    batch_size: PositiveInt = option(256, "images at a time in each process")
-    threads: PositiveInt = option(2, "decoding threads of each process")
+    batch_size: PositiveInt = option(256, "images per batch and process")
+    threads: PositiveInt = option(2, "decoding threads per process")
 
 
 @settings
 class FeatureSettings(EncodeSettings):
-    """How the features of a shard set are written."""
+    """Writing the features of a shard set."""
 
-    block_rows: PositiveInt = option(4096, "images in a file of features; what is lost at most by a kill")
+    block_rows: PositiveInt = option(4096, "images per file of features; a kill loses at most one file")

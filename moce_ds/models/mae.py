@@ -44,6 +44,27 @@ class Reconstruction:
     mask_BN: Tensor
 
 
+@dataclass(frozen=True)
+class ModelOutput:
+    """What the forward pass of a masked autoencoder of any kind returns.
+
+    A dataclass, since DeepSpeed would put a hook on every tensor of a dictionary.
+
+    Attributes:
+        losses: named losses, each 0-d. "loss" is the weighted sum that is differentiated; "reconstruction" and the
+            model's own losses are not weighted.
+        reconstruction: the predicted patches, and which of them were hidden.
+    """
+
+    losses: dict[str, Tensor]
+    reconstruction: Reconstruction
+
+    @property
+    def loss(self) -> Tensor:
+        """The weighted sum of the losses."""
+        return self.losses["loss"]
+
+
 class MaskedAutoencoder(nn.Module):
     """Encoder on the visible patches, decoder on all, mean squared error on the hidden ones."""
 
@@ -79,12 +100,13 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> Reconstruction:
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor) -> ModelOutput:
         """Reconstruct masked images; the patches with the lowest noise stay visible."""
-        return self.reconstruct(images_BCHW, noise_BN, run_plainly)
+        reconstruction = self.reconstruct(images_BCHW, noise_BN, run_plainly)
+        return ModelOutput({"loss": reconstruction.loss, "reconstruction": reconstruction.loss}, reconstruction)
 
     def reconstruct(self, images_BCHW: Tensor, noise_BN: Tensor, run_block: RunBlock) -> Reconstruction:
-        """As `forward`, each encoder block run by `run_block(index, block, tokens)`."""
+        """Reconstruct masked images, each encoder block run by `run_block(index, block, tokens)`."""
         masking = random_masking(noise_BN, self.mask_ratio)
         return self.from_tokens(self.encode(images_BCHW, masking, run_block), images_BCHW, masking)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.distributed.randomness import INIT, hashed
-from moce_ds.models.mae import Block, MaskedAutoencoder, Reconstruction, RunBlock, make_mlp
-from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
-from moce_ds.moe.gate import ClusterGate, Gate, GateLosses, PathGate, RandomGate, combine_weights, gate_losses
+from moce_ds.models.mae import Block, MaskedAutoencoder, ModelOutput, RunBlock, make_mlp
+from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
+from moce_ds.moe.gate import ClusterGate, Gate, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
 
@@ -29,26 +29,20 @@ class Routing:
         clusters_B: cluster of each image, int64.
         plan: who computes what.
         noise_LME: gate noise of this step, or None.
+        imbalance_share: share of the imbalance loss's weight that is in force in this step, 0-1.
     """
 
     clusters_B: Tensor
     plan: Plan
     noise_LME: Tensor | None
-
-
-@dataclass(frozen=True)
-class MoceOutput:
-    """Reconstruction and the gate's losses, not yet weighted."""
-
-    reconstruction: Reconstruction
-    gate: GateLosses
+    imbalance_share: float = 1.0
 
 
 class Moce(MaskedAutoencoder):
     """A MaskedAutoencoder whose blocks in `experts.layers` hold an expert layer as `mlp`.
 
     `make_layer(make_mlp, num_experts, shared)` is `ClusterMoE` in training, `ExpertLayer` or `ReferenceMoE` where one
-    process holds everything; the names of the parameters are the same.
+    process holds everything; the names of the parameters are the same. `weights` are those of the gate's losses.
     """
 
     share_M: Tensor
@@ -62,9 +56,11 @@ class Moce(MaskedAutoencoder):
         embeddings_MC: Tensor,
         share_M: Tensor,
         make_layer: MakeLayer,
+        weights: LossWeights = NO_WEIGHTS,
     ) -> None:
         super().__init__(shape, decoder, mask_ratio)
         self.experts = experts
+        self.weights = weights
         self.gate = make_gate(experts, embeddings_MC)
         self.register_buffer("share_M", share_M.float())
         self.layer_of_block = {block: layer for layer, block in enumerate(experts.layers)}
@@ -75,11 +71,18 @@ class Moce(MaskedAutoencoder):
         """One expert, of random weights."""
         return make_mlp(self.shape.width, self.shape.mlp_ratio)
 
-    def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> MoceOutput:  # type: ignore[override]
-        """Reconstruct masked images, each on the route of its cluster."""
+    def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> ModelOutput:  # type: ignore[override]
+        """Reconstruct masked images, each on the route of its cluster; the gate's losses are `imbalance`, `balance`."""
         probs_LME = self.gate(routing.noise_LME)
         reconstruction = self.reconstruct(images_BCHW, noise_BN, self.routed(routing, probs_LME))
-        return MoceOutput(reconstruction, gate_losses(probs_LME, routing.clusters_B, self.share_M))
+        gate = gate_losses(probs_LME, routing.clusters_B, self.share_M)
+        loss = reconstruction.loss
+        if self.weights.imbalance is not None:
+            loss = loss + self.weights.imbalance * routing.imbalance_share * gate.imbalance
+        if self.weights.balance is not None:
+            loss = loss + self.weights.balance * gate.balance
+        losses = {"loss": loss, "reconstruction": reconstruction.loss}
+        return ModelOutput(losses | {"imbalance": gate.imbalance, "balance": gate.balance}, reconstruction)
 
     def routed(self, routing: Routing, probs_LME: Tensor) -> RunBlock:
         """What runs the blocks, for `encode` and `reconstruct`, when each image takes its own route."""

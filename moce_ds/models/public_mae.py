@@ -1,7 +1,8 @@
-"""Encoders from files of the public MAE (facebookresearch/mae): "pretrain", "full", fine-tuned, and of its training.
+"""Encoders from files of the public MAE (facebookresearch/mae): "pretrain", "full", fine-tuned, and training
+checkpoints.
 
-The names of the weights are ours. What a file does not say is taken from the public code: the heads from the sizes that
-it trains, the images' normalisation, and the centre crop.
+The names of the weights are ours. What a file does not contain is taken from the public code: the heads from the sizes
+that it trains, the normalisation of the images, and the centre crop.
 
 Axes: N patches, D width.
 """
@@ -26,25 +27,25 @@ _SIZES = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
 
 _CLASSIFIER = ("head.weight", "head.bias")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
-_SHOWN = 5  # names of a foreign file that an error lists
+_SHOWN = 5  # names of weights listed in an error
 
 
 def public_encoder(path: Path, heads: int | None = None) -> Encoder:
-    """The encoder in a file of the public MAE, on the host; decoder and classifier are left out.
+    """The encoder in a file of the public MAE, on the host, without decoder and classifier.
 
     Args:
         path: `.pth`, `.pt` or `.safetensors`; nothing in it is executed.
-        heads: attention heads, where the encoder is of no size that the public MAE trains.
+        heads: attention heads, if the size of the encoder is none that the public MAE trains.
 
     Raises:
-        ArtefactError: the file cannot be read, holds no plain ViT by the names of the public MAE, or one whose heads
-            are not known; what was found and what was expected is said.
+        ArtefactError: the file cannot be read, holds no plain ViT by the names of the public MAE, or its number of
+            heads is unknown; the message has what was found and expected.
     """
     named = f"{_READER}: {path}"
-    found = read_file(path, _READER)
-    state = as_float32({n: t for n, t in found.items() if not is_decoder(n) and n not in _CLASSIFIER}, named)
+    tensors = read_file(path, _READER)
+    state = as_float32({n: t for n, t in tensors.items() if not is_decoder(n) and n not in _CLASSIFIER}, named)
     shape = _shape(state, heads, named)
-    with torch.device("meta"):  # no second copy
+    with torch.device("meta"):  # without a second copy
         model = timm_vit(shape)
     check_state(model, state, named)
     model.load_state_dict(state, assign=True)
@@ -54,12 +55,12 @@ def public_encoder(path: Path, heads: int | None = None) -> Encoder:
 
 
 def _input(size: int) -> ImageInput:
-    """The images of the public MAE's evaluation: ImageNet's normalisation; at more than 224 px nothing is cut off."""
+    """The input of the public MAE's evaluation: ImageNet's normalisation, and no cropping above 224 px."""
     return ImageInput(size, center_crop=0.875 if size <= 224 else 1.0)
 
 
 def _taken_for(shape: ViTShape, input: ImageInput) -> str:
-    """What the file does not say, in words."""
+    """A text with what the file does not contain."""
     return (
         f"a ViT of the public MAE: width {shape.width}, {shape.depth} blocks, {shape.heads} heads; images of "
         f"{input.size} px with ImageNet's mean and standard deviation, centre crop {input.center_crop}"
@@ -67,7 +68,7 @@ def _taken_for(shape: ViTShape, input: ImageInput) -> str:
 
 
 def _shape(state: Mapping[str, Tensor], heads: int | None, named: str) -> ViTShape:
-    """The size of the encoder by its weights. Raises ArtefactError."""
+    """The size of the encoder, from its weights. Raises ArtefactError."""
     names = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     lacking = [name for name in names if name not in state]
     if lacking:
@@ -96,7 +97,7 @@ def _shape(state: Mapping[str, Tensor], heads: int | None, named: str) -> ViTSha
         pooled_norm="fc_norm.weight" in state,
     ).with_hidden(fc1.shape[0])
     if width % shape.heads:
-        raise ArtefactError(f"{named} has width {width}, which is no multiple of {shape.heads} heads.")
+        raise ArtefactError(f"{named} has width {width}, which is not a multiple of {shape.heads} heads.")
     return shape
 
 
@@ -104,8 +105,8 @@ def _known_heads(width: int, depth: int, named: str) -> int:
     if (width, depth) not in _SIZES:
         known = ", ".join(f"{w} x {blocks} ({count})" for (w, blocks), count in _SIZES.items())
         raise ArtefactError(
-            f"{named} has width {width} and {depth} blocks, and its weights do not say how many attention heads. Known "
-            f"(heads): {known}. Give --heads to `moce features`, `knn` or `probe`; other verbs take the encoder folder "
+            f"{named} has width {width} and {depth} blocks, and its number of attention heads is unknown. Known sizes "
+            f"(heads): {known}. Pass --heads to `moce features`, `knn` or `probe`; other verbs take the encoder folder "
             "that `moce features` writes, OUT/encoder."
         )
     return _SIZES[width, depth]

@@ -12,14 +12,13 @@ Axes: B images, N patches, T tokens (cls and visible patches), D width, H hidden
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.models.mae import Block, Masking, Mlp, Reconstruction, random_masking, visible_tokens
+from moce_ds.models.mae import Block, Masking, Mlp, ModelOutput, random_masking, visible_tokens
 from moce_ds.models.moce import ExpertShape, Moce, Routing, expert_key, is_replaced
 from moce_ds.models.vit import Encoder, ViTShape
 from moce_ds.moe.plan import LayerPlan
@@ -27,14 +26,6 @@ from moce_ds.moe.plan import LayerPlan
 FC1, FC2 = "fc1.weight", "fc2.weight"
 BIAS1, BIAS2 = "fc1.bias", "fc2.bias"
 _PARTS = (FC1, BIAS1, FC2, BIAS2)
-
-
-@dataclass(frozen=True)
-class SdrOutput:
-    """Reconstruction, and the distance from the teacher's tokens (0 without a teacher), not yet weighted."""
-
-    reconstruction: Reconstruction
-    distillation: Tensor
 
 
 class Teacher:
@@ -67,14 +58,22 @@ class Sdr(Moce):
 
     def forward(  # type: ignore[override]
         self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing, teacher: Teacher | None = None
-    ) -> SdrOutput:
-        """Reconstruct masked images, each on its path."""
+    ) -> ModelOutput:
+        """Reconstruct masked images, each on its path.
+
+        The loss `distillation` is the distance from the teacher's tokens; 0 without a teacher.
+        """
         masking = random_masking(noise_BN, self.mask_ratio)
         x_BTD = self.encode(images_BCHW, masking, self.routed(routing, self.gate()))
         reconstruction = self.from_tokens(x_BTD, images_BCHW, masking)
-        if teacher is None:
-            return SdrOutput(reconstruction, torch.zeros_like(reconstruction.loss))
-        return SdrOutput(reconstruction, distance(x_BTD, teacher.tokens(images_BCHW, masking)))
+        distillation = torch.zeros_like(reconstruction.loss)
+        if teacher is not None:
+            distillation = distance(x_BTD, teacher.tokens(images_BCHW, masking))
+        loss = reconstruction.loss
+        if self.weights.distillation is not None:
+            loss = loss + self.weights.distillation * distillation
+        losses = {"loss": loss, "reconstruction": reconstruction.loss, "distillation": distillation}
+        return ModelOutput(losses, reconstruction)
 
     def expert_block(self, block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
         """timm's block; its MLP is the sum of the common units and of the image's group."""

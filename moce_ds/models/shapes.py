@@ -1,4 +1,4 @@
-"""The sizes of a model on paper. Settings are made of these, so nothing here needs torch or timm."""
+"""A model on paper: its sizes, and what its losses weigh. Settings are made of these: no torch or timm is needed."""
 
 import math
 from dataclasses import dataclass, replace
@@ -98,3 +98,25 @@ class ExpertShape:
     def from_tree(cls, tree: dict[str, Any]) -> "ExpertShape":
         """Rebuild from JSON, where tuples are lists."""
         return cls(**{**tree, "layers": tuple(tree["layers"])})
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of a model's own losses beside that of reconstruction, which counts 1 (docs/method.md, "Losses").
+
+    None: the loss is measured, and nothing learns from it.
+
+    Attributes:
+        imbalance, balance: of the gate of MoCE.
+        token_balance: of TokenMoE's importance and load losses, both.
+        distillation: of SDR's distance from the teacher's tokens.
+    """
+
+    imbalance: float | None = None
+    balance: float | None = None
+    token_balance: float | None = None
+    distillation: float | None = None
+
+
+NO_WEIGHTS = LossWeights()
+"""Nothing but reconstruction is learnt from."""

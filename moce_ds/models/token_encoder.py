@@ -1,6 +1,6 @@
-"""The encoder of a TokenMoE in one process and without DeepSpeed, for comparing it with experts cut out by route.
+"""The encoder of a TokenMoE in one process and without DeepSpeed, for comparison with experts exported by route.
 
-Axes: B images, T tokens, S = B x T tokens, D width, E experts, K experts a token is sent to.
+Axes: B images, T tokens, S = B x T tokens, D width, E experts, K experts per token.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from moce_ds.models.warm_start import is_decoder
 
 
 class TokenExperts(nn.Module):
-    """What DeepSpeed's layer computes when evaluating: each token's K most probable experts, none dropped.
+    """The evaluation of DeepSpeed's layer: the K most probable experts of each token, without dropping.
 
-    With K = 1 the expert's output is multiplied by its probability; with K = 2 by its share of the two.
+    With K = 1 the output of the expert is multiplied by its probability; with K = 2 by its share of the two.
     """
 
     def __init__(self, make_expert: Callable[[], nn.Module], width: int, num_experts: int, k: int) -> None:
@@ -41,7 +41,7 @@ class TokenExperts(nn.Module):
 
 
 def token_encoder(checkpoint: Checkpoint, device: torch.device) -> Encoder:
-    """The encoder of a run with `experts.gate=token`. Raises ArtefactError where its weights do not fit."""
+    """The encoder of a run with `experts.gate=token`. Raises ArtefactError if its weights do not fit."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     experts, width = spec.experts, spec.shape.width
     assert experts is not None and experts.gate == "token", "the caller has looked"

@@ -1,7 +1,7 @@
-"""Vision transformers by size, and the folder in which a trained encoder travels.
+"""Vision transformers by size, and the folder of a trained encoder.
 
 An encoder folder (`encoder_folder.py`) holds `model.safetensors` (timm's parameter names), `config.json` (the shape,
-the arguments for timm, and what the input must be) and `provenance.json` (where it comes from). `moce features`, `knn`,
+the arguments for timm, and the input format) and `provenance.json` (where it comes from). `moce features`, `knn`,
 `probe` and the clusters read it; `moce export` writes it.
 
 Axes: B images, N patches, T tokens (patches and cls), D width.
@@ -34,12 +34,12 @@ import timm  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 
-@lru_cache  # timm builds the model to answer: a tenth of a second, and every step asks
+@lru_cache  # timm builds the model for this, which takes a tenth of a second
 def shape_of(timm_name: str) -> ViTShape:
-    """The shape behind a timm name such as `vit_base_patch16_224`.
+    """The shape of a timm name such as `vit_base_patch16_224`.
 
     Raises:
-        ConfigError: timm does not know the name, or it is no plain ViT with a cls token.
+        ConfigError: timm does not know the name, or it is not a plain ViT with a cls token.
     """
     if not timm.is_model(timm_name):
         near = difflib.get_close_matches(timm_name, timm.list_models("vit_*"), n=4)
@@ -49,7 +49,9 @@ def shape_of(timm_name: str) -> ViTShape:
         model = timm.create_model(timm_name, num_classes=0)
     plain = isinstance(model, VisionTransformer) and model.cls_token is not None and model.num_prefix_tokens == 1
     if not plain or any(isinstance(m, nn.Identity) for m in (model.norm,)):
-        raise ConfigError(f"model.vit: {timm_name} is no plain ViT with one cls token, such as vit_base_patch16_224.")
+        raise ConfigError(
+            f"model.vit: {timm_name} is not a plain ViT with one cls token, such as vit_base_patch16_224."
+        )
     block = model.blocks[0]
     return ViTShape(
         image_size=model.patch_embed.img_size[0],
@@ -62,13 +64,13 @@ def shape_of(timm_name: str) -> ViTShape:
 
 
 def timm_vit(shape: ViTShape) -> VisionTransformer:
-    """timm's plain ViT of this size, with one cls token and no classifier, random weights."""
+    """timm's plain ViT of this size, with one cls token, no classifier, and random weights."""
     return VisionTransformer(**shape.timm_arguments())
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A trained dense ViT with what one must know to use it.
+    """A trained dense ViT with everything needed to use it.
 
     Attributes:
         model: timm's VisionTransformer in evaluation mode.
@@ -88,14 +90,16 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """SHA-256 over all that decides what the encoder computes of an image: weights, shape and input."""
+        """SHA-256 over everything that determines the output of the encoder: weights, shape and input."""
         parts = [self.fingerprint, asdict(self.shape), self.input.to_tree()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @torch.inference_mode()
     def features(self, images_BCHW: Tensor) -> Tensor:
-        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering"); with
-        `pooled_norm` the norm of their mean."""
+        """Mean of the patch tokens after the final norm, [B, D] float32 (docs/method.md, "Clustering").
+
+        With `pooled_norm` it is the norm of their mean.
+        """
         tokens_BTD = self.model.forward_features(images_BCHW)
         features_BD: Tensor = self.model.fc_norm(tokens_BTD[:, 1:].float().mean(dim=1))
         return features_BD
@@ -109,9 +113,9 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def save_encoder(
     folder: Path, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any
 ) -> None:
-    """Write an encoder folder's three files into an existing `folder` (the caller makes that atomic).
+    """Write the three files of an encoder folder into an existing `folder` (the caller makes that atomic).
 
-    What is there by then belongs to the encoder and gets a checksum, too.
+    Files that exist already belong to the encoder, and get a checksum too.
     """
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     write_json(folder / PROVENANCE, provenance)
@@ -120,7 +124,7 @@ def save_encoder(
 
 @dataclass(frozen=True)
 class EncoderRecord:
-    """What this program reads of an encoder folder's `config.json`."""
+    """The entries of an encoder folder's `config.json` that are read."""
 
     shape: ViTShape
     input: ImageInput
@@ -129,11 +133,11 @@ class EncoderRecord:
     def __post_init__(self) -> None:
         shape = self.shape
         if shape.width % shape.heads or shape.image_size % shape.patch_size or shape.image_size != self.input.size:
-            raise ValueError(f"{shape} and images of {self.input.size} pixels do not go together")
+            raise ValueError(f"{shape} and images of {self.input.size} pixels do not match")
 
     @classmethod
     def read(cls, folder: Path) -> "EncoderRecord":
-        """Raises ArtefactError: the file is missing, damaged or of another version."""
+        """Raises ArtefactError if the file is missing, damaged or of another version."""
         restore(folder)
         return read_config(folder, cls)
 
@@ -142,18 +146,18 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
     """Read an encoder folder.
 
     Raises:
-        ArtefactError: a file is missing, damaged or exchanged, or the weights do not fit the shape; names are listed.
+        ArtefactError: a file is missing, damaged or exchanged, or the weights do not fit the shape; lists their names.
     """
     config, provenance, weights = EncoderRecord.read(folder), read_provenance(folder), folder / WEIGHTS
     if not weights.exists():
-        raise ArtefactError(f"{weights} is missing: {folder} is an export that is half written: export it again.")
-    with torch.device("meta"):  # no memory for sizes that the file turns out not to have
+        raise ArtefactError(f"{weights} is missing: {folder} is an incomplete export: export it again.")
+    with torch.device("meta"):  # allocates no memory for sizes that the file may not have
         model = timm_vit(config.shape)
     with reads_from(weights, "export it again."):
-        found = sha256_of(weights)
+        checksum = sha256_of(weights)
     state = load_tensors(weights, "export it again.")
     check_state(model, state, str(weights))
-    if found != config.sha256:
+    if checksum != config.sha256:
         raise ArtefactError(
             f"{weights} is damaged or exchanged: its checksum is not the one in {folder / CONFIG}: export it again."
         )
@@ -162,5 +166,5 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse weights that do not fit a model exactly, listing every difference. Raises ArtefactError."""
+    """Raise ArtefactError, listing every difference, if weights do not fit a model exactly."""
     check_fit(model.state_dict(), state, source)

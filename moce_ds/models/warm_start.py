@@ -1,4 +1,4 @@
-"""Weights to start a run from: our checkpoints and encoder folders, safetensors files, and the public MAE's `.pth`."""
+"""Initial weights of a run: our checkpoints and encoder folders, safetensors files, and `.pth` of the public MAE."""
 
 import argparse
 import math
@@ -20,21 +20,21 @@ from moce_ds.models.mae import sincos_positions
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import load_tensors
 
-# Fixed tables, computed anew; the classifier of a fine-tuned model, which pre-training has no place for.
+# Fixed tables, which are recomputed, and the classifier of a fine-tuned model, which pre-training does not use.
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
 _NOT_NEEDED = (*_POSITIONS, "head.weight", "head.bias")
 _INIT = "run.init_from"
 _DECODER = ("decoder_", "mask_token")
 
-# What the `args` of a training script hold beside tensors and plain values: attributes, and paths, which become pure
-# ones. Python 3.13 has another name for the module.
+# Classes in the `args` of a training script besides tensors and plain values: namespaces, and paths, which become pure
+# paths. Python 3.13 has another name for the module.
 _VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     *((PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
 
-# What torch's reader was seen to raise on damaged files; they have no common base.
+# Errors that torch's reader was seen to raise on damaged files; they have no common base class.
 _READER_FAULTS = (
     pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, ArithmeticError, MemoryError, OSError,
@@ -42,21 +42,20 @@ _READER_FAULTS = (
 
 
 def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tensor]:
-    """Weights by the names of the public MAE (those of this program), without fixed tables and classifier.
+    """Weights by the names of the public MAE (which are ours), without fixed tables and classifier.
 
     Args:
-        path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file, which is
-            read with `weights_only=True`, so that nothing in it is executed.
-        replace_positions: take weights with learned positions, too, and leave the positions out.
+        path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file. The latter
+            is read with `weights_only=True`, so that nothing in it is executed.
+        replace_positions: accept weights with learned positions, and drop the positions.
 
     Raises:
-        ArtefactError: there is nothing to read at `path`, or it holds something else; or its positions are learned,
-            and would be lost.
+        ArtefactError: `path` is missing or holds something else; or its positions are learned and would be lost.
     """
     if path.is_dir():
         encoder = path / "model.safetensors"
         if (path / "config.json").exists() and not encoder.exists():
-            raise ArtefactError(f"run.init_from: {encoder} is missing: the export is half written: export it again.")
+            raise ArtefactError(f"run.init_from: {encoder} is missing: the export is incomplete: export it again.")
         state = load_tensors(encoder, _cure(_INIT)) if encoder.exists() else find(path).load(WEIGHTS)
     else:
         state = read_file(path, _INIT)
@@ -68,20 +67,22 @@ def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tenso
 
 
 def _refuse_learned_positions(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ArtefactError where a position table is not the fixed one, which a run computes for itself."""
+    """Raise ArtefactError if a position table is not the fixed one that a run computes."""
     for name in _POSITIONS:
         if name in state and (difference := _from_sincos(state[name])) is not None:
             raise ArtefactError(
                 f"run.init_from: {path} has learned positions: {name} differs from the sine-cosine table by up to "
-                f"{difference:.2g}. The positions of a run are that table, so these would be lost, and the model would "
-                "not compute what these weights computed. Start from an MAE, whose positions are fixed; or set "
+                f"{difference:.2g}. The positions of a run are that table, so the learned ones would be lost, and the "
+                "model would compute something else. Start from an MAE, whose positions are fixed, or set "
                 "run.replace_positions=true to start without them."
             )
 
 
 def _from_sincos(table: Tensor) -> float | None:
-    """Largest difference of a position table, [1, N + 1, D], from the sine-cosine table of its size; None where it is
-    that one, up to the precision that it was saved in."""
+    """Largest difference between a position table, [1, N + 1, D], and the sine-cosine table of its size.
+
+    None if they are equal up to the precision of the file.
+    """
     if table.ndim != 3 or _unfit(table) or table.shape[-1] % 4:
         return math.inf
     side = math.isqrt(max(0, table.shape[1] - 1))
@@ -93,14 +94,14 @@ def _from_sincos(table: Tensor) -> float | None:
 
 
 def read_file(path: Path, reader: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors`, `.pth` or `.pt` file as they are, by name.
+    """The tensors of a `.safetensors`, `.pth` or `.pt` file, unchanged, by name.
 
     Args:
         path: the file.
-        reader: the setting or argument that names it, for errors.
+        reader: the setting or argument with the path, for errors.
 
     Raises:
-        ArtefactError: there is nothing to read at `path`, or it holds something else.
+        ArtefactError: `path` is missing or holds something else.
     """
     named = f"{reader}: {path}"
     if not path.is_file():
@@ -113,11 +114,11 @@ def read_file(path: Path, reader: str) -> dict[str, Tensor]:
 
 
 def _cure(reader: str) -> str:
-    return f"{reader} expects a whole safetensors file."
+    return f"{reader} expects a complete safetensors file."
 
 
 def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
-    """The same tensors in float32. Raises ArtefactError, which lists those that cannot be a model's weights."""
+    """The same tensors in float32. Raises ArtefactError, listing those that cannot be weights of a model."""
     unfit = [f"{name} {fault}" for name, tensor in state.items() if (fault := _unfit(tensor))]
     if unfit:
         raise ArtefactError("\n  ".join([f"{named} contains entries that are not weights:", *cut(unfit)]))
@@ -125,13 +126,13 @@ def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
 
 
 def _unfit(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be a model's weights, None where it can."""
+    """Why a tensor cannot be a weight of a model; None if it can."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
         return f"is {tensor.dtype}, {tensor.layout}, {tensor.device}; expected plain floating point numbers"
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        return f"claims shape {tuple(tensor.shape)}, which is more than the file holds"
+        return f"has shape {tuple(tensor.shape)}, which is larger than its data in the file"
     if not tensor.float().isfinite().all():
-        return "holds NaN or infinite numbers: the run that it is from has diverged"
+        return "holds NaN or infinite numbers: its run has diverged"
     return None
 
 
@@ -141,27 +142,28 @@ def has_experts(weights: Mapping[str, Tensor]) -> bool:
 
 
 def is_expert(name: str) -> bool:
-    """Whether a parameter belongs to one of a layer's experts."""
+    """Whether a parameter belongs to an expert of a layer."""
     return ".mlp.experts." in name
 
 
 def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of an encoder alone, as the public MAE's files named "pretrain" are."""
+    """Whether the weights are those of an encoder only, as in the files "pretrain" of the public MAE."""
     return not any(name.startswith(_DECODER) for name in weights)
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a parameter belongs to the decoder, which an encoder-only file does not have."""
+    """Whether a parameter belongs to the decoder, which an encoder-only file lacks."""
     return name.startswith(_DECODER)
 
 
 def read_torch_file(path: Path, named: str) -> Any:
-    """What a file of `torch.save` holds, read with `weights_only=True`, so that nothing in it is executed.
+    """The content of a file of `torch.save`, read with `weights_only=True`, so that nothing in it is executed.
 
-    Beside tensors and plain values, `argparse.Namespace` and paths are allowed, which the public MAE's training writes.
+    Besides tensors and plain values, `argparse.Namespace` and paths are allowed, because the training code of the
+    public MAE writes them.
 
     Raises:
-        ArtefactError: the file, `named` so, holds anything else, or is damaged.
+        ArtefactError: the file (`named` in the message) holds anything else, or is damaged.
     """
     try:
         with torch.serialization.safe_globals(_VALUES):
@@ -169,14 +171,14 @@ def read_torch_file(path: Path, named: str) -> Any:
     except _READER_FAULTS as error:
         if isinstance(error, OSError) and error.errno:  # of the system; torch's own have none
             raise refused(ArtefactError, f"{named} cannot be read", error) from None
-        # What torch advises, before and behind the reason, is to run the file's code.
+        # Drop torch's advice around the reason, which is to execute the file's code.
         (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [
             type(error).__name__
         ]
-        said = f" ({reason.strip()})" if reason.strip() else ""
+        detail = f" ({reason.strip()})" if reason.strip() else ""
         raise ArtefactError(
-            f"{named} refused: it contains objects other than tensors or is damaged; no code was executed{said}. "
-            "Expected tensors by name, maybe under 'model'; if you trust its source, save those alone as .safetensors."
+            f"{named} refused: it contains objects other than tensors or is damaged; no code was executed{detail}. "
+            "Expected tensors by name, maybe under 'model'; if you trust its source, save only those as .safetensors."
         ) from None
 
 

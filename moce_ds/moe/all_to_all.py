@@ -1,4 +1,4 @@
-"""Move whole images between the ranks of an expert-parallel group, forward and backward.
+"""All-to-all of whole images between the ranks of an expert-parallel group, forward and backward.
 
 Axes: N rows to send, S rows received, ... the axes of one image (tokens and width).
 """
@@ -27,11 +27,11 @@ def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.P
     return result
 
 
-def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Send `send[r]` consecutive rows to each rank r of the group: [N, ...] -> [S, ...].
 
-    The gradient travels back the same way. Without a group (experts all at hand) the rows stay where they are.
-    Collective: every rank of the group must call it, with matching counts, also when it has no rows.
+    The gradient takes the reverse way. Without a group (all experts are local) the rows are returned unchanged.
+    Collective: every rank of the group must call it, with matching counts, even without rows.
     """
     if group is None:
         return rows

@@ -1,9 +1,9 @@
-"""The expert layer without DeepSpeed: send images to experts by a plan, compute, bring them back, combine.
+"""The expert layer without DeepSpeed: send images to experts by a plan, compute, return them, combine.
 
-`ClusterMoE` in `layer.py` is this with process groups. Here is everything that touches tensors.
+This module contains all tensor operations; `ClusterMoE` in `layer.py` adds the process groups.
 
-Axes: B images of a rank, K experts an image is sent to, N = B K rows sent, S rows computed here, T tokens, D width,
-H hidden width, E experts held here.
+Axes: B images of a rank, K experts per image, N = B K rows sent, S rows computed on this rank, T tokens, D width, H
+hidden width, E local experts.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.moe.all_to_all import exchange
+from moce_ds.moe.all_to_all import all_to_all
 from moce_ds.moe.plan import LayerPlan, on_device
 
 Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
 
 
 class Mlp(Protocol):
-    """What an expert is made of, as timm's Mlp."""
+    """The modules of an expert, as in timm's Mlp."""
 
     fc1: nn.Linear
     fc2: nn.Linear
@@ -29,7 +29,7 @@ class Mlp(Protocol):
 
 
 class ExpertLayer(nn.Module):
-    """`num_held` MLPs through which images go by a plan, and maybe one shared MLP that every image goes through.
+    """`num_held` expert MLPs, to which images are routed by a plan, and optionally one shared MLP for every image.
 
     Args:
         make_expert: builds one dense MLP with `fc1`, `act`, `fc2`, [..., D] -> [..., D].
@@ -38,17 +38,17 @@ class ExpertLayer(nn.Module):
     """
 
     def __init__(self, make_expert: Callable[[], nn.Module], num_held: int, shared: bool = False) -> None:
-        nn.Module.__init__(self)  # not the next class in line: `ClusterMoE` puts DeepSpeed's MoE there
+        nn.Module.__init__(self)  # not super(): in `ClusterMoE` the next class is DeepSpeed's MoE
         self.experts = nn.ModuleList(make_expert() for _ in range(num_held))
         self.shared = make_expert() if shared else None
         self.execute: Execute = run_one_by_one
         self.group: dist.ProcessGroup | None = None
 
     def forward(self, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
-        """Each image through its experts, summed with the combine weights: [B, T, D] -> [B, T, D]."""
-        if torch.is_autocast_enabled(x_BTD.device.type):  # half the bytes on the wire
+        """Process each image by its experts and sum with the combine weights: [B, T, D] -> [B, T, D]."""
+        if torch.is_autocast_enabled(x_BTD.device.type):  # halves the network traffic
             x_BTD = x_BTD.to(torch.get_autocast_dtype(x_BTD.device.type))
-        one = weight_BK.shape[1] == 1  # then the rows sent are the images in another order
+        one = weight_BK.shape[1] == 1  # then the rows sent are a permutation of the images
         x_NTD = reorder(x_BTD, plan.image_N, plan.restore_N) if one else x_BTD.index_select(0, plan.image_N)
         y_NTD = self._through_experts(x_NTD, plan)
         y_NTD = reorder(y_NTD, plan.restore_N, plan.image_N) if one else y_NTD.index_select(0, plan.restore_N)
@@ -59,12 +59,12 @@ class ExpertLayer(nn.Module):
         return y_BTD
 
     def _through_experts(self, x_NTD: Tensor, plan: LayerPlan) -> Tensor:
-        """Rows sorted by where their expert lives, there and back: [N, T, D] -> [N, T, D]."""
-        if self.group is None:  # all experts are here, and the rows sorted by them
+        """Send rows, sorted by the rank of their expert, to the experts and back: [N, T, D] -> [N, T, D]."""
+        if self.group is None:  # all experts are local, and the rows are sorted by expert
             return self.execute(self.experts, x_NTD, plan.counts)
-        x_STD = reorder(exchange(x_NTD, plan.send_R, plan.receive_R, self.group), plan.gather_S, plan.scatter_S)
+        x_STD = reorder(all_to_all(x_NTD, plan.send_R, plan.receive_R, self.group), plan.gather_S, plan.scatter_S)
         y_STD = reorder(self.execute(self.experts, x_STD, plan.counts), plan.scatter_S, plan.gather_S)
-        return exchange(y_STD, plan.receive_R, plan.send_R, self.group)
+        return all_to_all(y_STD, plan.receive_R, plan.send_R, self.group)
 
 
 class _Reorder(torch.autograd.Function):
@@ -80,14 +80,16 @@ class _Reorder(torch.autograd.Function):
 
 
 def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """`rows[order]` for a permutation, whose gradient is `grad[inverse]`: autograd's own would add into zeros."""
+    """`rows[order]` for a permutation. Its gradient is `grad[inverse]`; autograd's own would add into zeros."""
     result: Tensor = _Reorder.apply(rows, order, inverse)
     return result
 
 
 def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
-    """Every expert on its own rows, also on none: its gradient hooks must fire on every rank, or DeepSpeed's gradient
-    buckets fall out of step. [S, T, D] -> [S, T, D]."""
+    """Run every expert on its own rows, even on none. [S, T, D] -> [S, T, D].
+
+    The gradient hooks of every expert must fire on every rank, or DeepSpeed's gradient buckets get out of step.
+    """
     parts = x_STD.split(counts)
     return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
 
@@ -95,12 +97,12 @@ def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> 
 def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
     """All experts in two grouped matrix products (`F.grouped_mm`), [S, T, D] -> [S, T, D].
 
-    The experts' weights stay parameters of their own and are stacked here: a copy of the weights a step, small beside
-    the products. `grouped_mm` ignores autocast, so the cast is made here.
+    The weights of the experts remain separate parameters and are stacked here: one copy per step, cheap compared with
+    the products. `grouped_mm` ignores autocast, so this function casts.
     """
     S, T, D = x_STD.shape
     dtype = x_STD.dtype
-    rows_E = on_device(torch.tensor(counts), x_STD.device) * T  # the counts are known on the host
+    rows_E = on_device(torch.tensor(counts), x_STD.device) * T  # counts are known on the host
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
@@ -115,10 +117,10 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Ten
 
 
 def choose_execution(device: torch.device, bf16: bool, num_held: int) -> Execute:
-    """The faster way to run the experts, by a rule (docs/performance.md says what was measured).
+    """The faster way to run the experts (docs/performance.md has the measurements).
 
-    On a CPU one by one. On a GPU with fast bf16 grouped products (compute capability 9) and more than one expert,
-    grouped: many small products would leave it idle.
+    On a CPU, one by one. On a GPU with fast grouped bf16 products (compute capability 9) and more than one expert,
+    grouped: many small products would underuse it.
     """
     if device.type == "cuda" and bf16 and num_held > 1 and torch.cuda.get_device_capability(device) >= (9, 0):
         return run_grouped

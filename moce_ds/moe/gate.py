@@ -1,9 +1,8 @@
-"""Gates that read the cluster of an image: a table of route probabilities, the choice of experts, and the losses.
+"""Gates that route by the cluster of an image: route probabilities, the choice of experts, and the gate losses.
 
-Such a gate sees nothing of an image but its cluster, so for each expert layer it *is* a table, computed once a step.
+The cluster is the only input of such a gate, so the gate of an expert layer is a table, computed once per step.
 
-Axes: L expert layers, M clusters, E experts a layer, K experts an image is sent to, C width of a cluster embedding,
-B images.
+Axes: L expert layers, M clusters, E experts per layer, K experts per image, C width of a cluster embedding, B images.
 """
 
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ class ClusterGate(nn.Module):
     """The gates of all expert layers: `P_l = softmax((W_l C^T + e) / temperature)^T` (docs/method.md, paper eq. 4).
 
     Args:
-        embeddings_MC: the L2-normalised centroids; `learnable` makes them a parameter (as MoCLE does).
+        embeddings_MC: the L2-normalised centroids; `learnable` makes them a parameter (as in MoCLE).
         num_layers, num_experts: L and E.
         temperature: divides the logits.
-        tied: one W for all layers.
-        init_scale: standard deviation of the logits at the start, over random unit embeddings.
+        tied: share one W between all layers.
+        init_scale: initial standard deviation of the logits, over random unit embeddings.
     """
 
     embeddings_MC: Tensor
@@ -46,7 +45,7 @@ class ClusterGate(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.num_layers, self.num_experts = num_layers, num_experts
-        embeddings_MC = embeddings_MC.to(torch.float32, copy=True)  # learning them must not change the clusters
+        embeddings_MC = embeddings_MC.to(torch.float32, copy=True)  # training them must not change the clusters
         if learnable:
             self.embeddings_MC = nn.Parameter(embeddings_MC)
         else:
@@ -57,9 +56,10 @@ class ClusterGate(nn.Module):
         )
 
     def forward(self, noise_LME: Tensor | None = None) -> Tensor:
-        """The route tables of all layers, [L, M, E] float32, rows summing to 1; `noise_LME` is added to the logits.
+        """The route tables of all layers, [L, M, E] float32, with rows that sum to 1; `noise_LME` is added to the
+        logits.
 
-        With a tied gate all layers have the table of the first, noise included.
+        With a tied gate, all layers share the table of the first, including its noise.
         """
         W_LEC = torch.stack(list(self.weights)).float()
         logits_LME = torch.einsum("lec,mc->lme", W_LEC, self.embeddings_MC.float())
@@ -70,10 +70,10 @@ class ClusterGate(nn.Module):
 
 
 class FixedGate(nn.Module):
-    """A table that is given: each cluster has its expert in every layer, nothing is learnt.
+    """A fixed table: each cluster has one expert per layer, and nothing is trained.
 
     Args:
-        expert_ML: that table, int64.
+        expert_ML: the table, int64.
         num_experts: E.
     """
 
@@ -81,18 +81,20 @@ class FixedGate(nn.Module):
 
     def __init__(self, expert_ML: NDArray[np.int64], num_experts: int) -> None:
         super().__init__()
-        chosen_LME = nn.functional.one_hot(torch.from_numpy(expert_ML.T.copy()), num_experts)
-        self.register_buffer("probs_LME", chosen_LME.float())
+        one_hot_LME = nn.functional.one_hot(torch.from_numpy(expert_ML.T.copy()), num_experts)
+        self.register_buffer("probs_LME", one_hot_LME.float())
 
     def forward(self, noise_LME: Tensor | None = None) -> Tensor:
-        """The table, [L, M, E]: 1 for the cluster's expert, 0 for the others; noise changes nothing."""
+        """The table, [L, M, E]: 1 for the cluster's expert, 0 for the others; noise is ignored."""
         return self.probs_LME
 
 
 class RandomGate(FixedGate):
-    """The control experiment: a fixed random table with nearly equal numbers of clusters an expert, no parameters.
+    """The control experiment: a fixed random table with nearly equal numbers of clusters per expert, without
+    parameters.
 
-    If it does as well as `ClusterGate`, meaning does not matter, only capacity (docs/method.md, "Gates").
+    If it performs as well as `ClusterGate`, only capacity matters, not the meaning of the clusters (docs/method.md,
+    "Gates").
     """
 
     def __init__(self, num_clusters: int, num_layers: int, num_experts: int, seed: int, *, tied: bool = False) -> None:
@@ -104,10 +106,10 @@ class RandomGate(FixedGate):
 
 
 class PathGate(FixedGate):
-    """The paths of SDR: a layer's expert is a digit of the cluster's number in base E (docs/method.md, "SDR").
+    """The paths of SDR: the expert of a layer is a digit of the cluster's number in base E (docs/method.md, "SDR").
 
-    The layers form `stages` of equal length, of which the last reads the last digit. Clusters E^stages apart share a
-    path.
+    The layers form `stages` of equal length; the last stage reads the last digit. Clusters whose numbers differ by
+    multiples of E^stages share a path.
     """
 
     def __init__(self, num_clusters: int, num_layers: int, num_experts: int, stages: int) -> None:
@@ -120,19 +122,19 @@ Gate = ClusterGate | FixedGate
 
 
 def gate_noise(seed: int, step: int, shape_LME: tuple[int, int, int], scale: float) -> Tensor:
-    """Normal noise of standard deviation `scale / E` for every cluster, [L, M, E] float32 on the host.
+    """Normal noise with standard deviation `scale / E` for every cluster, [L, M, E] float32 on the host.
 
-    Every rank draws the same: the generator's seed is a function of (seed, step) alone.
+    All ranks draw the same noise: the generator's seed depends only on (seed, step).
     """
     generator = torch.Generator().manual_seed(int(hashed(GATE_NOISE, seed, step)[()] >> np.uint64(1)))
     return torch.randn(shape_LME, generator=generator) * (scale / shape_LME[-1])
 
 
 def route_table(gate: Gate, probs_LME: Tensor, share_M: Tensor, k: int, balance: str) -> Tensor:
-    """The K experts of every cluster, [M, L, K] int64, by `experts.balance`: "sinkhorn" or "loss"; a path is a path.
+    """The K experts of every cluster, [M, L, K] int64, by `experts.balance` ("sinkhorn" or "loss"); paths are fixed.
 
     Args:
-        probs_LME: what `gate` gave.
+        probs_LME: the output of `gate`.
     """
     if balance == "sinkhorn" and not isinstance(gate, PathGate):
         return balanced_experts(probs_LME, share_M, k)
@@ -140,16 +142,16 @@ def route_table(gate: Gate, probs_LME: Tensor, share_M: Tensor, k: int, balance:
 
 
 def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:
-    """The K likeliest experts of every cluster, [M, L, K] int64, the likeliest first."""
+    """The K most probable experts of every cluster, [M, L, K] int64, the most probable first."""
     return probs_LME.detach().topk(k, dim=-1).indices.permute(1, 0, 2)
 
 
 def balanced_experts(probs_LME: Tensor, share_M: Tensor, k: int) -> Tensor:
-    """The choice of experts when every expert shall get the same share of the *images*, [M, L, K] int64.
+    """Experts such that each receives an equal share of the *images*, [M, L, K] int64.
 
-    Sinkhorn-Knopp on log P: rows carry the clusters' shares of the data, columns 1/E each; an expert is chosen by
-    log P / eps + g, g the columns' duals (as the clusters themselves are balanced). A cluster is never split, so
-    the hard loads are as equal as the sizes of the clusters allow.
+    Sinkhorn-Knopp on log P: row sums are the clusters' shares of the data, column sums 1/E. An expert is chosen by log
+    P / eps + g, where g are the duals of the columns (as in the balancing of the clusters). A cluster is never split,
+    so the hard loads are as equal as the sizes of the clusters allow.
     """
     scores_LME = probs_LME.detach().double().clamp_min(1e-30).log() / _BALANCE_EPS
     duals_L1E = torch.zeros_like(scores_LME[:, :1])
@@ -163,14 +165,14 @@ def balanced_experts(probs_LME: Tensor, share_M: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GateLosses:
-    """The two losses on route probabilities, each a scalar summed over layers, not yet weighted."""
+    """The two losses on route probabilities, each a scalar summed over layers, not weighted."""
 
     imbalance: Tensor
     balance: Tensor
 
 
 def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateLosses:
-    """Imbalance (confident gates) and balance (every expert used) of docs/method.md, "Losses".
+    """Imbalance (confident gates) and balance (every expert is used) of docs/method.md, "Losses".
 
     Args:
         probs_LME: route tables, float32.
@@ -186,10 +188,10 @@ def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateL
 
 
 def combine_weights(probs_LME: Tensor, layer: int, clusters_B: Tensor, experts_BK: Tensor, mode: str) -> Tensor:
-    """What the experts' outputs are multiplied by, [B, K] float32.
+    """Factors of the experts' outputs, [B, K] float32.
 
-    `prob` is the paper's `y = sum_k p_k E_k(x)`. `straight_through` divides by the sum of the chosen p, held constant:
-    equal experts then give the dense MLP's output, and the gate still learns (docs/method.md, "Gates").
+    `prob` is the paper's `y = sum_k p_k E_k(x)`. `straight_through` divides by the detached sum of the chosen p: equal
+    experts then give the output of the dense MLP, and the gate still receives gradients (docs/method.md, "Gates").
     """
     p_BK = probs_LME[layer, clusters_B[:, None], experts_BK]
     return p_BK if mode == "prob" else p_BK / p_BK.sum(dim=1, keepdim=True).detach()

@@ -12,30 +12,31 @@ from torch import nn
 from moce_ds.moe.experts import ExpertLayer
 
 NATIVE_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
-"""What DeepSpeed's own checkpoints call the experts of a layer; their writer fails on any other name."""
+"""Prefix of a layer's experts in DeepSpeed's own checkpoints; its writer fails on any other name."""
 
 NUMBER = "number"
-"""In such a checkpoint, beside an expert's weights: its global number, which DeepSpeed believes to follow the rank."""
+"""The global number of an expert in such a checkpoint, beside its weights; DeepSpeed assumes that it follows the rank.
+"""
 
 
 class ClusterMoE(ExpertLayer, MoE):
-    """`num_experts` experts, `num_experts / ep_size` of them here; routes come from a plan, not from a token gate.
+    """`num_experts` experts, `num_experts / ep_size` of them local; a plan determines the routes, not a token gate.
 
-    DeepSpeed's engine finds the layer by its type, calls `set_deepspeed_parallelism`, and reduces parameters that
-    carry `allreduce = False` over the ranks that hold the same experts (seen in 0.19.8). The stock constructor is
-    not called: it would build a token gate and a capacity dispatch, which this layer has no use for.
+    DeepSpeed's engine recognises the layer by its type, calls `set_deepspeed_parallelism`, and reduces parameters with
+    `allreduce = False` over the ranks that hold the same experts (seen in 0.19.8). The stock constructor is not called,
+    because it would build a token gate and a capacity dispatch.
 
-    Its `state_dict` has the names of the stock layer, so that `engine.save_checkpoint` works; `named_parameters` has
+    Its `state_dict` uses the names of the stock layer, so that `engine.save_checkpoint` works; `named_parameters` uses
     those of `ExpertLayer`.
 
     Args:
         make_expert: builds one dense MLP, [..., D] -> [..., D].
         num_experts: experts of the layer over the whole group, a multiple of `ep_size`.
-        ep_size: neighbouring ranks that share one set of experts.
+        ep_size: expert-parallel group size.
         shared: add a shared expert (see `ExpertLayer`), the same on every rank.
 
     Attributes:
-        expert_ids: global numbers of the experts held here, in the order of `experts`; set by `hold`.
+        expert_ids: global numbers of the local experts, in the order of `experts`; see `set_local_experts`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class ClusterMoE(ExpertLayer, MoE):
         self.register_load_state_dict_pre_hook(_from_native_names)
 
     def set_local_experts(self, expert_ids: list[int]) -> None:
-        """Say which global experts are held here, before they are given weights."""
+        """Set which global experts are local, before their weights are loaded."""
         assert len(expert_ids) == self.num_local_experts
         self.expert_ids = expert_ids
 
@@ -66,7 +67,7 @@ class ClusterMoE(ExpertLayer, MoE):
 
 
 def expert_group(ep_size: int) -> dist.ProcessGroup:
-    """The neighbouring ranks that share one set of experts with this one; made by DeepSpeed the first time."""
+    """The expert-parallel group of this rank; DeepSpeed creates it on the first call."""
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
@@ -74,7 +75,7 @@ def expert_group(ep_size: int) -> dist.ProcessGroup:
 
 
 def _to_native_names(layer: ClusterMoE, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Rename the experts of a `state_dict` as DeepSpeed expects, and add their numbers."""
+    """Rename the experts of a `state_dict` to DeepSpeed's names, and add their numbers."""
     ours, native = f"{prefix}experts.", f"{prefix}{NATIVE_EXPERTS}"
     for name in [name for name in state if name.startswith(ours)]:
         state[native + name.removeprefix(ours)] = state.pop(name)
@@ -92,10 +93,12 @@ def _from_native_names(
     unexpected: list[str],
     faults: list[str],
 ) -> None:
-    """The inverse, for `load_state_dict`; experts of other numbers than those held here are a fault."""
+    """The inverse for `load_state_dict`; experts other than the local ones are a fault."""
     ours, native = f"{prefix}experts.", f"{prefix}{NATIVE_EXPERTS}"
     for name in [name for name in state if name.startswith(native)]:
         state[ours + name.removeprefix(native)] = state.pop(name)
     numbers = [int(state.pop(f"{ours}{local}.{NUMBER}", expert)) for local, expert in enumerate(layer.expert_ids)]
     if numbers != layer.expert_ids:
-        faults.append(f"{prefix}experts: {numbers} for a layer that holds {layer.expert_ids}; `hold` the same first.")
+        faults.append(
+            f"{prefix}experts: got experts {numbers}, expected {layer.expert_ids}; call `set_local_experts` first."
+        )

@@ -1,9 +1,9 @@
-"""Where experts live, and which rank computes which image, so that few images have to move.
+"""Placement of experts on ranks, and of images on ranks, such that few images have to move.
 
-Nothing in a masked autoencoder mixes images, so an image may sit on any rank. What is decided here changes where
+Nothing in a masked autoencoder mixes images, so an image may be computed on any rank. The placement changes where
 things are computed, never the result.
 
-Axes: M clusters, L expert layers, E experts a layer, P places (ranks of one expert-parallel group), G images of a
+Axes: M clusters, L expert layers, E experts per layer, P places (ranks of one expert-parallel group), G images of a
 micro-batch over all ranks, W ranks, U kinds of images.
 """
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 def default_placement(num_layers: int, num_experts: int) -> NDArray[np.int64]:
-    """The plain placement, slot_LE: expert e in slot e."""
+    """The default placement, slot_LE: expert e in slot e."""
     return np.tile(np.arange(num_experts, dtype=np.int64), (num_layers, 1))
 
 
@@ -26,22 +26,26 @@ def held_experts(slot_E: NDArray[np.int64], place: int, ep_size: int) -> list[in
 def placement_by_traffic(
     expert_ML: NDArray[np.int64], share_M: NDArray[np.floating], num_experts: int, ep_size: int
 ) -> NDArray[np.int64]:
-    """A placement for a route table, slot_LE: places share the load of the first layer, and each later layer puts
-    experts where most of their images already are (maximum-weight matching of experts with slots).
+    """A placement for a route table, slot_LE.
+
+    The load of the first layer is distributed evenly over the places. Each later layer puts experts where most of their
+    images already are (maximum-weight matching of experts with slots).
 
     Args:
         expert_ML: the (first) expert of every cluster in every layer.
         share_M: share of the images in each cluster.
         num_experts, ep_size: E and P; P divides E.
     """
-    from scipy.optimize import linear_sum_assignment  # here, since it takes a third of a second in every process
+    from scipy.optimize import (
+        linear_sum_assignment,  # imported here, because it takes a third of a second in every process
+    )
 
     M, L = expert_ML.shape
     held = num_experts // ep_size
     place_LE = np.zeros((L, num_experts), dtype=np.int64)
     load_E = np.bincount(expert_ML[:, 0], weights=share_M, minlength=num_experts).astype(np.float64)
     place_LE[0] = _even_places(load_E, ep_size)
-    share_MP = np.zeros((M, ep_size))  # how often a cluster's images are at a place, summed over the layers before
+    share_MP = np.zeros((M, ep_size))  # how often images of a cluster are at a place, summed over the previous layers
     for layer in range(L):
         if layer:
             at_EP = np.zeros((num_experts, ep_size))
@@ -56,7 +60,7 @@ def placement_by_traffic(
 
 
 def _even_places(load_E: NDArray[np.floating], ep_size: int) -> NDArray[np.int64]:
-    """Equal numbers of experts a place with nearly equal loads: heaviest first, to the lightest place with room."""
+    """Equal numbers of experts per place with nearly equal loads: heaviest first, to the lightest place with room."""
     held = len(load_E) // ep_size
     place_E = np.zeros(len(load_E), dtype=np.int64)
     load_P, room_P = np.zeros(ep_size), np.full(ep_size, held)
@@ -73,14 +77,15 @@ def local_order(
     world_size: int,
     ep_size: int,
 ) -> NDArray[np.int64]:
-    """An order of a micro-batch, [G], whose consecutive equal parts go to ranks 0, 1, ...: images sit where their
-    experts live in as many layers as can be, every rank getting the same number. Where the plain order does as well
-    it stays. A pure function, the same on every rank.
+    """An order of a micro-batch, [G], whose consecutive equal parts go to ranks 0, 1, ...
+
+    Images are on the ranks of their experts in as many layers as possible, and every rank gets the same number. The
+    default order is kept if it is as good. A pure function, the same on every rank.
     """
     held = slot_LE.shape[1] // ep_size
     part = len(clusters_G) // world_size
     place_ML = np.take_along_axis(slot_LE, expert_ML.T, axis=1).T // held
-    # Images whose experts live at the same places are of one kind, whatever their cluster.
+    # Images with experts at the same places are of one kind, whatever their cluster.
     place_UL, kind_G = np.unique(place_ML[clusters_G], axis=0, return_inverse=True)
     kind_G = kind_G.reshape(-1)
     gain_UP = (place_UL[:, :, None] == np.arange(ep_size)).sum(axis=1)
@@ -94,10 +99,10 @@ def local_order(
 
 
 def _homes(kind_G: NDArray[np.int64], gain_UP: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A place for every image, each place getting the same number, so that the gains add up to much.
+    """A place for every image, with equal numbers per place, such that the total gain is large.
 
-    The kind that would lose most by another place chooses first; who that is is asked again when a place is full
-    (Vogel's approximation of the transport problem, exact for one layer).
+    The kind with the most to lose chooses first; losses are recomputed when a place is full (Vogel's approximation of
+    the transport problem, exact for one layer).
     """
     home_G = np.empty_like(kind_G)
     room_P = np.full(gain_UP.shape[1], len(kind_G) // gain_UP.shape[1])
@@ -108,7 +113,7 @@ def _homes(kind_G: NDArray[np.int64], gain_UP: NDArray[np.int64]) -> NDArray[np.
         open_UP = np.where(room_P > 0, gain_UP[kinds], -1)
         best_two = np.sort(open_UP, axis=1)[:, -2:]
         for choosing in np.argsort(best_two[:, 0] - best_two[:, -1], kind="stable"):
-            # The best place with room; among equally good ones that with most room.
+            # The best place with room; among equals, the one with most room.
             place = int(np.lexsort((-room_P, -open_UP[choosing]))[0])
             kind = int(kinds[choosing])
             taken, left = np.split(waiting.pop(kind), [room_P[place]])

@@ -1,10 +1,10 @@
-"""Who computes what: the movement of images through every expert layer, known before the forward pass.
+"""The plan of the expert layers: the movement of images through each of them, known before the forward pass.
 
-The route of an image follows from its cluster, and every rank knows the clusters of the whole global batch (the
-sampler is a pure function). So each rank works out alone, with host integers only, what it sends and receives in
-every layer: no counts are exchanged and the device is never asked.
+The route of an image follows from its cluster, and every rank knows the clusters of the whole global batch (the sampler
+is a pure function). So each rank computes on its own, with host integers only, what it sends and receives in every
+layer. No counts are exchanged and the device is never queried.
 
-Axes: L expert layers, W ranks, B images a rank, K experts an image is sent to, N = B K rows to send, R ranks of one
+Axes: L expert layers, W ranks, B images per rank, K experts per image, N = B K rows to send, R ranks of one
 expert-parallel group, S rows received, M clusters, E experts.
 """
 
@@ -23,12 +23,12 @@ class LayerPlan:
 
     Attributes:
         experts_BK: global experts of each of the rank's images, int64.
-        image_N: which image each row sent is; rows are sorted by where their expert lives.
-        restore_N: place among the rows sent of row (image, k), images first.
+        image_N: image of each row sent; rows are sorted by the slot of their expert.
+        restore_N: position among the rows sent of row (image, k), images first.
         send_R, receive_R: rows sent to and received from each rank of the group; plain integers.
         gather_S: received rows arrive sorted by (source rank, slot); these indices sort them by slot.
         scatter_S: the inverse of `gather_S`.
-        counts: rows of each expert held here, in the order of `gather_S`.
+        counts: rows of each local expert, in the order of `gather_S`.
         moved: rows of this rank that are computed on another one.
     """
 
@@ -55,8 +55,10 @@ class LayerPlan:
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, by way of pinned memory where it is a GPU: from other memory CUDA may make the host
-    wait for all work before the copy."""
+    """A host tensor on `device`, through pinned memory for a GPU.
+
+    From pageable memory, CUDA may make the host wait for all earlier work before the copy.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
@@ -65,10 +67,9 @@ def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: 
 
     Args:
         experts_WBK: global experts of every image of the global batch, by rank.
-        slot_E: the slot that each global expert occupies; slots are dealt to the ranks of a group in order, rank
-            r holding slots r * E / ep_size onwards.
-        rank: the rank to plan for; its group is the `ep_size` neighbouring ranks that contain it.
-        ep_size: ranks that share one set of experts; divides E.
+        slot_E: the slot of each global expert; rank r of a group holds slots r * E / ep_size onwards.
+        rank: the rank to plan for; its group is the `ep_size` consecutive ranks that contain it.
+        ep_size: expert-parallel group size; divides E.
     """
     num_experts = len(slot_E)
     held = num_experts // ep_size
@@ -97,7 +98,7 @@ def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of all expert layers for one micro-batch, and a digest that all ranks must agree on (48 bits)."""
+    """The plans of all expert layers for one micro-batch, and a digest (48 bits) that all ranks must agree on."""
 
     layers: tuple[LayerPlan, ...]
     digest: int
@@ -114,7 +115,7 @@ def make_plan(
     rank: int,
     ep_size: int,
 ) -> Plan:
-    """The plan of a micro-batch from the clusters of all its images, the route table, and where experts live.
+    """The plan of a micro-batch from the clusters of all its images, the route table, and the placement of experts.
 
     Args:
         clusters_WB: cluster of every image, by rank; the same on every rank.

@@ -1,7 +1,7 @@
-"""The expert layer as one would write it on a blackboard: all experts in one process, one image at a time.
+"""A reference implementation of the expert layer: all experts in one process, one image at a time.
 
-It needs neither DeepSpeed nor a process group. Tests hold `ClusterMoE` against it, and the export checks a dense
-ViT against a model made of it before anything is written.
+It needs neither DeepSpeed nor a process group. Tests compare `ClusterMoE` with it, and the export checks a dense ViT
+against a model made of it before anything is written.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from moce_ds.moe.plan import LayerPlan
 
 
 class ReferenceMoE(nn.Module):
-    """`y_b = sum_k w_bk E_{e(b, k)}(x_b)`, image by image; the arguments are those of `ExpertLayer`."""
+    """`y_b = sum_k w_bk E_{e(b, k)}(x_b)`, image by image; same arguments as `ExpertLayer`."""
 
     def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int, shared: bool = False) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class ReferenceMoE(nn.Module):
         self.shared = make_expert() if shared else None
 
     def forward(self, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]; of the plan only `experts_BK` is used."""
+        """[B, T, D] -> [B, T, D]; uses only `experts_BK` of the plan."""
         return torch.stack([self._one(x_BTD[b], plan.experts_BK[b], weight_BK[b]) for b in range(len(x_BTD))])
 
     def _one(self, x_TD: Tensor, experts_K: Tensor, weight_K: Tensor) -> Tensor:

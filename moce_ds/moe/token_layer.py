@@ -1,4 +1,4 @@
-"""TokenMoE, the baseline: a gate that reads each token, on DeepSpeed's stock dispatch (V-MoE, Riquelme et al., 2021).
+"""TokenMoE, the baseline: a gate that routes each token, on DeepSpeed's stock dispatch (V-MoE, Riquelme et al., 2021).
 
 Axes: S tokens of all images, T tokens of an image, D width, E experts.
 """
@@ -15,16 +15,16 @@ from moce_ds.moe.layer import expert_group
 
 
 class TokenGate(TopKGate):
-    """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` while training, p not renormalised for k = 1 (docs/method.md).
+    """`G(t) = TopK(softmax(W t + e))`, `e ~ N(0, 1/E^2)` in training, p not renormalised for k = 1 (docs/method.md).
 
-    In the place of the stock auxiliary loss it returns V-MoE's two: [importance, load], each a squared coefficient of
-    variation over the experts. All of it is computed in float32, under autocast too.
+    Instead of the stock auxiliary loss it returns V-MoE's two: [importance, load], each a squared coefficient of
+    variation over the experts. It computes in float32, even under autocast.
     """
 
     def forward(
         self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
     ) -> Any:
-        """Dispatch of [S, D] tokens, as the stock gate returns it, with the losses in the first place."""
+        """Dispatch of [S, D] tokens in the format of the stock gate, with the losses first."""
         with torch.autocast(input.device.type, enabled=False):
             return self._dispatch(input, used_token, sparse_routes, use_tutel)
 
@@ -67,16 +67,16 @@ def importance_loss(logits_SE: Tensor) -> Tensor:
 
 
 def load_loss(logits_SE: Tensor, noisy_SE: Tensor, k: int, noise: float) -> Tensor:
-    """CV^2 over experts of the expected load: how probably each would be chosen if its noise were drawn again.
+    """CV^2 over experts of the expected load: the probability that each would be chosen with newly drawn noise.
 
-    `noisy_SE` depends on `logits_SE`, so that the gradient includes that of the threshold, as in V-MoE: a token's
-    gradients over its experts add up to zero.
+    `noisy_SE` depends on `logits_SE`, so that the gradient includes that of the threshold, as in V-MoE: the gradients
+    of a token over its experts sum to zero.
 
     Source: Riquelme et al. 2021 (arXiv 2106.05974), appendix A.2.
     """
     threshold_S1 = noisy_SE.topk(k, dim=1).values[:, -1:]
-    chosen_SE = torch.special.ndtr((logits_SE - threshold_S1) / noise)
-    return _squared_variation(chosen_SE.sum(dim=0))
+    probability_SE = torch.special.ndtr((logits_SE - threshold_S1) / noise)
+    return _squared_variation(probability_SE.sum(dim=0))
 
 
 def _squared_variation(x_E: Tensor) -> Tensor:
@@ -84,13 +84,14 @@ def _squared_variation(x_E: Tensor) -> Tensor:
 
 
 class TokenMoE(MoE):
-    """A stock DeepSpeed MoE layer with `TokenGate`; capacity 0 drops nothing (and pads every expert to the fullest).
+    """A stock DeepSpeed MoE layer with `TokenGate`; capacity 0 drops nothing (and pads all experts to the largest
+    load).
 
     Args:
         make_expert: builds one dense MLP, [..., D] -> [..., D].
         width: D.
         num_experts, ep_size, k: as in `ClusterMoE`.
-        capacity: tokens an expert takes over the mean, the rest is dropped; 0: nothing is dropped.
+        capacity: maximum tokens of an expert relative to the mean, the rest is dropped; 0: nothing is dropped.
     """
 
     def __init__(
@@ -131,10 +132,10 @@ class TokenMoE(MoE):
         self.expert_ids = list(range(self.num_local_experts))
 
     def set_local_experts(self, expert_ids: list[int]) -> None:
-        """Say which global experts are held here, before they are given weights."""
+        """Set which global experts are local, before their weights are loaded."""
         assert len(expert_ids) == self.num_local_experts
         self.expert_ids = expert_ids
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Create or look up the groups of this `ep_size`, without the stock layer's announcement."""
+        """Create or look up the groups of this `ep_size`, without the stock layer's log message."""
         self.deepspeed_moe._set_ep_group(expert_group(self.ep_size))

@@ -1,1 +1,1 @@
-"""What a run will take, from its settings alone: parameters, FLOPs, bytes on the wire, memory, time."""
+"""Predictions from settings alone: parameters, FLOPs, network traffic, memory, time."""

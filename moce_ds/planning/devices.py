@@ -1,8 +1,8 @@
-"""What plans assume of a device and of the links between devices.
+"""Assumptions of plans about a device and the links between devices.
 
-Peaks are of data sheets. The shares of them that are achieved, the latencies and the overlap are assumptions, which
-`moce plan --assume KEY=VALUE` replaces; a device that is not in the table can be described by a YAML file of the same
-keys. All rates are a GPU's own, in one direction, and in powers of ten.
+Peak rates come from data sheets. The achieved shares of them, the latencies and the overlap are assumptions that `moce
+plan --assume KEY=VALUE` replaces. A YAML file with the same keys describes a device that is not in the table. All rates
+are per GPU, in one direction, and in powers of ten.
 """
 
 import dataclasses
@@ -27,28 +27,28 @@ Hidden = Annotated[float, Field(ge=0, le=1)]
 class Device:
     """One GPU (or process) of a cluster, and its links."""
 
-    bf16: Rate = option(help="dense bf16 products, FLOP/s")
-    fp32: Rate = option(help="fp32 products, FLOP/s")
-    compute_share: Achieved = option(0.3, "share of that peak that whole transformer blocks achieve")
-    memory: Rate = option(help="bytes of memory")
-    bandwidth: Rate = option(help="bytes/s read and written of that memory")
-    bandwidth_share: Achieved = option(0.8, "share of that bandwidth that element-wise work achieves")
-    inside: Rate = option(help="bytes/s to the other GPUs of its node")
-    across: Rate = option(help="bytes/s to other nodes")
-    exchange_share: Achieved = option(0.6, "share of the links' rate that the exchange of images achieves")
-    reduce_share: Achieved = option(0.8, "share of the links' rate that reductions achieve")
-    inside_latency: Seconds = option(20e-6, "seconds to start a collective inside a node")
-    across_latency: Seconds = option(40e-6, "seconds to start one that crosses nodes")
-    # DeepSpeed reduces the gradients of ZeRO 1 and 2 after or in line with the backward pass unless its overlap_comm
-    # is set (seen in 0.19.8), which training/engine.py does not do.
-    overlap: Hidden = option(0.0, "share of the gradients' reduction that hides behind the backward pass")
+    bf16: Rate = option(help="dense bf16 matrix products, FLOP/s")
+    fp32: Rate = option(help="fp32 matrix products, FLOP/s")
+    compute_share: Achieved = option(0.3, "achieved share of that peak in transformer blocks")
+    memory: Rate = option(help="memory capacity, bytes")
+    bandwidth: Rate = option(help="memory bandwidth, bytes/s")
+    bandwidth_share: Achieved = option(0.8, "achieved share of that bandwidth in element-wise operations")
+    inside: Rate = option(help="bandwidth to the other GPUs of the node, bytes/s")
+    across: Rate = option(help="bandwidth to other nodes, bytes/s")
+    exchange_share: Achieved = option(0.6, "achieved share of the link bandwidth in all-to-all exchanges")
+    reduce_share: Achieved = option(0.8, "achieved share of the link bandwidth in reductions")
+    inside_latency: Seconds = option(20e-6, "seconds to start a collective within a node")
+    across_latency: Seconds = option(40e-6, "seconds to start a collective across nodes")
+    # With ZeRO 1 and 2, DeepSpeed reduces the gradients after or in line with the backward pass unless overlap_comm is
+    # set (seen in 0.19.8). training/engine.py does not set it.
+    overlap: Hidden = option(0.0, "share of the gradient reduction that overlaps the backward pass")
 
     def flops(self, precision: str) -> float:
         """FLOP/s that blocks achieve with `engine.precision`."""
         return self.compute_share * (self.bf16 if precision == "bf16" else self.fp32)
 
 
-# PyTorch computes fp32 products in full fp32 unless told otherwise, so TF32 counts nowhere.
+# PyTorch uses full fp32 for fp32 products by default, so TF32 does not count.
 _H100 = Device(
     # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS bf16 with sparsity, half of it dense; 67 fp32; 80 GB at 3.35 TB/s;
     # NVLink 900 GB/s in both directions together.
@@ -72,14 +72,14 @@ DEVICES: dict[str, Device] = {
 
 ASSUMED = "--assume"
 THIS = "this"
-"""The name of the machine at hand, which is measured rather than looked up."""
+"""The name of this machine, which is measured instead of looked up."""
 
 
 def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
-    """A device by its name in `DEVICES`, or of a YAML file, with `key=value` words replacing parts of it.
+    """A device by its name in `DEVICES` or from a YAML file; `key=value` words replace parts of it.
 
     Raises:
-        ConfigError: there is no such device or file, or a key or value is not allowed.
+        ConfigError: there is no such device or file, or a key or value is invalid.
     """
     if name in DEVICES:
         return assuming(DEVICES[name], assumed)
@@ -96,6 +96,6 @@ def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
 
 
 def assuming(device: Device, assumed: Sequence[str]) -> Device:
-    """`device` with parts of it replaced by `key=value` words. Raises ConfigError."""
+    """`device` with parts replaced by `key=value` words. Raises ConfigError."""
     layers = [Layer("the device", configuration.to_tree(device)), configuration.words_layer(assumed, ASSUMED)]
     return configuration.from_layers(Device, layers)

@@ -1,4 +1,4 @@
-"""What a run would be, without running it: parameters, tokens, batches, steps, memory, where experts live."""
+"""What a run would be, without running it: parameters, tokens, batches, steps, memory, placement of experts."""
 
 from rich.table import Table
 
@@ -9,7 +9,7 @@ from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 
 def plan_table(config: PretrainSettings, world_size: int) -> Table:
-    """The resolved plan, for people. Raises ConfigError on batch arithmetic that does not work out."""
+    """The resolved plan as a table. Raises ConfigError if the batch cannot be divided."""
     batches = batch_arithmetic(config, world_size)
     count, shape = count_parameters(config), config.vit_shape
     needed = memory(config, world_size)
@@ -19,7 +19,7 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
     table.add_row(
         "encoder", f"{shape.depth} blocks, width {shape.width}, {shape.heads} heads, patch {shape.patch_size}"
     )
-    table.add_row("parameters", f"total {_millions(count.total)}, active {_millions(count.active)}, of which encoder "
+    table.add_row("parameters", f"total {_millions(count.total)}, active {_millions(count.active)}, encoder "
                   f"{_millions(count.encoder)}; a process holds {_millions(count.held)}")  # fmt: skip
     table.add_row("tokens", f"{shape.num_patches} patches, {visible_tokens(config) - 1} visible + cls in the encoder")
     table.add_row("batch", f"{batches.global_batch} = {world_size} processes x {batches.accumulation} parts x "
@@ -35,9 +35,9 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
 
 def _steps(config: PretrainSettings) -> str:
     if not ShardSet.recognises(config.data.shards):
-        return f"unknown: {config.data.shards} is not there yet"
+        return f"unknown: {config.data.shards} does not exist yet"
     count = ShardSet.open(config.data.shards).count
-    schedule = make_schedule(config, count)
+    schedule = make_schedule(config.optim, count)
     return (
         f"{schedule.steps} = {config.optim.epochs:g} epochs of {count} images; {schedule.warmup_steps} of warm-up; "
         f"peak learning rate {schedule.peak_lr:.2e}"
@@ -61,5 +61,5 @@ def _millions(count: int) -> str:
 
 
 def gibibytes(size: float) -> str:
-    """Bytes for people."""
+    """A number of bytes as text."""
     return f"{size / 2**30:.2f} GiB"

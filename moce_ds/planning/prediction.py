@@ -1,6 +1,6 @@
-"""How long a step and a run take on given machines: the model of docs/planning.md.
+"""Predicted time of a step and of a run on given machines: the model of docs/planning.md.
 
-Times are seconds, sizes bytes. Nothing is measured here and no process group is needed.
+Times are in seconds, sizes in bytes. Nothing is measured here and no process group is needed.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,12 @@ from moce_ds.planning.work import Machines, Memory, Traffic
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-# Bytes read and written a parameter, fp32. Held: into DeepSpeed's buffer, divided there, and out of it. Owned: AdamW's
-# eight passes (80), the norm (4), gradients made one tensor (8), clipped (8), weights copied back (8).
+# Bytes read and written per parameter, fp32. Held: into DeepSpeed's buffer, divided there, and out of it. Owned:
+# AdamW's eight passes (80), the norm (4), gradients joined to one tensor (8), clipped (8), weights copied back (8).
 _HELD, _OWNED = 24, 108
 
-# The same for an expert beyond one a layer, a micro-batch: its weights read forward and backward, its gradient written.
+# The same per parameter of each expert beyond one per layer, for a micro-batch: its weights are read forward and
+# backward, its gradient is written.
 _SPARE = 12
 
 _BACKWARD = 2 / 3  # share of the compute that is backward
@@ -25,14 +26,14 @@ _BACKWARD = 2 / 3  # share of the compute that is backward
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step on `machines`, in seconds, and the run that it is part of.
+    """One step on `machines`, in seconds, and the run that it is part of.
 
     Attributes:
-        micro: images of a micro-batch of one process.
-        compute: products of the model, recomputation included.
-        exchange_inside, exchange_across: images on their way to experts and back.
-        reduction: gradients and weights on the wire, less what hides behind the backward pass.
-        optimizer: memory traffic of the optimizer's step.
+        micro: images in a micro-batch of one process.
+        compute: matrix products of the model, including recomputation.
+        exchange_inside, exchange_across: all-to-all of images with their experts, within and across nodes.
+        reduction: communication of gradients and weights, minus the part hidden behind the backward pass.
+        optimizer: memory traffic of the optimizer step.
         steps: of the whole run.
     """
 
@@ -54,35 +55,35 @@ class Prediction:
 
     @property
     def images_per_second(self) -> float:
-        """Images a second over all processes: what the loaders must deliver."""
+        """Images per second over all processes, which the loaders must deliver."""
         return self.batch / self.step
 
     @property
     def efficiency(self) -> float:
-        """Speed over that of GPUs which only compute: the share of the step that is compute."""
+        """The share of the step that is compute: speed relative to GPUs that only compute."""
         return self.compute / self.step
 
     @property
     def days(self) -> float:
-        """Of the whole run."""
+        """Days of the whole run."""
         return self.step * self.steps / 86_400
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run, over all GPUs."""
+        """GPU-hours of the whole run."""
         return self.step * self.steps * self.machines.world_size / 3600
 
 
 def predict(
     config: PretrainSettings, machines: Machines, device: Device, steps: int, moved: float | None = None
 ) -> Prediction:
-    """Predict a step, loads being even over the experts.
+    """Predict a step, assuming equal loads of the experts.
 
     Args:
         moved: share of the rows that leave their rank (see `work.exchange`).
 
     Raises:
-        ConfigError: the batch or the experts cannot be divided among so many processes, or the gate reads tokens.
+        ConfigError: the batch or the experts cannot be divided among that many processes, or the gate routes tokens.
     """
     world = machines.world_size
     batches = batch_arithmetic(config, world)
@@ -110,7 +111,7 @@ def predict(
 
 
 def _seconds(sent: Traffic, device: Device, share: float) -> tuple[float, float]:
-    """Seconds inside and across nodes, one after the other; the collectives start where they reach farthest."""
+    """Seconds within and across nodes, in sequence; the start latency is that of the slower link in use."""
     inside, across = sent.inside / (device.inside * share), sent.across / (device.across * share)
     if sent.across:
         return inside, across + sent.collectives * device.across_latency
@@ -127,8 +128,8 @@ def steps_of_run(config: PretrainSettings, images: int | None) -> int:
     if images is None:
         if not ShardSet.recognises(config.data.shards):
             raise ConfigError(
-                f"data.shards: {config.data.shards} is not there yet, so the number of images is not known: say it, "
+                f"data.shards: {config.data.shards} does not exist yet, so the number of images is unknown: set it, "
                 "such as --images 1281167."
             )
         images = ShardSet.open(config.data.shards).count
-    return make_schedule(config, images).steps
+    return make_schedule(config.optim, images).steps

@@ -1,4 +1,4 @@
-"""Predictions for people: the table, what it assumes, and what to change where memory does not suffice."""
+"""Prediction tables, their assumptions, and changes that help if memory does not suffice."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
 
 
 def prediction_table(config: PretrainSettings, name: str, device: Device, predictions: Sequence[Prediction]) -> Table:
-    """One column for each number of nodes, under 100 characters wide for up to six."""
+    """One column per number of nodes, under 100 characters wide for up to six."""
     table = Table(
         title=f"{config.model.arch} on {name}: {predictions[0].steps} steps of {config.optim.batch_size} images",
         title_justify="left",
@@ -47,7 +47,7 @@ def prediction_table(config: PretrainSettings, name: str, device: Device, predic
 
 
 def assumptions(config: PretrainSettings, device: Device, moved: float | None) -> str:
-    """What the predictions rest on, in a few lines."""
+    """The assumptions of the predictions, in a few lines."""
     peak = device.bf16 if config.engine.precision == "bf16" else device.fp32
     lines = [
         f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {config.engine.precision}, "
@@ -58,16 +58,14 @@ def assumptions(config: PretrainSettings, device: Device, moved: float | None) -
     ]
     if config.model.arch == "moce" and config.experts.ep_size > 1:
         if moved is None:
-            lines.append(
-                "All images move that would without locality (--moved SHARE: what a run's metrics.jsonl says)."
-            )
+            lines.append("Images move as without locality (--moved SHARE: the share from a run's metrics.jsonl).")
         else:
             lines.append(f"{moved:.1%} of the images move.")
     return "\n".join(lines)
 
 
 def advice(config: PretrainSettings, device: Device, predictions: Sequence[Prediction]) -> Iterator[str]:
-    """For each number of nodes at which memory does not suffice, a line with changes and what they would need."""
+    """For each number of nodes where memory does not suffice, one line with changes and the memory that they need."""
     for prediction in predictions:
         needed = prediction.memory.total
         if needed <= device.memory:
@@ -91,12 +89,12 @@ def advice(config: PretrainSettings, device: Device, predictions: Sequence[Predi
 def savings(
     config: PretrainSettings, need: Callable[[PretrainSettings], float], memory: float, world_size: int
 ) -> Iterator[tuple[str, PretrainSettings]]:
-    """Single changes of settings that give the same result, and the settings with each.
+    """Single changes of settings that keep the result, each with the changed settings.
 
-    Of the values of `optim.accumulation` it is the lowest that suffices for `memory` bytes, or the highest possible.
+    For `optim.accumulation` it is the lowest value that suffices for `memory` bytes, or the highest possible one.
 
     Args:
-        need: bytes that a process needs with other settings.
+        need: bytes that a process needs with given settings.
     """
     optim, engine, experts = config.optim, config.engine, config.experts
     parts = optim.batch_size // world_size  # images of a process, which accumulation divides
@@ -115,14 +113,14 @@ def savings(
 
 
 def error_table(prediction: Prediction, measured: float) -> Table:
-    """The predicted step beside the measured one, `measured` in seconds, and the error in percent of the latter."""
+    """The predicted and the measured step (`measured`, in seconds), and the error in percent of the latter."""
     table = Table("step predicted", "step measured", "error", title="Prediction and measurement", title_justify="left")
     table.add_row(_milliseconds(prediction.step), _milliseconds(measured), f"{prediction.step / measured - 1:+.1%}")
     return table
 
 
 def to_record(device: Device, predictions: Sequence[Prediction], measured: float | None) -> dict[str, Any]:
-    """All of it as plain data: seconds, bytes and the device's settings."""
+    """All predictions as plain data: seconds, bytes and the settings of the device."""
     derived = ("step", "images_per_second", "efficiency", "days", "gpu_hours")
     rows = [dataclasses.asdict(p) | {key: getattr(p, key) for key in derived} for p in predictions]
     return {"device": to_tree(device), "predictions": rows, "measured_step": measured}

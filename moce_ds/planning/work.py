@@ -1,8 +1,8 @@
-"""What a step consists of, counted from the settings: parameters, FLOPs, bytes on the wire, bytes of memory.
+"""The work of a step, counted from the settings: parameters, FLOPs, network traffic and memory in bytes.
 
-A FLOP is one multiplication or addition; only products of matrices count. Ranks are numbered node by node.
+A FLOP is one multiplication or addition; only matrix products count. Ranks are numbered node by node.
 
-Axes in formulas: N patches, T tokens, D width, H hidden width, P values of a patch, k experts an image is sent to.
+Axes in formulas: N patches, T tokens, D width, H hidden width, P values of a patch, k experts per image.
 """
 
 from dataclasses import dataclass, replace
@@ -22,26 +22,26 @@ _DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks
 
 @dataclass(frozen=True)
 class Machines:
-    """Nodes of `gpus` GPUs each, one process a GPU."""
+    """Nodes with `gpus` GPUs each, one process per GPU."""
 
     nodes: int
     gpus: int
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """Number of processes."""
         return self.nodes * self.gpus
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts; the gates' are left out (E times the width of an embedding, a layer).
+    """Parameter counts, without the gates (E times the width of an embedding per layer).
 
     Attributes:
-        active: passed by one image.
+        active: used for one image.
         total: stored in a checkpoint.
-        shared, experts: held by one process, alike on all of them and of its own experts.
-        spare: of `experts`, those beyond one dense MLP a layer: read and written each time, whoever uses them.
+        shared, experts: held by one process: those equal on all processes, and those of its own experts.
+        spare: the part of `experts` beyond one dense MLP per layer, which every step reads and writes.
         encoder: of one dense encoder.
     """
 
@@ -54,12 +54,12 @@ class Parameters:
 
     @property
     def held(self) -> int:
-        """Held by one process."""
+        """Parameters held by one process."""
         return self.shared + self.experts
 
 
 def count_parameters(config: PretrainSettings) -> Parameters:
-    """Count without allocating."""
+    """Count parameters without allocating them."""
     spec = config.model_spec
     experts, shape = spec.experts, spec.dense.shape
     dense, encoder = _dense_parameters(spec.dense)
@@ -69,7 +69,7 @@ def count_parameters(config: PretrainSettings) -> Parameters:
     a_layer = len(experts.layers) * (2 * shape.width * units + units + shape.width)
     shared = dense if experts.shared else dense - a_layer
     if experts.gate == "path":
-        shared += len(experts.layers) * shape.width  # common units and groups have a second bias each
+        shared += len(experts.layers) * shape.width  # common units and groups have separate second biases
     held = experts.num_experts // config.experts.ep_size * a_layer
     return Parameters(
         active=shared + experts.k * a_layer,
@@ -83,7 +83,7 @@ def count_parameters(config: PretrainSettings) -> Parameters:
 
 @cache
 def _dense_parameters(spec: ModelSpec) -> tuple[int, int]:
-    """Of a dense masked autoencoder, and of its encoder."""
+    """Parameter counts of a dense masked autoencoder and of its encoder."""
     with torch.device("meta"):
         model = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -96,14 +96,20 @@ def visible_tokens(config: PretrainSettings) -> int:
 
 
 def block_flops(tokens: int, width: int, mlp_ratio: float, mlps: int = 1) -> int:
-    """Forward pass of one block on one image: qkv and projection 8 T D^2, attention 4 T^2 D, each MLP 4 T D H."""
+    """FLOPs of the forward pass of one block on one image: qkv and projection 8 T D^2, attention 4 T^2 D, each MLP 4 T
+    D H."""
     return 8 * tokens * width**2 + 4 * tokens**2 * width + mlps * 4 * tokens * width * int(width * mlp_ratio)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image: forward through the embedding of all its patches, the encoder's blocks, and the decoder; what
-    `checkpoint_activations` computes again; and SDR's teacher."""
+    """FLOPs of one image.
+
+    Attributes:
+        patches, encoder, decoder: forward pass through the patch embedding, the blocks of the encoder, and the decoder.
+        again: what `checkpoint_activations` recomputes.
+        teacher: forward pass of SDR's teacher.
+    """
 
     patches: int
     encoder: int
@@ -113,7 +119,8 @@ class Flops:
 
     @property
     def step(self) -> int:
-        """Forward and backward. Backward costs twice as much, for the embedding as much: images need no gradient."""
+        """Forward and backward. The backward pass costs twice the forward pass; the embedding once, since images need
+        no gradient."""
         return 2 * self.patches + 3 * (self.encoder + self.decoder) + self.again + self.teacher
 
 
@@ -124,7 +131,7 @@ def image_flops(config: PretrainSettings) -> Flops:
     with_experts = _expert_layers(config)
     plain = (shape.depth - with_experts) * block_flops(T, D, shape.mlp_ratio)
     expert = with_experts * block_flops(T, D, _path_ratio(config), _mlps(config))
-    # PyTorch stops as soon as all is there that the backward pass needs; the last product's result is not.
+    # PyTorch stops recomputing once the backward pass has its inputs; the last product of a block is not one of them.
     spared = (shape.depth - with_experts) * 2 * T * D * int(D * shape.mlp_ratio)
     blocks = decoder.depth * block_flops(N + 1, decoder.width, _DECODER_RATIO)
     around = 2 * T * D * decoder.width + 2 * (N + 1) * decoder.width * P
@@ -142,23 +149,24 @@ def _expert_layers(config: PretrainSettings) -> int:
 
 
 def _path_ratio(config: PretrainSettings) -> float:
-    """Hidden width over width of the MLP of one route."""
+    """MLP ratio (hidden width over width) of one route."""
     return config.model_spec.dense.shape.mlp_ratio
 
 
 def _mlps(config: PretrainSettings) -> int:
-    """MLPs that an image passes in an expert layer."""
+    """MLPs that an image passes through in an expert layer."""
     return config.experts.k + config.experts.shared_expert
 
 
 def _passes(config: PretrainSettings) -> int:
-    """Times that an expert layer exchanges: there and back, forward and backward; one computed again sends again."""
+    """All-to-all exchanges of an expert layer: to the experts and back, forward and backward; recomputation adds one
+    forward pass."""
     return 6 if config.engine.checkpoint_activations else 4
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one process sends in one step: bytes inside its node and across nodes, in so many collectives."""
+    """Bytes that one process sends in a step within its node and across nodes, and the number of collectives."""
 
     inside: float
     across: float
@@ -168,36 +176,37 @@ class Traffic:
 def all_rows_bytes(config: PretrainSettings) -> int:
     """Bytes that a step would exchange over all processes if every row moved in every expert layer.
 
-    Images x experts an image is sent to x layers x visible tokens (with cls) x width x bytes of a number, there and
-    back, forward and backward.
+    Images x experts per image x layers x visible tokens (with cls) x width x bytes per number, to the experts and back,
+    forward and backward.
     """
     rows = config.optim.batch_size * config.experts.k * _expert_layers(config)
     return _passes(config) * rows * visible_tokens(config) * config.vit_shape.width * _bytes_each(config)
 
 
 def exchange(config: PretrainSettings, machines: Machines, moved: float | None) -> Traffic:
-    """The exchange of images with their experts: there and back, forward and backward, in every expert layer.
+    """Traffic of the all-to-all between images and experts: there and back, forward and backward, in every expert
+    layer.
 
     Args:
         moved: share of the rows that leave their rank, as a run logs it; None: 1 - 1/ep_size, as without locality.
 
     Raises:
-        ConfigError: the gate reads tokens; what it sends depends on them.
+        ConfigError: the gate routes tokens; its traffic depends on their content.
     """
-    own = config.experts
-    if config.model.arch == "moce" and own.gate == "token":
-        raise ConfigError("experts.gate: what gate=token pads and sends is not known beforehand; it has no plan.")
+    experts = config.experts
+    if config.model.arch == "moce" and experts.gate == "token":
+        raise ConfigError("experts.gate: the traffic of gate=token depends on the images, so it cannot be planned.")
     layers = _expert_layers(config)
-    if not layers or own.ep_size == 1:
+    if not layers or experts.ep_size == 1:
         return Traffic(0, 0, 0)
-    share = 1 - 1 / own.ep_size if moved is None else moved
+    share = 1 - 1 / experts.ep_size if moved is None else moved
     sent = share * all_rows_bytes(config) / machines.world_size
-    away = _peers_across(machines, own.ep_size) / (own.ep_size - 1)
+    away = _peers_across(machines, experts.ep_size) / (experts.ep_size - 1)
     return Traffic(sent * (1 - away), sent * away, _passes(config) * layers * config.optim.accumulation)
 
 
 def _peers_across(machines: Machines, ep_size: int) -> int:
-    """Members of a rank's expert-parallel group on other nodes, for the rank that has most."""
+    """Members of a rank's expert-parallel group on other nodes, for the rank with most of them."""
     groups = [range(first, first + ep_size) for first in range(0, machines.world_size, ep_size)]
     return max(
         sum(peer // machines.gpus != rank // machines.gpus for peer in group) for group in groups for rank in group
@@ -205,25 +214,30 @@ def _peers_across(machines: Machines, ep_size: int) -> int:
 
 
 def reduction(config: PretrainSettings, machines: Machines) -> tuple[Traffic, Traffic]:
-    """Reducing the gradients, and gathering the weights that each owner has updated (ZeRO).
+    """Traffic of reducing the gradients, and of gathering the weights that each owner has updated (ZeRO).
 
-    Shared parameters go over all ranks, experts over the ranks that hold copies of them. A reduction over g ranks a
-    node and n nodes sends 2 (g - 1)/g of its bytes inside, and 2 (n - 1)/n of a g-th of them across; gathering half of
-    that. Under autocast the gradients of linear layers travel as bf16, the weights always as fp32.
+    Shared parameters are reduced over all ranks, experts over the ranks with copies of them. A reduction over g ranks
+    per node and n nodes sends 2 (g - 1)/g of its bytes within nodes, and 2 (n - 1)/n of a g-th of them across;
+    gathering sends half of that. Under autocast the gradients of linear layers are sent as bf16, weights always as
+    fp32.
     """
-    count, own = count_parameters(config), config.experts
-    times = config.optim.accumulation if config.engine.zero_stage == 2 else 1  # ZeRO 2 keeps no whole gradients to add
-    ep_size = own.ep_size if count.experts else 1
+    count = count_parameters(config)
+    times = (
+        config.optim.accumulation if config.engine.zero_stage == 2 else 1
+    )  # ZeRO 2 keeps no whole gradients to accumulate
+    ep_size = config.experts.ep_size if count.experts else 1
     copies_inside = max(1, machines.gpus // ep_size)
     copies_across = machines.world_size / ep_size / copies_inside
     inside = count.shared * (1 - 1 / machines.gpus) + count.experts * (1 - 1 / copies_inside)
     across = count.shared * (1 - 1 / machines.nodes) / machines.gpus
     across += count.experts * (1 - 1 / copies_across) / copies_inside
-    kinds = (1 + bool(count.experts)) * (machines.world_size > 1)  # collectives are apart for shared and experts
+    kinds = (1 + bool(count.experts)) * (
+        machines.world_size > 1
+    )  # shared parameters and experts use separate collectives
     gradients = 2 * times * _bytes_each(config)
     return (
         Traffic(gradients * inside, gradients * across, kinds * times),
-        # Weights with and without decay are gathered apart, and their norms are summed.
+        # Weights with and without decay are gathered separately, and their norms are summed.
         Traffic(4 * inside, 4 * across, 4 * kinds),
     )
 
@@ -237,8 +251,13 @@ def owned_parameters(config: PretrainSettings, world_size: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a process needs, as a rough upper estimate: weights, gradients and optimizer; DeepSpeed's reduction
-    buffers (on a CPU only as far as they are used); what the backward pass needs of the forward pass."""
+    """Bytes that a process needs, as a rough upper estimate.
+
+    Attributes:
+        state: weights, gradients and optimizer state.
+        buffers: DeepSpeed's reduction buffers (on a CPU only the part in use counts).
+        activations: what the backward pass needs of the forward pass.
+    """
 
     state: float
     buffers: float
@@ -246,20 +265,22 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return self.state + self.buffers + self.activations
 
 
 _BUFFER = 500_000_000
-"""Parameters that DeepSpeed's reduction buffer has room for (`reduce_bucket_size`); one a type that is sent."""
+"""Capacity of DeepSpeed's reduction buffer in parameters (`reduce_bucket_size`); there is one buffer per type that is
+sent."""
 
 
 def memory(config: PretrainSettings, world_size: int) -> Memory:
-    """Estimate a process's memory. Raises ConfigError on batch arithmetic that does not work out.
+    """Estimate the memory of a process. Raises ConfigError if the batch cannot be divided.
 
-    Weights and gradients are fp32 and whole; ZeRO cuts an fp32 copy and Adam's two moments over the processes that hold
-    the same parameters (stage 2 the gradients too). A block keeps about 16 + 2 H/D activations of a token's width, with
-    `checkpoint_activations` one (fp32) in the encoder, and one block whole while it is computed again.
+    Weights and gradients are whole and in fp32. ZeRO partitions an fp32 copy and Adam's two moments over the processes
+    with the same parameters (stage 2 also the gradients). A block keeps about 16 + 2 H/D activations per token and
+    width. With `checkpoint_activations` an encoder block keeps one (fp32), and one whole block exists while it is
+    recomputed.
     """
     count, owned = count_parameters(config), owned_parameters(config, world_size)
     gradients = count.held if config.engine.zero_stage == 1 else owned

@@ -1,1 +1,1 @@
-"""Files that are written as a whole or not at all, with checksums, locks and drafts."""
+"""Atomic file writes, checksums, locks and drafts."""

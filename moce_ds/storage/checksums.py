@@ -1,9 +1,9 @@
-"""Checksums of an artefact's files, kept in one of its JSON documents, and of that document, kept in itself.
+"""Checksums of an artefact's files, stored in one of its JSON documents, and the checksum of that document itself.
 
-    {"format": ..., "files": {"ids.npy": {"bytes": 240, "sha256": "..."}}, ..., "content_sha256": "..."}
+        {"format": ..., "files": {"ids.npy": {"bytes": 240, "sha256": "..."}}, ..., "content_sha256": "..."}
 
-`content_sha256` is that of all the rest, serialised with sorted keys and without spaces. Earlier versions wrote
-neither: such an artefact opens, and its verification lists what nothing can be said about.
+`content_sha256` covers all other keys, serialised with sorted keys and without spaces. Earlier versions wrote neither:
+such an artefact still opens, and its verification lists the parts that cannot be verified.
 """
 
 import hashlib
@@ -24,28 +24,28 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it was when written: size in bytes, and hex SHA-256."""
+    """Size in bytes and hex SHA-256 of a file when it was written."""
 
     bytes: int
     sha256: str
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
-        """The record of a file that is there."""
+        """The record of an existing file."""
         return cls(path.stat().st_size, sha256_of(path))
 
 
 Files = dict[str, FileRecord]
-"""By name, with `/` between the parts, relative to the folder of the document."""
+"""Records by file name relative to the folder of the document, with `/` as separator."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What verifying an artefact has found, a line each; a line begins with the file that it is about.
+    """The result of verifying an artefact, one line per finding; a line begins with the name of its file.
 
     Attributes:
-        faults: what is not as it was written.
-        unverified: what an earlier version wrote without a checksum, so that nothing can be said about it.
+        faults: what differs from what was written.
+        unverified: files of an earlier version without a checksum, which cannot be verified.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -55,17 +55,17 @@ class Findings:
         return Findings(self.faults + other.faults, self.unverified + other.unverified)
 
     def below(self, folder: str) -> "Findings":
-        """The same as seen from the folder above."""
+        """The same findings with paths relative to the parent of `folder`."""
         return Findings(*([f"{folder}/{line}" for line in lines] for lines in (self.faults, self.unverified)))
 
 
 def records_of(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The records of files of a folder, as plain data."""
+    """The records of some files of a folder, as plain data."""
     return {name: asdict(FileRecord.of(folder / name)) for name in sorted(names)}
 
 
 def names_below(folder: Path, prefix: str = "") -> list[str]:
-    """The names of all files below a folder, as `Files` has them."""
+    """The names of all files below a folder, in the form of `Files`."""
     return [f"{prefix}{path.relative_to(folder).as_posix()}" for path in folder.rglob("*") if path.is_file()]
 
 
@@ -81,19 +81,19 @@ def write_checked(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def has_checksum(content: Any) -> bool:
-    """Whether a JSON document holds a checksum of itself, right or wrong."""
+    """Whether a JSON document contains a checksum of itself, valid or not."""
     return isinstance(content, dict) and (CHECKSUM in content or _mangled(content))
 
 
 def checksum_holds(content: Any) -> bool:
-    """Whether a JSON document is what was written; true of one without a checksum."""
+    """Whether a JSON document is unchanged; true for one without a checksum."""
     if not isinstance(content, dict) or CHECKSUM not in content:
         return not _mangled(content)
     return bool(content[CHECKSUM] == _digest({key: value for key, value in content.items() if key != CHECKSUM}))
 
 
 def check_document(path: Path, content: Any, what: str, made_by: str) -> None:
-    """Refuse a JSON document that is not what was written. Raises ArtefactError."""
+    """Raise ArtefactError if a JSON document does not match its checksum."""
     if not checksum_holds(content):
         raise ArtefactError(
             f"{path} is damaged or was edited: its content does not match its checksum: restore it from a copy, or "
@@ -102,7 +102,7 @@ def check_document(path: Path, content: Any, what: str, made_by: str) -> None:
 
 
 def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
-    """As `files.read_record`, of a document that may hold a checksum of itself.
+    """As `files.read_record`, for a document that may contain a checksum of itself.
 
     Raises:
         ArtefactError: as `read_record`; or the content does not match its checksum.
@@ -113,21 +113,21 @@ def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: 
 
 
 def document_findings(path: Path, name: str) -> Findings:
-    """What is to be said of a JSON document of ours, that has been read without a fault otherwise."""
+    """Findings about a JSON document that was read without another fault."""
     unverified = [] if has_checksum(read_json(path, name, "moce")) else [written_before(name)]
     return Findings(unverified=unverified)
 
 
 def written_before(name: str) -> str:
-    """The line about a file that an earlier version wrote."""
-    return f"{name}: written before it had a checksum; nothing can be said about it"
+    """The finding about a file of an earlier version."""
+    return f"{name}: written before it had a checksum; it cannot be verified"
 
 
 def check_file(folder: Path, name: str, files: Files | None, cure: str, kind: type[MoceError] = ArtefactError) -> None:
-    """Refuse a file that is not what was written; one without a record, of an earlier version, passes.
+    """Raise if a file is not what was written. A file without a record, of an earlier version, passes.
 
     Raises:
-        ArtefactError, or `kind`: the file is missing, or its content is another; `cure` says what to do.
+        ArtefactError, or `kind`: the file is missing or its content differs; `cure` says what to do.
     """
     if files is None or name not in files:
         return
@@ -140,8 +140,7 @@ def check_file(folder: Path, name: str, files: Files | None, cure: str, kind: ty
 
 
 def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) -> Findings:
-    """What is to be said of the files of a folder: those on record, or those of `names` where an earlier version wrote
-    no records."""
+    """Findings about the files of a folder: those with a record, or `names` if an earlier version wrote no records."""
     if files is None:
         missing = [f"{name}: is missing" for name in names if not (folder / name).is_file()]
         return Findings(missing, [written_before(name) for name in names if (folder / name).is_file()])
@@ -149,7 +148,7 @@ def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) 
 
 
 def _finding(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file, one that cannot be read included: verification goes on with the next."""
+    """What is wrong with a file; an unreadable one is a finding too, so that verification continues."""
     try:
         return _fault(path, record)
     except OSError as error:
@@ -157,7 +156,7 @@ def _finding(path: Path, record: FileRecord) -> str | None:
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:
-    """In which way a file is not what was written. Raises OSError where it is there and cannot be read."""
+    """How a file differs from what was written. Raises OSError if it exists but cannot be read."""
     try:
         size = path.stat().st_size
         if size != record.bytes:
@@ -168,7 +167,7 @@ def _fault(path: Path, record: FileRecord) -> str | None:
 
 
 def _mangled(content: Any) -> bool:
-    """Whether a document holds its checksum under another key: the name of the key is what was damaged."""
+    """Whether a document has its checksum under another key, because the name of the key was damaged."""
     if not isinstance(content, dict) or CHECKSUM in content:
         return False
     digests = [key for key, value in content.items() if isinstance(value, str) and len(value) == 64]

@@ -1,9 +1,9 @@
-"""Drafts: what is written beside its place until it is whole, and what a kill has left of them.
+"""Drafts: temporary files and folders beside their target, and the cleanup of those that killed processes left.
 
-The name of a draft says who writes it: `.NAME.MACHINE-PID.tmp`. What a new folder replaces is `.NAME.MACHINE-PID.old`
-for a moment, where the file system cannot exchange two names. Each process clears the folders that it writes into of
-drafts whose process is gone, and puts back what was moved aside for a folder that never came. Processes of other
-machines, or of other containers, cannot be looked up: their drafts go after a day without a change.
+The name of a draft identifies its writer: `.NAME.MACHINE-PID.tmp`. If the file system cannot exchange two names, a
+folder that is being replaced is `.NAME.MACHINE-PID.old` for a moment. Before a process writes into a folder, it removes
+the drafts of dead processes there and restores folders that were moved aside and never replaced. Processes on other
+machines or in other containers cannot be checked: their drafts are removed after a day without a change.
 """
 
 import ctypes
@@ -27,19 +27,21 @@ from moce_ds.host.machine import refused
 _DRAFT = re.compile(r"^\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})\.(?P<kind>tmp|old)$")
 _SCRATCH = re.compile(r"^moce-(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-\w+$")
 _QUIET_SECONDS = 24 * 3600.0
-_BETWEEN_RENAMES_SECONDS = 300.0  # between two renames that follow one another; much more than a clock is off
+_BETWEEN_RENAMES_SECONDS = (
+    300.0  # upper bound for the time between two consecutive renames, larger than any clock error
+)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_cleared: set[Path] = set()  # folders that this process has looked through
+_cleared: set[Path] = set()  # folders that this process has cleaned up
 
 
 def draft_of(path: Path, kind: str = "tmp") -> Path:
-    """Where this process writes what is to become `path`; its folder is cleared of what is left there."""
+    """The temporary path where this process writes `path`; cleans up old drafts in the folder first."""
     clear_leftovers(path.parent)
     return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.{kind}")
 
 
 def put_in_place(draft: Path, path: Path) -> None:
-    """Give a whole draft folder its name, and remove what had it. Raises OSError; then `path` is as it was."""
+    """Rename a complete draft folder to `path` and remove what was there. Raises OSError; then `path` is unchanged."""
     if not os.path.lexists(path):
         os.replace(draft, path)
     elif _exchange(draft, path):
@@ -56,23 +58,23 @@ def put_in_place(draft: Path, path: Path) -> None:
 
 
 def restore(path: Path) -> None:
-    """Before `path` is read or replaced: if it is missing, put back what a killed process had moved aside."""
+    """Call before reading or replacing `path`: if it is missing, restores what a killed process moved aside."""
     if not os.path.lexists(path):
         clear_leftovers(path.parent, again=True)
 
 
 def clear_leftovers(folder: Path, again: bool = False) -> None:
-    """Remove drafts of processes that are gone, and put back what they had moved aside and not replaced.
+    """Remove drafts of dead processes, and restore folders that they moved aside without replacing them.
 
     Args:
-        again: also if this process has done that before.
+        again: repeat the cleanup even if this process has done it before.
     """
     folder = folder.absolute()
     if folder in _cleared and not again:
         return
     _cleared.add(folder)
     for path, match in _matching(folder, _DRAFT):
-        with suppress(OSError):  # another process was faster, or it belongs to others
+        with suppress(OSError):  # another process removed it first, or it belongs to another user
             if not _is_over(path, match):
                 continue
             place = folder / match["name"]
@@ -84,8 +86,10 @@ def clear_leftovers(folder: Path, again: bool = False) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A folder for the length of the block, by default in the system's place for temporary files; what kills have left
-    of such folders there is removed first. Raises ArtefactError where none can be made."""
+    """A temporary folder for the length of the block, by default in the system's place for temporary files.
+
+    Removes scratch folders of killed processes there first. Raises ArtefactError if no folder can be made.
+    """
     parent = parent or _temporary_place()
     for path, match in _matching(parent, _SCRATCH):
         with suppress(OSError):
@@ -103,32 +107,32 @@ def _temporary_place() -> Path:
     try:
         return Path(tempfile.gettempdir())
     except OSError as error:
-        told = error.strerror or error
-        raise ArtefactError(f"{told}: set TMPDIR to a folder with space that can be written to.") from None
+        reason = error.strerror or error
+        raise ArtefactError(f"{reason}: set TMPDIR to a writable folder with free space.") from None
 
 
 @cache
 def _machine() -> str:
-    """What process numbers belong to: a boot of a host, and on it a namespace, as of a container.
+    """Identifies the scope of process ids: one boot of a host, and a process namespace on it, as of a container.
 
-    The boot tells hosts apart that share a name, as clones of one image do: the number of the first namespace is the
-    same on all of them.
+    The boot id distinguishes hosts with equal names, such as clones of one image: the inode of their first namespace is
+    the same.
     """
-    known = [socket.gethostname()]
+    parts = [socket.gethostname()]
     with suppress(OSError):
-        known.append(str(Path("/proc/self/ns/pid").stat().st_ino))
-        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    return hashlib.sha256(" ".join(known).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    return hashlib.sha256(" ".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
 def _is_over(path: Path, match: re.Match[str]) -> bool:
-    """Whether the process is gone that a leftover belongs to."""
+    """Whether the process that a leftover belongs to is dead."""
     if match["machine"] == _machine():
         try:
             os.kill(int(match["pid"]), 0)
         except ProcessLookupError:
             return True
-        except OSError:  # of another user
+        except OSError:  # it belongs to another user
             return False
         return False
     if "kind" in match.groupdict() and match["kind"] == "old":
@@ -138,7 +142,7 @@ def _is_over(path: Path, match: re.Match[str]) -> bool:
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
-    """What a folder holds whose names match; nothing where it is not there yet, or cannot be read."""
+    """Entries of a folder whose names match; none if the folder is missing or unreadable."""
     try:
         paths = list(folder.iterdir())
     except OSError:
@@ -147,13 +151,13 @@ def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Mat
 
 
 def _is_own_folder(path: Path) -> bool:
-    """Whether an entry of a place that everybody can write to is a folder of this user, and no link."""
-    found = os.lstat(path)
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    """Whether an entry of a world-writable place is a folder of this user and not a link."""
+    status = os.lstat(path)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as that is allowed."""
+    """Remove a file, a link or a folder; ignore entries that cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -162,7 +166,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where system or file system cannot, as NFS. Raises OSError."""
+    """Exchange two names in one step; False if the system or the file system cannot, as NFS. Raises OSError."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -171,5 +175,5 @@ def _exchange(one: Path, other: Path) -> bool:
         return True
     number = ctypes.get_errno()
     if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
-        return False  # EPERM: how containers refuse a call that they do not know; if it is real, renaming says so
+        return False  # EPERM: containers refuse unknown calls with it; if it is real, the rename that follows fails too
     raise OSError(number, os.strerror(number), str(one), None, str(other))

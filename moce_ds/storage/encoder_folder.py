@@ -1,10 +1,10 @@
-"""The folder in which a trained encoder travels, as files; what is in them is read in `models/vit.py`.
+"""The folder of a trained encoder, as files. `models/vit.py` reads their content.
 
 encoder/
-  model.safetensors   weights, by timm's parameter names
-  provenance.json     where it comes from
-  ...                 what belongs to it, such as the head of a tuned encoder
-  config.json         shape, input, and the checksums of the other files and of itself; written last
+    model.safetensors   weights, by timm's parameter names
+    provenance.json     where the encoder comes from
+    ...                 other files of the encoder, such as the head of a tuned one
+    config.json         shape, input, and the checksums of the other files and of itself; written last
 """
 
 from collections.abc import Mapping
@@ -115,20 +115,20 @@ class EncoderFolder:
 
 
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `config.json` with the checksums of all other files that are in the folder by now."""
+    """Write `config.json` with the checksums of all other files in the folder."""
     others = [name for name in names_below(folder) if name != CONFIG]
     record = {"format": FORMAT, **content, "sha256": sha256_of(folder / WEIGHTS), "files": records_of(folder, others)}
     write_checked(folder / CONFIG, record)
 
 
 def replace_provenance(folder: Path, provenance: Any) -> None:
-    """Put another `provenance.json` into a whole encoder folder, and its checksum into `config.json`."""
+    """Replace `provenance.json` in a complete encoder folder, and update its checksum in `config.json`."""
     write_json(folder / PROVENANCE, provenance)
     write_config(folder, read_json(folder / CONFIG, _WHAT, _MADE_BY))
 
 
 def read_config(folder: Path, kind: type[T]) -> T:
-    """`config.json` as a `kind`. Raises ArtefactError: it is missing, damaged or of another version."""
+    """`config.json` as a `kind`. Raises ArtefactError if it is missing, damaged or of another version."""
     return read_checked(folder / CONFIG, kind, _WHAT, _MADE_BY, format=FORMAT)
 
 

@@ -1,4 +1,4 @@
-"""Writing so that a kill at any moment leaves either the old thing or the new one, never half of one."""
+"""Atomic writes: a kill at any moment leaves either the old content or the new one, never a part of it."""
 
 import errno
 import hashlib
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NO_UTF8 = "holds bytes that are no UTF-8, which the library of safetensors refuses"
+_NO_UTF8 = "holds bytes that are not UTF-8, which the library of safetensors refuses"
 
-# What readers of arrays and tensors raise on damaged files; they have no common base. `test_files` flips every bit.
+# Errors that readers of arrays and tensors raise on damaged files; they have no common base class. `test_files` flips
+# every bit.
 _DAMAGE = (
     SafetensorError, TokenError, SyntaxError, ValueError, EOFError, OverflowError, LookupError, TypeError,
     RecursionError,
@@ -41,7 +42,7 @@ PICTURE_TEXT = {"Software": "moce_ds"}
 """Text chunk of every PNG that a verb writes where its user says."""
 PICTURE_MARK = b"Software\0moce_ds"
 
-_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # of torch.save, which says no more than that
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # torch.save reports no more than that
 
 
 @contextmanager
@@ -61,11 +62,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; rename it to `path` when the block ends without an error.
 
-    An existing `path` gives way to it at once; where the file system cannot exchange names, a kill between two renames
-    leaves it aside, and the next process that asks for it puts it back (`drafts`).
+    An existing `path` is replaced in one step. If the file system cannot exchange names, a kill between two renames
+    leaves the old folder aside, and the next process that opens `path` restores it (`drafts`).
 
     Raises:
-        ArtefactError: `path` was not there when the block began, and another process has written it since.
+        ArtefactError: `path` did not exist when the block began, and another process has written it since.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
@@ -76,7 +77,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         if path.exists() and not may_replace:
-            raise ArtefactError(f"{path} was written by another process meanwhile: nothing of it was replaced.")
+            raise ArtefactError(f"{path} was written by another process meanwhile: it was not replaced.")
         put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -84,27 +85,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writes_to(path: Path) -> Iterator[None]:
-    """Give whatever the block cannot write, as on a full disk, the name of the artefact. Raises ArtefactError."""
+    """Report write errors in the block, as on a full disk, under the name of the artefact. Raises ArtefactError."""
     try:
         yield
     except OSError as error:
         raise refused(ArtefactError, f"{path} cannot be written", error, path) from None
-    except (SafetensorError, RuntimeError) as error:  # how their libraries pass on an error of the disk
+    except (SafetensorError, RuntimeError) as error:  # the libraries pass on disk errors in this form
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
             raise
         if cause := system_error(error):
             raise refused(ArtefactError, f"{path} cannot be written", cause) from None
-        raise ArtefactError(f"{path} cannot be written: {error}. Look whether the disk is full.") from None
+        raise ArtefactError(f"{path} cannot be written: {error}. Check whether the disk is full.") from None
 
 
 @contextmanager
 def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> Iterator[None]:
-    """Give whatever the block cannot read of a file, which is missing, forbidden or damaged, the file's name.
+    """Report read errors in the block (missing, forbidden or damaged) under the name of the file.
 
     Args:
-        path: the file; it is opened once here, since libraries call missing whatever they cannot open.
-        cure: what to do about a file that is missing or damaged, such as "write the clusters again with ...".
-        kind: the error to raise.
+        path: the file. It is opened once here, because libraries report any file that they cannot open as missing.
+        cure: what to do about a missing or damaged file, such as "write the clusters again with ...".
+        kind: the error class to raise.
 
     Raises:
         ArtefactError, or `kind`: the fault, and what to do.
@@ -128,10 +129,10 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
 def load_array(
     path: Path, dtype: Any, shape: tuple[int, ...], cure: str, kind: type[MoceError] = ArtefactError
 ) -> np.ndarray:
-    """A `.npy` file of ours, memory-mapped for reading; nothing in it is unpickled.
+    """A `.npy` file, memory-mapped for reading; nothing in it is unpickled.
 
     Raises:
-        ArtefactError, or `kind`: as `reads_from`; or it holds another dtype or shape.
+        ArtefactError, or `kind`: as `reads_from`; or dtype or shape differ.
     """
     with reads_from(path, cure, kind):
         array: np.ndarray = np.lib.format.open_memmap(path, mode="r")
@@ -143,23 +144,27 @@ def load_array(
 def load_tensors(path: Path, cure: str) -> "dict[str, Tensor]":
     """The tensors of a `.safetensors` file, on the host. Raises ArtefactError as `reads_from`."""
     with reads_from(path, cure):
-        from safetensors.torch import load_file  # here, since verbs that need no torch read records with this module
+        from safetensors.torch import (
+            load_file,
+        )  # imported here, because verbs without torch read records with this module
 
         return load_file(path)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write a `.npy` file, atomically. Raises OSError where the disk does not take it."""
+    """Write a `.npy` file atomically. Raises OSError if the disk refuses it."""
     with atomic_file(path) as temporary, open(temporary, "wb") as opened:
-        # numpy writes to what it takes for a file with C's stdio, and then misses what a full disk says at its end.
+        # numpy writes to real files with C's stdio and then misses the error of a full disk at the end.
         np.lib.format.write_array(SimpleNamespace(write=opened.write), array, allow_pickle=False)
 
 
 def save_tensors(
     path: Path, tensors: "Mapping[str, Tensor | np.ndarray]", metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a `.safetensors` file of tensors of the host, all of torch or all of numpy, as readable as the umask lets
-    it be: the library itself gives files to their owner alone. Raises OSError, or SafetensorError with its text."""
+    """Write a `.safetensors` file of host tensors, all of torch or all of numpy, with the permissions of the umask.
+
+    The library itself makes files readable by their owner only. Raises OSError, or SafetensorError with its text.
+    """
     if not is_utf8(path):
         raise OSError(errno.EILSEQ, f"its path {_NO_UTF8}")
     path.touch()
@@ -184,12 +189,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: Path, what: str, mark: bytes) -> None:
-    """Refuse a place for an output file before anything is computed for it. A file that an earlier run of the same verb
-    wrote is replaced; any other is kept.
+    """Refuse a place for an output file before computing it. A file of the same kind is replaced, any other is kept.
 
     Args:
-        what: of which kind the file is to be, such as "a report".
-        mark: bytes that every file of the kind holds near its beginning.
+        what: kind of the file, such as "a report".
+        mark: bytes that every file of the kind contains near its beginning.
 
     Raises:
         ArtefactError: `path` cannot be written, or holds a file of another kind.
@@ -198,7 +202,7 @@ def check_output(path: Path, what: str, mark: bytes) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_file():
-        raise ArtefactError(f"{path} is no regular file: name another path for {what}.")
+        raise ArtefactError(f"{path} is not a regular file: name another path for {what}.")
     with reads_from(path, "name another path."), open(path, "rb") as opened:
         head = opened.read(_HEAD_BYTES)
     if head and mark not in head:
@@ -208,7 +212,7 @@ def check_output(path: Path, what: str, mark: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,7 +227,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, what: str, made_by: str) -> Any:
-    """Read a JSON file of ours; `what` it is and which verb it is `made_by` go into the error.
+    """Read a JSON file. `what` the file is and the verb that it is `made_by` appear in errors.
 
     Raises:
         ArtefactError: the file is missing or is not JSON.
@@ -231,7 +235,9 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except NotADirectoryError:
-        raise ArtefactError(f"{path.parent} is no folder: expected {what} in one, as `{made_by}` writes it.") from None
+        raise ArtefactError(
+            f"{path.parent} is not a folder: expected {what} in one, as `{made_by}` writes it."
+        ) from None
     except FileNotFoundError:
         raise ArtefactError(f"{path} not found: expected {what}, which `{made_by}` writes.") from None
     except (ValueError, RecursionError) as error:
@@ -241,26 +247,26 @@ def read_json(path: Path, what: str, made_by: str) -> Any:
 
 
 def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
-    """Read a JSON object of ours as a `kind`, a dataclass; keys that it does not have are left out.
+    """Read a JSON object as a dataclass `kind`; unknown keys are ignored.
 
     Args:
-        version: keys that say how to read the file, with the values that this program knows; looked at first.
+        version: keys that identify the format, with the values that this program reads; checked first.
 
     Raises:
-        ArtefactError: as `read_json`; or another version; or keys are missing or of another type, all of them listed.
+        ArtefactError: as `read_json`; or another version; or keys are missing or have another type, all of them listed.
     """
     content = read_json(path, what, made_by)
-    found = {key: content.get(key) for key in version} if isinstance(content, dict) else version
-    if found != version:
+    stored = {key: content.get(key) for key in version} if isinstance(content, dict) else version
+    if stored != version:
         raise ArtefactError(
-            f"{path} says {_spoken(found)}; this program reads {_spoken(version)}: write {what} again with "
-            f"`{made_by}`, or use the version of moce that wrote it."
+            f"{path} says {_version_text(stored)}; this program reads {_version_text(version)}: write {what} again "
+            f"with `{made_by}`, or use the version of moce that wrote it."
         )
     return valid_record(kind, content, str(path), what, made_by)
 
 
 def valid_record(kind: type[T], content: Any, source: str, what: str, made_by: str) -> T:
-    """Plain data as a `kind`; `source` being named in errors. Raises ArtefactError as `read_record`."""
+    """Plain data as a `kind`; errors name `source`. Raises ArtefactError as `read_record`."""
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
@@ -270,7 +276,7 @@ def valid_record(kind: type[T], content: Any, source: str, what: str, made_by: s
         ) from None
 
 
-def _spoken(version: dict[str, object]) -> str:
+def _version_text(version: dict[str, object]) -> str:
     return " ".join(f"{key} {value!r}" for key, value in version.items())
 
 
@@ -281,7 +287,7 @@ def sha256_of(path: Path) -> str:
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy a folder, as hard links where the file system allows (artefacts are never edited in place)."""
+    """Copy a folder, with hard links if the file system allows them (artefacts are never edited in place)."""
 
     def link_or_copy(src: str, dst: str) -> None:
         try:
@@ -293,8 +299,8 @@ def copy_tree(source: Path, target: Path) -> None:
                 faults.append(error)
                 raise
 
-    faults: list[OSError] = []  # what shutil collects is text
+    faults: list[OSError] = []  # shutil itself collects only texts
     try:
         shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
-    except shutil.Error as error:  # a list of all that failed; the first says why
+    except shutil.Error as error:  # lists all failures; report the first
         raise (faults or [OSError(error.args[0][0][2])])[0] from None

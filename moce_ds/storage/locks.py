@@ -1,8 +1,8 @@
-"""One process at a time works on something: whoever holds its lock file.
+"""Lock files: one process at a time works on something.
 
-The system releases the locks of a killed process. Where the file system supports no locks (NFS and Lustre can be
-mounted so), a file whose existence is the lock stands in: the next process on the same host removes that of a killed
-one, but nobody can tell whether a process on another host still runs, and its file has to be deleted by hand.
+The system releases the locks of a killed process. On file systems without locks (NFS and Lustre can be mounted so), the
+existence of a file is the lock. The next process on the same host removes the file of a killed one. A process on
+another host cannot be checked, so its file has to be deleted by hand.
 """
 
 import errno
@@ -16,16 +16,16 @@ from moce_ds.errors import ArtefactError
 from moce_ds.storage.files import writes_to
 
 LOCK = ".lock"
-"""The lock file of a folder that one process writes at a time."""
+"""The lock file of a folder with one writer at a time."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
 def locked(lock: Path, busy: str, seconds: float = 60.0) -> Iterator[None]:
-    """Hold a lock file for the length of the block, which is to be short where others wait for it.
+    """Hold a lock file for the length of the block, which should be short if other processes wait for it.
 
     Args:
-        busy: what is said where another process does not let go of it within so many `seconds`.
+        busy: message if another process does not release the lock within `seconds`.
 
     Raises:
         ArtefactError: `busy`; or the file cannot be written.
@@ -41,7 +41,7 @@ def locked(lock: Path, busy: str, seconds: float = 60.0) -> Iterator[None]:
 
 @contextmanager
 def held(lock: Path) -> Iterator[None]:
-    """Hold a lock file for the length of the block, waiting for a process that does as long as it takes.
+    """Hold a lock file for the length of the block; wait without a limit for its current holder.
 
     Raises:
         ArtefactError: the file cannot be written.
@@ -51,7 +51,7 @@ def held(lock: Path) -> Iterator[None]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock file now. Raises ArtefactError where the file cannot be written."""
+    """Whether a process holds a lock file now. Raises ArtefactError if the file cannot be written."""
     if not (lock.exists() or _marker(lock).exists()):
         return False
     acquired = _acquired(lock, seconds=0)
@@ -62,10 +62,10 @@ def is_held(lock: Path) -> bool:
 
 @contextmanager
 def alone_in(folder: Path, busy: str) -> Iterator[None]:
-    """Be the only process that writes a folder, which is made where it is not there; leaves no lock file.
+    """Be the only writer of a folder, which is created if needed. Removes the lock file afterwards.
 
     Raises:
-        ArtefactError: another process does; `busy` says so. Or the folder cannot be written.
+        ArtefactError: another process writes it (`busy`), or the folder cannot be written.
     """
     lock = folder / LOCK
     with writes_to(folder):
@@ -79,7 +79,7 @@ def alone_in(folder: Path, busy: str) -> Iterator[None]:
 
 
 def _acquired(lock: Path, seconds: float) -> BaseFileLock | None:
-    """The lock, or None where another process has held it for so many seconds; negative: wait without end."""
+    """The lock, or None if another process holds it for that many seconds; negative: wait without a limit."""
     with writes_to(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -91,7 +91,7 @@ def _acquired(lock: Path, seconds: float) -> BaseFileLock | None:
 
 
 def _marker(lock: Path) -> Path:
-    """The file whose existence is the lock where the file system supports none."""
+    """The file whose existence is the lock on file systems without locks."""
     return lock.with_name(f"{lock.name}.soft")
 
 

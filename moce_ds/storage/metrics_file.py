@@ -1,10 +1,10 @@
-"""`metrics.jsonl`: one record a line, each with a checksum that continues the one of the line before.
+"""`metrics.jsonl`: one record per line, each with a checksum that continues the one of the previous line.
 
-    {"step": 7, "attempt": 1, "loss": 0.41, ..., "check": "9f0c..."}
+        {"step": 7, "attempt": 1, "loss": 0.41, ..., "check": "9f0c..."}
 
-So a line that was altered, exchanged or taken out is noticed, and so are lines cut off the end, where a checkpoint was
-written after them: its manifest holds the `check` of the last line of then. Half a last line is what a kill leaves; the
-next start of the run drops it. Earlier versions wrote lines without a checksum; they may only stand before all others.
+So altered, exchanged and removed lines are detected. So are lines cut off the end before a checkpoint was written: its
+manifest contains the `check` of the last line at that time. A kill may leave an incomplete last line; the next start of
+the run drops it. Earlier versions wrote lines without a checksum; they may only precede all others.
 """
 
 import hashlib
@@ -19,32 +19,32 @@ from moce_ds.storage.files import reads_from
 
 METRICS = "metrics.jsonl"
 _CHECK = "check"
-_CURE = "restore it from a copy, or move it away: the run goes on without the records of its past."
+_CURE = "restore it from a copy, or move it away: the run then continues without its earlier records."
 
 
 def checked(record: Mapping[str, Any], before: str) -> dict[str, Any]:
-    """A record with its checksum, where that of the line before is `before` (empty: there is none)."""
+    """A record with its checksum; `before` is that of the previous line (empty: there is none)."""
     return {**record, _CHECK: _check(record, before)}
 
 
 def last_check(path: Path) -> str:
-    """The checksum that the next line continues; empty where there is none. Raises ArtefactError."""
-    found = _Lines(path)
-    return found.checks[-1] if found.checks else ""
+    """The checksum that the next line continues; empty if there is none. Raises ArtefactError."""
+    lines = _Lines(path)
+    return lines.checks[-1] if lines.checks else ""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in the order of the lines, without their checksums; none where there is no file.
+    """The records in the order of the lines, without their checksums; empty if there is no file.
 
-    Lines without a checksum that are no record are ignored.
+    Lines without a checksum that are not records are ignored.
 
     Raises:
         ArtefactError: a line is not what was written.
     """
-    found = _Lines(path)
-    if found.faults:
-        raise ArtefactError(f"{path} is damaged: {found.faults[0]}: {_CURE}")
-    return found.records
+    lines = _Lines(path)
+    if lines.faults:
+        raise ArtefactError(f"{path} is damaged: {lines.faults[0]}: {_CURE}")
+    return lines.records
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -72,19 +72,19 @@ def verify_metrics(path: Path, marks: Iterable[str]) -> Findings:
     """What is not as it was written. Raises ArtefactError where the file cannot be read.
 
     Args:
-        marks: checksums of lines that must be there, from the manifests of checkpoints.
+        marks: checksums of lines that must be present, from the manifests of checkpoints.
     """
-    found = _Lines(path)
-    lost = set(marks) - set(found.checks)
-    faults = [f"{METRICS}: {fault}" for fault in found.faults]
+    lines = _Lines(path)
+    lost = set(marks) - set(lines.checks)
+    faults = [f"{METRICS}: {fault}" for fault in lines.faults]
     if lost and not faults:
-        there = "is missing" if not path.exists() else "lacks records from before the newest checkpoints: it was cut"
-        faults = [f"{METRICS}: {there}"]
-    return Findings(faults, [written_before(METRICS)] if found.unchecked else [])
+        fault = "is missing" if not path.exists() else "lacks records from before the newest checkpoints: it was cut"
+        faults = [f"{METRICS}: {fault}"]
+    return Findings(faults, [written_before(METRICS)] if lines.unchecked else [])
 
 
 class _Lines:
-    """The lines of a file, checked one after the other."""
+    """The lines of a file, checked in order."""
 
     def __init__(self, path: Path) -> None:
         self.records: list[dict[str, Any]] = []
@@ -106,24 +106,25 @@ class _Lines:
             record = None
         if not isinstance(record, dict) or "step" not in record:
             if self.checks and line.endswith("\n"):
-                self.faults.append(f"line {number} is no record")
+                self.faults.append(f"line {number} is not a record")
             return
         check = record.pop(_CHECK, None)
         if check is None:
             self.unchecked += 1
             if self.checks:
-                self.faults.append(f"line {number} has no checksum, and lines before it have one")
+                self.faults.append(f"line {number} has no checksum, but earlier lines have one")
         elif check not in (_check(record, before) for before in self._befores(record)):
-            self.faults.append(f"line {number} is not what was written after the line before it")
+            self.faults.append(f"line {number} is not what was written after the previous line")
         if check is not None:
             self.checks.append(str(check))
             self._of_attempt[str(record.get("attempt"))] = str(check)
         self.records.append(record)
 
     def _befores(self, record: Mapping[str, Any]) -> set[str]:
-        """What a line may continue: the line before, or, where two attempts wrote side by side, that of its own."""
-        own = self._of_attempt.get(str(record.get("attempt")))
-        return {self.checks[-1] if self.checks else "", *([own] if own else [])}
+        """Checksums that a line may continue: that of the previous line, or, if two attempts wrote at once, of its own
+        attempt."""
+        attempt_check = self._of_attempt.get(str(record.get("attempt")))
+        return {self.checks[-1] if self.checks else "", *([attempt_check] if attempt_check else [])}
 
 
 def _check(record: Mapping[str, Any], before: str) -> str:

@@ -4,30 +4,21 @@ DeepSpeed gives process groups, ZeRO 1/2, mixed precision, accumulation, clippin
 shared gradients.
 """
 
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import deepspeed
 from torch import nn
 
 from moce_ds.compat import quiet_deepspeed
-from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainSettings
+from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainOptimSettings
+
+Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
 _TOKENS = ("cls_token", "mask_token")
 
 
-class Trained(Protocol):
-    """The settings of a verb that trains, as far as the engine is concerned."""
-
-    @property
-    def optim(self) -> OptimSettings: ...
-
-    @property
-    def engine(self) -> EngineSettings: ...
-
-
-def deepspeed_config(config: Trained, batches: BatchArithmetic) -> dict[str, Any]:
+def deepspeed_config(optim: OptimSettings, engine: EngineSettings, batches: BatchArithmetic) -> dict[str, Any]:
     """DeepSpeed's settings from ours."""
-    optim, engine = config.optim, config.engine
     adam = {"lr": 0.0, "betas": list(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay, "torch_adam": True}
     return {
         "train_batch_size": batches.global_batch,
@@ -43,9 +34,9 @@ def deepspeed_config(config: Trained, batches: BatchArithmetic) -> dict[str, Any
     }
 
 
-def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay on matrices only, on cls_token and mask_token if `optim.decay_tokens` says so, none
-    on norms and biases; gates have their own rate.
+def parameter_groups(model: nn.Module, optim: PretrainOptimSettings, gate_lr_scale: float) -> list[dict[str, Any]]:
+    """AdamW's groups of pre-training: weight decay on matrices only, on cls_token and mask_token if
+    `optim.decay_tokens` says so, none on norms and biases; gates have `gate_lr_scale` of the learning rate.
 
     DeepSpeed splits the experts off each group itself; it needs the groups' names to differ.
     """
@@ -53,40 +44,41 @@ def parameter_groups(model: nn.Module, config: PretrainSettings) -> list[dict[st
     for name, parameter in model.named_parameters():
         if "gate." in name:
             gates.append(parameter)
-        elif parameter.ndim < 2 or (name in _TOKENS and not config.optim.decay_tokens):
+        elif parameter.ndim < 2 or (name in _TOKENS and not optim.decay_tokens):
             plain.append(parameter)
         else:
             decay.append(parameter)
     groups: list[dict[str, Any]] = [
-        {"name": "decay", "params": decay, "weight_decay": config.optim.weight_decay, "lr_scale": 1.0},
+        {"name": "decay", "params": decay, "weight_decay": optim.weight_decay, "lr_scale": 1.0},
         {"name": "plain", "params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     if gates:
-        gate_scale = config.experts.gate_lr_scale
-        groups.append({"name": "gates", "params": gates, "weight_decay": 0.0, "lr_scale": gate_scale})
+        groups.append({"name": "gates", "params": gates, "weight_decay": 0.0, "lr_scale": gate_lr_scale})
     return groups
 
 
-def start_engine(model: nn.Module, config: PretrainSettings, batches: BatchArithmetic) -> "deepspeed.DeepSpeedEngine":
-    """Wrap the model of pre-training; its experts find their groups."""
-    return wrap(model, parameter_groups(model, config), config, batches)
+def start_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    optim: OptimSettings,
+    engine: EngineSettings,
+    batches: BatchArithmetic,
+) -> Engine:
+    """Wrap a model, which is moved to the process's device; its experts find their process groups.
 
-
-def wrap(
-    model: nn.Module, groups: list[dict[str, Any]], config: Trained, batches: BatchArithmetic
-) -> "deepspeed.DeepSpeedEngine":
-    """The engine of a model, which is moved to the process's device; each group has its `lr_scale`."""
+    `groups` are AdamW's, each with its `lr_scale`.
+    """
     quiet_deepspeed()
-    engine, *_ = deepspeed.initialize(
+    started, *_ = deepspeed.initialize(
         model=model,
         model_parameters=groups,
-        config=deepspeed_config(config, batches),
+        config=deepspeed_config(optim, engine, batches),
         dist_init_required=False,
     )
-    return engine
+    return started
 
 
-def set_lr(engine: "deepspeed.DeepSpeedEngine", lr: float) -> None:
+def set_lr(engine: Engine, lr: float) -> None:
     """Give every group its learning rate for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

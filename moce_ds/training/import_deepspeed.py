@@ -27,14 +27,16 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
+from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.warm_start import read_torch_file
 from moce_ds.moe.layer import NATIVE_EXPERTS, NUMBER
 from moce_ds.moe.placement import default_placement
 from moce_ds.storage.checksums import records_of, write_checked
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
+from moce_ds.training.inputs import ClusteredData
+from moce_ds.training.model import build_for_training
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import ClusteredData, build_for_training
 
 _SHARED_FILE = "mp_rank_00_model_states.pt"
 _EXPERT_FILE = re.compile(r"^layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
@@ -84,10 +86,10 @@ def import_native(folder: Path, out: Path, config: PretrainSettings, tag: str | 
     """
     if out.exists():
         raise ConfigError(f"{out} exists: import into another folder, or remove it.")
-    native = read_native(_tag_folder(folder, tag), config)
+    spec = config.model_spec
+    native = read_native(_tag_folder(folder, tag), spec.experts)
     data = _clustered_data(config)
-    all_here = dataclasses.replace(config.experts, ep_size=1)
-    model = build_for_training(dataclasses.replace(config, experts=all_here), data)
+    model = build_for_training(spec, data.clusters if data else None, 1, config.run.seed)
     _give_state(model, native)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=out))
     with writes_to(out), atomic_folder(out) as draft:
@@ -95,15 +97,15 @@ def import_native(folder: Path, out: Path, config: PretrainSettings, tag: str | 
     return native
 
 
-def read_native(folder: Path, config: PretrainSettings) -> Native:
-    """Read the files of one tag. Raises ArtefactError."""
+def read_native(folder: Path, experts: ExpertShape | None) -> Native:
+    """Read the files of one tag, of a model with such experts. Raises ArtefactError."""
     shared = _read(folder / _SHARED_FILE)
     step, images = (shared.get(counter) for counter in ("global_steps", "global_samples"))
     if not isinstance(step, int) or not isinstance(images, int) or not 0 <= step < 10**8:
         raise ArtefactError(f"{folder / _SHARED_FILE}: global_steps is {step!r}, global_samples {images!r}; no counts.")
     state = _tensors(shared.get("module"), folder / _SHARED_FILE)
     state = {name.replace(".deepspeed_moe.gate.wg.", ".gate."): tensor for name, tensor in state.items()}
-    for block, path in _expert_files(folder, config):
+    for block, path in _expert_files(folder, experts):
         state |= _expert(path, block)
     return Native(folder, state, step, images, str(shared.get("ds_version")))
 
@@ -134,9 +136,8 @@ def _listed(names: list[str], shown: int = 12) -> str:
     return ", ".join([*names[:shown], *more]) or "none"
 
 
-def _expert_files(folder: Path, config: PretrainSettings) -> list[tuple[int, Path]]:
+def _expert_files(folder: Path, experts: ExpertShape | None) -> list[tuple[int, Path]]:
     """Every expert's file with the block that it belongs to; none for a dense model."""
-    experts = config.model_spec.experts
     layers, num = (experts.layers, experts.num_experts) if experts else ((), 0)
     wanted = {(layer, expert) for layer in range(len(layers)) for expert in range(num)}
     matches = (_EXPERT_FILE.match(path.name) for path in folder.iterdir())
@@ -194,8 +195,8 @@ def _is_plain(tensor: Any) -> bool:
 
 def _clustered_data(config: PretrainSettings) -> ClusteredData | None:
     """The clusters of the settings; None for a model that does not route by them. Raises ArtefactError."""
-    folder = config.experts.clusters
-    if config.model.arch != "moce" or config.experts.gate == "token" or folder is None:
+    folder = config.routing_clusters
+    if folder is None:
         return None
     clusters = Clusters.open(folder)
     return ClusteredData(clusters, load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum())))

@@ -4,6 +4,7 @@ Only the main process tells. A step that two attempts have recorded is resolved 
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -17,9 +18,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.console import progress_bar
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.storage.files import sync, writes_to
 from moce_ds.storage.metrics_file import METRICS, checked, last_check
+
+_logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -83,10 +87,10 @@ class MetricLogger:
 
                 self._check = last_check(attempt.run / METRICS)
                 self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-                self._board = Board(attempt.run / "tensorboard", first_step, runtime.say)
+                self._board = Board(attempt.run / "tensorboard", first_step, runtime.warn)
         if not runtime.is_main:
             return
-        self._bar = tqdm(
+        self._bar = progress_bar(
             initial=first_step,
             total=steps,
             unit="step",
@@ -109,7 +113,7 @@ class MetricLogger:
             self._record.close()
         except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
             if error is None:
-                self._runtime.say(f"WARNING: {self._attempt.run}: the last records cannot be written: {fault}")
+                self._runtime.warn(f"{self._attempt.run}: the last records cannot be written: {fault}")
 
     @property
     def mark(self) -> str | None:
@@ -158,7 +162,7 @@ class MetricLogger:
         self._bar.set_description_str(line + " ", refresh=True)
         if self._bar.disable:  # not a terminal: a log file wants whole lines
             eta = time_left((self._bar.total - record["step"]) * self._images_per_step, record["images_per_second"])
-            print(f"step {record['step']}/{self._bar.total} {line} eta {eta}", file=sys.stderr, flush=True)
+            _logger.info(f"step {record['step']}/{self._bar.total} {line} eta {eta}")
 
     def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
         """Show a picture in TensorBoard."""

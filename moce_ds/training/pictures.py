@@ -1,16 +1,102 @@
 """Pictures of a run: reconstructions and the routing table.
 
-Axes: B images, H, W pixels, C channels, M clusters, E experts.
+Axes: B images, N patches, H, W pixels, C channels, L expert layers, M clusters, E experts.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from moce_ds.data.transform import ImageInput
-from moce_ds.models.mae import Reconstruction, patchify, unpatchify
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import RECONSTRUCTIONS, picture_path
+from moce_ds.data.loader import Loader
+from moce_ds.data.sampler import ReadList
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import CenterCrop, ImageInput
+from moce_ds.distributed.agreement import next_batch_checked
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, mask_noise, patchify, unpatchify
+from moce_ds.storage.checksums import FileRecord
+from moce_ds.training.metric_logger import MetricLogger
+from moce_ds.training.router import Router
+
+_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class RunPictures:
+    """Reconstructions of a few images, every so many steps of a run.
+
+    Attributes:
+        model: reconstructs; its experts may be spread over processes.
+        shards, input: the images, and their size and normalisation.
+        seed: of the masks.
+        every: steps between pictures.
+        lease: of the run folder, whose `reconstructions/` they go into.
+    """
+
+    model: MaskedAutoencoder
+    shards: ShardSet
+    input: ImageInput
+    seed: int
+    every: int
+    lease: RunLease
+    runtime: Runtime
+
+    def due(self, step: int) -> bool:
+        """Whether there is a picture of this step, unless it is the last."""
+        return step % self.every == 0
+
+    def draw(self, router: Router | None, step: int, logger: MetricLogger) -> None:
+        """Reconstruct the same images on every process (expert layers are collectives); the main one writes them.
+
+        Raises:
+            DataError, ArtefactError, SupersededError: on every process alike.
+        """
+        images_BCHW, reconstruction = self._reconstructed(router, step)
+        with self.runtime.raise_on_all_ranks():
+            if self.runtime.is_main:
+                picture = reconstruction_picture(images_BCHW, reconstruction, self.model.shape.patch_size, self.input)
+                path = picture_path(self.lease.run, step)
+                with self.lease.file(path, step) as draft:
+                    Image.fromarray(picture).save(draft, format="PNG")
+                self.lease.note(f"{RECONSTRUCTIONS}/{path.name}", FileRecord.of(path), step)
+                logger.picture("reconstructions", picture, step)
+                if router is not None:
+                    logger.picture("routing", routing_picture(router.prepare(None).probs_LME), step)
+
+    def _reconstructed(self, router: Router | None, step: int) -> tuple[Tensor, Reconstruction]:
+        """The images, evenly from the whole set, and their reconstruction; a collective."""
+        shown, runtime = min(_IMAGES, self.shards.count), self.runtime
+        ids_B = np.linspace(0, self.shards.count - 1, shown).astype(np.int64)
+        reading = ReadList(ids_B, np.zeros_like(ids_B))
+        loader = Loader(
+            self.shards,
+            lambda _: reading,
+            CenterCrop(self.input.center_crop),
+            self.input,
+            first=0,
+            last=1,
+            batch_size=shown,
+            threads=1,
+            device=runtime.device,
+        )
+        batch = next_batch_checked(runtime, iter(loader), 0, step)
+        noise_BN = mask_noise(self.seed, ids_B, reading.epochs, self.model.shape.num_patches).to(runtime.device)
+        inputs: list[Any] = [batch.images_BCHW, noise_BN]
+        if router is not None:
+            inputs.append(router.route(router.prepare(None), np.tile(ids_B, runtime.world_size)))
+        self.model.eval()
+        with torch.no_grad():
+            output = self.model(*inputs)
+        self.model.train()
+        return batch.images_BCHW, output.reconstruction
 
 
 def reconstruction_picture(

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from moce_ds.training.settings import OptimSettings, PretrainSettings
+from moce_ds.training.settings import BatchArithmetic, OptimSettings
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,7 @@ class Schedule:
         return min(1.0, step / self.imbalance_steps) if self.imbalance_steps else 1.0
 
 
-def make_schedule(config: PretrainSettings, num_images: int) -> Schedule:
-    """The schedule of pre-training on a shard set of `num_images`."""
-    return schedule_of(config.optim, num_images, config.experts.imbalance_start)
-
-
-def schedule_of(optim: OptimSettings, num_images: int, imbalance_start: float = 0.0) -> Schedule:
+def make_schedule(optim: OptimSettings, num_images: int, imbalance_start: float = 0.0) -> Schedule:
     """The schedule of a run over `num_images`; `imbalance_start`: share of the run, for pre-training with experts."""
     steps = max(1, math.ceil(optim.epochs * num_images / optim.batch_size))
     return Schedule(
@@ -48,4 +43,13 @@ def schedule_of(optim: OptimSettings, num_images: int, imbalance_start: float = 
         steps=steps,
         warmup_steps=min(steps, round(optim.warmup_epochs * num_images / optim.batch_size)),
         imbalance_steps=round(imbalance_start * steps),
+    )
+
+
+def describe(schedule: Schedule, batches: BatchArithmetic, base_lr: float) -> str:
+    """A sentence for the start of a run: its steps, how they are shared, and the learning rate."""
+    return (
+        f"{schedule.steps} steps of {batches.global_batch} images = {batches.world_size} processes x "
+        f"{batches.accumulation} parts x {batches.micro}; peak learning rate {schedule.peak_lr:.2e} "
+        f"= {base_lr:.1e} x {batches.global_batch} / 256"
     )

@@ -15,7 +15,7 @@ from moce_ds.config.settings import from_tree, keys, option, settings
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError
-from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
+from moce_ds.models.shapes import DecoderShape, ExpertShape, LossWeights, ViTShape
 
 if TYPE_CHECKING:
     from moce_ds.models.build import ModelSpec
@@ -271,6 +271,24 @@ class PretrainSettings:
                 common_units=self._common_units,
             )
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
+
+    @property
+    def routing_clusters(self) -> Path | None:
+        """The folder of the clusters that route the images; None: nothing is routed by cluster."""
+        by_cluster = self.model.arch == "moce" and self.experts.gate != "token"
+        return self.experts.clusters if by_cluster else None
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """How much the losses of the model's own count (docs/method.md, "Losses")."""
+        own = self.experts
+        if self.model.arch == "mae" or own.gate == "random":  # a random table learns nothing
+            return LossWeights()
+        if own.gate == "token":
+            return LossWeights(token_balance=own.token_balance_weight)
+        if own.gate == "path":
+            return LossWeights(distillation=own.distillation_weight)
+        return LossWeights(own.imbalance_weight, own.balance_weight if own.balance == "loss" else None)
 
     @property
     def image_input(self) -> ImageInput:

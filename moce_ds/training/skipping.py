@@ -36,8 +36,8 @@ class SkippedSteps:
                 f"Step {step}: the gradient was not finite in {self.in_a_row} steps in a row (run.max_skipped). "
                 f"{self._advice()}"
             )
-        self._runtime.say(
-            f"WARNING: step {step}: the gradient is not finite; the step was skipped "
+        self._runtime.warn(
+            f"step {step}: the gradient is not finite; the step was skipped "
             f"({self.in_a_row} in a row, {self.total} in all)."
         )
 

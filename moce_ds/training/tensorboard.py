@@ -19,14 +19,14 @@ class Board:
     Args:
         folder: where to.
         first_step: what an earlier attempt has written of this step and later ones is not shown.
-        say: how to tell that nothing more is written.
+        warn: logs that nothing more is written.
 
     Raises:
         OSError: nothing can be written there, as the run begins.
     """
 
-    def __init__(self, folder: Path, first_step: int, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
+        self._folder, self._warn = folder, warn
         self._hook, self._others = threading.excepthook, set(threading.enumerate())
         threading.excepthook = self._of_thread
         try:
@@ -57,7 +57,7 @@ class Board:
             with suppress(OSError):
                 self._writer.close()  # ends its thread, if that is still there
             self._writer = None
-            self._say(f"WARNING: {self._folder}: nothing more is written for TensorBoard: {reason(error)}")
+            self._warn(f"{self._folder}: nothing more is written for TensorBoard: {reason(error)}")
 
     def _of_thread(self, failed: threading.ExceptHookArgs) -> None:
         """TensorBoard's thread, which writes, hands its error to the next call here, and would print it as well."""

@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 
 
 class Classification:
-    """A `Task`: the images of `splits`, and `encoder` with a new head."""
+    """A `LabelledTask`: the images of `splits`, and `encoder` with a new head."""
 
     def __init__(self, encoder: Encoder, splits: Splits, config: FinetuneSettings, runtime: Runtime) -> None:
         """

@@ -1,6 +1,5 @@
 """What detection and segmentation have in common: the encoder, and the weights that they leave."""
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from moce_ds.checkpoint.format import steps_of
+from moce_ds.console import progress_bar
 from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.encode import open_encoder
@@ -62,7 +61,7 @@ def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder,
 
 
 class DenseTask(ABC, Generic[DataT]):
-    """What the tasks (`moce_ds.tuning.task.Task`) of detection and segmentation share.
+    """What the tasks (`moce_ds.tuning.task.LabelledTask`) of detection and segmentation share.
 
     Attributes:
         config: the settings of the run.
@@ -92,13 +91,12 @@ class DenseTask(ABC, Generic[DataT]):
                 data.check_headers(mine[name])
         for name, data in splits.items():
             seen = prepared(data.look, mine[name], self.config.data.workers, torch.device("cpu"))
-            bar = tqdm(
+            bar = progress_bar(
                 seen,
                 f"checking {name}",
                 len(mine[name]),
                 unit="img",
                 delay=2,
-                file=sys.stderr,
                 disable=not runtime.is_main,
             )
             self.looked_at(bar, runtime)

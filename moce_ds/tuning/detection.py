@@ -34,7 +34,7 @@ from moce_ds.tuning.task import Measures
 
 
 class DetectionTask(DenseTask[CocoSet]):
-    """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
+    """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.task.LabelledTask`.
 
     Raises:
         ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
@@ -79,7 +79,7 @@ class DetectionTask(DenseTask[CocoSet]):
         """Tell which objects are left out, and read every image; a collective. Raises DataError."""
         for data in (self.train, self.val, self.test):
             if data is not None and data.warning:
-                runtime.say(data.warning)
+                runtime.warn(data.warning)
         super().check_data(runtime)
 
     def looked_at(self, seen: Iterable[None], runtime: Runtime) -> None:

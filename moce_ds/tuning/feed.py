@@ -11,7 +11,7 @@ from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import MoceError
 from moce_ds.host.machine import machine_fault
-from moce_ds.tuning.task import Task
+from moce_ds.tuning.task import LabelledTask
 
 
 class _Made(Dataset[Any]):
@@ -83,7 +83,7 @@ def _unless_one_dies(loader: Iterable[Any]) -> Iterator[Any]:
         yield item
 
 
-def feed(task: Task, sampler: ShuffledSampler, indices: range, workers: int, runtime: Runtime) -> Iterator[Any]:
+def feed(task: LabelledTask, sampler: ShuffledSampler, indices: range, workers: int, runtime: Runtime) -> Iterator[Any]:
     """This process's part of the global batches `indices`, on the host. Raises what `task.batch` does."""
 
     def make(index: int) -> Any:

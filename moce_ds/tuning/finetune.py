@@ -16,8 +16,8 @@ from moce_ds.evaluation.results import known_by
 from moce_ds.models.encode import open_encoder
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
-from moce_ds.tuning.loop import tune
 from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
+from moce_ds.tuning.tune import tune
 
 
 def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | None:
@@ -61,7 +61,7 @@ def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> It
     with ExitStack() as stack:
 
         def opened(path: Path) -> ShardSet:
-            return stack.enter_context(opened_images(path, runtime.say))
+            return stack.enter_context(opened_images(path, runtime.warn))
 
         with runtime.raise_on_all_ranks():
             val = opened(data.val) if data.val else data.val_share

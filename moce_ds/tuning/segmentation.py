@@ -27,7 +27,7 @@ from moce_ds.tuning.task import Measures
 
 
 class SegmentationTask(DenseTask[Ade20kSet]):
-    """UperNet around an encoder, for `tune`; see `moce_ds.tuning.task.Task`.
+    """UperNet around an encoder, for `tune`; see `moce_ds.tuning.task.LabelledTask`.
 
     Raises:
         ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.

@@ -1,4 +1,4 @@
-"""What the tuning loop must know of a task; classification, detection and segmentation are tasks.
+"""What tuning must know of a labelled task; classification, detection and segmentation are such tasks.
 
 Axes: B items (images) of a micro-batch of one process.
 """
@@ -14,7 +14,7 @@ from moce_ds.distributed.runtime import Runtime
 Measures = dict[str, float]
 
 
-class Task(Protocol):
+class LabelledTask(Protocol):
     """A model and the data to tune it on. Every process holds one, made from the same settings and seed.
 
     Attributes:

@@ -2,23 +2,26 @@
 
     python -m moce_ds.workflow.demo [--short] [--out runs/demo]
 
-This is `moce pipeline configs/demo/pipeline.yaml` on images that are written first. Every command is printed before it
-runs; pre-training and features run in two processes, two experts a layer in each. Interrupted, it goes on when
-started again.
+This is `moce pipeline` with the files of `configs/demo/`, on images that are written first. It runs from any working
+directory: relative paths in these files begin there. Every command is printed before it runs; pre-training and features
+run in two processes, two experts a layer in each. Interrupted, it goes on when started again.
 """
 
 import argparse
+import logging
 import sys
 import time
 from pathlib import Path
 
 from moce_ds.config.settings import word
-from moce_ds.config.values import expanded
+from moce_ds.config.values import arguments, expanded
 from moce_ds.console import run_main, say, show
 from moce_ds.host import threads
 from moce_ds.workflow.pipeline import run_pipeline
 
-CONFIG = "configs/demo/pipeline.yaml"
+CONFIGS = Path(__file__).with_name("configs") / "demo"
+"""The settings of its stages, which are installed with the package."""
+
 TASKS = ("digits", "textiles")
 SHORT = ("optim.epochs=1", "run.log_every=5")
 
@@ -36,7 +39,7 @@ def main() -> int:
     threads.apply_choice()
     began = time.monotonic()
     status = run_demo(given.out, given.short)
-    say(f"{time.monotonic() - began:.0f} s in all.")
+    logging.getLogger("moce_ds").info(f"{time.monotonic() - began:.0f} s in all.")
     return status
 
 
@@ -45,10 +48,16 @@ def run_demo(out: Path, short: bool) -> int:
     from moce_ds.data.sources.demo_images import write_demo_images
 
     write_demo_images(out / "images")
-    words = [CONFIG, word("out", out), word("images", out / "images/pretrain")]
+    return run_pipeline(pipeline_words(out, short)) or _summary(out)
+
+
+def pipeline_words(out: Path, short: bool) -> list[str]:
+    """The words of `moce pipeline` that run the demo."""
+    words = [*arguments([CONFIGS / "pipeline.yaml"]), word("out", out), word("images", out / "images/pretrain")]
+    words += [word(stage, CONFIGS / f"{stage}.yaml") for stage in ("mae", "moce")]
+    words.append(word("words.clusters", arguments([CONFIGS / "clusters.yaml"])))
     words += [word(f"tasks.{task}", out / "images/tasks" / task) for task in TASKS]
-    words += [word(f"words.{stage}", SHORT) for stage in ("mae", "moce") if short]
-    return run_pipeline(words) or _summary(out)
+    return words + [word(f"words.{stage}", SHORT) for stage in ("mae", "moce") if short]
 
 
 def _summary(out: Path) -> int:

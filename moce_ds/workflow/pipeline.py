@@ -1,5 +1,6 @@
 """All stages from images to a report: `moce pipeline CONFIG`. Stages that are done stay; the same command goes on."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from moce_ds.storage.locks import is_held
 from moce_ds.text import counted, in_line
 from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, stages_of
 from moce_ds.workflow.stage import Stage, keep_stages, run_stage, share_stage
+
+_logger = logging.getLogger(__name__)
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
@@ -45,7 +48,7 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
         place = f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}"
         status = _run(stage, words, pipeline.processes, place)
         if status == STOPPED:
-            say(f"Stopped as asked in stage {stage.name}; the same command goes on from there.")
+            _logger.info(f"Stopped as asked in stage {stage.name}. Rerun the same command to resume.")
         if status:
             return status
     done = sum(stage.is_done() for stage in stages)
@@ -94,17 +97,17 @@ def _check_processes(chosen: Sequence[Stage]) -> None:
 def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
     """Run a stage unless it is done, saying so; returns 0 or its status."""
     if is_held(stage.lock):
-        say(f"{place} waits for the process that runs it")
+        _logger.info(f"{place} waits for the process that runs it")
     elif stage.is_done():
-        say(f"{place} is done")
+        _logger.info(f"{place} is done")
         return 0
     else:
-        say(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
+        _logger.info(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
     shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
     try:
         status = run_stage(stage, shared, processes)
     except (KeyboardInterrupt, click.Abort):  # click makes the one into the other
         return STOPPED
     if status == 0 and (record := stage.record()):
-        say(f"{place} done in {record.seconds:.0f} s")
+        _logger.info(f"{place} done in {record.seconds:.0f} s")
     return status

@@ -192,6 +192,6 @@ def check_folders(pipeline: PipelineSettings, stages: Sequence[Stage]) -> None:
     check_there(given)
     for stage in stages:
         if isinstance(stage.config, PretrainSettings) and not stage.is_done():
-            from moce_ds.training.setup import check_run  # brings DeepSpeed along
+            from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
 
             check_run(stage.config)

@@ -1,5 +1,6 @@
 """One stage of a pipeline: what it is known by, its state on disk, and running it."""
 
+import logging
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,14 +15,15 @@ import click
 from moce_ds.artefacts.pipeline_folder import PIPELINE, STAGES, StagesRecord
 from moce_ds.cli.verbs import run_verb
 from moce_ds.config.settings import completed, to_tree
-from moce_ds.console import say
 from moce_ds.errors import STOPPED, MoceError
-from moce_ds.host.place import Place, is_first
+from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import sha256_of, writes_to
 from moce_ds.storage.locks import held, is_held
 from moce_ds.text import in_line
+
+_logger = logging.getLogger(__name__)
 
 Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
 """The stages, in order."""
@@ -212,8 +214,7 @@ def _work(stage: Stage) -> None:
 
 def _run_commands(stage: Stage) -> None:
     for command in stage.commands:
-        if is_first():
-            say("", f"$ moce {in_line(shlex.join(command))}")
+        _logger.info(f"$ moce {in_line(shlex.join(command))}")
         run_verb(command)
 
 

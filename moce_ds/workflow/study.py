@@ -1,6 +1,7 @@
 """A grid of runs: `moce study CONFIG`. Cells that are done stay; the same command goes on with the others."""
 
 import dataclasses
+import logging
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from moce_ds.storage.locks import is_held
 from moce_ds.text import counted, in_line
 from moce_ds.workflow.study_cell import is_done, run_cell, write_record
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
+
+_logger = logging.getLogger(__name__)
 
 _TOLD_LINES = 8
 
@@ -50,12 +53,14 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
         failed = _run_all(study, cells, asked)
     done = sum(is_done(study, cell) for cell in cells)
     if done + len(failed) < len(cells):  # by a signal, or run.max_hours of a cell
-        say(f"Stopped as asked, {done} of {counted(len(cells), 'cell')} done; the same command goes on from there.")
+        _logger.info(
+            f"Stopped as asked, {done} of {counted(len(cells), 'cell')} done. Rerun the same command to resume."
+        )
         return STOPPED
     say(f"{done} of {counted(len(cells), 'cell')} done in {study.out}. Look at: moce report {study.out}")
     for cell, _ in failed:
         told = _tail(cell.log).replace("\n", "\n    ")
-        say(f"FAILED {cell.name} (all of it in {cell.log}; again: --cell {cell.name})\n    {told}", err=True)
+        _logger.error(f"cell {cell.name} failed (log: {cell.log}; to rerun it: --cell {cell.name})\n    {told}")
     if failed and all(status == LOST_PEER for _, status in failed):  # the same command may well succeed
         return LOST_PEER
     return 1 if failed else 0
@@ -115,18 +120,19 @@ def _run_all(study: StudySettings, cells: Sequence[Cell], asked: list[int]) -> l
     while pending and not asked:
         cell = next((cell for cell in pending if not is_held(cell.lock)), pending[0])
         pending.remove(cell)
-        print(f"cell {total - len(pending)} of {total} {cell.name} ...", end=" ", flush=True)
+        label = f"cell {total - len(pending)} of {total} {cell.name}"
+        _logger.info(f"{label} ...")
         began = time.monotonic()
         status = _work(study, cell, asked)
         seconds = time.monotonic() - began
         if status == 0:
             took.append(seconds)
-            left = f", about {_spoken(len(pending) * sum(took) / len(took))} left" if pending else ""
-            print(f"done in {_spoken(seconds)}{left}")
+            left = f", about {_duration(len(pending) * sum(took) / len(took))} left" if pending else ""
+            _logger.info(f"{label} done in {_duration(seconds)}{left}")
         elif asked or status == STOPPED:
-            print("stopped")
+            _logger.info(f"{label} stopped")
         else:
-            print(f"FAILED after {_spoken(seconds)}")
+            _logger.warning(f"{label} failed after {_duration(seconds)}")
             _note_failure(cell, status, seconds)
             failed.append((cell, LOST_PEER if status < 0 else status))
     return failed
@@ -147,7 +153,7 @@ def _work(study: StudySettings, cell: Cell, asked: Sequence[int]) -> int:
 def _note_failure(cell: Cell, status: int, seconds: float) -> None:
     if status < 0:
         with open(cell.log, "a", encoding="utf-8") as log:
-            print(f"The cell's process was killed by {signal.Signals(-status).name}.", file=log)
+            log.write(f"The cell's process was killed by {signal.Signals(-status).name}.\n")
     if record := cell.record():
         told = _tail(cell.log)
         write_record(cell, dataclasses.replace(record, state="failed", seconds=round(seconds, 1), told=told))
@@ -158,5 +164,5 @@ def _tail(log: Path) -> str:
     return "\n".join(lines[-_TOLD_LINES:])
 
 
-def _spoken(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import logging
 import statistics
 import sys
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from moce_ds.artefacts.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.cli.verbs import run_verb
 from moce_ds.config import settings as configuration
-from moce_ds.console import run_main, say
+from moce_ds.console import run_main
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.evaluation.results_file import read_results
 from moce_ds.host.place import Place
@@ -26,6 +27,8 @@ from moce_ds.storage.locks import held
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
+
+_logger = logging.getLogger(__name__)
 
 _HELD_OUT = "held out"
 
@@ -52,7 +55,7 @@ def run_cell(study: StudySettings, cell: Cell) -> int:
     began = time.monotonic()
     with held(cell.lock):
         if is_done(study, cell):
-            say(f"{cell.name} was done meanwhile by another process.")
+            _logger.info(f"{cell.name} was done meanwhile by another process.")
             return 0
         config = cell.config()
         write_record(cell, record := _begun(study, cell, config))

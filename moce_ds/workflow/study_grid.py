@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from moce_ds.artefacts.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.config.settings import KeysOf, option, settings, word
@@ -34,7 +34,10 @@ class StudySettings:
     """The settings of `moce study`."""
 
     out: Path = option(help="the study's folder")
-    pretrain: Path = option(help="YAML file of `moce pretrain` that every cell starts from", formerly="base")
+    # Under its former name, too, where Python code makes the settings.
+    pretrain: Annotated[Path, Field(validation_alias=AliasChoices("pretrain", "base"))] = option(
+        help="YAML file of `moce pretrain` that every cell starts from", formerly="base"
+    )
     set: list[str] = option([], "key=value words of `moce pretrain` for every cell")
     grid: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], GRID] = option(
         {}, "for each key of `moce pretrain`, or processes, or nodes, the values that are crossed with all others"
@@ -164,7 +167,7 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
     Raises:
         ConfigError: every fault is listed, with the settings in which a run that is there differs.
     """
-    from moce_ds.training.setup import check_run  # brings DeepSpeed along
+    from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
 
     inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
     inputs |= {"heldout": [study.heldout]} if study.heldout else {}

@@ -48,7 +48,7 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
 
 
 def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
-    from moce_ds.training.setup import check_run  # brings DeepSpeed along
+    from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
 
     config = read_settings(PretrainSettings, _without_options(words))
     check_run(config)

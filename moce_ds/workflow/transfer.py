@@ -21,7 +21,7 @@ from moce_ds.data.task_images import Splits, opened_task
 from moce_ds.distributed.runtime import lone_device
 from moce_ds.errors import ConfigError
 from moce_ds.evaluation.frozen_features import measure_frozen
-from moce_ds.evaluation.metrics import SPOKEN
+from moce_ds.evaluation.metrics import DISPLAY_NAMES
 from moce_ds.evaluation.results import accuracy_record, known_by
 from moce_ds.evaluation.results_file import add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
@@ -138,7 +138,7 @@ def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) ->
                 add_record(out / RESULTS, record)
             seed = "" if one.seed is None else f" seed {one.seed}"
             name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"
-            say(f"[{number}/{len(waiting)}] {name}: {SPOKEN[metric]} {record[metric]:.4f}{was_done}")
+            say(f"[{number}/{len(waiting)}] {name}: {DISPLAY_NAMES[metric]} {record[metric]:.4f}{was_done}")
             yield record
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning as a step of the transfer protocol: `moce finetune` in a process of its own, since it trains."""
 
+import logging
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moce_ds.config.values import arguments
-from moce_ds.console import say
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.host.interrupts import kept_signals, obeyed, wait_for
 from moce_ds.storage.files import read_json, writes_to
 from moce_ds.workflow.transfer_tasks import Task
+
+_logger = logging.getLogger(__name__)
 
 _TOLD_LINES = 8
 
@@ -46,7 +48,7 @@ def _run(
     command += ["--val", val] if val is not None else []
     command += ["--out", out / "run", "--results", result, *words]
     if not result.exists():
-        say(f"fine-tuning: tail -F {log}")
+        _logger.info(f"fine-tuning: tail -F {log}")
         with writes_to(out):
             out.mkdir(parents=True, exist_ok=True)
             with open(log, "a", encoding="utf-8") as opened, kept_signals(obeyed()) as asked:

@@ -1,5 +1,6 @@
 """The models that the transfer protocol compares: runs, their names, and the encoder that each gives a task."""
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
-from moce_ds.console import say
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.export.routes import choose_selected
@@ -18,6 +18,8 @@ from moce_ds.models.encode import open_encoder
 from moce_ds.models.token_encoder import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.workflow.transfer_tasks import Task
+
+_logger = logging.getLogger(__name__)
 
 _BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE", "path": "SDR"}
 _ORDER = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
@@ -105,5 +107,5 @@ def _whole(expert: Path) -> dict[str, Any] | None:
     try:
         return load_encoder(expert).provenance
     except ArtefactError as error:
-        say(f"{error} It is made anew.", err=True)
+        _logger.warning(f"{error} It is exported again.")
         return None

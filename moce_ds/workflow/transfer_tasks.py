@@ -11,13 +11,14 @@ from moce_ds.config.composition import Layer, file_layers
 from moce_ds.config.settings import from_layers, option, settings
 from moce_ds.config.values import expanded
 from moce_ds.data.shards import MANIFEST
+from moce_ds.data.sources.public.dataset_splits import SPLITS
 from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
-from moce_ds.data.sources.public.found import SPLITS
 from moce_ds.data.task_images import Splits
 from moce_ds.errors import ConfigError
 from moce_ds.evaluation.settings import KnnSettings, Metric, ProbeSettings
 
-CONFIGS = Path("configs/transfer")
+TASK_FILES = Path(__file__).with_name("configs") / "tasks"
+"""The tasks that are known by name. They are installed with the package."""
 
 
 @settings
@@ -58,7 +59,7 @@ class Task:
 
 
 def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
-    """The task behind a word of `--tasks`: the name of a file in `configs/transfer`, or a YAML file.
+    """The task behind a word of `--tasks`: the name of a known task (`TASK_FILES`), or a YAML file.
 
     Args:
         overrides: a YAML file whose settings win.
@@ -91,13 +92,17 @@ def _task_file(word: str) -> Path:
         named = expanded(word)
     except ValueError as error:
         raise ConfigError(f"--tasks: {word}: {error}.") from None
-    path = named if word.endswith((".yaml", ".yml")) or named.is_file() else CONFIGS / f"{word}.yaml"
+    path = known_tasks().get(word, named) if not named.is_file() else named
     if path.is_dir():
         raise ConfigError(f"--tasks: {path} is a folder; expected a YAML file.")
     if not path.exists():
-        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml"))) or f"none, no {CONFIGS} is here"
-        raise ConfigError(f"--tasks: {path} not found; known tasks: {known}. Or name a YAML file.")
+        raise ConfigError(f"--tasks: {word} not found; known tasks: {', '.join(known_tasks())}. Or name a YAML file.")
     return path
+
+
+def known_tasks() -> dict[str, Path]:
+    """The files of the tasks that `--tasks` knows by name."""
+    return {path.stem: path for path in sorted(TASK_FILES.glob("*.yaml"))}
 
 
 def check_metric(task: Task, splits: Splits) -> None:

@@ -53,7 +53,7 @@ def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
 
 @click.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True)
-@click.option("--tasks", required=True, help="Names of files in configs/transfer, or YAML files: digits,textiles.")
+@click.option("--tasks", required=True, help="Names of known tasks, or YAML files: digits,my_task.yaml.")
 @click.option("--config", type=PATH, help="A YAML file whose settings win over those of every task.")
 @click.option("--data", type=PATH, help="A folder with a folder for each task (default: data of its settings).")
 @click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")

@@ -19,7 +19,7 @@ _GRACE_SECONDS = 5.0
 # The ranks are forked from a process that has imported what takes seconds, has one thread and has done nothing else.
 # It is not the one of `multiprocessing`, which serves the product and must not know more than the product tells it.
 _nursery = multiprocessing.forkserver.ForkServer()
-_nursery.set_forkserver_preload(["moce_ds.training.pretrain", "moce_ds.tuning.loop", "torch._dynamo"])
+_nursery.set_forkserver_preload(["moce_ds.training.pretrain", "moce_ds.tuning.tune", "torch._dynamo"])
 
 
 class WorldError(AssertionError):
@@ -78,6 +78,8 @@ def _place(rank: int, world_size: int) -> dict[str, str]:
 def _rank_main(
     fn: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path, sender: Connection
 ) -> None:
+    from moce_ds.console import configure_logging
+
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -85,6 +87,7 @@ def _rank_main(
     faulthandler.register(signal.SIGUSR1)
     os.environ.clear()
     os.environ.update(environment)
+    configure_logging()
     sender.send(fn(*args))
 
 

@@ -9,18 +9,19 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
 from torch import Tensor
 
 from moce_ds.config.words import read_settings
+from moce_ds.data.loader import Batch
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
 from moce_ds.storage.metrics_file import read_metrics
-from moce_ds.training import pretrain as loop
+from moce_ds.training.engine import Engine
 from moce_ds.training.pretrain import pretrain
-from moce_ds.training.session import Session
+from moce_ds.training.pretrain_task import PretrainTask
 from moce_ds.training.settings import PretrainSettings
 
 
@@ -95,21 +96,21 @@ def run_job(job: Job, runtime: Runtime) -> Told:
 def faulty(fault: NotFinite) -> Iterator[None]:
     """Let the arithmetic go wrong as `fault` says."""
     hooks = []
-    right = loop._loss
+    right = PretrainTask.losses
 
-    def wrong(output: Any, session: Session, step: int) -> tuple[Tensor, list[Tensor]]:
+    def wrong(self: PretrainTask, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         while hooks:
             hooks.pop().remove()
-        loss, terms = right(output, session, step)
-        if step in fault.steps and session.runtime.rank == fault.rank:
+        losses = right(self, engine, batch, step, part)
+        if step in fault.steps and dist.get_rank() == fault.rank:
             if not fault.expert:
-                return loss * float("nan"), [term * float("nan") for term in terms]
-            named = session.engine.module.named_parameters()
+                return {name: loss * float("nan") for name, loss in losses.items()}
+            named = engine.module.named_parameters()
             expert = next(parameter for name, parameter in named if ".experts." in name)
             hooks.append(expert.register_hook(lambda gradient: gradient * float("nan")))
-        return loss, terms
+        return losses
 
-    with patch.object(loop, "_loss", wrong):
+    with patch.object(PretrainTask, "losses", wrong):
         yield
 
 

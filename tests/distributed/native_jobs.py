@@ -12,22 +12,29 @@ from tiny_run import EXPERT_LAYERS
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
+from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
-from moce_ds.models.mae import Reconstruction, mask_noise
+from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce
 from moce_ds.moe.placement import default_placement
 from moce_ds.storage.files import write_json
 from moce_ds.training.engine import deepspeed_config, parameter_groups, set_lr, start_engine
 from moce_ds.training.import_deepspeed import import_native
+from moce_ds.training.inputs import open_inputs
+from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-from moce_ds.training.setup import build_for_training, first_weights, open_clusters, place_experts, take_weights
 
 STEPS, BATCH = 2, 16
 IDS_G = np.arange(0, 80, 80 // BATCH)
 ELSEWHERE_LE = np.array([[2, 0, 3, 1], [1, 3, 0, 2]])  # slots of experts, other than in order
+
+
+def build(config: PretrainSettings, clusters: Clusters | None) -> MaskedAutoencoder:
+    """The model of a run, as pre-training builds it."""
+    return build_for_training(config.model_spec, clusters, config.experts.ep_size, config.run.seed)
 
 
 class Session:
@@ -37,16 +44,18 @@ class Session:
         if slot_LE is None:
             slot_LE = default_placement(len(EXPERT_LAYERS) if config.model.arch == "moce" else 0, config.experts.num)
         shards = ShardSet.open(config.data.shards)
-        data = open_clusters(config, shards)
-        model = build_for_training(config, data)
-        weights, _ = first_weights(model, config)
+        data = open_inputs(config.data.shards, config.routing_clusters, config.model_spec.experts)
+        model = build(config, data.clusters)
+        weights, _ = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
         place_experts(model, slot_LE, runtime.rank)
         take_weights(model, weights, config.run.init_from)
-        self.engine = start_engine(model, config, batch_arithmetic(config, runtime.world_size))
+        groups = parameter_groups(model, config.optim, config.experts.gate_lr_scale)
+        batches = batch_arithmetic(config, runtime.world_size)
+        self.engine = start_engine(model, groups, config.optim, config.engine, batches)
         self.runtime, self.router = runtime, None
-        if data:
+        if data.clustered:
             assert isinstance(model, Moce)
-            self.router = Router(model, data.ids_N, slot_LE, config.experts, seed=0, runtime=runtime)
+            self.router = Router(model, data.clustered.ids_N, slot_LE, config.experts, seed=0, runtime=runtime)
         ids_B = IDS_G.reshape(runtime.world_size, -1)[runtime.rank]
         pixels = [np.asarray(shards.decode(int(i)).resize((16, 16)), np.float32) for i in ids_B]
         self.images_BCHW = torch.from_numpy(np.stack(pixels) / 127.5 - 1).permute(0, 3, 1, 2)
@@ -57,8 +66,7 @@ class Session:
         inputs: list[Any] = [self.images_BCHW, self.noise_BN]
         if self.router:
             inputs.append(self.router.route(self.router.prepare(None), IDS_G))
-        output = self.engine(*inputs)
-        return (output if isinstance(output, Reconstruction) else output.reconstruction).loss
+        return self.engine(*inputs).reconstruction.loss
 
     def train(self) -> None:
         for _ in range(STEPS):
@@ -120,10 +128,10 @@ def save(config: PretrainSettings, runtime: Runtime, folder: Path) -> None:
 
 def _bf16_engine(config: PretrainSettings, runtime: Runtime) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's own bf16 mode, which casts weights and tables; this program uses autocast instead."""
-    model = build_for_training(config, None)
-    settings = deepspeed_config(config, batch_arithmetic(config, runtime.world_size))
+    model = build(config, None)
+    settings = deepspeed_config(config.optim, config.engine, batch_arithmetic(config, runtime.world_size))
     settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config.optim, config.experts.gate_lr_scale)
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings, dist_init_required=False)[0]
 
 

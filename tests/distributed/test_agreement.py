@@ -20,7 +20,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
-from moce_ds.training import setup
+from moce_ds.training import inputs
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
 
@@ -58,7 +58,7 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         ):
             words = tiny_settings(shards, folder / name, "experts.ep_size=2", *other, clusters=clusters)
             config = read_settings(PretrainSettings, words)
-            with patch.object(setup, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
+            with patch.object(inputs, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
                 note(name, lambda config=config: pretrain(config, runtime))
 
         encoder = open_encoder(clusters / "encoder", runtime.device)

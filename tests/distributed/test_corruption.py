@@ -91,7 +91,7 @@ def test_every_harm_to_every_file_is_named(
     assert newest is not None and newest.step == 4
     told = capsys.readouterr().err
     aside = run / "checkpoints" / "damaged-step-00000005"
-    assert "WARNING: the checkpoint of step 5 is damaged; going on from step 4, the newest whole one" in told
+    assert "WARNING: the checkpoint of step 5 is damaged; resuming from step 4, the newest valid one" in told
     assert f"{step_folder(run, 5)}/{name}" in told and told.count(".safetensors") + told.count("manifest.json") == 1
     assert f"It is kept as {aside}." in told and aside.is_dir()
     assert steps_of(run) == [4] and find(run).step == 4
@@ -163,7 +163,7 @@ def repaired(data: TinyData, runs: Path, two: object) -> list[dict[str, Told]]:
 def test_two_ranks_agree_on_what_either_has_read(runs: Path, repaired: list[dict[str, Told]]) -> None:
     stopped, resumed = repaired[0]["stopped"].steps, repaired[0]["resumed"]
     assert 7 <= stopped < STEPS == resumed.steps == repaired[1]["resumed"].steps
-    assert f"WARNING: the checkpoint of step {stopped} is damaged; going on from step 6, the newest" in resumed.text
+    assert f"WARNING: the checkpoint of step {stopped} is damaged; resuming from step 6, the newest" in resumed.text
     for name in (EXPERT, MOMENTS):
         assert f"  {step_folder(runs / 'corrupt', stopped) / name} is damaged: its checksum" in resumed.text
     assert f"Resuming {runs / 'corrupt'} after step 6." in resumed.text
@@ -174,7 +174,7 @@ def test_a_complete_run_whose_last_checkpoint_is_damaged_is_completed_again(
 ) -> None:
     again = repaired[0]["again"]
     assert again.steps == STEPS and "is complete" not in again.text
-    assert f"WARNING: the checkpoint of step {STEPS} is damaged; going on from step 9" in again.text
+    assert f"WARNING: the checkpoint of step {STEPS} is damaged; resuming from step 9" in again.text
     assert repaired[0]["complete"].text == f"{runs / 'corrupt'} is complete: {STEPS} steps.\n"
 
 

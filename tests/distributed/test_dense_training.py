@@ -15,7 +15,7 @@ from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
 from moce_ds.storage.files import read_json
 from moce_ds.storage.metrics_file import read_metrics
-from moce_ds.tuning.loop import tune
+from moce_ds.tuning.tune import tune
 
 MODEL = ["model.image_size=32", "model.channels=16", "optim.batch_size=4", "optim.epochs=1", "optim.validate_every=1"]
 RUN = ["engine.precision=fp32", "run.log_every=1", "data.workers=0", "optim.base_lr=0.05", "optim.layer_decay=0.9"]

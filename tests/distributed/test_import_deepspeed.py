@@ -152,7 +152,7 @@ def test_deepspeed_loads_its_own_checkpoint_of_our_layer(made: Made) -> None:
     expected = made.expected("moce-two-elsewhere")
     loss, refused = expected["loaded"]
     assert loss == expected["loss"]
-    assert "blocks.1.mlp.experts: [1, 3] for a layer that holds [0, 1]; `hold` the same first." in refused
+    assert "blocks.1.mlp.experts: got experts [1, 3], expected [0, 1]; call `set_local_experts` first." in refused
 
 
 def test_a_layers_state_goes_out_and_in() -> None:
@@ -165,7 +165,7 @@ def test_a_layers_state_goes_out_and_in() -> None:
     mine, other = (dict(layer.named_parameters()) for layer in layers)
     assert "experts.0.fc1.weight" in mine and all(torch.equal(mine[name], other[name]) for name in mine)
     layers[1].set_local_experts([1, 3])
-    with pytest.raises(RuntimeError, match=r"experts: \[3, 1\] for a layer that holds \[1, 3\]"):
+    with pytest.raises(RuntimeError, match=r"experts: got experts \[3, 1\], expected \[1, 3\]"):
         layers[1].load_state_dict(state)
 
 

@@ -78,10 +78,10 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
 
     status, output = run_to_end(*STUDY, path)
     assert status == 1 and "Traceback" not in output, output
-    for number, cell, how in ((1, four, "done in"), (2, failing, "FAILED after"), (3, two, "done in")):
-        assert re.search(rf"cell {number} of 3 {cell.name} \.\.\. {how} \d+ s", output), output
+    for number, cell, how in ((1, four, "done in"), (2, failing, "failed after"), (3, two, "done in")):
+        assert re.search(rf"cell {number} of 3 {cell.name} {how} \d+ s", output), output
     assert "2 of 3 cells done" in output
-    assert f"FAILED {failing.name} (all of it in {failing.log}" in output and "experts.k=1 and no shared" in output
+    assert f"ERROR: cell {failing.name} failed (log: {failing.log}" in output and "experts.k=1 and no shared" in output
     assert record_of(failing).state == "failed" and "no shared expert" in record_of(failing).told
     assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (four, failing, two)] == [STEPS] * 3
     check_measures(record_of(four), record_of(two))
@@ -114,7 +114,7 @@ def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path)
         study.send_signal(signal.SIGINT)
         output, _ = study.communicate(timeout=SECONDS)
     assert study.returncode == STOPPED, output
-    assert "num=2 ... stopped\nStopped as asked, 0 of 2 cells done; the same command goes on" in output
+    assert "num=2 ... stopped\nStopped as asked, 0 of 2 cells done. Rerun the same command to resume" in output
     assert record_of(first).state == "begun" and second.record() is None
     (stopped,) = steps_of(first.run)
     assert f"Stopped after step {stopped} as asked" in first.log.read_text()

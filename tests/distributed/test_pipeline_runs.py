@@ -77,5 +77,5 @@ def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(data: TinyDat
         pipeline.send_signal(signal.SIGINT)
         output, _ = pipeline.communicate(timeout=SECONDS)
     assert pipeline.returncode == STOPPED, output
-    assert "Stopped as asked in stage mae; the same command goes on from there." in output
+    assert "Stopped as asked in stage mae. Rerun the same command to resume." in output
     assert record_of(mae).state == "begun" and steps_of(run)[0] < STEPS and not is_held(mae.lock)

@@ -116,7 +116,7 @@ def test_too_many_failures_end_the_job(cluster: Cluster, data: TinyData, tmp_pat
     job.wait_for_step(run, 1)
     os.kill(_trainer(job, rank=0), signal.SIGKILL)
     job.wait_for("FAILED")
-    assert "1 failures in a row, of which max_failures=0 are borne." in job.told()
+    assert "1 failures in a row; max_failures=0 are allowed." in job.told()
     assert job.known("Restarts") == "0"
 
 

@@ -98,7 +98,7 @@ def test_images_in_whatever_holds_them(tiny_clusters: Path, tiny_images: Path) -
     assert clusters.assign(path for path in paths).tolist() == expected
     assert clusters.assign(torch.from_numpy(clusters.features(paths)).requires_grad_()).tolist() == expected
     for alone in (str(paths[0]), paths[0], Image.open(paths[0])):
-        with pytest.raises(DataError, match=r"alone: expected a list of images, such as \["):
+        with pytest.raises(DataError, match=r"Got the single image .*: expected a list of images, such as \["):
             clusters.assign(alone)  # type: ignore[arg-type]  # a text is a sequence of texts
     with pytest.raises(DataError, match="Got an image of type int: expected a path or a Pillow image"):
         clusters.assign([3])  # type: ignore[list-item]
@@ -114,9 +114,9 @@ def test_a_run_has_its_clusters(moce_run: MakeRun, tiny_images: Path) -> None:
 def test_images_that_are_none(tiny_clusters: Path, tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("no image")
     clusters = moce_ds.Clusters.load(tiny_clusters)
-    with pytest.raises(DataError, match=r"note.txt is no image that can be read: not an image"):
+    with pytest.raises(DataError, match=r"note.txt is not a readable image: not an image"):
         clusters.assign([tmp_path / "note.txt"])
-    with pytest.raises(DataError, match=r"absent.png is no image that can be read: unreadable"):
+    with pytest.raises(DataError, match=r"absent.png is not a readable image: unreadable"):
         clusters.assign([tmp_path / "absent.png"])
     with pytest.raises(ArtefactError, match=r"clusters.json not found"):
         moce_ds.Clusters.load(tmp_path)

@@ -112,7 +112,7 @@ def test_the_hash_is_of_what_decides_labels(built):
 def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tmp_path, capsys):
     before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     clusters, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
-    assert "same settings and features: left as it is" in capsys.readouterr().err
+    assert "same settings and features: nothing to do" in capsys.readouterr().err
     assert before == {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     assert report.classes is not None and clusters.num_clusters == 16
     with pytest.raises(ArtefactError, match=r"settings\.eps: 0\.025 there, 0\.05 now"):
@@ -166,7 +166,7 @@ def test_impossible_settings_and_features_are_refused_before_anything_is_written
     ):
         build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
     (alike / "encoder/model.safetensors").unlink()
-    with pytest.raises(ArtefactError, match=r"encoder/model.safetensors is missing: restore it, or make .* again"):
+    with pytest.raises(ArtefactError, match=r"encoder/model.safetensors is missing: restore it, or write .* again"):
         build_clusters(alike, tmp_path / "out", replace(CONFIG, num_clusters=2))
     assert not (tmp_path / "out").exists()
 
@@ -237,9 +237,9 @@ def truncate(folder: Path) -> None:
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
         (edit_tensor("low_cosine_M", lambda t: t[:-1]), r"low_cosine_M has shape \(15,\), expected \(16,\)"),
-        (edit_tensor("mean_D", lambda t: t * np.nan), "mean_D holds numbers that are not finite"),
+        (edit_tensor("mean_D", lambda t: t * np.nan), "mean_D holds values that are not finite"),
         (edit_tensor("embeddings_MD", lambda t: t[0]), r"embeddings_MD has shape \(64,\), expected 2 axes"),
-        (edit_tensor("embeddings_MD", lambda t: 2 * t), "not of norm 1"),
+        (edit_tensor("embeddings_MD", lambda t: 2 * t), "whose norm is not 1"),
     ],
 )
 def test_damaged_clusters_are_refused_by_name(folder, damage, message):

@@ -60,12 +60,12 @@ def changed(number: int, **values: Any) -> list[dict[str, Any]]:
 
 MISSING = [{"id": 1, "file_name": "lost.png", "width": 48, "height": 32}]
 FAULTS: list[tuple[dict[str, Any], str]] = [
-    ({"annotations": changed(1, bbox=[30, 10, 30, 20])}, "annotation 2: box .* leaves its image 20.png of 48 x 32"),
+    ({"annotations": changed(1, bbox=[30, 10, 30, 20])}, "annotation 2: box .* is not inside its image 20.png"),
     ({"annotations": changed(1, bbox=[-9, 10, 10, 20])}, "annotation 2: box"),
     ({"annotations": changed(1, category_id=8)}, "annotation 2 has category 8"),
     ({"annotations": changed(1, image_id=5)}, "annotation 2 belongs to image 5"),
     ({"annotations": changed(1, bbox=[1, 2, 3])}, r"annotations\.1\.bbox"),
-    ({"images": MISSING}, "lost.png not found: .* has it as image 1; 1 of 1"),
+    ({"images": MISSING}, "lost.png not found: it is image 1 of .*; 1 of 1"),
     ({"categories": [*CATEGORIES, {"id": 3, "name": "stalk"}]}, "categories: 2 have the id 3"),
     ({"categories": []}, "`categories` is empty"),
     ({"images": None}, r"images: .*list"),
@@ -136,9 +136,9 @@ EMPTY = [
     ({"segmentation": packed(np.zeros((32, 48), bool))}, "a mask without a pixel"),
     (
         {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]},
-        "within the first pixel, as coordinates are that are shares of the image",
+        "inside the first pixel, like coordinates relative to the image size",
     ),
-    ({"bbox": [0.1, 0.1, 0.5, 0.9]}, "within the first pixel, as coordinates are that are shares of the image"),
+    ({"bbox": [0.1, 0.1, 0.5, 0.9]}, "inside the first pixel, like coordinates relative to the image size"),
 ]
 
 
@@ -152,7 +152,7 @@ def test_objects_without_pixels_are_left_out_where_they_are_few(
     with pytest.raises(DataError, match=rf"1 of 4 annotations has nothing to learn.*\n  annotation 2: {why}"):
         CocoSet.open(*write_coco(tmp_path / "many", annotations=objects[:4]))
     data = CocoSet.open(path, images)
-    assert data.warning == f"WARNING: {path}: 1 of 11 annotations is left out of training:\n  annotation 2: {why}"
+    assert data.warning == f"{path}: 1 of 11 annotations is skipped in training:\n  annotation 2: {why}"
     assert [thing.id for thing in data.to_learn(1)] == [1] and data.with_objects == [0, 1]
     assert len(data.truth["annotations"]) == 11
     _, target = training_example(data, 1, View((0, 0, 48, 32), 48, 32), 48, (0.5, 0.5, 0.5))
@@ -183,7 +183,7 @@ def test_a_file_that_is_no_json_an_image_of_other_size_and_one_that_is_damaged(t
         with pytest.raises(DataError, match=r"10\.png has 40 x 32 pixels; .* says 48 x 32"):
             look()
     (images / "20.png").write_bytes((images / "20.png").read_bytes()[:200])
-    with pytest.raises(DataError, match=r"20\.png is no image that can be read"):
+    with pytest.raises(DataError, match=r"20\.png is not a readable image"):
         data.image(1)
     path.write_text("{")
     with pytest.raises(DataError, match="is not JSON"):

@@ -24,7 +24,7 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
-from moce_ds.export.routes import Chosen, choose_cluster, choose_route, choose_selected
+from moce_ds.export.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
 from moce_ds.export.select import Selection, run_clusters
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models import dense
@@ -86,7 +86,7 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
         decoder = {name: tensor for name, tensor in model.state_dict().items() if is_decoder(name)}
         mae.load_state_dict(exported.state_dict() | decoder)
-        found, wanted = mae(images, noise), model(images, noise, routing).reconstruction
+        found, wanted = (output.reconstruction for output in (mae(images, noise), model(images, noise, routing)))
         assert (found.patches_BNP - wanted.patches_BNP).abs().max() < 1e-4  # of patches of about 5
         assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
 
@@ -298,7 +298,7 @@ def test_half_an_export_is_called_one(
     weights.unlink()
     assert f"{weights} is missing: export it again" in refused("inspect", out)
     message = refused("knn", out, "--train", task, "--test", task)
-    assert f"{weights} is missing: {out} is an export that is half written" in message
+    assert f"{weights} is missing: {out} is an incomplete export" in message
 
 
 def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., Path]) -> None:
@@ -319,7 +319,7 @@ def test_dense_is_the_route_without_experts(dense_run: tuple[Path, MaskedAutoenc
 def test_choosing_by_hand_is_choosing(moce_run: Callable[..., Path], tmp_path: Path) -> None:
     """Shares may be any weights that sum to 1."""
     checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
-    chosen = Chosen.of_route((0, 1), {2: 0.25, 5: 0.75})
+    chosen = SelectedExperts.of_route((0, 1), {2: 0.25, 5: 0.75})
     provenance = export_route(checkpoint, clusters, chosen, tmp_path / "out", {})
     model = trained(checkpoint, clusters)
     values = np.array([gate_values(model, cluster, (0, 1)) for cluster in (2, 5)])

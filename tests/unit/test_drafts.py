@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moce_ds import drafts
+from moce_ds.storage import drafts
 from moce_ds.storage.files import atomic_folder
 dies_before, exchanges, changes = int(sys.argv[1]), sys.argv[2] == "exchange", 0
 
@@ -165,7 +165,7 @@ def test_one_entry_that_cannot_be_looked_at_does_not_keep_the_others(
     assert sorted(seen) == left and list(tmp_path.iterdir()) == seen[:1]
 
 
-def test_hosts_of_one_name_are_told_apart_by_their_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_of_one_name_are_disambiguated_by_their_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     read, boots = Path.read_text, {"a" * 36, "b" * 36}
     machines = set()
     for boot in boots:

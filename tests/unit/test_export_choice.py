@@ -123,7 +123,10 @@ def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_
             "--all --cluster 0",
             "Got --cluster and --all: choose a route with one of --data, --cluster, --route, --expert",
         ),
-        ("--data {images} --cluster 0", "--data: --cluster needs no images; they go with --route auto and --average."),
+        (
+            "--data {images} --cluster 0",
+            "--data: --cluster takes no images; use --data with --route auto or --average.",
+        ),
         ("--average mean", "--average: got 'mean'; expected uniform or weighted."),
     ],
 )

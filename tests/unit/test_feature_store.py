@@ -50,7 +50,7 @@ def test_what_is_written_in_any_order_is_read_in_image_order(tmp_path_factory, c
 
 def test_an_interrupted_writer_is_taken_up(tmp_path):
     FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).write_block(1, DIGITS_ND[32:64])
-    with pytest.raises(ArtefactError, match="unfinished: run the same `moce features` again"):
+    with pytest.raises(ArtefactError, match="unfinished: rerun the same `moce features`"):
         FeatureSet.open(tmp_path)
     writer = FeatureWriter(tmp_path, 100, 64, IDENTITY, 32)
     assert writer.missing_blocks() == [0, 2, 3]
@@ -113,7 +113,7 @@ def remove(path: Path) -> None:
 def test_a_damaged_block_is_named(tmp_path, damage):
     write(tmp_path, DIGITS_ND).finish()
     damage(tmp_path)
-    with pytest.raises(ArtefactError, match=r"block-000002\.npy .* run the same `moce features` again"):
+    with pytest.raises(ArtefactError, match=r"block-000002\.npy .* rerun the same `moce features`"):
         FeatureSet.open(tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_an_output_replaces_its_own_kind_alone(tmp_path: Path) -> None:
             check_output(path, "a report", mark)
         assert path.read_bytes() == content
     for odd in (tmp_path, Path(os.devnull)):
-        with pytest.raises(ArtefactError, match=f"{odd} is no regular file"):
+        with pytest.raises(ArtefactError, match=f"{odd} is not a regular file"):
             check_output(odd, "a report", mark)
 
 

@@ -149,7 +149,7 @@ def test_a_library_that_is_not_installed_is_named(
         ("--format hf", f"--format: got 'hf'; expected one of {', '.join(NAMES)}."),
         (
             "--format onnx --part full",
-            "--part: got 'full'; --format onnx takes encoder; full, with the decoder, goes with timm, hf-vitmae.",
+            "--format onnx takes encoder; full, with the decoder, is available for timm, hf-vitmae.",
         ),
         ("--part half", "--part: got 'half'; --format timm takes encoder or full;"),
     ],

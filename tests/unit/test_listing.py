@@ -65,7 +65,7 @@ def test_other_targets_are_another_set(images: Path, several: Path, tmp_path: Pa
     before = contents(several)
     assert write_shards(images, several, ONE, SEVERAL).already_complete and contents(several) == before
     other = Listing([*SEVERAL.images[:-2], Listed("1.jpg", ("sofa",)), SEVERAL.images[-1]], SEVERAL.classes, True)
-    with pytest.raises(DataError, match="was begun from something else: labels_sha256"):
+    with pytest.raises(DataError, match="was begun with other inputs: labels_sha256"):
         write_shards(images, several, ONE, other)
     write_shards(images, tmp_path / "other", ONE, other)
     assert ShardSet.open(tmp_path / "other").fingerprint != ShardSet.open(several).fingerprint

@@ -279,7 +279,7 @@ def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_s
         (flip_byte, "is not as written, .*`moce inspect --verify`, .*`moce shards`"),
         (
             make_undecodable,
-            "is not a whole image of 16 x 16 pixels .*into another folder, which leaves such images out",
+            "is not a complete image of 16 x 16 pixels .*into another folder, to skip such images",
         ),
     ],
 )
@@ -370,8 +370,8 @@ def make_folder(file: Path) -> None:
         (replace_by_other_images, "was altered after it was written: "),
         (overwrite, "was altered after it was written: "),
         (grow, "was altered after it was written: "),
-        (Path.unlink, "cannot be read any more (No such file or directory). Restore it"),
-        (make_folder, "cannot be read any more (Is a directory). Restore it"),
+        (Path.unlink, "can no longer be read (No such file or directory). Restore it"),
+        (make_folder, "can no longer be read (Is a directory). Restore it"),
     ],
 )
 def test_a_shard_replaced_under_a_running_job_is_named(copy: Path, harm: Callable[[Path], None], told: str) -> None:

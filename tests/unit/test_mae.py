@@ -113,7 +113,7 @@ def test_loss_and_gradient_are_those_of_the_paper(images: Tensor, seed: int) -> 
 
 
 def test_visible_patches_are_not_in_the_loss(images: Tensor) -> None:
-    output = model()(images, torch.rand(6, 16))
+    output = model()(images, torch.rand(6, 16)).reconstruction
     target = normalised_patches(patchify(images, 4))
     hidden = output.mask_BN.bool()
     assert hidden.sum(dim=1).tolist() == [12] * 6

@@ -4,6 +4,7 @@ Axes: B images, M clusters, L expert layers, E experts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import ExpertShape, Moce, Routing, make_gate, upcycle
+from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import RandomGate, chosen_experts
 from moce_ds.moe.placement import default_placement
@@ -78,7 +80,7 @@ def test_without_perturbation_it_is_the_dense_mae(
 ) -> None:
     model = moce(combine, k=k, shared=shared)
     assert len(np.unique(experts_of(model), axis=0)) > 1  # the images do take different routes
-    expected = dense()(images, noise)
+    expected = dense()(images, noise).reconstruction
     found = model(images, noise, routing(model, CLUSTERS)).reconstruction
     assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
     assert (found.patches_BNP - expected.patches_BNP).abs().max() < 1e-6  # combine weights are float32
@@ -113,11 +115,23 @@ def test_activation_checkpointing_changes_nothing(images: Tensor, noise: Tensor)
         model = moce("straight_through", perturbation=0.1, k=2)
         model.checkpoint_activations = given
         output = model(images, noise, routing(model, CLUSTERS))
-        (output.reconstruction.loss + output.gate.balance).backward()
+        (output.reconstruction.loss + output.losses["balance"]).backward()
         results.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in results[0].items():
         assert (gradient is None) == (results[1][name] is None)
         assert gradient is None or torch.equal(gradient, results[1][name])
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(images: Tensor, noise: Tensor) -> None:
+    model = moce("straight_through")
+    measured = model(images, noise, routing(model, CLUSTERS)).losses
+    assert measured["loss"] == measured["reconstruction"], "without weights the gate's losses are only measured"
+    model.weights = LossWeights(imbalance=0.25, balance=2.0)
+    half = replace(routing(model, CLUSTERS), imbalance_share=0.5)
+    found = model(images, noise, half).losses
+    expected = measured["reconstruction"] + 0.125 * measured["imbalance"] + 2 * measured["balance"]
+    assert found["loss"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert found.keys() == {"loss", "reconstruction", "imbalance", "balance"}
 
 
 def test_a_random_gate_is_a_gate(images: Tensor, noise: Tensor) -> None:
@@ -128,7 +142,7 @@ def test_a_random_gate_is_a_gate(images: Tensor, noise: Tensor) -> None:
     model.gate = own
     output = model(images, noise, routing(model, CLUSTERS))
     assert output.reconstruction.loss.item() == pytest.approx(dense()(images, noise).loss.item(), abs=1e-6)
-    assert output.gate.imbalance.item() == pytest.approx(-len(LAYERS) * (E - 1))
+    assert output.losses["imbalance"].item() == pytest.approx(-len(LAYERS) * (E - 1))
 
 
 @pytest.mark.parametrize("combine", ["prob", "straight_through"])
@@ -146,7 +160,7 @@ def test_each_image_goes_through_the_experts_of_its_cluster(images: Tensor, nois
             mlp.load_state_dict(model.blocks[block].mlp.experts[expert].state_dict())
             mlp.fc2.weight.data *= p
             mlp.fc2.bias.data *= p
-        alone = mae(images[b : b + 1], noise[b : b + 1]).patches_BNP
+        alone = mae(images[b : b + 1], noise[b : b + 1]).reconstruction.patches_BNP
         assert (together[b : b + 1] - alone).abs().max() < 1e-6
 
 
@@ -168,7 +182,7 @@ def test_noise_reaches_routes_and_losses(images: Tensor, noise: Tensor) -> None:
     calm, pushed = (model(images, noise, routing(model, CLUSTERS, given)) for given in (None, push))
     changed = (calm.reconstruction.patches_BNP - pushed.reconstruction.patches_BNP).abs().amax(dim=(1, 2)) > 1e-9
     assert changed.tolist() == [cluster == 3 for cluster in CLUSTERS]
-    assert pushed.gate.imbalance < calm.gate.imbalance
+    assert pushed.losses["imbalance"] < calm.losses["imbalance"]
 
 
 def test_upcycled_experts_are_the_dense_mlp_with_noise_of_the_stated_size() -> None:

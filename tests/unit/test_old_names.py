@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moce_ds.old_names import MOVED
+from moce_ds.workflow.study_grid import StudySettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,3 +34,7 @@ def test_an_old_name_gives_the_module_itself(old: str, new: str, monkeypatch: py
     monkeypatch.delitem(sys.modules, old, raising=False)
     with pytest.deprecated_call(match=f"{old} is now {new}"):
         assert importlib.import_module(old) is importlib.import_module(new)
+
+
+def test_the_former_name_of_a_setting_is_taken_in_python_too() -> None:
+    assert StudySettings(out=Path("a"), base=Path("b")).pretrain == Path("b")  # type: ignore[call-arg]

@@ -184,11 +184,11 @@ def test_a_stage_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> No
     shards, path = of(make(), "shards"), tmp_path / "pipeline.yaml"
     command = ("pipeline", path, "--stage", "shards")
     first = run_here(*command)
-    assert first.status == 0 and f"\n$ moce {words(shards)[0]}\n" in first.out, first
-    assert "stage 1 of 6 shards done in" in first.out and "1 of 6 stages done" in first.out
+    assert first.status == 0 and f"\n$ moce {words(shards)[0]}\n" in first.err, first
+    assert "stage 1 of 6 shards done in" in first.err and "1 of 6 stages done" in first.out
     kept = shards.state.stat().st_mtime_ns
     again = run_here(*command)
-    assert "stage 1 of 6 shards is done\n" in again.out and "$ moce" not in again.out
+    assert "stage 1 of 6 shards is done\n" in again.err and "$ moce" not in again.err
     assert run_stage(shards, ["false"], 1) == 0 and shards.state.stat().st_mtime_ns == kept
     (tmp_path / "out" / "shards" / "shards.json").unlink()
     assert not shards.is_done()
@@ -220,8 +220,8 @@ def test_a_signal_stops_a_stage_of_one_process(
     shards = of(make(), "shards")
     monkeypatch.setattr(shard_writer, "write_shards", lambda *_: signal.raise_signal(number))
     said = run_here("pipeline", tmp_path / "pipeline.yaml", "--stage", "shards")
-    assert said.status == STOPPED and not said.err.strip(), said
-    assert "Stopped as asked in stage shards; the same command goes on from there." in said.out
+    assert said.status == STOPPED and not said.out.strip(), said
+    assert "Stopped as asked in stage shards. Rerun the same command to resume." in said.err
     assert (record := shards.record()) is not None and record.state == "begun"
 
 

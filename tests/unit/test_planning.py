@@ -261,9 +261,9 @@ BASE = CONFIGS / "vit_base_moce.yaml"
         ("--device v100 --images 9", "--device: got 'v100'; expected h100"),
         ("--nodes 3 --images 9", "optim.batch_size: 4096 is not divisible by 24 processes"),
         ("--gpus 4 --images 9", "experts.ep_size: got 8; it must divide the number of processes, 4"),
-        ("", "data.shards: data/imagenet is not there yet, .* --images 1281167"),
+        ("", "data.shards: data/imagenet does not exist yet, .* --images 1281167"),
         ("--images 9 --assume speed=1", "speed: no such setting"),
-        ("--images 9 experts.gate=token", "experts.gate: .*it has no plan"),
+        ("--images 9 experts.gate=token", "experts.gate: .*it cannot be planned"),
         ("--images 9 --measure", "--measure: only this machine can be measured; got --device h100"),
         ("--images 9 --device this --nodes 1,2", "--nodes: got 1,2; --device this is one machine"),
     ],
@@ -274,7 +274,11 @@ def test_what_cannot_be_planned_is_refused(words: str, told: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sorted(CONFIGS.rglob("*.yaml")) if "run" in yaml.safe_load(path.read_text())],
+    [
+        path
+        for path in sorted({*CONFIGS.rglob("*.yaml"), *CONFIGS.glob("demo/*.yaml")})
+        if "run" in yaml.safe_load(path.read_text())
+    ],
     ids=lambda path: path.stem,
 )
 def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_verb(tmp_path: Path) -> None:
     told = run_here("dataset", "dtd", tmp_path / "dtd", tmp_path / "out", "workers=1")
     assert told.status == 0, told
     assert re.search(rf"{tmp_path}/out/train: 4 images of 2 classes", told.out) and "/out/test: 4 images" in told.out
-    assert "No data set 'imagenet' is known; known: aircraft, caltech101" in refused(
+    assert "Unknown data set 'imagenet'; known: aircraft, caltech101" in refused(
         "dataset", "imagenet", tmp_path, tmp_path / "o"
     )
     assert "expected the data set dtd, unpacked" in refused("dataset", "dtd", tmp_path / "none", tmp_path / "o")
@@ -226,9 +226,9 @@ def spoil_image(root: Path) -> None:
     ("name", "spoil", "told"),
     [
         ("dtd", spoil_class, r"the test split has classes \['striped'\] that no training image shows"),
-        ("dtd", spoil_path, r"is listed and lies outside"),
+        ("dtd", spoil_path, r"is listed and points outside"),
         ("dtd", spoil_image, r"banded_0003.jpg is listed and cannot be read"),
-        ("food101", spoil_json, r"train.json is no list of images by class"),
+        ("food101", spoil_json, r"train.json is not a list of images by class"),
         ("cifar10", spoil_bytes, r"data_batch_3.bin has 9218 bytes; expected a multiple of 3073"),
         ("cifar10", spoil_row, r"data_batch_3.bin holds 2 images and test_batch.bin 3; expected 10000 and 10000"),
         ("cifar100", spoil_test_row, r"train.bin holds 10 images and test.bin 1; expected 50000 and 10000"),
@@ -260,7 +260,10 @@ def test_complete_splits_stay_where_a_later_one_fails(tmp_path: Path) -> None:
     words = ("dataset", "flowers102", tmp_path / "flowers102", tmp_path / "out", "workers=1")
     told = refused(*words)
     assert "No image to write" in told
-    assert f"Complete: {tmp_path}/out/train, {tmp_path}/out/val. Mended, the same command goes on from there." in told
+    assert (
+        f"Complete: {tmp_path}/out/train, {tmp_path}/out/val. Fix the fault and rerun the same command to resume."
+        in told
+    )
     for image, content in zip(images, whole, strict=True):
         image.write_bytes(content)
     said = run_here(*words)

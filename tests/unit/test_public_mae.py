@@ -185,7 +185,7 @@ def test_what_is_no_such_encoder_is_refused(
 def test_from_a_foreign_file_to_clusters(full: State, tiny_shards: Path, tmp_path: Path) -> None:
     path = KINDS["training"](tmp_path / "checkpoint-799.pth", full)
     said = run_here("features", path, tiny_shards, tmp_path / "features", "--heads", 2, "threads=1")
-    assert said.status == 0 and "taken for a ViT of the public MAE: width 16, 3 blocks, 2 heads" in said.err, said
+    assert said.status == 0 and "read as a ViT of the public MAE: width 16, 3 blocks, 2 heads" in said.err, said
     kept = load_encoder(tmp_path / "features" / "encoder")
     assert kept.fingerprint == public_encoder(path, heads=2).fingerprint
     assert run_here("cluster", tmp_path / "features", tmp_path / "clusters", "num_clusters=4").status == 0
@@ -193,7 +193,7 @@ def test_from_a_foreign_file_to_clusters(full: State, tiny_shards: Path, tmp_pat
     by_file = run_here(*verbs, "--heads", 2, "--model", "same", "threads=1")
     by_folder = run_here("knn", tmp_path / "features" / "encoder", *verbs[2:], "--model", "same", "threads=1")
     assert by_file.out == by_folder.out and by_file.status == 0, by_file
-    assert "--heads goes with a file" in refused("knn", tmp_path / "features" / "encoder", *verbs[2:], "--heads", 2)
+    assert "--heads requires a file" in refused("knn", tmp_path / "features" / "encoder", *verbs[2:], "--heads", 2)
     other = KINDS["training"](tmp_path / "other.pth", {name: tensor + 1e-3 for name, tensor in full.items()})
     said = run_here("features", other, tiny_shards, tmp_path / "features", "--heads", 2)
     assert said.status == 1 and "identity.encoder_fingerprint" in said.err, said

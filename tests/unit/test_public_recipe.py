@@ -47,7 +47,7 @@ def test_settings_are_those_of_the_public_command_line(recipe: PretrainSettings)
 def test_weight_decay_is_on_the_parameters_that_timm_chooses(recipe: PretrainSettings) -> None:
     with torch.device("meta"):
         model = built(recipe)
-    ours = decayed(parameter_groups(model, recipe), model)
+    ours = decayed(parameter_groups(model, recipe.optim, 1.0), model)
     assert ours == decayed(param_groups_weight_decay(model, recipe.optim.weight_decay), model)
     assert ours["cls_token"] == ours["mask_token"] == 0.05
 
@@ -57,7 +57,10 @@ def test_our_default_spares_the_tokens(tiny_config: Callable[..., PretrainSettin
     model = built(config)
     ours, timms = (
         decayed(groups, model)
-        for groups in (parameter_groups(model, config), param_groups_weight_decay(model, config.optim.weight_decay))
+        for groups in (
+            parameter_groups(model, config.optim, 1.0),
+            param_groups_weight_decay(model, config.optim.weight_decay),
+        )
     )
     assert {name for name in ours if ours[name] != timms[name]} == {"cls_token", "mask_token"}
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.metrics import MultiLabelScore, Score
 from moce_ds.evaluation.results import accuracy_record, accuracy_table
-from moce_ds.evaluation.results_file import add_record, read_results, told_apart
+from moce_ds.evaluation.results_file import add_record, disambiguated, read_results
 from moce_ds.export.select import count_votes
 from moce_ds.storage.locks import locked
 
@@ -87,7 +87,7 @@ def test_equally_named_models_stand_beside_one_another(tmp_path: Path) -> None:
         add_record(path, accuracy_record("knn", "birds", "expert", score(top1)) | by)
     assert [record["top1"] for record in read_results(path)] == [0.75, 0.625], "the same model's was measured again"
     add_record(path, accuracy_record("probe", "birds", "dense", score(0.5)) | known[0])
-    shown = {(r["verb"], r["model"]) for r in told_apart(read_results(path))}
+    shown = {(r["verb"], r["model"]) for r in disambiguated(read_results(path))}
     assert shown == {("knn", "expert (aaaaaaaa)"), ("knn", "expert (bbbbbbbb)"), ("probe", "dense")}
     rows = printed(accuracy_table(read_results(path)))
     assert ["birds", "expert", "(aaaaaaaa)", "62.5%"] in rows and ["birds", "expert", "(bbbbbbbb)", "75.0%"] in rows
@@ -104,7 +104,7 @@ def test_one_name_for_the_model_of_each_task_needs_no_mark() -> None:
         selection_of("fish", "1"),
         *(one("knn", "fish", model, by) for model, by in (("dense", "d"), ("expert", "b"))),
     ]
-    assert told_apart(made) == made
+    assert disambiguated(made) == made
     rows = printed(accuracy_table(made))
     assert ["birds", "expert", "2-3", "100.0%", "50.0%", "50.0%"] in rows
     assert ["fish", "expert", "2-3", "100.0%", "50.0%"] in rows
@@ -123,8 +123,8 @@ def test_marked_models_keep_what_their_name_means() -> None:
     assert ["birds", "expert", "(bbbbbbbb)", "2-3", "100.0%", "50.0%"] in rows
 
 
-def test_two_models_of_a_task_are_told_apart_whatever_measured_them() -> None:
-    shown = told_apart([one("knn", "birds", "expert", "a"), one("probe", "birds", "expert", "b")])
+def test_two_models_of_a_task_are_disambiguated_whatever_measured_them() -> None:
+    shown = disambiguated([one("knn", "birds", "expert", "a"), one("probe", "birds", "expert", "b")])
     assert [record["model"] for record in shown] == ["expert (aaaaaaaa)", "expert (bbbbbbbb)"]
 
 
@@ -134,7 +134,9 @@ def test_a_record_of_an_earlier_version_gives_way(tmp_path: Path, capsys: pytest
         add_record(path, accuracy_record("knn", "birds", model, score(0.5)))
     assert capsys.readouterr().err == ""
     add_record(path, one("knn", "birds", "expert", "a"))
-    assert "knn birds expert replaces one that does not say which model" in capsys.readouterr().err.replace("\n", " ")
+    assert "knn birds expert replaces one that does not identify its model" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
     add_record(path, one("knn", "birds", "expert", "b"))
     assert capsys.readouterr().err == ""
     assert [(r["model"], r.get("made_from")) for r in read_results(path)] == [
@@ -146,7 +148,7 @@ def test_one_model_measured_otherwise_stands_beside_itself(tmp_path: Path) -> No
     path = tmp_path / "results.json"
     for how in "cd":
         add_record(path, accuracy_record("knn", "birds", "x", score(0.5)) | {"model_sha256": "a", "made_from": how * 9})
-    assert [record["model"] for record in told_apart(read_results(path))] == ["x (cccccccc)", "x (dddddddd)"]
+    assert [record["model"] for record in disambiguated(read_results(path))] == ["x (cccccccc)", "x (dddddddd)"]
 
 
 def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:

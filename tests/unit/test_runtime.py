@@ -26,8 +26,8 @@ def test_a_process_alone_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) 
 def test_a_process_without_a_group_says_once_how_many_threads_it_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runtime, "_tell_threads", cache(runtime._tell_threads.__wrapped__))
-    monkeypatch.setattr(threads, "told", lambda: "3 threads per process")
+    monkeypatch.setattr(runtime, "_log_threads", cache(runtime._log_threads.__wrapped__))
+    monkeypatch.setattr(threads, "notice", lambda: "3 threads per process")
     lone_device()
     lone_device()
     assert capsys.readouterr().err == "3 threads per process\n"

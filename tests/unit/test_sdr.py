@@ -23,15 +23,14 @@ from moce_ds.models.dense import encoder_state, route_of
 from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing
-from moce_ds.models.sdr import Sdr, SdrOutput, Teacher, part_units, path_shape
+from moce_ds.models.sdr import Sdr, Teacher, part_units, path_shape
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 from moce_ds.moe.gate import PathGate, route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.training.inputs import check_paths, read_teacher
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import check_paths
-from moce_ds.training.teacher import read_teacher
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
 GROUPS, STAGES, COMMON = 4, 2, 32
@@ -113,7 +112,7 @@ def test_a_single_path_is_the_dense_run_and_its_teacher(photo_pixels: Tensor) ->
     noise = torch.rand(12, SHAPE.num_patches, dtype=torch.float64)
     output = model(photo_pixels, noise, routing(model, [0] * 12), teacher_of(mae))
     assert output.reconstruction.loss.item() == pytest.approx(mae(photo_pixels, noise).loss.item(), abs=1e-12)
-    assert output.distillation.item() < 1e-12
+    assert output.losses["distillation"].item() < 1e-12
 
 
 def test_each_image_computes_its_path_alone(photo_pixels: Tensor) -> None:
@@ -122,8 +121,8 @@ def test_each_image_computes_its_path_alone(photo_pixels: Tensor) -> None:
     teacher = teacher_of(mae)
     noise = torch.rand(12, SHAPE.num_patches, dtype=torch.float64)
     output = model(photo_pixels, noise, routing(model, [0b01_10] * 12), teacher)
-    assert output.distillation > 0.01
-    (output.reconstruction.loss * 0 + output.distillation).backward()
+    assert output.losses["distillation"] > 0.01
+    (output.reconstruction.loss * 0 + output.losses["distillation"]).backward()
     for block, path in zip(model.blocks, (1, 1, 2, 2), strict=True):
         for number, group in enumerate(block.mlp.experts):
             gradient = group.fc1.weight.grad
@@ -135,7 +134,7 @@ def test_each_image_computes_its_path_alone(photo_pixels: Tensor) -> None:
 def test_without_a_teacher_nothing_is_distilled(photo_pixels: Tensor) -> None:
     model = sdr_of(dense())
     output = model(photo_pixels, torch.rand(12, SHAPE.num_patches), routing(model, range(12)))
-    assert isinstance(output, SdrOutput) and output.distillation == 0
+    assert output.losses["distillation"] == 0
 
 
 def test_hidden_units_survive_the_ratio_that_files_hold() -> None:
@@ -172,11 +171,17 @@ def test_groups_are_not_averaged(moce_run: Callable[..., Path], dense_run: Path,
     assert not (tmp_path / "out").exists()
 
 
+def paths_of(config: PretrainSettings) -> ExpertShape:
+    experts = config.model_spec.experts
+    assert experts is not None
+    return experts
+
+
 def test_more_paths_than_clusters_are_refused(tiny_config: Callable[..., PretrainSettings], dense_run: Path) -> None:
     words = ["model.arch=moce", "experts.clusters=there", *WORDS, f"run.init_from={dense_run}"]
-    check_paths(tiny_config(*words), clusters=3)
+    check_paths(paths_of(tiny_config(*words)), clusters=3)
     with pytest.raises(ConfigError, match=r"experts.stages: 3 groups in 2 stages make 9 paths for 8 clusters"):
-        check_paths(tiny_config(*words, "experts.stages=2"), clusters=8)
+        check_paths(paths_of(tiny_config(*words, "experts.stages=2")), clusters=8)
 
 
 def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
@@ -184,12 +189,13 @@ def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
 ) -> None:
     words = ["model.arch=moce", "experts.clusters=there", *WORDS]
     config = tiny_config(*words, f"run.init_from={dense_run}")
-    teacher = read_teacher(config)
-    assert teacher is not None
+    assert config.wants_teacher
+    teacher = read_teacher(config.model_spec, config.run)
     weights = find(dense_run).load("weights")
     for name, tensor in teacher.model.state_dict().items():
         expected = weights[name] if name in weights else sincos_positions(config.vit_shape, 16)
         assert torch.equal(tensor, expected), name
-    assert read_teacher(tiny_config(*words, "experts.distillation_weight=0")) is None
+    assert not tiny_config(*words, "experts.distillation_weight=0").wants_teacher
+    other = tiny_config(*words, f"run.init_from={moce_run()}")
     with pytest.raises(ArtefactError, match="does not fit the model"):
-        read_teacher(tiny_config(*words, f"run.init_from={moce_run()}"))
+        read_teacher(other.model_spec, other.run)

@@ -94,7 +94,7 @@ def test_plain_values_called_label_are_classes(
     ("features", "told"),
     [
         ({"label": Value("float32")}, "label is Value"),
-        ({"kind": Value("int64")}, "no column is called label"),
+        ({"kind": Value("int64")}, "there is no column label"),
     ],
 )
 def test_a_column_that_cannot_be_classes_is_named(

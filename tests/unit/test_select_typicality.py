@@ -62,7 +62,7 @@ def test_images_of_another_domain_are_like_nothing_seen(clusters: Clusters, make
     found = typicality(make(), clusters)  # type: ignore[operator]
     assert found.verdict == "unlike anything in the pre-training set"
     assert found.cosine < found.training_cosine - 0.1
-    assert "unlike anything in the pre-training set" in found.spoken and "5% are expected" in found.spoken
+    assert "unlike anything in the pre-training set" in found.summary and "5% are expected" in found.summary
 
 
 def test_some_strange_images_make_a_task_unusual(clusters: Clusters) -> None:
@@ -85,6 +85,6 @@ def test_five_in_a_hundred_training_images_are_below(tmp_path: Path) -> None:
 def test_clusters_of_an_earlier_version_say_unknown(clusters: Clusters) -> None:
     found = typicality(digits_held_out(), replace(clusters, low_cosine_M=None))
     assert (found.verdict, found.low_share) == ("unknown", None)
-    assert found.spoken.startswith("How typical: unknown, the run's clusters are of an earlier version")
+    assert found.summary.startswith("How typical: unknown, the run's clusters are of an earlier version")
     record = found.record()
     assert record["verdict"] == "unknown" and record["cosine"] == pytest.approx(found.cosine)

@@ -13,8 +13,8 @@ from moce_ds.config.settings import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
+from moce_ds.training.run_checks import check_same_settings
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes, settings_of_run
-from moce_ds.training.setup import check_same_settings
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
@@ -62,8 +62,8 @@ PATHS = ["model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.g
         (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
         (["mask_ratio=0.5"], "mask_ratio: no such setting. Did you mean model.mask_ratio?"),
         (["model.vit=vit_gigantic"], "model.vit: got 'vit_gigantic'; expected the name of a ViT in timm."),
-        (["model.vit=resnet18"], "model.vit: resnet18 is no plain ViT with one cls token"),
-        (["model.vit=vit_small_patch14_reg4_dinov2"], "is no plain ViT with one cls token"),
+        (["model.vit=resnet18"], "model.vit: resnet18 is not a plain ViT with one cls token"),
+        (["model.vit=vit_small_patch14_reg4_dinov2"], "is not a plain ViT with one cls token"),
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_with_the_key_and_what_is_allowed(

@@ -183,7 +183,7 @@ def test_resuming_from_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"images_per_shard was 10, now 11\. Use the same .* or delete"):
         write_shards(source, out, ShardSettings(images_per_shard=11, workers=1))
     (source / "one more.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"other files or file sizes then \(166 files then, 167 now\)"):
+    with pytest.raises(DataError, match=r"other files or file sizes before \(166 files before, 167 now\)"):
         write_shards(source, out, SMALL)
 
 
@@ -195,7 +195,7 @@ def test_dead_worker_is_reported_and_the_rest_can_follow(tmp_path: Path) -> None
     os.kill(max(living_members(process.pid)), signal.SIGKILL)  # the youngest is a worker
     assert process.stderr is not None and process.wait(timeout=300) == 1
     message = process.stderr.read().decode()
-    assert "DataError: A worker process died between" in message and "Run the same command again" in message
+    assert "DataError: A worker process died between" in message and "Rerun the same command" in message
     assert write_shards(source, out, SMALL).count == 150
 
 
@@ -212,14 +212,14 @@ def test_complete_set_is_left_alone(images: Path, copy: Path) -> None:
 
 
 def test_impossible_tasks_are_refused(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="lies in the source folder"):
+    with pytest.raises(DataError, match="is inside the source folder"):
         write_shards(images, images / "shards", SMALL)
     with pytest.raises(DataError, match="is not a folder"):
         write_shards(tmp_path / "missing", tmp_path / "out", SMALL)
     occupied = tmp_path / "occupied"
     occupied.mkdir()
     (occupied / "thesis.tex").touch()
-    with pytest.raises(DataError, match="not an empty folder"):
+    with pytest.raises(DataError, match="is neither empty nor a shard set"):
         write_shards(images, occupied, SMALL)
     nothing = tmp_path / "nothing"
     nothing.mkdir()
@@ -329,7 +329,11 @@ def test_a_table_that_points_elsewhere_is_refused(copy: Path, field: str, value:
     samples = np.load(copy / "samples.npy")
     samples[field][7] = value
     np.save(copy / "samples.npy", samples)
-    told = "do not count the same images in each shard" if field == "shard" else "row 7 points out of its shard"
+    told = (
+        "disagree on the number of images in a shard"
+        if field == "shard"
+        else "row 7 refers to a place outside its shard"
+    )
     with pytest.raises(DataError, match=rf"samples\.npy.* {told}.* Restore it"):
         ShardSet.open(copy)
 
@@ -340,7 +344,7 @@ def test_a_manifest_that_lies_is_refused(copy: Path) -> None:
     with pytest.raises(DataError, match=r"samples\.npy holds \(23,\) .* expected \(24,\)"):
         ShardSet.open(copy)
     rewrite(copy, count=23, shards=[shards[0] | {"count": 9}, shards[1] | {"count": 11}, shards[2]])
-    with pytest.raises(DataError, match=r"samples\.npy and shards\.json do not count the same images in each shard"):
+    with pytest.raises(DataError, match=r"samples\.npy and shards\.json disagree on the number of images in a shard"):
         ShardSet.open(copy)
     rewrite(copy, shards=[{"name": "shard-000000.tar"}], classes={"a": 1}, count="all")
     with pytest.raises(

@@ -35,7 +35,7 @@ def after(capsys: pytest.CaptureFixture[str], folder: Path, ends: list[tuple[int
     for restart, (status, seconds) in enumerate(ends):
         start(folder, restart).record_end("rank 0", status, seconds, lost=status == LOST)
     assert not start(folder, len(ends) - 1).begin_again(max_failures=0)
-    return capsys.readouterr().out
+    return capsys.readouterr().err
 
 
 def test_losses_in_a_row_are_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_loss_counts_whoever_records_first(
     assert start(tmp_path, 0).has_ended and not start(tmp_path, 1).has_ended
     assert sorted(path.name for path in tmp_path.iterdir()) == ["7_1_end_0.json", "7_1_lost_0.json"], "no draft is left"
     start(tmp_path, 0).begin_again(max_failures=0)
-    assert "1 failures in a row" in capsys.readouterr().out
+    assert "1 failures in a row" in capsys.readouterr().err
 
 
 def test_processes_of_a_start_share_a_secret_that_others_cannot_read(
@@ -117,6 +117,12 @@ def test_a_stop_is_told_by_the_first_process_alone(tmp_path: Path) -> None:
     assert JobStart("7", tmp_path, 0).has_ended
 
 
+_UNRECORDED = (
+    r"Error: The end of rank 3 on \S+ cannot be recorded: No such file or directory .*\n"
+    r"WARNING: Rank 3 on \S+ ended with status 75\.\n"
+)
+
+
 def test_an_end_that_cannot_be_recorded_is_one_message_and_keeps_the_status(tmp_path: Path) -> None:
     """As where the disk of the logs is full. A loss is not put back into the queue: uncounted, it could be for ever."""
     gone = tmp_path / "gone"  # removed while the child runs; root may write into every folder
@@ -126,7 +132,7 @@ def test_an_end_that_cannot_be_recorded_is_one_message_and_keeps_the_status(tmp_
         with started_fourth(gone, f"import shutil; shutil.rmtree({str(gone)!r}); {child}") as process:
             out, err = process.communicate(timeout=60)
         assert process.returncode == status
-        assert re.fullmatch(r"Error: The end of rank 3 on \S+ cannot be recorded: No such file or directory .*\n", err)
+        assert re.fullmatch(_UNRECORDED, err)
         assert "queue" not in out
 
 

@@ -46,8 +46,10 @@ def test_files_that_are_left_out_are_said_and_named(task: Path, tiny_encoder: Pa
         said = run_here(*words)
         assert said.status == 0, said
         for split in ("train", "test"):
-            told = f"WARNING: {task / split}: 6 of 26 files were left out, since they are no whole images: 1 empty, 5 "
-            assert said.err.count(told) == 1 and "left out" not in said.out
+            told = (
+                f"WARNING: {task / split}: 6 of 26 files were skipped, since they are not complete images: 1 empty, 5 "
+            )
+            assert said.err.count(told) == 1 and "skipped" not in said.out
         assert "digits/bad-0\ufffd.png: not an image" in said.err and "and 3 more" in said.err
 
 
@@ -58,7 +60,7 @@ def test_a_task_that_votes_says_it_too(task: Path, moce_run: Callable[..., Path]
         ("select", run, "--data", task / "train", "threads=1"),
         ("export", run, tmp_path / "out", "--data", task / "train", "threads=1"),
     ):
-        assert run_here(*words).err.count(f"{task / 'train'}: 6 of 26 files were left out") == 1
+        assert run_here(*words).err.count(f"{task / 'train'}: 6 of 26 files were skipped") == 1
 
 
 def test_a_shard_set_remembers_what_it_left_out(task: Path, tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_a_shard_set_remembers_what_it_left_out(task: Path, tmp_path: Path) -> N
         (tmp_path / "set/rejected.jsonl").unlink()
     with opened_images(tmp_path / "set", heard.append):
         pass
-    assert [text.count("6 of 26 files were left out") for text in heard] == [1, 1]
+    assert [text.count("6 of 26 files were skipped") for text in heard] == [1, 1]
     assert "bad-0" in heard[0] and "bad-0" not in heard[1]
 
 

@@ -13,14 +13,14 @@ from moce_ds.host.machine import control_groups
 def test_the_users_number_is_left_alone() -> None:
     mine = {"OMP_NUM_THREADS": "7"}
     threads.apply_choice(mine)
-    assert mine == {"OMP_NUM_THREADS": "7"} and threads.shared_by(2, mine) == {} and threads.told(mine) is None
+    assert mine == {"OMP_NUM_THREADS": "7"} and threads.shared_by(2, mine) == {} and threads.notice(mine) is None
 
 
 def test_processes_share_what_the_outermost_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "free_cpus", lambda: 9)
     outer: dict[str, str] = {}
     threads.apply_choice(outer)
-    assert outer["OMP_NUM_THREADS"] == "9" and "9 threads per process" in (threads.told(outer) or "")
+    assert outer["OMP_NUM_THREADS"] == "9" and "9 threads per process" in (threads.notice(outer) or "")
     monkeypatch.setattr(threads, "free_cpus", lambda: 1)  # since the outer process is at work
     child = outer | threads.shared_by(4, outer)
     assert child["OMP_NUM_THREADS"] == "2"

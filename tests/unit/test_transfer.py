@@ -26,6 +26,7 @@ from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.transfer_table import campaign_tables
+from moce_ds.workflow.transfer_tasks import TASK_FILES
 
 MakeRun = Callable[..., Path]
 FAST = {"probe": {"method": "closed_form", "threads": 1}, "knn": {"k": 5, "threads": 1}}
@@ -124,9 +125,9 @@ def test_a_damaged_export_is_made_anew(
     whole, made = contents(out / "experts"), len(records(out, "knn"))
     harm(out / "experts/MoCE/kinds" / name)
     said = run_here(*command)
-    assert said.status == 0 and said.err.count("It is made anew.") == 1 and name in said.err, said
+    assert said.status == 0 and said.err.count("It is exported again.") == 1 and name in said.err, said
     assert contents(out / "experts") == whole and "(was done)" in said.out and len(records(out, "knn")) == made
-    assert "made anew" not in run_here(*command).err
+    assert "exported again" not in run_here(*command).err
 
 
 def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_what_an_earlier_version_measured_counts(runs: Path, task: Path, monkeyp
         assert run_here(*command).out.count("(was done)") == done
 
 
-def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> None:
+def test_runs_alike_are_disambiguated(runs: Path, task: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(runs / "b_mae", tmp_path / "twin")
     words = (runs / "b_mae", twin, "--tasks", task, "--methods", "knn", "--out", tmp_path / "out")
     assert run_here("transfer", *words).status == 0
@@ -320,7 +321,7 @@ def rows_of(made: list[dict[str, Any]], width: int) -> list[list[str]]:
 
 def test_eleven_tasks_and_five_models_fit_into_100_columns() -> None:
     models = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
-    tasks = [path.stem for path in sorted(Path("configs/transfer").glob("*.yaml"))]
+    tasks = [path.stem for path in sorted(TASK_FILES.glob("*.yaml"))]
     made = [
         {"verb": verb, "model": model, "task": task, "metric": metric, metric: value}
         for task, metric in zip(tasks, ("mean_per_class", "top1", "map11") * 5, strict=False)

@@ -75,5 +75,7 @@ def test_several_labels_go_by_name_too(make: Make, tmp_path: Path) -> None:
     splits = make_splits(make("train", train, x=2), None, make("test", test, x=1), seed=0)
     assert splits.multi_label and splits.train.labels.tolist() == [[1, 0], [1, 1]]
     assert splits.test.labels.tolist() == [[-1, 1]]
-    with pytest.raises(DataError, match=r"one label an image, .* several: expected all splits of a task to be alike"):
+    with pytest.raises(
+        DataError, match=r"one label per image, .* has several: expected the same kind in all splits of a task"
+    ):
         make_splits(splits.train.images, None, make("single", cat=1, dog=1), seed=0)

@@ -146,8 +146,8 @@ def test_sizes_behind_timm_s_names(name: str, shape: ViTShape) -> None:
     [
         ("something_else", "expected the name of a ViT in timm. Such as vit_base_patch16_224."),
         ("vit_bse_patch16_224", "Near: vit_base_patch16_224"),
-        ("swin_tiny_patch4_window7_224", "is no plain ViT with one cls token"),
-        ("vit_base_patch16_gap_224", "is no plain ViT with one cls token"),
+        ("swin_tiny_patch4_window7_224", "is not a plain ViT with one cls token"),
+        ("vit_base_patch16_gap_224", "is not a plain ViT with one cls token"),
     ],
 )
 def test_names_of_other_models_are_refused(name: str, message: str) -> None:
@@ -176,7 +176,7 @@ def wrong(state: dict[str, Tensor]) -> None:
         (lambda f: (f / "config.json").unlink(), ["config.json not found: expected an encoder folder"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json is damaged"]),
         (lambda f: (f / "config.json").write_text('{"format": "other"}'), ["'other'; this program reads format"]),
-        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors is missing", "half written"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors is missing", "incomplete"]),
         (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 40), ["safetensors is damaged"]),
         (lambda f: (f / "provenance.json").unlink(), ["provenance.json not found"]),
         (

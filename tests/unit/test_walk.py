@@ -154,7 +154,7 @@ def test_a_set_of_masks_leaves_out_what_is_odd_and_says_so(tmp_path: Path, capsy
     data = Ade20kSet.open(tmp_path, 2, reduce_zero_label=True)
     assert [image.name for image in data.images] == ["a.jpg", "b.tif", "c.bmp", "d.WEBP"]
     said = capsys.readouterr().err
-    assert "5 of 9 files are left out" in said and "f.jpg: not a regular file" in said and "and 2 more" in said
+    assert "5 of 9 files are skipped" in said and "f.jpg: not a regular file" in said and "and 2 more" in said
 
 
 def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:

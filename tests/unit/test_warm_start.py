@@ -22,17 +22,22 @@ from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.vit import save_encoder, timm_vit
 from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
 from moce_ds.moe.placement import default_placement
+from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.training.setup import ClusteredData, build_for_training, first_weights, place_experts, take_weights
 
 Make = Callable[..., PretrainSettings]
+
+
+def build(config: PretrainSettings, clusters: Clusters | None) -> MaskedAutoencoder:
+    """The model of a run, as pre-training builds it."""
+    return build_for_training(config.model_spec, clusters, config.experts.ep_size, config.run.seed)
 
 
 def warm_start(
     model: MaskedAutoencoder, config: PretrainSettings, slots: np.ndarray | None = None, rank: int = 0
 ) -> str:
     """Give one rank's model its first weights, as training does; returns the sentence that says which."""
-    weights, said = first_weights(model, config)
+    weights, said = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
     if config.model.arch == "moce":
         place_experts(model, default_placement(2, config.experts.num) if slots is None else slots, rank)
     take_weights(model, weights, config.run.init_from)
@@ -117,7 +122,7 @@ def test_a_dense_run_starts_from_whole_weights(
 ) -> None:
     path = WHOLE[kind](source, tiny_config(), tmp_path / "start")
     config = tiny_config(f"run.init_from={path}")
-    model = build_for_training(config, None)
+    model = build(config, None)
     assert warm_start(model, config) == f"Starting from {path}."
     for name, tensor in parameters(source).items():
         expected = tensor.bfloat16().float() if kind == "half" else tensor
@@ -130,10 +135,10 @@ def test_an_encoder_alone_starts_with_a_fresh_decoder_and_says_so(
 ) -> None:
     path = ENCODER_ONLY[kind](source, tiny_config(), tmp_path / "start")
     config = tiny_config(f"run.init_from={path}", "run.seed=5")
-    model = build_for_training(config, None)
+    model = build(config, None)
     said = warm_start(model, config)
     assert said == f"Starting from {path}, which holds an encoder only: the decoder starts fresh."
-    fresh = parameters(build_for_training(config, None))
+    fresh = parameters(build(config, None))
     for name, tensor in parameters(model).items():
         assert torch.equal(tensor, fresh[name] if is_decoder(name) else parameters(source)[name]), name
 
@@ -149,8 +154,8 @@ def test_learned_positions_are_not_lost_in_silence(tiny_config: Make, tmp_path: 
     save_file(state, tmp_path / "vit.safetensors")
     words = (f"run.init_from={tmp_path / 'vit.safetensors'}", "run.replace_positions=true")
     with pytest.raises(ArtefactError, match=r"has learned positions: pos_embed differs .* set run.replace_positions"):
-        warm_start(build_for_training(tiny_config(words[0]), None), tiny_config(words[0]))
-    model = build_for_training(tiny_config(*words), None)
+        warm_start(build(tiny_config(words[0]), None), tiny_config(words[0]))
+    model = build(tiny_config(*words), None)
     assert "Its position tables are replaced by fixed" in warm_start(model, tiny_config(*words))
     assert torch.equal(model.pos_embed, sincos_positions(model.shape, 16))
     assert torch.equal(parameters(model)["norm.weight"], state["norm.weight"])
@@ -169,10 +174,9 @@ def test_what_is_read_has_neither_tables_nor_head(source: MaskedAutoencoder, tin
 # Experts
 
 
-def clustered(config: PretrainSettings) -> ClusteredData:
+def clusters_of(config: PretrainSettings) -> Clusters:
     assert config.experts.clusters is not None
-    clusters = Clusters.open(config.experts.clusters)
-    return ClusteredData(clusters, torch.zeros(60).long().numpy())
+    return Clusters.open(config.experts.clusters)
 
 
 def test_experts_start_from_the_dense_mlps_whatever_holds_them(
@@ -186,7 +190,7 @@ def test_experts_start_from_the_dense_mlps_whatever_holds_them(
         config = tiny_config(*words, f"experts.ep_size={ep_size}")
         started[ep_size] = {}
         for rank in range(ep_size):
-            model = build_for_training(config, clustered(config))
+            model = build(config, clusters_of(config))
             warm_start(model, config, slots, rank)
             held = {name: p.detach() for name, p in global_parameters(model)}
             mine = {name for name in held if ".experts." in name}
@@ -210,10 +214,10 @@ def test_without_a_source_experts_start_from_one_random_mlp(tiny_config: Make, t
     config = tiny_config(
         "model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", "experts.perturbation=0"
     )
-    model = build_for_training(config, clustered(config))
+    model = build(config, clusters_of(config))
     assert warm_start(model, config) == "Starting from random weights."
     dense_config = tiny_config()
-    dense = build_for_training(dense_config, None)
+    dense = build(dense_config, None)
     assert warm_start(dense, dense_config) == "Starting from random weights."
     for expert in range(4):
         found = parameters(model)[f"blocks.0.mlp.experts.{expert}.fc1.weight"]
@@ -226,7 +230,7 @@ def test_a_moce_run_continues_another_one(
     run = moce_run().rename(tiny_config().run.out.with_name("other"))
     words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={run}"]
     config = tiny_config(*words)
-    model = build_for_training(config, clustered(config))
+    model = build(config, clusters_of(config))
     warm_start(model, config)
     expected = find(run).load(WEIGHTS)
     assert parameters(model).keys() == expected.keys()
@@ -237,7 +241,7 @@ def test_a_dense_run_does_not_start_from_experts(tiny_config: Make, moce_run: Ca
     run = moce_run()
     config = tiny_config(f"run.init_from={run}")
     with pytest.raises(ArtefactError, match=r"run.init_from: .* holds experts; export one with `moce export`"):
-        warm_start(build_for_training(config, None), config)
+        warm_start(build(config, None), config)
 
 
 # What does not fit
@@ -250,7 +254,7 @@ def test_missing_names_and_wrong_shapes_are_listed(
     del state["norm.bias"]
     state["blocks.1.mlp.fc1.weight"] = torch.zeros(3, 16)
     config = tiny_config(f"run.init_from={saved(torch.save, state, tmp_path / 'w.pth')}")
-    model = build_for_training(config, None)
+    model = build(config, None)
     before = parameters(model)
     with pytest.raises(ArtefactError) as caught:
         warm_start(model, config)
@@ -268,7 +272,7 @@ def test_a_long_list_of_faults_is_cut(tiny_config: Make, source: MaskedAutoencod
     with pytest.raises(
         ArtefactError, match=r"missing cls_token[\s\S]*more missing[\s\S]*unexpected vit.cls_[\s\S]*more unexpected$"
     ):
-        warm_start(build_for_training(config, None), config)
+        warm_start(build(config, None), config)
 
 
 def test_a_deeper_encoder_is_not_cut_down_in_silence(
@@ -277,7 +281,7 @@ def test_a_deeper_encoder_is_not_cut_down_in_silence(
     path = saved(torch.save, parameters(source), tmp_path / "w.pth")
     config = tiny_config("model.depth=2", f"run.init_from={path}")
     with pytest.raises(ArtefactError, match=r"unexpected blocks\.2\.norm1\.weight \(16,\)"):
-        warm_start(build_for_training(config, None), config)
+        warm_start(build(config, None), config)
 
 
 # Foreign files; torch warns of pickle protocols that it does not write itself.
@@ -313,7 +317,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
         match=r"w.pth refused: it contains objects .* or is damaged; no code was executed",
     ) as told:
         read_weights(path)
-    assert "save those alone as .safetensors" in str(told.value)
+    assert "save only those as .safetensors" in str(told.value)
     assert "weights_only" not in str(told.value), "torch's own advice is to run it"
     assert not witness.exists()
     pickle.loads(pickle.dumps(Payload(witness)))  # the payload is a working one
@@ -357,8 +361,11 @@ def test_hostile_safetensors_are_refused(tmp_path: Path, content: bytes) -> None
         (torch.ones(2, dtype=torch.complex64), "is torch.complex64"),
         (torch.eye(2).to_sparse(), "is torch.float32, torch.sparse_coo"),
         (torch.ones(2, device="meta"), "is torch.float32, torch.strided, meta"),
-        (torch.ones(1).half().expand(10**12), r"claims shape \(1000000000000,\), which is more than the file holds"),
-        (torch.tensor([1.0, float("nan")]), "holds NaN or infinite numbers: the run that it is from has diverged"),
+        (
+            torch.ones(1).half().expand(10**12),
+            r"has shape \(1000000000000,\), which is larger than its data in the file",
+        ),
+        (torch.tensor([1.0, float("nan")]), "holds NaN or infinite numbers: its run has diverged"),
     ],
 )
 def test_tensors_that_are_no_weights_are_all_named(tmp_path: Path, tensor: Tensor, told: str) -> None:
@@ -384,7 +391,7 @@ def test_an_encoder_folder_cut_short_is_refused(source: MaskedAutoencoder, tiny_
     with pytest.raises(ArtefactError, match=r"model.safetensors is damaged .*: run.init_from expects"):
         read_weights(folder)
     path.unlink()
-    with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is missing: the export is half"):
+    with pytest.raises(ArtefactError, match=r"run.init_from: .*model.safetensors is missing: the export is incomplete"):
         read_weights(folder)
 
 

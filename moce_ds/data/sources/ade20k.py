@@ -1,7 +1,7 @@
-"""Images with a class for every pixel in ADE20K's format: a folder of images and one of PNG masks of the same names.
+"""Images with a class per pixel in ADE20K's format: a folder of images and one of PNG masks with the same names.
 
-A mask holds 1 to K for the classes and 0 for pixels without one, which are left out of loss and score
-(`reduce_zero_label`); or 0 to K - 1, where 255 is left out.
+A mask holds 1 to K for the classes and 0 for pixels without one, which are ignored by loss and score
+(`reduce_zero_label`); or 0 to K - 1, where 255 is ignored.
 
 Axes: H x W pixels of an image.
 """
@@ -18,19 +18,25 @@ from PIL import Image
 from moce_ds.console import warn
 from moce_ds.data.image_file import MAX_PIXELS, NOT_AN_IMAGE, Rejected, read_rgb, suffixes, upright_size
 from moce_ds.data.sources.class_mask import Colour, check_mask_header, read_mask
-from moce_ds.data.sources.skipped_files import told_left_out
+from moce_ds.data.sources.skipped_files import listed_reasons
 from moce_ds.data.sources.walk import ODD, list_folder, why_odd
 from moce_ds.errors import DataError
 from moce_ds.text import in_line, part_of
 
 IGNORED = 255
-"""The label of pixels that count for nothing."""
+"""The label of ignored pixels."""
 
 
 @dataclass(frozen=True)
 class Ade20kSet:
-    """An opened set: its image files, sorted; the folder of their masks; and `classes`, K. Larger images than
-    `max_pixels` are refused."""
+    """An opened set.
+
+    Attributes:
+        images: its image files, sorted.
+        masks: the folder of their masks.
+        classes: K.
+        max_pixels: larger images are refused.
+    """
 
     images: list[Path]
     masks: Path
@@ -67,10 +73,10 @@ class Ade20kSet:
         return hashlib.sha256(repr([(file.name, file.stat().st_size) for file in files]).encode()).hexdigest()
 
     def check_headers(self, numbers: Iterable[int] | None = None) -> None:
-        """Look at the headers of images `numbers`, by default all, and of their masks; `look` sees what pixels hold.
+        """Check the headers of images `numbers`, by default all, and of their masks; `look` checks the pixels.
 
         Raises:
-            DataError: one cannot be read, their sizes differ, or a mask is of a kind in which classes cannot be told.
+            DataError: a file cannot be read, sizes differ, or a mask is of an ambiguous kind.
         """
         for number in range(len(self)) if numbers is None else numbers:
             image = self.images[number]
@@ -79,17 +85,17 @@ class Ade20kSet:
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Image number `number`, RGB, and its labels [H, W]: 0 to K - 1, or `IGNORED`.
 
-        Checksums and the number of compressed pixels are left to `look`, which is called once, before training.
+        Does not verify checksums or the number of compressed pixels; `look` does, once before training.
 
         Raises:
-            DataError: one of them cannot be read, their sizes differ, a label is beyond the classes, or the mask is of
-                a kind in which classes cannot be told.
+            DataError: a file cannot be read, sizes differ, a label is not one of the classes, or the mask is of an
+                ambiguous kind.
         """
         image, labels_HW, _ = self._read(number, strictly=False)
         return image, labels_HW
 
     def look(self, number: int) -> tuple[str, dict[int, Colour]]:
-        """Read image number `number` and its mask strictly; the mask's file, and the colours in it (see `Palettes`).
+        """Read image number `number` and its mask strictly; returns the mask's file and its colours (see `Palettes`).
 
         Raises:
             DataError: as `read`; or a checksum is wrong, or pixels are missing.
@@ -102,7 +108,7 @@ class Ade20kSet:
         mask = read_mask(path, image.size, strictly)
         labels_HW = mask.values_HW
         if self.reduce_zero_label:
-            labels_HW = labels_HW - 1  # of 8 bits, so 0 becomes 255
+            labels_HW = labels_HW - 1  # 8 bits, so 0 becomes 255
         if (beyond := labels_HW[(labels_HW >= self.classes) & (labels_HW != IGNORED)]).size:
             raise DataError(
                 f"{path} holds the class {int(beyond.max()) + self.reduce_zero_label}; data.classes={self.classes} "
@@ -115,31 +121,31 @@ class Ade20kSet:
 
 
 def _pairs(images: Path, masks: Path) -> list[Path]:
-    """The images that have a mask, sorted; what is left out is said.
+    """The images with a mask, sorted; logs a warning about skipped files.
 
     Raises:
         DataError: there are none, or an image has no mask.
     """
-    known, there = suffixes(), list_folder(masks)
-    found, odd = [], {}
+    known, mask_sizes = suffixes(), list_folder(masks)
+    files, odd = [], {}
     for name, size in sorted(list_folder(images).items()):
         image, mask = images / name, masks / f"{Path(name).stem}.png"
         if image.suffix.lower() not in known:
-            odd[image] = Rejected(NOT_AN_IMAGE, "no image, by its name")
+            odd[image] = Rejected(NOT_AN_IMAGE, "its name is not that of an image")
         elif size == ODD:
             odd[image] = why_odd(image)
-        elif there.get(mask.name) == ODD:
+        elif mask_sizes.get(mask.name) == ODD:
             odd[mask] = why_odd(mask)
         else:
-            found.append(image)
-    if not found:
-        raise DataError(f"{images} holds no .jpg or .png files, nor images of other formats.{told_left_out(odd)}")
-    if lost := [image for image in found if f"{image.stem}.png" not in there]:
+            files.append(image)
+    if not files:
+        raise DataError(f"{images} holds no .jpg or .png files, nor images of other formats.{listed_reasons(odd)}")
+    if lost := [image for image in files if f"{image.stem}.png" not in mask_sizes]:
         raise DataError(
             f"{in_line(masks / lost[0].stem)}.png not found: the mask of {in_line(lost[0])}; "
-            f"{part_of(len(lost), len(found), 'image', ('has', 'have'))} none. Masks are PNG files, "
-            "named as their images."
+            f"{part_of(len(lost), len(files), 'image', ('has', 'have'))} none. Masks are PNG files "
+            "with the names of their images."
         )
     if odd:
-        warn(f"WARNING: {images}: {part_of(len(odd), len(odd) + len(found), 'file')} left out:{told_left_out(odd)}")
-    return found
+        warn(f"{images}: {part_of(len(odd), len(odd) + len(files), 'file')} skipped:{listed_reasons(odd)}")
+    return files

@@ -1,7 +1,7 @@
 """Images with boxes and masks in COCO's format: a folder of images and one JSON file of annotations.
 
-Everything that can be seen in the JSON is checked when the set is opened (`coco_checks`), so that a fault is told
-before training and not hours into it.
+Everything visible in the JSON is checked when the set is opened (`coco_checks`), so that faults appear before training
+and not hours into it.
 
 Axes: H x W pixels of an image.
 """
@@ -28,7 +28,7 @@ from moce_ds.data.sources.coco_checks import (
     check_images,
     check_object,
     emptiness,
-    told_empty,
+    empty_warning,
 )
 from moce_ds.errors import DataError
 from moce_ds.storage.files import reads_from
@@ -53,13 +53,13 @@ class CocoSet:
 
     Attributes:
         path: the JSON file.
-        folder: where the images are.
-        images: all of them, by id.
-        objects: for each image its objects, in the file's order; crowds too.
+        folder: the folder of the images.
+        images: all images, by id.
+        objects: the objects of each image, in the file's order, including crowds.
         categories: names by the file's category id, by rising id: their order gives the labels 0, 1, ...
         max_pixels: larger images are refused.
-        empty: by id, objects with nothing to learn from and why; they count in the average precision as the file says.
-        warning: what is to be said of them, if there are some.
+        empty: objects with nothing to learn from, by id, with the reason; they still count in the average precision.
+        warning: a message about them, if there are any.
     """
 
     path: Path
@@ -76,10 +76,10 @@ class CocoSet:
         """Read and check a set.
 
         Raises:
-            DataError: the JSON is not COCO's; an id appears twice; an image is not there, lies outside of the folder,
-                or is larger than `max_pixels`; an annotation, which is then named, has an unknown image or category, a
-                box or a corner that leaves the image, no segmentation, or one that cannot be; or in more than a tenth
-                of the annotations there is nothing to learn from.
+            DataError: the JSON is not COCO's; an id appears twice; an image is missing, outside of the folder, or
+                larger than `max_pixels`; an annotation (which is named) has an unknown image or category, a box or
+                corner outside of the image, or a missing or invalid segmentation; or more than a tenth of the
+                annotations have nothing to learn from.
         """
         content = _read(path)
         for kind, things in (("images", content.images), ("categories", content.categories)):
@@ -97,7 +97,7 @@ class CocoSet:
             objects[thing.image_id].append(thing)
             if why := emptiness(thing, by_id[thing.image_id]):
                 empty[thing.id] = why
-        warning = told_empty(path, empty, len(content.annotations))
+        warning = empty_warning(path, empty, len(content.annotations))
         return cls(
             path, folder, images, [objects[image.id] for image in images], categories, max_pixels, empty, warning
         )
@@ -112,17 +112,20 @@ class CocoSet:
 
     @property
     def with_objects(self) -> list[int]:
-        """Numbers of the images that have an object to learn from."""
+        """Numbers of the images with an object to learn from."""
         return [n for n in range(len(self)) if self.to_learn(n)]
 
     def to_learn(self, number: int) -> list[CocoObject]:
-        """The objects of image number `number` to learn from: no crowds, and none that is empty."""
+        """The objects of image number `number` to learn from: no crowds and no empty ones."""
         return [thing for thing in self.objects[number] if not thing.iscrowd and thing.id not in self.empty]
 
     @property
     def truth(self) -> dict[str, Any]:
-        """What pycocotools compares detections with. It takes 0 for the id of no annotation, so they are numbered from
-        1; only crowds and servers need what a file may leave out."""
+        """Ground truth for pycocotools.
+
+        It treats the id 0 as no annotation, so annotations are numbered from 1. Optional keys of the file get default
+        values.
+        """
         things = [thing for objects in self.objects for thing in objects]
         return {
             "info": {},
@@ -135,20 +138,20 @@ class CocoSet:
         }
 
     def look(self, number: int) -> None:
-        """Read image number `number` strictly. Raises DataError: as `image`, or pixels are missing."""
+        """Read image number `number` strictly. Raises DataError as `image`, or if pixels are missing."""
         self._read(number, strictly=True)
 
     def check_headers(self, numbers: Iterable[int] | None = None) -> None:
-        """Look at the headers of images `numbers`, by default all.
+        """Check the headers of images `numbers`, by default all.
 
         Raises:
-            DataError: one is no image, or its size is not the JSON's.
+            DataError: a file is not an image, or its size differs from the JSON.
         """
         for image in self.images if numbers is None else (self.images[number] for number in numbers):
             self._check_size(image, upright_size(self.folder / image.file_name, self.max_pixels))
 
     def image(self, number: int) -> Image.Image:
-        """Image number `number`, RGB. Raises DataError: it cannot be read, or its size is not the JSON's."""
+        """Image number `number`, RGB. Raises DataError if it cannot be read or its size differs from the JSON."""
         return self._read(number, strictly=False)
 
     def _read(self, number: int, strictly: bool) -> Image.Image:
@@ -156,11 +159,11 @@ class CocoSet:
         self._check_size(self.images[number], image.size)
         return image
 
-    def _check_size(self, told: CocoImage, size: tuple[int, int]) -> None:
-        if size != (told.width, told.height):
+    def _check_size(self, listed: CocoImage, size: tuple[int, int]) -> None:
+        if size != (listed.width, listed.height):
             raise DataError(
-                f"{self.folder / told.file_name} has {size[0]} x {size[1]} pixels; {self.path} says "
-                f"{told.width} x {told.height}. Both are expected to be of the image as its EXIF turns it."
+                f"{self.folder / listed.file_name} has {size[0]} x {size[1]} pixels; {self.path} says "
+                f"{listed.width} x {listed.height}. Expected the size after the rotation by its EXIF in both."
             )
 
     def mask(self, number: int, thing: CocoObject) -> NDArray[np.uint8]:
@@ -188,7 +191,7 @@ def _read(path: Path) -> _Content:
 
 
 def _id_at(content: Any, place: tuple[int | str, ...]) -> str:
-    """The id of the entry of a list that `place` lies in, to be told beside its position; "" where it has none."""
+    """The id of the list entry that contains `place`, as text beside its position; "" if it has none."""
     if len(place) < 3:
         return ""
     entry = content[place[0]][place[1]]

@@ -1,4 +1,4 @@
-"""The one door to pycocotools: masks packed and unpacked, and the average precision.
+"""The only module that imports pycocotools: packing and unpacking masks, and the average precision.
 
 Axes: N objects, H x W pixels of an image.
 """
@@ -21,27 +21,27 @@ except ImportError:
     raise ConfigError("Sets in COCO's format need the package pycocotools: pip install 'moce-ds[dense]'.") from None
 
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-"""The first six numbers of pycocotools' summary, 0 to 1; -1 where the set has no such object."""
+"""The first six numbers of pycocotools' summary, 0 to 1; -1 if the set has no such object."""
 
 
-_LONGEST_OUTLINE = 1_000_000  # pixels, of all polygons of an object; unpacking takes a hundred bytes for each
-_MOST_POLYGONS = 10_000  # of an object; each is merged with all before it
-_LARGEST_SHIFT = 60  # bits of a run in a packed RLE; a longer one would take a time of its own
+_LONGEST_OUTLINE = 1_000_000  # total for the polygons of an object, pixels; unpacking needs a hundred bytes for each
+_MOST_POLYGONS = 10_000  # per object; each is merged with all earlier ones
+_LARGEST_SHIFT = 60  # bits of a run in a packed RLE; a longer one would take very long
 
 
 def segmentation_fault(shape: Any, height: int, width: int, slack: float) -> str | None:
     """What is wrong with the segmentation of an object on an image of this size, without unpacking it; None: nothing.
 
-    Takes a time in proportion to its length. pycocotools fails on most of it, but takes some for boxes and some for
-    masks of another size; what lies far outside of the image takes all memory there is, or ends the process.
+    The time is proportional to its length. pycocotools fails on most faults, but takes some for boxes and some for
+    masks of another size. Corners far outside of the image exhaust the memory or end the process.
 
     Args:
         shape: polygons or RLE.
         height, width: of the image.
-        slack: pixels by which corners may leave it.
+        slack: pixels by which corners may leave the image.
     """
     if shape is None:
-        return "is missing; masks are learnt and measured, so boxes alone do not do"
+        return "is missing; boxes alone do not suffice, because masks are trained and evaluated"
     if not _is_rle(shape):
         if not _is_polygons(shape):
             return "is neither polygons, of three points or more, nor RLE"
@@ -55,12 +55,12 @@ def segmentation_fault(shape: Any, height: int, width: int, slack: float) -> str
 
 
 def polygons_of(shape: Any) -> list[list[float]] | None:
-    """The polygons of a segmentation without a fault; None where it is RLE."""
+    """The polygons of a valid segmentation; None for RLE."""
     return None if _is_rle(shape) else shape
 
 
 def has_pixels(shape: Any, height: int, width: int) -> bool:
-    """Whether a segmentation without a fault covers a pixel of its image."""
+    """Whether a valid segmentation covers a pixel of its image."""
     if _is_rle(shape):
         return any(_runs_of(shape)[1::2])
     return bool(masks.area(masks.frPyObjects(shape, height, width)).any())
@@ -88,12 +88,12 @@ def _is_polygons(shape: Any) -> bool:
 def _are_finite(numbers: list[float]) -> bool:
     try:
         return math.isfinite(sum(numbers))
-    except OverflowError:  # a whole number beyond any other
+    except OverflowError:  # an integer that is too large for a float
         return False
 
 
 def _outline_fault(polygons: list[list[float]], height: int, width: int, slack: float) -> str | None:
-    """What is wrong with the place or the size of polygons."""
+    """What is wrong with the position or the size of polygons."""
     for points in polygons:
         for name, ends, length in (("x", points[0::2], width), ("y", points[1::2], height)):
             for end in (min(ends), max(ends)):
@@ -101,7 +101,7 @@ def _outline_fault(polygons: list[list[float]], height: int, width: int, slack: 
                     return f"has a corner of {name} {end:g}, outside of its image of {width} x {height} pixels"
     if len(polygons) > _MOST_POLYGONS:
         return f"has {len(polygons)} polygons; expected {_MOST_POLYGONS} at most"
-    if sum(map(len, polygons)) // 2 * max(height, width) > _LONGEST_OUTLINE:  # then it may be too long
+    if sum(map(len, polygons)) // 2 * max(height, width) > _LONGEST_OUTLINE:  # only then it may be too long
         corners = (np.array(points, np.float64).reshape(-1, 2) for points in polygons)
         outline = sum(np.abs(c - np.roll(c, 1, axis=0)).max(axis=1).sum() for c in corners)
         if outline > _LONGEST_OUTLINE:
@@ -110,14 +110,14 @@ def _outline_fault(polygons: list[list[float]], height: int, width: int, slack: 
 
 
 def _runs_of(shape: dict[str, Any]) -> Any:
-    """The lengths of the runs of an RLE; of a text that is none, at least one is negative."""
+    """The run lengths of an RLE; at least one is negative if the text is invalid."""
     counts = shape["counts"]
     return _unpacked_runs(counts) if isinstance(counts, str) else counts
 
 
 def _unpacked_runs(text: str) -> list[int]:
-    """The lengths of the runs that a packed RLE holds: numbers of 5 bits a character, each from the third on less the
-    one before the last."""
+    """The run lengths of a packed RLE: 5 bits per character; from the third on, each is the difference to the last but
+    one."""
     runs: list[int] = []
     number, shift = 0, 0
     for character in text:
@@ -134,7 +134,7 @@ def _unpacked_runs(text: str) -> list[int]:
 
 
 def unpack(shape: Any, height: int, width: int) -> NDArray[np.uint8]:
-    """The mask of a segmentation that is RLE or polygons, [H, W] of 0 and 1."""
+    """The mask of a segmentation (RLE or polygons), [H, W] of 0 and 1."""
     if _is_rle(shape):
         return masks.decode(shape if isinstance(shape["counts"], str) else masks.frPyObjects(shape, height, width))
     return masks.decode(masks.merge(masks.frPyObjects(shape, height, width)))
@@ -160,20 +160,20 @@ def average_precision(truth: dict[str, Any], detections: list[dict[str, Any]]) -
     """Average precision of boxes and of masks: box_ap, box_ap50, ..., mask_ap, ... (see `SCORES`).
 
     Args:
-        truth: what is on the images, see `CocoSet.truth`.
-        detections: with image_id, category_id, score, bbox and packed segmentation, as COCO's servers take them.
+        truth: the ground truth, see `CocoSet.truth`.
+        detections: with image_id, category_id, score, bbox and packed segmentation, in the format of COCO's servers.
     """
-    if not detections:  # pycocotools cannot take none
+    if not detections:  # pycocotools fails without detections
         return {f"{kind}_{score}": 0.0 for kind in ("box", "mask") for score in SCORES}
-    told: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    scores: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         opened = COCO()
         opened.dataset = truth
         opened.createIndex()
         for kind, name in (("bbox", "box"), ("segm", "mask")):
-            evaluation = COCOeval(opened, opened.loadRes([dict(found) for found in detections]), kind)
+            evaluation = COCOeval(opened, opened.loadRes([dict(one) for one in detections]), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            told |= {f"{name}_{score}": float(evaluation.stats[n]) for n, score in enumerate(SCORES)}
-    return told
+            scores |= {f"{name}_{score}": float(evaluation.stats[n]) for n, score in enumerate(SCORES)}
+    return scores

@@ -1,7 +1,7 @@
-"""What is seen of a set in COCO's format before anything is learnt from it: names, sizes, boxes and masks.
+"""Checks of a set in COCO's format before training: names, sizes, boxes and masks.
 
-A fault that no reading repairs is refused and named. An object without pixels is left out and told, as long as there
-are few: most sets have some, COCO itself among them, but where there are many, a converter has gone wrong.
+Faults that cannot be repaired are refused and named. Objects without pixels are skipped with a warning if there are
+few: most sets, including COCO itself, have some. Many of them mean that a converter went wrong.
 """
 
 import math
@@ -20,7 +20,7 @@ from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import part_of
 
 SLACK = 2.0
-"""Pixels by which a box or a corner may leave its image, where it is cut off: rounding."""
+"""Pixels by which a box or a corner may leave its image; such rounding errors are clipped."""
 
 _MOST_EMPTY = 0.1  # share of the annotations
 _NAMED = 3
@@ -38,8 +38,13 @@ class CocoImage:
 
 @dataclass(frozen=True)
 class CocoObject:
-    """An annotation of the JSON file; `bbox` is x, y, width, height in pixels, `segmentation` polygons or RLE, `area`
-    that of the mask."""
+    """An annotation of the JSON file.
+
+    Attributes:
+        bbox: x, y, width, height in pixels.
+        segmentation: polygons or RLE.
+        area: of the mask.
+    """
 
     id: int
     image_id: int
@@ -51,53 +56,53 @@ class CocoObject:
 
 
 def check_ids(path: Path, kind: str, ids: list[int]) -> None:
-    """Raise DataError where an id is there twice."""
+    """Raise DataError if an id occurs twice."""
     for most, times in Counter(ids).most_common(1):
         if times > 1:
             raise DataError(f"{path}: {kind}: {times} have the id {most}; expected another id for each.")
 
 
 def check_images(path: Path, images: list[CocoImage], max_pixels: int) -> None:
-    """Names that stay in their folder, and sizes that can be. Raises DataError."""
+    """Check that names stay in their folder and sizes are valid. Raises DataError."""
     for image in images:
         where, name = f"{path}: image {image.id}", image.file_name
         if leads_out(name):
             raise DataError(
                 f"{where}: file_name {name!r}; expected the path of a file below the folder of images, such as "
-                "'train/1.jpg'. Give the folder that all images lie in, and paths from there."
+                "'train/1.jpg'. Pass the folder that contains all images, and paths relative to it."
             )
         if image.width * image.height > max_pixels or max(image.width, image.height) > MAX_SIDE:
             raise DataError(
                 f"{where} ({name}) has {image.width} x {image.height} pixels; expected {max_pixels} in all and "
-                f"{MAX_SIDE} along a side at most. Make it smaller, or allow more with data.max_pixels."
+                f"{MAX_SIDE} along a side at most. Make it smaller, or raise data.max_pixels."
             )
 
 
 def check_files(path: Path, folder: Path, images: list[CocoImage]) -> None:
-    """Raise DataError where an image is not there."""
+    """Raise DataError if an image is missing."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: expected the images of {path}.")
-    there = {name for name, size in list_folder(folder).items() if size != ODD}
-    missing = [i for i in images if i.file_name not in there and not _is_there(folder / i.file_name)]
+    present = {name for name, size in list_folder(folder).items() if size != ODD}
+    missing = [i for i in images if i.file_name not in present and not _is_there(folder / i.file_name)]
     if missing:
         first = missing[0]
         raise DataError(
-            f"{folder / first.file_name} not found: {path} has it as image {first.id}; "
-            f"{part_of(len(missing), len(images), 'image')} missing. Give the folder that holds them."
+            f"{folder / first.file_name} not found: it is image {first.id} of {path}; "
+            f"{part_of(len(missing), len(images), 'image')} missing. Pass the folder that contains them."
         )
 
 
 def _is_there(file: Path) -> bool:
     try:
         return file.is_file()
-    except OSError as error:  # a link to itself, a name that is too long
+    except OSError as error:  # such as a link to itself, or a name that is too long
         if machine_failed(error):
             raise refused(DataError, f"{file} cannot be read", error, file) from None
         return False
 
 
 def check_object(path: Path, thing: CocoObject, image: CocoImage | None, categories: dict[int, str]) -> None:
-    """Raise DataError where an annotation belongs to nothing, leaves its image, or has no mask that can be."""
+    """Raise DataError if an annotation has an unknown image or category, leaves its image, or has no valid mask."""
     where = f"{path}: annotation {thing.id}"
     if image is None:
         raise DataError(f"{where} belongs to image {thing.image_id}, which is not among `images`.")
@@ -111,7 +116,7 @@ def check_object(path: Path, thing: CocoObject, image: CocoImage | None, categor
     inside = x >= -SLACK and y >= -SLACK and x + width <= image.width + SLACK and y + height <= image.height + SLACK
     if not inside or not width >= 0 or not height >= 0:
         raise DataError(
-            f"{where}: box {[x, y, width, height]} (x, y, width, height) leaves its image {image.file_name} of "
+            f"{where}: box {[x, y, width, height]} (x, y, width, height) is not inside its image {image.file_name} of "
             f"{image.width} x {image.height} pixels."
         )
     if fault := segmentation_fault(thing.segmentation, image.height, image.width, SLACK):
@@ -119,22 +124,22 @@ def check_object(path: Path, thing: CocoObject, image: CocoImage | None, categor
 
 
 def emptiness(thing: CocoObject, image: CocoImage) -> str | None:
-    """Why there is nothing to learn from an object that was checked, in words; None where there is."""
+    """Why a checked object has nothing to learn from; None if it has."""
     x, y, width, height = thing.bbox
     if not width or not height:
         return f"a box of {width:g} x {height:g} pixels"
     if min(image.width, image.height) > 1:
         corners = polygons_of(thing.segmentation)
         if max(x + width, y + height) <= 1 or (corners and max(map(max, corners)) <= 1):
-            return "within the first pixel, as coordinates are that are shares of the image"
+            return "inside the first pixel, like coordinates relative to the image size"
     return None if has_pixels(thing.segmentation, image.height, image.width) else "a mask without a pixel"
 
 
-def told_empty(path: Path, empty: dict[int, str], count: int) -> str | None:
-    """What is said of the objects, of `count`, in which there is nothing to learn from; None where there are none.
+def empty_warning(path: Path, empty: dict[int, str], count: int) -> str | None:
+    """A warning about objects without anything to learn from, of `count` objects; None if there are none.
 
     Raises:
-        DataError: they are too many.
+        DataError: there are too many.
     """
     if not empty:
         return None
@@ -146,4 +151,4 @@ def told_empty(path: Path, empty: dict[int, str], count: int) -> str | None:
             "expected a tenth of them at most, with boxes and polygons in pixels, inside of their image. Convert the "
             f"set again.{named}{more}"
         )
-    return f"WARNING: {path}: {part_of(len(empty), count, 'annotation')} left out of training:{named}{more}"
+    return f"{path}: {part_of(len(empty), count, 'annotation')} skipped in training:{named}{more}"

@@ -1,7 +1,7 @@
-"""A strict reading of JPEG containers; that of PNG is in `png_file`.
+"""A strict reader of JPEG containers; `png_file` reads those of PNG.
 
-Pillow forgives faults that end a DALI pipeline or that make DALI turn an image the other way. Fuzzing showed what
-counts: stray bytes between the segments of a JPEG, and faults in the first table of its EXIF.
+Pillow accepts faults that end a DALI pipeline, or that make DALI rotate an image differently. Fuzzing found the
+relevant ones: stray bytes between the segments of a JPEG, and faults in the first table of its EXIF.
 """
 
 import struct
@@ -10,14 +10,14 @@ import struct
 _TIFF_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8), start=1))
 _ORIENTATION = 0x0112
 _FRAMES = range(0xFFC0, 0xFFD0)
-_OTHER_TABLES = (0xFFC4, 0xFFC8, 0xFFCC)  # among them: Huffman tables, a reserved marker, arithmetic conditioning
+_OTHER_TABLES = (0xFFC4, 0xFFC8, 0xFFCC)  # Huffman tables, a reserved marker, arithmetic conditioning
 _COMMON_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)
-"""Baseline, extended and progressive with Huffman codes; not every decoder knows arithmetic codes or lossless."""
+"""Baseline, extended and progressive with Huffman codes; few decoders support arithmetic codes or lossless."""
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """EXIF orientation of a JPEG, 1 without any; None where its header or its EXIF has a fault, or its coding is one of
-    those that are never used."""
+    """EXIF orientation of a JPEG, 1 if it has none; None if its header or its EXIF has a fault, or its coding is
+    unusual."""
     exif: list[int | None] = []
     position = 2
     while position + 4 <= len(data):
@@ -36,7 +36,7 @@ def jpeg_orientation(data: bytes) -> int | None:
 
 
 def known_orientation(value: int) -> int:
-    """`value`, or 1 where it is none of 1 to 8: some cameras write 0, which turns nothing."""
+    """`value`, or 1 if it is not 1 to 8: some cameras write 0 for no rotation."""
     return value if value in range(1, 9) else 1
 
 

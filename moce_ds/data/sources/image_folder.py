@@ -1,4 +1,4 @@
-"""The files of a folder of images, each looked at once by a pool of processes."""
+"""The files of a folder of images, each examined once by a pool of processes."""
 
 import multiprocessing
 import os
@@ -16,16 +16,16 @@ from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.text import in_line
 
 _BATCH = 16  # files per message to a worker
-_BATCHES_AHEAD = 3  # per worker, so that a large image does not hold up the others at once
+_BATCHES_AHEAD = 3  # per worker, so that one large image does not delay the others
 
 
 def examined(
     source: Path, files: Sequence[SourceFile], max_pixels: int, workers: int | None
 ) -> Generator[tuple[SourceFile, Accepted | Rejected], None, None]:
-    """Each of `files` with the verdict on it, in order; `workers` processes look at them, None: one per core.
+    """Each of `files` with its verdict, in order; `workers` processes examine them, None: one per core.
 
-    Batches are dealt out in turn, each worker having a pipe of its own: so the death of any process, in the middle
-    of a message too, is the end of a pipe for the other side. An executor's shared queue would block for good.
+    Batches are dealt out in turn and each worker has its own pipe. So the death of a process, even in the middle of a
+    message, closes a pipe for the other side; the shared queue of an executor would block forever.
 
     Raises:
         DataError: a worker process died, or the machine cannot read a file (`examine`).
@@ -49,8 +49,8 @@ def examined(
     except (EOFError, OSError):
         fault = DataError(
             f"A worker process died between {in_line(batches[number][0].path)} and "
-            f"{in_line(batches[number][-1].path)}: perhaps killed for lack of memory. Run the same command again to "
-            "continue, with fewer `workers=` if it happens again."
+            f"{in_line(batches[number][-1].path)}: perhaps for lack of memory. Rerun the same command to "
+            "resume, with fewer `workers=` if it happens again."
         )
         fault.status = LOST_PEER  # as for a worker that prepares batches (host/machine.py)
         raise fault from None
@@ -62,7 +62,7 @@ def examined(
 
 
 def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that torch's threads hold
+    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that threads of torch hold
     context.set_forkserver_preload(["__main__", image_file.__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, source, max_pixels), daemon=True)
@@ -72,7 +72,7 @@ def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connectio
 
 
 def _work(connection: Connection, source: Path, max_pixels: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
         while True:
             batch = connection.recv()

@@ -1,4 +1,4 @@
-"""Which images of a folder belong to a set, and what they show.
+"""The images of a folder that belong to a set, and their classes.
 
 Axes: N images, K classes.
 """
@@ -21,8 +21,8 @@ from moce_ds.text import in_line
 
 
 class Listed(NamedTuple):
-    """An image: path below the source folder with `/` between the parts, the classes that it shows, and those of which
-    it is not counted whether it shows them (VOC's "difficult")."""
+    """An image: path below the source folder with `/` as separator, the classes that it shows, and those that it may or
+    may not show, which are ignored (VOC's "difficult")."""
 
     path: str
     classes: tuple[str, ...] = ()
@@ -35,10 +35,10 @@ class Listing:
 
     Attributes:
         images: in any order, each path once.
-        classes: names in the order of the labels; all that an image names.
+        classes: all class names, in the order of the labels.
         multi_label: whether an image may show several classes, or none.
-        origin: what is said to be the source, where that is not the folder that is read.
-        seed: what the images may have been drawn with.
+        origin: the source to name in messages, if it is not the folder that is read.
+        seed: the seed that the images may have been drawn with.
     """
 
     images: Sequence[Listed]
@@ -60,25 +60,25 @@ class Listing:
         return sha256(json.dumps([self.classes, self.multi_label, sorted(self.images)]).encode()).hexdigest()
 
     def files(self, source: Path) -> list[SourceFile]:
-        """The images with their sizes, sorted by path. Raises DataError where one is not there."""
+        """The images with their sizes, sorted by path. Raises DataError if one is missing."""
         try:
             return sorted(SourceFile(path, (source / path).stat().st_size) for path in self._by_path)
         except OSError as error:
             if machine_failed(error):
                 raise refused(DataError, "The listed images cannot be read", error) from None
             raise DataError(
-                f"{in_line(error.filename)} is listed and cannot be read ({error.strerror}): unpack the data set anew."
+                f"{in_line(error.filename)} is listed and cannot be read ({error.strerror}): unpack the data set again."
             ) from None
 
     def labels(self, paths: Sequence[str]) -> NDArray[np.int32]:
-        """[N], positions in `classes`; -1 where an image has no class, and everywhere with `multi_label`."""
+        """[N], positions in `classes`; -1 for an image without a class, and everywhere with `multi_label`."""
         if self.multi_label:
             return np.full(len(paths), -1, np.int32)
         shown = (self._by_path[path].classes for path in paths)
         return np.array([self._position[classes[0]] if classes else -1 for classes in shown], np.int32)
 
     def targets(self, paths: Sequence[str]) -> NDArray[np.int8]:
-        """[N, K]: 1 shown, 0 not shown, -1 not counted."""
+        """[N, K]: 1 shown, 0 not shown, -1 ignored."""
         targets_NK = np.zeros((len(paths), len(self.classes)), np.int8)
         for row, path in enumerate(paths):
             image = self._by_path[path]

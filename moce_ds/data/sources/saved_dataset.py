@@ -1,13 +1,11 @@
-"""A data set of the `datasets` library, as `save_to_disk` leaves it: its images and their classes."""
+"""A data set of the `datasets` library, saved with `save_to_disk`: its images and their classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
-from moce_ds.console import warn
+from moce_ds.console import progress_bar, warn
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.host.machine import machine_failed, refused
@@ -18,25 +16,25 @@ _SPLITS = "dataset_dict.json"
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels")
 """Names of the column that counts where there are several of a kind."""
 _KINDS = ("string", "large_string", "bool")
-"""Types of values, beside whole numbers, that can be classes."""
+"""Value types that can be classes, besides integers."""
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder is one, or holds one for each split."""
+    """Whether a folder is such a data set, or has one per split."""
     return (path / _SPLITS).is_file() or all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def unpack_images(path: Path, out: Path) -> Listing:
     """Write the images of a saved data set as files, undecoded, into the folder `out`; returns them with their classes.
 
-    A file is named by its row. Rows without an image become empty files, which no shard takes.
+    The name of a file is its row. Rows without an image become empty files, which no shard takes.
 
-    Classes are those of a column of type ClassLabel; or, in a column called label or labels, the numbers or texts that
-    occur. A negative number, or none, is no class.
+    The classes come from a column of type ClassLabel, or from the integers or texts in a column named label or labels.
+    A negative number, or a missing value, means no class.
 
     Raises:
         ConfigError: the library is not installed.
-        DataError: `path` holds several splits, no column of images, a class that is none, or is damaged.
+        DataError: `path` holds several splits, has no image column or an invalid class, or is damaged.
         ArtefactError: `out` cannot be written.
     """
     if (path / _SPLITS).is_file():
@@ -47,21 +45,21 @@ def unpack_images(path: Path, out: Path) -> Listing:
         image, label = _image_column(path, dataset, library), _label_column(path, dataset, library)
         rows = dataset.select_columns([image, label] if label else [image])
         rows = rows.cast_column(image, library.Image(decode=False))
-        found: list[Any] = []
+        values: list[Any] = []
         with writes_to(out):
             out.mkdir()
-        for number, row in enumerate(tqdm(rows, "unpacking", unit="img", delay=2)):
+        for number, row in enumerate(progress_bar(rows, "unpacking", unit="img", delay=2)):
             data = (row[image] or {}).get("bytes") or b""
             with writes_to(out):
                 (out / _name(number)).write_bytes(data)
-            found.append(row[label] if label else None)
+            values.append(row[label] if label else None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, OSError) and machine_failed(error):
             raise refused(DataError, f"{path} cannot be read", error, path) from None
         raise DataError(f"{path} cannot be read ({error}): write it again with {_WRITTEN_BY}.") from None
-    classes = _class_names(path, dataset.features[label], found) if label else {}
+    classes = _class_names(path, dataset.features[label], values) if label else {}
     listed = [
-        Listed(_name(number), (classes[value],) if value in classes else ()) for number, value in enumerate(found)
+        Listed(_name(number), (classes[value],) if value in classes else ()) for number, value in enumerate(values)
     ]
     return Listing(listed, list(classes.values()), origin=path)
 
@@ -78,13 +76,13 @@ def _splits(path: Path) -> str:
     return f"name one of them, {', '.join(map(str, splits))}, such as {path / str(splits[0])}"
 
 
-def _class_names(path: Path, feature: Any, found: Sequence[Any]) -> dict[Any, str]:
-    """The name of each value of the column of classes that is one, in the order of the labels."""
+def _class_names(path: Path, feature: Any, values: Sequence[Any]) -> dict[Any, str]:
+    """The class name of each valid value of the label column, in the order of the labels."""
     if not hasattr(feature, "names"):
-        there = {value for value in found if value is not None and value != ""}
-        return {value: str(value) for value in sorted(there) if isinstance(value, str) or value >= 0}
+        distinct = {value for value in values if value is not None and value != ""}
+        return {value: str(value) for value in sorted(distinct) if isinstance(value, str) or value >= 0}
     names = dict(enumerate(feature.names))
-    for number, value in enumerate(found):
+    for number, value in enumerate(values):
         if value is not None and value >= 0 and value not in names:
             raise DataError(
                 f"{path}: row {number} has the class {value} of {len(names)}. Write it again with {_WRITTEN_BY}."
@@ -104,33 +102,33 @@ def _import_datasets() -> ModuleType:
 
 
 def _image_column(path: Path, dataset: Any, library: ModuleType) -> str:
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, library.Image)]
-    if not found:
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, library.Image)]
+    if not columns:
         raise DataError(f"{path} has no column of images; its columns: {', '.join(dataset.column_names)}.")
-    return _chosen(path, found, "Image")
+    return _preferred(path, columns, "Image")
 
 
 def _label_column(path: Path, dataset: Any, library: ModuleType) -> str | None:
-    """The column of classes; None, which is said, where no column can be one."""
+    """The label column; None, with a warning, if no column can be one."""
     features = dataset.features
-    if found := [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]:
-        return _chosen(path, found, "ClassLabel")
-    called = [name for name in _LABELS if name in features]
-    for name in called:
+    if columns := [name for name, feature in features.items() if isinstance(feature, library.ClassLabel)]:
+        return _preferred(path, columns, "ClassLabel")
+    candidates = [name for name in _LABELS if name in features]
+    for name in candidates:
         kind = str(getattr(features[name], "dtype", ""))
         if isinstance(features[name], library.Value) and ("int" in kind or kind in _KINDS):
             return name
-    there = "; ".join(f"{name} is {features[name]}" for name in called) or "no column is called label"
+    types = "; ".join(f"{name} is {features[name]}" for name in candidates) or "there is no column label"
     warn(
-        f"{path}: its images have no classes, since no column is of type ClassLabel, and none called label holds whole "
-        f"numbers or text ({there})."
+        f"{path}: its images have no classes: no column has type ClassLabel, and no column label holds integers or "
+        f"text ({types})."
     )
     return None
 
 
-def _chosen(path: Path, found: Sequence[str], kind: str) -> str:
-    """Of several columns of a kind the one of a usual name, or the first, which is said."""
-    chosen = next((name for name in (*_IMAGES, *_LABELS) if name in found), found[0])
-    if len(found) > 1:
-        warn(f"{path}: columns {', '.join(found)} are all {kind}: {chosen} is taken.")
-    return chosen
+def _preferred(path: Path, columns: Sequence[str], kind: str) -> str:
+    """The preferred column among several of one type, or the first of them, with a warning."""
+    column = next((name for name in (*_IMAGES, *_LABELS) if name in columns), columns[0])
+    if len(columns) > 1:
+        warn(f"{path}: columns {', '.join(columns)} all have type {kind}; using {column}.")
+    return column

@@ -1,4 +1,4 @@
-"""Files of a folder that are left out of a set, in words."""
+"""Messages about files of a folder that are skipped."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from moce_ds.text import in_line, part_of, printable
 _NAMED = 3
 
 
-def left_out(folder: Path, named: Path) -> str | None:
-    """What the shard set in `folder` left out, called by the name that the user knows; None where it took all files.
+def skipped_notice(folder: Path, named: Path) -> str | None:
+    """What the shard set in `folder` skipped, under the name that the user knows; None if it took all files.
 
     Raises:
         ArtefactError, DataError: the set's manifest is missing or damaged.
@@ -24,16 +24,16 @@ def left_out(folder: Path, named: Path) -> str | None:
     reasons = ", ".join(f"{number} {reason}" for reason, number in manifest.rejected.items())
     examples = _examples(folder / REJECTED)
     return printable(
-        f"WARNING: {in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} left out, "
-        f"since {'it is no whole image' if count == 1 else 'they are no whole images'}: {reasons}"
+        f"{in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} skipped, "
+        f"since {'it is not a complete image' if count == 1 else 'they are not complete images'}: {reasons}"
         f"{_listed(examples, count)}"
     )
 
 
-def told_left_out(odd: Mapping[Path, Rejected]) -> str:
-    """Some files with the reasons why they are left out, a line each."""
-    told = [in_line(f"{path}: {why.reason} ({why.detail})") for path, why in odd.items()]
-    return _listed(told[:_NAMED], len(told))
+def listed_reasons(odd: Mapping[Path, Rejected]) -> str:
+    """Some files with the reasons why they are skipped, one per line."""
+    lines = [in_line(f"{path}: {why.reason} ({why.detail})") for path, why in odd.items()]
+    return _listed(lines[:_NAMED], len(lines))
 
 
 def _listed(examples: Sequence[str], count: int) -> str:
@@ -46,4 +46,4 @@ def _examples(path: Path) -> list[str]:
         lines = path.read_text(encoding="ascii").splitlines()[:_NAMED]
         return [in_line("{path}: {reason} ({detail})".format(**json.loads(line))) for line in lines]
     except (OSError, ValueError, LookupError, TypeError):
-        return []  # a copy of the set without its list of names: the counts are in the manifest
+        return []  # a copy of the set without its list of names; the manifest still has the counts

@@ -1,6 +1,5 @@
-"""The entries of folders as they are found. No single entry can end the listing of the others: one that cannot be
-looked at is listed with the size `ODD`, and `why_odd` says what it is.
-"""
+"""Lists the entries of folders. No single entry can end the listing: an inaccessible one has the size `ODD`, and
+`why_odd` explains it."""
 
 import errno
 import os
@@ -15,23 +14,23 @@ from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import in_line
 
 ODD = -1
-"""The size of what is no regular file, or cannot be looked at."""
+"""The size of an entry that is not a regular file or is not accessible."""
 
 _Identity = tuple[int, int]
 _OF_THE_SYSTEM = {"lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db"}
 
 
 class SourceFile(NamedTuple):
-    """An entry as listed: path relative to the source folder, and size in bytes or `ODD`."""
+    """A listed entry: path relative to the source folder, and size in bytes or `ODD`."""
 
     path: str
     size: int
 
 
 def list_files(source: Path) -> list[SourceFile]:
-    """Everything below `source` that is not a folder, sorted by path; links are followed.
+    """Everything below `source` except folders, sorted by path; links are followed.
 
-    A folder that cannot be listed, or that links lead back to, is an entry itself, of size `ODD`.
+    A folder that cannot be listed, or that a link leads back to, is an entry of size `ODD`.
 
     Raises:
         DataError: `source` is not a folder, or cannot be listed.
@@ -40,7 +39,7 @@ def list_files(source: Path) -> list[SourceFile]:
 
 
 def list_folder(folder: Path) -> dict[str, int]:
-    """Names of the entries of one folder, without those that nobody wants, with their sizes, `ODD` for folders too.
+    """Names of the entries of one folder except unwanted ones, with their sizes, `ODD` for folders too.
 
     Raises:
         DataError: `folder` is not a folder, or cannot be listed.
@@ -49,19 +48,19 @@ def list_folder(folder: Path) -> dict[str, int]:
 
 
 def unwanted(path: str) -> Rejected | None:
-    """Why a file is left out by its name alone, whatever it holds; None where it is not."""
+    """Why a file is skipped for its name alone; None if it is not."""
     parts = path.split("/")
     if any(part.startswith(".") for part in parts):
         return Rejected(NOT_AN_IMAGE, "hidden file, or in a hidden folder")
-    if found := _OF_THE_SYSTEM.intersection(parts):
-        return Rejected(NOT_AN_IMAGE, f"{found.pop()} belongs to the system")
+    if names := _OF_THE_SYSTEM.intersection(parts):
+        return Rejected(NOT_AN_IMAGE, f"{names.pop()} belongs to the system")
     return None
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path that a data set lists cannot be that of a file below its folder.
+    """Whether a path listed by a data set cannot be that of a file below its folder.
 
-    Links in the folder are followed wherever they lead: data sets are often kept as links.
+    Links in the folder may lead anywhere: data sets are often kept as links.
     """
     try:
         return path.startswith("/") or ".." in path.split("/") or not path.strip("./") or b"\0" in os.fsencode(path)
@@ -82,17 +81,17 @@ def why_odd(path: Path) -> Rejected:
 
 
 def _walk(source: Path) -> Iterator[SourceFile]:
-    found = _entries_of_source(source)
-    # Folders that are to be listed: no calls within one another, since a tree may be deeper than those can be.
+    entries = _entries_of_source(source)
+    # folders still to list; not a recursion, because a tree may exceed its depth limit
     waiting: list[tuple[str, frozenset[_Identity]]] = []
     path, ancestors = "", frozenset([_identity(source.stat())])
     while True:
-        for entry in found:
+        for entry in entries:
             below = f"{path}/{entry.name}" if path else entry.name
             identity = _folder(entry)
             if identity is None:
                 yield SourceFile(below, _size(entry))
-            elif identity in ancestors:  # a link to one of its own parents has no end
+            elif identity in ancestors:  # a link to a parent folder would never end
                 yield SourceFile(below, ODD)
             else:
                 waiting.append((below, ancestors | {identity}))
@@ -100,10 +99,10 @@ def _walk(source: Path) -> Iterator[SourceFile]:
             return
         path, ancestors = waiting.pop()
         try:
-            found = _entries(f"{source}/{path}")
-        except OSError as error:  # closed, gone meanwhile, too deep for the system
+            entries = _entries(f"{source}/{path}")
+        except OSError as error:  # not permitted, gone meanwhile, or too deep for the system
             _raise_if_machine_failed(error, f"{source}/{path}")
-            found = []
+            entries = []
             yield SourceFile(path, ODD)
 
 
@@ -111,7 +110,7 @@ def _entries_of_source(folder: Path) -> list["os.DirEntry[str]"]:
     try:
         return _entries(folder)
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{in_line(folder)} is not a folder: expected one that holds images, at any depth.") from None
+        raise DataError(f"{in_line(folder)} is not a folder: expected one with images, at any depth.") from None
     except OSError as error:
         _raise_if_machine_failed(error, folder)
         raise DataError(f"{in_line(folder)} cannot be listed ({error.strerror}): make it readable.") from None
@@ -127,7 +126,7 @@ def _identity(status: os.stat_result) -> _Identity:
 
 
 def _folder(entry: "os.DirEntry[str]") -> _Identity | None:
-    """What a folder is known by; None for what is none or cannot be looked at, such as a link into a closed one."""
+    """Identity of a folder; None for other entries and inaccessible ones, such as a link into a closed folder."""
     try:
         return _identity(entry.stat()) if entry.is_dir() else None
     except OSError as error:

@@ -115,7 +115,7 @@ def _write(
 
 
 def _preprocessor(spec: ModelSpec) -> dict[str, Any]:
-    """The centre crop of evaluation: resize the shorter side, cut out the middle."""
+    """The centre crop of evaluation: resize the shorter side, crop the centre."""
     size = spec.input.size
     return {
         "image_processor_type": "BitImageProcessor",
@@ -141,7 +141,7 @@ def _card(model: DenseModel, architecture: str) -> str:
         "step": "of step",
         "clusters": "clusters and shares",
     }
-    told = [f"- {text}: {model.provenance[key]}" for key, text in facts.items() if key in model.provenance]
+    lines = [f"- {text}: {model.provenance[key]}" for key, text in facts.items() if key in model.provenance]
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(model.spec.shape).items())
     return "\n".join(
         [
@@ -156,7 +156,7 @@ def _card(model: DenseModel, architecture: str) -> str:
             "and how far its output is from that of the model that was trained.",
             "",
             f"- size: {sizes}",
-            *told,
+            *lines,
             "",
             "```python",
             f"from transformers import AutoImageProcessor, {architecture}",
@@ -181,7 +181,7 @@ def run_vit(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
 
 
 def run_vitmae_encoder(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
-    """Visible tokens of `ViTMAEModel`, which masks whatever it is given."""
+    """Visible tokens of `ViTMAEModel`, which masks every input."""
     from transformers import ViTMAEModel
 
     with torch.inference_mode():
@@ -197,13 +197,13 @@ def run_vitmae(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
 
 
 def _loaded(cls: Any, folder: Path, **arguments: Any) -> Any:
-    """A model loaded from its folder alone, every weight of it."""
+    """A model loaded only from its folder; every weight must be present."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, told = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **arguments)
-    if any(told.values()):
+    model, report = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **arguments)
+    if any(report.values()):
         raise ArtefactError(
-            f"transformers reads {cls.__name__} otherwise than it was written: {told}. Please report it."
+            f"transformers reads {cls.__name__} differently from what was written: {report}. Please report it."
         )
     return model.eval()

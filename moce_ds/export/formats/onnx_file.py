@@ -1,7 +1,7 @@
-"""`model.onnx`: images in, features and tokens out, any number of images at a time; its weights in `model.onnx.data`.
+"""`model.onnx`: images in, features and tokens out, for any number of images; its weights are in `model.onnx.data`.
 
-A protobuf file ends at 2 GB, and whatever reads one holds all of it in memory. Weights in a file beside it have no such
-bound, are written one at a time, and are mapped by onnxruntime.
+A protobuf file is limited to 2 GB, and its readers hold all of it in memory. Weights in a separate file have no such
+limit, are written one at a time, and are memory-mapped by onnxruntime.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _GRAPH, _WEIGHTS = "model.onnx", "model.onnx.data"
 
 
 def write(folder: Path, model: DenseModel) -> None:
-    """Both files; the graph names the other relative to itself, so they can be moved together."""
+    """Write both files. The graph names the other one by a relative path, so they can be moved together."""
     from moce_ds.export.formats.onnx_graph import vit_model, write_weights  # onnx need not be installed
 
     weights = write_weights(folder / _WEIGHTS, model.state)
@@ -25,7 +25,7 @@ def write(folder: Path, model: DenseModel) -> None:
 
 
 def run(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
-    """Tokens by onnxruntime, one image and then the others, since the axis of images must be free."""
+    """Tokens by onnxruntime, for one image and then for the others, because the image axis must be dynamic."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / _GRAPH, providers=["CPUExecutionProvider"])

@@ -1,6 +1,6 @@
-"""timm's ViT as a graph of ONNX, node by node, and its weights in a file beside it, one by one.
+"""timm's ViT as an ONNX graph, node by node, with its weights written one by one to a separate file.
 
-torch's exporter traces any model, for which it holds several copies of the weights. This one is simple and known.
+torch's exporter traces any model but holds several copies of the weights. This model is simple and known.
 
 Axes: B images, N patches (h x w), T tokens, D width, H heads, K width of a head, F hidden width of an MLP.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 from moce_ds.models.mae import NORM_EPS
 from moce_ds.models.vit import ViTShape
 
-_OPSET, _IR_VERSION = 17, 8  # the oldest with LayerNormalization: runtimes and converters since 2022 read it
-_TRANSPOSED = ".T"  # ends the name of a linear layer's matrix as MatMul takes it, [in, out]; timm's is [out, in]
-_PAGE = 4096  # weights begin at multiples of it, or they could not be mapped
+_OPSET, _IR_VERSION = 17, 8  # the oldest with LayerNormalization; runtimes and converters since 2022 read it
+_TRANSPOSED = ".T"  # suffix of a linear layer's matrix for MatMul, [in, out]; timm's is [out, in]
+_PAGE = 4096  # alignment of weights, required for memory mapping
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> list[TensorProto]:
-    """Write the weights of timm's ViT; returns where each of them lies. Memory: that of the largest."""
+    """Write the weights of timm's ViT; returns the location of each. Needs the memory of the largest one."""
     placed = []
     with open(path, "wb") as file:
         for name, tensor in state.items():
@@ -59,7 +59,7 @@ def vit_model(shape: ViTShape, weights: Sequence[TensorProto]) -> ModelProto:
 
 
 class _ViT:
-    """Nodes in the order of timm's forward pass. Values are known by their names; every method returns that of its
+    """Nodes in the order of timm's forward pass. Values are identified by name; every method returns the name of its
     result."""
 
     def __init__(self, shape: ViTShape) -> None:
@@ -68,7 +68,7 @@ class _ViT:
         self.constants: dict[str, TensorProto] = {}
 
     def graph(self, weights: Sequence[TensorProto]) -> GraphProto:
-        """All nodes with inputs, outputs and weights; once, since it adds the nodes."""
+        """All nodes with inputs, outputs and weights; call once, because it adds the nodes."""
         shape, size = self.shape, self.shape.image_size
         x_BTD = self.embedded("images")
         for block in range(shape.depth):
@@ -76,14 +76,14 @@ class _ViT:
         self.features(self.norm(x_BTD, "norm", "tokens"))
         inputs = [("images", (3, size, size))]
         outputs = [("features", (shape.width,)), ("tokens", (shape.num_patches + 1, shape.width))]
-        told_in, told_out = (
+        input_infos, output_infos = (
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *rest]) for name, rest in values]
             for values in (inputs, outputs)
         )
-        return helper.make_graph(self.nodes, "vit", told_in, told_out, [*self.constants.values(), *weights])
+        return helper.make_graph(self.nodes, "vit", input_infos, output_infos, [*self.constants.values(), *weights])
 
     def embedded(self, images_BCHW: str) -> str:
-        """The cls token, then the patches in rows; positions added."""
+        """The cls token, then the patches in row order, plus positions."""
         width, patch = self.shape.width, [self.shape.patch_size] * 2
         proj = "patch_embed.proj"
         grid_BDhw = self.add(
@@ -97,7 +97,7 @@ class _ViT:
         return self.add("Add", "embedded", self.add("Concat", "rows", cls_B1D, patches_BND, axis=1), "pos_embed")
 
     def block(self, x_BTD: str, name: str) -> str:
-        """Attention and MLP, each from normalised tokens, each added to what it was given."""
+        """Attention and MLP, each on normalised tokens and added to its input."""
         attended_BTD = self.attention(self.norm(x_BTD, f"{name}.norm1"), f"{name}.attn")
         x_BTD = self.add("Add", f"{name}.attended", x_BTD, attended_BTD)
         hidden_BTF = self.linear(self.norm(x_BTD, f"{name}.norm2"), f"{name}.mlp.fc1")
@@ -105,7 +105,7 @@ class _ViT:
         return self.add("Add", name, x_BTD, mlp_BTD)
 
     def attention(self, x_BTD: str, name: str) -> str:
-        """Every head's softmax(q k^T / sqrt(K)) v, joined and projected."""
+        """softmax(q k^T / sqrt(K)) v of every head, concatenated and projected."""
         width, heads = self.shape.width, self.shape.heads
         each = width // heads
         qkv_BT3HK = self.reshape(self.linear(x_BTD, f"{name}.qkv"), (0, 0, 3, heads, each), f"{name}.heads")
@@ -115,21 +115,21 @@ class _ViT:
             for index, letter in enumerate("qkv")
         )
         scaled_BHTK = self.add("Mul", f"{name}.scaled", q_BHTK, self.constant("scale", each**-0.5))
-        turned_BHKT = self.add("Transpose", f"{name}.turned", k_BHTK, perm=[0, 1, 3, 2])
-        scores_BHTT = self.add("MatMul", f"{name}.scores", scaled_BHTK, turned_BHKT)
+        transposed_BHKT = self.add("Transpose", f"{name}.transposed", k_BHTK, perm=[0, 1, 3, 2])
+        scores_BHTT = self.add("MatMul", f"{name}.scores", scaled_BHTK, transposed_BHKT)
         shares_BHTT = self.add("Softmax", f"{name}.shares", scores_BHTT, axis=-1)
         mixed_BHTK = self.add("MatMul", f"{name}.mixed", shares_BHTT, v_BHTK)
         mixed_BTHK = self.add("Transpose", f"{name}.by_token", mixed_BHTK, perm=[0, 2, 1, 3])
         return self.linear(self.reshape(mixed_BTHK, (0, 0, width), f"{name}.joined"), f"{name}.proj")
 
     def gelu(self, x: str, name: str) -> str:
-        """x / 2 * (1 + erf(x / sqrt(2))): ONNX has had a node for it since opset 20; runtimes know the pattern."""
+        """x / 2 * (1 + erf(x / sqrt(2))): ONNX has a node for it since opset 20; runtimes recognise the pattern."""
         erf = self.add("Erf", f"{name}.erf", self.add("Div", f"{name}.over", x, self.constant("sqrt2", sqrt(2))))
         twice = self.add("Mul", f"{name}.twice", x, self.add("Add", f"{name}.up", erf, self.constant("one", 1.0)))
         return self.add("Mul", name, twice, self.constant("half", 0.5))
 
     def features(self, tokens_BTD: str) -> None:
-        """The mean of the patch tokens, as `moce features` takes it."""
+        """The mean of the patch tokens, as `moce features` computes it."""
         end = self.shape.num_patches + 1
         bounds = (self.constant(f"patches.{word}", [at]) for word, at in (("from", 1), ("to", end), ("axis", 1)))
         patches_BND = self.add("Slice", "patches", tokens_BTD, *bounds)
@@ -145,11 +145,11 @@ class _ViT:
         return self.add("Add", f"{name}.y", product, f"{name}.bias")
 
     def reshape(self, x: str, sizes: tuple[int, ...], name: str) -> str:
-        """0 leaves an axis as it is."""
+        """0 keeps an axis."""
         return self.add("Reshape", name, x, self.constant(f"{name}.sizes", list(sizes)))
 
     def constant(self, name: str, value: int | float | list[int]) -> str:
-        """A small value that lies in the graph itself."""
+        """A small value stored in the graph itself."""
         array = np.asarray(value, np.float32 if isinstance(value, float) else np.int64)
         self.constants[name] = numpy_helper.from_array(array, name)
         return name

@@ -1,7 +1,7 @@
-"""`model.pth` for detectron2, OpenMMLab's packages and the public MAE: other names, and keys that hold the weights.
+"""`model.pth` for detectron2, OpenMMLab's packages and the public MAE: renamed weights under a key.
 
-Their loaders read files of `torch.save` and no safetensors. The file holds plain tensors and nothing else, so
-`torch.load(..., weights_only=True)` reads it.
+Their loaders read files of `torch.save` and no safetensors. The file holds plain tensors only, so `torch.load(...,
+weights_only=True)` reads it.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,13 +30,17 @@ Rename = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def vitdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """ViTDet's backbone (detectron2, mmdet) has neither a cls token nor a final norm. Left in, `norm.weight` is matched
-    with the norms of detectron2's feature pyramid, since matching_heuristics goes by the end of a name."""
+    """ViTDet's backbone (detectron2, mmdet) has neither a cls token nor a final norm.
+
+    detectron2's matching_heuristics matches the ends of names, so a remaining `norm.weight` would be matched with the
+    norms of its feature pyramid.
+    """
     return {name: tensor for name, tensor in state.items() if not name.startswith(("norm.", "cls_token"))}
 
 
 def mmseg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmseg's MAE backbone loads into itself, so without `backbone.`; it has no final norm (`final_norm=False`)."""
+    """mmseg loads its MAE backbone directly, so without the prefix `backbone.`; it has no final norm
+    (`final_norm=False`)."""
     return renamed({name: tensor for name, tensor in state.items() if not name.startswith("norm.")}, _OPENMMLAB)
 
 
@@ -49,12 +53,12 @@ def mmpretrain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def public_mae(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The public MAE has our names."""
+    """The public MAE uses our names."""
     return dict(state)
 
 
 def writer(rename: Rename, key: str) -> Callable[[Path, DenseModel], None]:
-    """What writes `model.pth`: the renamed weights under `key`."""
+    """A function that writes `model.pth` with the renamed weights under `key`."""
 
     def write(folder: Path, model: DenseModel) -> None:
         torch.save({key: rename(model.state)}, folder / "model.pth")
@@ -63,9 +67,9 @@ def writer(rename: Rename, key: str) -> Callable[[Path, DenseModel], None]:
 
 
 def run_public_mae(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
-    """Patches of the masked autoencoder, whose names are the public MAE's."""
+    """Patches of the masked autoencoder, with the names of the public MAE."""
     state = torch.load(folder / "model.pth", weights_only=True)["model"]
-    with torch.device("meta"):  # no second copy
+    with torch.device("meta"):  # without a second copy
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     check_state(mae, state, str(folder / "model.pth"))
     mae.load_state_dict(state, assign=True)

@@ -1,4 +1,4 @@
-"""All formats, as `--format` and `--part` name them."""
+"""All formats, by the names of `--format` and `--part`."""
 
 from moce_ds.errors import ConfigError
 from moce_ds.export.formats import huggingface, onnx_file, pth, timm_folder
@@ -33,7 +33,7 @@ def find_format(name: str, part: str = "encoder") -> Format:
     """The format of a part of the model.
 
     Raises:
-        ConfigError: there is none, or a package that writes it is missing.
+        ConfigError: there is none, or a package required for writing it is missing.
     """
     parts = {format.part: format for format in FORMATS if format.name == name}
     if not parts:
@@ -41,8 +41,8 @@ def find_format(name: str, part: str = "encoder") -> Format:
     if part not in parts:
         full = ", ".join(format.name for format in FORMATS if format.part == "full")
         raise ConfigError(
-            f"--part: got {part!r}; --format {name} takes {' or '.join(parts)}; full, with the decoder, goes with "
-            f"{full}."
+            f"--part: got {part!r}; --format {name} takes {' or '.join(parts)}; full, with the decoder, is "
+            f"available for {full}."
         )
     missing = [package for package in parts[part].needs if not installed(package)]
     if missing:

@@ -1,4 +1,4 @@
-"""What a format is: how the dense model is written for one library, and how it is loaded back and run there."""
+"""An export format: how the dense model is written for one library, and how that library loads and runs it again."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,12 +14,13 @@ from moce_ds.models.build import ModelSpec
 from moce_ds.storage import export_folder
 
 EXTRA = "moce-ds[formats]"
-"""Installs what other formats than timm's are written and loaded back with."""
+"""The extra with the packages for all formats except timm's."""
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """What is exported: weights by the names of timm and the public MAE (with a decoder where the part is `full`)."""
+    """The model to export: weights by the names of timm and the public MAE (including the decoder if the part is
+    `full`)."""
 
     state: Mapping[str, Tensor]
     spec: ModelSpec
@@ -34,9 +35,9 @@ class Format:
         name: as in `--format`.
         part: "encoder", or "full": the decoder too.
         write: writes the model's files into a folder.
-        library: the package that loads them back; None where there is no package of it.
-        run: what `library` computes from the folder, given a trial: compared with the trained model's `output`.
-        needs: packages without which nothing can be written.
+        library: the package that loads them again; None if it is not available as a package.
+        run: the output of `library` for a trial, from the folder; compared with `output` of the trained model.
+        needs: packages required for writing.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Format:
 
     @property
     def is_encoder_folder(self) -> bool:
-        """Whether other verbs read it, too."""
+        """Whether other verbs read it too."""
         return (self.name, self.part) == ("timm", "encoder")
 
 
@@ -59,18 +60,18 @@ def installed(library: str) -> bool:
 
 
 def library_version(library: str) -> str:
-    """Such as "transformers 5.24.0"."""
+    """A text such as "transformers 5.24.0"."""
     return f"{library} {version(library)}"
 
 
 def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
-    """Write `export.json`, by which `moce inspect` knows the folder and its files."""
+    """Write `export.json`, by which `moce inspect` recognises the folder and its files."""
     shape, input = asdict(spec.shape), spec.input.to_tree()
     export_folder.write_record(folder, {"target": format.name, "part": format.part, "shape": shape, "input": input})
 
 
 def renamed(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The tensors under other names: every pair (old, new) is replaced in turn."""
+    """The tensors under other names: the pairs (old, new) are replaced in order."""
     result = {}
     for name, tensor in state.items():
         for old, new in names:

@@ -12,7 +12,7 @@ from moce_ds.models.vit import load_encoder, save_encoder
 
 
 def write(folder: Path, model: DenseModel) -> None:
-    """`model.safetensors`, without mask token and decoder: timm takes any file with a `mask_token` for DINOv2."""
+    """`model.safetensors`, without mask token and decoder: timm takes a file with a `mask_token` for DINOv2."""
     save_encoder(folder, model.state, model.spec.shape, model.spec.input, model.provenance)
 
 

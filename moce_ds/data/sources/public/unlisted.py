@@ -1,4 +1,4 @@
-"""Data sets without lists: Caltech101, whose splits are drawn, and CIFAR, whose images are raw bytes."""
+"""Data sets without lists: Caltech101, whose splits are drawn at random, and CIFAR, whose images are raw bytes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_ds.data.sources.listing import Listed
-from moce_ds.data.sources.public.found import UNPACK_AGAIN, Found, draw, first_there, for_validation, read_lines
+from moce_ds.data.sources.public.dataset_splits import (
+    UNPACK_AGAIN,
+    DatasetSplits,
+    draw,
+    first_existing,
+    for_validation,
+    read_lines,
+)
 from moce_ds.data.sources.walk import ODD, list_files, unwanted
 from moce_ds.errors import DataError
 from moce_ds.storage.files import reads_from
 
-_CALTECH_TRAINING, _CALTECH_VALIDATION = 30, 5  # images of each class; the others are for testing
+_CALTECH_TRAINING, _CALTECH_VALIDATION = 30, 5  # images of each class; the rest is for testing
 _SIDE = 32  # pixels of a CIFAR image
 
 _Rows = NDArray[np.uint8]
@@ -21,12 +28,12 @@ _Rows = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class _Cifar:
-    """The files of a set in CIFAR's binary format: images of some label bytes, of which the last counts, and pixels.
+    """The files of a set in CIFAR's binary format: label bytes (the last one is the class), then pixels, per image.
 
     Attributes:
         training, testing: the files.
-        times: images of a training file for each one of the test file.
-        labels: bytes before each image.
+        times: images in a training file per image in the test file.
+        labels: number of label bytes of each image.
     """
 
     training: list[Path]
@@ -35,20 +42,23 @@ class _Cifar:
     labels: int
 
 
-def caltech101(source: Path, seed: int) -> Found:
-    """Caltech 101 (101 and the background): `101_ObjectCategories/CLASS/*.jpg`. No split is official: 30 images of each
-    class are drawn for training, five of them for validation, as the literature does."""
-    root = first_there(source, "101_ObjectCategories", "caltech-101/101_ObjectCategories")
-    # The background's folder ships a file that is no image.
+def caltech101(source: Path, seed: int) -> DatasetSplits:
+    """Caltech 101 (101 and the background): `101_ObjectCategories/CLASS/*.jpg`.
+
+    There is no official split. As in the literature, 30 images of each class are drawn for training, five of them for
+    validation.
+    """
+    root = first_existing(source, "101_ObjectCategories", "caltech-101/101_ObjectCategories")
+    # The folder of the background contains a file that is not an image.
     files = [file for file in list_files(root) if file.size != ODD and not unwanted(file.path)]
     paths = [file.path for file in files if file.path.endswith(".jpg") and "/" in file.path]
     images = [Listed(path, (path.rpartition("/")[0],)) for path in paths]
     test, drawn = draw(images, seed, lambda count: min(_CALTECH_TRAINING, count - 1))
     train, val = draw(drawn, seed, lambda count: min(_CALTECH_VALIDATION, count - 1))
-    return Found(root, {"train": train, "val": val, "test": test})
+    return DatasetSplits(root, {"train": train, "val": val, "test": test})
 
 
-def cifar10(source: Path, seed: int, scratch: Path) -> Found:
+def cifar10(source: Path, seed: int, scratch: Path) -> DatasetSplits:
     """CIFAR-10, binary version: `data_batch_{1-5}.bin`, `test_batch.bin`, `batches.meta.txt`."""
     root = _binary(source, "cifar-10-batches-bin", "data_batch_1.bin")
     training = [root / f"data_batch_{number}.bin" for number in range(1, 6)]
@@ -56,7 +66,7 @@ def cifar10(source: Path, seed: int, scratch: Path) -> Found:
     return _cifar(splits, root / "batches.meta.txt", seed, scratch)
 
 
-def cifar100(source: Path, seed: int, scratch: Path) -> Found:
+def cifar100(source: Path, seed: int, scratch: Path) -> DatasetSplits:
     """CIFAR-100 by fine label, binary version: `train.bin`, `test.bin`, `fine_label_names.txt`."""
     root = _binary(source, "cifar-100-binary", "train.bin")
     splits = _Cifar([root / "train.bin"], root / "test.bin", times=5, labels=2)
@@ -66,16 +76,16 @@ def cifar100(source: Path, seed: int, scratch: Path) -> Found:
 def _binary(source: Path, folder: str, name: str) -> Path:
     for pickled in source.glob("cifar-*-py*"):
         if not (source / folder).exists():
-            raise DataError(f"{pickled} holds pickles, which can run anything: get the binary version, {folder}.")
-    return first_there(source, f"{folder}/{name}", name).parent
+            raise DataError(f"{pickled} holds pickles, which can run arbitrary code: get the binary version, {folder}.")
+    return first_existing(source, f"{folder}/{name}", name).parent
 
 
-def _cifar(files: _Cifar, names: Path, seed: int, scratch: Path) -> Found:
+def _cifar(files: _Cifar, names: Path, seed: int, scratch: Path) -> DatasetSplits:
     """Unpack to PNG below `scratch`; a tenth of the training images of each class is for validation."""
     classes = [name for (name,) in read_lines(names)]
     rows = {file: _rows(file, files.labels + 3 * _SIDE**2) for file in (*files.training, files.testing)}
     of_test = len(rows[files.testing])
-    for file in files.training:  # one that was cut between two images
+    for file in files.training:  # detects a file that was cut between two images
         if len(rows[file]) != files.times * of_test:
             raise DataError(
                 f"{file} holds {len(rows[file])} images and {files.testing.name} {of_test}; expected "
@@ -84,7 +94,7 @@ def _cifar(files: _Cifar, names: Path, seed: int, scratch: Path) -> Found:
     train = _unpacked(files.training, rows, files.labels, classes, scratch, "train")
     test = _unpacked([files.testing], rows, files.labels, classes, scratch, "test")
     train, val = for_validation(train, seed, 0.1)
-    return Found(scratch, {"train": train, "val": val, "test": test})
+    return DatasetSplits(scratch, {"train": train, "val": val, "test": test})
 
 
 def _unpacked(

@@ -10,10 +10,13 @@ import pytest
 from alone import ALONE
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.metrics_file import METRICS
 from moce_ds.training.metric_logger import MetricLogger
-from moce_ds.training.steward import Steward
+from moce_ds.training.schedule import Schedule
+from moce_ds.training.settings import BatchArithmetic
+from moce_ds.training.trainer import Trainer
 
 
 def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
@@ -28,28 +31,28 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
     def start(manifest: dict[str, Any], state: object) -> None:
         begun.append((manifest["metrics"], list(synced)))
 
-    attempt = RunLease.claim(tmp_path, ALONE)
+    lease = RunLease.claim(tmp_path, ALONE)
     monkeypatch.setattr(os, "fsync", fsync)
-    parts: Any = dict.fromkeys(("engine", "run", "stop", "skips"))
-    saver: Any = SimpleNamespace(start=start)
-    with MetricLogger(attempt, 0, 2, 16, ALONE) as teller:
-        steward = Steward(
-            **parts, attempt=attempt, runtime=ALONE, step=1, steps=2, images=16, saver=saver, teller=teller
-        )
-        teller.metrics({"step": 1, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
-        steward.save({})
+    checkpoints: Any = SimpleNamespace(start=start)
+    task: Any = SimpleNamespace(manifest=lambda _: {}, state=dict)
+    engine: Any = None
+    schedule, run = Schedule(0.1, 0.0, 2, 0, 0), RunSettings(out=tmp_path)
+    trainer = Trainer(engine, task, checkpoints, lease, run, schedule, BatchArithmetic(16, 1, 1), {}, ALONE)
+    with MetricLogger(lease, 0, 2, 16, ALONE) as logger:
+        logger.metrics({"step": 1, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
+        trainer.save(logger)
     [(mark, before)] = begun
     assert json.loads(before[-1].splitlines()[-1])["check"] == mark
 
 
 def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its files are a mirror, and its thread's error no business of the terminal."""
-    attempt = RunLease.claim(tmp_path, ALONE)
-    with MetricLogger(attempt, 0, 40, 16, ALONE) as teller:
+    lease = RunLease.claim(tmp_path, ALONE)
+    with MetricLogger(lease, 0, 40, 16, ALONE) as logger:
         (tmp_path / "tensorboard").rename(tmp_path / "moved")
         (tmp_path / "tensorboard").touch()
         for step in range(1, 41):  # more than the queue of its thread holds
-            teller.metrics({"step": step, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
+            logger.metrics({"step": step, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
     assert len((tmp_path / METRICS).read_text().splitlines()) == 40
     said = "".join(capfd.readouterr())
     assert said.count("WARNING: ") == 1 and "Traceback" not in said
@@ -57,8 +60,8 @@ def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_tensorboard_that_cannot_begin_is_told_as_one_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    attempt = RunLease.claim(tmp_path, ALONE)
+    lease = RunLease.claim(tmp_path, ALONE)
     (tmp_path / "tensorboard").touch()
     with pytest.raises(ArtefactError, match=f"{tmp_path} cannot be written"):
-        MetricLogger(attempt, 0, 40, 16, ALONE)
+        MetricLogger(lease, 0, 40, 16, ALONE)
     assert "Traceback" not in "".join(capfd.readouterr())

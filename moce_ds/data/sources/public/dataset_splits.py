@@ -1,6 +1,6 @@
-"""What a reader of a public data set finds, and what readers share.
+"""The splits of a public data set, and functions that its readers share.
 
-Nothing is executed: text, JSON, MATLAB's .mat and raw bytes are read, Python's pickles are not.
+Nothing is executed: the readers read text, JSON, MATLAB's .mat and raw bytes, never Python pickles.
 """
 
 from collections import defaultdict
@@ -15,14 +15,14 @@ from moce_ds.data.sources.walk import leads_out
 from moce_ds.errors import DataError
 from moce_ds.storage.files import reads_from
 
-UNPACK_AGAIN = "unpack the data set anew."
+UNPACK_AGAIN = "unpack the data set again."
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Found:
-    """The images of a data set by split (`SPLITS`), their paths below `root`.
+class DatasetSplits:
+    """The images of a data set by split (`SPLITS`), with paths below `root`.
 
     `multi_label`: an image may show several classes, or none.
     """
@@ -38,19 +38,19 @@ class Found:
         return sorted({name for image in images for name in image.classes + image.unsure})
 
 
-def first_there(source: Path, *names: str) -> Path:
-    """The first of the names that is there below `source`. Raises DataError where none is."""
+def first_existing(source: Path, *names: str) -> Path:
+    """The first of the names that exists below `source`. Raises DataError if none does."""
     for name in names:
         if (source / name).exists():
             return source / name
     raise DataError(
-        f"{source} holds no {' and no '.join(names)}: expected the data set unpacked as it is distributed. "
-        "docs/transfer.md says which files each one has."
+        f"{source} holds no {' and no '.join(names)}: expected the unpacked data set as distributed. "
+        "docs/transfer.md lists the files of each one."
     )
 
 
 def read_lines(path: Path, fields: int = 1) -> list[list[str]]:
-    """The lines of a text file that are not empty, cut at spaces into `fields` (the last one may hold spaces).
+    """The non-empty lines of a text file, split at spaces into `fields` (the last one may contain spaces).
 
     Raises:
         DataError: the file cannot be read, or a line has too few fields.
@@ -61,7 +61,7 @@ def read_lines(path: Path, fields: int = 1) -> list[list[str]]:
             continue
         row = line.strip().split(maxsplit=fields - 1) if fields > 1 else [line.strip()]
         if len(row) < fields:
-            raise DataError(f"{path}, line {number}: got {line[:80]!r}; expected {fields} words. Unpack it anew.")
+            raise DataError(f"{path}, line {number}: got {line[:80]!r}; expected {fields} words. Unpack it again.")
         rows.append(row)
     return rows
 
@@ -73,12 +73,12 @@ def read_text(path: Path) -> str:
 
 
 def for_validation(images: Sequence[Listed], seed: int, share: float) -> tuple[list[Listed], list[Listed]]:
-    """The images without a random `share` of each class, and those; at least one of each class, and never all."""
+    """Training and validation images: a random `share` of each class, at least one image and never all."""
     return draw(images, seed, lambda count: min(max(1, round(share * count)), count - 1))
 
 
 def draw(images: Sequence[Listed], seed: int, number: Callable[[int], int]) -> tuple[list[Listed], list[Listed]]:
-    """The images without, and those, that are drawn at random: `number` of the count of each class.
+    """The remaining and the drawn images: of each class, `number(count)` images are drawn at random.
 
     Depends on the seed and on the paths, not on the order of `images`.
     """
@@ -95,26 +95,28 @@ def draw(images: Sequence[Listed], seed: int, number: Callable[[int], int]) -> t
     return sorted(rest), sorted(drawn)
 
 
-def checked(found: Found) -> Found:
-    """The same, refused where it cannot be a task.
+def checked(data: DatasetSplits) -> DatasetSplits:
+    """The same splits, if they form a valid task.
 
     Raises:
-        DataError: a split is empty, a path leads out of the data set, or no training image shows a class.
+        DataError: a split is empty, a path points outside of the data set, or no training image shows a class.
     """
-    for split, images in found.splits.items():
+    for split, images in data.splits.items():
         if not images:
-            raise DataError(f"{found.root}: the {split} split lists no image; expected some. Unpack the data set anew.")
+            raise DataError(f"{data.root}: the {split} split lists no image; expected some. Unpack the data set again.")
         for image in images:
             if leads_out(image.path):
-                raise DataError(f"{found.root}: {image.path!r} is listed and lies outside. Do not trust this data set.")
-    trained = _names(found.splits["train"])
-    for split, images in found.splits.items():
-        if unknown := sorted(_names(images) - trained):
+                raise DataError(
+                    f"{data.root}: {image.path!r} is listed and points outside of it. Do not trust this data set."
+                )
+    training_classes = _names(data.splits["train"])
+    for split, images in data.splits.items():
+        if unknown := sorted(_names(images) - training_classes):
             raise DataError(
-                f"{found.root}: the {split} split has classes {unknown[:5]} that no training image shows; "
-                "expected the same classes in all splits. Unpack the data set anew."
+                f"{data.root}: the {split} split has classes {unknown[:5]} that no training image shows; "
+                "expected the same classes in all splits. Unpack the data set again."
             )
-    return found
+    return data
 
 
 def _names(images: Iterable[Listed]) -> set[str]:

@@ -1,0 +1,127 @@
+"""What a run reads: the images, the clusters that route them, and the teacher of an SDR: the dense MAE that its second
+phase starts from. The run folder keeps clusters and teacher.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
+from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.clustering.feature_store import check_encoder
+from moce_ds.data.shards import ShardSet
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import ConfigError
+from moce_ds.models.build import ModelSpec
+from moce_ds.models.dense import as_encoder
+from moce_ds.models.mae import sincos_positions
+from moce_ds.models.sdr import Teacher
+from moce_ds.models.shapes import ExpertShape
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.models.warm_start import is_decoder, read_weights
+from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
+from moce_ds.training.settings import PretrainRunSettings
+
+
+@dataclass(frozen=True)
+class ClusteredData:
+    """The clusters of a run and the cluster of every image of its shard set."""
+
+    clusters: Clusters
+    ids_N: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The images of a run, and their clusters where these route them."""
+
+    shards: ShardSet
+    clustered: ClusteredData | None
+
+    @property
+    def clusters(self) -> Clusters | None:
+        """The clusters themselves."""
+        return self.clustered.clusters if self.clustered else None
+
+    def named(self, shards: Path, clusters: Path | None) -> list[tuple[str, str, str]]:
+        """For each input its setting and folder, the record of it in a manifest, and its hash."""
+        found = [(f"data.shards: {shards}", "shards_fingerprint", self.shards.fingerprint)]
+        if self.clusters is not None:
+            found.append((f"experts.clusters: {clusters}", "clusters_hash", self.clusters.hash))
+        return found
+
+    @property
+    def made_from(self) -> dict[str, str | None]:
+        """What a checkpoint's manifest names them by."""
+        return {
+            "clusters_hash": self.clusters.hash if self.clusters else None,
+            "shards_fingerprint": self.shards.fingerprint,
+        }
+
+
+def open_inputs(shards: Path, clusters: Path | None, experts: ExpertShape | None) -> Inputs:
+    """Open a shard set and the clusters that route it (None: nothing is routed by cluster), checked to belong together.
+
+    Raises:
+        ArtefactError: one of them cannot be read, or the clusters are those of other images.
+        ConfigError: `experts` have more paths than there are clusters.
+    """
+    images = ShardSet.open(shards)
+    if clusters is None or experts is None:
+        return Inputs(images, None)
+    opened = Clusters.open(clusters)
+    check_encoder(clusters, opened.encoder_fingerprint, opened.files)  # labels a task's images when the run is over
+    check_paths(experts, len(opened.sizes_M))
+    return Inputs(images, ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count)))
+
+
+def check_paths(experts: ExpertShape, clusters: int) -> None:
+    """Raise ConfigError where the paths of SDR are more than the clusters, so that some groups would learn nothing."""
+    paths = experts.num_experts**experts.stages  # one path where there are no stages
+    if paths > clusters:
+        raise ConfigError(
+            f"experts.stages: {experts.num_experts} groups in {experts.stages} stages make {paths} paths for "
+            f"{clusters} clusters: expected at most as many. Lower experts.stages, or cluster into {paths}."
+        )
+
+
+def keep_clusters(source: Path, run: Path, runtime: Runtime) -> None:
+    """Put the clusters into the run folder, so that the run alone can label a task's images; a collective.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
+    target = run / CLUSTERS
+    with runtime.raise_on_all_ranks(), writes_to(target):
+        if runtime.is_main and not target.exists():
+            with atomic_folder(target) as draft:
+                copy_tree(source, draft)
+
+
+def read_teacher(spec: ModelSpec, run: PretrainRunSettings) -> Encoder:
+    """The teacher's encoder. Raises ArtefactError: it cannot be read, or does not fit `spec`."""
+    if (kept := run.out / TEACHER).exists():
+        return load_encoder(kept)
+    source = run.init_from
+    assert source is not None, "PretrainSettings sees to it"
+    weights = read_weights(source, run.replace_positions)
+    state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
+    state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
+    return as_encoder(state, spec, {"init_from": str(source)}, str(source))
+
+
+def keep_teacher(encoder: Encoder, run: Path, runtime: Runtime) -> Teacher:
+    """Leave the teacher in the folder of the run, and make it ready on this process's device; a collective.
+
+    Raises:
+        ArtefactError: the folder cannot be written to.
+    """
+    folder = run / TEACHER
+    with runtime.raise_on_all_ranks(), writes_to(folder):
+        if runtime.is_main and not folder.exists():
+            with atomic_folder(folder) as draft:
+                save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    encoder.model.to(runtime.device)
+    return Teacher(encoder)

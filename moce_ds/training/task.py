@@ -1,0 +1,79 @@
+"""What the trainer trains on: pre-training, classification, detection and segmentation are tasks.
+
+Axes: B items (images) of a micro-batch of one process.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from moce_ds.checkpoint.format import Checkpoint
+from moce_ds.training.engine import Engine
+from moce_ds.training.metric_logger import MetricLogger
+from moce_ds.training.skipping import SkippedSteps
+
+
+class Task(ABC):
+    """Batches and losses, and hooks that `Trainer.fit` calls in the order in which they stand here.
+
+    Every process holds one, made from the same settings and seed. Steps are numbered from 0 where one is about to be
+    taken (`plan`, `losses`), and counted where it has been taken (all other hooks).
+
+    Attributes:
+        count: training items, numbered from 0.
+    """
+
+    count: int
+
+    def restore(self, checkpoint: Checkpoint) -> None:  # noqa: B027 (a hook)
+        """Take what `manifest` and `state` gave to a checkpoint; the engine has its weights. Raises ArtefactError."""
+
+    @abstractmethod
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """This process's micro-batches, from the first one of a step. Called once, with the weights in place.
+
+        Raises (while iterating):
+            DataError: an item cannot be read.
+        """
+
+    def plan(self, step: int, part: int) -> int:
+        """Prepare the micro-batch `part` of a step before it is read.
+
+        Returns a digest of what all processes must have planned alike, 0 for nothing. Not a collective.
+        """
+        return 0
+
+    @abstractmethod
+    def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
+        """The named losses of a micro-batch, each 0-d: "loss" is differentiated, the others are logged.
+
+        `engine` is the model under DeepSpeed, in training mode.
+        """
+
+    def sums(self) -> dict[str, float]:
+        """This process's part of further figures of the step, which are summed over processes."""
+        return {}
+
+    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:  # noqa: B027
+        """Follow a step, which `skips` has counted; `last`: this process takes no other. A collective."""
+
+    def validate_if_due(self, step: int) -> dict[str, float]:
+        """Measures on the validation split; empty where no validation is due. A collective."""
+        return {}
+
+    def record(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
+        """The task's own part of a record in metrics.jsonl, from what `sums` gave, summed. A collective."""
+        return {}
+
+    def after_record(self, step: int, logger: MetricLogger, *, last: bool) -> None:  # noqa: B027
+        """Follow what was recorded of a step; pictures are drawn here. A collective."""
+
+    @abstractmethod
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of a step says beside what `Trainer` does; `routing` is a part of it."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Tensors of a checkpoint beside weights and moments; only an update may change them."""
+        return {}

@@ -1,0 +1,159 @@
+"""Tuning on a labelled task, read from top to bottom: `tune` opens everything, and `Trainer.fit` trains."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
+from moce_ds.checkpoint.format import STATE, Checkpoint
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.run_layout import RESULT
+from moce_ds.checkpoint.tuning_result import read_result, result_text
+from moce_ds.config.settings import to_tree
+from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.distributed.randomness import FORWARD, hashed
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import ConfigError
+from moce_ds.storage.checksums import FileRecord
+from moce_ds.training.engine import Engine, start_engine
+from moce_ds.training.run_checks import check_resumable, keep_settings
+from moce_ds.training.schedule import Schedule, describe, make_schedule
+from moce_ds.training.settings import BatchArithmetic, shared_batch
+from moce_ds.training.skipping import SkippedSteps
+from moce_ds.training.task import Task
+from moce_ds.training.trainer import Trainer
+from moce_ds.tuning.feed import feed
+from moce_ds.tuning.settings import TuneOptimSettings, TuneSettings
+from moce_ds.tuning.state import TuneState
+from moce_ds.tuning.task import LabelledTask, Measures
+
+
+def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Measures | None:
+    """Run, or resume, tuning until its last step or until asked to stop; a collective.
+
+    Returns the final measures, or None where the run was stopped: the same command resumes it.
+
+    Raises:
+        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
+    """
+    run, batches = config.run, shared_batch(config.optim, runtime.world_size)
+    with runtime.raise_on_all_ranks():
+        found = [("The task", "task_fingerprint", labelled.fingerprint)]
+        check_resumable(config, found, "choose another folder for another run")
+    if runtime.max([float((run.out / RESULT).exists())])[0]:
+        runtime.say(f"{run.out} is complete.")
+        return dict(read_result(run.out)["measures"])
+    if batches.global_batch > labelled.count:
+        raise ConfigError(
+            f"optim.batch_size: {batches.global_batch} images in a step, of {labelled.count} to learn from: expected "
+            f"{labelled.count} at most."
+        )
+    schedule = make_schedule(config.optim, labelled.count)
+    with RunLease.claimed(run.out, runtime) as lease:
+        resume_from = latest_valid_checkpoint(run.out, runtime)
+        keep_settings(config, lease, runtime)
+        labelled.model.to(runtime.device).train()
+        task = TuneTask(labelled, config.optim, config.data.workers, run.seed, schedule, batches, runtime)
+        engine = start_engine(labelled.model, labelled.parameter_groups(), config.optim, config.engine, batches)
+        checkpoints = CheckpointManager(engine, run, lease, runtime)
+        made_from = {"config": to_tree(config), "task_fingerprint": labelled.fingerprint}
+        trainer = Trainer(engine, task, checkpoints, lease, run, schedule, batches, made_from, runtime)
+        if resume_from is not None:
+            trainer.restore(resume_from)
+        runtime.say(describe(schedule, batches, config.optim.base_lr))
+        return task.finish(lease) if trainer.fit().complete else None
+
+
+class TuneTask(Task):
+    """A labelled task for the trainer, with what tuning adds: a running average of the weights, and validation.
+
+    Args:
+        labelled: model, data and measures; the model is on its device, and DeepSpeed has not wrapped it yet.
+        optim: the decay of the average, and how often a validation is due.
+        workers: processes that prepare images.
+        seed: of the order of items, and of dropped paths.
+    """
+
+    def __init__(
+        self,
+        labelled: LabelledTask,
+        optim: TuneOptimSettings,
+        workers: int,
+        seed: int,
+        schedule: Schedule,
+        batches: BatchArithmetic,
+        runtime: Runtime,
+    ) -> None:
+        self.count = labelled.count
+        self._labelled, self._workers, self._seed = labelled, workers, seed
+        self._schedule, self._batches, self._runtime = schedule, batches, runtime
+        self._state = TuneState(labelled.model, optim.ema, runtime)
+        self._validate_every = max(1, round(optim.validate_every * labelled.count / batches.global_batch))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take average, best weights and statistics; a collective. Raises ArtefactError."""
+        with self._runtime.raise_on_all_ranks():
+            self._state.load(checkpoint.load(STATE), checkpoint.entry("best"), str(checkpoint.folder))
+
+    def batches(self, first_step: int) -> Iterator[Any]:
+        """What worker processes prepare, on the host."""
+        parts = self._batches.accumulation
+        sampler = ShuffledSampler(self.count, self._batches.micro_global, self._seed)
+        indices = range(first_step * parts, self._schedule.steps * parts)
+        return feed(self._labelled, sampler, indices, self._workers, self._runtime)
+
+    def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
+        """The labelled task's own."""
+        seed = hashed(FORWARD, self._seed, step, part, self._runtime.rank)
+        torch.manual_seed(int(seed[()] >> np.uint64(1)))  # of dropped paths: the same after resuming
+        return {"loss": self._labelled.loss(engine, batch)}
+
+    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
+        """Follow the weights; refuse to end with weights of no use. Raises DivergedError."""
+        self._state.update(step - skips.total, applied=not skips.in_a_row)
+        if step == self._schedule.steps:
+            skips.check_end(step, self._state.model)
+
+    @torch.no_grad()
+    def validate_if_due(self, step: int) -> Measures:
+        """Validate every so many steps and at the end, and keep the weights if they are the best so far."""
+        criterion = self._labelled.criterion
+        if criterion is None or (step % self._validate_every and step != self._schedule.steps):
+            return {}
+        found = self._labelled.validate(self._state.model.eval(), self._runtime)
+        self._labelled.model.train()  # the same as the evaluated one where there is no average
+        self._state.keep_best(step, found, criterion)
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        self._runtime.say(f"step {step}: validation: {listed}")
+        return found
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The record of the best weights."""
+        return {"best": self._state.best, "routing": None}
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Average, best weights and statistics."""
+        return self._state.tensors()
+
+    @torch.no_grad()
+    def finish(self, lease: RunLease) -> Measures:
+        """The final measures, with the best weights where a validation has chosen; written last of all.
+
+        Raises:
+            DataError, ArtefactError, SupersededError, DivergedError: on every process alike.
+        """
+        steps = self._schedule.steps
+        self._state.use_best()
+        found = self._labelled.finish(self._state.model.eval(), self._runtime)
+        best = self._state.best or {"step": steps, "measures": {}}
+        record = {"measures": found, "step": best["step"], "steps": steps, "validation": best["measures"]}
+        with self._runtime.raise_on_all_ranks():
+            if self._runtime.is_main:
+                with lease.file(lease.run / RESULT, steps) as draft:
+                    draft.write_text(result_text(lease.run, record), encoding="utf-8")
+                lease.note(RESULT, FileRecord.of(lease.run / RESULT), steps)  # now its absence is a fault
+        return found
