@@ -1,7 +1,7 @@
-"""`moce plan --device this`: this machine as a device of a plan, and the step that was planned, measured.
+"""`moce plan --device this`: measures this machine as a device of a plan, and the planned step.
 
-The device is made of the speed of single blocks, a copy of memory, and collectives; the step goes into nothing. All are
-timed in turn, so that whatever else the machine does hits them alike.
+The device consists of the speed of single blocks, a memory copy and collectives; the step is not used for it. All are
+timed in turns, so that other load on the machine affects them equally.
 
 Axes: B images of a micro-batch of a process, T tokens, D width, M clusters, W processes.
 """
@@ -36,48 +36,48 @@ from moce_ds.training.model import build_for_training, tune_execution
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-_COPIED = 2**28  # bytes; more than caches hold
-_LARGEST = 2**26  # bytes of a measured collective at most
+_COPIED = 2**28  # bytes; larger than the caches
+_LARGEST = 2**26  # maximum bytes of a measured collective
 _CLUSTERS, _IMAGES = 64, 4096
 _ROUNDS = 9
-_IN_A_ROW = 4  # passes of a block that are timed together: in a model its caches are as warm
+_IN_A_ROW = 4  # passes of a block timed together, so that its caches are as warm as in a model
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """This machine as a device, and the median seconds of a step where that was measured."""
+    """This machine as a device, and the median seconds of a step if it was measured."""
 
     device: Device
     step: float | None
 
 
 def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure: bool) -> Calibration:
-    """Calibrate a device for the shapes of `config`; with `measure` train for some steps on random images too.
+    """Calibrate a device for the shapes of `config`; with `measure`, also train some steps on random images.
 
     Raises:
-        ConfigError: this machine has not so many nodes or GPUs, or the settings do not fit so many processes.
+        ConfigError: this machine has fewer nodes or GPUs, or the settings do not fit that many processes.
     """
     if list(nodes) != [1]:
-        raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: give --nodes 1.")
+        raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: use --nodes 1.")
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
     batch_arithmetic(config, gpus)
-    work.exchange(config, Machines(1, gpus), None)  # refuses what has no plan, before processes start
-    found = in_processes(_calibrate, gpus, config, measure)
-    return Calibration(configuration.from_tree(Device, found["device"], "calibration"), found["step"])
+    work.exchange(config, Machines(1, gpus), None)  # refuses unplannable settings before processes start
+    measured = in_processes(_calibrate, gpus, config, measure)
+    return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
 
 
 def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
-    """Time everything in turn, all processes at once; the slowest process counts."""
+    """Time everything in turns, in all processes at once; the slowest process counts."""
     cases = _parts(config, runtime) | ({"step": training_step(config, runtime)} if measure else {})
-    own = interleaved(cases, _ROUNDS, runtime.barrier)
-    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    times = interleaved(cases, _ROUNDS, runtime.barrier)
+    seconds = dict(zip(times, runtime.max(list(times.values())), strict=True))
     device = _device(config, seconds, runtime)
     return {"device": configuration.to_tree(device), "step": seconds.get("step")}
 
 
 def _parts(config: PretrainSettings, runtime: Runtime) -> dict[str, Callable[[], object]]:
-    """What a device is made of: blocks, a copy of memory, collectives."""
+    """The parts of a device: blocks, a memory copy, collectives."""
     micro = batch_arithmetic(config, runtime.world_size).micro
     shape, decoder = config.vit_shape, config.model.decoder
     encoder_block = make_block(shape.width, shape.heads, shape.mlp_ratio)
@@ -100,7 +100,7 @@ def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Run
     T, N = work.visible_tokens(config), shape.num_patches
     reduced, exchanged = _collective_bytes(config, runtime.world_size)
     flops = work.image_flops(config)
-    # An image's blocks at the speed that each kind was seen to run.
+    # time of an image's blocks at the measured speed of each kind
     encoder = flops.encoder * seconds["encoder"] / work.block_flops(T, shape.width, shape.mlp_ratio)
     decoding = flops.decoder * seconds["decoder"] / work.block_flops(N + 1, decoder.width, 4.0)
     rate = _IN_A_ROW * 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
@@ -130,7 +130,7 @@ def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Run
 
 
 def _collective_bytes(config: PretrainSettings, world_size: int) -> tuple[int, int]:
-    """Bytes of a reduction and of an exchange, about as the step has them, which all processes can share."""
+    """Bytes of a reduction and of an all-to-all, about as in the step, divisible by all processes."""
     each = 2 if config.engine.precision == "bf16" else 4
     images = batch_arithmetic(config, world_size).micro * work.visible_tokens(config) * config.vit_shape.width
     unit = 4 * world_size
@@ -181,7 +181,7 @@ def _memory(runtime: Runtime) -> float:
 
 
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
-    """An optimizer step as training takes it, without loading: images are random, and spread evenly over clusters."""
+    """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
     data = _random_clusters(config) if config.model.arch == "moce" else None
     spec, optim = config.model_spec, config.optim
