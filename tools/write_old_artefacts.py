@@ -1,13 +1,12 @@
-"""Write one of each artefact with the program of an older commit, for tests/test_old_artefacts.py.
+"""Write the archive of tests/test_old_artefacts.py with the program of an older commit.
 
     git worktree add --detach ../older 878e397
-    PYTHONPATH=../older .venv/bin/python tools/write_old_artefacts.py tests/fixtures/old/878e397.tar.xz /srv/old
+    python -m tools.write_old_artefacts ../older tests/fixtures/old/878e397.tar.xz /srv/old
 
-Everything is written by `moce` itself, in a few minutes: a pipeline (shards, dense run, features, clusters, run with
-experts, exported expert, results), runs of the token and of the path gate, a tuning run and a study. All paths in the
-records are relative to the folder that the archive is unpacked into, but for the source of the shard sets: the second
-argument is the folder to work in. Each pre-training run has two checkpoints, so that a test can remove the last one and
-resume.
+`moce` itself writes everything, in a few minutes: a pipeline (shards, dense run, features, clusters, run with experts,
+exported expert, results), runs of the token and of the path gate, a tuning run and a study. Paths in the records are
+relative to the folder that the archive is unpacked into. Each pre-training run has two checkpoints, so that a test can
+remove the last one and resume.
 """
 
 import os
@@ -17,10 +16,13 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import click
 import numpy as np
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from moce_ds.console import run_command, say
 
 STEPS = 3
 MODEL = {
@@ -69,21 +71,27 @@ LEFT_OUT = ("tensorboard", "launches", "log.txt", "__pycache__")
 """Mirrors and logs, which nothing reads."""
 
 
-def main(out: Path, folder: Path) -> None:
-    """Write everything into `folder`, which must not exist, and that folder into the archive `out`."""
+@click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.argument("checkout", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(checkout: Path, out: Path, folder: Path) -> None:
+    """Write one of each artefact with the program in CHECKOUT into FOLDER, which must not exist, and that folder into
+    the archive OUT (.tar.xz). The shard sets record FOLDER as their source."""
     folder.mkdir(parents=True)
     _write_inputs(folder)
-    with tempfile.TemporaryDirectory() as name:
-        hook = Path(name)
-        (hook / "sitecustomize.py").write_text("import socket\n\nsocket.gethostname = lambda: 'example'\n")
+    with tempfile.TemporaryDirectory() as hook:
+        (Path(hook) / "sitecustomize.py").write_text("import socket\n\nsocket.gethostname = lambda: 'example'\n")
+        path = os.pathsep.join([hook, str(checkout.absolute())])
         for what, words in COMMANDS.items():
-            print(f"{what}: moce {' '.join(words)}", flush=True)
-            _moce(folder, hook, *words)
+            say(f"{what}: moce {' '.join(words)}")
+            environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+            subprocess.run([sys.executable, "-m", "moce_ds", *words], cwd=folder, env=environment, check=True)
     (folder / "pipeline/report.html").write_text("<!DOCTYPE html>\n")  # its pictures would be half of the archive
     out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out, "w:xz", preset=9) as archive:
         archive.add(folder, ".", filter=_member)
-    print(f"{out}: {out.stat().st_size / 1024:.0f} KiB")
+    say(f"{out}: {out.stat().st_size / 1024:.0f} KiB")
 
 
 def _write_inputs(folder: Path) -> None:
@@ -99,12 +107,6 @@ def _write_inputs(folder: Path) -> None:
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(PIPELINE, sort_keys=False))
 
 
-def _moce(folder: Path, hook: Path, *words: str) -> None:
-    path = os.pathsep.join([str(hook), str(Path(os.environ["PYTHONPATH"]).absolute())])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", "moce_ds", *words], cwd=folder, env=environment, check=True)
-
-
 def _member(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     """A member of the archive that says nothing of the machine, or None."""
     name = member.name.rpartition("/")[2]
@@ -118,4 +120,4 @@ def _member(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_command(main)
