@@ -120,4 +120,4 @@ def _member(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "python -m tools.write_old_artefacts")
