@@ -31,6 +31,7 @@ from moce_ds.checkpoint.routing_table import RoutingTable, read_routing_record
 from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, RECONSTRUCTIONS, ROUTING, TEACHER, TUNED
 from moce_ds.checkpoint.tuning_result import result_measures, verify_result
 from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
 from moce_ds.errors import ArtefactError, MoceError
@@ -82,8 +83,8 @@ class RunFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings as `config.yaml` holds them. Raises ConfigError, ArtefactError: it holds no settings."""
-        config = read_yaml(self.path / CONFIG)
+        """The settings in `config.yaml`, by today's names. Raises ConfigError, ArtefactError: it holds no settings."""
+        config = translate_tree(read_yaml(self.path / CONFIG))
         data = config.get("data")
         if not isinstance(data, dict) or not ("encoder" in data or isinstance(config.get("model"), dict)):
             raise ArtefactError(
@@ -100,6 +101,11 @@ class RunFolder:
     def arch(self) -> str:
         """The kind of model that is pre-trained, as the settings name it."""
         return str(self.config.get("model", {}).get("arch", "mae"))
+
+    @property
+    def family(self) -> Family:
+        """The kind of model that is pre-trained."""
+        return family_of_tree(self.config)
 
     @property
     def shards(self) -> Path | None:
@@ -269,8 +275,6 @@ def _verified_clusters(run: Path, expected: str | None) -> Findings:
 
 
 def _wants_teacher(newest: dict[str, Any]) -> bool:
-    """Whether a run with this manifest is one of SDR that learns from a teacher."""
-    experts = newest.get("config", {}).get("experts", {})
-    return bool(newest.get("model", {}).get("experts")) and bool(
-        experts.get("gate") == "path" and experts.get("distillation_weight")
-    )
+    """Whether a run with this manifest learns from a teacher."""
+    config = translate_tree(newest.get("config", {}))
+    return family_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))

@@ -5,7 +5,7 @@
 One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76
 then, as nothing that needs the whole run may follow. When a process fails, the others are ended and the failed one is
 named; the status is 75 if it was lost. With --max-restarts, all are started again when one was lost (killed,
-or silent for run.peer_timeout seconds), and the run goes on from its newest checkpoint. Under
+or silent for run.peer_timeout seconds), and the run resumes from its newest checkpoint. Under
 `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
 on once.
 """
@@ -84,7 +84,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int], grace_seco
     """Wait until all have ended; once one fails, or a second Ctrl-C comes, they get a little time and are then killed.
 
     Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal); STOPPED
-    where that is what was asked.
+    where a signal requested that.
     """
     failed: tuple[int, int] | None = None
     deadline, passed_on = float("inf"), 0

@@ -80,7 +80,7 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
 def _summary(group: RunGroup) -> str:
     parts = []
     for run in group.runs:
-        text = f"{run.name}: {'dense MAE' if run.arch == 'mae' else 'MoCE'}"
+        text = f"{run.name}: {run.family.title if run.family.has_experts else 'dense MAE'}"
         if run.metrics:
             text += f", {run.metrics[-1]['step']:,} steps"
         if run.routing:

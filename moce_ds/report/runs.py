@@ -40,7 +40,7 @@ def read_runs(folder: Path) -> RunGroup:
         raise ArtefactError(
             f"{folder} is no run folder: expected {CONFIG} in it or in its sub-folders, as `moce pretrain` writes it."
         )
-    runs.sort(key=lambda run: (run.arch != "mae", _natural(run.name)))
+    runs.sort(key=lambda run: (run.family.has_experts, _natural(run.name)))
     return RunGroup(folder, runs, ResultsFile.open(folder / RESULTS).records)
 
 

