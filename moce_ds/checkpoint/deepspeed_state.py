@@ -5,7 +5,6 @@ together again. Experts are renamed from local to global numbers, so the files k
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from moce_ds.checkpoint.format import (
     step_folder,
     steps_of,
 )
+from moce_ds.checkpoint.parameters import expert_key, local_expert, with_plain_gate
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
@@ -33,8 +33,6 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (TokenMoE) with two more words.
-_LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)\.(.+)$")
 
 
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -42,13 +40,11 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        match = _LOCAL_EXPERT.match(name)
-        if match:
-            layer = model.get_submodule(match[1])
+        if (expert := local_expert(name)) is not None:
+            layer = model.get_submodule(f"blocks.{expert.block}.mlp")
             assert isinstance(layer, ClusterMoE | TokenMoE)
-            name = f"{match[1]}.experts.{layer.expert_ids[int(match[2])]}.{match[3]}"
-        name = name.replace(".deepspeed_moe.gate.wg.", ".gate.")
-        yield name, parameter
+            name = expert_key(expert.block, layer.expert_ids[expert.number], expert.rest)
+        yield with_plain_gate(name), parameter
 
 
 Files = dict[str, dict[str, Tensor]]  # tensors by file and name

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from xxhash import xxh3_128
 
 from moce_ds.checkpoint.manifest import check_manifest
+from moce_ds.checkpoint.parameters import place_of
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import Findings
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # verbs that answer at once read records with this module, an
 FORMAT = "moce_ds checkpoint 2"
 MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
-_BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
 _FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
 _STEP = re.compile(r"^step-(\d{8})$")
 _CHUNK = 2**20  # bytes read at a time
@@ -52,11 +52,11 @@ _WRITERS = 4  # threads: while some wait for the disk, others copy and hash
 
 def file_of(parameter: str) -> str:
     """The file (without folder) that holds a parameter: that of its expert, of its block, or the shared one."""
-    match = _BLOCK.match(parameter)
-    if match is None:
+    place = place_of(parameter)
+    if place is None:
         return "shared.safetensors"
-    expert = f"-expert-{int(match[3]):03d}" if match[3] else ""
-    return f"{'decoder-' if match[1] else ''}block-{int(match[2]):02d}{expert}.safetensors"
+    expert = "" if place.expert is None else f"-expert-{place.expert:03d}"
+    return f"{'decoder-' if place.in_decoder else ''}block-{place.block:02d}{expert}.safetensors"
 
 
 def step_folder(run: Path, step: int) -> Path:

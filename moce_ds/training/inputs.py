@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+<<<<<<< HEAD
 from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
+=======
+from moce_ds.checkpoint.parameters import is_decoder
+>>>>>>> fix-arch
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.shards import ShardSet
@@ -20,7 +24,7 @@ from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.models.warm_start import is_decoder, read_weights
+from moce_ds.models.warm_start import read_weights
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.settings import PretrainRunSettings
 
