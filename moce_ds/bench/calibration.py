@@ -25,6 +25,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.models.mae import make_block
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
+from moce_ds.models.shapes import DecoderShape, ViTShape
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.planning import work
@@ -68,41 +69,70 @@ def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure
 
 
 def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
-    """Time everything in turns, in all processes at once; the slowest process counts."""
-    cases = _parts(config, runtime) | ({"step": training_step(config, runtime)} if measure else {})
-    times = interleaved(cases, _ROUNDS, runtime.barrier)
-    seconds = dict(zip(times, runtime.max(list(times.values())), strict=True))
-    device = _device(config, seconds, runtime)
+    """Time everything in turn, all processes at once; the slowest process counts."""
+    sizes = _Sizes.of(config, runtime.world_size)
+    cases = _parts(sizes, runtime) | ({"step": training_step(config, runtime)} if measure else {})
+    own = interleaved(cases, _ROUNDS, runtime.barrier)
+    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    device = _device(sizes, seconds, runtime)
     return {"device": configuration.to_tree(device), "step": seconds.get("step")}
 
 
-def _parts(config: PretrainSettings, runtime: Runtime) -> dict[str, Callable[[], object]]:
-    """The parts of a device: blocks, a memory copy, collectives."""
-    micro = batch_arithmetic(config, runtime.world_size).micro
-    shape, decoder = config.vit_shape, config.model.decoder
+@dataclass(frozen=True)
+class _Sizes:
+    """What is timed: blocks of these shapes on the tokens of a micro-batch, and collectives of so many bytes.
+
+    Attributes:
+        micro: images of a micro-batch of a process.
+        tokens: visible tokens of an image, cls included.
+        bf16: whether blocks run under autocast.
+        flops: of an image.
+        reduced, exchanged: bytes of a reduction and of an exchange, about as the step has them, which all processes can
+            share.
+    """
+
+    micro: int
+    tokens: int
+    shape: ViTShape
+    decoder: DecoderShape
+    bf16: bool
+    flops: work.Flops
+    reduced: int
+    exchanged: int
+
+    @classmethod
+    def of(cls, config: PretrainSettings, world_size: int) -> "_Sizes":
+        """Those of a run in so many processes."""
+        micro, tokens = batch_arithmetic(config, world_size).micro, work.visible_tokens(config)
+        bf16, unit = config.engine.precision == "bf16", 4 * world_size
+        reduced, exchanged = (
+            max(unit, min(numbers * (2 if bf16 else 4), _LARGEST) // unit * unit)
+            for numbers in (work.count_parameters(config).shared, micro * tokens * config.vit_shape.width)
+        )
+        flops = work.image_flops(config)
+        return cls(micro, tokens, config.vit_shape, config.model.decoder, bf16, flops, reduced, exchanged)
+
+
+def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
+    """What a device is made of: blocks, a copy of memory, collectives."""
+    shape, decoder, micro = sizes.shape, sizes.decoder, sizes.micro
     encoder_block = make_block(shape.width, shape.heads, shape.mlp_ratio)
     decoder_block = make_block(decoder.width, decoder.heads, 4.0)
-    T, N = work.visible_tokens(config), shape.num_patches
-    reduced, exchanged = _collective_bytes(config, runtime.world_size)
     return {
-        "encoder": _block_pass(config, runtime, encoder_block, (micro, T, shape.width)),
-        "decoder": _block_pass(config, runtime, decoder_block, (micro, N + 1, decoder.width)),
+        "encoder": _block_pass(encoder_block, (micro, sizes.tokens, shape.width), sizes.bf16, runtime),
+        "decoder": _block_pass(decoder_block, (micro, shape.num_patches + 1, decoder.width), sizes.bf16, runtime),
         "copy": _copy(runtime),
         "start": _all_reduce(4, runtime),
-        "reduce": _all_reduce(reduced, runtime),
-        "exchange": _all_to_all(exchanged, runtime),
+        "reduce": _all_reduce(sizes.reduced, runtime),
+        "exchange": _all_to_all(sizes.exchanged, runtime),
     }
 
 
-def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Runtime) -> Device:
-    micro = batch_arithmetic(config, runtime.world_size).micro
-    shape, decoder = config.vit_shape, config.model.decoder
-    T, N = work.visible_tokens(config), shape.num_patches
-    reduced, exchanged = _collective_bytes(config, runtime.world_size)
-    flops = work.image_flops(config)
-    # time of an image's blocks at the measured speed of each kind
-    encoder = flops.encoder * seconds["encoder"] / work.block_flops(T, shape.width, shape.mlp_ratio)
-    decoding = flops.decoder * seconds["decoder"] / work.block_flops(N + 1, decoder.width, 4.0)
+def _device(sizes: _Sizes, seconds: Mapping[str, float], runtime: Runtime) -> Device:
+    shape, decoder, micro, flops = sizes.shape, sizes.decoder, sizes.micro, sizes.flops
+    # An image's blocks at the speed that each kind was seen to run.
+    encoder = flops.encoder * seconds["encoder"] / work.block_flops(sizes.tokens, shape.width, shape.mlp_ratio)
+    decoding = flops.decoder * seconds["decoder"] / work.block_flops(shape.num_patches + 1, decoder.width, 4.0)
     rate = _IN_A_ROW * 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
     away = 1 - 1 / runtime.world_size
 
@@ -110,8 +140,8 @@ def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Run
         return sent / max(took - seconds["start"], took / 2)
 
     bandwidth = 2 * _COPIED / seconds["copy"]
-    reduces = link(2 * away * reduced, seconds["reduce"]) if away else bandwidth
-    exchanges = link(away * exchanged, seconds["exchange"]) if away else bandwidth
+    reduces = link(2 * away * sizes.reduced, seconds["reduce"]) if away else bandwidth
+    exchanges = link(away * sizes.exchanged, seconds["exchange"]) if away else bandwidth
     inside = max(reduces, exchanges)
     return Device(
         bf16=rate,
@@ -129,21 +159,7 @@ def _device(config: PretrainSettings, seconds: Mapping[str, float], runtime: Run
     )
 
 
-def _collective_bytes(config: PretrainSettings, world_size: int) -> tuple[int, int]:
-    """Bytes of a reduction and of an all-to-all, about as in the step, divisible by all processes."""
-    each = 2 if config.engine.precision == "bf16" else 4
-    images = batch_arithmetic(config, world_size).micro * work.visible_tokens(config) * config.vit_shape.width
-    unit = 4 * world_size
-    reduced, exchanged = (
-        max(unit, min(numbers * each, _LARGEST) // unit * unit)
-        for numbers in (work.count_parameters(config).shared, images)
-    )
-    return reduced, exchanged
-
-
-def _block_pass(
-    config: PretrainSettings, runtime: Runtime, block: nn.Module, size_BTD: tuple[int, int, int]
-) -> Callable[[], None]:
+def _block_pass(block: nn.Module, size_BTD: tuple[int, int, int], bf16: bool, runtime: Runtime) -> Callable[[], None]:
     block.to(runtime.device)
     x_BTD = torch.randn(*size_BTD, device=runtime.device, requires_grad=True)
     grad_BTD = torch.randn_like(x_BTD)
@@ -152,7 +168,7 @@ def _block_pass(
         for _ in range(_IN_A_ROW):
             block.zero_grad(set_to_none=True)
             x_BTD.grad = None
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
                 y_BTD = block(x_BTD)
             y_BTD.backward(grad_BTD.to(y_BTD.dtype))
 
@@ -183,7 +199,7 @@ def _memory(runtime: Runtime) -> float:
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
     """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
-    data = _random_clusters(config) if config.model.arch == "moce" else None
+    data = _random_clusters(config.vit_shape.width) if config.family.routes_by_cluster else None
     spec, optim = config.model_spec, config.optim
     model = build_for_training(
         spec, data.clusters if data else None, config.experts.ep_size, config.run.seed, config.loss_weights
@@ -217,9 +233,9 @@ def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], No
     return step
 
 
-def _random_clusters(config: PretrainSettings) -> ClusteredData:
+def _random_clusters(width: int) -> ClusteredData:
     """Clusters of equal size in random directions, and the cluster of each image."""
-    random, D = np.random.default_rng(0), config.vit_shape.width
+    random, D = np.random.default_rng(0), width
     embeddings_MD = random.standard_normal((_CLUSTERS, D)).astype(np.float32)
     embeddings_MD /= np.linalg.norm(embeddings_MD, axis=1, keepdims=True)
     nothing_M = np.zeros(_CLUSTERS, np.float32)

@@ -20,12 +20,12 @@ from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
 from moce_ds.training.model import build_for_training
 from moce_ds.training.settings import (
     DataSettings,
-    ModelSettings,
     PretrainRunSettings,
     PretrainSettings,
     batch_arithmetic,

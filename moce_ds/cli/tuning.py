@@ -109,7 +109,7 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
     _tune(SegmentSettings, SegmentationTask, paths, words)
 
 
-def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
+def _tune(cls: Any, make: Callable[..., Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
     """Read the settings from the paths and words of a verb, then run it."""
     from moce_ds.distributed.runtime import started
     from moce_ds.tuning.tune import tune
@@ -119,7 +119,7 @@ def _tune(cls: Any, make: Callable[[Any], Any], paths: dict[str, Path | None], w
     config = read_settings(cls, words, named)
     with started(config.run.peer_timeout) as runtime:
         with runtime.raise_on_all_ranks():
-            task = make(config)
+            task = make(config.data, config.model, config.optim, config.engine, config.run)
         task.check_data(runtime)
         measures = tune(task, config, runtime)
         if measures is not None and runtime.is_main:

@@ -121,22 +121,33 @@ class Moce(MaskedAutoencoder):
         return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_BK)
 
 
-def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
-    """The gate of a shape."""
-    L, E = len(experts.layers), experts.num_experts
-    if experts.gate == "random":
-        return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
-    if experts.gate == "path":
-        return PathGate(len(embeddings_MC), L, E, experts.stages)
+def _cluster_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
     return ClusterGate(
         embeddings_MC,
-        L,
-        E,
+        len(experts.layers),
+        experts.num_experts,
         experts.temperature,
         tied=experts.tied,
         learnable=experts.learnable,
         init_scale=experts.init_scale,
     )
+
+
+def _random_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    L, E = len(experts.layers), experts.num_experts
+    return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
+
+
+def _path_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    return PathGate(len(embeddings_MC), len(experts.layers), experts.num_experts, experts.stages)
+
+
+_GATES = {"cluster": _cluster_gate, "random": _random_gate, "path": _path_gate}
+
+
+def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    """The gate of experts that are chosen by cluster."""
+    return _GATES[experts.gate](experts, embeddings_MC)
 
 
 def expert_key(block: int, expert: int, rest: str) -> str:

@@ -71,7 +71,8 @@ class ExpertShape:
 
     Attributes:
         num_experts, layers: E, and the blocks with experts.
-        gate: "cluster", "random" (a fixed table, the control experiment), "token" (TokenMoE) or "path" (SDR).
+        gate: what manifests call the gate (`config/families.py`): "cluster", "random" (a fixed table, the control
+            experiment), "token" (TokenMoE) or "path" (SDR).
         k: experts an image is sent to.
         temperature: divides the gate's logits.
         tied: one gate for all layers.

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
@@ -31,7 +32,7 @@ from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.labelled import Split, Splits
 from moce_ds.tuning.seeding import seed_item
-from moce_ds.tuning.settings import FinetuneSettings
+from moce_ds.tuning.settings import AugmentSettings, FinetuneDataSettings, TuneOptimSettings
 from moce_ds.tuning.task import Measures
 
 repair_torchvision()
@@ -56,40 +57,51 @@ class Batch(NamedTuple):
 class Classification:
     """A `LabelledTask`: the images of `splits`, and `encoder` with a new head."""
 
-    def __init__(self, encoder: Encoder, splits: Splits, config: FinetuneSettings, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        splits: Splits,
+        data: FinetuneDataSettings,
+        augment: AugmentSettings,
+        optim: TuneOptimSettings,
+        engine: EngineSettings,
+        run: RunSettings,
+        runtime: Runtime,
+    ) -> None:
         """
         Raises:
             ConfigError: a setting does not fit the encoder, the labels, or the number of processes.
         """
-        self._encoder, self._splits, self._config = encoder, splits, config
-        metric = config.data.metric or default_metric(splits.train.labels)
+        self._encoder, self._splits = encoder, splits
+        self._data, self._augment, self._optim, self._engine, self._run = data, augment, optim, engine, run
+        metric = data.metric or default_metric(splits.train.labels)
         if (metric == "map11") != splits.multi_label:
             labels = "several labels" if splits.multi_label else "one label"
             raise ConfigError(f"data.metric: {metric} is no measure of images with {labels} each: leave it out.")
         self.criterion: str | None = metric if splits.val else None
         self.count = splits.train.count
         self.fingerprint = sha256((splits.fingerprint + encoder.fingerprint).encode()).hexdigest()
-        size = config.data.image_size or encoder.shape.image_size
+        size = data.image_size or encoder.shape.image_size
         self._input = dataclasses.replace(encoder.input, size=size)
         self._shape = dataclasses.replace(encoder.shape, image_size=size)
         if size % encoder.shape.patch_size:
             raise ConfigError(
                 f"data.image_size: {size} is no multiple of the encoder's patch, {encoder.shape.patch_size}."
             )
-        self._transform = training_transform(self._input, config.augment)
-        self._mix = Mixing(config.augment, config.run.seed)
-        if self._mix.in_pairs and shared_batch(config.optim, runtime.world_size).micro % 2:
+        self._transform = training_transform(self._input, augment)
+        self._mix = Mixing(augment, run.seed)
+        if self._mix.in_pairs and shared_batch(optim, runtime.world_size).micro % 2:
             raise ConfigError(
-                f"optim.batch_size: {config.optim.batch_size} gives a process an odd number of images at a time; mixup "
+                f"optim.batch_size: {optim.batch_size} gives a process an odd number of images at a time; mixup "
                 "and cutmix take them in pairs. Change it, or set augment.mixup=0 augment.cutmix=0."
             )
         self.model = self._built()
 
     def _built(self) -> VisionTransformer:
         """timm's ViT with the encoder's weights, its positions fitted to the image size, and a head that is new."""
-        torch.manual_seed(self._config.run.seed)
+        torch.manual_seed(self._run.seed)
         own = {"num_classes": len(self._splits.classes), "global_pool": "avg", "fc_norm": self._shape.pooled_norm}
-        drop_path = self._config.augment.drop_path
+        drop_path = self._augment.drop_path
         model = VisionTransformer(**self._shape.timm_arguments() | own, drop_path_rate=drop_path)
         state = self._encoder.model.state_dict()
         side = self._shape.image_size // self._shape.patch_size
@@ -97,15 +109,15 @@ class Classification:
         nn.init.trunc_normal_(model.head.weight, std=_HEAD_STD)
         nn.init.zeros_(model.head.bias)
         model.load_state_dict(state | {f"head.{name}": t for name, t in model.head.state_dict().items()})
-        return tuned_execution(model, self._config.engine)
+        return tuned_execution(model, self._engine)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Layer decay from the head to the patches."""
-        return parameter_groups(self.model, self.model, self._config.optim)
+        return parameter_groups(self.model, self.model, self._optim)
 
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Batch:
         """Training images, augmented and mixed, with their targets. Raises DataError where one cannot be read."""
-        train, seed = self._splits.train, self._config.run.seed
+        train, seed = self._splits.train, self._run.seed
         images = []
         for item, epoch in zip(ids_B.tolist(), epochs_B.tolist(), strict=True):
             image = train.images.decode(int(train.ids_N[item]))
@@ -121,7 +133,7 @@ class Classification:
 
     def _targets(self, labels: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
         """Smoothed shares of the classes, and which of them count; both [B, K]."""
-        smoothing, K = self._config.augment.smoothing, len(self._splits.classes)
+        smoothing, K = self._augment.smoothing, len(self._splits.classes)
         if labels.ndim == 1:
             one_hot_BK = nn.functional.one_hot(torch.from_numpy(labels.astype(np.int64)), K).float()
             return one_hot_BK * (1 - smoothing) + smoothing / K, torch.ones_like(one_hot_BK)
@@ -155,7 +167,7 @@ class Classification:
         if not scores_NK.isfinite().all():
             raise DivergedError(
                 "The model's predictions of test images are not finite: its weights have grown beyond what "
-                f"engine.precision={self._config.engine.precision} can compute with. Lower optim.base_lr, in another "
+                f"engine.precision={self._engine.precision} can compute with. Lower optim.base_lr, in another "
                 "run.out."
             )
         found = judge(scores_NK.numpy(), split.labels, self.count, {}).figures
@@ -174,9 +186,9 @@ class Classification:
 
         scores_NK = torch.zeros(split.count, len(self._splits.classes))
         mine = range(runtime.rank, len(places), runtime.world_size)
-        bf16 = self._config.engine.precision == "bf16"
+        bf16 = self._engine.precision == "bf16"
         with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
-            stream = prepared(images_of, mine, self._config.data.workers, runtime.device)
+            stream = prepared(images_of, mine, self._data.workers, runtime.device)
             for index, images_BCHW in zip(mine, stream, strict=True):
                 scores_NK[places[index]] = model(images_BCHW.to(runtime.device)).float().cpu()
         if runtime.world_size > 1:
@@ -187,12 +199,12 @@ class Classification:
         state = model.state_dict()
         head = {name: state.pop(f"head.{name}").float().cpu().contiguous() for name in ("weight", "bias")}
         provenance = {
-            "tuned_from": str(self._config.data.encoder),
+            "tuned_from": str(self._data.encoder),
             "encoder": self._encoder.provenance,
-            "train": str(self._config.data.train),
+            "train": str(self._data.train),
             "test": found,
         }
-        out: Path = self._config.run.out / TUNED
+        out: Path = self._run.out / TUNED
         with writes_to(out), atomic_folder(out) as draft:
             save_tensors(draft / HEAD, head, {"classes": json.dumps(self._splits.classes)})
             save_encoder(draft, state, self._shape, self._input, provenance)

@@ -17,11 +17,12 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
 from moce_ds.storage.files import atomic_file, save_tensors, writes_to
+from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.classification import tuned_execution
-from moce_ds.tuning.dense_settings import DenseSettings
 from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
+from moce_ds.tuning.settings import TuneOptimSettings
 from moce_ds.tuning.task import Measures
 
 WEIGHTS = "model.safetensors"
@@ -50,13 +51,13 @@ M = TypeVar("M", bound=DenseModel)
 DataT = TypeVar("DataT", bound=DenseData)
 
 
-def build(config: DenseSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
-    """The encoder on the host, and the model that `make` puts around it: the same weights on every process."""
-    encoder = open_encoder(config.data.encoder, torch.device("cpu"))
+def build(folder: Path, seed: int, engine: EngineSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
+    """An encoder on the host, and the model that `make` puts around it: the same weights on every process."""
+    encoder = open_encoder(folder, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(hashed(INIT, config.run.seed)[()] >> np.uint64(1)))
+        torch.manual_seed(int(hashed(INIT, seed)[()] >> np.uint64(1)))
         model = make(encoder)
-    tuned_execution(model.backbone.body.vit, config.engine)
+    tuned_execution(model.backbone.body.vit, engine)
     return encoder, model
 
 
@@ -64,14 +65,28 @@ class DenseTask(ABC, Generic[DataT]):
     """What the tasks (`moce_ds.tuning.task.LabelledTask`) of detection and segmentation share.
 
     Attributes:
-        config: the settings of the run.
         model: around a pyramid.
         train: the split to learn from.
         val, test: the splits to measure on, where they are given.
+        workers: processes that prepare images.
+        precision: of training and measuring, "fp32" or "bf16".
     """
 
-    def __init__(self, config: DenseSettings, model: Any, train: DataT, val: DataT | None, test: DataT | None) -> None:
-        self.config, self.model, self.train, self.val, self.test = config, model, train, val, test
+    def __init__(
+        self,
+        model: Any,
+        train: DataT,
+        val: DataT | None,
+        test: DataT | None,
+        *,
+        optim: TuneOptimSettings,
+        workers: int,
+        precision: str,
+        out: Path,
+    ) -> None:
+        self.model, self.train, self.val, self.test = model, train, val, test
+        self.workers, self.precision = workers, precision
+        self._optim, self._out = optim, out
 
     def check_data(self, runtime: Runtime) -> None:
         """Look at all headers, then read every image of all splits once, before the first step; a collective.
@@ -81,7 +96,7 @@ class DenseTask(ABC, Generic[DataT]):
         Raises:
             DataError: on every process alike.
         """
-        if runtime.max([float(bool(steps_of(self.config.run.out)))])[0]:
+        if runtime.max([float(bool(steps_of(self._out)))])[0]:
             return
         named = (("train", self.train), ("val", self.val), ("test", self.test))
         splits = {name: data for name, data in named if data is not None}
@@ -90,7 +105,7 @@ class DenseTask(ABC, Generic[DataT]):
             for name, data in splits.items():
                 data.check_headers(mine[name])
         for name, data in splits.items():
-            seen = prepared(data.look, mine[name], self.config.data.workers, torch.device("cpu"))
+            seen = prepared(data.look, mine[name], self.workers, torch.device("cpu"))
             bar = progress_bar(
                 seen,
                 f"checking {name}",
@@ -111,7 +126,7 @@ class DenseTask(ABC, Generic[DataT]):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """AdamW's groups, with layer decay."""
-        return parameter_groups(self.model, self.model.backbone.body.vit, self.config.optim)
+        return parameter_groups(self.model, self.model.backbone.body.vit, self._optim)
 
     def validate(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Measures of the validation split; a collective."""
@@ -123,14 +138,14 @@ class DenseTask(ABC, Generic[DataT]):
         final = self.test if self.test is not None else self.val
         assert final is not None  # DenseSettings sees to it
         found = self.measured(model, final, runtime)
-        keep_weights(model, self.config.run.out, runtime)
+        keep_weights(model, self._out, runtime)
         return found
 
 
 @contextmanager
-def evaluation(config: DenseSettings, runtime: Runtime) -> Iterator[None]:
+def evaluation(precision: str, runtime: Runtime) -> Iterator[None]:
     """Run a block that holds no collective in the precision of training; what fails on one process fails on all."""
-    bf16 = config.engine.precision == "bf16"
+    bf16 = precision == "bf16"
     with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
         yield
 

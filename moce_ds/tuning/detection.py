@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.data.canvas import Jitter, draw_image
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import DataError
 from moce_ds.storage.files import sha256_of
+from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.dense import DenseTask, build, evaluation
-from moce_ds.tuning.dense_settings import DetectSettings
+from moce_ds.tuning.dense_settings import DetectDataSettings, DetectorSettings
 from moce_ds.tuning.detector import (
     build_detector,
     results,
@@ -30,6 +32,7 @@ from moce_ds.tuning.detector import (
     whole_view,
 )
 from moce_ds.tuning.feed import prepared
+from moce_ds.tuning.settings import TuneOptimSettings
 from moce_ds.tuning.task import Measures
 
 
@@ -40,18 +43,26 @@ class DetectionTask(DenseTask[CocoSet]):
         ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
     """
 
-    def __init__(self, config: DetectSettings) -> None:
-        data = config.data
-        self._side = config.model.image_size
+    def __init__(
+        self,
+        data: DetectDataSettings,
+        detector: DetectorSettings,
+        optim: TuneOptimSettings,
+        engine: EngineSettings,
+        run: RunSettings,
+    ) -> None:
+        self._side = detector.image_size
         train = CocoSet.open(data.train, data.images, data.max_pixels)
         self._numbers = train.with_objects
         if not self._numbers:
             raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
         val, test = (open_like(train, path, data.eval_images or data.images) for path in (data.val, data.test))
-        self._jitter = Jitter(self._side, data.scale, "longer", config.run.seed, data.flip)
+        self._jitter = Jitter(self._side, data.scale, "longer", run.seed, data.flip)
         classes = len(train.categories)
-        encoder, model = build(config, lambda encoder: build_detector(encoder, config.model, classes))
-        super().__init__(config, model, train, val, test)
+        encoder, model = build(data.encoder, run.seed, engine, lambda found: build_detector(found, detector, classes))
+        super().__init__(
+            model, train, val, test, optim=optim, workers=data.workers, precision=engine.precision, out=run.out
+        )
         self._mean = encoder.input.mean
         self.count = len(self._numbers)
         self.fingerprint = hashlib.sha256((sha256_of(data.train) + encoder.fingerprint).encode()).hexdigest()
@@ -96,8 +107,8 @@ class DetectionTask(DenseTask[CocoSet]):
         def canvas(number: int) -> Tensor:
             return draw_image(data.image(number), views[number], self._side, self._mean)
 
-        with evaluation(self.config, runtime):
-            stream = prepared(canvas, mine, self.config.data.workers, runtime.device)
+        with evaluation(self.precision, runtime):
+            stream = prepared(canvas, mine, self.workers, runtime.device)
             for number, image_CHW in zip(mine, stream, strict=True):
                 (detections,) = model([image_CHW.to(runtime.device)])
                 found += results(data, number, views[number], detections)

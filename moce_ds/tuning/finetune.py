@@ -33,7 +33,10 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
     if config.data.encoder.is_file():
         runtime.say(f"{config.data.encoder}: read as {encoder.provenance['taken_for']}")
     with opened_splits(config.data, config.run.seed, runtime) as splits:
-        measures = tune(Classification(encoder, splits, config, runtime), config, runtime)
+        task = Classification(
+            encoder, splits, config.data, config.augment, config.optim, config.engine, config.run, runtime
+        )
+        measures = tune(task, config, runtime)
         if measures is None:
             return None
         result, optim = read_result(config.run.out), config.optim

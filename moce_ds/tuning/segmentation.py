@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
 from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet
 from moce_ds.data.sources.class_mask import Colour, Palettes
 from moce_ds.distributed.runtime import Runtime
+from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.dense import DenseTask, build, evaluation
-from moce_ds.tuning.dense_settings import SegmentDataSettings, SegmentSettings
+from moce_ds.tuning.dense_settings import SegmentDataSettings, SegmenterSettings
 from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.segmenter import Segmenter, confusion, pixel_loss, segmentation_scores, slide
+from moce_ds.tuning.settings import TuneOptimSettings
 from moce_ds.tuning.task import Measures
 
 
@@ -33,14 +36,22 @@ class SegmentationTask(DenseTask[Ade20kSet]):
         ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
     """
 
-    def __init__(self, config: SegmentSettings) -> None:
-        data = config.data
-        self._side = config.model.image_size
+    def __init__(
+        self,
+        data: SegmentDataSettings,
+        segmenter: SegmenterSettings,
+        optim: TuneOptimSettings,
+        engine: EngineSettings,
+        run: RunSettings,
+    ) -> None:
+        self._side = segmenter.image_size
         train, val, test = (_opened(folder, data) for folder in (data.train, data.val, data.test))
         assert train is not None
-        self._jitter = Jitter(self._side, data.scale, "shorter", config.run.seed, data.flip)
-        encoder, model = build(config, lambda encoder: Segmenter(encoder, config.model, data.classes))
-        super().__init__(config, model, train, val, test)
+        self._jitter = Jitter(self._side, data.scale, "shorter", run.seed, data.flip)
+        encoder, model = build(data.encoder, run.seed, engine, lambda found: Segmenter(found, segmenter, data.classes))
+        super().__init__(
+            model, train, val, test, optim=optim, workers=data.workers, precision=engine.precision, out=run.out
+        )
         self._mean = encoder.input.mean
         self.count = len(train)
         self.fingerprint = hashlib.sha256((train.fingerprint + encoder.fingerprint).encode()).hexdigest()
@@ -82,8 +93,8 @@ class SegmentationTask(DenseTask[Ade20kSet]):
             image, labels_HW = data.read(number)
             return fitted(image, self._side), torch.from_numpy(labels_HW)
 
-        with evaluation(self.config, runtime):
-            for image_CHW, labels_HW in prepared(example, mine, self.config.data.workers, runtime.device):
+        with evaluation(self.precision, runtime):
+            for image_CHW, labels_HW in prepared(example, mine, self.workers, runtime.device):
                 logits_KHW = slide(model, image_CHW.to(runtime.device), self._side, data.classes)
                 logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
                 counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)

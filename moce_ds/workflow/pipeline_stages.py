@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from moce_ds.clustering.settings import ClusterSettings
-from moce_ds.config.settings import KeysOf, from_tree, option, settings, to_tree, word
+from moce_ds.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.data.shard_writer import ShardSettings
@@ -16,7 +16,7 @@ from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.report.pipeline_folder import PIPELINE
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.workflow.step import Launch, Step, StepFile, Workflow, digest, run_commands
 from moce_ds.workflow.study_grid import TaskName, check_there
 
@@ -34,6 +34,8 @@ _SETTINGS: dict[Name, type[Any]] = {
     "evaluation": EncodeSettings,
 }
 _PARTS = ("train", "test")
+_ARCHS: dict[Name, str] = {"mae": "mae", "moce": "moce, token_moe or sdr"}
+"""What `model.arch` may be in the stages of pre-training."""
 
 
 @settings
@@ -159,14 +161,16 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
         except ConfigError as error:
             faults.append(f"{name}: {error}")
     faults += [
-        f"{name}: model.arch is {found[name].model.arch}; expected {name}"
-        for name in ("mae", "moce")
-        if name in found and found[name].model.arch != name
+        f"{name}: model.arch is {found[name].model.arch}; expected {archs}"
+        for name, archs in _ARCHS.items()
+        if name in found and found[name].family.has_experts != (name == "moce")
     ]
     if pipeline.tasks and "moce" in found:
-        experts = found["moce"].experts
-        if experts.k > 1 or experts.shared_expert or experts.gate == "token":
-            faults.append("tasks: no expert can be exported with experts.k=2, shared_expert=true or gate=token")
+        experts, by_cluster = found["moce"].experts, found["moce"].family.routes_by_cluster
+        if experts.k > 1 or experts.shared_expert or not by_cluster:
+            faults.append(
+                "tasks: no expert can be exported with experts.k=2, shared_expert=true or model.arch=token_moe"
+            )
     if faults:
         raise ConfigError("Nothing was run. " + "\n".join(faults))
     return found

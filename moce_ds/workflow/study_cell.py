@@ -160,7 +160,7 @@ def _pretrain(cell: Cell) -> None:
 
 def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
     """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
-    dense, results = config.model.arch == "mae", ("--results", cell.folder / "results.json")
+    dense, results = not config.family.has_experts, ("--results", cell.folder / "results.json")
     for task, folder in study.tasks.items():
         encoder = cell.run if dense else cell.folder / "experts" / task
         if not encoder.exists():

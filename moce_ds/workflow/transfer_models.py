@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
+from moce_ds.config.families import FAMILIES, Family, family_by_gate
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.export.routes import choose_selected
@@ -25,8 +26,7 @@ from moce_ds.workflow.transfer_tasks import Task
 
 _logger = logging.getLogger(__name__)
 
-_BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE", "path": "SDR"}
-_ORDER = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
+_ORDER = [family.title for family in FAMILIES]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Subject:
     @property
     def by_token(self) -> bool:
         """Whether every token chooses its experts, so that there is no route, and no dense ViT to cut out."""
-        experts = self.checkpoint.experts
-        return experts is not None and experts["gate"] == "token"
+        family = _family(self.checkpoint)
+        return family.has_experts and not family.routes_by_cluster
 
     def open(self, encoder: Path, device: torch.device) -> Encoder:
         """The model of an encoder: an exported expert, or the run itself. Raises ArtefactError."""
@@ -66,7 +66,7 @@ def find_subjects(places: list[Path]) -> list[Subject]:
     """
     runs = list(dict.fromkeys(run for place in places for run in _runs(place)))
     checkpoints = {run: find(run) for run in runs}
-    names = {run: _model_name(checkpoint) for run, checkpoint in checkpoints.items()}
+    names = {run: _family(checkpoint).title for run, checkpoint in checkpoints.items()}
     runs.sort(key=lambda run: _ORDER.index(names[run]))
     alike = list(names.values())
     return [
@@ -81,9 +81,9 @@ def _runs(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir() and steps_of(path)) or [place]
 
 
-def _model_name(checkpoint: Checkpoint) -> str:
+def _family(checkpoint: Checkpoint) -> Family:
     experts = checkpoint.experts
-    return _BY_GATE[experts["gate"]] if experts else "MAE"
+    return family_by_gate(experts["gate"] if experts else None)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def detect(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | No
     files = [f"data.{part}={folder.parent}/set/{part}/instances.json" for part in ("train", "val")]
     images = [f"data.{k}={folder.parent}/set/{v}/images" for k, v in (("images", "train"), ("eval_images", "val"))]
     config = settings(DetectSettings, folder, *files, *images, *DETECT, *words)
-    return tune(DetectionTask(config), config, runtime)
+    return tune(DetectionTask(config.data, config.model, config.optim, config.engine, config.run), config, runtime)
 
 
 def segment(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | None:
@@ -53,7 +53,7 @@ def segment(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | N
 
     sets = [f"data.{part}={folder.parent}/set/{part}" for part in ("train", "val")]
     config = settings(SegmentSettings, folder, *sets, *SEGMENT, *words)
-    return tune(SegmentationTask(config), config, runtime)
+    return tune(SegmentationTask(config.data, config.model, config.optim, config.engine, config.run), config, runtime)
 
 
 def settings(cls: type[Any], folder: Path, *words: str) -> Any:

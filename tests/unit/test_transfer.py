@@ -179,7 +179,7 @@ def test_tokens_that_choose_their_experts(runs: Path, task: Path, tiny_config: C
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         return TokenExperts(make_expert, 16, num_experts, 1)
 
-    config = tiny_config("model.arch=moce", "experts.gate=token", "experts.num=4", "experts.layers=[0,2]")
+    config = tiny_config("model.arch=token_moe", "experts.num=4", "experts.layers=[0,2]")
     write_dense(runs / "c_token", config, make_layer)
     assert run_here("transfer", runs, "--tasks", task).status == 0
     found = {r["model"]: r["top1"] for r in records(runs / "transfer", "probe")}

@@ -33,7 +33,9 @@ def make(tiny_shards: Path, tiny_encoder: Path, tmp_path: Path) -> Make:
         config = load(FinetuneSettings, None, [*(f"{k}={v}" for k, v in named.items()), *words])
         shards = ShardSet.open(tiny_shards)
         shards = dataclasses.replace(shards, targets=TARGETS) if several else shards
-        return Classification(load_encoder(tiny_encoder), make_splits(shards, 0.2, shards, 0), config, ALONE)
+        splits = make_splits(shards, 0.2, shards, 0)
+        parts = (config.data, config.augment, config.optim, config.engine, config.run)
+        return Classification(load_encoder(tiny_encoder), splits, *parts, ALONE)
 
     return made
 
