@@ -27,9 +27,9 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.report.study_folder import CellRecord
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_folder
+from moce_ds.storage.made_from import MadeFrom
 from moce_ds.training.inputs import keep_clusters
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
@@ -37,10 +37,10 @@ from moce_ds.training.run_checks import keep_settings
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.tuning.result import RESULT, result_text
 from moce_ds.tuning.settings import FinetuneSettings
-from moce_ds.workflow.stage import Stage, StageRecord, keep_stages
-from moce_ds.workflow.stage import write_record as write_stage
+from moce_ds.workflow.pipeline import keep_stages
+from moce_ds.workflow.step import Step, StepFile, StepRecord
 from moce_ds.workflow.study import keep_record
-from moce_ds.workflow.study_cell import write_record as write_cell
+from moce_ds.workflow.study_cell import cell_step
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 
 STEPS = 4
@@ -177,8 +177,9 @@ def _write_study(root: Path, shards: Path) -> Path:
     config = cell.config()
     _write_dense(config)
     _write_results(cell.folder / "results.json")
-    done = ("done", 3.0, {"probe birds": 0.625})
-    write_cell(cell, CellRecord(cell.name, cell.at, 1, 1, to_tree(config), {"birds": "birds"}, *done))  # type: ignore[arg-type]
+    measured = {"probe birds": 0.625}
+    done = StepRecord({"evaluations": {"birds": "birds"}}, "done", seconds=3.0, measures=measured)
+    cell_step(study, cell).records.write(done)
     return study.out
 
 
@@ -187,8 +188,19 @@ def _write_pipeline(out: Path, shards: Path, dense: Path) -> Path:
     _write_dense(config)
     _write_results(out / "results.json")
     made = {"mae": out / "mae", "evaluation": out / "results.json"}
-    stages = [Stage(n, out / "pipeline", config, [["pretrain"]], [shards], [place]) for n, place in made.items()]  # type: ignore[arg-type]
+    from_shards = MadeFrom({"commands": [["pretrain"]], "settings": to_tree(config), "read": {}})
+    stages = [
+        Step(
+            name,
+            StepFile(out / f"pipeline/{name}.json", "moce pipeline"),
+            out / f"pipeline/.{name}.lock",
+            lambda: from_shards,
+            dict,
+            outputs=[place],
+        )
+        for name, place in made.items()
+    ]
     keep_stages(stages, out)
     for stage in stages:
-        write_stage(stage, StageRecord(stage.made_from(), "2026-01-01T00:00:00+00:00", "done", 3.0))
+        stage.records.write(StepRecord(from_shards.parts, "done", "2026-01-01T00:00:00+00:00", 3.0))
     return out

@@ -181,8 +181,25 @@ def outputs(sources: Sources) -> Iterator[str]:
                 yield f"{module}:{node.lineno} prints past moce_ds.console"
 
 
+def repairs(sources: Sources) -> Iterator[str]:
+    """timm imports torchvision, which needs a repair beside a CPU build of torch: every module that imports it calls
+    the repair, since the verb decides which of them is the first."""
+    for module, text in product(sources).items():
+        repaired = False
+        for statement in parse(text).body:
+            call = statement.value if isinstance(statement, ast.Expr) else None
+            repaired |= isinstance(call, ast.Call) and last_name(call.func) in _REPAIRS
+            names = imports(module, ast.unparse(statement), at_import_only=True)
+            if not (repaired or isinstance(statement, ast.FunctionDef)) and any(
+                is_in(name, package) for name in names for package in ("timm", "torchvision")
+            ):
+                yield f"{module}:{statement.lineno} imports timm before it repairs torchvision"
+
+
+_REPAIRS = ("repair_torchvision", "supply_torchvision_operators")
+
 Rule = Callable[[Sources], Iterator[str]]
-RULES: tuple[Rule, ...] = (layers, doors, reach, process_groups, catch_alls, object_collectives, outputs)
+RULES: tuple[Rule, ...] = (layers, doors, reach, process_groups, catch_alls, object_collectives, outputs, repairs)
 REAL = modules(read_tree())
 
 
@@ -231,6 +248,7 @@ BREACHES: list[tuple[Rule, str, str, str]] = [
         "from torch.distributed import recv_object_list",
         "recv_object_list",
     ),
+    (repairs, "moce_ds.evaluation.knn", "from timm.optim import Lars", "imports timm before it repairs torchvision"),
     (outputs, "moce_ds.main", "click.echo('x')", "prints past moce_ds.console"),
     (outputs, "moce_ds.workflow.demo", "print('x')", "prints past moce_ds.console"),
     (outputs, "moce_ds.launch.local", "sys.stderr.write('x')", "prints past moce_ds.console"),

@@ -104,7 +104,7 @@ def test_a_missing_extra_is_named(package: str, words: str, told: str) -> None:
         ("model.mask_ratio=0.99", "model.mask_ratio: 0.99 leaves 0 of 16 patches visible"),
         ("data.image_size=18", "data.image_size: 18 is not a multiple of model.patch_size 4"),
         ("model.heads=3", "model.width: 32 is not a multiple of model.heads 3"),
-        ("model.arch=moe", "model.arch: got 'moe'; .*'mae' or 'moce'"),
+        ("model.arch=moe", "model.arch: got 'moe'; .*'mae', 'moce', 'token_moe' or 'sdr'"),
         ("model.vit=vit_base_patch16_225", "model.vit: got 'vit_base_patch16_225'.*vit_base_patch16_224"),
         ("model.arch=moce", "experts.clusters: required for model.arch=moce"),
         ("model.arch=moce experts.clusters=c experts.num=3 experts.ep_size=2", "experts.num: 3 is not a multiple of"),

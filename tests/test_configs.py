@@ -42,7 +42,7 @@ def kind(path: Path) -> Any:
 
 def test_there_are_configs_of_both_kinds() -> None:
     archs = {load(PretrainSettings, path).model.arch for path in PRETRAIN}
-    assert archs == {"mae", "moce"}
+    assert archs == {"mae", "moce", "sdr"}
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)
@@ -92,7 +92,7 @@ def plan(path: Path, processes: int) -> dict[str, str]:
 @pytest.mark.parametrize("path", PRETRAIN, ids=name)
 def test_config_can_be_planned(path: Path) -> None:
     config = load(PretrainSettings, path)
-    processes = config.experts.ep_size if config.model.arch == "moce" else 2
+    processes = config.experts.ep_size if config.family.has_experts else 2
     rows = plan(path, processes)
     assert rows["batch"].startswith(f"{config.optim.batch_size} = {processes} processes x ")
     sizes = re.match(r"total ([\d.]+) ([KM]), active ([\d.]+) ([KM])", rows["parameters"])
@@ -100,7 +100,7 @@ def test_config_can_be_planned(path: Path) -> None:
     total, active = (
         float(size) * {"K": 1e3, "M": 1e6}[unit] for size, unit in (sizes.groups()[:2], sizes.groups()[2:])
     )
-    if config.model.arch == "moce":
+    if config.family.has_experts:
         assert total > active
         assert rows["experts"].startswith(f"{config.experts.num} in each of blocks")
         assert f"rank {processes - 1}: " in rows["experts"]

@@ -1,1 +1,1 @@
-"""Speed, as ratios measured side by side in one run."""
+"""Speed measurements, as ratios between alternatives in one run."""

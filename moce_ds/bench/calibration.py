@@ -1,7 +1,7 @@
-"""`moce plan --device this`: this machine as a device of a plan, and the step that was planned, measured.
+"""`moce plan --device this`: measures this machine as a device of a plan, and the planned step.
 
-The device is made of the speed of single blocks, a copy of memory, and collectives; the step goes into nothing. All are
-timed in turn, so that whatever else the machine does hits them alike.
+The device consists of the speed of single blocks, a memory copy and collectives; the step is not used for it. All are
+timed in turns, so that other load on the machine affects them equally.
 
 Axes: B images of a micro-batch of a process, T tokens, D width, M clusters, W processes.
 """
@@ -37,35 +37,35 @@ from moce_ds.training.model import build_for_training, tune_execution
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
-_COPIED = 2**28  # bytes; more than caches hold
-_LARGEST = 2**26  # bytes of a measured collective at most
+_COPIED = 2**28  # bytes; larger than the caches
+_LARGEST = 2**26  # maximum bytes of a measured collective
 _CLUSTERS, _IMAGES = 64, 4096
 _ROUNDS = 9
-_IN_A_ROW = 4  # passes of a block that are timed together: in a model its caches are as warm
+_IN_A_ROW = 4  # passes of a block timed together, so that its caches are as warm as in a model
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """This machine as a device, and the median seconds of a step where that was measured."""
+    """This machine as a device, and the median seconds of a step if it was measured."""
 
     device: Device
     step: float | None
 
 
 def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure: bool) -> Calibration:
-    """Calibrate a device for the shapes of `config`; with `measure` train for some steps on random images too.
+    """Calibrate a device for the shapes of `config`; with `measure`, also train some steps on random images.
 
     Raises:
-        ConfigError: this machine has not so many nodes or GPUs, or the settings do not fit so many processes.
+        ConfigError: this machine has fewer nodes or GPUs, or the settings do not fit that many processes.
     """
     if list(nodes) != [1]:
-        raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: give --nodes 1.")
+        raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: use --nodes 1.")
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
     batch_arithmetic(config, gpus)
-    work.exchange(config, Machines(1, gpus), None)  # refuses what has no plan, before processes start
-    found = in_processes(_calibrate, gpus, config, measure)
-    return Calibration(configuration.from_tree(Device, found["device"], "calibration"), found["step"])
+    work.exchange(config, Machines(1, gpus), None)  # refuses unplannable settings before processes start
+    measured = in_processes(_calibrate, gpus, config, measure)
+    return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
 
 
 def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
@@ -197,9 +197,9 @@ def _memory(runtime: Runtime) -> float:
 
 
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
-    """An optimizer step as training takes it, without loading: images are random, and spread evenly over clusters."""
+    """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
     batches = batch_arithmetic(config, runtime.world_size)
-    data = _random_clusters(config.vit_shape.width) if config.model.arch == "moce" else None
+    data = _random_clusters(config.vit_shape.width) if config.family.routes_by_cluster else None
     spec, optim = config.model_spec, config.optim
     model = build_for_training(
         spec, data.clusters if data else None, config.experts.ep_size, config.run.seed, config.loss_weights

@@ -24,15 +24,20 @@ from moce_ds.moe.plan import make_plan
 from moce_ds.moe.token_layer import TokenMoE
 
 TOKENS = 50
-"""T: ViT-B/16 at 224 px keeps 49 of 196 patches, and cls."""
+"""T: ViT-B/16 at 224 px keeps 49 of 196 patches, plus cls."""
 
 _DRAWS = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the layer: `run` does forward and backward once; `dropped` is a share of the tokens, `sent`
-    bytes that leave this rank in one such call (ours: the mean over the draws)."""
+    """One way to compute the layer.
+
+    Attributes:
+        run: runs forward and backward once.
+        dropped: share of dropped tokens.
+        sent: bytes that leave this rank in one call (for our layer: the mean over the draws).
+    """
 
     run: Callable[[], object]
     dropped: float = 0.0
@@ -41,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes, the experts of all images by rank in several draws (the first is timed), and this rank's tensors."""
+    """Sizes, the experts of all images by rank in several draws (the first is timed), and the tensors of this rank."""
 
     D: int
     E: int
@@ -58,7 +63,7 @@ class Problem:
 
     @property
     def B(self) -> int:
-        """Images of a rank."""
+        """Images per rank."""
         return self.experts_WB.shape[1]
 
 
@@ -73,29 +78,29 @@ def make_problem(B: int, D: int, E: int, routing: str, runtime: Runtime) -> Prob
 
 
 def dense(problem: Problem) -> Case:
-    """The dense MLP of the same active size: what everything is compared with."""
+    """The dense MLP of the same active size, the baseline of all ratios."""
     mlp = _on_device(make_mlp(problem.D, 4), problem)
     return Case(_pass(mlp, problem, lambda: mlp(problem.x_BTD)))
 
 
 def ours(problem: Problem, locality: bool = False) -> Case:
-    """`ClusterMoE`, planning included; with `locality` the images are dealt to ranks by route first."""
+    """`ClusterMoE`, including planning; with `locality`, images are first distributed to ranks by route."""
     runtime, ep_size = problem.runtime, problem.ep_size
     layer = ClusterMoE(lambda: make_mlp(problem.D, 4), problem.E, ep_size)
     layer.set_deepspeed_parallelism()
     _on_device(layer, problem)
     bf16 = problem.x_BTD.dtype == torch.bfloat16
     layer.execute = choose_execution(runtime.device, bf16, layer.num_local_experts)
-    table_MLK = np.arange(problem.E)[:, None, None]  # one cluster an expert
+    table_MLK = np.arange(problem.E)[:, None, None]  # one cluster per expert
     slot_LE = default_placement(1, problem.E)
 
-    def dealt(experts_WB: NDArray[np.int64]) -> NDArray[np.int64]:
+    def distributed(experts_WB: NDArray[np.int64]) -> NDArray[np.int64]:
         if not locality:
             return experts_WB
         order_G = local_order(experts_WB.ravel(), table_MLK[:, :, 0], slot_LE, runtime.world_size, ep_size)
         return experts_WB.ravel()[order_G].reshape(experts_WB.shape)
 
-    draws_WB = [dealt(experts_WB) for experts_WB in problem.draws_WB]
+    draws_WB = [distributed(experts_WB) for experts_WB in problem.draws_WB]
     weight_BK = torch.ones(problem.B, 1, device=runtime.device, requires_grad=True)
 
     def forward() -> Tensor:
@@ -110,7 +115,7 @@ def ours(problem: Problem, locality: bool = False) -> Case:
 
 
 class _RoutedGate(TopKGate):
-    """DeepSpeed's gate, told each token's expert: that of its image."""
+    """DeepSpeed's gate with given experts: those of the images."""
 
     logits_SE: Tensor
 
@@ -125,7 +130,7 @@ class _RoutedGate(TopKGate):
 
 
 def stock(problem: Problem, capacity: float) -> Case:
-    """DeepSpeed's stock layer routed by cluster; `capacity` 0 drops nothing and pads every expert to the fullest."""
+    """DeepSpeed's stock layer routed by cluster; `capacity` 0 drops nothing and pads to the largest load."""
     layer = TokenMoE(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size, capacity=capacity)
     old = layer.deepspeed_moe.gate
     gate = _RoutedGate(problem.D, problem.E, 1, capacity or 1.0, capacity or 1.0, 4, None, old.drop_tokens, False)
@@ -137,7 +142,7 @@ def stock(problem: Problem, capacity: float) -> Case:
 
 
 def token(problem: Problem) -> Case:
-    """TokenMoE with an untrained token gate, nothing dropped."""
+    """TokenMoE with an untrained token gate, without dropping."""
     layer = TokenMoE(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size)
     return _stock_case(layer, problem, 0.0, None)
 
@@ -147,7 +152,7 @@ def _stock_case(layer: TokenMoE, problem: Problem, capacity: float, counts_E: Te
     _on_device(layer, problem)
     S = problem.B * TOKENS
     dropped = 0.0
-    rows = S  # an upper bound for the token gate, whose fullest expert is not known beforehand
+    rows = S  # an upper bound for the token gate, whose largest load is unknown
     if counts_E is not None:
         rows = max(4, math.ceil(S / problem.E * capacity)) if capacity else int(counts_E.max())
         dropped = float((counts_E - rows).clamp_min(0).sum()) / S

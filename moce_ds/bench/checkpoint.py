@@ -1,8 +1,9 @@
-"""`moce bench checkpoint`: saving and loading a run's state beside the disk's own speed, and the pause of training.
+"""`moce bench checkpoint`: saving and loading the state of a run compared with the raw disk speed, and the pause in
+training.
 
-The state is that of a dense MAE with AdamW in DeepSpeed's engine, three numbers of 4 bytes a parameter. The pause is
-how long training stands still for a save that is written beside it; the delay is how much later its next update comes,
-which on a machine without a GPU has to share the cores with the writing.
+The state is that of a dense MAE with AdamW in DeepSpeed's engine: three numbers of 4 bytes per parameter. The pause is
+the time for which training stops for an asynchronous save. The delay is how much later the next update follows; without
+a GPU, training shares the cores with the writer.
 """
 
 import os
@@ -19,29 +20,30 @@ from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
 from moce_ds.training.model import build_for_training
 from moce_ds.training.settings import (
     DataSettings,
-    ModelSettings,
     PretrainRunSettings,
     PretrainSettings,
     batch_arithmetic,
 )
 
-_BLOCK = 4 * 2**20  # bytes a write, as `dd bs=4M`
+_BLOCK = 4 * 2**20  # bytes per write, as
 
 
 def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Rows (name, gigabytes, seconds, GB a second, ratio): of a raw write and read, a save, a load, and what training
-    loses by a save.
+    """Rows (name, gigabytes, seconds, GB per second, ratio) of a raw write and read, a save, a load, and the time lost
+    in training.
 
-    The ratio of writes and reads is their speed over the raw one; that of pause and delay their length over the save's.
+    The ratio of writes and reads is their speed relative to the raw one; the ratio of pause and delay is their duration
+    relative to the save.
 
     Args:
         vit: encoder by timm's name; `vit_base_patch16_224` with the default decoder makes 1.3 GB.
-        folder: on the disk to measure; what is written there is removed again.
+        folder: on the disk to measure; everything written there is removed again.
     """
     with scratch_folder(folder) as scratch, started() as runtime:
         config = PretrainSettings(
@@ -69,7 +71,7 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
 
 
 class _Rounds:
-    """An engine that has made one update, so that Adam has its moments, and the seconds of what was done to it."""
+    """An engine after one update, so that Adam's moments exist, and the measured times."""
 
     def __init__(self, config: PretrainSettings, runtime: Runtime, scratch: Path) -> None:
         self._config, self._runtime, self._scratch = config, runtime, scratch
@@ -88,7 +90,7 @@ class _Rounds:
         self.size = 0
 
     def round(self, saver: CheckpointManager, step: int) -> None:
-        """A whole save, a load, a raw write and read, and a training step without and with a save on its way."""
+        """One save, one load, one raw write and read, and a training step without and with a save in progress."""
         self._timed("save", lambda: self._save(saver, step))
         checkpoint, raw = Checkpoint.open(step_folder(self._config.run.out, step)), self._scratch / "raw"
         self.size = sum(record["bytes"] for record in checkpoint.manifest["files"].values())
@@ -105,11 +107,11 @@ class _Rounds:
         saver.finish()
 
     def medians(self) -> dict[str, float]:
-        """Of each part over the rounds but the first, and of the pause and the delay in each."""
-        times = {name: np.array(found[1:]) for name, found in self._seconds.items()}
+        """Medians over all rounds but the first, including pause and delay."""
+        times = {name: np.array(values[1:]) for name, values in self._seconds.items()}
         times["pause"] = times["start"] + times["staging"]
         times["delay"] = times["pause"] + times["beside"] - times["alone"]
-        return {name: float(np.median(found)) for name, found in times.items()}
+        return {name: float(np.median(values)) for name, values in times.items()}
 
     def _save(self, saver: CheckpointManager, step: int) -> None:
         saver.start(_manifest(step))

@@ -1,8 +1,8 @@
-"""`moce bench layer`: expert layers against the dense MLP of the same active size, forward and backward.
+"""`moce bench layer`: expert layers compared with the dense MLP of the same active size, forward and backward.
 
 One process measures the replicated layer and the stock ones; two processes measure expert parallelism. Every ratio is
-to the dense MLP timed in the same processes, in turn with the others. All is done in several sets of new processes, and
-the median counts: where memory comes to lie changes the time of a matrix product by 15% from start to start.
+relative to the dense MLP, timed in the same processes in turns with the others. Everything is repeated in several sets
+of new processes, and the median counts: memory placement changes the time of a matrix product by 15% between starts.
 """
 
 import os
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 ROUTINGS = ("uniform", "skewed")
 
-# Operators that make the host wait for the device.
+# Operations that make the host wait for the device.
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 ALONE: Mapping[str, Callable[[Problem], Case]] = {
@@ -49,20 +49,20 @@ PARALLEL: Mapping[str, Callable[[Problem], Case]] = {
 def measure(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, processes: int, starts: int
 ) -> list[Row]:
-    """All rows: one process's cases, then those of `processes` processes with `ep_size` = `processes`.
+    """All rows: the cases of one process, then those of `processes` processes with `ep_size` = `processes`.
 
-    Each is the median over `starts` sets of processes; `ratios` has those of all.
+    Each is the median over `starts` sets of processes; `ratios` contains all of them.
     """
-    os.environ["KINETO_LOG_LEVEL"] = "99"  # in the processes, whose profiler tells of its starts and stops otherwise
-    found = []
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # silences the profiler in the processes
+    measured = []
     for count in sorted({1, processes}):
         of_starts = [in_processes(_measure, count, batches, experts, widths, repeats) for _ in range(starts)]
-        found += [_middle(rows) for rows in zip(*of_starts, strict=True)]
-    return found
+        measured += [_middle(rows) for rows in zip(*of_starts, strict=True)]
+    return measured
 
 
 def _middle(rows: Sequence[Row]) -> Row:
-    """One row for those of all starts."""
+    """The median row of all starts."""
     ratios = [row["ratio"] for row in rows]
     return rows[0] | {"ratio": float(np.median(ratios)), "ratios": ratios}
 
@@ -74,7 +74,7 @@ def _measure(
 
 
 def sizes(batches: Sequence[int], experts: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(B, E, D) of the first of each, then of every other one in turn while the rest stay at their first."""
+    """(B, E, D) of the first of each, then of every other one while the rest stay at their first."""
     B, E, D = batches[0], experts[0], widths[0]
     varied = [(b, E, D) for b in batches[1:]] + [(B, e, D) for e in experts[1:]] + [(B, E, d) for d in widths[1:]]
     return [(B, E, D), *varied]
@@ -83,9 +83,9 @@ def sizes(batches: Sequence[int], experts: Sequence[int], widths: Sequence[int])
 def bench_layer(
     batches: Sequence[int], experts: Sequence[int], widths: Sequence[int], repeats: int, runtime: Runtime
 ) -> Iterator[Row]:
-    """Rows for every size (see `sizes`) and both routings; in several processes each row is their slowest one's.
+    """Rows for every size (see `sizes`) and both routings; with several processes, those of the slowest one.
 
-    With one process `ep_size` is 1, with several it is their number.
+    `ep_size` is the number of processes.
     """
     quiet_deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
@@ -96,7 +96,7 @@ def bench_layer(
         seconds = interleaved({name: case.run for name, case in built.items()}, repeats, runtime.barrier)
         slowest = runtime.max(list(seconds.values()))
         sent = runtime.sum([float(case.sent) for case in built.values()])
-        for (name, case), own, all_sent in zip(built.items(), slowest, sent, strict=True):
+        for (name, case), slowest_seconds, all_sent in zip(built.items(), slowest, sent, strict=True):
             peak, waits = _memory_and_waits(case.run, runtime.device)
             yield {
                 "name": name,
@@ -106,7 +106,7 @@ def bench_layer(
                 "E": E,
                 "D": D,
                 "dtype": str(problem.x_BTD.dtype).removeprefix("torch."),
-                "ratio": own / slowest[0],
+                "ratio": slowest_seconds / slowest[0],
                 "dropped": case.dropped,
                 "bytes": int(all_sent),
                 "host_waits": waits,
@@ -115,7 +115,7 @@ def bench_layer(
 
 
 def _memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Peak bytes allocated during one call over those before it, and how often the host waited for the device."""
+    """Peak bytes allocated during one call, and how often the host waited for the device."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -132,7 +132,7 @@ def _memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[
 
 
 def plot_rows(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the ratios, one panel a (routing, mode), cases side by side, sizes as groups."""
+    """A bar chart of the ratios: one panel per (routing, mode), one group per size."""
     panels = sorted({(row["mode"], row["routing"]) for row in rows})
     figure, axes = plt.subplots(len(panels), 1, figsize=(10, 2.8 * len(panels)), squeeze=False, layout="constrained")
     for axis, (mode, routing) in zip(axes[:, 0], panels, strict=True):

@@ -1,4 +1,5 @@
-"""Loading: the DALI pipeline against PIL and torchvision on the same files, decode to normalised 224 px crop."""
+"""Loading: the DALI pipeline compared with PIL and torchvision on the same files, from decoding to normalised 224 px
+crops."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Forward and backward of a training step: MoCE against the dense MAE of the same active size.
+"""Forward and backward of a training step: MoCE compared with the dense MAE of the same active size.
 
 Axes: B images, N patches, M clusters, C width of a cluster embedding.
 """
@@ -46,7 +46,7 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
         dense(images_BCHW, noise_BN).loss.backward()
 
     def moce_step() -> None:
-        # The whole of what a step adds: the table's copy to the host, the plan, the exchange, the gate's losses.
+        # Everything that a step adds: the copy of the table to the host, the plan, the all-to-all, the gate losses.
         moce.zero_grad(set_to_none=True)
         expert_MLK = chosen_experts(moce.gate(), 1).cpu().numpy()
         plan = make_plan(clusters_B[None], expert_MLK, default_placement(2, num_experts), 0, 1).to(device)

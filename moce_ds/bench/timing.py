@@ -1,4 +1,4 @@
-"""Timing cases against one another: interleaved, so that whatever else the machine does hits all alike."""
+"""Interleaved timing of cases, so that other load on the machine affects all of them equally."""
 
 import ctypes
 import platform
@@ -18,18 +18,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 def interleaved(
     cases: Mapping[str, Callable[[], object]],
     repeats: int,
-    together: Callable[[], object] = lambda: None,
+    barrier: Callable[[], object] = lambda: None,
     warmup: int = 2,
 ) -> dict[str, float]:
     """Median seconds of each case over `repeats` rounds; every round runs every case once, after `warmup` rounds.
 
-    `raise_on_all_ranks` is called before each case: a barrier, where several processes measure the same.
+    `barrier` is called before each case, if several processes measure the same.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in progress_bar(range(warmup + repeats), desc="measuring", leave=False, delay=2, disable=not is_first()):
         for name, case in cases.items():
             _synchronise()
-            together()
+            barrier()
             began = time.perf_counter()
             case()
             _synchronise()
@@ -39,10 +39,10 @@ def interleaved(
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks for the next allocation, as the caching allocator of a GPU does.
+    """Let glibc keep freed blocks for the next allocation, like the caching allocator of a GPU.
 
-    By default it gives large ones back to the system, and the page faults of getting them again, which depend on sizes
-    alone, cost more than the products that are measured (seen: 150,000 in a step of 1.5 s). Without effect elsewhere.
+    By default it returns large blocks to the system. The page faults of allocating them again depend only on sizes and
+    can cost more than the measured products (seen: 150,000 in a step of 1.5 s). No effect without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -51,12 +51,12 @@ def keep_freed_memory() -> None:
 
 
 def this_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine of the measurements."""
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

@@ -33,7 +33,7 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (gate=token) with two more words.
+# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (TokenMoE) with two more words.
 _LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)\.(.+)$")
 
 

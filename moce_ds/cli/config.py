@@ -77,7 +77,12 @@ class ArchNeed:
     required: tuple[str, ...] = ()
 
 
-ARCH_NEEDS = {"mae": ArchNeed(), "moce": ArchNeed(("experts",), ("experts.clusters",))}
+ARCH_NEEDS = {
+    "mae": ArchNeed(),
+    "moce": ArchNeed(("experts",), ("experts.clusters",)),
+    "token_moe": ArchNeed(("experts", "token_moe")),
+    "sdr": ArchNeed(("experts", "sdr"), ("experts.clusters", "run.init_from")),
+}
 _ARCH_GROUPS = {group for need in ARCH_NEEDS.values() for group in need.groups}
 
 
@@ -136,10 +141,11 @@ def new_file(kind: str, words: Sequence[str]) -> None:
 def starter_text(kind: str, pairs: Sequence[str]) -> str:
     """The file to start from that `moce config new KIND` writes. Raises ConfigError for a fault in a `key=value`."""
     from moce_ds.config.origins import DEFAULT, origin_of
-    from moce_ds.config.settings import keys, partial_tree, words_layer
+    from moce_ds.config.settings import keys, partial_tree, translated, words_layer
     from moce_ds.config.starter import starter
 
-    cls, layers = KINDS[kind].load(), [words_layer(pairs)]
+    cls = KINDS[kind].load()
+    layers = translated(cls, [words_layer(pairs)])
     tree = partial_tree(cls, layers)
     given = {key: _value(tree, key) for key, _ in keys(cls) if origin_of(key, layers) != DEFAULT}
     without, required = KINDS[kind].by_options - set(given), set[str]()

@@ -18,10 +18,11 @@ from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
-from moce_ds.config.settings import differences, to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.console import progress_bar
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
+from moce_ds.storage.made_from import MadeFrom
 
 _logger = logging.getLogger(__name__)
 
@@ -61,16 +62,14 @@ def build_clusters(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "
             f"set it to {feature_set.count} or less, and much less for meaningful clusters."
         )
-    made_from = {
-        "settings": to_tree(config),
-        "features": {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)},
-    }
+    features_of = {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)}
+    made_from = MadeFrom({"settings": to_tree(config), "features": features_of}, {"settings": ClusterSettings})
     if out.exists():
         _check_same(out, made_from)
         _logger.info(f"{out} is complete, with the same settings and features: nothing to do.")
     else:
         check_writable(out)
-        _write(feature_set, out, config, made_from, device)
+        _write(feature_set, out, config, made_from.parts, device)
     clusters = Clusters.load(out)
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
     # The mean cosine of its cluster replaces an image's own cosine; the mean over images is the same.
@@ -180,15 +179,11 @@ def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -
     return np.array(lows, dtype=np.float32)
 
 
-def _check_same(out: Path, made_from: dict[str, Any]) -> None:
+def _check_same(out: Path, made_from: MadeFrom) -> None:
     """Raise ArtefactError unless `out` holds the requested clusters."""
     if not (out / "clusters.json").is_file():
         raise ArtefactError(f"{out} exists and holds no clusters: choose another folder.")
-    recorded = Clusters.load(out).provenance
-    different = differences({key: recorded.get(key, {}) for key in made_from}, made_from)
-    if different:
-        lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
-        raise ArtefactError(f"{out} holds clusters made differently; choose another folder or delete it:{lines}")
+    made_from.compare(Clusters.load(out).provenance).refuse_different(f"{out} holds clusters")
 
 
 def _merged(embeddings_MD: torch.Tensor) -> int:

@@ -20,7 +20,6 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from moce_ds.config.settings import differences
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.storage import encoder_folder
 from moce_ds.storage.checksums import (
@@ -36,6 +35,7 @@ from moce_ds.storage.checksums import (
 )
 from moce_ds.storage.encoder_folder import WEIGHTS
 from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
+from moce_ds.storage.made_from import MadeFrom
 
 FORMAT, VERSION = "moce features", 1
 ENCODER = "encoder"
@@ -145,7 +145,8 @@ class FeatureWriter:
         self._description = json.loads(json.dumps(description))  # as it will be read back: without tuples
         recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
         if recorded:
-            self._check_same(read_checked(recorded[0], dict[str, Any], "a record of features", "moce features"))
+            found = read_checked(recorded[0], dict[str, Any], "a record of features", "moce features")
+            MadeFrom(self._description).compare(found).refuse_different(f"{path} holds features")
         else:
             self._refuse_unknown()
             with writes_to(path):
@@ -205,14 +206,6 @@ class FeatureWriter:
     @property
     def _num_blocks(self) -> int:
         return -(-self.count // self.block_rows)
-
-    def _check_same(self, recorded: dict[str, Any]) -> None:
-        different = differences({key: recorded.get(key) for key in self._description}, self._description)
-        if different:
-            lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in different.items())
-            raise ArtefactError(
-                f"{self.path} holds features with other settings; choose another folder or delete it:{lines}"
-            )
 
     def _refuse_unknown(self) -> None:
         """Blocks without a record may belong to other images or another encoder."""

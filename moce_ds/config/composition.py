@@ -59,7 +59,7 @@ class _Composition:
         """Append a file and its bases; `way` holds names and lines that lead to it, the first file first."""
         file = path.resolve()
         if file in self._open:
-            raise ConfigError(f"{name} is its own base: remove one of these `base` lines.{_told(way, name)}")
+            raise ConfigError(f"{name} is its own base: remove one of these `base` lines.{_chain(way, name)}")
         if file in self._done:
             return
         self._open.add(file)
@@ -69,7 +69,7 @@ class _Composition:
             earlier = _is_earlier_setting(tree, path.parent, self._cls)
             bases = [] if earlier else _bases(tree.pop(BASE, None), path, f"{name}:{line}")
         except ConfigError as error:
-            raise ConfigError(f"{error}{_told(way, name)}") from None
+            raise ConfigError(f"{error}{_chain(way, name)}") from None
         for base in bases:
             self.add(base, str(base), (*way, (name, line)))
         self._open.remove(file)
@@ -109,6 +109,6 @@ def _is_earlier_setting(tree: dict[str, Any], folder: Path, cls: Any) -> bool:
     return not (folder / path).exists()
 
 
-def _told(way: tuple[tuple[str, int], ...], name: str) -> str:
+def _chain(way: tuple[tuple[str, int], ...], name: str) -> str:
     """The files that lead to `name`, for the end of a message; nothing for a file that no other file names."""
     return "\n  Bases: " + " -> ".join([*(f"{above}:{line}" for above, line in way), name]) if way else ""

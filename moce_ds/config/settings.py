@@ -14,19 +14,28 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from moce_ds.config import faults
+from moce_ds.config import families, faults
 from moce_ds.config.composition import Layer, file_layers
 from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.config.yaml_text import Plain, read_yaml_text
 from moce_ds.errors import ConfigError
 
 T = TypeVar("T")
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
+CropShare = Annotated[float, Field(gt=0, le=1)]
+Deviation = Annotated[float, Field(gt=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 WORDS = "the command line"
 _log = logging.getLogger(__name__)
 _HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
@@ -126,11 +135,17 @@ def _partial(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _merged_layers(cls: Any, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Any]]:
     """The layers that say something, by the names that settings have today, and the tree that they make together."""
-    layers = [_renamed(cls, layer) for layer in layers if layer.tree] or list(layers[:1])
+    layers = translated(cls, [layer for layer in layers if layer.tree] or layers[:1])
     tree: dict[str, Any] = {}
     for number, layer in enumerate(layers, 1):
         tree = _merged(tree, layer.tree, faults.together(layers[:number]))
     return layers, tree
+
+
+def translated(cls: Any, layers: Sequence[Layer]) -> list[Layer]:
+    """The layers by the names that settings have today; what had another name is logged. Raises ConfigError."""
+    layers = [_renamed(cls, layer) for layer in layers]
+    return families.translate_layers(layers) if _is_of_pretraining(cls) else layers
 
 
 def _renamed(cls: Any, layer: Layer) -> Layer:
@@ -143,6 +158,11 @@ def _renamed(cls: Any, layer: Layer) -> Layer:
         _log.warning("%s: the setting %s is now called %s.", layer.origin, earlier, field.name)
         layer = layer._replace(tree={field.name if key == earlier else key: part for key, part in layer.tree.items()})
     return layer
+
+
+def _is_of_pretraining(cls: Any) -> bool:
+    """Whether a settings class has the settings that `families` translates."""
+    return "model.arch" in dict(keys(cls))
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: str = "") -> dict[str, Any]:
@@ -192,7 +212,9 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
 
 
 def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
-    """A tree of settings of type `cls`, as an earlier version wrote it, with the defaults of settings added since."""
+    """A tree of settings of type `cls`, as an earlier version wrote it, by the names of this version and with the
+    defaults of settings added since."""
+    tree = families.translate_tree(tree) if _is_of_pretraining(cls) else tree
     whole = dict(tree)
     for field in dataclasses.fields(cls):
         below = tree.get(field.name, {} if dataclasses.is_dataclass(field.type) else None)
@@ -298,6 +320,7 @@ class KeysOf(Reading):
         if not isinstance(value, dict):
             return value
         types = {name: field.type for name, field in keys(self.cls)} | dict.fromkeys(self.own, int)
+        types |= {old: types[new] for old, new in families.MOVED.items() if new in types}
         flat: dict[str, Any] = {}
         for name, part in value.items():
             inside = isinstance(part, dict) and any(known.startswith(f"{name}.") for known in types)

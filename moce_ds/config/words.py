@@ -34,7 +34,8 @@ def read_settings(
 def settings_layers(
     cls: Any, given: Sequence[str], own: Mapping[str, Any] | None = None, origin: str = configuration.WORDS
 ) -> list[Layer]:
-    """The layers that `read_settings` reads: the bases of the file, the file, the words. Raises ConfigError."""
+    """The layers that `read_settings` reads: the bases of the file, the file, the words. Names of earlier versions are
+    replaced. Raises ConfigError."""
     known = {key for key, _ in configuration.keys(cls)} | _earlier_names(cls)
     if BASE not in known and any(word.startswith(f"{BASE}=") for word in given):
         raise ConfigError(f"{BASE} is a line of YAML files. As a word, name the file itself: OTHER.yaml key=value.")
@@ -45,7 +46,8 @@ def settings_layers(
             f"Got several words that are not key=value: {' '.join(files)}; expected one YAML file at most."
         )
     layers = [layer for file in files for layer in file_layers(_config_file(file, known), cls, file)]
-    return [*layers, configuration.words_layer(pairs, origin), Layer(origin, configuration.nested(own or {}))]
+    layers += [configuration.words_layer(pairs, origin), Layer(origin, configuration.nested(own or {}))]
+    return configuration.translated(cls, layers)
 
 
 def _earlier_names(cls: Any) -> set[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import PositiveInt
 from tqdm import tqdm
 
-from moce_ds.config.settings import differences, option, settings
+from moce_ds.config.settings import option, settings
 from moce_ds.console import progress_bar
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
@@ -50,6 +50,7 @@ from moce_ds.errors import DataError
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
 from moce_ds.storage.locks import LOCK, alone_in
+from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import in_line
 
 
@@ -181,7 +182,8 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _refuse_other_plan(out: Path, source: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = differences(old, new)
+    listing = {"labels_sha256": None, "seed": None}  # of a set whose images a listing names
+    changed = dict(MadeFrom(listing | new).compare(old).differences or {})
     seed_before, seed_now = changed.pop("seed", (None, None))  # it matters only if it drew other images
     if "listing_sha256" in changed:
         before, now = changed.get("files", (new["files"],) * 2)

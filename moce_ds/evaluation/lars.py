@@ -16,12 +16,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.optim import Lars
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.evaluation.linear import Fit, Fits, Predict
 from moce_ds.evaluation.settings import LarsSettings
+
+repair_torchvision()
+from timm.optim import Lars  # noqa: E402  (needs the repair)
 
 _INIT_STD = 0.01
 _NORM_EPS = 1e-6

@@ -65,7 +65,7 @@ def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
     if not checkpoint.experts:
         raise ArtefactError(f"{run} is a dense run: it has no routes to select from.")
     if checkpoint.manifest.get("routing") is None:
-        raise ArtefactError(f"{run} routes by token (experts.gate=token): no route serves a whole image.")
+        raise ArtefactError(f"{run} routes by token (model.arch=token_moe): no route serves a whole image.")
     clusters = Clusters.load(clusters_folder(checkpoint))
     if clusters.hash != checkpoint.manifest.get("clusters_hash"):
         raise ArtefactError(f"{clusters_folder(checkpoint)}: these are not the clusters that {run} was trained with.")

@@ -65,7 +65,19 @@ def notice(environment: MutableMapping[str, str] = os.environ) -> str | None:
 
 def free_cpus() -> int:
     """CPUs that this process may use and that other processes leave free, at least 1."""
-    return max(1, min(allowed_cpus(), (os.cpu_count() or 1) - round(_load())))
+    return cpus_left(allowed_cpus(), os.cpu_count() or 1, *_load())
+
+
+def cpus_left(allowed: int, cpus: int, mean: float, running: int) -> int:
+    """CPUs of `cpus` that other processes leave to one that may use `allowed`, at least 1.
+
+    Args:
+        mean: CPUs in use by others, on average over the last minute.
+        running: CPUs in use by others now.
+
+    The smaller of the two counts, so that neither a process that has just ended nor a short peak does.
+    """
+    return max(1, min(allowed, cpus - round(max(0.0, min(mean, running)))))
 
 
 def allowed_cpus() -> int:
@@ -86,17 +98,12 @@ def cgroup_cpus(folder: Path) -> int:
     return 2**20 if quota.strip() in ("max", "-1") else max(1, math.ceil(int(quota) / int(period)))
 
 
-def _load() -> float:
-    """CPUs in use by others: the smaller of the mean over the last minute and the current value.
-
-    So neither a process that has just ended nor a short peak counts.
-    """
+def _load() -> tuple[float, int]:
+    """CPUs in use by others: the mean over the last minute, and now; zeros where the system does not tell."""
     try:
-        mean = os.getloadavg()[0]
-        running = int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
+        return os.getloadavg()[0], int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1
     except (OSError, ValueError, IndexError):
-        return 0.0
-    return max(0.0, min(mean, float(running)))
+        return 0.0, 0
 
 
 def _by_user(environment: MutableMapping[str, str]) -> bool:

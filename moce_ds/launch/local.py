@@ -5,7 +5,7 @@
 One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76
 then, as nothing that needs the whole run may follow. When a process fails, the others are ended and the failed one is
 named; the status is 75 if it was lost. With --max-restarts, all are started again when one was lost (killed,
-or silent for run.peer_timeout seconds), and the run goes on from its newest checkpoint. Under
+or silent for run.peer_timeout seconds), and the run resumes from its newest checkpoint. Under
 `torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
 on once.
 """
@@ -24,22 +24,24 @@ from moce_ds.host.interrupts import leave, obeyed
 
 _logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 20.0
+GRACE_SECONDS = 20.0
 _INTERRUPTED = 130  # how many programs end at a Ctrl-C
 _VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
 
 
-def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> int:
+def run_processes(
+    command: Sequence[str], nproc: int, max_restarts: int = 0, grace_seconds: float = GRACE_SECONDS
+) -> int:
     """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure.
 
     A process that was lost costs a restart of all, at most `max_restarts` times; an error that a process has explained
-    would only occur again.
+    would only occur again. After a failure or a second Ctrl-C the other processes get `grace_seconds` to end.
     """
     before = {number: signal.signal(number, leave) for number in obeyed()}
     asked: list[int] = []
     try:
         for restart in range(max_restarts + 1):
-            status, lost = _run(command, nproc, asked)
+            status, lost = _run(command, nproc, asked, grace_seconds)
             if not lost or asked or restart == max_restarts:
                 break
             _logger.warning(f"Restart {restart + 1} of at most {max_restarts}.")
@@ -49,7 +51,7 @@ def run_processes(command: Sequence[str], nproc: int, max_restarts: int = 0) -> 
             signal.signal(number, handler)
 
 
-def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, bool]:
+def _run(command: Sequence[str], nproc: int, asked: list[int], grace_seconds: float) -> tuple[int, bool]:
     """One start of all processes: exit status, and whether a process was lost. Signals that arrive go into `asked`."""
     # Here, since torch comes along: it takes a second in which Ctrl-C must be obeyed already.
     from moce_ds.distributed.rendezvous import host_on_loopback
@@ -72,17 +74,17 @@ def _run(command: Sequence[str], nproc: int, asked: list[int]) -> tuple[int, boo
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
         processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
-    status = _wait(processes, asked)
+    status = _wait(processes, asked, grace_seconds)
     # An unexpected error of one process is a loss for the others; which of them is the first to end is chance.
     lost = status < 0 or any(process.returncode == LOST_PEER for process in processes)
     return LOST_PEER if status < 0 else status, lost
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int], grace_seconds: float) -> int:
     """Wait until all have ended; once one fails, or a second Ctrl-C comes, they get a little time and are then killed.
 
     Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal); STOPPED
-    where that is what was asked.
+    where a signal requested that.
     """
     failed: tuple[int, int] | None = None
     deadline, passed_on = float("inf"), 0
@@ -92,12 +94,12 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int]) -> int:
                 process.send_signal(number)
             passed_on += 1
             if number == signal.SIGINT and asked[:passed_on].count(number) == 2:
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace_seconds)
         for rank, process in enumerate(processes):
             status = process.poll()
             if failed is None and status:
                 failed = (rank, status)
-                seconds = _VERDICT_SECONDS if status == LOST_PEER else _GRACE_SECONDS
+                seconds = _VERDICT_SECONDS if status == LOST_PEER else grace_seconds
                 deadline = min(deadline, time.monotonic() + seconds)
         if time.monotonic() > deadline:
             for process in processes:

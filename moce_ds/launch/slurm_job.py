@@ -1,4 +1,4 @@
-"""A job of SLURM as its own processes see it: how its starts have ended, and how it begins again."""
+"""A SLURM job as its own processes see it: how its starts ended, and how it is requeued."""
 
 import json
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 SECRET_FILE = "secret"
-"""In the folder of a launch, for its owner's eyes: what its processes seal their words with."""
+"""In the folder of a launch, readable by its owner alone: the key that authenticates messages of its processes."""
 
 _logger = logging.getLogger(__name__)
 _STEADY_SECONDS = 3600.0
@@ -19,7 +19,7 @@ _STEADY_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class JobStart:
-    """One start of a job; the next one is another.
+    """One start of a job, which may be requeued several times.
 
     Attributes:
         name: number of the job, and of an array's task: 7, 7_2. (Its raw number alone may be that of a whole array.)
@@ -49,7 +49,7 @@ class JobStart:
         draft.replace(self._file("lost" if lost else "end", self.restart))  # whole at once: others may read it now
 
     def begin_again(self, max_failures: int) -> bool:
-        """Put the job back into the queue after a loss, the `max_failures`th in a row at most; whether it was tried."""
+        """Requeue the job after a lost process, unless too many failed in a row; returns whether it tried."""
         failures = self._in_a_row()
         if failures > max_failures:
             _logger.warning(f"{failures} failures in a row; max_failures={max_failures} are allowed.")
@@ -58,9 +58,9 @@ class JobStart:
         return True
 
     def requeue(self, why: str) -> None:
-        """Put the job back into the queue, if it is running: else SLURM ends it, or has done that itself."""
-        asked = ["squeue", "--noheader", f"--jobs={self.name}", "--format=%T"]
-        state = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        """Requeue the job if it is running; in another state SLURM is ending it, or has requeued it itself."""
+        command = ["squeue", "--noheader", f"--jobs={self.name}", "--format=%T"]
+        state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         if state != "RUNNING":
             _logger.info(f"Job {self.name} is {state or 'gone'}: it does not requeue itself ({why}).")
             return

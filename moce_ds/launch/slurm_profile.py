@@ -24,7 +24,7 @@ class SlurmProfile:
     """Settings of a job; those that are null are left to the cluster."""
 
     nodes: Positive = option(1, "nodes of the job")
-    min_nodes: Positive | None = option(None, "fewest nodes to go on with after a loss; null: all of them")
+    min_nodes: Positive | None = option(None, "fewest nodes to resume with after a loss; null: all of them")
     gpus_per_node: Annotated[int, Field(ge=0)] = option(0, "GPUs of each node; one process a GPU")
     tasks_per_node: Positive | None = option(None, "processes of each node; null: one a GPU, or one")
     cpus_per_task: Positive = option(1, "CPUs of each process")
@@ -37,7 +37,7 @@ class SlurmProfile:
     signal: Literal["USR1", "USR2"] = option("USR2", "what SLURM sends before it ends the job")
     signal_seconds: Positive = option(120, "how long before the end")
     max_failures: Annotated[int, Field(ge=0)] = option(
-        3, "lost processes in a row that are borne; an hour's run resets it"
+        3, "failed starts in a row before the job ends; a start of an hour resets the count"
     )
     array_parallelism: Positive = option(16, "jobs of an array that may run at once")
     extra: dict[str, str | bool | Number] = option({}, "more lines #SBATCH --KEY=VALUE; VALUE true: --KEY alone")
@@ -80,8 +80,8 @@ class SlurmProfile:
         return range(self.min_nodes or self.nodes, self.nodes + 1)
 
     @property
-    def spoken(self) -> str:
-        """Its size in words."""
+    def size(self) -> str:
+        """Nodes and processes of each, in words."""
         fewest = f"{self.min_nodes} to " if self.min_nodes else ""
         processes = counted(self.processes_per_node, "process", "processes")
         return f"{fewest}{counted(self.nodes, 'node')} x {processes}"
@@ -116,7 +116,7 @@ class SlurmProfile:
             # One process that fails ends all: without it the others wait to the time limit.
             "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],
             "additional_parameters": {
-                # sbatch, told of tasks, would make do with the fewest nodes of the range.
+                # With a number of tasks, sbatch would choose the fewest nodes of the range.
                 "mincpus": each * self.cpus_per_task,
                 "requeue": True,
                 "signal": f"{self.signal}@{self.signal_seconds}",

@@ -1,4 +1,4 @@
-"""The queue of SLURM, through submitit: put jobs into it, and ask what is in it."""
+"""The queue of SLURM, through submitit: submit jobs, and list those that are queued."""
 
 import shlex
 import signal
@@ -23,8 +23,8 @@ class Submitted:
 
     Attributes:
         job: its number.
-        what: what it asks for, in words.
-        log: what its first process writes; the others' are beside it. Of an array: the pattern of all.
+        what: its size, in words.
+        log: the log of its first process; those of the others are beside it. Of an array: the pattern of all logs.
     """
 
     job: str
@@ -47,8 +47,8 @@ def submit(
         usable_nodes: numbers of nodes that the commands can run on, of those that the profile allows; empty: all.
 
     Raises:
-        ConfigError: there is no SLURM here, sbatch refuses, which is passed on, or the folder's or job's name cannot be
-            in a script.
+        ConfigError: there is no SLURM here; sbatch refuses, with its message; or the folder's or job's name cannot
+            stand in a script.
     """
     check_scriptable(folder, name)
     python = str(profile.python or sys.executable)
@@ -65,20 +65,21 @@ def submit(
         # Its own count of time-outs would end a run that is meant to be requeued for weeks.
         inside = f"{profile.container} {shlex.quote(python)}".strip()
         executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
-        told = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
-        teardown = ["status=$?", f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {told}", "exit $status"]
+        arguments = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
+        end = f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {arguments}"
+        teardown = ["status=$?", end, "exit $status"]
         executor.update_parameters(job_name=name, teardown=teardown, **profile.sbatch(after))
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ConfigError(f"sbatch refused the job: {_own_words(error)}") from None
+        raise ConfigError(f"sbatch refused the job: {_sbatch_message(error)}") from None
     except RuntimeError as error:  # submitit did not find srun
         raise ConfigError(f"{error} Run this where sbatch and srun are, as on a login node.") from None
     if len(jobs) == 1:
-        return Submitted(jobs[0].job_id, profile.spoken, str(jobs[0].paths.stdout))
+        return Submitted(jobs[0].job_id, profile.size, str(jobs[0].paths.stdout))
     number = jobs[0].job_id.partition("_")[0]
     logs = folder.absolute() / f"{number}_*_0_log.out"
-    return Submitted(number, f"{counted(len(jobs), 'job')} of {profile.spoken}", str(logs))
+    return Submitted(number, f"{counted(len(jobs), 'job')} of {profile.size}", str(logs))
 
 
 def check_scriptable(folder: Path, name: str = "") -> None:
@@ -97,15 +98,15 @@ def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
     if not jobs:
         return {}
     try:
-        asked = ["squeue", "--noheader", "--me", "--format=%F %T"]
-        told = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+        command = ["squeue", "--noheader", "--me", "--format=%F %T"]
+        listed = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:
         return {}
-    states = dict(line.split() for line in told)
+    states = dict(line.split() for line in listed)
     return {job: states[job] for job in jobs if job in states}
 
 
-def _own_words(error: Exception) -> str:
-    """What sbatch said, out of what submitit makes of it."""
+def _sbatch_message(error: Exception) -> str:
+    """The message of sbatch, out of submitit's error."""
     lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
     return "; ".join(line.removeprefix("error: ") for line in lines) or str(error).strip()

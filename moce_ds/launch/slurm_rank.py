@@ -1,4 +1,4 @@
-"""What each process of a SLURM job does: run the command as one rank, pass signals on, see that the job goes on.
+"""What each process of a SLURM job does: run the command as one rank, pass signals on, and requeue the job.
 
 submitit starts a `Rank` in every process of the job. Its own handling of signals does not fit: it acts on rank 0 alone,
 not while rank 0 waits in a collective, and takes every warning of a short job for the end of its time. So the command
@@ -41,7 +41,7 @@ class Rank:
         command: what to run; it learns its rank from the environment.
         usable_nodes: numbers of nodes with which it can run; of more, the last stay idle. Empty: any.
         max_failures: starts after a lost process, in a row.
-        warning: the signal before the end, after which the job is to go on later.
+        warning: the signal before the end of the job, after which the job is requeued.
     """
 
     command: tuple[str, ...]
@@ -79,7 +79,7 @@ class Rank:
             stopped = status == STOPPED or -status in asked
             lost = not stopped and (status < 0 or status == LOST_PEER)
             if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
-                start.requeue("stopped as asked")
+                start.requeue("stopped as requested")
             who = f"rank {job.global_rank} on {socket.gethostname()}"
             recorded = True
             if not stopped or job.global_rank == 0:  # others may be stopped by a srun that fails

@@ -1,4 +1,4 @@
-"""What a job was: its settings and the version of the code, kept in RUN/launches/0001 before it is queued."""
+"""The record of a launch, RUN/launches/0001: settings and version of the code, written before a job is queued."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def refuse_second(parent: Path) -> None:
     known = [job for path in sorted(parent.glob(f"*/{_JOBS}")) for job in read_json(path, "jobs", "moce launch")]
     alive = jobs_in_queue(known)
     if alive:
-        told = ", ".join(f"{job} ({state})" for job, state in alive.items())
+        listed = ", ".join(f"{job} ({state})" for job, state in alive.items())
         raise ConfigError(
-            f"{parent.parent} has work in the queue: job {told}. Wait for it, or scancel {' '.join(alive)}."
+            f"{parent.parent} has work in the queue: job {listed}. Wait for it, or scancel {' '.join(alive)}."
         )
 
 
 def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, config: Any = None) -> Path:
-    """A new folder 0001, 0002, ... in `parent` with all that a launch is to be known by.
+    """A new folder 0001, 0002, ... in `parent` with the record of a launch.
 
     launch.json holds command, profile and versions; config.yaml the verb's resolved settings, where it has some;
     changes.patch what the code has that is not committed; secret what the job's processes know each other by

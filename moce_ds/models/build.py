@@ -1,19 +1,28 @@
-"""A model on paper: what a checkpoint's manifest says of it, and how to build it from that."""
+"""A model on paper: what a checkpoint's manifest says of it, and how to build it from that.
 
+`VARIANTS` is the registry of the kinds of model: for each value of `model.arch` its class, and how it relates to a
+dense masked autoencoder. What of a kind needs no torch is in `config/families.py`.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.config.families import Family, family_by_gate
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
-from moce_ds.models.moce import ExpertShape, MakeLayer, Moce
-from moce_ds.models.sdr import Sdr, path_shape
+from moce_ds.models.moce import ExpertShape, MakeLayer, Moce, upcycle
+from moce_ds.models.sdr import Sdr, join_units, part_units, path_shape
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import valid_record
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,11 +40,20 @@ class ModelSpec:
         return asdict(self)
 
     @property
+    def family(self) -> Family:
+        """The kind of model."""
+        return family_by_gate(self.experts.gate if self.experts else None)
+
+    @property
+    def variant(self) -> "Variant":
+        """How the kind of model is built, and how it relates to a dense one."""
+        return VARIANTS[self.family.arch]
+
+    @property
     def dense(self) -> "ModelSpec":
         """The dense model that a route through the experts is."""
-        if self.experts is not None and self.experts.gate == "path":
-            return replace(self, shape=path_shape(self.shape, self.experts), experts=None)
-        return replace(self, experts=None)
+        shape = self.variant.route_shape(self.shape, self.experts) if self.experts else self.shape
+        return replace(self, shape=shape, experts=None)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ModelSpec":
@@ -50,27 +68,90 @@ def build_model(
 
     `weights` of its own losses are for training.
     """
-    experts = spec.experts
-    if experts is None:
-        return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
-    if experts.gate == "token":
-        return TokenMoeAutoencoder(
-            spec.shape,
-            spec.decoder,
-            spec.mask_ratio,
-            experts.layers,
-            lambda make_mlp: make_layer(make_mlp, experts.num_experts, False),
-            weights,
-        )
-    assert clusters is not None, "a model routed by clusters is built from clusters"
-    kind = Sdr if experts.gate == "path" else Moce
-    return kind(
+    return spec.variant.build(spec, clusters, make_layer, weights)
+
+
+def _build_dense(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+) -> MaskedAutoencoder:
+    return MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
+
+
+def _build_token_moe(
+    spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+) -> MaskedAutoencoder:
+    assert spec.experts is not None, "of its family"
+    num_experts = spec.experts.num_experts
+    return TokenMoeAutoencoder(
         spec.shape,
         spec.decoder,
         spec.mask_ratio,
-        experts,
-        torch.from_numpy(clusters.embeddings_MD),
-        torch.from_numpy(clusters.share_M),
-        make_layer,
+        spec.experts.layers,
+        lambda make_mlp: make_layer(make_mlp, num_experts, False),
         weights,
     )
+
+
+def _build_routed(kind: type[Moce]) -> "Build":
+    """How a model is built whose images are routed by cluster."""
+
+    def build(
+        spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
+    ) -> MaskedAutoencoder:
+        assert clusters is not None and spec.experts is not None, "a model routed by clusters is built from clusters"
+        return kind(
+            spec.shape,
+            spec.decoder,
+            spec.mask_ratio,
+            spec.experts,
+            torch.from_numpy(clusters.embeddings_MD),
+            torch.from_numpy(clusters.share_M),
+            make_layer,
+            weights,
+        )
+
+    return build
+
+
+Build = Callable[[ModelSpec, Clusters | None, MakeLayer, LossWeights], MaskedAutoencoder]
+
+
+def _same_shape(shape: ViTShape, experts: ExpertShape) -> ViTShape:
+    return shape
+
+
+def _expert_alone(state: State, block: int, expert: Mapping[str, Tensor]) -> State:
+    return dict(expert)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of model.
+
+    Attributes:
+        build: makes the model of a spec.
+        from_dense: its weights without the gate from those of a dense MAE, the experts, the relative size of a
+            perturbation, and the perturbation's seed.
+        route_shape: the dense ViT that a route through the experts is.
+        dense_mlp: the dense MLP of a route in a block, from the state of all but the experts and from the expert's MLP.
+            It removes from that state what it uses.
+    """
+
+    build: Build
+    from_dense: Callable[[State, ExpertShape, float, int], State] = upcycle
+    route_shape: Callable[[ViTShape, ExpertShape], ViTShape] = _same_shape
+    dense_mlp: Callable[[State, int, Mapping[str, Tensor]], State] = _expert_alone
+
+
+VARIANTS = {
+    "mae": Variant(_build_dense),
+    "moce": Variant(_build_routed(Moce)),
+    "token_moe": Variant(_build_token_moe),
+    "sdr": Variant(
+        _build_routed(Sdr),
+        from_dense=lambda dense, experts, perturbation, seed: part_units(dense, experts),
+        route_shape=path_shape,
+        dense_mlp=join_units,
+    ),
+}
+"""The kinds of model by `model.arch`."""

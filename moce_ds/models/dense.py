@@ -14,7 +14,6 @@ from moce_ds.errors import ArtefactError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.moce import expert_key
-from moce_ds.models.sdr import join_units
 from moce_ds.models.vit import Encoder, check_state, timm_vit
 from moce_ds.models.warm_start import is_decoder
 
@@ -54,9 +53,7 @@ def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> 
         if not is_decoder(name) and not name.startswith("gate."):
             state[name] = tensor
     for block, shares in zip(layers, mixture, strict=True):
-        merged = merged_expert(checkpoint, block, shares)
-        if spec.experts and spec.experts.gate == "path":
-            merged = join_units(state, block, merged)
+        merged = spec.variant.dense_mlp(state, block, merged_expert(checkpoint, block, shares))
         state |= {f"blocks.{block}.mlp.{rest}": tensor for rest, tensor in merged.items()}
     return state
 

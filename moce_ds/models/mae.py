@@ -12,23 +12,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.randomness import MASK, uniform
 from moce_ds.models.shapes import DecoderShape
 from moce_ds.models.vit import ViTShape
 
-from timm.layers import Mlp, PatchEmbed  # isort: skip  (after models.vit, which repairs torchvision)
-from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip
+repair_torchvision()
+from timm.layers import Mlp, PatchEmbed  # noqa: E402  (needs the repair)
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 NORM_EPS = 1e-6
 
 RunBlock = Callable[[int, Block, Tensor], Tensor]
-"""Runs an encoder block, given its number, on tokens [B, T, D]."""
+"""Runs the encoder block with a given index on tokens [B, T, D]."""
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Which patches are visible: `visible_BV` indices of those kept, `restore_BN` the inverse of the shuffle that put
-    them first, `mask_BN` 1 where a patch is hidden."""
+    """The visible patches.
+
+    Attributes:
+        visible_BV: indices of the visible patches.
+        restore_BN: inverse of the shuffle that puts the visible patches first.
+        mask_BN: 1 for a hidden patch, else 0.
+    """
 
     visible_BV: Tensor
     restore_BN: Tensor
@@ -37,7 +44,7 @@ class Masking:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What the decoder made of the masked images: the loss (scalar) and the predicted patches [B, N, P]."""
+    """The output of the decoder: the loss (scalar) and the predicted patches [B, N, P]."""
 
     loss: Tensor
     patches_BNP: Tensor
@@ -46,14 +53,14 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What the forward pass of a masked autoencoder of any kind returns.
+    """The output of the forward pass of any masked autoencoder.
 
-    A dataclass, since DeepSpeed would put a hook on every tensor of a dictionary.
+    It is a dataclass because DeepSpeed would put a hook on every tensor of a dictionary.
 
     Attributes:
-        losses: named losses, each 0-d. "loss" is the weighted sum that is differentiated; "reconstruction" and the
-            model's own losses are not weighted.
-        reconstruction: the predicted patches, and which of them were hidden.
+        losses: named losses, each 0-d. "loss" is the weighted sum for the backward pass; "reconstruction" and the
+            model's own losses are unweighted.
+        reconstruction: the predicted patches, and the mask of hidden patches.
     """
 
     losses: dict[str, Tensor]
@@ -66,7 +73,7 @@ class ModelOutput:
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder on the visible patches, decoder on all, mean squared error on the hidden ones."""
+    """Encoder on the visible patches, decoder on all patches, mean squared error on the hidden ones."""
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
@@ -75,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.shape = shape
         self.mask_ratio = mask_ratio
-        self.checkpoint_activations = False  # computes encoder blocks again in the backward pass; same result
+        self.checkpoint_activations = False  # recompute encoder blocks in the backward pass
         D, pixels = shape.width, shape.patch_size**2 * 3
         self.patch_embed = PatchEmbed(shape.image_size, shape.patch_size, 3, D)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
@@ -91,7 +98,7 @@ class MaskedAutoencoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """The public MAE's start: Xavier for matrices, normal(0.02) for the tokens."""
+        """The initialisation of the public MAE: Xavier for matrices, normal(0.02) for the tokens."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -106,12 +113,12 @@ class MaskedAutoencoder(nn.Module):
         return ModelOutput({"loss": reconstruction.loss, "reconstruction": reconstruction.loss}, reconstruction)
 
     def reconstruct(self, images_BCHW: Tensor, noise_BN: Tensor, run_block: RunBlock) -> Reconstruction:
-        """Reconstruct masked images, each encoder block run by `run_block(index, block, tokens)`."""
+        """Reconstruct masked images; `run_block(index, block, tokens)` runs each encoder block."""
         masking = random_masking(noise_BN, self.mask_ratio)
         return self.from_tokens(self.encode(images_BCHW, masking, run_block), images_BCHW, masking)
 
     def from_tokens(self, x_BTD: Tensor, images_BCHW: Tensor, masking: Masking) -> Reconstruction:
-        """Reconstruct images from what `encode` made of them."""
+        """Reconstruct images from the output of `encode`."""
         patches_BNP = self.decode(x_BTD, masking)
         target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
         error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
@@ -142,7 +149,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def visible_tokens(vit: MaskedAutoencoder | VisionTransformer, images_BCHW: Tensor, masking: Masking) -> Tensor:
-    """Tokens that enter an encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
+    """Input tokens of an encoder: cls and the visible patches, with positions, [B, V + 1, D]."""
     x_BND = vit.patch_embed(images_BCHW) + vit.pos_embed[:, 1:]
     index_BVD = masking.visible_BV[:, :, None].expand(-1, -1, x_BND.shape[-1])
     x_BVD = x_BND.gather(1, index_BVD)
@@ -151,12 +158,12 @@ def visible_tokens(vit: MaskedAutoencoder | VisionTransformer, images_BCHW: Tens
 
 
 def run_plainly(_: int, block: Block, x_BTD: Tensor) -> Tensor:
-    """A block as timm runs it."""
+    """Run a block as timm does."""
     return block(x_BTD)
 
 
 def make_block(width: int, heads: int, mlp_ratio: float) -> Block:
-    """One of timm's pre-norm blocks with MAE's settings."""
+    """A pre-norm block of timm with MAE's settings."""
     return Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=NORM_EPS))
 
 
@@ -166,18 +173,18 @@ def make_mlp(width: int, mlp_ratio: float) -> Mlp:
 
 
 def mask_noise(seed: int, ids_B: np.ndarray, epochs_B: np.ndarray, num_patches: int) -> Tensor:
-    """Uniform noise that decides which patches are hidden, [B, N] float32: a function of (seed, epoch, image id)."""
+    """Uniform noise that determines the hidden patches, [B, N] float32: a function of (seed, epoch, image id)."""
     noise_BN = uniform(MASK, seed, epochs_B[:, None], ids_B[:, None], np.arange(num_patches))
     return torch.from_numpy(noise_BN.astype(np.float32))
 
 
 def nothing_masked(B: int, N: int) -> Masking:
-    """All patches visible, in their order."""
+    """All patches visible, in order."""
     return random_masking(torch.arange(N).expand(B, -1).float(), 0.0)
 
 
 def random_masking(noise_BN: Tensor, mask_ratio: float) -> Masking:
-    """Keep the patches with the lowest noise, int(N (1 - mask_ratio)) of them."""
+    """Keep the int(N (1 - mask_ratio)) patches with the lowest noise."""
     N = noise_BN.shape[1]
     keep = int(N * (1 - mask_ratio))
     shuffle_BN = noise_BN.argsort(dim=1, stable=True)
@@ -186,7 +193,7 @@ def random_masking(noise_BN: Tensor, mask_ratio: float) -> Masking:
 
 
 def patchify(images_BCHW: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches, [B, N, P]; P runs over (row, column, channel) as in the public MAE."""
+    """Cut images into patches, [B, N, P]; P iterates over (row, column, channel) as in the public MAE."""
     B, C, H, W = images_BCHW.shape
     x = images_BCHW.reshape(B, C, H // patch_size, patch_size, W // patch_size, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch_size**2 * C)
@@ -201,7 +208,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int) -> Tensor:
 
 
 def normalised_patches(patches_BNP: Tensor) -> Tensor:
-    """Zero mean and unit (unbiased) variance per patch, eps 1e-6: the target of MAE."""
+    """Patches with zero mean and unit (unbiased) variance, eps 1e-6: the target of MAE."""
     mean = patches_BNP.mean(dim=-1, keepdim=True)
     variance = patches_BNP.var(dim=-1, keepdim=True)
     return (patches_BNP - mean) / (variance + 1e-6).sqrt()
@@ -212,7 +219,7 @@ def sincos_positions(shape: ViTShape, width: int) -> Tensor:
     side = shape.image_size // shape.patch_size
     row, column = np.meshgrid(np.arange(side, dtype=np.float64), np.arange(side, dtype=np.float64), indexing="ij")
     frequency = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4))
-    # The public code puts the column in the first half of the channels.
+    # The public code uses the column in the first half of the channels.
     angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
     patches = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
     table = np.concatenate([np.zeros((1, width)), patches])

@@ -1,7 +1,7 @@
 """MoCE: a masked autoencoder in which some MLPs are layers of experts, chosen by the cluster of the image.
 
-Axes: B images, N patches, T tokens, D width, L expert layers, M clusters, E experts, C width of an embedding,
-K experts an image is sent to.
+Axes: B images, N patches, T tokens, D width, L expert layers, M clusters, E experts, C width of an embedding, K experts
+per image.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,13 +23,13 @@ MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
 
 @dataclass(frozen=True)
 class Routing:
-    """What a forward pass must be told about the images' routes.
+    """The routes of a batch, as input of the forward pass.
 
     Attributes:
         clusters_B: cluster of each image, int64.
-        plan: who computes what.
+        plan: the plan of the expert layers.
         noise_LME: gate noise of this step, or None.
-        imbalance_share: share of the imbalance loss's weight that is in force in this step, 0-1.
+        imbalance_share: share of the weight of the imbalance loss in this step, 0-1.
     """
 
     clusters_B: Tensor
@@ -39,10 +39,10 @@ class Routing:
 
 
 class Moce(MaskedAutoencoder):
-    """A MaskedAutoencoder whose blocks in `experts.layers` hold an expert layer as `mlp`.
+    """A MaskedAutoencoder whose blocks in `experts.layers` have an expert layer as `mlp`.
 
-    `make_layer(make_mlp, num_experts, shared)` is `ClusterMoE` in training, `ExpertLayer` or `ReferenceMoE` where one
-    process holds everything; the names of the parameters are the same. `weights` are those of the gate's losses.
+    `make_layer(make_mlp, num_experts, shared)` is `ClusterMoE` in training, and `ExpertLayer` or `ReferenceMoE` if one
+    process holds all experts; the parameter names are the same. `weights` are those of the gate losses.
     """
 
     share_M: Tensor
@@ -72,7 +72,7 @@ class Moce(MaskedAutoencoder):
         return make_mlp(self.shape.width, self.shape.mlp_ratio)
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> ModelOutput:  # type: ignore[override]
-        """Reconstruct masked images, each on the route of its cluster; the gate's losses are `imbalance`, `balance`."""
+        """Reconstruct masked images, each on the route of its cluster; gate losses are `imbalance` and `balance`."""
         probs_LME = self.gate(routing.noise_LME)
         reconstruction = self.reconstruct(images_BCHW, noise_BN, self.routed(routing, probs_LME))
         gate = gate_losses(probs_LME, routing.clusters_B, self.share_M)
@@ -85,7 +85,7 @@ class Moce(MaskedAutoencoder):
         return ModelOutput(losses | {"imbalance": gate.imbalance, "balance": gate.balance}, reconstruction)
 
     def routed(self, routing: Routing, probs_LME: Tensor) -> RunBlock:
-        """What runs the blocks, for `encode` and `reconstruct`, when each image takes its own route."""
+        """A function that runs the blocks, for `encode` and `reconstruct`, with each image on its own route."""
 
         def run_block(index: int, block: Block, x_BTD: Tensor) -> Tensor:
             layer = self.layer_of_block.get(index)
@@ -98,9 +98,10 @@ class Moce(MaskedAutoencoder):
         return run_block
 
     def on_route(self, experts: Sequence[int], weights: Sequence[float]) -> RunBlock:
-        """What runs the blocks, for `encode` and `reconstruct`, when all images take one route with given weights.
+        """A function that runs the blocks, for `encode` and `reconstruct`, with all images on one route with given
+        weights.
 
-        For one process that holds all experts of the route; an export is checked against it.
+        It requires all experts of the route in one process; exports are checked against it.
         """
         slots = default_placement(1, self.experts.num_experts)[0]
 
@@ -115,22 +116,16 @@ class Moce(MaskedAutoencoder):
         return run_block
 
     def expert_block(self, block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
-        """timm's block with experts for its MLP; drop path and layer scale are identities in MAE."""
+        """timm's block with experts as MLP; drop path and layer scale are identities in MAE."""
         x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
         return x_BTD + block.mlp(block.norm2(x_BTD), plan, weight_BK)
 
 
-def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
-    """The gate of a shape."""
-    L, E = len(experts.layers), experts.num_experts
-    if experts.gate == "random":
-        return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
-    if experts.gate == "path":
-        return PathGate(len(embeddings_MC), L, E, experts.stages)
+def _cluster_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
     return ClusterGate(
         embeddings_MC,
-        L,
-        E,
+        len(experts.layers),
+        experts.num_experts,
         experts.temperature,
         tied=experts.tied,
         learnable=experts.learnable,
@@ -138,13 +133,30 @@ def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
     )
 
 
+def _random_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    L, E = len(experts.layers), experts.num_experts
+    return RandomGate(len(embeddings_MC), L, E, experts.seed, tied=experts.tied)
+
+
+def _path_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    return PathGate(len(embeddings_MC), len(experts.layers), experts.num_experts, experts.stages)
+
+
+_GATES = {"cluster": _cluster_gate, "random": _random_gate, "path": _path_gate}
+
+
+def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
+    """The gate of experts that are chosen by cluster."""
+    return _GATES[experts.gate](experts, embeddings_MC)
+
+
 def expert_key(block: int, expert: int, rest: str) -> str:
-    """The name of one expert's parameter, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
+    """The parameter name of an expert, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
     return f"blocks.{block}.mlp.experts.{expert}.{rest}"
 
 
 def is_replaced(name: str, experts: ExpertShape) -> bool:
-    """Whether a dense MAE's parameter belongs to an MLP in whose place experts stand."""
+    """Whether a parameter of a dense MAE belongs to an MLP that experts replace."""
     parts = name.split(".")
     return parts[0] == "blocks" and int(parts[1]) in experts.layers and parts[2] == "mlp"
 
@@ -152,14 +164,14 @@ def is_replaced(name: str, experts: ExpertShape) -> bool:
 def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
     """Weights of a MoCE from those of a dense MAE: every expert is the dense MLP with a small perturbation.
 
-    A weight matrix W of an expert becomes `W + perturbation * rms(W) * n`, n standard normal; biases stay. The noise
-    of an expert depends on (seed, layer, expert) only, not on where the expert lives. The gate is not included.
+    A weight matrix W of an expert becomes `W + perturbation * rms(W) * n`, with n standard normal; biases are
+    unchanged. The noise of an expert depends only on (seed, layer, expert), not on its rank. The gate is not included.
 
     Args:
         dense: state of a dense MAE.
-        experts: the layers to turn.
+        experts: the layers to convert.
         perturbation: relative size; 0 makes exact copies.
-        seed: of the perturbation.
+        seed: random seed of the perturbation.
     """
     state = {}
     for name, tensor in dense.items():

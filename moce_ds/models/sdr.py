@@ -1,11 +1,11 @@
-"""SDR, a baseline: "Scalable Dynamic Routing" (Liu et al., AAAI 2022) carried over to masked autoencoders.
+"""SDR, a baseline: "Scalable Dynamic Routing" (Liu et al., AAAI 2022) adapted to masked autoencoders.
 
-Its first phase is a dense MAE. In the second, the hidden units of every MLP are parted: some are common, the others
-form E groups, of which an image computes one. Blocks form stages; the digits of the image's cluster number in base E
-say which group each stage computes. So E^stages paths share one network; no gate is learnt. The dense MAE's tokens are
+The first phase trains a dense MAE. The second phase splits the hidden units of every MLP into common units and E
+groups, of which an image uses one. Blocks form stages; the digits of the image's cluster number in base E select the
+group of each stage. So E^stages paths share one network, and there is no learned gate. The tokens of the dense MAE are
 the teacher.
 
-A group is an expert of `Moce` (blocks.B.mlp), so plan, exchange, placement and checkpoints are those of MoCE; the
+A group is an expert of `Moce` (blocks.B.mlp), so plan, all-to-all, placement and checkpoints are those of MoCE; the
 common units are blocks.B.common.
 
 Axes: B images, N patches, T tokens (cls and visible patches), D width, H hidden units of a dense MLP.
@@ -29,14 +29,14 @@ _PARTS = (FC1, BIAS1, FC2, BIAS2)
 
 
 class Teacher:
-    """The encoder of the dense MAE that the first phase has trained, on the patches that the student sees."""
+    """The encoder of the dense MAE of the first phase, applied to the patches that the student sees."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.model = encoder.model
 
     @torch.no_grad()
     def tokens(self, images_BCHW: Tensor, masking: Masking) -> Tensor:
-        """Tokens after the final norm, as `MaskedAutoencoder.encode` gives them, [B, T, D]."""
+        """Tokens after the final norm, as `MaskedAutoencoder.encode` returns them, [B, T, D]."""
         x_BTD = visible_tokens(self.model, images_BCHW, masking)
         for block in self.model.blocks:
             x_BTD = block(x_BTD)
@@ -45,7 +45,7 @@ class Teacher:
 
 
 class Sdr(Moce):
-    """A MaskedAutoencoder whose blocks hold E groups of hidden units as `mlp`, and the common units as `common`."""
+    """A MaskedAutoencoder whose blocks have E groups of hidden units as `mlp`, and the common units as `common`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -76,7 +76,7 @@ class Sdr(Moce):
         return ModelOutput(losses, reconstruction)
 
     def expert_block(self, block: Block, x_BTD: Tensor, plan: LayerPlan, weight_BK: Tensor) -> Tensor:
-        """timm's block; its MLP is the sum of the common units and of the image's group."""
+        """timm's block; its MLP is the sum of the common units and the image's group."""
         x_BTD = x_BTD + block.attn(block.norm1(x_BTD))
         h_BTD = block.norm2(x_BTD)
         return x_BTD + block.common(h_BTD) + block.mlp(h_BTD, plan, weight_BK)
@@ -89,20 +89,20 @@ def distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
 
 
 def group_units(shape: ViTShape, experts: ExpertShape) -> int:
-    """Hidden units of a group: what the common ones leave, divided by E."""
+    """Hidden units of a group: those that are not common, divided by E."""
     return (shape.hidden - experts.common_units) // experts.num_experts
 
 
 def path_shape(shape: ViTShape, experts: ExpertShape) -> ViTShape:
-    """The dense ViT that a path is: its MLPs have the common units and those of one group."""
+    """The dense ViT of a path: its MLPs have the common units and those of one group."""
     return shape.with_hidden(experts.common_units + group_units(shape, experts))
 
 
 def part_units(dense: Mapping[str, Tensor], experts: ExpertShape) -> dict[str, Tensor]:
-    """Weights of an SDR from those of a dense MAE; the groups together with the common units are its MLPs.
+    """Weights of an SDR from those of a dense MAE, whose MLPs are the union of the groups and the common units.
 
-    The units that weigh most, by the norms of their row of fc1 and their column of fc2 multiplied, are the common ones;
-    the others are dealt in turn to the groups, so that these are alike. The second bias stays with the common units.
+    The common units are those with the largest product of the norms of their row in fc1 and their column in fc2. The
+    others are dealt to the groups in turn, so that the groups are similar. The second bias belongs to the common units.
     """
     state = {name: tensor for name, tensor in dense.items() if not is_replaced(name, experts)}
     for block in experts.layers:
@@ -118,7 +118,7 @@ def part_units(dense: Mapping[str, Tensor], experts: ExpertShape) -> dict[str, T
 
 
 def join_units(state: dict[str, Tensor], block: int, group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The dense MLP of a path: the common units of a block, which are taken out of `state`, and those of a group."""
+    """The dense MLP of a path: the common units of a block, which are removed from `state`, and those of a group."""
     common = {part: state.pop(f"blocks.{block}.common.{part}") for part in _PARTS}
     return {
         FC1: torch.cat([common[FC1], group[FC1]]),

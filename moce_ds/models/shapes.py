@@ -1,4 +1,4 @@
-"""A model on paper: its sizes, and what its losses weigh. Settings are made of these: no torch or timm is needed."""
+"""Sizes of a model and weights of its losses. Settings use them, so this module needs neither torch nor timm."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,13 +7,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 Size = Annotated[int, Field(gt=0, le=100_000)]
-"""Limits for what is read from a file, so that a damaged one asks for no absurd amount of memory."""
+"""Limits for values read from a file, so that a damaged file does not request an absurd amount of memory."""
 
 
 @dataclass(frozen=True)
 class ViTShape:
-    """The size of a vision transformer with one cls token; `pooled_norm`: its final norm follows the mean of the patch
-    tokens, as where the public MAE is fine-tuned, instead of going before."""
+    """The size of a vision transformer with one cls token.
+
+    `pooled_norm`: the final norm follows the mean of the patch tokens, as in the fine-tuned models of the public MAE,
+    instead of preceding it.
+    """
 
     image_size: Size
     patch_size: Size
@@ -25,18 +28,18 @@ class ViTShape:
 
     @property
     def num_patches(self) -> int:
-        """N, patches of an image."""
+        """N, patches per image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def hidden(self) -> int:
-        """H, hidden units of an MLP, as timm works them out."""
+        """H, hidden units of an MLP, rounded as timm does."""
         return int(self.width * self.mlp_ratio)
 
     def with_hidden(self, units: int) -> "ViTShape":
-        """The same with MLPs of so many hidden units."""
+        """The same shape with `units` hidden units per MLP."""
         ratio = units / self.width
-        exact = int(self.width * ratio) == units  # the quotient may be a hair too small
+        exact = int(self.width * ratio) == units  # the quotient may be rounded down
         return replace(self, mlp_ratio=ratio if exact else math.nextafter(ratio, math.inf))
 
     def timm_arguments(self) -> dict[str, Any]:
@@ -68,7 +71,8 @@ class ExpertShape:
 
     Attributes:
         num_experts, layers: E, and the blocks with experts.
-        gate: "cluster", "random" (a fixed table, the control experiment), "token" (TokenMoE) or "path" (SDR).
+        gate: what manifests call the gate (`config/families.py`): "cluster", "random" (a fixed table, the control
+            experiment), "token" (TokenMoE) or "path" (SDR).
         k: experts an image is sent to.
         temperature: divides the gate's logits.
         tied: one gate for all layers.
@@ -102,13 +106,13 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of a model's own losses beside that of reconstruction, which counts 1 (docs/method.md, "Losses").
+    """Weights of the model's own losses; the weight of reconstruction is 1 (docs/method.md, "Losses").
 
-    None: the loss is measured, and nothing learns from it.
+    None: the loss is computed for the metrics but not part of the sum.
 
     Attributes:
-        imbalance, balance: of the gate of MoCE.
-        token_balance: of TokenMoE's importance and load losses, both.
+        imbalance, balance: of MoCE's gate.
+        token_balance: of TokenMoE's importance and load losses.
         distillation: of SDR's distance from the teacher's tokens.
     """
 
@@ -119,4 +123,4 @@ class LossWeights:
 
 
 NO_WEIGHTS = LossWeights()
-"""Nothing but reconstruction is learnt from."""
+"""Only the reconstruction loss."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.config.families import TOKEN_MOE
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import make_mlp, sincos_positions
 from moce_ds.models.vit import Encoder, check_state, timm_vit
@@ -41,10 +42,10 @@ class TokenExperts(nn.Module):
 
 
 def token_encoder(checkpoint: Checkpoint, device: torch.device) -> Encoder:
-    """The encoder of a run with `experts.gate=token`. Raises ArtefactError if its weights do not fit."""
+    """The encoder of a run with model.arch=token_moe. Raises ArtefactError if its weights do not fit."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     experts, width = spec.experts, spec.shape.width
-    assert experts is not None and experts.gate == "token", "the caller has looked"
+    assert experts is not None and spec.family is TOKEN_MOE, "the caller has looked"
     model = timm_vit(spec.shape)
     for block in experts.layers:
         model.blocks[block].mlp = TokenExperts(

@@ -1,4 +1,4 @@
-"""TokenMoE: the masked autoencoder with experts chosen token by token, the baseline of the paper.
+"""TokenMoE: the masked autoencoder with experts chosen per token, the baseline of the paper.
 
 Axes: B images, N patches, T tokens, D width, L expert layers.
 """
@@ -14,7 +14,7 @@ from moce_ds.models.vit import ViTShape
 
 
 class TokenMoeAutoencoder(MaskedAutoencoder):
-    """A MaskedAutoencoder whose blocks in `layers` hold `make_layer(make_mlp)`: tokens -> (tokens, losses, ...)."""
+    """A MaskedAutoencoder whose blocks in `layers` have `make_layer(make_mlp)` as MLP: tokens -> (tokens, losses)."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ def assumptions(config: PretrainSettings, device: Device, moved: float | None) -
         f"{device.exchange_share:.0%}, reductions at {device.reduce_share:.0%};",
         f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",
     ]
-    if config.model.arch == "moce" and config.experts.ep_size > 1:
+    if config.family.has_experts and config.experts.ep_size > 1:
         if moved is None:
             lines.append("Images move as without locality (--moved SHARE: the share from a run's metrics.jsonl).")
         else:
@@ -107,7 +107,7 @@ def savings(
     cutting = dataclasses.replace(engine, zero_stage=2)
     yield "engine.checkpoint_activations=true", dataclasses.replace(config, engine=recomputing)
     yield "engine.zero_stage=2", dataclasses.replace(config, engine=cutting)
-    if config.model.arch == "moce" and experts.num > experts.ep_size and world_size % experts.num == 0:
+    if config.family.has_experts and experts.num > experts.ep_size and world_size % experts.num == 0:
         spread = dataclasses.replace(experts, ep_size=experts.num)
         yield f"experts.ep_size={experts.num}", dataclasses.replace(config, experts=spread)
 

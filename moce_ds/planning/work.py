@@ -13,7 +13,6 @@ import torch
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.sdr import group_units
 from moce_ds.models.warm_start import is_decoder
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
@@ -65,10 +64,10 @@ def count_parameters(config: PretrainSettings) -> Parameters:
     dense, encoder = _dense_parameters(spec.dense)
     if experts is None:
         return Parameters(dense, dense, dense, 0, 0, encoder)
-    units = group_units(spec.shape, experts) if experts.gate == "path" else shape.hidden
+    units = shape.hidden - experts.common_units  # of one expert
     a_layer = len(experts.layers) * (2 * shape.width * units + units + shape.width)
     shared = dense if experts.shared else dense - a_layer
-    if experts.gate == "path":
+    if experts.common_units:
         shared += len(experts.layers) * shape.width  # common units and groups have separate second biases
     held = experts.num_experts // config.experts.ep_size * a_layer
     return Parameters(
@@ -128,7 +127,7 @@ def image_flops(config: PretrainSettings) -> Flops:
     """Count the products of one image."""
     shape, decoder, T = config.vit_shape, config.model.decoder, visible_tokens(config)
     N, D, P = shape.num_patches, shape.width, 3 * shape.patch_size**2
-    with_experts = _expert_layers(config)
+    with_experts = len(config.expert_layers)
     plain = (shape.depth - with_experts) * block_flops(T, D, shape.mlp_ratio)
     expert = with_experts * block_flops(T, D, _path_ratio(config), _mlps(config))
     # PyTorch stops recomputing once the backward pass has its inputs; the last product of a block is not one of them.
@@ -142,10 +141,6 @@ def image_flops(config: PretrainSettings) -> Flops:
         again=plain - spared + expert if config.engine.checkpoint_activations else 0,
         teacher=shape.depth * block_flops(T, D, shape.mlp_ratio) + 2 * N * D * P if config.wants_teacher else 0,
     )
-
-
-def _expert_layers(config: PretrainSettings) -> int:
-    return len(config.expert_layers) if config.model.arch == "moce" else 0
 
 
 def _path_ratio(config: PretrainSettings) -> float:
@@ -179,7 +174,7 @@ def all_rows_bytes(config: PretrainSettings) -> int:
     Images x experts per image x layers x visible tokens (with cls) x width x bytes per number, to the experts and back,
     forward and backward.
     """
-    rows = config.optim.batch_size * config.experts.k * _expert_layers(config)
+    rows = config.optim.batch_size * config.experts.k * len(config.expert_layers)
     return _passes(config) * rows * visible_tokens(config) * config.vit_shape.width * _bytes_each(config)
 
 
@@ -194,9 +189,11 @@ def exchange(config: PretrainSettings, machines: Machines, moved: float | None) 
         ConfigError: the gate routes tokens; its traffic depends on their content.
     """
     experts = config.experts
-    if config.model.arch == "moce" and experts.gate == "token":
-        raise ConfigError("experts.gate: the traffic of gate=token depends on the images, so it cannot be planned.")
-    layers = _expert_layers(config)
+    if config.family.has_experts and not config.family.routes_by_cluster:
+        raise ConfigError(
+            f"model.arch: the traffic of {config.model.arch} depends on the images, so it cannot be planned."
+        )
+    layers = len(config.expert_layers)
     if not layers or experts.ep_size == 1:
         return Traffic(0, 0, 0)
     share = 1 - 1 / experts.ep_size if moved is None else moved
@@ -286,7 +283,7 @@ def memory(config: PretrainSettings, world_size: int) -> Memory:
     gradients = count.held if config.engine.zero_stage == 1 else owned
     shape, decoder = config.vit_shape, config.model.decoder
     size, T, N = _bytes_each(config), visible_tokens(config), shape.num_patches
-    with_experts = _expert_layers(config)
+    with_experts = len(config.expert_layers)
     hidden = (shape.mlp_ratio, _path_ratio(config) * _mlps(config))  # over the width
     plain, expert = (T * shape.width * (16 + 2 * ratio) * size for ratio in hidden)
     if config.engine.checkpoint_activations:

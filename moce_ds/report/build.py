@@ -79,7 +79,7 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
 def _summary(study: Study) -> str:
     parts = []
     for run in study.runs:
-        text = f"{run.name}: {'dense MAE' if run.arch == 'mae' else 'MoCE'}"
+        text = f"{run.name}: {run.family.title if run.family.has_experts else 'dense MAE'}"
         if run.metrics:
             text += f", {run.metrics[-1]['step']:,} steps"
         if run.routing:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moce_ds.checkpoint.format import Checkpoint, step_folder, steps_of
 from moce_ds.clustering import clusters
+from moce_ds.config.families import family_of_tree, translate_tree
 from moce_ds.errors import MoceError
 from moce_ds.storage import encoder_folder, metrics_file
 from moce_ds.storage.checksums import (
@@ -125,10 +126,8 @@ def _clusters(run: Path, expected: str | None) -> Findings:
 
 
 def _wants_teacher(newest: dict[str, Any]) -> bool:
-    experts = newest.get("config", {}).get("experts", {})
-    return bool(newest.get("model", {}).get("experts")) and bool(
-        experts.get("gate") == "path" and experts.get("distillation_weight")
-    )
+    config = translate_tree(newest.get("config", {}))
+    return family_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))
 
 
 def _result(run: Path) -> Findings:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
 from moce_ds.errors import ArtefactError
@@ -42,6 +43,11 @@ class Run:
     @property
     def arch(self) -> str:
         return str(self.config.get("model", {}).get("arch", "mae"))
+
+    @property
+    def family(self) -> Family:
+        """The kind of model."""
+        return family_of_tree(self.config)
 
     @property
     def shards(self) -> Path | None:
@@ -88,7 +94,7 @@ def read_study(folder: Path) -> Study:
         raise ArtefactError(
             f"{folder} is no run folder: expected config.yaml in it or in its sub-folders, as `{PRETRAIN}` writes it."
         )
-    runs = sorted((read_run(path) for path in paths), key=lambda run: (run.arch != "mae", _natural(run.name)))
+    runs = sorted((read_run(path) for path in paths), key=lambda run: (run.family.has_experts, _natural(run.name)))
     return Study(folder, runs, disambiguated(read_results(folder / "results.json")))
 
 
@@ -104,7 +110,7 @@ def read_run(path: Path) -> Run:
     Raises:
         ArtefactError, ConfigError: for damaged ones.
     """
-    config = read_yaml(path / "config.yaml")
+    config = translate_tree(read_yaml(path / "config.yaml"))
     if not all(isinstance(config.get(group), dict) for group in ("model", "data")):
         raise ArtefactError(f"{path / 'config.yaml'} holds no settings; expected the file that `{PRETRAIN}` wrote.")
     pictures = sorted((path / "reconstructions").glob("step-*.png"))

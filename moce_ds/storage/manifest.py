@@ -76,7 +76,7 @@ class _Manifest:
 
     def __post_init__(self) -> None:
         experts = self.model.experts if self.model else None
-        if experts is None or self.routing is None or experts.gate == "path":  # its table lists paths
+        if experts is None or self.routing is None:
             return
         for route in self.routing.expert_ML:
             if len(route) != len(experts.layers) or max(route, default=0) >= experts.num_experts:

@@ -84,8 +84,8 @@ def check_paths(experts: ExpertShape, clusters: int) -> None:
     paths = experts.num_experts**experts.stages  # one path where there are no stages
     if paths > clusters:
         raise ConfigError(
-            f"experts.stages: {experts.num_experts} groups in {experts.stages} stages make {paths} paths for "
-            f"{clusters} clusters: expected at most as many. Lower experts.stages, or cluster into {paths}."
+            f"sdr.stages: {experts.num_experts} groups in {experts.stages} stages make {paths} paths for "
+            f"{clusters} clusters: expected at most as many. Lower sdr.stages, or cluster into {paths}."
         )
 
 

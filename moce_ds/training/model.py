@@ -19,8 +19,7 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import ExpertShape, Moce, upcycle
-from moce_ds.models.sdr import part_units
+from moce_ds.models.moce import Moce
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
 from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
@@ -73,7 +72,7 @@ def build_for_training(
 
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         assert spec.experts is not None, "a dense model has no layer of experts"
-        if spec.experts.gate == "token":
+        if not spec.family.routes_by_cluster:
             return TokenMoE(make_expert, spec.shape.width, num_experts, ep_size, spec.experts.k)
         return ClusterMoE(make_expert, num_experts, ep_size, shared)
 
@@ -178,7 +177,7 @@ def first_weights(
                 f"run.init_from: {source} holds experts; export one with `moce export` to start a dense run."
             )
     elif not has_experts(weights):
-        weights = _with_experts(weights, spec.experts, perturbation, run.seed)
+        weights = spec.variant.from_dense(weights, spec.experts, perturbation, run.seed)
         weights |= {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
     return weights, message
 
@@ -188,12 +187,6 @@ def take_weights(model: MaskedAutoencoder, weights: dict[str, Tensor], source: P
     parameters = dict(global_parameters(model))
     here = {name: tensor for name, tensor in weights.items() if name in parameters or not is_expert(name)}
     load_weights_strict(parameters, here, str(source))
-
-
-def _with_experts(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
-    if experts.gate == "path":
-        return part_units(dense, experts)
-    return upcycle(dense, experts, perturbation, seed)
 
 
 def _random_dense(spec: ModelSpec, seed: int) -> dict[str, Tensor]:

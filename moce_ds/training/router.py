@@ -18,10 +18,10 @@ from torch import Tensor
 from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.settings import ExpertSettings
 from moce_ds.moe.gate import gate_noise, live_experts, route_table
 from moce_ds.moe.placement import local_order
 from moce_ds.moe.plan import make_plan, on_device
-from moce_ds.training.settings import ExpertSettings
 
 LEAD = 8
 """Batches between a new table and the first batch dealt by it: more than the loader ever reads ahead."""

@@ -9,6 +9,7 @@ from typing import Any
 from moce_ds.checkpoint import format as checkpoint_files
 from moce_ds.checkpoint.lease import ATTEMPTS, LAUNCHES, RunLease
 from moce_ds.config import settings as configuration
+from moce_ds.config.families import translate_tree
 from moce_ds.config.values import recorded_path
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
@@ -72,7 +73,7 @@ def check_same_settings(config: AnySettings) -> None:
     if checkpoint is None:
         return
     now = configuration.to_tree(config)
-    different = configuration.differences(_filled(checkpoint.manifest.get("config", {}), now), now)
+    different = configuration.differences(_filled(translate_tree(checkpoint.manifest.get("config", {})), now), now)
     changed = {key: pair for key, pair in different.items() if not _one_path(*pair)}
     if forbidden := sorted(forbidden_changes(set(changed), type(config))):
         listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in forbidden)

@@ -111,7 +111,7 @@ class Trainer:
                     self.save(logger)
             self.checkpoints.finish()
         if self.step < steps:
-            self.runtime.say(f"Stopped after step {self.step} as asked; the same command goes on from there.")
+            self.runtime.say(f"Stopped after step {self.step} as asked. Rerun the same command to resume.")
         return Progress(self.step, steps)
 
     def train_step(self, batches: Iterator[Any]) -> tuple[dict[str, float], float]:

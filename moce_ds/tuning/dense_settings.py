@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import NonNegative, Positive, option, settings
 from moce_ds.data.image_file import MAX_PIXELS
-from moce_ds.tuning.settings import LayerDecay, NonNegative, Positive, TuneDataSettings, TuneOptimSettings, TuneSettings
+from moce_ds.tuning.settings import LayerDecay, TuneDataSettings, TuneOptimSettings, TuneSettings
 
 Scale = Annotated[float, Field(gt=0)]
 

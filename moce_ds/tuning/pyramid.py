@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.dense_settings import BackboneSettings
 
-from timm.layers import DropPath, LayerNorm2d, resample_abs_pos_embed  # isort: skip  (after models.vit, as it repairs torchvision)
-from timm.models.vision_transformer import Block, VisionTransformer  # isort: skip
+repair_torchvision()
+from timm.layers import DropPath, LayerNorm2d, resample_abs_pos_embed  # noqa: E402  (needs the repair)
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
 
 GLOBAL_BLOCKS = 4
 

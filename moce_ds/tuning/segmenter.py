@@ -7,13 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.data.sources.ade20k import IGNORED
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.dense_settings import SegmenterSettings
 from moce_ds.tuning.pyramid import Normalise, SimpleFeaturePyramid
 
-from timm.layers import LayerNorm2d  # isort: skip  (after models.vit, which repairs torchvision)
+repair_torchvision()
+from timm.layers import LayerNorm2d  # noqa: E402  (needs the repair)
 
 try:
     from transformers import UperNetConfig

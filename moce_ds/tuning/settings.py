@@ -10,18 +10,9 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import Beta, CropShare, NonNegative, OpenShare, Positive, Share, option, settings
 from moce_ds.evaluation.settings import Metric
-from moce_ds.training.settings import (
-    Beta,
-    CropShare,
-    EngineSettings,
-    NonNegative,
-    OpenShare,
-    OptimSettings,
-    Positive,
-    Share,
-)
+from moce_ds.training.settings import EngineSettings, OptimSettings
 
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]

@@ -1,21 +1,23 @@
-"""All stages from images to a report: `moce pipeline CONFIG`. Stages that are done stay; the same command goes on."""
+"""`moce pipeline CONFIG`: all stages from images to a report, as steps that run one after the other."""
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-import click
 from rich.table import Table
 
 from moce_ds.config.words import read_settings
 from moce_ds.console import say
-from moce_ds.errors import STOPPED, ConfigError
+from moce_ds.errors import ConfigError, MoceError
 from moce_ds.host.place import Place
-from moce_ds.storage.locks import is_held
-from moce_ds.text import counted, in_line
-from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.workflow.stage import Stage, keep_stages, run_stage, share_stage
+from moce_ds.report.pipeline_folder import PIPELINE, STAGES, StagesRecord
+from moce_ds.storage.checksums import write_checked
+from moce_ds.storage.files import writes_to
+from moce_ds.workflow.engine import Failure, Progress, StepError, run_steps, states_table
+from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, pipeline_workflow
+from moce_ds.workflow.step import Step, Workflow, perform
 
 _logger = logging.getLogger(__name__)
 
@@ -32,82 +34,69 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
     Raises:
         ConfigError: before anything is run: a fault in the settings of any stage, a folder that is missing or holds
             another run, or a stage that is not to be run yet.
-        StageError: a stage failed; those that follow were not run.
+        StepError: a stage failed; those that follow were not run.
     """
     pipeline = read_settings(PipelineSettings, words)
-    stages = stages_of(pipeline)
-    chosen = stages if only is None else [_in_turn(stages, only)]
+    workflow = pipeline_workflow(pipeline, words)
+    stages = workflow.steps
+    chosen = stages if only is None else [_in_turn(workflow, only)]
     _check_processes(chosen)
     check_folders(pipeline, stages)
     if only is not None and chosen[0].parallel and "RANK" in os.environ:
-        share_stage(chosen[0])
+        _share(chosen[0])
         return 0
     check_batches(chosen, pipeline.processes)
     keep_stages(stages, pipeline.out)
-    for stage in chosen:
-        place = f"stage {stages.index(stage) + 1} of {len(stages)} {stage.name}"
-        status = _run(stage, words, pipeline.processes, place)
-        if status == STOPPED:
-            _logger.info(f"Stopped as asked in stage {stage.name}. Rerun the same command to resume.")
-        if status:
-            return status
-    done = sum(stage.is_done() for stage in stages)
-    say(f"{done} of {counted(len(stages), 'stage')} done in {pipeline.out}.")
-    return 0
+    outcome = run_steps(chosen, Progress(workflow))
+    for stage in outcome.stopped:
+        _logger.info(f"Stopped as asked in stage {stage.name}. Rerun the same command to resume.")
+    for failure in outcome.failures:
+        if not failure.shown:
+            raise StepError("stage", failure)
+    if outcome.status == 0:
+        say(f"{workflow.summary(stages)} in {pipeline.out}.")
+    return outcome.status
 
 
-def states_table(words: Sequence[str]) -> Table:
+def list_pipeline(words: Sequence[str]) -> Table:
     """The stages and how far they are. Raises ConfigError for a fault in the settings of any."""
     pipeline = read_settings(PipelineSettings, words)
-    table = Table(title=in_line(f"{pipeline.images or pipeline.shards} -> {pipeline.out}"), title_justify="left")
-    for heading, justify in (("stage", "left"), ("state", "left"), ("since", "left"), ("seconds", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for stage in stages_of(pipeline):
-        record = stage.record()
-        state: str = "waiting" if record is None else record.state
-        if state == "done" and not stage.is_done():
-            state = "changed"
-        if is_held(stage.lock):
-            state = "running"
-        seconds = f"{record.seconds:.0f}" if record and record.seconds else ""
-        table.add_row(stage.name, state, record.at if record else "", seconds)
-    return table
+    return states_table(pipeline_workflow(pipeline), f"{pipeline.images or pipeline.shards} -> {pipeline.out}")
 
 
-def _in_turn(stages: Sequence[Stage], name: str) -> Stage:
+def keep_stages(stages: Sequence[Step], out: Path) -> None:
+    """Record the order of the stages and what each makes, for whoever verifies the folder. Raises ArtefactError."""
+    makes: dict[str, list[str]] = {
+        stage.name: [str(place.relative_to(out) if place.is_relative_to(out) else place) for place in stage.outputs]
+        for stage in stages
+    }
+    with writes_to(out):
+        write_checked(out / PIPELINE / STAGES, asdict(StagesRecord(makes)))
+
+
+def _share(stage: Step) -> None:
+    """Run a stage as one of its processes. Raises StepError in the first one, else MoceError."""
+    try:
+        perform(stage)
+    except MoceError as error:
+        if Place.here().rank:
+            raise
+        raise StepError("stage", Failure(stage, str(error), error.status)) from None
+
+
+def _in_turn(workflow: Workflow, name: str) -> Step:
     """The stage of that name, those before it being done. Raises ConfigError."""
-    names = [stage.name for stage in stages]
-    if name not in names:
-        raise ConfigError(f"--stage: the pipeline has no stage {name}; it has {', '.join(names)}.")
-    *before, stage = stages[: names.index(name) + 1]
+    stage = workflow.named(name)
+    before = workflow.steps[: workflow.steps.index(stage)]
     waiting = next((earlier.name for earlier in before if not earlier.is_done()), None)
     if waiting is not None:
         raise ConfigError(f"--stage: {name} comes after {waiting}, which is not done: run --stage {waiting} first.")
     return stage
 
 
-def _check_processes(chosen: Sequence[Stage]) -> None:
+def _check_processes(chosen: Sequence[Step]) -> None:
     """Raise ConfigError if a launcher has started several processes for what they cannot share."""
     here = Place.here().world_size
     if here > 1 and not (len(chosen) == 1 and chosen[0].parallel):
         what = chosen[0].name if len(chosen) == 1 else "the whole pipeline"
         raise ConfigError(f"This is one of {here} processes, and {what} runs in one. Name a stage that they share.")
-
-
-def _run(stage: Stage, words: Sequence[str], processes: int, place: str) -> int:
-    """Run a stage unless it is done, saying so; returns 0 or its status."""
-    if is_held(stage.lock):
-        _logger.info(f"{place} waits for the process that runs it")
-    elif stage.is_done():
-        _logger.info(f"{place} is done")
-        return 0
-    else:
-        _logger.info(f"{place}{f' in {processes} processes' if stage.parallel else ''} ...")
-    shared = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", stage.name]
-    try:
-        status = run_stage(stage, shared, processes)
-    except (KeyboardInterrupt, click.Abort):  # click makes the one into the other
-        return STOPPED
-    if status == 0 and (record := stage.record()):
-        _logger.info(f"{place} done in {record.seconds:.0f} s")
-    return status

@@ -1,21 +1,29 @@
-"""A pipeline on paper: its settings, its stages as commands of `moce`, and what can be refused before any is run."""
+"""A pipeline as steps: its settings, its stages as commands of `moce`, and what is refused before any of them runs."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from moce_ds.clustering.settings import ClusterSettings
-from moce_ds.config.settings import KeysOf, option, settings, word
+from moce_ds.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
-from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
-from moce_ds.workflow.stage import Name, Stage
+from moce_ds.report.pipeline_folder import PIPELINE
+from moce_ds.storage.made_from import MadeFrom
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.workflow.step import Launch, Step, StepFile, Workflow, digest, run_commands
 from moce_ds.workflow.study_grid import TaskName, check_there
 
+Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
+"""The stages, in order."""
+
+_PARALLEL = ("mae", "features", "moce")
 _SETTINGS: dict[Name, type[Any]] = {
     "shards": ShardSettings,
     "mae": PretrainSettings,
@@ -26,6 +34,8 @@ _SETTINGS: dict[Name, type[Any]] = {
     "evaluation": EncodeSettings,
 }
 _PARTS = ("train", "test")
+_ARCHS: dict[Name, str] = {"mae": "mae", "moce": "moce, token_moe or sdr"}
+"""What `model.arch` may be in the stages of pre-training."""
 
 
 @settings
@@ -75,17 +85,70 @@ class PipelineSettings:
         return given
 
 
-def stages_of(pipeline: PipelineSettings) -> list[Stage]:
-    """The stages in order; those that have nothing to do are left out.
+def pipeline_workflow(pipeline: PipelineSettings, words: Sequence[str] = ()) -> Workflow:
+    """The stages as steps, each of which needs the one before it; those that have nothing to do are left out.
+
+    Args:
+        words: those of `moce pipeline`, with which the processes of a parallel stage are started.
 
     Raises:
         ConfigError: a fault in the settings of any stage; every one is listed.
     """
-    configs, folder = _configs(pipeline), pipeline.out / "pipeline"
-    return [
-        Stage(name, folder, configs[name], [arguments(command) for command in commands], reads, makes)
-        for name, commands, reads, makes in _drafts(pipeline)
-    ]
+    configs = _configs(pipeline)
+    steps: list[Step] = []
+    for draft in _drafts(pipeline):
+        steps.append(_step(pipeline, draft, configs[draft.name], [step.name for step in steps[-1:]], words))
+    return Workflow("pipeline", "stage", pipeline.out, steps)
+
+
+def stages_of(pipeline: PipelineSettings) -> Sequence[Step]:
+    """The stages in order. Raises ConfigError as `pipeline_workflow`."""
+    return pipeline_workflow(pipeline).steps
+
+
+class _Draft(NamedTuple):
+    """A stage as the table of docs/pipeline.md has it."""
+
+    name: Name
+    commands: list[list[Any]]
+    reads: list[Path]
+    makes: list[Path]
+
+
+def _step(pipeline: PipelineSettings, draft: _Draft, config: Any, needs: list[str], words: Sequence[str]) -> Step:
+    name, folder = draft.name, pipeline.out / PIPELINE
+    commands = [arguments(command) for command in draft.commands]
+
+    def made_from() -> MadeFrom:
+        read = {str(place): digest(place) for place in draft.reads}
+        return MadeFrom({"commands": commands, "settings": to_tree(config), "read": read}, {"settings": type(config)})
+
+    def work() -> dict[str, Any]:
+        run_commands(commands)
+        return {}
+
+    def profile(common: SlurmProfile) -> SlurmProfile:
+        tree = to_tree(common) | pipeline.resources.get(name, {})
+        sized = from_tree(SlurmProfile, tree, f"resources.{name}")
+        return sized if parallel else sized.for_one_process()
+
+    parallel = name in _PARALLEL
+    start = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", name]
+    return Step(
+        name,
+        StepFile(folder / f"{name}.json", "moce pipeline"),
+        folder / f".{name}.lock",
+        made_from,
+        work,
+        share=partial(run_commands, commands) if parallel else None,
+        outputs=draft.makes,
+        needs=needs,
+        processes=pipeline.processes if parallel else 1,
+        launch=Launch(start) if parallel else None,
+        commands=commands,
+        config=config,
+        profile=profile,
+    )
 
 
 def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
@@ -98,20 +161,19 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
         except ConfigError as error:
             faults.append(f"{name}: {error}")
     faults += [
-        f"{name}: model.arch is {found[name].model.arch}; expected {name}"
-        for name in ("mae", "moce")
-        if name in found and found[name].model.arch != name
+        f"{name}: model.arch is {found[name].model.arch}; expected {archs}"
+        for name, archs in _ARCHS.items()
+        if name in found and found[name].family.has_experts != (name == "moce")
     ]
     if pipeline.tasks and "moce" in found:
-        experts = found["moce"].experts
-        if experts.k > 1 or experts.shared_expert or experts.gate == "token":
-            faults.append("tasks: no expert can be exported with experts.k=2, shared_expert=true or gate=token")
+        experts, by_cluster = found["moce"].experts, found["moce"].family.routes_by_cluster
+        if experts.k > 1 or experts.shared_expert or not by_cluster:
+            faults.append(
+                "tasks: no expert can be exported with experts.k=2, shared_expert=true or model.arch=token_moe"
+            )
     if faults:
         raise ConfigError("Nothing was run. " + "\n".join(faults))
     return found
-
-
-_Draft = tuple[Name, list[list[Any]], list[Path], list[Path]]
 
 
 def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
@@ -119,12 +181,12 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     out, more, shards = pipeline.out, pipeline.words_of, pipeline.shard_set
     mae, features, clusters, moce = (out / name for name in ("mae", "features", "clusters", "moce"))
     if pipeline.images:
-        yield "shards", [["shards", pipeline.images, shards, *more("shards")]], [], [shards]
-    yield "mae", [["pretrain", *more("mae")]], [shards], [mae]
-    yield "features", [["features", mae, shards, features, *more("features")]], [shards, mae], [features]
+        yield _Draft("shards", [["shards", pipeline.images, shards, *more("shards")]], [], [shards])
+    yield _Draft("mae", [["pretrain", *more("mae")]], [shards], [mae])
+    yield _Draft("features", [["features", mae, shards, features, *more("features")]], [shards, mae], [features])
     clustering = ["cluster", features, clusters, "--shards", shards, *more("clusters")]
-    yield "clusters", [clustering], [shards, features], [clusters]
-    yield "moce", [["pretrain", *more("moce")]], [shards, mae, clusters], [moce]
+    yield _Draft("clusters", [clustering], [shards, features], [clusters])
+    yield _Draft("moce", [["pretrain", *more("moce")]], [shards, mae, clusters], [moce])
 
     results, report = out / "results.json", out / "report.html"
     given = [folder / part for folder in pipeline.tasks.values() for part in _PARTS]
@@ -133,13 +195,13 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     exporting = [command for task in pipeline.tasks for command in _export(pipeline, task)]
     evaluating = [command for task in pipeline.tasks for command in _evaluate(pipeline, task)]
     if pipeline.tasks:
-        yield "export", exporting, [moce, *given], [*splits, *experts, results]
+        yield _Draft("export", exporting, [moce, *given], [*splits, *experts, results])
     if pipeline.heldout:
         options = ["--data", pipeline.heldout, "--dense", mae, "--task", "held out", "--results", results]
         evaluating.append(["evaluate", moce, *options, *more("evaluation")])
     heldout = [pipeline.heldout] if pipeline.heldout else []
     made = [results, report] if evaluating else [report]
-    yield "evaluation", [*evaluating, ["report", out]], [mae, moce, *splits, *experts, *heldout], made
+    yield _Draft("evaluation", [*evaluating, ["report", out]], [mae, moce, *splits, *experts, *heldout], made)
 
 
 def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
@@ -169,7 +231,7 @@ def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
             yield [verb, encoder, "--model", model, *more, *pipeline.words_of("evaluation")]
 
 
-def check_batches(stages: Sequence[Stage], processes: int) -> None:
+def check_batches(stages: Sequence[Step], processes: int) -> None:
     """Check that so many processes can share the batches of pre-training. Raises ConfigError."""
     for stage in stages:
         if isinstance(stage.config, PretrainSettings):
@@ -179,7 +241,7 @@ def check_batches(stages: Sequence[Stage], processes: int) -> None:
                 raise ConfigError(f"{stage.name}: {error}") from None
 
 
-def check_folders(pipeline: PipelineSettings, stages: Sequence[Stage]) -> None:
+def check_folders(pipeline: PipelineSettings, stages: Sequence[Step]) -> None:
     """Check that what is given is there, and that no run folder holds another run.
 
     Raises:

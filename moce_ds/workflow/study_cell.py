@@ -1,84 +1,119 @@
-"""One cell of a study: pre-train, evaluate, measure.
+"""A cell of a study as a step: pre-train, evaluate, measure.
 
     python -m moce_ds.workflow.study_cell STUDY_FOLDER CELL
 
 `moce study` starts this for every cell, in a process of its own whose output is the cell's log.
 """
 
-import dataclasses
-import logging
 import statistics
 import sys
-import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moce_ds.cli.verbs import run_verb
-from moce_ds.config import settings as configuration
+from moce_ds.config.settings import from_tree, to_tree
 from moce_ds.console import run_main
-from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.results_file import read_results
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
+from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.planning.work import all_rows_bytes, count_parameters
 from moce_ds.report.run_folder import read_metrics
 from moce_ds.report.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import writes_to
-from moce_ds.storage.locks import held
+from moce_ds.storage.made_from import MadeFrom
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow.step import Launch, Step, StepRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
-
-_logger = logging.getLogger(__name__)
 
 _HELD_OUT = "held out"
 
 
 def main() -> int:
-    """Run the cell that the arguments name; returns the exit status. Raises MoceError as `run_cell`."""
+    """Run the cell that the arguments name; returns 0. Raises as `perform`."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
     record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
-    study = configuration.from_tree(StudySettings, record.settings, str(folder / STUDY))
-    return run_cell(study, next(cell for cell in cells_of(study) if cell.name == name))
-
-
-def run_cell(study: StudySettings, cell: Cell) -> int:
-    """Run a cell to its end, or on to it; returns 0, or what its run ended with (STOPPED: as asked).
-
-    In one of several processes that torchrun or a job has started, this process is one of the run's, and the first one
-    evaluates. Else the run's processes are started here.
-
-    Raises:
-        MoceError: as the stages.
-    """
-    if Place.here().rank:
-        return _pretrain(cell)
-    began = time.monotonic()
-    with held(cell.lock):
-        if is_done(study, cell):
-            _logger.info(f"{cell.name} was done meanwhile by another process.")
-            return 0
-        config = cell.config()
-        write_record(cell, record := _begun(study, cell, config))
-        if status := _pretrain(cell):
-            return status
-        _evaluate(study, cell, config)
-        done = dataclasses.replace(
-            record, state="done", measures=measures(cell, config), seconds=round(time.monotonic() - began, 1)
-        )
-        write_record(cell, done)
+    study = from_tree(StudySettings, record.settings, str(folder / STUDY))
+    perform(study_workflow(study, cells_of(study)).named(name))
     return 0
 
 
-def is_done(study: StudySettings, cell: Cell) -> bool:
-    """Whether the cell has been run to its end, and evaluated on all that the study names. Raises ArtefactError."""
-    record = cell.record()
-    return record is not None and record.state == "done" and record.evaluations == study.evaluations
+def study_workflow(study: StudySettings, cells: list[Cell]) -> Workflow:
+    """The cells as steps, none of which needs another."""
+    return Workflow("study", "cell", study.out, [cell_step(study, cell) for cell in cells])
 
 
-def write_record(cell: Cell, record: CellRecord) -> None:
-    """Replace `cell.json`. Raises ArtefactError."""
-    with writes_to(cell.folder):
-        write_checked(cell.folder / CELL, dataclasses.asdict(record))
+def cell_step(study: StudySettings, cell: Cell) -> Step:
+    """A cell as a step in a process of its own. It is done for what it was evaluated on: its run checks the rest."""
+
+    def work() -> dict[str, Any]:
+        config = cell.config()
+        _pretrain(cell)
+        _evaluate(study, cell, config)
+        return measures(cell, config)
+
+    def profile(common: SlurmProfile) -> SlurmProfile:
+        gpus = cell.processes if common.gpus_per_node else 0
+        return replace(common, nodes=cell.nodes, min_nodes=None, tasks_per_node=cell.processes, gpus_per_node=gpus)
+
+    return Step(
+        cell.name,
+        CellFile(cell),
+        cell.lock,
+        lambda: MadeFrom({"evaluations": study.evaluations}),
+        work,
+        share=lambda: run_verb(["pretrain", *cell.words]),
+        processes=cell.processes,
+        nodes=cell.nodes,
+        launch=Launch([sys.executable, "-m", "moce_ds.workflow.study_cell", str(study.out), cell.name], cell.log),
+        profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class CellFile:
+    """The record of a cell, `cell.json`, which the report reads: besides its state it says what the cell is."""
+
+    cell: Cell
+
+    @property
+    def path(self) -> Path:
+        """As `RecordFile`."""
+        return self.cell.folder / CELL
+
+    def read(self) -> StepRecord | None:
+        """As `RecordFile`."""
+        found = self.cell.record()
+        if found is None:
+            return None
+        return StepRecord(
+            {"evaluations": found.evaluations},
+            found.state,
+            seconds=found.seconds,
+            message=found.told,
+            measures=dict(found.measures),
+        )
+
+    def write(self, record: StepRecord) -> None:
+        """As `RecordFile`."""
+        cell = self.cell
+        content = CellRecord(
+            cell.name,
+            cell.at,
+            cell.processes,
+            cell.nodes,
+            to_tree(cell.config()),
+            record.made_from["evaluations"],
+            record.state,
+            record.seconds,
+            record.measures,
+            record.message,
+        )
+        with writes_to(cell.folder):
+            write_checked(self.path, asdict(content))
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
@@ -111,24 +146,21 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
     return found
 
 
-def _begun(study: StudySettings, cell: Cell, config: PretrainSettings) -> CellRecord:
-    tree = configuration.to_tree(config)
-    return CellRecord(cell.name, cell.at, cell.processes, cell.nodes, tree, study.evaluations)
+def _pretrain(cell: Cell) -> None:
+    """Train the cell's run: in processes of its own where this one is alone, else as the first of them.
 
-
-def _pretrain(cell: Cell) -> int:
-    here = Place.here().world_size
-    if here == 1:
-        return run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes)
-    if here != cell.world_size:
-        raise ConfigError(f"{cell.name} is a cell of {cell.world_size} processes, and was started in {here}.")
-    run_verb(["pretrain", *cell.words])
-    return 0
+    Raises:
+        SystemExit: the run failed, or was stopped.
+    """
+    if Place.here().world_size > 1:
+        run_verb(["pretrain", *cell.words])
+    elif status := run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes):
+        raise SystemExit(status)
 
 
 def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
     """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
-    dense, results = config.model.arch == "mae", ("--results", cell.folder / "results.json")
+    dense, results = not config.family.has_experts, ("--results", cell.folder / "results.json")
     for task, folder in study.tasks.items():
         encoder = cell.run if dense else cell.folder / "experts" / task
         if not encoder.exists():

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from moce_ds.config.settings import KeysOf, option, settings, word
+from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.report.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.storage.checksums import read_checked
-from moce_ds.training.settings import Positive, PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 """Of a task that the settings name: a folder is called by it, and a word of a command."""
@@ -176,7 +176,7 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
     def check(cell: Cell) -> None:
         config, record = cell.config(), cell.record()
         read = {"data.shards": config.data.shards, "run.init_from": config.run.init_from}
-        read |= {"experts.clusters": config.experts.clusters} if config.model.arch == "moce" else {}
+        read |= {"experts.clusters": config.experts.clusters} if config.family.routes_by_cluster else {}
         check_there({key: [path] for key, path in read.items() if path})
         check_run(config)
         if record and cell.run.exists() and (record.processes, record.nodes) != (cell.processes, cell.nodes):

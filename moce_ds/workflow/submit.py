@@ -1,27 +1,27 @@
 """`moce launch slurm ...`: what a verb needs of a job, checked and recorded before anything is queued."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import dropwhile, groupby
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moce_ds.checkpoint.lease import LAUNCHES
 from moce_ds.cli.options import FORCED
 from moce_ds.cli.verbs import STAGE_VERBS
-from moce_ds.config.settings import from_tree, to_tree
 from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import Submitted, submit
 from moce_ds.launch.snapshot import begin_launch, record_jobs, refuse_second
-from moce_ds.text import counted
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
-from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.workflow.stage import Stage
-from moce_ds.workflow.study import keep_record
-from moce_ds.workflow.study_cell import is_done
-from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
+from moce_ds.workflow.pipeline import keep_stages
+from moce_ds.workflow.pipeline_stages import PipelineSettings, check_folders, pipeline_workflow
+from moce_ds.workflow.step import Step, Workflow
+from moce_ds.workflow.study import checked_cells, keep_record
+from moce_ds.workflow.study_cell import study_workflow
+from moce_ds.workflow.study_grid import StudySettings, check_places
 
 JOB_VERBS = {*STAGE_VERBS, "study", "pipeline", "transfer"}
 """What a job can run."""
@@ -82,65 +82,90 @@ def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
 
 
 def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
-    """An array of jobs for the cells of each size that are not done."""
     study = read_settings(StudySettings, _without_options(words))
-    cells = cells_of(study)
-    check_settings(cells)
+    cells = checked_cells(study)
     check_places(study, cells)
-    refuse_second(study.out / LAUNCHES)
-    folder = begin_launch(study.out / LAUNCHES, ["study", *words], profile, study)
-    keep_record(study, cells)
-    pending = sorted((cell for cell in cells if not is_done(study, cell)), key=_size)
-    if not pending:
-        say(f"{len(cells)} of {counted(len(cells), 'cell')} done in {study.out}.")
-    jobs = []
-    for (nodes, processes), group in groupby(pending, _size):
-        gpus = processes if profile.gpus_per_node else 0
-        sized = replace(profile, nodes=nodes, min_nodes=None, tasks_per_node=processes, gpus_per_node=gpus)
-        commands = [["study", *words, "--cell", cell.name] for cell in group]
-        jobs.append(submit(sized, commands, folder, study.out.name))
-    return record_jobs(folder, jobs)
-
-
-def _size(cell: Cell) -> tuple[int, int]:
-    return cell.nodes, cell.processes
+    return _queue_workflow(study_workflow(study, cells), profile, words, study, partial(keep_record, study, cells))
 
 
 def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
-    """A chain of jobs: each stage that is not done, after the one before it has succeeded."""
     pipeline = read_settings(PipelineSettings, _without_options(words))
-    stages = stages_of(pipeline)
-    check_folders(pipeline, stages)
-    queued = queued_stages(profile, pipeline, stages)
-    refuse_second(pipeline.out / LAUNCHES)
-    folder = begin_launch(pipeline.out / LAUNCHES, ["pipeline", *words], profile, pipeline)
-    skipped = [stage.name for stage in stages[: len(stages) - len(queued)]]
-    say(f"Done in {pipeline.out}: {', '.join(skipped) or 'no stage'}.")
+    workflow = pipeline_workflow(pipeline, words)
+    check_folders(pipeline, workflow.steps)
+    keep = partial(keep_stages, workflow.steps, pipeline.out)
+    return _queue_workflow(workflow, profile, words, pipeline, keep)
+
+
+def _queue_workflow(
+    workflow: Workflow, profile: SlurmProfile, words: Sequence[str], config: Any, keep: Callable[[], None]
+) -> list[Submitted]:
+    """Queue the steps that are not done, each after those that it needs; those that are alike become an array.
+
+    Args:
+        config: the settings of the workflow, which are kept with the launch.
+        keep: writes the workflow's record into its folder.
+    """
+    groups = queued_steps(workflow.steps, profile)
+    refuse_second(workflow.out / LAUNCHES)
+    folder = begin_launch(workflow.out / LAUNCHES, [workflow.verb, *words], profile, config)
+    keep()
+    say(f"{workflow.summary(workflow.steps)} in {workflow.out}.")
     jobs: list[Submitted] = []
-    for stage, sized, usable in queued:
-        command, after = ["pipeline", *words, "--stage", stage.name], [job.job for job in jobs[-1:]]
-        job = submit(sized, [command], folder, f"{pipeline.out.name}-{stage.name}", after, usable)
-        jobs.append(replace(job, what=f"{stage.name}, {job.what}"))
+    job_of: dict[str, str] = {}
+    for group in groups:
+        names = [step.name for step in group.steps]
+        commands = [[workflow.verb, *words, f"--{workflow.noun}", name] for name in names]
+        alone = len(names) == 1
+        called = f"{workflow.out.name}-{names[0]}" if alone else workflow.out.name
+        job = submit(
+            group.profile, commands, folder, called, [job_of[name] for name in group.needs], group.usable_nodes
+        )
+        job_of |= dict.fromkeys(names, job.job)
+        jobs.append(replace(job, what=f"{names[0]}, {job.what}") if alone else job)
         record_jobs(folder, jobs)  # at once: sbatch may refuse the next
     return jobs
 
 
-def queued_stages(
-    profile: SlurmProfile, pipeline: PipelineSettings, stages: Sequence[Stage]
-) -> list[tuple[Stage, SlurmProfile, list[int]]]:
-    """What a pipeline queues: the first stage that is not done and all after it, which may change with it.
+@dataclass
+class QueuedSteps:
+    """Steps that become one job, or an array of jobs.
 
-    Each comes with its profile and the numbers of nodes that it can use (none: all). Raises ConfigError.
+    Attributes:
+        profile: the size of each job.
+        usable_nodes: numbers of nodes that a job can use; empty: all.
+        needs: queued steps that must be done before.
     """
-    queued = []
-    for stage in dropwhile(Stage.is_done, stages):
-        changes = pipeline.resources.get(stage.name, {})
-        sized = from_tree(SlurmProfile, to_tree(profile) | changes, f"resources.{stage.name}")
-        sized = sized if stage.parallel else sized.for_one_process()
-        check_batches([stage], sized.nodes * sized.processes_per_node)
-        usable = usable_nodes(stage.config, sized) if isinstance(stage.config, PretrainSettings) else []
-        queued.append((stage, sized, usable))
-    return queued
+
+    profile: SlurmProfile
+    usable_nodes: list[int]
+    needs: list[str]
+    steps: list[Step]
+
+
+def queued_steps(steps: Sequence[Step], profile: SlurmProfile) -> list[QueuedSteps]:
+    """The steps that are not done, and those that need one of these, whose inputs may change with it.
+
+    Raises:
+        ConfigError: a step's processes cannot share its batch.
+    """
+    groups: list[QueuedSteps] = []
+    queued: set[str] = set()
+    for step in steps:
+        needs = [name for name in step.needs if name in queued]
+        if step.is_done() and not needs:
+            continue
+        queued.add(step.name)
+        sized = step.profile(profile)
+        try:
+            usable = usable_nodes(step.config, sized) if isinstance(step.config, PretrainSettings) else []
+        except ConfigError as error:
+            raise ConfigError(f"{step.name}: {error}") from None
+        alike = next((group for group in groups if (group.profile, group.needs) == (sized, needs)), None)
+        if alike is None:
+            groups.append(QueuedSteps(sized, usable, needs, [step]))
+        else:
+            alike.steps.append(step)
+    return groups
 
 
 def _queue_other(verb: str) -> Callable[[SlurmProfile, Sequence[str]], list[Submitted]]:

@@ -1,15 +1,15 @@
-"""`moce transfer`: every model on every task by every method and seed; what is done is not done again.
+"""`moce transfer`: every model on every task by every method and seed, each measurement a step.
 
-OUT/results.json holds a record of each measurement, written as soon as it is made; OUT/experts the exported experts;
-OUT/finetune the runs of fine-tuning.
+OUT/results.json holds the record of each measurement, written as soon as it is made; OUT/experts the exported experts;
+OUT/finetune the runs of fine-tuning. Several commands on one OUT share the measurements.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,14 @@ from moce_ds.evaluation.metrics import DISPLAY_NAMES
 from moce_ds.evaluation.results import accuracy_record, known_by
 from moce_ds.evaluation.results_file import add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
+from moce_ds.storage.made_from import MadeFrom
+from moce_ds.workflow.engine import Progress, run_steps
+from moce_ds.workflow.step import Step, StepRecord, Workflow
 from moce_ds.workflow.transfer_finetune import finetuned
-from moce_ds.workflow.transfer_models import Subject, encoder_for
+from moce_ds.workflow.transfer_models import Expert, Subject
 from moce_ds.workflow.transfer_tasks import Task, check_metric
+
+_logger = logging.getLogger(__name__)
 
 METHODS = ("knn", "probe", "finetune")
 RESULTS = "results.json"
@@ -35,21 +40,57 @@ RESULTS = "results.json"
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """A model on a task: the images, and the encoder that serves them."""
+    """A model on a task: the images, and the encoder that the model gives the task."""
 
     subject: Subject
     task: Task
     splits: Splits
-    encoder: Path
+    out: Path
+
+    @property
+    def name(self) -> str:
+        """As lines of progress have it."""
+        return f"{self.task.name} {self.subject.name}"
+
+    @property
+    def encoder(self) -> Path:
+        """Its place: the run itself, where that is dense or routes by token."""
+        exported = self.out / "experts" / self.subject.slug / self.task.name
+        return exported if self.subject.has_routes else self.subject.run
+
+    def expert(self, device: torch.device) -> Expert:
+        """What is exported as its encoder."""
+        return Expert(self.subject, self.task, self.splits.train, self.encoder, device)
+
+
+class OpenEncoder:
+    """The encoder of a pairing, kept until that of another one is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._of: Pairing | None = None
+
+    def of(self, pairing: Pairing) -> Encoder:
+        """The encoder. Raises ArtefactError."""
+        if self._of is not pairing:
+            self._encoder = pairing.subject.open(pairing.encoder, self.device)
+            self._of = pairing
+        return self._encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One number to be had: a method with a seed (None: nothing is random in it)."""
+    """One number: a method with a seed (None: nothing is random in it). Its record is one of results.json."""
 
     pairing: Pairing
     method: str
     seed: int | None
+    opened: OpenEncoder
+
+    @property
+    def path(self) -> Path:
+        """As `RecordFile`."""
+        return self.pairing.out / RESULTS
 
     @property
     def key(self) -> dict[str, Any]:
@@ -63,12 +104,50 @@ class Measurement:
         config = getattr(self.pairing.task.config, self.method)
         return dataclasses.replace(config, seed=self.seed) if self.method == "probe" else config
 
-    def made_from(self, model: str) -> str:
-        """SHA-256 of everything that decides the number; `model`: that of the encoder, by its `identity`."""
+    def step(self) -> Step:
+        """The measurement as a step."""
+        name = f"{self.pairing.name} {self.method}{'' if self.seed is None else f' seed {self.seed}'}"
+        lock = self.pairing.out / ".locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
+        return Step(name, self, lock, self.made_from, self.measure)
+
+    def made_from(self) -> MadeFrom:
+        """A digest of all that decides the number, and the encoder by its `identity`."""
+        identity = self.opened.of(self.pairing).identity
+        return MadeFrom({"made_from": self._digest(identity), "model_sha256": identity})
+
+    def _digest(self, model: str) -> str:
+        """SHA-256 of everything that decides the number; `model`: a checksum of the encoder."""
         splits, metric = self.pairing.splits, self.pairing.task.config.metric
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
         parts = [model, to_tree(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def read(self) -> StepRecord | None:
+        """As `RecordFile`. An earlier version knew an encoder by its weights alone."""
+        encoder = self.opened.of(self.pairing)
+        by = {self._digest(encoder.identity), self._digest(encoder.fingerprint)}
+        for record in read_results(self.path):
+            same_model = record.get("model_sha256") in (encoder.identity, None)
+            if same_model and record.get("made_from") in by and all(record.get(k) == v for k, v in self.key.items()):
+                return StepRecord(self.made_from().parts, "done", measures=record)
+        return None
+
+    def write(self, record: StepRecord) -> None:
+        """As `RecordFile`; there is no record of what is not measured yet."""
+        if record.state == "done":
+            add_record(self.path, {**record.measures, **self.key, **record.made_from})
+
+    def measure(self) -> dict[str, Any]:
+        """The number, and all that belongs into its record. Raises MoceError as the method."""
+        pairing, opened = self.pairing, self.opened
+        task, subject, metric = pairing.task, pairing.subject, pairing.task.config.metric
+        if self.method == "finetune":
+            folder = pairing.out / "finetune" / self.made_from().parts["made_from"][:16]
+            record = finetuned(pairing.encoder, task, self.seed or 0, folder)
+        else:
+            score = measure_frozen(opened.of(pairing), pairing.splits, self.settings, opened.device, metric)
+            record = accuracy_record(self.method, task.name, subject.name, score)
+        return {**record, "metric": metric, "run": str(subject.run)}
 
 
 def run_campaign(
@@ -79,85 +158,104 @@ def run_campaign(
     Raises:
         ConfigError: a method is not known, or no model can be measured by any.
         MoceError: as select, export and the methods; what was measured before is kept.
+        SystemExit: a signal stopped it.
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
     check_results(out / RESULTS)
-    _tell_untunable(subjects, methods)
+    _warn_untunable(subjects, methods)
     device = lone_device()
-    with ExitStack() as opened:
-        splits = [opened.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
+    with ExitStack() as stack:
+        splits = [stack.enter_context(opened_task(task.train, task.val, task.test)) for task in tasks]
         for task, images in zip(tasks, splits, strict=True):
             check_metric(task, images)
+        pairs = zip(tasks, splits, strict=True)
+        pairings = [Pairing(subject, task, images, out) for task, images in pairs for subject in subjects]
         # First the experts of all tasks: what cannot be exported is refused before anything is measured.
-        waiting = [
-            Measurement(pairing, method, seed)
-            for task, images in zip(tasks, splits, strict=True)
-            for subject, pairing in [(one, _paired(one, task, images, out, device)) for one in subjects]
-            for method in methods
-            if not (subject.by_token and method == "finetune")
-            for seed in (seeds if method != "knn" else [None])
-        ]
-        return list(_records(waiting, out, device))
+        _export_all([pairing for pairing in pairings if pairing.subject.has_routes], out, device)
+        return _measure_all(pairings, methods, seeds, out, device)
 
 
-def _tell_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None:
-    """Say which models are not fine-tuned. Raises ConfigError where that leaves nothing to measure."""
+def _warn_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None:
+    """Name the models that cannot be fine-tuned. Raises ConfigError where that leaves nothing to measure."""
     if "finetune" not in methods or not (by_token := [subject for subject in subjects if subject.by_token]):
         return
     runs = ", ".join(str(subject.run) for subject in by_token)
-    told = f"--methods: {runs} routes by token, so there is no dense ViT to fine-tune"
+    fault = f"--methods: {runs} routes by token, so there is no dense ViT to fine-tune"
     if len(by_token) == len(subjects) and set(methods) == {"finetune"}:
-        raise ConfigError(f"{told}: name another method, or other runs.")
-    warn(f"{told}: its places in that table stay empty.")
+        raise ConfigError(f"{fault}: name another method, or other runs.")
+    warn(f"{fault}: its places in that table stay empty.")
 
 
-def _paired(subject: Subject, task: Task, splits: Splits, out: Path, device: torch.device) -> Pairing:
-    encoder, votes = encoder_for(subject, task, splits.train, out / "experts", device)
-    if votes is not None:
+def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) -> None:
+    steps = [pairing.expert(device).step(pairing.name) for pairing in pairings]
+    workflow = Workflow("transfer", "expert", out, steps)
+    of_step = {pairing.name: pairing for pairing in pairings}
+
+    def report(step: Step) -> None:
+        """Print the votes of an expert, and keep them."""
+        pairing = of_step[step.name]
+        votes = pairing.expert(device).votes()
         route = "-".join(map(str, votes["route"]))
-        say(f"{task.name}: {subject.name} gives route {route}, {votes['share']:.1%} of the votes")
-        record = {**votes, "model": subject.name, **known_by(subject.checkpoint, splits.train.fingerprint)}
+        say(f"{pairing.task.name}: {pairing.subject.name} gives route {route}, {votes['share']:.1%} of the votes")
+        model = known_by(pairing.subject.checkpoint, pairing.splits.train.fingerprint)
+        record = {**votes, "model": pairing.subject.name, **model}
         if record not in read_results(out / RESULTS):
             add_record(out / RESULTS, record)
-    return Pairing(subject, task, splits, encoder)
+
+    _run(workflow, _Reporting(workflow, lambda step, was_done: report(step)))
 
 
-def _records(waiting: Sequence[Measurement], out: Path, device: torch.device) -> Iterator[dict[str, Any]]:
-    number = 0
-    for pairing, group in groupby(waiting, key=lambda one: one.pairing):
-        encoder, metric = pairing.subject.open(pairing.encoder, device), pairing.task.config.metric
-        for one in group:
-            number += 1
-            made_from = one.made_from(encoder.identity)
-            record = _known(one, encoder, out)
-            was_done = " (was done)" if record else ""
-            if record is None:
-                record = _measure(one, encoder, out, made_from, device) | one.key
-                record |= {"made_from": made_from, "model_sha256": encoder.identity}
-                add_record(out / RESULTS, record)
-            seed = "" if one.seed is None else f" seed {one.seed}"
-            name = f"{pairing.task.name} {pairing.subject.name} {one.method}{seed}"
-            say(f"[{number}/{len(waiting)}] {name}: {DISPLAY_NAMES[metric]} {record[metric]:.4f}{was_done}")
-            yield record
+def _measure_all(
+    pairings: Sequence[Pairing], methods: Sequence[str], seeds: Sequence[int], out: Path, device: torch.device
+) -> list[dict[str, Any]]:
+    opened = OpenEncoder(device)
+    steps = [
+        Measurement(pairing, method, seed, opened).step()
+        for pairing in pairings
+        for method in methods
+        if not (pairing.subject.by_token and method == "finetune")
+        for seed in (seeds if method != "knn" else [None])
+    ]
+    workflow = Workflow("transfer", "measurement", out, steps)
+    records: dict[str, dict[str, Any]] = {}
+
+    def report(step: Step, was_done: bool) -> None:
+        """Print a number, and collect its record while its encoder is open."""
+        record = step.records.read()
+        assert record is not None, "it is done"
+        records[step.name] = record.measures
+        metric, number = record.measures["metric"], [each.name for each in steps].index(step.name) + 1
+        figure = f"{DISPLAY_NAMES[metric]} {record.measures[metric]:.4f}{' (was done)' if was_done else ''}"
+        say(f"[{number}/{len(steps)}] {step.name}: {figure}")
+
+    _run(workflow, _Reporting(workflow, report))
+    return [records[step.name] for step in steps]
 
 
-def _known(one: Measurement, encoder: Encoder, out: Path) -> dict[str, Any] | None:
-    """The record of a measurement that is done. An earlier version knew an encoder by its weights alone."""
-    by = {one.made_from(encoder.identity), one.made_from(encoder.fingerprint)}
-    for record in read_results(out / RESULTS):
-        same_model = record.get("model_sha256") in (encoder.identity, None)
-        if same_model and record.get("made_from") in by and all(record.get(k) == v for k, v in one.key.items()):
-            return record
-    return None
+class _Reporting(Progress):
+    """Prints what a step has measured."""
+
+    def __init__(self, workflow: Workflow, report: Callable[[Step, bool], None]) -> None:
+        super().__init__(workflow)
+        self._report = report
+
+    def started(self, step: Step) -> None:
+        """Nothing: what it does it prints itself."""
+
+    def skipped(self, step: Step) -> None:
+        self._report(step, True)
+
+    def done(self, step: Step, seconds: float) -> None:
+        self._report(step, False)
 
 
-def _measure(one: Measurement, encoder: Encoder, out: Path, made_from: str, device: torch.device) -> dict[str, Any]:
-    task, subject = one.pairing.task, one.pairing.subject
-    metric = task.config.metric
-    if one.method == "finetune":
-        record = finetuned(one.pairing.encoder, task, one.seed or 0, out / "finetune" / made_from[:16])
-    else:
-        score = measure_frozen(encoder, one.pairing.splits, one.settings, device, metric)
-        record = accuracy_record(one.method, task.name, subject.name, score)
-    return {**record, "metric": metric, "run": str(subject.run)}
+def _run(workflow: Workflow, progress: Progress) -> None:
+    """Run steps up to the first that fails. Raises what it raises; SystemExit where they are stopped."""
+    outcome = run_steps(workflow.steps, progress)
+    for failure in outcome.failures:
+        if failure.error:
+            raise failure.error
+    if outcome.stopped:
+        _logger.info(f"Stopped as asked at {outcome.stopped[0].name}. Rerun the same command to resume.")
+        raise SystemExit(outcome.status)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
+from moce_ds.config.families import FAMILIES, Family, family_by_gate
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
 from moce_ds.export.routes import choose_selected
@@ -17,12 +18,15 @@ from moce_ds.export.write import export_route
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.token_encoder import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
+from moce_ds.storage.encoder_folder import PROVENANCE
+from moce_ds.storage.files import read_json
+from moce_ds.storage.made_from import MadeFrom
+from moce_ds.workflow.step import Step, StepRecord
 from moce_ds.workflow.transfer_tasks import Task
 
 _logger = logging.getLogger(__name__)
 
-_BY_GATE = {"cluster": "MoCE", "random": "MoCE, random gate", "token": "TokenMoE", "path": "SDR"}
-_ORDER = ("MAE", "TokenMoE", "SDR", "MoCE, random gate", "MoCE")
+_ORDER = [family.title for family in FAMILIES]
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,18 @@ class Subject:
     checkpoint: Checkpoint
 
     @property
+    def has_routes(self) -> bool:
+        """Whether a task selects one of its experts, so that its encoder is not the run itself."""
+        return bool(self.checkpoint.experts) and not self.by_token
+
+    @property
     def by_token(self) -> bool:
         """Whether every token chooses its experts, so that there is no route, and no dense ViT to cut out."""
-        experts = self.checkpoint.experts
-        return experts is not None and experts["gate"] == "token"
+        family = _family(self.checkpoint)
+        return family.has_experts and not family.routes_by_cluster
 
     def open(self, encoder: Path, device: torch.device) -> Encoder:
-        """The model behind what `encoder_for` gave. Raises ArtefactError."""
+        """The model of an encoder: an exported expert, or the run itself. Raises ArtefactError."""
         return token_encoder(self.checkpoint, device) if self.by_token else open_encoder(encoder, device)
 
     @property
@@ -57,7 +66,7 @@ def find_subjects(places: list[Path]) -> list[Subject]:
     """
     runs = list(dict.fromkeys(run for place in places for run in _runs(place)))
     checkpoints = {run: find(run) for run in runs}
-    names = {run: _model_name(checkpoint) for run, checkpoint in checkpoints.items()}
+    names = {run: _family(checkpoint).title for run, checkpoint in checkpoints.items()}
     runs.sort(key=lambda run: _ORDER.index(names[run]))
     alike = list(names.values())
     return [
@@ -72,40 +81,70 @@ def _runs(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir() and steps_of(path)) or [place]
 
 
-def _model_name(checkpoint: Checkpoint) -> str:
+def _family(checkpoint: Checkpoint) -> Family:
     experts = checkpoint.experts
-    return _BY_GATE[experts["gate"]] if experts else "MAE"
+    return family_by_gate(experts["gate"] if experts else None)
 
 
-def encoder_for(
-    subject: Subject, task: Task, images: ShardSet, out: Path, device: torch.device
-) -> tuple[Path, dict[str, Any] | None]:
-    """The encoder that serves a task, and how it was selected: the run itself where it is dense or routes by token,
-    else its expert for the task's training images, exported to `out` unless it is there.
+@dataclass(frozen=True)
+class Expert:
+    """The encoder that a run with experts gives a task: the expert of its training images, exported to a folder.
 
-    Raises:
-        MoceError: as `moce select` and `moce export`.
+    It is its own record: `provenance.json` says what it is made from, and how it was selected.
     """
-    if subject.by_token or not subject.checkpoint.experts:
-        return subject.run, None
-    checkpoint, clusters = run_clusters(subject.run)
-    expert = out / subject.slug / task.name
-    made_from = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": images.fingerprint}
-    if expert.exists():
-        provenance = _whole(expert)
-        if provenance and all(provenance.get(key) == value for key, value in made_from.items()):
-            return expert, dict(provenance["votes"])
-        shutil.rmtree(expert)  # of an earlier step of the run, or of other images, or damaged
-    selection = select_route(subject.run, images, task.config.knn, device)
-    votes = selection.record(task.name)
-    export_route(checkpoint, clusters, choose_selected(checkpoint, selection), expert, {**made_from, "votes": votes})
-    return expert, votes
 
+    subject: Subject
+    task: Task
+    images: ShardSet
+    path: Path
+    device: torch.device
 
-def _whole(expert: Path) -> dict[str, Any] | None:
-    """Where an exported expert comes from; None, which is said, where it is damaged: whoever exported it can again."""
-    try:
-        return load_encoder(expert).provenance
-    except ArtefactError as error:
-        _logger.warning(f"{error} It is exported again.")
-        return None
+    def step(self, name: str) -> Step:
+        """Selecting and exporting it, as a step."""
+        return Step(
+            name,
+            records=self,
+            lock=self.path.with_name(f".{self.path.name}.lock"),
+            made_from=self.made_from,
+            work=self._export,
+            outputs=[self.path],
+        )
+
+    def made_from(self) -> MadeFrom:
+        """The checkpoint, the clusters of the run, and the images. Raises ArtefactError."""
+        checkpoint, clusters = run_clusters(self.subject.run)
+        parts = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": self.images.fingerprint}
+        return MadeFrom(parts)
+
+    def read(self) -> StepRecord | None:
+        """As `RecordFile`; a damaged export counts as none."""
+        if not self.path.exists():
+            return None
+        try:
+            return StepRecord(load_encoder(self.path).provenance, "done")
+        except ArtefactError:
+            return None
+
+    def write(self, record: StepRecord) -> None:
+        """As `RecordFile`; the export writes its provenance itself."""
+
+    def votes(self) -> dict[str, Any]:
+        """How it was selected. Raises ArtefactError."""
+        return dict(read_json(self.path / PROVENANCE, "an exported expert", "moce transfer")["votes"])
+
+    def _export(self) -> dict[str, Any]:
+        """Select and export it. Raises MoceError as `moce select` and `moce export`."""
+        checkpoint, clusters = run_clusters(self.subject.run)
+        if self.path.exists():  # of an earlier step of the run, or of other images, or damaged
+            self._warn_damaged()
+            shutil.rmtree(self.path)
+        selection = select_route(self.subject.run, self.images, self.task.config.knn, self.device)
+        provenance = {**self.made_from().parts, "votes": selection.record(self.task.name)}
+        export_route(checkpoint, clusters, choose_selected(checkpoint, selection), self.path, provenance)
+        return {}
+
+    def _warn_damaged(self) -> None:
+        try:
+            load_encoder(self.path)
+        except ArtefactError as error:
+            _logger.warning(f"{error} It is exported again.")

@@ -38,19 +38,19 @@ def _table(method: str, tasks: dict[str, str], models: Sequence[str], cells: Cel
     table = Table(title=f"{method}: percent on test images{spread}", title_justify="left")
     table.add_column("task", overflow="fold")
     table.add_column("metric", overflow="fold")
-    told = {place: _spoken(values) for place, values in cells.items()}
+    texts = {place: _figure(values) for place, values in cells.items()}
     for model in models:
-        width = max((len(figure) for (_, name), figure in told.items() if name == model), default=len(_NONE))
+        width = max((len(text) for (_, name), text in texts.items() if name == model), default=len(_NONE))
         # A long name is folded, a figure is not.
         table.add_column(model, justify="right", overflow="fold", min_width=width)
     for task, metric in tasks.items():
-        table.add_row(task, metric, *(told.get((task, model), _NONE) for model in models))
+        table.add_row(task, metric, *(texts.get((task, model), _NONE) for model in models))
     table.add_section()
     table.add_row("mean", "", *(_mean([cells.get((task, model), []) for task in tasks]) for model in models))
     return table
 
 
-def _spoken(values: Sequence[float]) -> str:
+def _figure(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
 

@@ -23,7 +23,7 @@ TASK_FILES = Path(__file__).with_name("configs") / "tasks"
 
 @settings
 class FinetuneWords:
-    """What `moce finetune` is told."""
+    """The words of `moce finetune`, and how they are chosen."""
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
     choices: list[list[str]] = option(

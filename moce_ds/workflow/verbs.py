@@ -21,14 +21,14 @@ from moce_ds.errors import ConfigError
 def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
     """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
 
-    Cells that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    Cells that are done are not run again: rerun the same command after a stop, a kill or a failure.
     """
-    from moce_ds.workflow.study import run_study, states_table
+    from moce_ds.workflow.study import list_study, run_study
     from moce_ds.workflow.study_grid import StudySettings
 
     config = read_settings(StudySettings, words)
     if listed:
-        show(states_table(config))
+        show(list_study(config))
         return
     sys.exit(run_study(config, cell))
 
@@ -41,12 +41,12 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
     """Run all stages, from images to the experts of tasks, their evaluation and a report.
 
-    Stages that are done are not run again, so the same command goes on after a stop, a kill or a failure.
+    Stages that are done are not run again: rerun the same command after a stop, a kill or a failure.
     """
-    from moce_ds.workflow.pipeline import run_pipeline, states_table
+    from moce_ds.workflow.pipeline import list_pipeline, run_pipeline
 
     if listed:
-        show(states_table(words))
+        show(list_pipeline(words))
         return
     sys.exit(run_pipeline(words, stage))
 
@@ -70,8 +70,8 @@ def transfer(
 ) -> None:
     """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
 
-    A table for each method at the end; every number is kept in OUT/results.json. The same command goes on, or adds
-    what is new.
+    Prints a table for each method at the end and keeps every number in OUT/results.json. Rerun the same command to
+    resume, or with more tasks, methods or seeds to add what is missing.
     """
     from moce_ds.workflow.transfer import run_campaign
     from moce_ds.workflow.transfer_models import find_subjects
@@ -126,8 +126,8 @@ def slurm(words: Sequence[str]) -> None:
     """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
 
     `pretrain`, `features`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array of jobs, and
-    `pipeline` a chain. Other verbs run in one process. A job whose time is over, that was preempted, or that lost a
-    node goes on by itself.
+    `pipeline` a chain. Other verbs run in one process. A job is requeued and resumes after its time limit, a
+    preemption, or the loss of a node.
     """
     from moce_ds.launch.slurm_profile import SlurmProfile
     from moce_ds.workflow.submit import JOB_VERBS, launch_on_slurm

@@ -8,7 +8,6 @@ import deepspeed
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny_run import EXPERT_LAYERS
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
@@ -42,7 +41,7 @@ class Session:
 
     def __init__(self, config: PretrainSettings, runtime: Runtime, slot_LE: np.ndarray | None = None) -> None:
         if slot_LE is None:
-            slot_LE = default_placement(len(EXPERT_LAYERS) if config.model.arch == "moce" else 0, config.experts.num)
+            slot_LE = default_placement(len(config.expert_layers), config.experts.num)
         shards = ShardSet.open(config.data.shards)
         data = open_inputs(config.data.shards, config.routing_clusters, config.model_spec.experts)
         model = build(config, data.clusters)

@@ -138,7 +138,7 @@ def test_the_result_does_not_depend_on_the_processes(root: Path, one: object, ot
 
 def test_a_resumed_run_is_the_uninterrupted_one(root: Path, two: dict[str, Tuned]) -> None:
     """Bit for bit, with dropped paths, bf16, a running average and worker processes."""
-    assert two["stopped"].record is None and "as asked; the same command goes on" in two["stopped"].text
+    assert two["stopped"].record is None and "as asked. Rerun the same command to resume" in two["stopped"].text
     assert "Resuming" in two["resumed"].text and two["resumed"].record == two["whole"].record
     assert_same(root / "whole", root / "stopped", tolerance=0)
 

@@ -48,15 +48,15 @@ ONE: dict[str, list[str]] = {
     "moce-one": [],
     "moce-one-everything": EVERYTHING,
     "moce-one-random": ["experts.gate=random"],
-    "token-one": ["experts.gate=token"],
+    "token-one": ["model.arch=token_moe"],
 }
 TWO = {
     "mae-two": ["model.arch=mae", "engine.zero_stage=2"],
     "moce-two-ep1": ["experts.ep_size=1"],
     "moce-two-ep2": ["experts.ep_size=2"],
     "moce-two-elsewhere": ["experts.ep_size=2", "engine.zero_stage=2"],
-    "token-two-ep1": ["experts.gate=token", "experts.ep_size=1"],
-    "token-two-ep2": ["experts.gate=token", "experts.ep_size=2"],
+    "token-two-ep1": ["model.arch=token_moe", "experts.ep_size=1"],
+    "token-two-ep2": ["model.arch=token_moe", "experts.ep_size=2"],
 }
 ROUTED = [name for name in (*ONE, *TWO) if name.startswith("moce")]
 

@@ -114,7 +114,7 @@ def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path)
         study.send_signal(signal.SIGINT)
         output, _ = study.communicate(timeout=SECONDS)
     assert study.returncode == STOPPED, output
-    assert "num=2 ... stopped\nStopped as asked, 0 of 2 cells done. Rerun the same command to resume" in output
+    assert "cell 1 of 2 num=2 stopped\nStopped as asked, 0 of 2 cells done. Rerun the same command to resume" in output
     assert record_of(first).state == "begun" and second.record() is None
     (stopped,) = steps_of(first.run)
     assert f"Stopped after step {stopped} as asked" in first.log.read_text()

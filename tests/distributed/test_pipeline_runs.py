@@ -15,12 +15,12 @@ from moce_ds.checkpoint.format import steps_of
 from moce_ds.errors import STOPPED
 from moce_ds.report.run_folder import read_metrics
 from moce_ds.storage.locks import is_held
-from moce_ds.workflow.stage import Stage, StageRecord
+from moce_ds.workflow.step import Step, StepRecord
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
 
 
-def record_of(stage: Stage) -> StageRecord:
+def record_of(stage: Step) -> StepRecord:
     record = stage.record()
     assert record is not None
     return record
@@ -68,8 +68,8 @@ def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(data: TinyDat
     mae = write_pipeline(path, shards=str(data.shards))["mae"]
     status, output = run_to_end(*PIPELINE, path, "words.mae=[run.init_from=none]")
     assert status == 1 and output.count("Error:") == 1 and "Traceback" not in output, output
-    assert f"Error: Stage mae failed: run.init_from: none not found.\n  Its state is in {mae.state}" in output
-    assert (record_of(mae).state, record_of(mae).told) == ("failed", "run.init_from: none not found.")
+    assert f"Error: Stage mae failed: run.init_from: none not found.\n  Its state is in {mae.records.path}" in output
+    assert (record_of(mae).state, record_of(mae).message) == ("failed", "run.init_from: none not found.")
 
     run = tmp_path / "pipeline" / "mae"
     with launched(*PIPELINE, path) as pipeline:

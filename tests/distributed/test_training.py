@@ -87,7 +87,7 @@ def test_what_stops_one_rank_stops_all_with_a_checkpoint(runs: Path, two: dict[s
     assert 1 <= told.steps < STEPS
     if name.startswith("two-") and name != "two-mae-stopped":  # which has gone on since
         assert steps_of(runs / name) == [told.steps] and find(runs / name).faults() == []
-    assert f"Stopped after step {told.steps} as asked; the same command goes on from there." in told.text
+    assert f"Stopped after step {told.steps} as asked. Rerun the same command to resume." in told.text
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ VARIANTS = {
     "tied": ["experts.gate_sharing=tied", "experts.combine=prob"],
     "sinkhorn": ["experts.balance=sinkhorn"],
     "random": ["experts.gate=random", "experts.k=2"],
-    "paths": ["experts.gate=path", "experts.layers=null", "experts.stages=1", "run.init_from={dense}"],
-    "token": ["experts.gate=token"],
-    "two-tokens": ["experts.gate=token", "experts.k=2", "engine.zero_stage=2"],
+    "paths": ["model.arch=sdr", "experts.layers=null", "sdr.stages=1", "run.init_from={dense}"],
+    "token": ["model.arch=token_moe"],
+    "two-tokens": ["model.arch=token_moe", "experts.k=2", "engine.zero_stage=2"],
 }
 BY_CLUSTER = [name for name in VARIANTS if "token" not in name]
 

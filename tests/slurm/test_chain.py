@@ -36,7 +36,7 @@ def test_a_failed_stage_is_resumed_by_the_same_command(cluster: Cluster, tmp_pat
     states = {name: record.state if (record := stage.record()) else "waiting" for name, stage in stages.items()}
     assert states == dict.fromkeys(STAGES[:5], "done") | {"export": "failed", "evaluation": "waiting"}
     failed = stages["export"].record()
-    assert failed is not None and "No image to write" in failed.told
+    assert failed is not None and "No image to write" in failed.message
 
     test.rmdir()
     (tmp_path / "elsewhere").rename(test)

@@ -38,7 +38,7 @@ def test_time_limit(cluster: Cluster, data: TinyData, tally: Tally, tmp_path: Pa
     assert job.known("Restarts") != "0"
     cluster.run("scancel", job.number)
     job.wait_for("CANCELLED")
-    assert "goes back into the queue: stopped as asked" in job.told()
+    assert "goes back into the queue: stopped as requested" in job.told()
     count_steps(job.told(), tally)
     tally.requeues += int(job.known("Restarts"))
 

@@ -29,7 +29,7 @@ REQUIRED: dict[str, list[str]] = {
 }
 """What each kind requires; that of the kinds which are not here is nothing."""
 
-ARCH_REQUIRED = {"moce": ["experts.clusters=c"]}
+ARCH_REQUIRED = {"moce": ["experts.clusters=c"], "sdr": ["experts.clusters=c", "run.init_from=m"]}
 
 
 def uncommented(text: str) -> str:

@@ -6,15 +6,13 @@ import pytest
 from image_examples import contents
 from PIL import Image
 
-from moce_ds.data.sources import demo_images
 from moce_ds.data.sources.demo_images import write_demo_images
 from moce_ds.errors import DataError
 
 
 def test_demo_images_keep_test_pictures_out_of_pretraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_images, "_CROPS_PER_PHOTO", 50)
     out = tmp_path / "demo"
-    write_demo_images(out, size=16)
+    write_demo_images(out, size=16, crops=50)
     pictures = {path: data for path, data in contents(out).items() if path != "demo.json"}
 
     def below(folder: str) -> set[bytes]:
@@ -29,7 +27,7 @@ def test_demo_images_keep_test_pictures_out_of_pretraining(tmp_path: Path, monke
     before = (out / "demo.json").stat().st_mtime_ns
     write_demo_images(out, size=16)
     assert (out / "demo.json").stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="of size 16, not 32"):
+    with pytest.raises(DataError, match="size: 16 there, 32 now"):
         write_demo_images(out)
     with pytest.raises(DataError, match="holds no demo images"):
         write_demo_images(tmp_path)

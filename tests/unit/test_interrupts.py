@@ -11,7 +11,6 @@ import pytest
 from moce_ds.distributed.runtime import StopRequest
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host.interrupts import obeyed
-from moce_ds.launch import local
 from moce_ds.launch.local import run_processes
 from moce_ds.workflow import transfer_finetune as finetuning
 
@@ -154,11 +153,9 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("how", "status"), ENDS, ids=["killed", "lost", "error", "stopped", "insisted", "hangs"])
-def test_how_a_process_ends_decides_the_launchers_status(
-    how: str, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local, "_GRACE_SECONDS", 0.5)
-    assert run_processes([sys.executable, "-c", f"import os, signal, sys, time\n{how}"], 1) == status
+def test_how_a_process_ends_decides_the_launchers_status(how: str, status: int) -> None:
+    command = [sys.executable, "-c", f"import os, signal, sys, time\n{how}"]
+    assert run_processes(command, 1, grace_seconds=0.5) == status
 
 
 ASKING = """#!{python}

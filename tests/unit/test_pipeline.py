@@ -19,9 +19,16 @@ from moce_ds.data import shard_writer
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.storage.locks import held
-from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.workflow.stage import Stage, StageError, StageRecord, run_stage, write_record
-from moce_ds.workflow.submit import queued_stages
+from moce_ds.workflow.engine import Progress, StepError, run_steps
+from moce_ds.workflow.pipeline_stages import (
+    PipelineSettings,
+    check_batches,
+    check_folders,
+    pipeline_workflow,
+    stages_of,
+)
+from moce_ds.workflow.step import Launch, Step, StepRecord
+from moce_ds.workflow.submit import queued_steps
 
 Make = Callable[..., PipelineSettings]
 EXPERTS = ["model.arch=moce", "experts.num=4", "experts.layers=[1,3]"]
@@ -49,17 +56,17 @@ def task(tmp_path: Path, tiny_images: Path, tiny_shards: Path) -> Path:
     return tmp_path / "task"
 
 
-def of(pipeline: PipelineSettings, name: str) -> Stage:
+def of(pipeline: PipelineSettings, name: str) -> Step:
     """The stage of a name."""
     return next(stage for stage in stages_of(pipeline) if stage.name == name)
 
 
-def finish(stage: Stage) -> None:
+def finish(stage: Step) -> None:
     """Leave the stage as one that was run to its end, its products aside."""
-    write_record(stage, StageRecord(stage.made_from(), "now", "done"))
+    stage.records.write(StepRecord(stage.made_from().parts, "done"))
 
 
-def words(stage: Stage) -> list[str]:
+def words(stage: Step) -> list[str]:
     return [" ".join(command) for command in stage.commands]
 
 
@@ -165,7 +172,7 @@ def test_a_stage_is_done_for_what_it_was_made_from(make: Make, tmp_path: Path, t
     assert not of(pipeline, "mae").is_done(), "an edited YAML file is another setting"
     yaml_file.write_text(yaml_file.read_text().replace("log_every: 3", "log_every: 1"))
     assert of(pipeline, "mae").is_done()
-    write_record(stage, dataclasses.replace(stage.record(), state="failed"))  # type: ignore[type-var]
+    stage.records.write(dataclasses.replace(stage.record(), state="failed"))  # type: ignore[type-var]
     assert not stage.is_done(), "what failed is run again"
 
 
@@ -173,9 +180,9 @@ def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(make: Ma
     pipeline = make()
     shutil.copytree(tiny_shards, pipeline.out / "shards")
     shards = of(pipeline, "shards")
-    made_from = shards.made_from()
+    made_from = shards.made_from().parts
     del made_from["settings"]["max_pixels"]
-    write_record(shards, StageRecord(made_from, "now", "done"))
+    shards.records.write(StepRecord(made_from, "done"))
     assert shards.is_done()
     assert not of(make("words.shards=[max_pixels=1000]"), "shards").is_done(), "and not what is asked for now"
 
@@ -186,10 +193,11 @@ def test_a_stage_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> No
     first = run_here(*command)
     assert first.status == 0 and f"\n$ moce {words(shards)[0]}\n" in first.err, first
     assert "stage 1 of 6 shards done in" in first.err and "1 of 6 stages done" in first.out
-    kept = shards.state.stat().st_mtime_ns
+    kept = shards.records.path.stat().st_mtime_ns
     again = run_here(*command)
     assert "stage 1 of 6 shards is done\n" in again.err and "$ moce" not in again.err
-    assert run_stage(shards, ["false"], 1) == 0 and shards.state.stat().st_mtime_ns == kept
+    assert run_steps([shards], Progress(pipeline_workflow(make()))).status == 0
+    assert shards.records.path.stat().st_mtime_ns == kept
     (tmp_path / "out" / "shards" / "shards.json").unlink()
     assert not shards.is_done()
 
@@ -202,7 +210,7 @@ def test_a_failed_stage_says_so_and_is_run_by_the_same_command(make: Make, tmp_p
     told = refused("pipeline", path)
     assert told.startswith("Stage shards failed: ")
     assert "images: No image to write: of 1 files none could be decoded." in told
-    assert f"Its state is in {state}; the same command goes on with it." in told
+    assert f"Its state is in {state}. Rerun the same command to resume." in told
     record = json.loads(state.read_text())
     assert record["state"] == "failed" and "No image to write" in record["told"]
     assert sorted(path.name for path in state.parent.glob("*.json")) == ["shards.json", "stages.json"], (
@@ -226,12 +234,16 @@ def test_a_signal_stops_a_stage_of_one_process(
 
 
 def test_a_stage_whose_processes_tell_nothing_has_failed(make: Make) -> None:
-    mae = of(make(), "mae")
-    with pytest.raises(StageError, match="Stage mae failed: its processes ended with status 3;") as failure:
-        run_stage(mae, [sys.executable, "-c", "raise SystemExit(3)"], 2)
-    assert failure.value.status == 3
+    ending = Launch([sys.executable, "-c", "raise SystemExit(3)"])
+    workflow = pipeline_workflow(make())
+    mae = dataclasses.replace(workflow.named("mae"), launch=ending)
+    outcome = run_steps([mae], Progress(dataclasses.replace(workflow, steps=[mae])))
+    assert str(StepError("stage", outcome.failures[0])).startswith(
+        "Stage mae failed: its processes ended with status 3. Their messages are above."
+    )
+    assert outcome.status == 3
     record = mae.record()
-    assert record is not None and record.state == "failed" and "ended with status 3" in record.told
+    assert record is not None and record.state == "failed" and "ended with status 3" in record.message
 
 
 def test_states_are_listed(make: Make, tmp_path: Path, tiny_shards: Path) -> None:
@@ -239,7 +251,7 @@ def test_states_are_listed(make: Make, tmp_path: Path, tiny_shards: Path) -> Non
     shutil.copytree(tiny_shards, pipeline.out / "shards")
     finish(of(pipeline, "shards"))
     mae = of(pipeline, "mae")
-    write_record(mae, StageRecord(mae.made_from(), "now", "begun"))
+    mae.records.write(StepRecord(mae.made_from().parts))
     with held(of(pipeline, "features").lock):
         said = run_here("pipeline", path, "--list")
     for row in (r"shards .* done ", r"mae .* begun ", r"features .* running ", r"clusters .* waiting "):
@@ -264,9 +276,9 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
     resources = {"shards": {"gpus_per_node": 0, "cpus_per_task": 16}, "features": {"nodes": 1, "min_nodes": None}}
     pipeline = make(resources=resources)
     profile = SlurmProfile(nodes=4, min_nodes=1, gpus_per_node=4, cpus_per_task=8)
-    queued = {
-        stage.name: (sized, usable) for stage, sized, usable in queued_stages(profile, pipeline, stages_of(pipeline))
-    }
+    groups = queued_steps(stages_of(pipeline), profile)
+    assert [group.needs for group in groups] == [[], *([name] for name in NAMES[:4]), ["moce"]], "a chain"
+    queued = {group.steps[0].name: (group.profile, group.usable_nodes) for group in groups if len(group.steps) == 1}
     assert list(queued) == [stage.name for stage in stages_of(pipeline)]
     shards, _ = queued["shards"]
     assert (shards.nodes, shards.processes_per_node, shards.gpus_per_node, shards.cpus_per_task) == (1, 1, 0, 16)
@@ -283,7 +295,7 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
     for name in ("shards", "clusters"):
         finish(of(pipeline, name))
         assert of(pipeline, name).is_done()
-    queued_then = [stage.name for stage, *_ in queued_stages(profile, pipeline, stages_of(pipeline))]
+    queued_then = [group.steps[0].name for group in queued_steps(stages_of(pipeline), profile)]
     assert queued_then == list(queued)[1:], "what comes after a stage that is run may change with it"
 
 
@@ -297,4 +309,4 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
 def test_resources_that_are_refused(make: Make, resources: dict[str, Any], told: str) -> None:
     pipeline = make(resources=resources)
     with pytest.raises(ConfigError, match=told):
-        queued_stages(SlurmProfile(), pipeline, stages_of(pipeline))
+        queued_steps(stages_of(pipeline), SlurmProfile())

@@ -17,6 +17,7 @@ from moce_command import refused, run_alone, run_here
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from moce_ds.config.families import SDR
 from moce_ds.config.settings import to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.mae import MaskedAutoencoder
@@ -35,7 +36,7 @@ from moce_ds.training.settings import PretrainSettings
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 EXPERTS = ("model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.layers=[0,2]")
-PATHS = ("model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.gate=path", "experts.stages=1",
+PATHS = ("model.arch=sdr", "experts.clusters=none", "experts.num=4", "sdr.stages=1",
          "run.init_from=dense")  # fmt: skip
 M, IMAGES = 8, 3
 
@@ -54,7 +55,7 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
         return lambda: dense(images, noise).loss.backward()
     layers = len(spec.experts.layers)
     clusters = torch.randn(M, 4), torch.full((M,), 1 / M)
-    kind = Sdr if spec.experts.gate == "path" else Moce
+    kind = Sdr if spec.family is SDR else Moce
     model = kind(spec.shape, spec.decoder, spec.mask_ratio, spec.experts, *clusters, ReferenceMoE)
     model.checkpoint_activations = config.engine.checkpoint_activations
     clusters_WB = np.arange(IMAGES)[None]
@@ -81,7 +82,7 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
         (*EXPERTS, "experts.combine=prob", "experts.shared_expert=true"),
         (*EXPERTS, "engine.checkpoint_activations=true"),
         PATHS,
-        (*PATHS, "experts.distillation_weight=0"),
+        (*PATHS, "sdr.distillation_weight=0"),
     ],
 )
 def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str, ...]) -> None:
@@ -91,7 +92,7 @@ def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str
         step()
     counted = IMAGES * work.image_flops(config).step
     # An expert layer's weighted sum and its gate are products too, and left out.
-    assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.model.arch == "moce" else 0)
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.family.has_experts else 0)
 
 
 def test_parameters_of_paths_are_those_of_the_model(tiny_config: Make) -> None:
@@ -103,7 +104,7 @@ def test_parameters_of_paths_are_those_of_the_model(tiny_config: Make) -> None:
     assert (count.total, count.experts) == (sum(p.numel() for p in model.parameters()), groups)
     assert count.active == count.total - groups * 3 // 4
     assert count.encoder == sum(p.numel() for p in timm_vit(spec.dense.shape).parameters()) - spec.shape.width * 17
-    without = work.memory(tiny_config(*PATHS, "experts.distillation_weight=0"), 1)
+    without = work.memory(tiny_config(*PATHS, "sdr.distillation_weight=0"), 1)
     teacher = work.count_parameters(tiny_config()).encoder
     assert work.memory(config, 1).state - without.state == 4 * teacher
 
@@ -263,7 +264,7 @@ BASE = CONFIGS / "vit_base_moce.yaml"
         ("--gpus 4 --images 9", "experts.ep_size: got 8; it must divide the number of processes, 4"),
         ("", "data.shards: data/imagenet does not exist yet, .* --images 1281167"),
         ("--images 9 --assume speed=1", "speed: no such setting"),
-        ("--images 9 experts.gate=token", "experts.gate: .*it cannot be planned"),
+        ("--images 9 model.arch=token_moe", "model.arch: .*it cannot be planned"),
         ("--images 9 --measure", "--measure: only this machine can be measured; got --device h100"),
         ("--images 9 --device this --nodes 1,2", "--nodes: got 1,2; --device this is one machine"),
     ],

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
 from moce_ds.errors import DataError
-from moce_ds.evaluation import knn, linear
+from moce_ds.evaluation import linear
 from moce_ds.evaluation.knn import KnnSettings, knn_accuracy
 from moce_ds.evaluation.linear import Fits, logistic_fits, ridge_fits
 from moce_ds.evaluation.metrics import score
@@ -54,11 +54,10 @@ def test_knn_weighs_by_similarity() -> None:
     assert majority_wins.top1 == 0.0
 
 
-def test_knn_is_independent_of_blocks_and_scale(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = knn_accuracy(*digits)
-    monkeypatch.setattr(knn, "_BLOCK_ENTRIES", 600 * 7)
+def test_knn_is_independent_of_blocks_and_scale(digits: Split) -> None:
     train_ND, train_labels_N, test_ND, test_labels_N = digits
-    assert knn_accuracy(train_ND * 3, train_labels_N, test_ND * 0.2, test_labels_N) == whole
+    scaled = (train_ND * 3, train_labels_N, test_ND * 0.2, test_labels_N)
+    assert knn_accuracy(*scaled, block_entries=600 * 7) == knn_accuracy(*digits)
 
 
 def test_knn_with_fewer_images_than_neighbours(digits: Split) -> None:

@@ -1,13 +1,12 @@
 """One process alone: what it needs of the environment is there while it needs it, and gone after it."""
 
 import os
-from functools import cache
+import subprocess
+import sys
 
 import pytest
 
-from moce_ds.distributed import runtime
-from moce_ds.distributed.runtime import lone_device, started
-from moce_ds.host import threads
+from moce_ds.distributed.runtime import started
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -23,11 +22,16 @@ def test_a_process_alone_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) 
     assert [name for name in NAMES if name in os.environ] == ["LOCAL_RANK"], "which was given"
 
 
-def test_a_process_without_a_group_says_once_how_many_threads_it_takes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(runtime, "_log_threads", cache(runtime._log_threads.__wrapped__))
-    monkeypatch.setattr(threads, "notice", lambda: "3 threads per process")
-    lone_device()
-    lone_device()
-    assert capsys.readouterr().err == "3 threads per process\n"
+TWICE = """
+from moce_ds.console import run_main
+from moce_ds.distributed.runtime import lone_device
+from moce_ds.host import threads
+threads.apply_choice()
+run_main(lambda: (lone_device(), lone_device()))
+"""
+
+
+def test_a_process_without_a_group_says_once_how_many_threads_it_takes() -> None:
+    without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", TWICE], env=without, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.count("per process, since") == 1, done.stderr

@@ -22,14 +22,17 @@ FILE = f"{WEIGHTS}/shared.safetensors"
 
 
 class Held(HostBuffers):
-    """Buffers that copy once they are let."""
+    """Buffers that copy once they are released, or then fail with `error`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.let = Event()
+        self.released = Event()
+        self.error: Exception | None = None
 
     def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        self.let.wait()
+        self.released.wait()
+        if self.error is not None:
+            raise self.error
         yield from super().copies(files, ready)
 
 
@@ -39,23 +42,29 @@ def weight() -> Tensor:
 
 
 @pytest.fixture
-def saver(tmp_path: Path, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointManager]:
-    """A saver of one weight, in the place of an engine's."""
+def buffers() -> Held:
+    return Held()
+
+
+@pytest.fixture
+def saver(
+    tmp_path: Path, weight: Tensor, buffers: Held, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CheckpointManager]:
+    """A manager that saves one weight in the place of an engine's, through `buffers`."""
     monkeypatch.setattr(saving, "snapshot", lambda *_: {FILE: {"cls_token": weight}})
-    monkeypatch.setattr(saving, "HostBuffers", Held)
-    with CheckpointManager(
-        None, RunSettings(out=tmp_path / "run"), RunLease.claim(tmp_path / "run", ALONE), ALONE
-    ) as opened:
+    monkeypatch.setattr(saving, "HostBuffers", lambda: buffers)
+    lease = RunLease.claim(tmp_path / "run", ALONE)
+    with CheckpointManager(None, RunSettings(out=tmp_path / "run"), lease, ALONE) as opened:
         yield opened
 
 
-def test_an_update_waits_for_the_copy(saver: CheckpointManager, weight: Tensor, tmp_path: Path) -> None:
+def test_an_update_waits_for_the_copy(saver: CheckpointManager, buffers: Held, weight: Tensor, tmp_path: Path) -> None:
     saver.start({"step": 1, "skipped": 0, "routing": None})
     update = Thread(target=lambda: (saver.wait_for_staging(), weight.zero_()))
     update.start()
     update.join(timeout=0.2)
     assert update.is_alive() and weight.sum() == 4, "the update did not wait"
-    saver._buffers.let.set()
+    buffers.released.set()
     update.join()
     saver.finish()
     saved = Checkpoint.open(step_folder(tmp_path / "run", 1)).load(WEIGHTS, ["cls_token"])["cls_token"]
@@ -63,12 +72,9 @@ def test_an_update_waits_for_the_copy(saver: CheckpointManager, weight: Tensor, 
     saver.wait_for_staging()  # with nothing on its way there is nothing to wait for
 
 
-def test_a_copy_that_fails_holds_nobody_up(saver: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: object) -> Tensor:
-        raise MemoryError("no memory for a copy")
-
-    monkeypatch.setattr(HostBuffers, "_copy", fail)
-    saver._buffers.let.set()
+def test_a_copy_that_fails_holds_nobody_up(saver: CheckpointManager, buffers: Held) -> None:
+    buffers.error = MemoryError("no memory for a copy")
+    buffers.released.set()
     saver.start({"step": 1, "skipped": 0, "routing": None})
     saver.wait_for_staging()
     with pytest.raises(MachineError, match="no memory"):

@@ -36,7 +36,7 @@ SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
 GROUPS, STAGES, COMMON = 4, 2, 32
 PATHS = GROUPS**STAGES
 EXPERTS = ExpertShape(GROUPS, (0, 1, 2, 3), gate="path", stages=STAGES, common_units=COMMON)
-WORDS = ["experts.gate=path", "experts.num=3", "experts.stages=1", "experts.common=0.25"]
+WORDS = ["model.arch=sdr", "experts.num=3", "sdr.stages=1", "sdr.common=0.25"]
 
 
 def dense(seed: int = 0) -> MaskedAutoencoder:
@@ -178,16 +178,16 @@ def paths_of(config: PretrainSettings) -> ExpertShape:
 
 
 def test_more_paths_than_clusters_are_refused(tiny_config: Callable[..., PretrainSettings], dense_run: Path) -> None:
-    words = ["model.arch=moce", "experts.clusters=there", *WORDS, f"run.init_from={dense_run}"]
+    words = ["experts.clusters=there", *WORDS, f"run.init_from={dense_run}"]
     check_paths(paths_of(tiny_config(*words)), clusters=3)
-    with pytest.raises(ConfigError, match=r"experts.stages: 3 groups in 2 stages make 9 paths for 8 clusters"):
-        check_paths(paths_of(tiny_config(*words, "experts.stages=2")), clusters=8)
+    with pytest.raises(ConfigError, match=r"sdr.stages: 3 groups in 2 stages make 9 paths for 8 clusters"):
+        check_paths(paths_of(tiny_config(*words, "sdr.stages=2")), clusters=8)
 
 
 def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
     tiny_config: Callable[..., PretrainSettings], dense_run: Path, moce_run: Callable[..., Path]
 ) -> None:
-    words = ["model.arch=moce", "experts.clusters=there", *WORDS]
+    words = ["experts.clusters=there", *WORDS]
     config = tiny_config(*words, f"run.init_from={dense_run}")
     assert config.wants_teacher
     teacher = read_teacher(config.model_spec, config.run)
@@ -195,7 +195,7 @@ def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
     for name, tensor in teacher.model.state_dict().items():
         expected = weights[name] if name in weights else sincos_positions(config.vit_shape, 16)
         assert torch.equal(tensor, expected), name
-    assert not tiny_config(*words, "experts.distillation_weight=0").wants_teacher
+    assert not tiny_config(*words, "sdr.distillation_weight=0").wants_teacher
     other = tiny_config(*words, f"run.init_from={moce_run()}")
     with pytest.raises(ArtefactError, match="does not fit the model"):
         read_teacher(other.model_spec, other.run)

@@ -18,7 +18,8 @@ from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbid
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
-PATHS = ["model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.gate=path", "experts.stages=1",
+TOKEN = ("model.arch=token_moe",)
+PATHS = ["model.arch=sdr", "experts.clusters=none", "experts.num=4", "sdr.stages=1",
          "run.init_from=dense"]  # fmt: skip
 
 
@@ -41,7 +42,7 @@ PATHS = ["model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.g
         (["optim.batch_size=0"], "optim.batch_size: got 0; Input should be greater than 0"),
         (["run.seed=-1"], "run.seed: got -1; Input should be greater than or equal to 0"),
         (["engine.zero_stage=3"], "engine.zero_stage: got 3; Input should be 1 or 2"),
-        (["model.arch=vae"], "model.arch: got 'vae'; Input should be 'mae' or 'moce'"),
+        (["model.arch=vae"], "model.arch: got 'vae'; Input should be 'mae', 'moce', 'token_moe' or 'sdr'"),
         (["model.arch=moce"], "experts.clusters: required for model.arch=moce; write the clusters with `moce cluster`"),
         ([*MOCE, "experts.num=6", "experts.ep_size=4"], "experts.num: 6 is not a multiple of experts.ep_size 4"),
         ([*MOCE, "experts.layers=[1, 3]"], "experts.layers: block 3 is beyond the encoder's 3 blocks (0-2)"),
@@ -51,14 +52,19 @@ PATHS = ["model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.g
         ([*MOCE, "experts.layers=[]"], "experts.layers: []; expected different blocks"),
         ([*MOCE, "experts.num=1", "experts.k=2"], "experts.k: 2 experts an image of experts.num 1"),
         ([*MOCE, "experts.shared_expert=true"], "experts.shared_expert: needs experts.combine=prob and a gate"),
-        ([*MOCE, "experts.shared_expert=true", "experts.combine=prob", "experts.gate=token"], "experts.shared_exp"),
+        ([*TOKEN, "experts.shared_expert=true", "experts.combine=prob"], "experts.shared_expert: needs"),
         ([*MOCE, "experts.k=3"], "experts.k: got 3; Input should be 1 or 2"),
-        ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster', 'random', 'token' or"),
-        ([*PATHS, "experts.layers=[0]"], "experts.gate=path: leave out experts.layers, experts.k"),
-        ([*PATHS, "experts.k=2"], "experts.gate=path: leave out experts.layers, experts.k"),
-        ([*PATHS, "experts.stages=4"], "experts.stages: 4 parts of an encoder of 3 blocks"),
-        ([*PATHS, "experts.num=5"], "experts.common: 0.5 of 64 hidden units leaves 32, which do not make"),
-        ([*PATHS, "run.init_from=null"], "run.init_from: required for experts.gate=path: SDR's first phase is a dense"),
+        ([*MOCE, "experts.gate=expert"], "experts.gate: got 'expert'; Input should be 'cluster' or 'random'"),
+        ([*PATHS, "experts.layers=[0]"], "model.arch=sdr: leave out experts.layers, experts.k"),
+        ([*PATHS, "experts.k=2"], "model.arch=sdr: leave out experts.layers, experts.k"),
+        ([*PATHS, "sdr.stages=4"], "sdr.stages: 4 parts of an encoder of 3 blocks"),
+        ([*PATHS, "experts.num=5"], "sdr.common: 0.5 of 64 hidden units leaves 32, which do not make"),
+        ([*PATHS, "run.init_from=null"], "run.init_from: required for model.arch=sdr: SDR's first phase is a dense"),
+        (["sdr.stages=2"], "sdr.stages: only model.arch=sdr uses it, and model.arch is mae: leave it out, or set"),
+        ([*MOCE, "sdr.common=0.25"], "sdr.common: only model.arch=sdr uses it, and model.arch is moce"),
+        ([*PATHS, "token_moe.balance_weight=1"], "token_moe.balance_weight: only model.arch=token_moe uses it"),
+        ([*TOKEN, "experts.gate=random"], "experts.gate: only model.arch=moce uses it, and model.arch is token_moe"),
+        ([*PATHS, "experts.gate=random"], "experts.gate: only model.arch=moce uses it, and model.arch is sdr"),
         (["optim.epoch=3"], "optim.epoch: no such setting. Did you mean optim.epochs?"),
         (["mask_ratio=0.5"], "mask_ratio: no such setting. Did you mean model.mask_ratio?"),
         (["model.vit=vit_gigantic"], "model.vit: got 'vit_gigantic'; expected the name of a ViT in timm."),
@@ -79,7 +85,7 @@ def test_settings_of_experts_do_not_trouble_a_dense_run(tiny_config: Make) -> No
 
 
 def test_a_gate_that_reads_tokens_needs_no_clusters(tiny_config: Make) -> None:
-    experts = tiny_config("model.arch=moce", "experts.gate=token").model_spec.experts
+    experts = tiny_config(*TOKEN).model_spec.experts
     assert experts is not None and experts.gate == "token"
 
 
@@ -186,12 +192,12 @@ def test_what_an_older_run_was_and_this_version_cannot_be_is_listed(tiny_config:
     tree = to_tree(tiny_config())
     tree["optim"]["lars"] = True
     tree["data"]["fip"] = tree["data"].pop("flip")
-    tree["model"]["arch"] = "sdr"
+    tree["model"]["arch"] = "vae"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError) as caught:
         settings_of_run(tmp_path / "config.yaml", PretrainSettings)
     said = str(caught.value)
-    for told in ("optim.lars: no such", "data.fip: no such setting. Did you mean data.flip?", "model.arch: got 'sdr'"):
+    for told in ("optim.lars: no such", "data.fip: no such setting. Did you mean data.flip?", "model.arch: got 'vae'"):
         assert told in said
     assert f"({tmp_path / 'config.yaml'})" in said and "begun by another version of moce" in said
     assert f"start another run from its weights: run.init_from={tmp_path}." in said

@@ -119,7 +119,7 @@ def test_a_stop_is_told_by_the_first_process_alone(tmp_path: Path) -> None:
 
 _UNRECORDED = (
     r"Error: The end of rank 3 on \S+ cannot be recorded: No such file or directory .*\n"
-    r"WARNING: Rank 3 on \S+ ended with status 75\.\n"
+    r"(WARNING: Rank 3 on \S+ ended with status 75\.\n)?"
 )
 
 
@@ -133,7 +133,7 @@ def test_an_end_that_cannot_be_recorded_is_one_message_and_keeps_the_status(tmp_
             out, err = process.communicate(timeout=60)
         assert process.returncode == status
         assert re.fullmatch(_UNRECORDED, err)
-        assert "queue" not in out
+        assert "queue" not in out + err
 
 
 @pytest.mark.parametrize(("number", "status"), [(errno.ESTALE, LOST_PEER), (errno.EACCES, 1)])

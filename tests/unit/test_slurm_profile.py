@@ -47,8 +47,8 @@ def test_numbers_of_further_lines_are_kept_as_given() -> None:
 
 
 def test_sizes_are_spoken() -> None:
-    assert profile().spoken == "1 node x 1 process"
-    assert profile("nodes=4", "min_nodes=1", "gpus_per_node=8").spoken == "1 to 4 nodes x 8 processes"
+    assert profile().size == "1 node x 1 process"
+    assert profile("nodes=4", "min_nodes=1", "gpus_per_node=8").size == "1 to 4 nodes x 8 processes"
 
 
 def test_a_verb_that_runs_alone_takes_the_share_of_one_process() -> None:

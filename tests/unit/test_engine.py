@@ -1,0 +1,186 @@
+"""The engine on small steps: what it runs, in which order, what it leaves out, and what it keeps on record."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moce_ds.console import configure_logging
+from moce_ds.errors import LOST_PEER, STOPPED, DataError
+from moce_ds.storage.locks import held
+from moce_ds.storage.made_from import MadeFrom
+from moce_ds.workflow.engine import Outcome, Progress, StepError, run_steps
+from moce_ds.workflow.step import Launch, Step, StepFile, StepRecord, Workflow
+
+Make = Callable[..., Step]
+
+
+@pytest.fixture
+def ran() -> list[str]:
+    """Names of the steps whose work was run, in order."""
+    return []
+
+
+@pytest.fixture
+def make(tmp_path: Path, ran: list[str]) -> Make:
+    """A step that notes its name and writes a file; call it with the name, the work and what it needs."""
+
+    def made(name: str, then: Callable[[], object] = dict, source: str = "one", **more: Any) -> Step:
+        def work() -> dict[str, Any]:
+            ran.append(name)
+            then()
+            (tmp_path / f"{name}.txt").write_text(source)
+            return {}
+
+        records, lock = StepFile(tmp_path / f"{name}.json", "moce test"), tmp_path / f".{name}.lock"
+        outputs = [tmp_path / f"{name}.txt"]
+        return Step(name, records, lock, lambda: MadeFrom({"source": source}), work, outputs=outputs, **more)
+
+    return made
+
+
+def run(steps: Sequence[Step], keep_going: bool = False) -> Outcome:
+    return run_steps(steps, Progress(Workflow("test", "step", Path(), steps)), keep_going)
+
+
+def state(step: Step) -> str | None:
+    record = step.record()
+    return record and record.state
+
+
+def failing() -> None:
+    raise DataError("no image")
+
+
+def test_a_step_is_run_once_for_what_it_is_made_from(
+    make: Make, ran: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    steps = [make("a"), make("b", needs=["a"])]
+    assert run(steps).status == 0 and ran == ["a", "b"]
+    assert "step 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().err
+    assert run(steps).status == 0 and ran == ["a", "b"]
+    assert capsys.readouterr().err == "step 1 of 2 a is done\nstep 2 of 2 b is done\n"
+    assert run([make("a", source="two"), steps[1]]).status == 0 and ran == ["a", "b", "a"]
+    steps[1].outputs[0].unlink()
+    assert steps[1].state() == "changed" and run(steps[1:]).status == 0 and ran[3:] == ["b"], "its output was gone"
+
+
+def test_a_failure_keeps_back_what_needs_it_and_nothing_else(make: Make, ran: list[str]) -> None:
+    steps = [make("a", failing), make("b", needs=["a"]), make("c", needs=["b"]), make("d")]
+    outcome = run(steps, keep_going=True)
+    assert (
+        ran == ["a", "d"] and outcome.status == 1 and [state(step) for step in steps] == ["failed", None, None, "done"]
+    )
+    record = steps[0].record()
+    assert record is not None and record.message == "no image" and record.seconds >= 0
+    (failure,) = outcome.failures
+    path = steps[0].records.path
+    told = f"Step a failed: no image\nIts state is in {path}. Rerun the same command to resume."
+    assert str(StepError("step", failure)) == told
+    ran.clear()
+    steps[0] = make("a")
+    assert run(steps, keep_going=True).status == 0 and ran == ["a", "b", "c"]
+
+
+def test_without_going_on_the_first_failure_is_the_last_step(make: Make, ran: list[str]) -> None:
+    assert run([make("a", failing), make("b")]).status == 1 and ran == ["a"]
+
+
+def test_a_defect_is_on_record_too(make: Make) -> None:
+    step = make("a", lambda: [][0])
+    with pytest.raises(IndexError):
+        run([step])
+    assert state(step) == "failed"
+
+
+@pytest.mark.parametrize("stop", [lambda: signal.raise_signal(signal.SIGINT), lambda: sys.exit(STOPPED)])
+def test_a_step_that_is_stopped_stays_begun(make: Make, ran: list[str], stop: Callable[[], object]) -> None:
+    steps = [make("a", stop), make("b")]
+    if stop.__code__.co_names[0] == "sys":  # a command that stops by itself ends the process that it runs in
+        with pytest.raises(SystemExit):
+            run(steps)
+    else:
+        outcome = run(steps)
+        assert (outcome.status, [step.name for step in outcome.stopped]) == (STOPPED, ["a"])
+    assert ran == ["a"] and state(steps[0]) == "begun"
+
+
+def test_a_step_that_another_process_runs_comes_last(make: Make, ran: list[str], tmp_path: Path) -> None:
+    steps = [make("a"), make("b")]
+    holding = f"""
+import pathlib
+from moce_ds.storage.locks import held
+with held(pathlib.Path({str(steps[0].lock)!r})):
+    print("held", flush=True)
+    input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert steps[0].state() == "running"
+        release = make("b", lambda: other.communicate("\n"))
+        assert run([steps[0], release]).status == 0
+    assert ran == ["b", "a"]
+
+
+def test_a_step_of_its_own_process_has_a_log(make: Make, tmp_path: Path) -> None:
+    log = tmp_path / "logs/a.txt"
+    for code, status, message in (
+        ("print('trained')\nraise SystemExit(3)", 3, "trained"),
+        ("import os\nos.kill(os.getpid(), 9)", LOST_PEER, "trained\nThe process was killed by SIGKILL."),
+    ):
+        step = replace(make("a"), launch=Launch([sys.executable, "-c", code], log))
+        outcome = run([step])
+        record = step.record()
+        assert outcome.status == status and record is not None
+        assert (record.state, record.message) == ("failed", message)
+
+
+def test_the_status_of_several_failures(make: Make, tmp_path: Path) -> None:
+    ending = Launch([sys.executable, "-c", "raise SystemExit(1)"], tmp_path / "log.txt")
+    (failure,) = run([replace(make("a"), launch=ending)]).failures
+
+    def status(*statuses: int) -> int:
+        return Outcome([replace(failure, status=status) for status in statuses]).status
+
+    assert (status(), status(3), status(LOST_PEER, LOST_PEER), status(LOST_PEER, 1)) == (0, 3, LOST_PEER, 1)
+
+
+def test_what_an_earlier_version_recorded_is_done(make: Make, tmp_path: Path, ran: list[str]) -> None:
+    """As commit 878e397 wrote it."""
+    step = make("a")
+    step.outputs[0].write_text("one")
+    old = {
+        "made_from": {"source": "one"},
+        "at": "2026-01-01T00:00:00+00:00",
+        "state": "done",
+        "seconds": 3.0,
+        "told": "",
+    }
+    step.records.path.write_text(json.dumps(old))
+    assert step.record() == StepRecord({"source": "one"}, "done", "2026-01-01T00:00:00+00:00", 3.0)
+    assert run([step]).status == 0 and ran == []
+    step.records.write(StepRecord({"source": "one"}, "failed", "now", 1.0, "no image"))
+    kept = json.loads(step.records.path.read_text())
+    assert kept.pop("content_sha256") and kept == {
+        **old,
+        "at": "now",
+        "state": "failed",
+        "seconds": 1.0,
+        "told": "no image",
+    }
+
+
+def test_a_lock_that_is_held_is_seen(make: Make) -> None:
+    step = make("a")
+    with held(step.lock):
+        assert step.state() == "running"
+    assert step.state() == "waiting"
