@@ -42,10 +42,10 @@ def finetune(
     Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
     --val, the best weights by validation are kept, otherwise the last.
     """
+    from moce_ds.checkpoint.run_layout import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
