@@ -19,8 +19,7 @@ from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import ArtefactError
-from moce_ds.report.run_folder import read_metrics
-from moce_ds.storage.metrics_file import METRICS
+from moce_ds.storage.metrics_file import METRICS, read_metrics
 from moce_ds.training.engine import Engine, start_engine
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.schedule import Schedule
