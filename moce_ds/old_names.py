@@ -50,7 +50,7 @@ MOVED: dict[str, str] = {
     "moce_ds.models.spec": "moce_ds.models.build",
     "moce_ds.moe.exchange": "moce_ds.moe.all_to_all",
     "moce_ds.results_file": "moce_ds.evaluation.results_file",
-    "moce_ds.training.agreement": "moce_ds.distributed.agreement",
+    "moce_ds.training.agreement": "moce_ds.training.trainer",
     "moce_ds.training.attempt": "moce_ds.checkpoint.lease",
     "moce_ds.training.board": "moce_ds.training.tensorboard",
     "moce_ds.training.checkpoint": "moce_ds.checkpoint.deepspeed_state",
