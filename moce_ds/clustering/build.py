@@ -62,8 +62,7 @@ def build_clusters(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "
             f"set it to {feature_set.count} or less, and much less for meaningful clusters."
         )
-    features_of = {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)}
-    made_from = MadeFrom({"settings": to_tree(config), "features": features_of}, {"settings": ClusterSettings})
+    made_from = _made_from(feature_set, config)
     if out.exists():
         _check_same(out, made_from)
         _logger.info(f"{out} is complete, with the same settings and features: nothing to do.")
@@ -74,6 +73,11 @@ def build_clusters(
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
     # The mean cosine of its cluster replaces an image's own cosine; the mean over images is the same.
     return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], labels_N, classes)
+
+
+def _made_from(feature_set: FeatureSet, config: ClusterSettings) -> MadeFrom:
+    features = {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)}
+    return MadeFrom({"settings": to_tree(config), "features": features}, {"settings": ClusterSettings})
 
 
 def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_from: dict[str, Any], device: str) -> None:

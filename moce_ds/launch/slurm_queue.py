@@ -52,15 +52,8 @@ def submit(
     """
     check_scriptable(folder, name)
     python = str(profile.python or sys.executable)
-    ranks = [
-        Rank(
-            (python, "-m", "moce_ds", *words),
-            tuple(usable_nodes),
-            profile.max_failures,
-            signal.Signals[f"SIG{profile.signal}"],
-        )
-        for words in commands
-    ]
+    usable, warning = tuple(usable_nodes), signal.Signals[f"SIG{profile.signal}"]
+    ranks = [Rank((python, "-m", "moce_ds", *words), usable, profile.max_failures, warning) for words in commands]
     try:
         executor = _executor(profile, python, folder, name, after)
         with executor.batch():

@@ -15,6 +15,7 @@ from moce_ds.config.values import recorded_path
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.storage.checksums import FileRecord
+from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import is_utf8
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 
@@ -49,7 +50,7 @@ def check_run(config: AnySettings) -> None:
         raise ConfigError(f"run.out: {out} holds bytes that are no UTF-8, which TensorBoard refuses: choose another.")
     if path.exists():
         old = configuration.to_tree(settings_of_run(path, type(config)))
-        changed = configuration.differences(old, configuration.to_tree(config))
+        changed = MadeFrom(configuration.to_tree(config)).compare(old).differences or {}
         forbidden = forbidden_changes(set(changed), type(config))
         if forbidden:
             listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in sorted(forbidden))
