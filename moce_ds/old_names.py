@@ -77,7 +77,6 @@ MOVED: dict[str, str] = {
     "moce_ds.transfer.trained": "moce_ds.export.reference_model",
     "moce_ds.tuning.loop": "moce_ds.tuning.tune",
     "moce_ds.transfer.verbs": "moce_ds.cli.evaluation",
-    "moce_ds.tuning.loop": "moce_ds.tuning.tune",
     "moce_ds.tuning.result": "moce_ds.checkpoint.tuning_result",
 }
 """New name by old name. What lies in a package that moved is found under the package's new name."""
