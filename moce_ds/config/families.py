@@ -116,7 +116,7 @@ def translate_layers(layers: Sequence[Layer]) -> list[Layer]:
 def translate_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded tree of settings by the names of this version. Logs nothing: nobody is to change a record."""
     (layer,), _ = _translate([Layer("the record", dict(tree))])
-    return layer.tree
+    return {key: dict(value) if isinstance(value, Section) else value for key, value in layer.tree.items()}
 
 
 @cache
