@@ -37,7 +37,7 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
 
 
 def _steps(shards: Path, optim: OptimSettings) -> str:
-    if not (shards / "shards.json").exists():
+    if not ShardSet.recognises(shards):
         return f"unknown: {shards} does not exist yet"
     count = ShardSet.open(shards).count
     schedule = make_schedule(optim, count)

@@ -124,7 +124,7 @@ def steps_of_run(shards: Path, optim: OptimSettings, images: int | None) -> int:
         ArtefactError: it cannot be read.
     """
     if images is None:
-        if not (shards / "shards.json").exists():
+        if not ShardSet.recognises(shards):
             raise ConfigError(
                 f"data.shards: {shards} does not exist yet, so the number of images is unknown: set it, "
                 "such as --images 1281167."

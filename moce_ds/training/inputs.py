@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.checkpoint.parameters import is_decoder
+from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.shards import ShardSet
@@ -19,12 +21,9 @@ from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.models.warm_start import is_decoder, read_weights
+from moce_ds.models.warm_start import read_weights
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.settings import PretrainRunSettings
-
-TEACHER = "teacher"
-"""Encoder folder in a run folder: the same teacher when the run goes on, wherever `run.init_from` is by then."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def open_inputs(shards: Path, clusters: Path | None, experts: ExpertShape | None
     named = [(f"data.shards: {shards}", "shards_fingerprint", images.fingerprint)]
     if clusters is None or experts is None:
         return Inputs(images, None, named)
-    opened = Clusters.load(clusters)
+    opened = Clusters.open(clusters)
     check_encoder(clusters, opened.encoder_fingerprint, opened.files)  # labels a task's images when the run is over
     check_paths(experts, len(opened.sizes_M))
     named.append((f"experts.clusters: {clusters}", "clusters_hash", opened.hash))
@@ -95,7 +94,7 @@ def keep_clusters(source: Path | None, run: Path, runtime: Runtime) -> None:
     Raises:
         ArtefactError: the folder cannot be written to.
     """
-    target = run / "clusters"
+    target = run / CLUSTERS
     with runtime.raise_on_all_ranks(), writes_to(target):
         if runtime.is_main and source is not None and not target.exists():
             with atomic_folder(target) as draft:

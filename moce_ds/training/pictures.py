@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import RECONSTRUCTIONS, picture_path
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
@@ -61,10 +62,10 @@ class RunPictures:
         with self.runtime.raise_on_all_ranks():
             if self.runtime.is_main:
                 picture = reconstruction_picture(images_BCHW, reconstruction, self.model.shape.patch_size, self.input)
-                path = self.lease.run / "reconstructions" / f"step-{step:08d}.png"
+                path = picture_path(self.lease.run, step)
                 with self.lease.file(path, step) as draft:
                     Image.fromarray(picture).save(draft, format="PNG")
-                self.lease.note(f"{path.parent.name}/{path.name}", FileRecord.of(path), step)
+                self.lease.note(f"{RECONSTRUCTIONS}/{path.name}", FileRecord.of(path), step)
                 logger.picture("reconstructions", picture, step)
                 if router is not None:
                     logger.picture("routing", routing_picture(router.prepare(None).probs_LME), step)

@@ -58,7 +58,7 @@ def folder(built, tmp_path) -> Path:
 
 
 def test_building_labels_every_image_by_the_rule(features, built):
-    clusters = Clusters.load(built)
+    clusters = Clusters.open(built)
     features_ND = FeatureSet.open(features).all()
     ids_N = load_ids(built, "shards-a", 1797)
     centred_ND = features_ND.astype(np.float64) - load_digits().data.mean(axis=0)
@@ -89,9 +89,9 @@ def test_balance_costs_less_in_sizes_than_k_means(features, built, tmp_path):
 
 
 def test_save_and_load_are_bit_exact(built, tmp_path):
-    clusters = Clusters.load(built)
-    clusters.save(tmp_path / "copy")
-    again = Clusters.load(tmp_path / "copy")
+    clusters = Clusters.open(built)
+    clusters.write(tmp_path / "copy")
+    again = Clusters.open(tmp_path / "copy")
     for name in ("embeddings_MD", "duals_M", "mean_D", "sizes_M", "cosine_M", "low_cosine_M"):
         assert getattr(again, name).tobytes() == getattr(clusters, name).tobytes()
         assert getattr(again, name).dtype == getattr(clusters, name).dtype
@@ -100,7 +100,7 @@ def test_save_and_load_are_bit_exact(built, tmp_path):
 
 
 def test_the_hash_is_of_what_decides_labels(built):
-    clusters = Clusters.load(built)
+    clusters = Clusters.open(built)
     for name in ("embeddings_MD", "duals_M", "mean_D"):
         changed = getattr(clusters, name).copy()
         changed.flat[0] = np.nextafter(changed.flat[0], np.float32(9))
@@ -127,7 +127,7 @@ def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tm
 def test_the_same_seed_gives_the_same_clusters(features, built, tmp_path):
     again, _ = build_clusters(features, tmp_path / "again", CONFIG)
     other, _ = build_clusters(features, tmp_path / "other", replace(CONFIG, seed=1))
-    assert again.hash == Clusters.load(built).hash != other.hash
+    assert again.hash == Clusters.open(built).hash != other.hash
 
 
 def test_not_converging_is_said_loudly(features, tmp_path, capsys):
@@ -243,22 +243,22 @@ def truncate(folder: Path) -> None:
     ],
 )
 def test_damaged_clusters_are_refused_by_name(folder, damage, message):
-    Clusters.load(folder)
+    Clusters.open(folder)
     damage(folder)
     with pytest.raises(ArtefactError, match=message):
-        Clusters.load(folder)
+        Clusters.open(folder)
 
 
 def test_clusters_of_an_earlier_version_are_read(folder):
-    whole = Clusters.load(folder)
+    whole = Clusters.open(folder)
     edit_tensor("low_cosine_M", None)(folder)
     record = json.loads((folder / "clusters.json").read_text())
     del record["files"], record["content_sha256"]
     (folder / "clusters.json").write_text(json.dumps(record))
-    earlier = Clusters.load(folder)
+    earlier = Clusters.open(folder)
     assert earlier.low_cosine_M is None and earlier.hash == whole.hash
-    earlier.save(folder / "again")
-    assert Clusters.load(folder / "again").low_cosine_M is None
+    earlier.write(folder / "again")
+    assert Clusters.open(folder / "again").low_cosine_M is None
 
 
 def test_ids_belong_to_their_shard_set(folder):
@@ -282,7 +282,7 @@ def test_ids_belong_to_their_shard_set(folder):
 
 
 def test_features_that_do_not_fit_the_clusters_are_refused(built):
-    clusters = Clusters.load(built)
+    clusters = Clusters.open(built)
     with pytest.raises(DataError, match=r"shape \(3, 32\), these clusters need \[N, 64\]"):
         clusters.assign(np.zeros((3, 32), dtype=np.float32))
     with pytest.raises(DataError, match=r"Feature 1 .* not finite"):
