@@ -25,7 +25,7 @@ _FOLDERS: dict[str, tuple[str, str]] = {
     "moce_ds.evaluation": ("moce_ds.transfer", "knn lars linear metrics probe results settings"),
     "moce_ds.export": ("moce_ds.transfer", "formats select selection_picture selection_report typicality"),
     "moce_ds.launch": ("launchers", _SLURM),
-    "moce_ds.workflow": ("launchers", "demo pipeline stage study"),
+    "moce_ds.workflow": ("launchers", "demo pipeline study"),
 }
 
 MOVED: dict[str, str] = {
@@ -34,6 +34,7 @@ MOVED: dict[str, str] = {
     "launchers.grid": "moce_ds.workflow.study_grid",
     "launchers.launch": "moce_ds.workflow.submit",
     "launchers.slurm": "moce_ds.launch.slurm_queue",
+    "launchers.stage": "moce_ds.workflow.step",
     "launchers.stages": "moce_ds.workflow.pipeline_stages",
     "moce_ds.analysis": "moce_ds.report",
     "moce_ds.analysis.pipeline_folder": "moce_ds.artefacts.pipeline_folder",
@@ -44,6 +45,7 @@ MOVED: dict[str, str] = {
     "moce_ds.bench.verbs": "moce_ds.cli.bench",
     "moce_ds.checkpoint_files": "moce_ds.checkpoint.format",
     "moce_ds.clustering.store": "moce_ds.clustering.feature_store",
+    "moce_ds.data.public.found": "moce_ds.data.sources.public.dataset_splits",
     "moce_ds.data.left_out": "moce_ds.data.sources.skipped_files",
     "moce_ds.liveness": "moce_ds.distributed.watchdog",
     "moce_ds.manifest": "moce_ds.checkpoint.manifest",
@@ -73,8 +75,8 @@ MOVED: dict[str, str] = {
     "moce_ds.transfer.task_data": "moce_ds.data.task_images",
     "moce_ds.transfer.tasks": "moce_ds.workflow.transfer_tasks",
     "moce_ds.transfer.trained": "moce_ds.export.reference_model",
-    "moce_ds.transfer.verbs": "moce_ds.cli.evaluation",
     "moce_ds.tuning.loop": "moce_ds.tuning.tune",
+    "moce_ds.transfer.verbs": "moce_ds.cli.evaluation",
     "moce_ds.tuning.result": "moce_ds.checkpoint.tuning_result",
 }
 """New name by old name. What lies in a package that moved is found under the package's new name."""

@@ -117,8 +117,8 @@ class EncoderFolder:
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `config.json` with the checksums of all other files in the folder."""
     others = [name for name in names_below(folder) if name != CONFIG]
-    record = {"format": FORMAT, **content, "sha256": sha256_of(folder / WEIGHTS), "files": records_of(folder, others)}
-    write_checked(folder / CONFIG, record)
+    files = records_of(folder, others)
+    write_checked(folder / CONFIG, {"format": FORMAT, **content, "sha256": files[WEIGHTS]["sha256"], "files": files})
 
 
 def replace_provenance(folder: Path, provenance: Any) -> None:
