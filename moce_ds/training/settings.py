@@ -125,6 +125,11 @@ class PretrainSettings:
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
 
     @property
+    def ep_size(self) -> int:
+        """Expert-parallel group size; 1 for a dense model."""
+        return self.experts.ep_size if self.family.has_experts else 1
+
+    @property
     def routing_clusters(self) -> Path | None:
         """The folder of the clusters that route the images; None: nothing is routed by cluster."""
         return self.experts.clusters if self.family.routes_by_cluster else None
@@ -162,21 +167,18 @@ class BatchArithmetic:
 
 def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmetic:
     """Check the settings against the number of processes. Raises ConfigError."""
-    batches = shared_batch(config.optim, world_size)
-    if config.family.has_experts and world_size % config.experts.ep_size:
-        raise ConfigError(
-            f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
-        )
-    return batches
+    return shared_batch(config.optim, world_size, config.ep_size)
 
 
-def shared_batch(optim: OptimSettings, world_size: int) -> BatchArithmetic:
-    """How so many processes share a batch. Raises ConfigError where they cannot."""
+def shared_batch(optim: OptimSettings, world_size: int, ep_size: int = 1) -> BatchArithmetic:
+    """How so many processes share a batch, and its experts. Raises ConfigError where they cannot."""
     if optim.batch_size % (world_size * optim.accumulation):
         raise ConfigError(
             f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
             f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
         )
+    if world_size % ep_size:
+        raise ConfigError(f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}.")
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
 

@@ -20,7 +20,7 @@ from moce_ds.evaluation.results_file import read_results
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.planning.work import all_rows_bytes, count_parameters
+from moce_ds.planning.work import Work
 from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import writes_to
 from moce_ds.storage.made_from import MadeFrom
@@ -128,7 +128,8 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
             f"{cell.run / 'metrics.jsonl'} holds no record: delete {cell.folder} and run the cell again."
         )
     last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
-    count = count_parameters(config)
+    work = Work.of(config)
+    count = work.parameters
     found: dict[str, float] = {
         **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
         "images_per_second": statistics.median(record["images_per_second"] for record in warm),
@@ -137,7 +138,7 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
         "stored_parameters": count.total,
     }
     if "moved" in last[-1]:
-        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * all_rows_bytes(config)
+        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * work.all_rows_bytes
     for record in read_results(cell.folder / "results.json"):
         if record["verb"] == "probe":
             found[f"probe {record['task']}"] = record["map11" if "map11" in record else "top1"]
