@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ def test_dali_reads_the_same_through_the_index(written: Path) -> None:
     shards = ShardSet.open(written)
 
     @pipeline_def(num_threads=1, device_id=None, batch_size=shards.count, prefetch_queue_depth=1)
-    def pipeline():
+    def pipeline() -> Any:
         jpg, idx = fn.readers.webdataset(
             paths=[str(written / shard.name) for shard in shards.shards],
             index_paths=[str(written / index_name(shard.name)) for shard in shards.shards],
