@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from moce_ds.checkpoint.run_layout import CLUSTERS
 from moce_ds.clustering.clusters import Clusters as FeatureClusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
 from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
+from moce_ds.storage.export_folder import EXPORT
 
 _BATCH = 64
 
@@ -37,7 +39,7 @@ def load_expert(path: str | PathLike[str]) -> VisionTransformer:
         ArtefactError: it is not such a folder, was written for another library, or is damaged.
     """
     folder = Path(path)
-    if (folder / "export.json").exists():
+    if (folder / EXPORT).exists():
         raise ArtefactError(f"{folder} was exported for another library: export it again with --format timm.")
     encoder = load_encoder(folder)
     input = encoder.input
@@ -67,9 +69,9 @@ class Clusters:
             ArtefactError: it is neither, or damaged.
         """
         folder = Path(path)
-        if (folder / "clusters" / "clusters.json").exists():
-            folder = folder / "clusters"
-        clusters = FeatureClusters.load(folder)
+        if FeatureClusters.recognises(folder / CLUSTERS):
+            folder = folder / CLUSTERS
+        clusters = FeatureClusters.open(folder)
         check_encoder(folder, clusters.encoder_fingerprint, clusters.files)
         return cls(clusters, load_encoder(folder / ENCODER, torch.device(device)))
 

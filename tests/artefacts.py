@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import RESULT
+from moce_ds.checkpoint.tuning_result import result_text
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -35,7 +37,6 @@ from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
 from moce_ds.training.run_checks import keep_settings
 from moce_ds.training.settings import AnySettings, PretrainSettings
-from moce_ds.tuning.result import RESULT, result_text
 from moce_ds.tuning.settings import FinetuneSettings
 from moce_ds.workflow.pipeline import keep_stages
 from moce_ds.workflow.step import Step, StepFile, StepRecord
@@ -97,7 +98,7 @@ def _write_dense(config: PretrainSettings) -> Path:
 
 def _write_moce(shard_set: Path, out: Path, folder: Path) -> Path:
     config = _settings(shard_set, out, "model.arch=moce", f"experts.clusters={folder}", "experts.num=4")
-    clusters, shards = Clusters.load(folder), ShardSet.open(config.data.shards)
+    clusters, shards = Clusters.open(folder), ShardSet.open(config.data.shards)
     model = build_model(config.model_spec, clusters, ReferenceMoE)
     assert isinstance(model, Moce)
     slot_LE = default_placement(len(config.expert_layers), config.experts.num)

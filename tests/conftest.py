@@ -170,7 +170,7 @@ def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) 
 
     def make(*words: str) -> Path:
         config = tiny_config("model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", *words)
-        clusters, shards = Clusters.load(tiny_clusters), ShardSet.open(config.data.shards)
+        clusters, shards = Clusters.open(tiny_clusters), ShardSet.open(config.data.shards)
         torch.manual_seed(0)
         model = build_model(config.model_spec, clusters, ReferenceMoE)
         assert isinstance(model, Moce)

@@ -69,7 +69,7 @@ def write_run(folder: Path, spec: ModelSpec) -> Path:
         cosine_M=zeros, eps=0.1, method="kmeans", shards_fingerprint="", encoder_fingerprint="", encoder_input={},
         provenance={},
     )  # fmt: skip
-    clusters.save(folder / "clusters")
+    clusters.write(folder / "clusters")
     draft = folder / "draft"
     draft.mkdir()
     files = {}

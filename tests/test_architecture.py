@@ -21,6 +21,7 @@ LAYERS = (
     {"training", "export", "api"},
     {"__init__"},  # lazily: the Python API
     {"evaluation", "planning"},
+    {"artefacts"},
     {"tuning", "bench", "report"},
     {"cli"},
     {"workflow"},

@@ -27,7 +27,7 @@ def shell_commands(document: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README assumes it: `images/`, `task/train`, `task/test`, and the project's configs."""
     folder = tmp_path_factory.mktemp("readme")
     write_demo_images(folder / "demo")
@@ -42,7 +42,7 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_commands_of_the_readme_run(workplace):
+def test_commands_of_the_readme_run(workplace: Path) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     commands = [command for command in shell_commands(ROOT / "README.md") if command.startswith("moce ")]
     assert len(commands) >= 10
@@ -66,7 +66,7 @@ def test_commands_of_the_readme_run(workplace):
     assert "</html>" in (workplace / "runs/report.html").read_text()
 
 
-def test_the_readme_installs_extras_that_there_are_and_no_editable_copy():
+def test_the_readme_installs_extras_that_there_are_and_no_editable_copy() -> None:
     text = (ROOT / "README.md").read_text()
     extras = re.findall(r'"\.\[(\w+)\]"', text)
     assert extras == ["cpu", "cu13", "cu12"]
@@ -75,7 +75,7 @@ def test_the_readme_installs_extras_that_there_are_and_no_editable_copy():
     assert "git clone <this repository> moce-ds && cd moce-ds" in text and "pip install -e" not in text
 
 
-def test_make_targets_of_the_readme_exist():
+def test_make_targets_of_the_readme_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for command in shell_commands(ROOT / "README.md"):
         if command.startswith("make "):
@@ -83,12 +83,12 @@ def test_make_targets_of_the_readme_exist():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_to_files(document):
+def test_links_lead_to_files(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_every_dependency_is_justified():
+def test_every_dependency_is_justified() -> None:
     justified = (ROOT / "docs/dependencies.md").read_text()
     required = re.findall(r"^([A-Za-z0-9-]+)[<>=]", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
     assert required

@@ -17,6 +17,8 @@ from artefacts import KINDS, STEPS
 from moce_command import run_here
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
+from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.checkpoint.tuning_result import read_result
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
@@ -25,10 +27,9 @@ from moce_ds.evaluation.results_file import read_results
 from moce_ds.export.select import clusters_encoder, run_clusters
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.report import inspection
-from moce_ds.report.run_folder import read_metrics, read_run
 from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.storage.files import copy_tree
-from moce_ds.tuning.result import read_result
+from moce_ds.storage.metrics_file import read_metrics
 
 
 def flip(at: float, path: Path) -> None:
@@ -106,7 +107,9 @@ def test_a_tuning_run_that_was_killed_before_its_result_is_no_fault(artefacts: d
 
 def _read_run(run: Path) -> None:
     """As `moce report`, `select` and a resumed run read it."""
-    read_run(run)
+    opened = RunFolder.open(run)
+    for part in ("config", "metrics", "routing", "clusters"):
+        getattr(opened, part)
     checkpoint = find(run)
     for part in (WEIGHTS, OPTIMIZER):
         checkpoint.load(part)
@@ -124,7 +127,7 @@ def _read_shards(path: Path) -> None:
 
 
 def _read_clusters(path: Path) -> None:
-    clusters = Clusters.load(path)
+    clusters = Clusters.open(path)
     load_ids(path, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
     check_encoder(path, clusters.encoder_fingerprint, clusters.files)
     load_encoder(path / "encoder")

@@ -19,8 +19,8 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import EncodeSettings, encode_all, open_encoder
-from moce_ds.report.run_folder import read_metrics
 from moce_ds.storage.checksums import with_checksum
+from moce_ds.storage.metrics_file import read_metrics
 
 STEPS = 8  # 2 epochs of 60 images, 16 at a time
 EXPERTS, LAYERS, CLUSTERS = 4, (1, 3), 5
@@ -130,7 +130,7 @@ def test_features_are_those_of_the_encoder(chain: Chain) -> None:
 
 
 def test_clusters_label_every_image(chain: Chain) -> None:
-    clusters, features = Clusters.load(chain / "clusters"), FeatureSet.open(chain / "features")
+    clusters, features = Clusters.open(chain / "clusters"), FeatureSet.open(chain / "features")
     ids_N = load_ids(chain / "clusters", features.identity.shards_fingerprint, 60)
     assert (
         np.array_equal(np.bincount(ids_N, minlength=CLUSTERS), clusters.sizes_M) and len(clusters.sizes_M) == CLUSTERS
@@ -140,7 +140,7 @@ def test_clusters_label_every_image(chain: Chain) -> None:
 
 
 def test_the_run_keeps_its_clusters_and_routes(chain: Chain) -> None:
-    assert Clusters.load(chain / "moce" / "clusters").hash == Clusters.load(chain / "clusters").hash
+    assert Clusters.open(chain / "moce" / "clusters").hash == Clusters.open(chain / "clusters").hash
     manifest = find(chain / "moce").manifest
     assert json.loads((chain / "moce" / "routing.json").read_text()) == with_checksum(manifest["routing"])
     table = np.array(manifest["routing"]["expert_ML"])
@@ -151,7 +151,7 @@ def test_the_run_keeps_its_clusters_and_routes(chain: Chain) -> None:
 
 def test_the_selected_route_wins_the_vote(chain: Chain, task: Path) -> None:
     (record,) = records(chain, "select").values()
-    clusters = Clusters.load(chain / "clusters")
+    clusters = Clusters.open(chain / "clusters")
     table = find(chain / "moce").manifest["routing"]["expert_ML"]
     shards = ShardSet.open(chain / "shards")
     images = {f"digits/{path.name}" for path in (task / "train/digits").iterdir()}
@@ -169,7 +169,7 @@ def test_the_export_is_timm_s_vit_on_that_route(chain: Chain) -> None:
     provenance = json.loads((chain / "expert" / "provenance.json").read_text())
     assert provenance["route"] == record["route"] == provenance["votes"]["route"]
     assert provenance["step"] == STEPS and provenance["max_difference"] < 1e-5
-    assert provenance["clusters_hash"] == Clusters.load(chain / "clusters").hash
+    assert provenance["clusters_hash"] == Clusters.open(chain / "clusters").hash
     assert sum(provenance["clusters"].values()) == pytest.approx(1)
     config = json.loads((chain / "expert" / "config.json").read_text())
     state = load_file(chain / "expert" / "model.safetensors")

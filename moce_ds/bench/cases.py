@@ -130,7 +130,7 @@ class _RoutedGate(TopKGate):
 
 
 def stock(problem: Problem, capacity: float) -> Case:
-    """DeepSpeed's stock layer routed by cluster; `capacity` 0 drops nothing and pads to the largest load."""
+    """DeepSpeed's stock layer routed by cluster; with `capacity` 0 nothing is dropped and all experts are padded."""
     layer = TokenMoE(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size, capacity=capacity)
     old = layer.deepspeed_moe.gate
     gate = _RoutedGate(problem.D, problem.E, 1, capacity or 1.0, capacity or 1.0, 4, None, old.drop_tokens, False)

@@ -50,11 +50,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def this_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def machine() -> dict[str, Any]:
     """The machine of the measurements."""
     return {

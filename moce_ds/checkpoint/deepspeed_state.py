@@ -5,7 +5,6 @@ together again. Experts are renamed from local to global numbers, so the files k
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from moce_ds.checkpoint.format import (
     step_folder,
     steps_of,
 )
+from moce_ds.checkpoint.parameters import expert_key, local_expert, with_plain_gate
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
@@ -33,8 +33,6 @@ from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Our layers name a local expert `mlp.experts.0.`, DeepSpeed's stock layer (TokenMoE) with two more words.
-_LOCAL_EXPERT = re.compile(r"^(blocks\.\d+\.mlp)\.(?:deepspeed_moe\.experts\.deepspeed_experts|experts)\.(\d+)\.(.+)$")
 
 
 def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -42,13 +40,11 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        match = _LOCAL_EXPERT.match(name)
-        if match:
-            layer = model.get_submodule(match[1])
+        if (expert := local_expert(name)) is not None:
+            layer = model.get_submodule(f"blocks.{expert.block}.mlp")
             assert isinstance(layer, ClusterMoE | TokenMoE)
-            name = f"{match[1]}.experts.{layer.expert_ids[int(match[2])]}.{match[3]}"
-        name = name.replace(".deepspeed_moe.gate.wg.", ".gate.")
-        yield name, parameter
+            name = expert_key(expert.block, layer.expert_ids[expert.number], expert.rest)
+        yield with_plain_gate(name), parameter
 
 
 Files = dict[str, dict[str, Tensor]]  # tensors by file and name
@@ -134,7 +130,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
         faults = verify_checkpoint(run, step, runtime)
         if not faults:
             _set_aside(run, damaged, step, runtime)
-            return Checkpoint.open(step_folder(run, step))
+            return Checkpoint.open(step_folder(run, step), resumable=True)
         damaged[step] = faults
     if damaged:
         listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
@@ -148,7 +144,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
 def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
     """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
     try:
-        mine = Checkpoint.open(step_folder(run, step)).faults(runtime.rank, runtime.world_size)
+        mine = Checkpoint.open(step_folder(run, step), resumable=True).faults(runtime.rank, runtime.world_size)
     except ArtefactError as error:
         mine = [str(error)]
     return sorted({line for text in runtime.texts("\n".join(mine)) for line in text.splitlines()})

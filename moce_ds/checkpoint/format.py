@@ -23,20 +23,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+import numpy as np
 from safetensors import safe_open
-from torch import Tensor
 from xxhash import xxh3_128
 
+from moce_ds.checkpoint.manifest import check_manifest
+from moce_ds.checkpoint.parameters import place_of
 from moce_ds.errors import ArtefactError
-from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, writes_to
-from moce_ds.storage.manifest import check_manifest
+from moce_ds.storage.artefact import Rows, is_marked, mebibytes
+from moce_ds.storage.checksums import Findings
+from moce_ds.storage.encoder_folder import ModelShape
+from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
+
+if TYPE_CHECKING:  # verbs that answer at once read records with this module, and need no torch
+    from torch import Tensor
 
 FORMAT = "moce_ds checkpoint 2"
+MANIFEST = "manifest.json"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
-_BLOCK = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
 _FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
 _STEP = re.compile(r"^step-(\d{8})$")
 _CHUNK = 2**20  # bytes read at a time
@@ -46,11 +52,11 @@ _WRITERS = 4  # threads: while some wait for the disk, others copy and hash
 
 def file_of(parameter: str) -> str:
     """The file (without folder) that holds a parameter: that of its expert, of its block, or the shared one."""
-    match = _BLOCK.match(parameter)
-    if match is None:
+    place = place_of(parameter)
+    if place is None:
         return "shared.safetensors"
-    expert = f"-expert-{int(match[3]):03d}" if match[3] else ""
-    return f"{'decoder-' if match[1] else ''}block-{int(match[2]):02d}{expert}.safetensors"
+    expert = "" if place.expert is None else f"-expert-{place.expert:03d}"
+    return f"{'decoder-' if place.in_decoder else ''}block-{place.block:02d}{expert}.safetensors"
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -68,6 +74,8 @@ class Checkpoint:
             `shards_fingerprint`, `images_read`, `routing`, `files`.
     """
 
+    kind: ClassVar[str] = "checkpoint"
+    marks: ClassVar[tuple[str, ...]] = (MANIFEST,)
     folder: Path
     manifest: dict[str, Any]
 
@@ -81,19 +89,30 @@ class Checkpoint:
         """SHA-256 of the manifest, with the checksums of all files: equal for copies of the same checkpoint."""
         return _digest(self.manifest)
 
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Settings of the run and digests of the images and clusters; None where the checkpoint does not say."""
+        keys = ("config", "shards_fingerprint", "clusters_hash", "task_fingerprint")
+        return {key: self.manifest.get(key) for key in keys}
+
     @classmethod
-    def open(cls, folder: Path, stripped: bool = False) -> "Checkpoint":
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is the folder of a checkpoint."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, folder: Path, /, resumable: bool = False) -> "Checkpoint":
         """Read the manifest and check that every file is there with its size.
 
         Args:
             folder: where it lies.
-            stripped: whether one will do whose whole optimizer folder was removed, as people do to pass on a run; no
-                run can go on from it.
+            resumable: whether a run is to resume from it. Else its whole optimizer folder may have been removed, as
+                people do to pass on the weights.
 
         Raises:
             ArtefactError: something is missing, cut short, or of another version; it is named.
         """
-        path = folder / "manifest.json"
+        path = folder / MANIFEST
         manifest = read_json(path, "a checkpoint", "moce pretrain")
         found = manifest.get("format") if isinstance(manifest, dict) else None
         if found != FORMAT:
@@ -101,7 +120,7 @@ class Checkpoint:
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
         check_manifest(manifest, path)
-        left_out = stripped and not (folder / OPTIMIZER).exists()
+        left_out = not resumable and not (folder / OPTIMIZER).exists()
         for name, record in manifest["files"].items():
             if not _FILE.match(name):
                 raise ArtefactError(f"{path} names {name!r}, which is no file of a checkpoint.")
@@ -137,7 +156,7 @@ class Checkpoint:
         """Files of `weights`, `optimizer` or `state`, relative to the folder."""
         return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
 
-    def load(self, part: str, parameters: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def load(self, part: str, parameters: Iterable[str] | None = None) -> "dict[str, Tensor]":
         """Tensors of `weights`, `optimizer` or `state`; with `parameters`, only from the files that hold those.
 
         Raises:
@@ -162,9 +181,39 @@ class Checkpoint:
         """Name and shape of every weight, read from the headers alone. Raises ArtefactError."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names():
-            with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "pt") as file:
+            with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "np") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes
+
+    def describe(self) -> Rows:
+        """Step, shape, parameters, files, experts and routes. Raises ArtefactError."""
+        manifest, shapes = self.manifest, self.shapes()
+        model, read = manifest.get("model"), manifest.get("images_read")
+        experts = model["experts"] if model else None
+        rows = {"step": f"{self.step}" + ("" if read is None else f" ({read} images read)")}
+        if model:
+            shape = valid_record(ModelShape, model["shape"], f"{self.folder}: shape", "a run", "moce pretrain")
+            rows["encoder"] = str(shape)
+        rows |= {
+            "parameters": f"{sum(int(np.prod(s)) for s in shapes.values()):,} in {len(shapes)} tensors",
+            "files": f"{len(manifest['files'])}, {mebibytes(r['bytes'] for r in manifest['files'].values())}",
+        }
+        if not (self.folder / OPTIMIZER).exists():
+            rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
+        if experts:
+            rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
+        if experts and manifest.get("routing"):
+            table = manifest["routing"]["expert_ML"]
+            rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
+        return rows
+
+    def verify(self) -> Findings:
+        """Everything that is not as it was written; reads all of it.
+
+        Raises:
+            ArtefactError: a file is missing or was cut short, also one of an optimizer that was removed as a whole.
+        """
+        return Findings(Checkpoint.open(self.folder, resumable=True).faults())
 
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
         """Files whose content is not what was written, by checksum; of `parts` shares of the files, the one asked."""
@@ -185,18 +234,18 @@ def steps_of(run: Path) -> list[int]:
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint that `path` names, for its weights (see `stripped`): itself, or the newest of a run folder.
+    """The checkpoint that `path` names, for its weights (see `resumable`): itself, or the newest of a run folder.
 
     Raises:
         ArtefactError: there is none, or it is damaged.
     """
-    if (path / "manifest.json").exists():
-        return Checkpoint.open(path, stripped=True)
+    if (path / MANIFEST).exists():
+        return Checkpoint.open(path)
     steps = steps_of(path)
     if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
     try:
-        found = Checkpoint.open(step_folder(path, steps[-1]), stripped=True)
+        found = Checkpoint.open(step_folder(path, steps[-1]))
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         error.args = (f"{error}{before}",)
@@ -206,7 +255,7 @@ def find(path: Path) -> Checkpoint:
     return found
 
 
-def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def grouped(part: str, tensors: "Mapping[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
     """Tensors of `weights` or `optimizer` by the file that holds them; keys of `optimizer` are NAME.exp_avg, ...."""
     by_file: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -214,7 +263,7 @@ def grouped(part: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return by_file
 
 
-def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Any]]:
+def write_files(folder: Path, files: "Iterable[tuple[str, Mapping[str, Tensor]]]") -> dict[str, dict[str, Any]]:
     """Write files into a draft, each as soon as `files` yields it; returns size and checksum by file name. Processes
     write different files.
 
@@ -222,7 +271,7 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]])
         ArtefactError: a file cannot be written, as on a full disk; it is named, with the reason.
     """
 
-    def write(item: tuple[str, Mapping[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+    def write(item: "tuple[str, Mapping[str, Tensor]]") -> tuple[str, dict[str, Any]]:
         path = folder / item[0]
         with writes_to(path):
             path.parent.mkdir(exist_ok=True)
@@ -232,14 +281,14 @@ def write_files(folder: Path, files: Iterable[tuple[str, Mapping[str, Tensor]]])
         return dict(pool.map(write, files))
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_safetensors(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
     """Write float32 tensors of the host as a safetensors file, onto the disk; returns its size and checksum.
 
     The library's own writer copies every tensor twice and leaves the checksum to a second reading: half the speed.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
-        assert tensor.dtype == torch.float32 and not tensor.is_cuda, name
+        assert str(tensor.dtype) == "torch.float32" and not tensor.is_cuda, name
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -265,7 +314,7 @@ def _checksum(path: Path) -> str:
 
 
 def write_checkpoint(
-    final: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], manifest: dict[str, Any]
+    final: Path, weights: "Mapping[str, Tensor]", moments: "Mapping[str, Tensor]", manifest: dict[str, Any]
 ) -> Checkpoint:
     """Write a whole checkpoint in one process: its tensors by global names, and what its manifest says but for files.
 
@@ -295,8 +344,8 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     with writes_to(final):
         # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
         content = {"format": FORMAT, **manifest}
-        (draft / "manifest.json").write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
-        for written in (draft / "manifest.json", *draft.iterdir(), draft):
+        (draft / MANIFEST).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
+        for written in (draft / MANIFEST, *draft.iterdir(), draft):
             sync(written)
         final.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():

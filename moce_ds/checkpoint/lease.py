@@ -18,15 +18,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CONFIG
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.host.machine import refused
 from moce_ds.storage.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.storage.files import read_json, sync, writes_to
 from moce_ds.storage.metrics_file import METRICS
-
-ATTEMPTS = "attempts"
-LAUNCHES = "launches"  # what launchers leave beside a run
 
 
 class SupersededError(MoceError):
@@ -70,7 +68,7 @@ class RunLease:
         try:
             yield lease
         except MoceError:
-            if runtime.is_main and not (run / "config.yaml").exists():
+            if runtime.is_main and not (run / CONFIG).exists():
                 lease.withdraw()
             raise
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from moce_ds.checkpoint.deepspeed_state import Files, HostBuffers, snapshot
 from moce_ds.checkpoint.format import prune, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import ROUTING
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import MoceError
@@ -115,5 +116,5 @@ class CheckpointManager:
             publish(draft, step_folder(out, step), {**self._manifest, "files": files})
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
         if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
-            with self._attempt.file(out / "routing.json", step) as routing:
+            with self._attempt.file(out / ROUTING, step) as routing:
                 routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")

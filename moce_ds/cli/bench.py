@@ -117,11 +117,11 @@ def layer(
 def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
     """Time of a training step of MoCE (2 of 12 blocks with experts) relative to the dense MAE."""
     from moce_ds.bench.step import bench_step
-    from moce_ds.bench.timing import this_device
+    from moce_ds.distributed.runtime import lone_device
 
     if width % 64:
         raise ConfigError(f"--width: got {width}; expected a multiple of 64.")
-    _show(bench_step(batch, experts, width, repeats, this_device()), json_file)
+    _show(bench_step(batch, experts, width, repeats, lone_device()), json_file)
 
 
 @bench.command("load")
@@ -132,9 +132,9 @@ def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | N
 def load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
     """Images per second of the DALI pipeline, compared with PIL and torchvision."""
     from moce_ds.bench.load import bench_load
-    from moce_ds.bench.timing import this_device
+    from moce_ds.distributed.runtime import lone_device
 
-    _show(bench_load(images, threads, repeats, this_device()), json_file)
+    _show(bench_load(images, threads, repeats, lone_device()), json_file)
 
 
 @bench.command("checkpoint")

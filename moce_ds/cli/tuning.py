@@ -42,11 +42,10 @@ def finetune(
     Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
     --val, the best weights by validation are kept, otherwise the last.
     """
+    from moce_ds.checkpoint.run_layout import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
-    from moce_ds.evaluation.metrics import DISPLAY_NAMES
     from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.tuning.classification import TUNED
     from moce_ds.tuning.finetune import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
@@ -61,12 +60,17 @@ def finetune(
         sys.exit(STOPPED)
     if runtime.is_main:
         record |= {"task": task or task_of(test), "model": model or encoder.name}
-        metrics = {name: record[metric] for metric, name in DISPLAY_NAMES.items() if metric in record}
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        images = f"({record['n_train']} training, {record['n_test']} test images)"
-        say(in_line(f"finetune {record['task']} {record['model']}: {scores} {images}"))
+        say(in_line(f"finetune {record['task']} {record['model']}: {_scores(record)}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
+
+
+def _scores(record: dict[str, Any]) -> str:
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES
+
+    metrics = {name: record[metric] for metric, name in DISPLAY_NAMES.items() if metric in record}
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return f"{scores} ({record['n_train']} training, {record['n_test']} test images)"
 
 
 @click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:DetectSettings")

@@ -62,18 +62,22 @@ def build_clusters(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "
             f"set it to {feature_set.count} or less, and much less for meaningful clusters."
         )
-    features_of = {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)}
-    made_from = MadeFrom({"settings": to_tree(config), "features": features_of}, {"settings": ClusterSettings})
+    made_from = _made_from(feature_set, config)
     if out.exists():
         _check_same(out, made_from)
         _logger.info(f"{out} is complete, with the same settings and features: nothing to do.")
     else:
         check_writable(out)
         _write(feature_set, out, config, made_from.parts, device)
-    clusters = Clusters.load(out)
+    clusters = Clusters.open(out)
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
     # The mean cosine of its cluster replaces an image's own cosine; the mean over images is the same.
     return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], labels_N, classes)
+
+
+def _made_from(feature_set: FeatureSet, config: ClusterSettings) -> MadeFrom:
+    features = {"count": feature_set.count, "dim": feature_set.dim, **vars(feature_set.identity)}
+    return MadeFrom({"settings": to_tree(config), "features": features}, {"settings": ClusterSettings})
 
 
 def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_from: dict[str, Any], device: str) -> None:
@@ -96,7 +100,7 @@ def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_fro
     with writes_to(out), atomic_folder(out) as folder:
         copy_tree(feature_set.path / ENCODER, folder / ENCODER)
         save_ids(folder, ids_N)
-        clusters.save(folder)
+        clusters.write(folder)
 
 
 def _mean(feature_set: FeatureSet) -> np.ndarray:
@@ -181,9 +185,9 @@ def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -
 
 def _check_same(out: Path, made_from: MadeFrom) -> None:
     """Raise ArtefactError unless `out` holds the requested clusters."""
-    if not (out / "clusters.json").is_file():
+    if not Clusters.recognises(out):
         raise ArtefactError(f"{out} exists and holds no clusters: choose another folder.")
-    made_from.compare(Clusters.load(out).provenance).refuse_different(f"{out} holds clusters")
+    made_from.compare(Clusters.open(out).provenance).refuse_different(f"{out} holds clusters")
 
 
 def _merged(embeddings_MD: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ Axes: N images, M clusters, D feature width.
 import hashlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from moce_ds.clustering.feature_store import ENCODER, check_fingerprint
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.storage import encoder_folder
+from moce_ds.storage.artefact import Rows, is_marked
 from moce_ds.storage.checksums import (
     Files,
     Findings,
@@ -33,6 +33,7 @@ from moce_ds.storage.checksums import (
     write_checked,
 )
 from moce_ds.storage.drafts import restore
+from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import atomic_file, load_array, reads_from, save_array, save_tensors
 
 FORMAT, VERSION = "moce clusters", 1
@@ -80,8 +81,11 @@ class Clusters:
         encoder_input: input format of the encoder (size, mean, std, interpolation, crop).
         provenance: settings, features and the final state of the solver.
         files: checksums of the folder's files after loading; None if an earlier version wrote it.
+        folder: where they are, after loading.
     """
 
+    kind: ClassVar[str] = "clusters"
+    marks: ClassVar[tuple[str, ...]] = (RECORD,)
     embeddings_MD: np.ndarray
     duals_M: np.ndarray
     mean_D: np.ndarray
@@ -95,6 +99,7 @@ class Clusters:
     provenance: dict[str, Any]
     low_cosine_M: np.ndarray | None = None
     files: Files | None = None
+    folder: Path | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -132,21 +137,26 @@ class Clusters:
         ids_N = (cosine_NM / np.float32(self.eps) + self.duals_M).argmax(axis=1)
         return ids_N, np.take_along_axis(cosine_NM, ids_N[:, None], axis=1)[:, 0]
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         """Write clusters.safetensors, then clusters.json with the checksums of all files in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         known = {name: getattr(self, name) for name in _TENSORS | _LATER}
         tensors = {name: np.ascontiguousarray(tensor) for name, tensor in known.items() if tensor is not None}
         with atomic_file(folder / TENSORS) as temporary:
             save_tensors(temporary, tensors)
-        excluded = {*known, "files"}
+        excluded = {*known, "files", "folder"}
         record = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in excluded}
         record["files"] = records_of(folder, [name for name in names_below(folder) if name != RECORD])
         header = {"format": FORMAT, "version": VERSION, "num_clusters": self.num_clusters, "hash": self.hash}
         write_checked(folder / RECORD, header | record)
 
     @classmethod
-    def load(cls, folder: Path) -> "Clusters":
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is a clusters folder."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Clusters":
         """Read a clusters folder.
 
         Raises:
@@ -156,7 +166,7 @@ class Clusters:
         path = folder / RECORD
         record = vars(read_checked(path, _Record, "a record of clusters", MADE_BY, format=FORMAT, version=VERSION))
         stated = record.pop("hash")
-        clusters = cls(**(record | _load_tensors(folder / TENSORS)))
+        clusters = cls(**(record | _load_tensors(folder / TENSORS)), folder=folder)
         clusters._check(folder / TENSORS)
         if clusters.hash != stated:
             raise ArtefactError(
@@ -165,6 +175,36 @@ class Clusters:
             )
         check_file(folder, TENSORS, clusters.files, _AGAIN)
         return clusters
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Fingerprints of the images and of the encoder, the encoder's input, and the settings of the clustering."""
+        names = ("shards_fingerprint", "encoder_fingerprint", "encoder_input", "provenance")
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> Rows:
+        """Number, sizes and tightness of the clusters, images and encoder."""
+        relative_M = self.sizes_M / self.sizes_M.mean()
+        return {
+            "clusters": f"{self.num_clusters} of width {self.embeddings_MD.shape[1]}, by {self.method}",
+            "sizes": "min/median/max over mean "
+            f"{relative_M.min():.2f} / {np.median(relative_M):.2f} / {relative_M.max():.2f}",
+            "cosine": f"{np.average(self.cosine_M, weights=self.sizes_M):.3f} to the centroid, mean over images",
+            "images": f"shard set {self.shards_fingerprint}",
+            "encoder": self.encoder_fingerprint,
+            "hash": self.hash,
+        }
+
+    def verify(self) -> Findings:
+        """Everything in the folder that is not as it was written; reads all of it. Raises ArtefactError."""
+        folder = self.folder
+        assert folder is not None, "clusters that were opened have a folder"
+        found = document_findings(folder / RECORD, RECORD) + file_findings(folder, self.files, [TENSORS, IDS])
+        found += EncoderFolder.open(folder / ENCODER).verify().below(ENCODER)
+        if not found.faults:
+            load_ids(folder, self.shards_fingerprint, int(self.sizes_M.sum()))
+            check_fingerprint(folder, self.encoder_fingerprint)
+        return found
 
     def _check(self, path: Path) -> None:
         """Raise ArtefactError if the tensors do not match each other."""
@@ -200,7 +240,7 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
     Raises:
         ArtefactError: the folder is damaged, or was made from another shard set.
     """
-    clusters = Clusters.load(folder)
+    clusters = Clusters.open(folder)
     if clusters.shards_fingerprint != shards_fingerprint:
         raise ArtefactError(
             f"{folder} labels another shard set ({clusters.shards_fingerprint[:12]}, {clusters.sizes_M.sum()} images) "
@@ -214,17 +254,6 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
         raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
     check_file(folder, IDS, clusters.files, _AGAIN)
     return ids_N.astype(np.int64)
-
-
-def findings(folder: Path) -> Findings:
-    """Everything in a clusters folder that differs from what was written; reads all of it. Raises ArtefactError."""
-    clusters = Clusters.load(folder)
-    found = document_findings(folder / RECORD, RECORD) + file_findings(folder, clusters.files, [TENSORS, IDS])
-    found += encoder_folder.findings(folder / ENCODER).below(ENCODER)
-    if not found.faults:
-        load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
-        check_fingerprint(folder, clusters.encoder_fingerprint)
-    return found
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:

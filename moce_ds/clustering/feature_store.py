@@ -14,14 +14,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.storage import encoder_folder
+from moce_ds.storage.artefact import Rows, is_marked
 from moce_ds.storage.checksums import (
     Files,
     Findings,
@@ -33,11 +33,12 @@ from moce_ds.storage.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.storage.encoder_folder import WEIGHTS
+from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
 from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
 from moce_ds.storage.made_from import MadeFrom
 
 FORMAT, VERSION = "moce features", 1
+RECORD, BEGUN = "features.json", "begun.json"
 ENCODER = "encoder"
 """Folder with the encoder's weights and configuration, inside a features or clusters folder."""
 
@@ -143,14 +144,14 @@ class FeatureWriter:
             "identity": asdict(identity),
         }
         self._description = json.loads(json.dumps(description))  # as it will be read back: without tuples
-        recorded = [path / name for name in ("features.json", "begun.json") if (path / name).is_file()]
+        recorded = [path / name for name in (RECORD, BEGUN) if (path / name).is_file()]
         if recorded:
             found = read_checked(recorded[0], dict[str, Any], "a record of features", "moce features")
             MadeFrom(self._description).compare(found).refuse_different(f"{path} holds features")
         else:
             self._refuse_unknown()
             with writes_to(path):
-                write_json(path / "begun.json", self._description)
+                write_json(path / BEGUN, self._description)
 
     def missing_blocks(self) -> list[int]:
         """Numbers of the blocks that are not on disk yet."""
@@ -183,7 +184,7 @@ class FeatureWriter:
                 record cannot be written.
             DataError: a feature is NaN or infinite (the float16 maximum is 65504).
         """
-        if (self.path / "features.json").is_file():
+        if (self.path / RECORD).is_file():
             return  # keep its checksums, even if a block has changed since
         if (self.path / ENCODER).is_dir():  # from now on its checksums replace the fingerprint
             check_fingerprint(self.path, self._description["identity"]["encoder_fingerprint"])
@@ -200,8 +201,8 @@ class FeatureWriter:
             checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
         with writes_to(self.path):
             files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
-            write_checked(self.path / "features.json", self._description | {"sha256": checksums, "files": files})
-            (self.path / "begun.json").unlink(missing_ok=True)
+            write_checked(self.path / RECORD, self._description | {"sha256": checksums, "files": files})
+            (self.path / BEGUN).unlink(missing_ok=True)
 
     @property
     def _num_blocks(self) -> int:
@@ -227,6 +228,9 @@ class FeatureSet:
         files: checksums of the encoder's files; None if an earlier version wrote the features.
     """
 
+    kind: ClassVar[str] = "features"
+    marks: ClassVar[tuple[str, ...]] = (RECORD,)
+
     def __init__(self, path: Path, record: _Record) -> None:
         self.path = path
         self.count, self.dim, self.identity, self.files = record.count, record.dim, record.identity, record.files
@@ -237,16 +241,21 @@ class FeatureSet:
         self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
 
     @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is a folder of finished features."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
     def open(cls, path: Path) -> "FeatureSet":
         """Open a features folder.
 
         Raises:
             ArtefactError: it is missing, unfinished, damaged or of an unknown version.
         """
-        if (path / "begun.json").is_file() and not (path / "features.json").is_file():
+        if (path / BEGUN).is_file() and not (path / RECORD).is_file():
             raise ArtefactError(f"{path} is unfinished: rerun the same `moce features` to complete it.")
         record = read_checked(
-            path / "features.json", _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
+            path / RECORD, _Record, "a record of features", "moce features", format=FORMAT, version=VERSION
         )
         return cls(path, record)
 
@@ -279,13 +288,27 @@ class FeatureSet:
             features_ND[block_N == k] = self._block(k)[row_N[block_N == k]]
         return features_ND
 
-    def findings(self) -> Findings:
-        """Everything that differs from what was written, by checksum; reads all of it. Raises ArtefactError."""
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """Fingerprints of the images and of the encoder, and the encoder's input."""
+        return asdict(self.identity)
+
+    def describe(self) -> Rows:
+        """Number and width of the features, images and encoder."""
+        return {
+            "features": f"{self.count} of width {self.dim}, float16",
+            "images": f"shard set {self.identity.shards_fingerprint}",
+            "encoder": self.identity.encoder_fingerprint,
+            "input": str(self.identity.encoder_input),
+        }
+
+    def verify(self) -> Findings:
+        """Everything that is not as it was written, by checksum; reads all of it. Raises ArtefactError."""
         names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
         differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
         found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])
-        found += document_findings(self.path / "features.json", "features.json") + file_findings(self.path, self.files)
-        found += encoder_folder.findings(self.path / ENCODER).below(ENCODER)
+        found += document_findings(self.path / RECORD, RECORD) + file_findings(self.path, self.files)
+        found += EncoderFolder.open(self.path / ENCODER).verify().below(ENCODER)
         if not found.faults:
             check_fingerprint(self.path, self.identity.encoder_fingerprint)
         return found

@@ -31,6 +31,7 @@ class Family:
         gate: what the manifest of a checkpoint calls its gate; None for a dense model.
         routes_by_cluster: whether the cluster of an image decides its experts. Such a model is built from clusters, and
             each of its routes is a dense ViT that can be exported.
+        splits_mlp: whether its experts are groups of the hidden units of one MLP, and no MLPs that can be averaged.
         distils: whether the dense MAE that it starts from can teach it.
     """
 
@@ -38,6 +39,7 @@ class Family:
     title: str
     gate: str | None
     routes_by_cluster: bool
+    splits_mlp: bool = False
     distils: bool = False
 
     @property
@@ -48,7 +50,7 @@ class Family:
 
 MAE = Family("mae", "MAE", gate=None, routes_by_cluster=False)
 TOKEN_MOE = Family("token_moe", "TokenMoE", gate="token", routes_by_cluster=False)
-SDR = Family("sdr", "SDR", gate="path", routes_by_cluster=True, distils=True)
+SDR = Family("sdr", "SDR", gate="path", routes_by_cluster=True, splits_mlp=True, distils=True)
 RANDOM_MOCE = Family("moce", "MoCE, random gate", gate="random", routes_by_cluster=True)
 MOCE = Family("moce", "MoCE", gate="cluster", routes_by_cluster=True)
 
@@ -114,7 +116,7 @@ def translate_layers(layers: Sequence[Layer]) -> list[Layer]:
 def translate_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded tree of settings by the names of this version. Logs nothing: nobody is to change a record."""
     (layer,), _ = _translate([Layer("the record", dict(tree))])
-    return layer.tree
+    return {key: dict(value) if isinstance(value, Section) else value for key, value in layer.tree.items()}
 
 
 @cache

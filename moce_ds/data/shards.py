@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -23,8 +23,10 @@ from moce_ds.console import progress_bar
 from moce_ds.data.image_file import decoded
 from moce_ds.errors import DataError
 from moce_ds.host.machine import status_of
+from moce_ds.storage.artefact import Rows, is_marked, mebibytes, some_of
 from moce_ds.storage.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
 from moce_ds.storage.files import load_array, read_json, read_record, reads_from, sha256_of
+from moce_ds.text import counted
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -109,6 +111,8 @@ class ShardSet:
         files: checksums of the tables beside the shards; None if an earlier version wrote the set.
     """
 
+    kind: ClassVar[str] = "shard set"
+    marks: ClassVar[tuple[str, ...]] = (MANIFEST,)
     path: Path
     named: Path
     count: int
@@ -119,8 +123,13 @@ class ShardSet:
     targets: np.ndarray | None = None
     files: Files | None = None
 
-    @staticmethod
-    def open(path: Path, named: Path | None = None) -> "ShardSet":
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is the folder of a complete shard set."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, path: Path, named: Path | None = None) -> "ShardSet":
         """Open the set in folder `path` and check that all shards exist with the right sizes.
 
         Args:
@@ -136,7 +145,7 @@ class ShardSet:
         if (path / PROGRESS).is_dir() and not (path / MANIFEST).exists():
             raise DataError(f"{path} is an unfinished shard set: rerun the same `moce shards` command to finish it.")
         manifest = Manifest.read(path)
-        opened = ShardSet(
+        opened = cls(
             path=path,
             named=named,
             count=manifest.count,
@@ -213,15 +222,30 @@ class ShardSet:
             if (size := file.stat().st_size) != shard.bytes:
                 raise DataError(f"{file} has {size} bytes, expected {shard.bytes}. {_restore(self.path)}")
 
-    def findings(self) -> Findings:
-        """Everything that differs from what was written; reads all of it."""
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The folder of images and what decided how they were written. Raises ArtefactError."""
+        manifest = Manifest.read(self.path)
+        return {"source": manifest.source, **manifest.made_from}
+
+    def describe(self) -> Rows:
+        """Images, their sizes and classes, and what was rejected. Raises ArtefactError."""
+        sizes, rejected = self.samples, Manifest.read(self.path).rejected
+        size = mebibytes(shard.bytes for shard in self.shards)
+        return {
+            "images": f"{self.count} in {counted(len(self.shards), 'shard')}, {size}",
+            "width": f"{sizes['width'].min()} to {sizes['width'].max()} pixels",
+            "height": f"{sizes['height'].min()} to {sizes['height'].max()} pixels",
+            "classes": f"{len(self.classes)}: {some_of(self.classes)}" if self.classes else "none",
+            "rejected": ", ".join(f"{count} {reason}" for reason, count in rejected.items()) or "none",
+            "fingerprint": self.fingerprint,
+        }
+
+    def verify(self) -> Findings:
+        """Everything that is not as it was written; reads all of it."""
         tables = [SAMPLES, SOURCES, REJECTED, *([] if self.targets is None else [TARGETS])]
         found = document_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
         return found + Findings(self._shard_faults())
-
-    def verify(self) -> list[str]:
-        """The faults of `findings`."""
-        return self.findings().faults
 
     def _shard_faults(self) -> list[str]:
         faults = []

@@ -35,6 +35,7 @@ _LOOPBACK_INTERFACES = ("lo", "lo0")
 # times the peer timeout, within these limits in seconds.
 _STARTS, _SHORTEST_START, _LONGEST_START = 5, 30.0, 600.0
 _PORT_ATTEMPTS, _PORT_PAUSE = 10, 1.0
+_RUN_ID = "TORCHELASTIC_RUN_ID"  # set by torchrun
 _sessions = itertools.count()  # counted the same in all processes
 
 
@@ -142,8 +143,9 @@ class Rendezvous:
             sealer,
             # Depends on the secret, so that two runs on the same port by mistake do not mix. It is not the secret
             # itself, because keys can be listed. torchrun keeps its store across restarts, with the verdict on the
-            # previous start in it.
-            f"{sealer.seal('name')[:16]}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_sessions)}/",
+            # previous start in it; a start with another number of nodes does not count as a restart.
+            f"{sealer.seal('name')[:16]}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}-{place.world_size}-"
+            f"{next(_sessions)}/",
         )
 
     @property
@@ -205,6 +207,11 @@ class Rendezvous:
         """Wait until all processes have joined; report a long wait. Raises LostPeerError, ConfigError."""
         rank, everyone = self.place.rank, range(self.place.world_size)
         if store.add(str(rank), 1) > 1:
+            if _RUN_ID in os.environ:  # torchrun gives each process its own rank, and can start all again
+                raise LostPeerError(
+                    f"Rank {rank} of an earlier start has met at {self._address} already, with as many processes: "
+                    "torchrun has changed the number of nodes and changed it back. It must start all processes again."
+                )
             raise PlaceError(f"Two processes have RANK {rank} at {self._address}: give each of them its own.")
         with suppress(DistStoreError):
             store.wait([str(other) for other in everyone], timedelta(seconds=min(silence, patience)))

@@ -10,13 +10,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moce_ds.console import warn
+from moce_ds.storage.artefact import Rows, is_marked, some_of
 from moce_ds.storage.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
 from moce_ds.storage.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.storage.locks import locked
 from moce_ds.text import counted, in_line
+
+RESULTS = "results.json"
+"""The name of the file where a verb or a workflow chooses it."""
 
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
@@ -61,6 +65,59 @@ class _Selection(_Record):
 _KINDS: dict[str, type[_Record]] = {"knn": _Accuracy, "probe": _Accuracy, "select": _Selection}
 
 
+@dataclass(frozen=True)
+class ResultsFile:
+    """A results file as an artefact; `add_record` writes it."""
+
+    kind: ClassVar[str] = "results"
+    marks: ClassVar[tuple[str, ...]] = (RESULTS,)
+    path: Path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is a results file, or a folder that holds one."""
+        return is_marked(path, cls.marks) or (path.name == RESULTS and path.exists())
+
+    @classmethod
+    def open(cls, path: Path, /) -> "ResultsFile":
+        """The file, or the one in a folder; it is read when it is asked for something."""
+        return cls(path / RESULTS if path.is_dir() else path)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """As `read_results`, with a mark on the names of models that are ambiguous. Raises ArtefactError."""
+        return disambiguated(read_results(self.path))
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """For each measurement a SHA-256 of all that decides it; None in a record of an earlier version."""
+        return {_shown_name(record): record.get("made_from") for record in self.records}
+
+    def describe(self) -> Rows:
+        """The measurements. Raises ArtefactError."""
+        return {_shown_name(record): _shown_value(record) for record in self.records}
+
+    def verify(self) -> Findings:
+        """What cannot be verified. Raises ArtefactError: a record is not what was written."""
+        older = sum(not has_checksum(record) for record in _stored(self.path))
+        name = f"{self.path.name}, {counted(older, 'record')} of it"
+        return Findings(unverified=[written_before(name)] if older else [])
+
+
+def _shown_name(record: dict[str, Any]) -> str:
+    seed = "" if record.get("seed") is None else f"seed {record['seed']}"
+    return in_line(" ".join(filter(None, (record["verb"], record["task"], record.get("model"), seed))))
+
+
+def _shown_value(record: dict[str, Any]) -> str:
+    if "top1" in record:
+        return f"top-1 {record['top1']:.4f}"
+    if record["verb"] == "select":
+        route = "-".join(map(str, record["route"]))
+        return f"route {route}, {record['share']:.1%} of {record['n_images']} images"
+    return some_of([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The records of a results file, without their checksums; empty if there is no file.
 
@@ -68,12 +125,6 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         ArtefactError: it is damaged, or holds something else.
     """
     return [{key: value for key, value in record.items() if key != CHECKSUM} for record in _stored(path)]
-
-
-def results_findings(path: Path) -> Findings:
-    """The parts that cannot be verified. Raises ArtefactError if a record is not what was written."""
-    older = sum(not has_checksum(record) for record in _stored(path))
-    return Findings(unverified=[written_before(f"{path.name}, {counted(older, 'record')} of it")] if older else [])
 
 
 def check_results(path: Path | None) -> None:

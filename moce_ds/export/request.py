@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.config.families import family_by_gate
 from moce_ds.data.task_images import opened_images
 from moce_ds.errors import ConfigError
 from moce_ds.export import routes as choosing
@@ -83,7 +84,7 @@ def export_requested(
     if not choice:
         raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
     checkpoint, clusters = run_clusters(run)
-    if request.average and checkpoint.entry("model", "experts", "gate") == "path":
+    if request.average and family_by_gate(checkpoint.entry("model", "experts", "gate")).splits_mlp:
         raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units cannot be averaged.")
     if request.all:
         with writes_to(out), atomic_folder(out) as draft:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.checkpoint.run_layout import CLUSTERS
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
 from moce_ds.data.shards import ShardSet
@@ -66,7 +67,7 @@ def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
         raise ArtefactError(f"{run} is a dense run: it has no routes to select from.")
     if checkpoint.manifest.get("routing") is None:
         raise ArtefactError(f"{run} routes by token (model.arch=token_moe): no route serves a whole image.")
-    clusters = Clusters.load(clusters_folder(checkpoint))
+    clusters = Clusters.open(clusters_folder(checkpoint))
     if clusters.hash != checkpoint.manifest.get("clusters_hash"):
         raise ArtefactError(f"{clusters_folder(checkpoint)}: these are not the clusters that {run} was trained with.")
     return checkpoint, clusters
@@ -74,7 +75,7 @@ def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:
 
 def clusters_folder(checkpoint: Checkpoint) -> Path:
     """The copy of the clusters in the checkpoint's run folder."""
-    return checkpoint.folder.parent.parent / "clusters"
+    return checkpoint.folder.parent.parent / CLUSTERS
 
 
 def clusters_encoder(checkpoint: Checkpoint, clusters: Clusters, device: torch.device) -> Encoder:

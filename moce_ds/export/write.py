@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.parameters import is_cluster_gate
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
@@ -159,7 +160,7 @@ def _gate_table(checkpoint: Checkpoint, spec: ModelSpec, clusters: Clusters) -> 
         return None
     gate = make_gate(spec.experts, torch.from_numpy(clusters.embeddings_MD))
     shared = checkpoint.load(WEIGHTS, ["cls_token"])
-    weights = {name.removeprefix("gate."): t for name, t in shared.items() if name.startswith("gate.")}
+    weights = {name.removeprefix("gate."): t for name, t in shared.items() if is_cluster_gate(name)}
     load_weights_strict(dict(gate.named_parameters()), weights, str(checkpoint.folder))
     with torch.inference_mode():
         return gate().double()

@@ -28,7 +28,7 @@ def run_logged(command: Sequence[str], log: Path) -> int:
         child = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
         status = wait_for(child, asked)
         if status < 0 and not asked:
-            print(f"The process was killed by {signal.Signals(-status).name}.", file=opened)
+            opened.write(f"The process was killed by {signal.Signals(-status).name}.\n")
     if asked:
         raise KeyboardInterrupt
     return status

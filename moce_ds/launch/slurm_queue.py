@@ -52,23 +52,10 @@ def submit(
     """
     check_scriptable(folder, name)
     python = str(profile.python or sys.executable)
-    ranks = [
-        Rank(
-            (python, "-m", "moce_ds", *words),
-            tuple(usable_nodes),
-            profile.max_failures,
-            signal.Signals[f"SIG{profile.signal}"],
-        )
-        for words in commands
-    ]
+    usable, warning = tuple(usable_nodes), signal.Signals[f"SIG{profile.signal}"]
+    ranks = [Rank((python, "-m", "moce_ds", *words), usable, profile.max_failures, warning) for words in commands]
     try:
-        # Its own count of time-outs would end a run that is meant to be requeued for weeks.
-        inside = f"{profile.container} {shlex.quote(python)}".strip()
-        executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
-        arguments = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
-        end = f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {arguments}"
-        teardown = ["status=$?", end, "exit $status"]
-        executor.update_parameters(job_name=name, teardown=teardown, **profile.sbatch(after))
+        executor = _executor(profile, python, folder, name, after)
         with executor.batch():
             jobs = [executor.submit(rank) for rank in ranks]
     except (FailedJobError, FailedSubmissionError) as error:
@@ -80,6 +67,17 @@ def submit(
     number = jobs[0].job_id.partition("_")[0]
     logs = folder.absolute() / f"{number}_*_0_log.out"
     return Submitted(number, f"{counted(len(jobs), 'job')} of {profile.size}", str(logs))
+
+
+def _executor(profile: SlurmProfile, python: str, folder: Path, name: str, after: Sequence[str]) -> SlurmExecutor:
+    """What writes the script of a job. Raises RuntimeError where srun is not found."""
+    inside = f"{profile.container} {shlex.quote(python)}".strip()
+    # Its own count of time-outs would end a run that is meant to be requeued for weeks.
+    executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
+    arguments = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
+    end = f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {arguments}"
+    executor.update_parameters(job_name=name, teardown=["status=$?", end, "exit $status"], **profile.sbatch(after))
+    return executor
 
 
 def check_scriptable(folder: Path, name: str = "") -> None:

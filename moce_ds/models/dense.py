@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.parameters import expert_key, is_cluster_gate, is_decoder
 from moce_ds.errors import ArtefactError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import sincos_positions
-from moce_ds.models.moce import expert_key
 from moce_ds.models.vit import Encoder, check_state, timm_vit
-from moce_ds.models.warm_start import is_decoder
 
 _MLP = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
@@ -50,7 +49,7 @@ def encoder_state(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixture) -> 
     shared = ["cls_token", *(f"blocks.{block}.norm1.weight" for block in range(spec.shape.depth))]
     state = {"pos_embed": sincos_positions(spec.shape, spec.shape.width)}
     for name, tensor in checkpoint.load(WEIGHTS, shared).items():
-        if not is_decoder(name) and not name.startswith("gate."):
+        if not is_decoder(name) and not is_cluster_gate(name):
             state[name] = tensor
     for block, shares in zip(layers, mixture, strict=True):
         merged = spec.variant.dense_mlp(state, block, merged_expert(checkpoint, block, shares))

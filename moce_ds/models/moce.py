@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moce_ds.checkpoint.parameters import expert_key, is_replaced
 from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.models.mae import Block, MaskedAutoencoder, ModelOutput, RunBlock, make_mlp
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
@@ -150,17 +151,6 @@ def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
     return _GATES[experts.gate](experts, embeddings_MC)
 
 
-def expert_key(block: int, expert: int, rest: str) -> str:
-    """The parameter name of an expert, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
-    return f"blocks.{block}.mlp.experts.{expert}.{rest}"
-
-
-def is_replaced(name: str, experts: ExpertShape) -> bool:
-    """Whether a parameter of a dense MAE belongs to an MLP that experts replace."""
-    parts = name.split(".")
-    return parts[0] == "blocks" and int(parts[1]) in experts.layers and parts[2] == "mlp"
-
-
 def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float, seed: int) -> dict[str, Tensor]:
     """Weights of a MoCE from those of a dense MAE: every expert is the dense MLP with a small perturbation.
 
@@ -175,7 +165,7 @@ def upcycle(dense: dict[str, Tensor], experts: ExpertShape, perturbation: float,
     """
     state = {}
     for name, tensor in dense.items():
-        if not is_replaced(name, experts):
+        if not is_replaced(name, experts.layers):
             state[name] = tensor
             continue
         parts = name.split(".", 3)

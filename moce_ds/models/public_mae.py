@@ -8,25 +8,23 @@ Axes: N patches, D width.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moce_ds.checkpoint.parameters import CLASSIFIER, encoder_block, is_decoder
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError
 from moce_ds.models.vit import Encoder, ViTShape, check_state, timm_vit
-from moce_ds.models.warm_start import as_float32, is_decoder, read_file
+from moce_ds.models.warm_start import as_float32, read_file
 from moce_ds.storage.files import sha256_of
 
 _READER = "ENCODER"
 _SIZES = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}
 """Heads of the public MAE's encoders by (width, blocks): ViT-B, ViT-L, ViT-H."""
 
-_CLASSIFIER = ("head.weight", "head.bias")
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _SHOWN = 5  # names of weights listed in an error
 
 
@@ -43,7 +41,7 @@ def public_encoder(path: Path, heads: int | None = None) -> Encoder:
     """
     named = f"{_READER}: {path}"
     tensors = read_file(path, _READER)
-    state = as_float32({n: t for n, t in tensors.items() if not is_decoder(n) and n not in _CLASSIFIER}, named)
+    state = as_float32({n: t for n, t in tensors.items() if not is_decoder(n) and n not in CLASSIFIER}, named)
     shape = _shape(state, heads, named)
     with torch.device("meta"):  # without a second copy
         model = timm_vit(shape)
@@ -87,7 +85,7 @@ def _shape(state: Mapping[str, Tensor], heads: int | None, named: str) -> ViTSha
             "[D, 3, patch, patch] and [1, 1 + N, D], with N the square of the patches along an image."
         )
     width, patch = projection.shape[0], projection.shape[2]
-    depth = 1 + max(int(match[1]) for match in map(_BLOCK.match, state) if match)
+    depth = 1 + max(block for block in map(encoder_block, state) if block is not None)
     shape = ViTShape(
         image_size=side * patch,
         patch_size=patch,

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moce_ds.checkpoint.parameters import expert_key, is_replaced
 from moce_ds.models.mae import Block, Masking, Mlp, ModelOutput, random_masking, visible_tokens
-from moce_ds.models.moce import ExpertShape, Moce, Routing, expert_key, is_replaced
+from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.vit import Encoder, ViTShape
 from moce_ds.moe.plan import LayerPlan
 
@@ -104,7 +105,7 @@ def part_units(dense: Mapping[str, Tensor], experts: ExpertShape) -> dict[str, T
     The common units are those with the largest product of the norms of their row in fc1 and their column in fc2. The
     others are dealt to the groups in turn, so that the groups are similar. The second bias belongs to the common units.
     """
-    state = {name: tensor for name, tensor in dense.items() if not is_replaced(name, experts)}
+    state = {name: tensor for name, tensor in dense.items() if not is_replaced(name, experts.layers)}
     for block in experts.layers:
         mlp = {part: dense[f"blocks.{block}.mlp.{part}"] for part in _PARTS}
         weight_H = mlp[FC1].norm(dim=1) * mlp[FC2].norm(dim=0)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.config.families import TOKEN_MOE
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import make_mlp, sincos_positions
 from moce_ds.models.vit import Encoder, check_state, timm_vit
-from moce_ds.models.warm_start import is_decoder
 
 
 class TokenExperts(nn.Module):

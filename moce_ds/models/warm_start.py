@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, find
+from moce_ds.checkpoint.parameters import CLASSIFIER, POSITIONS
 from moce_ds.checkpoint.weights import cut
 from moce_ds.errors import ArtefactError
 from moce_ds.host.machine import refused
@@ -21,10 +22,8 @@ from moce_ds.models.vit import ViTShape
 from moce_ds.storage.files import load_tensors
 
 # Fixed tables, which are recomputed, and the classifier of a fine-tuned model, which pre-training does not use.
-_POSITIONS = ("pos_embed", "decoder_pos_embed")
-_NOT_NEEDED = (*_POSITIONS, "head.weight", "head.bias")
+_NOT_NEEDED = (*POSITIONS, *CLASSIFIER)
 _INIT = "run.init_from"
-_DECODER = ("decoder_", "mask_token")
 
 # Classes in the `args` of a training script besides tensors and plain values: namespaces, and paths, which become pure
 # paths. Python 3.13 has another name for the module.
@@ -68,7 +67,7 @@ def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tenso
 
 def _refuse_learned_positions(state: Mapping[str, Tensor], path: Path) -> None:
     """Raise ArtefactError if a position table is not the fixed one that a run computes."""
-    for name in _POSITIONS:
+    for name in POSITIONS:
         if name in state and (difference := _from_sincos(state[name])) is not None:
             raise ArtefactError(
                 f"run.init_from: {path} has learned positions: {name} differs from the sine-cosine table by up to "
@@ -134,26 +133,6 @@ def _unfit(tensor: Tensor) -> str | None:
     if not tensor.float().isfinite().all():
         return "holds NaN or infinite numbers: its run has diverged"
     return None
-
-
-def has_experts(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of a model with experts."""
-    return any(is_expert(name) for name in weights)
-
-
-def is_expert(name: str) -> bool:
-    """Whether a parameter belongs to an expert of a layer."""
-    return ".mlp.experts." in name
-
-
-def lacks_decoder(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the weights are those of an encoder only, as in the files "pretrain" of the public MAE."""
-    return not any(name.startswith(_DECODER) for name in weights)
-
-
-def is_decoder(name: str) -> bool:
-    """Whether a parameter belongs to the decoder, which an encoder-only file lacks."""
-    return name.startswith(_DECODER)
 
 
 def read_torch_file(path: Path, named: str) -> Any:

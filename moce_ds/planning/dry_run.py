@@ -34,7 +34,7 @@ def plan_table(config: PretrainSettings, world_size: int) -> Table:
 
 
 def _steps(config: PretrainSettings) -> str:
-    if not (config.data.shards / "shards.json").exists():
+    if not ShardSet.recognises(config.data.shards):
         return f"unknown: {config.data.shards} does not exist yet"
     count = ShardSet.open(config.data.shards).count
     schedule = make_schedule(config.optim, count)

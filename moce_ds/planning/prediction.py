@@ -126,7 +126,7 @@ def steps_of_run(config: PretrainSettings, images: int | None) -> int:
         ArtefactError: it cannot be read.
     """
     if images is None:
-        if not (config.data.shards / "shards.json").exists():
+        if not ShardSet.recognises(config.data.shards):
             raise ConfigError(
                 f"data.shards: {config.data.shards} does not exist yet, so the number of images is unknown: set it, "
                 "such as --images 1281167."

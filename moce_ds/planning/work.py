@@ -10,10 +10,10 @@ from functools import cache
 
 import torch
 
+from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.warm_start import is_decoder
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 _DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks

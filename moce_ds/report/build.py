@@ -9,14 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moce_ds.artefacts.study_folder import StudyFolder
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.report import plots
 from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
 from moce_ds.report.plots import Line, Scale
 from moce_ds.report.routing import route_name
 from moce_ds.report.run_chapter import run_chapter
-from moce_ds.report.run_folder import Run, Study, read_study
+from moce_ds.report.runs import RunGroup, read_runs
 from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
-from moce_ds.report.study_folder import STUDY, read_study_folder
 from moce_ds.storage.files import check_output
 
 # Columns of the result table: heading, verb and key of the record.
@@ -64,21 +65,21 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
     """
     out = out or folder / "report.html"
     check_output(out, "a report", PAGE_MARK)
-    if (folder / STUDY).is_file():
+    if StudyFolder.recognises(folder):
         check_output(out.with_name(STUDY_TABLE), "the table of a study", TABLE_MARK)
-        grid = read_study_folder(folder)
+        grid = StudyFolder.open(folder)
         write_page(out, grid.name, study_summary(grid), study_chapters(grid))
         write_csv(grid, out.with_name(STUDY_TABLE))
         return out
-    study = read_study(folder)
-    chapters = [*_results(study.results), *_training(study.runs), *(run_chapter(run) for run in study.runs)]
-    write_page(out, study.name, _summary(study), [chapter for chapter in chapters if chapter.sections])
+    group = read_runs(folder)
+    chapters = [*_results(group.results), *_training(group.runs), *(run_chapter(run) for run in group.runs)]
+    write_page(out, group.name, _summary(group), [chapter for chapter in chapters if chapter.sections])
     return out
 
 
-def _summary(study: Study) -> str:
+def _summary(group: RunGroup) -> str:
     parts = []
-    for run in study.runs:
+    for run in group.runs:
         text = f"{run.name}: {run.family.title if run.family.has_experts else 'dense MAE'}"
         if run.metrics:
             text += f", {run.metrics[-1]['step']:,} steps"
@@ -158,7 +159,7 @@ def _routes(records: Sequence[dict[str, Any]]) -> Table:
     )
 
 
-def _training(runs: Sequence[Run]) -> Iterator[Chapter]:
+def _training(runs: Sequence[RunFolder]) -> Iterator[Chapter]:
     exhibits = []
     for key, title, unit, scale, caption in _CURVES:
         lines = [Line(run.name, *run.series(key), plots.colour(i)) for i, run in enumerate(runs)]

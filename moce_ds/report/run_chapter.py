@@ -11,7 +11,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.checkpoint.routing_table import RoutingTable
+from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.quality import cluster_report
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
@@ -19,8 +21,7 @@ from moce_ds.report import gallery, plots, routing
 from moce_ds.report.gallery import Card
 from moce_ds.report.page import Chapter, Exhibit, Section
 from moce_ds.report.plots import Line
-from moce_ds.report.routing import Ints, Routing, route_name
-from moce_ds.report.run_folder import CLUSTERS, Run
+from moce_ds.report.routing import Ints, route_name
 
 _CLUSTER_CARDS = 24
 _EXPERT_CARDS = 64  # over all layers
@@ -58,7 +59,7 @@ class Images:
         return f"image {image_id}" + (f", {self.classes[label]}" if label >= 0 else "")
 
 
-def run_chapter(run: Run) -> Chapter:
+def run_chapter(run: RunFolder) -> Chapter:
     """All that one run's folder holds, in the order in which one asks about it."""
     images, why_not = _open_images(run)
     sections = [
@@ -73,19 +74,19 @@ def run_chapter(run: Run) -> Chapter:
     return Chapter(f"Run {run.name}", f"run-{run.name}", sections)
 
 
-def _open_images(run: Run) -> tuple[Images | None, str]:
+def _open_images(run: RunFolder) -> tuple[Images | None, str]:
     """The run's images, or why they cannot be shown: a report outlives the shard set it is about."""
     if run.clusters is None or run.shards is None:
         return None, ""
     try:
         shards = ShardSet.open(run.shards)
-        ids_N = load_ids(run.path / CLUSTERS, shards.fingerprint, shards.count)
+        ids_N = run.cluster_ids(shards.fingerprint, shards.count)
     except (ArtefactError, DataError) as error:
         return None, f"Images are not shown: {error}"
     return Images(shards, shards.labels.astype(np.int64), ids_N), ""
 
 
-def _experts(run: Run) -> Iterator[Section]:
+def _experts(run: RunFolder) -> Iterator[Section]:
     exhibits = []
     for key, caption in (
         ("imbalance", "0 while the gates prefer no expert, 1 − E for every expert layer once they are certain."),
@@ -115,7 +116,7 @@ def _experts(run: Run) -> Iterator[Section]:
         yield Section("Experts in training", exhibits=exhibits)
 
 
-def _cluster_sizes(run: Run, images: Images | None, why_not: str) -> Iterator[Section]:
+def _cluster_sizes(run: RunFolder, images: Images | None, why_not: str) -> Iterator[Section]:
     if run.clusters is None:
         return
     clusters = run.clusters
@@ -141,7 +142,7 @@ def _agreement(clusters: Clusters, images: Images) -> str:
     return text
 
 
-def _gates(run: Run, images: Images | None) -> Iterator[Section]:
+def _gates(run: RunFolder, images: Images | None) -> Iterator[Section]:
     if run.routing is None:
         return
     table, order = run.routing, run.routing.order()
@@ -168,7 +169,7 @@ def _cluster_name(images: Images | None, cluster: int) -> str:
     return f"{name} · {cluster}" if name else str(cluster)
 
 
-def _groups(table: Routing, images: Images) -> Iterator[Section]:
+def _groups(table: RoutingTable, images: Images) -> Iterator[Section]:
     """Domains, and classes where there are more of them but not too many, against the experts of each block."""
     domains, domain_N = routing.group_images(images.classes, images.labels_N)
     groupings = [("domains", domains, domain_N)] if len(domains) > 1 else []
@@ -188,7 +189,7 @@ def _groups(table: Routing, images: Images) -> Iterator[Section]:
         yield Section(f"Routing of {what}", exhibits=exhibits)
 
 
-def _cluster_gallery(run: Run, images: Images | None) -> Iterator[Section]:
+def _cluster_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]:
     if run.clusters is None or images is None:
         return
     m = run.clusters.num_clusters
@@ -206,7 +207,7 @@ def _cluster_gallery(run: Run, images: Images | None) -> Iterator[Section]:
     yield Section("Images by cluster", text, cards=cards)
 
 
-def _expert_gallery(run: Run, images: Images | None) -> Iterator[Section]:
+def _expert_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]:
     if run.routing is None or images is None:
         return
     for position, layer in enumerate(run.routing.layers):
@@ -224,7 +225,7 @@ def _expert_gallery(run: Run, images: Images | None) -> Iterator[Section]:
         yield Section(f"Images by expert, block {layer}", text, cards=cards)
 
 
-def _reconstruction(run: Run) -> Iterator[Section]:
+def _reconstruction(run: RunFolder) -> Iterator[Section]:
     if run.reconstruction is None:
         return
     with Image.open(run.reconstruction) as opened:

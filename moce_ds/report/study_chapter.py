@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from moce_ds.artefacts.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.report import plots
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table
-from moce_ds.report.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.report.study_plots import Series, error_bars
 from moce_ds.storage.files import atomic_file, writes_to
 from moce_ds.text import counted

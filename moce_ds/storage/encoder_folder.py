@@ -10,8 +10,11 @@ encoder/
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+from safetensors import safe_open
+
+from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import (
     Files,
     Findings,
@@ -23,7 +26,7 @@ from moce_ds.storage.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.storage.files import read_json, read_record, sha256_of, write_json
+from moce_ds.storage.files import read_json, read_record, reads_from, sha256_of, write_json
 
 FORMAT = "moce_ds encoder 1"
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
@@ -34,15 +37,88 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Record:
+    """What is read of `config.json` to verify the folder."""
+
     sha256: str
     files: Files | None = None
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What is shown of the shape of a ViT, as records hold it."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.depth} blocks, width {self.width}, patch {self.patch_size}, {self.image_size} px"
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What is shown of `config.json`."""
+
+    shape: ModelShape
+    input: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EncoderFolder:
+    """An encoder folder as an artefact. `models.vit.load_encoder` gives the encoder in it."""
+
+    kind: ClassVar[str] = "encoder"
+    marks: ClassVar[tuple[str, ...]] = (WEIGHTS, PROVENANCE)  # without its weights it is a damaged encoder
+    path: Path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether the folder holds an encoder's weights, or says where an encoder comes from."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, path: Path) -> "EncoderFolder":
+        """The folder; its files are read when they are asked for."""
+        return cls(path)
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """`provenance.json`: the checkpoint, the route and the votes of an export. Raises ArtefactError."""
+        return read_provenance(self.path)
+
+    def verify(self) -> Findings:
+        """Everything that is not as it was written. Raises ArtefactError: `config.json` is missing or damaged."""
+        record = read_config(self.path, _Record)
+        found = document_findings(self.path / CONFIG, CONFIG)
+        if record.files is not None:
+            return found + file_findings(self.path, record.files)
+        weights = self.path / WEIGHTS
+        if not weights.is_file():
+            return found + Findings([f"{WEIGHTS}: is missing"])
+        differs = [] if sha256_of(weights) == record.sha256 else [f"{WEIGHTS}: is damaged or was exchanged"]
+        return found + Findings(differs) + file_findings(self.path, None, [PROVENANCE])
+
+    def describe(self) -> Rows:
+        """Shape, input, weights and origin. Raises ArtefactError."""
+        config, provenance = read_config(self.path, _Description), self.made_from
+        weights = self.path / WEIGHTS
+        with reads_from(weights, "export it again."), safe_open(weights, "np") as file:
+            tensors = len(file.keys())  # from the header, whose sizes are compared with the file's
+        return {
+            "shape": str(config.shape),
+            "input": str(config.input),
+            "weights": f"{tensors} tensors, {mebibytes([weights.stat().st_size])}",
+            **described_origin(provenance),
+        }
 
 
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `config.json` with the checksums of all other files in the folder."""
     others = [name for name in names_below(folder) if name != CONFIG]
-    record = {"format": FORMAT, **content, "sha256": sha256_of(folder / WEIGHTS), "files": records_of(folder, others)}
-    write_checked(folder / CONFIG, record)
+    files = records_of(folder, others)
+    write_checked(folder / CONFIG, {"format": FORMAT, **content, "sha256": files[WEIGHTS]["sha256"], "files": files})
 
 
 def replace_provenance(folder: Path, provenance: Any) -> None:
@@ -63,15 +139,6 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def findings(folder: Path) -> Findings:
-    """Everything in an encoder folder that differs from what was written. Raises ArtefactError if it cannot be
-    verified."""
-    record = read_config(folder, _Record)
-    found = document_findings(folder / CONFIG, CONFIG)
-    if record.files is not None:
-        return found + file_findings(folder, record.files)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        return found + Findings([f"{WEIGHTS}: is missing"])
-    differs = [] if sha256_of(weights) == record.sha256 else [f"{WEIGHTS}: is damaged or was exchanged"]
-    return found + Findings(differs) + file_findings(folder, None, [PROVENANCE])
+def described_origin(provenance: Mapping[str, Any]) -> Rows:
+    """What is shown of where an encoder or an export comes from."""
+    return {name: str(value) for name, value in provenance.items() if not isinstance(value, dict)}

@@ -47,8 +47,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return lines.records
 
 
-def findings(path: Path, marks: Iterable[str]) -> Findings:
-    """What differs from what was written. Raises ArtefactError if the file cannot be read.
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records by step, one a step; none where there is no file.
+
+    An attempt (start of the run) takes back what earlier ones recorded from its own first record on, also where an
+    earlier one wrote on after it had begun; without attempts, the later line counts.
+
+    Raises:
+        ArtefactError: a line is not what was written.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    newest = 0
+    for record in read_records(path):
+        attempt = record.get("attempt", newest)
+        if attempt > newest:
+            newest = attempt
+            by_step = {step: kept for step, kept in by_step.items() if step < record["step"]}
+        if attempt == newest:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def verify_metrics(path: Path, marks: Iterable[str]) -> Findings:
+    """What is not as it was written. Raises ArtefactError where the file cannot be read.
 
     Args:
         marks: checksums of lines that must be present, from the manifests of checkpoints.

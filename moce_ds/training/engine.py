@@ -9,12 +9,11 @@ from typing import Any, TypeAlias
 import deepspeed
 from torch import nn
 
+from moce_ds.checkpoint.parameters import TOKENS, is_gate
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainOptimSettings
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
-
-_TOKENS = ("cls_token", "mask_token")
 
 
 def deepspeed_config(optim: OptimSettings, engine: EngineSettings, batches: BatchArithmetic) -> dict[str, Any]:
@@ -42,9 +41,9 @@ def parameter_groups(model: nn.Module, optim: PretrainOptimSettings, gate_lr_sca
     """
     decay, plain, gates = [], [], []
     for name, parameter in model.named_parameters():
-        if "gate." in name:
+        if is_gate(name):
             gates.append(parameter)
-        elif parameter.ndim < 2 or (name in _TOKENS and not optim.decay_tokens):
+        elif parameter.ndim < 2 or (name in TOKENS and not optim.decay_tokens):
             plain.append(parameter)
         else:
             decay.append(parameter)

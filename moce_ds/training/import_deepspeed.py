@@ -19,7 +19,8 @@ from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.checkpoint.lease import ATTEMPTS
+from moce_ds.checkpoint.parameters import expert_key, native_expert, with_plain_gate
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import settings as configuration
@@ -29,7 +30,7 @@ from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.warm_start import read_torch_file
-from moce_ds.moe.layer import NATIVE_EXPERTS, NUMBER
+from moce_ds.moe.layer import NUMBER
 from moce_ds.moe.placement import default_placement
 from moce_ds.storage.checksums import records_of, write_checked
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
@@ -40,7 +41,6 @@ from moce_ds.training.settings import PretrainSettings
 
 _SHARED_FILE = "mp_rank_00_model_states.pt"
 _EXPERT_FILE = re.compile(r"^layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
-_EXPERT = re.compile(rf"^blocks\.(\d+)\.mlp\.{re.escape(NATIVE_EXPERTS)}(\d+)\.(.+)$")
 _ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -104,7 +104,7 @@ def read_native(folder: Path, experts: ExpertShape | None) -> Native:
     if not isinstance(step, int) or not isinstance(images, int) or not 0 <= step < 10**8:
         raise ArtefactError(f"{folder / _SHARED_FILE}: global_steps is {step!r}, global_samples {images!r}; no counts.")
     state = _tensors(shared.get("module"), folder / _SHARED_FILE)
-    state = {name.replace(".deepspeed_moe.gate.wg.", ".gate."): tensor for name, tensor in state.items()}
+    state = {with_plain_gate(name): tensor for name, tensor in state.items()}
     for block, path in _expert_files(folder, experts):
         state |= _expert(path, block)
     return Native(folder, state, step, images, str(shared.get("ds_version")))
@@ -157,14 +157,15 @@ def _expert_files(folder: Path, experts: ExpertShape | None) -> list[tuple[int, 
 def _expert(path: Path, block: int) -> dict[str, Tensor]:
     """One expert's tensors by global names; its number is the file's own where it has one, as `ClusterMoE` writes."""
     state = _tensors(_read(path), path)
-    parts = {match[3]: match for match in map(_EXPERT.match, state) if match}
-    places = {(int(match[1]), match[2]) for match in parts.values()}
+    found = {name: expert for name in state if (expert := native_expert(name))}
+    parts = {expert.rest: name for name, expert in found.items()}
+    places = {(expert.block, expert.number) for expert in found.values()}
     if len(parts) != len(state) or {place for place, _ in places} != {block} or len(places) != 1:
         raise ArtefactError(f"{path}: expected one expert of block {block}, found {_listed(sorted(state))}.")
-    tensors = {rest: state[match[0]] for rest, match in parts.items()}
+    tensors = {rest: state[name] for rest, name in parts.items()}
     ((_, counted),) = places
-    number = tensors.pop(NUMBER).tolist() if NUMBER in tensors else counted
-    return {f"blocks.{block}.mlp.experts.{number}.{rest}": tensor for rest, tensor in tensors.items()}
+    number: Any = tensors.pop(NUMBER).tolist() if NUMBER in tensors else counted
+    return {expert_key(block, number, rest): tensor for rest, tensor in tensors.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def _clustered_data(config: PretrainSettings) -> ClusteredData | None:
     folder = config.routing_clusters
     if folder is None:
         return None
-    clusters = Clusters.load(folder)
+    clusters = Clusters.open(folder)
     return ClusteredData(clusters, load_ids(folder, clusters.shards_fingerprint, int(clusters.sizes_M.sum())))
 
 
@@ -233,11 +234,11 @@ def _write_run(
         assert isinstance(model, Moce) and config.experts.clusters is not None
         router = Router(model, data.ids_N, slot_LE, config.experts, config.run.seed, _ALONE)
         routing = router.record(native.step)
-        write_checked(draft / "routing.json", routing)
-        copy_tree(config.experts.clusters, draft / "clusters")
-    (draft / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf-8")
+        write_checked(draft / ROUTING, routing)
+        copy_tree(config.experts.clusters, draft / CLUSTERS)
+    (draft / CONFIG).write_text(configuration.to_yaml(config), encoding="utf-8")
     (draft / ATTEMPTS).mkdir()
-    write_checked(draft / ATTEMPTS / "0001.json", {"files": records_of(draft, ["config.yaml"])})
+    write_checked(draft / ATTEMPTS / "0001.json", {"files": records_of(draft, [CONFIG])})
     weights = {name: parameter.detach() for name, parameter in global_parameters(model)}
     manifest = {
         "step": native.step,

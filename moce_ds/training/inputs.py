@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.checkpoint.parameters import is_decoder
+from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.shards import ShardSet
@@ -19,12 +21,9 @@ from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.models.warm_start import is_decoder, read_weights
+from moce_ds.models.warm_start import read_weights
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.settings import PretrainRunSettings
-
-TEACHER = "teacher"
-"""Encoder folder in a run folder: the same teacher when the run goes on, wherever `run.init_from` is by then."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,20 @@ class ClusteredData:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run, and their clusters where these route them."""
+    """The images of a run, and their clusters where these route them.
+
+    Attributes:
+        named: for each its setting and folder, the record of it in a manifest, and its hash.
+    """
 
     shards: ShardSet
     clustered: ClusteredData | None
+    named: list[tuple[str, str, str]]
 
     @property
     def clusters(self) -> Clusters | None:
         """The clusters themselves."""
         return self.clustered.clusters if self.clustered else None
-
-    def named(self, shards: Path, clusters: Path | None) -> list[tuple[str, str, str]]:
-        """For each input its setting and folder, the record of it in a manifest, and its hash."""
-        found = [(f"data.shards: {shards}", "shards_fingerprint", self.shards.fingerprint)]
-        if self.clusters is not None:
-            found.append((f"experts.clusters: {clusters}", "clusters_hash", self.clusters.hash))
-        return found
 
     @property
     def made_from(self) -> dict[str, str | None]:
@@ -71,12 +68,14 @@ def open_inputs(shards: Path, clusters: Path | None, experts: ExpertShape | None
         ConfigError: `experts` have more paths than there are clusters.
     """
     images = ShardSet.open(shards)
+    named = [(f"data.shards: {shards}", "shards_fingerprint", images.fingerprint)]
     if clusters is None or experts is None:
-        return Inputs(images, None)
-    opened = Clusters.load(clusters)
+        return Inputs(images, None, named)
+    opened = Clusters.open(clusters)
     check_encoder(clusters, opened.encoder_fingerprint, opened.files)  # labels a task's images when the run is over
     check_paths(experts, len(opened.sizes_M))
-    return Inputs(images, ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count)))
+    named.append((f"experts.clusters: {clusters}", "clusters_hash", opened.hash))
+    return Inputs(images, ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count)), named)
 
 
 def check_paths(experts: ExpertShape, clusters: int) -> None:
@@ -89,15 +88,15 @@ def check_paths(experts: ExpertShape, clusters: int) -> None:
         )
 
 
-def keep_clusters(source: Path, run: Path, runtime: Runtime) -> None:
-    """Put the clusters into the run folder, so that the run alone can label a task's images; a collective.
+def keep_clusters(source: Path | None, run: Path, runtime: Runtime) -> None:
+    """Put the clusters, if any, into the run folder, so that the run alone can label a task's images; a collective.
 
     Raises:
         ArtefactError: the folder cannot be written to.
     """
-    target = run / "clusters"
+    target = run / CLUSTERS
     with runtime.raise_on_all_ranks(), writes_to(target):
-        if runtime.is_main and not target.exists():
+        if runtime.is_main and source is not None and not target.exists():
             with atomic_folder(target) as draft:
                 copy_tree(source, draft)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
+from moce_ds.checkpoint.parameters import has_experts, is_cluster_gate, is_decoder, is_expert, is_gate, lacks_decoder
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
@@ -21,7 +22,7 @@ from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
-from moce_ds.models.warm_start import has_experts, is_decoder, is_expert, lacks_decoder, read_weights
+from moce_ds.models.warm_start import read_weights
 from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
@@ -131,7 +132,7 @@ def choose_placement(
             return saved
         expert_ML = np.array(resume_from.entry("routing", "expert_ML"), dtype=np.int64)
     else:
-        gates = {name: parameter for name, parameter in global_parameters(model) if name.startswith("gate.")}
+        gates = {name: parameter for name, parameter in global_parameters(model) if is_cluster_gate(name)}
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
         load_weights_strict(gates, given, str(source))
         with torch.no_grad():
@@ -178,7 +179,7 @@ def first_weights(
             )
     elif not has_experts(weights):
         weights = spec.variant.from_dense(weights, spec.experts, perturbation, run.seed)
-        weights |= {name: p.detach().clone() for name, p in global_parameters(model) if "gate." in name}
+        weights |= {name: p.detach().clone() for name, p in global_parameters(model) if is_gate(name)}
     return weights, message
 
 

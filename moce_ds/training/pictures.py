@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import RECONSTRUCTIONS, picture_path
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
-from moce_ds.distributed.agreement import next_batch_checked
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, mask_noise, patchify, unpatchify
 from moce_ds.storage.checksums import FileRecord
@@ -58,19 +58,19 @@ class RunPictures:
         Raises:
             DataError, ArtefactError, SupersededError: on every process alike.
         """
-        images_BCHW, reconstruction = self._reconstructed(router, step)
+        images_BCHW, reconstruction = self._reconstructed(router)
         with self.runtime.raise_on_all_ranks():
             if self.runtime.is_main:
                 picture = reconstruction_picture(images_BCHW, reconstruction, self.model.shape.patch_size, self.input)
-                path = self.lease.run / "reconstructions" / f"step-{step:08d}.png"
+                path = picture_path(self.lease.run, step)
                 with self.lease.file(path, step) as draft:
                     Image.fromarray(picture).save(draft, format="PNG")
-                self.lease.note(f"{path.parent.name}/{path.name}", FileRecord.of(path), step)
+                self.lease.note(f"{RECONSTRUCTIONS}/{path.name}", FileRecord.of(path), step)
                 logger.picture("reconstructions", picture, step)
                 if router is not None:
                     logger.picture("routing", routing_picture(router.prepare(None).probs_LME), step)
 
-    def _reconstructed(self, router: Router | None, step: int) -> tuple[Tensor, Reconstruction]:
+    def _reconstructed(self, router: Router | None) -> tuple[Tensor, Reconstruction]:
         """The images, evenly from the whole set, and their reconstruction; a collective."""
         shown, runtime = min(_IMAGES, self.shards.count), self.runtime
         ids_B = np.linspace(0, self.shards.count - 1, shown).astype(np.int64)
@@ -86,7 +86,8 @@ class RunPictures:
             threads=1,
             device=runtime.device,
         )
-        batch = next_batch_checked(runtime, iter(loader), 0, step)
+        with runtime.raise_on_all_ranks():
+            batch = next(iter(loader))
         noise_BN = mask_noise(self.seed, ids_B, reading.epochs, self.model.shape.num_patches).to(runtime.device)
         inputs: list[Any] = [batch.images_BCHW, noise_BN]
         if router is not None:

@@ -28,8 +28,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     batches = batch_arithmetic(config, runtime.world_size)
     inputs = open_inputs(config.data.shards, config.routing_clusters, spec.experts)
     with runtime.raise_on_all_ranks():
-        found = inputs.named(config.data.shards, config.routing_clusters)
-        check_resumable(config, found, f"start another run: run.init_from={run.out}")
+        check_resumable(config, inputs.named, f"start another run: run.init_from={run.out}")
     schedule = make_schedule(config.optim, inputs.shards.count, experts.imbalance_start)
     if done := _complete(run.out, schedule.steps, runtime):
         runtime.say(f"{run.out} is complete: {done} steps.")
@@ -41,8 +40,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         )
         encoder = read_teacher(spec, run) if config.wants_teacher else None
         keep_settings(config, lease, runtime)  # nothing is left that can be refused
-        if config.routing_clusters is not None:
-            keep_clusters(config.routing_clusters, run.out, runtime)
+        keep_clusters(config.routing_clusters, run.out, runtime)
         teacher = keep_teacher(encoder, run.out, runtime) if encoder else None
         groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
         engine = start_engine(model, groups, config.optim, config.engine, batches)

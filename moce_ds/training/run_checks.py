@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from moce_ds.checkpoint import format as checkpoint_files
-from moce_ds.checkpoint.lease import ATTEMPTS, LAUNCHES, RunLease
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CONFIG, LAUNCHES
 from moce_ds.config import settings as configuration
 from moce_ds.config.families import translate_tree
 from moce_ds.config.values import recorded_path
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.storage.checksums import FileRecord
+from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import is_utf8
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 
@@ -41,14 +43,14 @@ def check_run(config: AnySettings) -> None:
         ConfigError: it is no folder; or holds something else, or a run with other settings that define the experiment,
             which are listed.
     """
-    out, path = config.run.out, config.run.out / "config.yaml"
+    out, path = config.run.out, config.run.out / CONFIG
     if out.exists() and not out.is_dir():
         raise ConfigError(f"run.out: {out} is a file; expected a folder, or nothing, there: choose another one.")
     if not is_utf8(out):
         raise ConfigError(f"run.out: {out} holds bytes that are no UTF-8, which TensorBoard refuses: choose another.")
     if path.exists():
         old = configuration.to_tree(settings_of_run(path, type(config)))
-        changed = configuration.differences(old, configuration.to_tree(config))
+        changed = MadeFrom(configuration.to_tree(config)).compare(old).differences or {}
         forbidden = forbidden_changes(set(changed), type(config))
         if forbidden:
             listed = "\n".join(f"  {key}: {changed[key][0]} -> {changed[key][1]}" for key in sorted(forbidden))
@@ -138,6 +140,6 @@ def keep_settings(config: AnySettings, lease: RunLease, runtime: Runtime) -> Non
         if runtime.is_main:
             text = configuration.to_yaml(config).encode()
             record = FileRecord(len(text), hashlib.sha256(text).hexdigest())
-            lease.note("config.yaml", record, step=0)  # first: a kill leaves settings that some attempt has noted
-            with lease.file(config.run.out / "config.yaml", step=0) as draft:
+            lease.note(CONFIG, record, step=0)  # first: a kill leaves settings that some attempt has noted
+            with lease.file(config.run.out / CONFIG, step=0) as draft:
                 draft.write_bytes(text)

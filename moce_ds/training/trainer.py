@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,14 +12,16 @@ from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.distributed.agreement import next_batch_checked
 from moce_ds.distributed.runtime import Runtime, StopRequest
+from moce_ds.errors import MoceError
 from moce_ds.training.engine import Engine, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.schedule import Schedule
 from moce_ds.training.settings import BatchArithmetic
 from moce_ds.training.skipping import SkippedSteps
 from moce_ds.training.task import Task
+
+Batch = TypeVar("Batch")
 
 
 class Progress(NamedTuple):
@@ -197,3 +199,24 @@ class Trainer:
         record = measures(self.lease, self.step, epoch, means.pop("loss"), lr, norm, self._meter, self.runtime)
         record |= means | self.task.record(self.step, sums) | {"skipped": self.skips.total}
         return record | ({"validation": validation} if validation else {})
+
+
+def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> Batch:
+    """The next batch, once all ranks have the same plan. If any rank fails, every rank raises.
+
+    Raises:
+        DataError: a rank cannot read its batch.
+        MoceError: the ranks have different plans; names the step and the ranks.
+    """
+    with runtime.raise_on_all_ranks():
+        batch = next(stream)
+    largest, negative_smallest = runtime.max([float(digest), float(-digest)])
+    if largest != -negative_smallest:
+        digests = runtime.texts(f"{digest:012x}")
+        usual = max(digests, key=digests.count)  # rank 0's if there is no majority; the same on all ranks
+        others = [rank for rank, text in enumerate(digests) if text != usual]
+        raise MoceError(
+            f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} differ "
+            f"from the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
+        )
+    return batch

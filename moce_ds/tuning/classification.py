@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from moce_ds.checkpoint.run_layout import TUNED
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.runtime import Runtime
@@ -39,8 +40,8 @@ repair_torchvision()
 from timm.layers import resample_abs_pos_embed  # noqa: E402  (needs the repair)
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
-TUNED, HEAD = "tuned", "head.safetensors"
-"""Folder of a complete run with the tuned encoder, and the head's file in it."""
+HEAD = "head.safetensors"
+"""The head's file beside the tuned encoder."""
 
 _HEAD_STD = 2e-5  # of MAE's fine-tuning: the first predictions are all alike
 _TEST_BATCH = 64  # images

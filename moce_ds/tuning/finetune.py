@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moce_ds.checkpoint.tuning_result import read_result
 from moce_ds.config.settings import to_tree
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import opened_images
@@ -15,7 +16,6 @@ from moce_ds.evaluation.results import known_by
 from moce_ds.models.encode import open_encoder
 from moce_ds.tuning.classification import Classification
 from moce_ds.tuning.labelled import Splits, make_splits
-from moce_ds.tuning.result import read_result
 from moce_ds.tuning.settings import FinetuneDataSettings, FinetuneSettings
 from moce_ds.tuning.tune import tune
 

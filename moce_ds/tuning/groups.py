@@ -4,19 +4,16 @@ timm's own groups put the final norm with the last block, and leave the last blo
 head, as in a detector; here the rates are those of BEiT, MAE and ViTDet in both cases.
 """
 
-import re
 from typing import Any
 
 from torch import nn
 
+from moce_ds.checkpoint.parameters import encoder_block, is_embedding
 from moce_ds.compat import repair_torchvision
 from moce_ds.tuning.settings import TuneOptimSettings
 
 repair_torchvision()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402  (needs the repair)
-
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
-_EMBEDDING = re.compile(r"^(cls_token|pos_embed|patch_embed\.)")
 
 
 def parameter_groups(model: nn.Module, vit: VisionTransformer, optim: TuneOptimSettings) -> list[dict[str, Any]]:
@@ -41,6 +38,7 @@ def parameter_groups(model: nn.Module, vit: VisionTransformer, optim: TuneOptimS
 
 def _distance(name: str, depth: int) -> int:
     """Layers between a parameter of the ViT and the head; 0 for what lies behind the blocks or outside."""
-    if match := _BLOCK.match(name):
-        return depth - int(match[1])
-    return depth + 1 if _EMBEDDING.match(name) else 0
+    block = encoder_block(name)
+    if block is not None:
+        return depth - block
+    return depth + 1 if is_embedding(name) else 0

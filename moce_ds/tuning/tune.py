@@ -11,6 +11,8 @@ from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import STATE, Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.run_layout import RESULT
+from moce_ds.checkpoint.tuning_result import read_result, result_text
 from moce_ds.config.settings import to_tree
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.randomness import FORWARD, hashed
@@ -25,7 +27,6 @@ from moce_ds.training.skipping import SkippedSteps
 from moce_ds.training.task import Task
 from moce_ds.training.trainer import Trainer
 from moce_ds.tuning.feed import feed
-from moce_ds.tuning.result import RESULT, read_result, result_text
 from moce_ds.tuning.settings import TuneOptimSettings, TuneSettings
 from moce_ds.tuning.state import TuneState
 from moce_ds.tuning.task import LabelledTask, Measures

@@ -68,7 +68,7 @@ def _summary(out: Path) -> int:
     from moce_ds.evaluation.results import accuracy_table
     from moce_ds.evaluation.results_file import read_results
 
-    shards, clusters = ShardSet.open(out / "shards"), Clusters.load(out / "clusters")
+    shards, clusters = ShardSet.open(out / "shards"), Clusters.open(out / "clusters")
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from rich.table import Table
 
+from moce_ds.artefacts.pipeline_folder import PIPELINE, STAGES, StagesRecord
 from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.host.place import Place
-from moce_ds.report.pipeline_folder import PIPELINE, STAGES, StagesRecord
 from moce_ds.storage.checksums import write_checked
 from moce_ds.storage.files import writes_to
 from moce_ds.workflow.engine import Failure, Progress, StepError, run_steps, states_table

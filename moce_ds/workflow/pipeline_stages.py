@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from moce_ds.artefacts.pipeline_folder import PIPELINE
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
 from moce_ds.config.values import arguments
@@ -14,7 +15,6 @@ from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
-from moce_ds.report.pipeline_folder import PIPELINE
 from moce_ds.storage.made_from import MadeFrom
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 from moce_ds.workflow.step import Launch, Step, StepFile, Workflow, digest, run_commands

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from moce_ds.artefacts.study_folder import STUDY, StudyRecord
 from moce_ds.config import settings as configuration
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
-from moce_ds.report.study_folder import STUDY, StudyRecord
 from moce_ds.storage.checksums import write_checked
 from moce_ds.storage.files import writes_to
 from moce_ds.workflow.engine import Failure, Progress, duration, run_steps, states_table

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moce_ds.artefacts.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.cli.verbs import run_verb
 from moce_ds.config.settings import from_tree, to_tree
 from moce_ds.console import run_main
@@ -20,11 +21,10 @@ from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.planning.work import all_rows_bytes, count_parameters
-from moce_ds.report.run_folder import read_metrics
-from moce_ds.report.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.storage.checksums import read_checked, write_checked
 from moce_ds.storage.files import writes_to
 from moce_ds.storage.made_from import MadeFrom
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.step import Launch, Step, StepRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of

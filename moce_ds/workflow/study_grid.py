@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
+from moce_ds.artefacts.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.report.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
 from moce_ds.storage.checksums import read_checked
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 

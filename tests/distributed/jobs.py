@@ -18,7 +18,7 @@ from moce_ds.config.words import read_settings
 from moce_ds.data.loader import Batch
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
-from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.pretrain_task import PretrainTask

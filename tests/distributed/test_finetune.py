@@ -27,9 +27,9 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import STOPPED, ArtefactError
 from moce_ds.models.vit import load_encoder
 from moce_ds.report.inspection import describe, findings
-from moce_ds.report.run_folder import read_metrics
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.files import read_json
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.tuning.augmentation import centre_transform
 
 STEPS = 12

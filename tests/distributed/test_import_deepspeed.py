@@ -124,7 +124,7 @@ def test_the_run_folder_is_like_one_of_pretraining(made: Made, data: TinyData, n
     del written["content_sha256"]
     assert routing == made.expected(name)["routing"] == written
     checkpoint, clusters = run_clusters(run)
-    assert clusters.hash == Clusters.load(data.clusters).hash and len(routing["expert_ML"]) == CLUSTERS
+    assert clusters.hash == Clusters.open(data.clusters).hash and len(routing["expert_ML"]) == CLUSTERS
     if "everything" not in name:
         said = export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), tmp_path / "out", {})
         assert said["route"] == routing["expert_ML"][0] and said["max_difference"] < 1e-5
@@ -337,7 +337,7 @@ def test_settings_of_another_model_are_refused(made: Made, native: Path, words: 
 def test_other_clusters_are_refused(made: Made, data: TinyData, native: Path) -> None:
     other = native.parent / "clusters"
     copy_tree(data.clusters, other)
-    clusters = Clusters.load(other)
+    clusters = Clusters.open(other)
     dataclasses.replace(clusters, embeddings_MD=clusters.embeddings_MD[::-1]).save(other)
     words = [f"experts.clusters={other}"]
     config = load(PretrainSettings, made.root / "moce-two-ep2/config.yaml", words)

@@ -13,8 +13,8 @@ from tiny_run import STEPS, TinyData, write_images
 
 from moce_ds.checkpoint.format import steps_of
 from moce_ds.errors import STOPPED
-from moce_ds.report.run_folder import read_metrics
 from moce_ds.storage.locks import is_held
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.workflow.step import Step, StepRecord
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")

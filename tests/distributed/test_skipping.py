@@ -13,8 +13,9 @@ from jobs import Job, NotFinite, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.report.inspection import describe
-from moce_ds.report.run_folder import read_metrics, read_run
+from moce_ds.storage.metrics_file import read_metrics
 
 BAD = 3  # the step (from 1) without an update in the runs that are compared
 RUNS = {
@@ -80,7 +81,7 @@ def test_the_record_stays_readable(made: tuple[Path, list[dict[str, Told]]]) -> 
     path = made[0] / "mae-streaks"
     for line in (path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=no_json)
-    steps, found = read_run(path).series("loss")
+    steps, found = RunFolder.open(path).series("loss")
     assert len(found) == STEPS - 3 and not {4, 5, STEPS} & set(steps)
     describe(path)  # whose last record has no loss
 

@@ -17,7 +17,7 @@ from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
 from moce_ds.config.words import read_settings
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
-from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic

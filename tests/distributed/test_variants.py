@@ -14,7 +14,7 @@ from tiny_run import EXPERT_LAYERS, STEPS, TinyData, assert_same, final_state, l
 
 from moce_ds.checkpoint.format import find
 from moce_ds.models.encode import open_encoder
-from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 
 VARIANTS = {
     "plain": [],

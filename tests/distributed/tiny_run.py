@@ -17,7 +17,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import Encoder, ViTShape, timm_vit
-from moce_ds.report.run_folder import read_metrics
+from moce_ds.storage.metrics_file import read_metrics
 
 IMAGES = 90  # no multiple of the batch, so that a batch straddles two epochs
 STEPS = 12

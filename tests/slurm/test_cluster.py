@@ -37,7 +37,7 @@ def left_of(folder: Path) -> list[str]:
     return found + [str(cable) for cable in Path("/sys/class/net").glob(f"slurm{number[1]}")]
 
 
-def test_every_node_has_a_name(cluster):
+def test_every_node_has_a_name(cluster: Cluster) -> None:
     assert sorted(cluster.run("srun", "--nodes=4", "--account=lab", "hostname").split()) == cluster.nodes
 
 
@@ -50,14 +50,16 @@ def test_every_node_has_a_name(cluster):
         ("--gpus-per-node=3", "Requested node configuration"),
     ],
 )
-def test_what_the_cluster_has_not_is_refused(cluster, option, told):
+def test_what_the_cluster_has_not_is_refused(cluster: Cluster, option: str, told: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as error:
         cluster.run("sbatch", option, "--wrap=true")
     assert told in error.value.stderr
 
 
 @pytest.mark.parametrize(("partition", "name"), [("low", "USR1"), ("abrupt", "TERM")])
-def test_a_job_is_warned_before_another_takes_its_nodes(cluster, tmp_path, partition, name):
+def test_a_job_is_warned_before_another_takes_its_nodes(
+    cluster: Cluster, tmp_path: Path, partition: str, name: str
+) -> None:
     output = tmp_path / "output"
     script = "trap 'echo USR1' USR1; trap 'echo TERM; exit 1' TERM; echo started; while sleep 0.1; do :; done"
     options = (f"--partition={partition}", "--signal=B:USR1@60", f"--output={output}")
@@ -69,7 +71,7 @@ def test_a_job_is_warned_before_another_takes_its_nodes(cluster, tmp_path, parti
         assert shown(cluster, job) == "RUNNING" and "TERM" not in output.read_text()
 
 
-def test_a_job_of_a_killed_node_runs_on_another(cluster):
+def test_a_job_of_a_killed_node_runs_on_another(cluster: Cluster) -> None:
     job = submit(cluster, "sleep 600", "--output=/dev/null")
     cluster.wait_until(lambda: shown(cluster, job) == "RUNNING", 60, "the job runs")
     lost = shown(cluster, job, "%N")
@@ -83,7 +85,7 @@ def test_a_job_of_a_killed_node_runs_on_another(cluster):
     assert account.split()[:2] == ["NODE_FAIL", lost]
 
 
-def test_a_cut_node_comes_back(cluster):
+def test_a_cut_node_comes_back(cluster: Cluster) -> None:
     cluster.cut("node2")
     cluster.wait_until(lambda: cluster.state("node2") == "idle*", 60, "node2 is missed")
     cluster.join("node2")
@@ -91,8 +93,8 @@ def test_a_cut_node_comes_back(cluster):
     assert cluster.run("srun", "--nodelist=node2", "hostname").strip() == "node2"
 
 
-def test_a_node_that_was_off_is_reached_by_the_others(cluster, tmp_path):
-    def names(output):
+def test_a_node_that_was_off_is_reached_by_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    def names(output: Path) -> list[str]:
         cluster.run("sbatch", "--wait", "--nodes=4", f"--output={output}", "--wrap=srun hostname")
         return sorted(output.read_text().split())
 
@@ -102,7 +104,7 @@ def test_a_node_that_was_off_is_reached_by_the_others(cluster, tmp_path):
     assert names(tmp_path / "after") == cluster.nodes
 
 
-def test_another_cluster_leaves_nothing(cluster, tmp_path):
+def test_another_cluster_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
     with Cluster.start(tmp_path, nodes=2) as other:
         assert other.run("srun", "--nodes=2", "hostname").split() != []
         assert len(left_of(tmp_path)) > 10
@@ -111,14 +113,14 @@ def test_another_cluster_leaves_nothing(cluster, tmp_path):
     assert [cluster.state(node) for node in cluster.nodes] == ["idle"] * 4
 
 
-def test_a_cluster_that_does_not_start_leaves_nothing(tmp_path):
+def test_a_cluster_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "gpu0").touch()  # where a device belongs
     with pytest.raises(FileExistsError), Cluster.start(tmp_path, nodes=1):
         pass
     assert left_of(tmp_path) == []
 
 
-def test_a_cluster_whose_owner_is_killed_leaves_nothing(tmp_path_factory):
+def test_a_cluster_whose_owner_is_killed_leaves_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("off")  # a short name: there is a limit to those of sockets
     program = Path(__file__).with_name("cluster.py")
     kill_owner = "sbatch --output=/dev/null --wrap='sleep 600' && srun hostname && kill -9 $PPID"

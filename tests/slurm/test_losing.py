@@ -14,7 +14,7 @@ from cluster import Cluster
 from submitted import SECONDS, Submitted, Tally, experts, missing_steps, moce, repeated_steps, resumed_after, submit
 from tiny_run import TinyData, assert_same_state, losses, tiny_settings
 
-from moce_ds.report.study_folder import read_study_folder
+from moce_ds.artefacts.study_folder import StudyFolder
 
 PAIR = ("nodes=2", "minutes=30")
 EVERY = 10  # steps from checkpoint to checkpoint
@@ -135,7 +135,7 @@ def test_a_cell_of_an_array_begins_again_alone(cluster: Cluster, data: TinyData,
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS, "the queue is empty")
     shown = cluster.run("scontrol", "--oneliner", "show", "job", number)
     assert sorted(re.findall(r"Restarts=(\d+)", shown)) == ["0", "1"], shown
-    assert [cell.state for cell in read_study_folder(tmp_path / "study").cells] == ["done"] * 2
+    assert [cell.state for cell in StudyFolder.open(tmp_path / "study").cells] == ["done"] * 2
 
 
 def _trainer(job: Submitted, rank: int) -> int:

@@ -9,7 +9,7 @@ from cluster import Cluster
 from submitted import SECONDS, experts, moce, submit
 from tiny_run import STEPS, TinyData, losses, tiny_settings
 
-from moce_ds.report.study_folder import read_study_folder
+from moce_ds.artefacts.study_folder import StudyFolder
 
 LONG = "optim.epochs=5000"
 
@@ -52,7 +52,7 @@ def test_a_study_becomes_an_array(cluster: Cluster, data: TinyData, tmp_path: Pa
     status, output = moce("launch", "slurm", "minutes=5", "study", study)
     assert status == 0 and output.count("is queued: 2 jobs of") == 2, output
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS, "the queue is empty")
-    done = read_study_folder(tmp_path / "study")
+    done = StudyFolder.open(tmp_path / "study")
     assert [cell.state for cell in done.cells] == ["done"] * 4 and not done.waiting
     status, output = moce("launch", "slurm", "minutes=5", "study", study)
     assert status == 0 and "4 of 4 cells done" in output and "queued" not in output

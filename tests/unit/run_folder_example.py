@@ -121,7 +121,7 @@ def write_clusters(folder: Path, shards: ShardSet) -> Clusters:
     )
     folder.mkdir(parents=True)
     save_ids(folder, kmeans.labels_)
-    clusters.save(folder)
+    clusters.write(folder)
     return clusters
 
 

@@ -19,9 +19,9 @@ from moce_ds.checkpoint.lease import METRICS, RunLease, SupersededError
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.errors import LOST_PEER, ArtefactError
-from moce_ds.report.run_folder import read_metrics
 from moce_ds.storage.checksums import with_checksum
 from moce_ds.storage.files import writes_to
+from moce_ds.storage.metrics_file import read_metrics
 
 WEIGHT = {"cls_token": torch.ones(3)}
 ROUTING = {"expert_ML": [[0]], "cluster_share_M": [1.0]}

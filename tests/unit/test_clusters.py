@@ -38,27 +38,27 @@ def write_features(path: Path, features_ND: np.ndarray, encoder: float = 1.0) ->
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_features(tmp_path_factory.mktemp("digits") / "features", load_digits().data)
 
 
 @pytest.fixture(scope="module")
-def built(features, tmp_path_factory) -> Path:
+def built(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built") / "clusters"
     build_clusters(features, folder, CONFIG, load_digits().target, CLASSES)
     return folder
 
 
 @pytest.fixture
-def folder(built, tmp_path) -> Path:
+def folder(built: Path, tmp_path: Path) -> Path:
     """A copy of the clusters to damage."""
     for name in ("clusters.json", "clusters.safetensors", "ids.npy"):
         (tmp_path / name).write_bytes((built / name).read_bytes())
     return tmp_path
 
 
-def test_building_labels_every_image_by_the_rule(features, built):
-    clusters = Clusters.load(built)
+def test_building_labels_every_image_by_the_rule(features: Path, built: Path) -> None:
+    clusters = Clusters.open(built)
     features_ND = FeatureSet.open(features).all()
     ids_N = load_ids(built, "shards-a", 1797)
     centred_ND = features_ND.astype(np.float64) - load_digits().data.mean(axis=0)
@@ -77,7 +77,7 @@ def test_building_labels_every_image_by_the_rule(features, built):
     assert solver["converged"] and solver["fit_images"] == 960 and solver["merged_clusters"] == 0
 
 
-def test_balance_costs_less_in_sizes_than_k_means(features, built, tmp_path):
+def test_balance_costs_less_in_sizes_than_k_means(features: Path, built: Path, tmp_path: Path) -> None:
     plain, report = build_clusters(features, tmp_path / "plain", replace(CONFIG, method="kmeans"))
     assert plain.method == "kmeans" and not plain.duals_M.any() and plain.provenance["solver"] is None
     _, balanced = build_clusters(features, built, CONFIG)
@@ -88,10 +88,10 @@ def test_balance_costs_less_in_sizes_than_k_means(features, built, tmp_path):
     np.testing.assert_array_equal(plain.assign(features_ND), nearest_N)
 
 
-def test_save_and_load_are_bit_exact(built, tmp_path):
-    clusters = Clusters.load(built)
-    clusters.save(tmp_path / "copy")
-    again = Clusters.load(tmp_path / "copy")
+def test_save_and_load_are_bit_exact(built: Path, tmp_path: Path) -> None:
+    clusters = Clusters.open(built)
+    clusters.write(tmp_path / "copy")
+    again = Clusters.open(tmp_path / "copy")
     for name in ("embeddings_MD", "duals_M", "mean_D", "sizes_M", "cosine_M", "low_cosine_M"):
         assert getattr(again, name).tobytes() == getattr(clusters, name).tobytes()
         assert getattr(again, name).dtype == getattr(clusters, name).dtype
@@ -99,8 +99,8 @@ def test_save_and_load_are_bit_exact(built, tmp_path):
     assert again.provenance == clusters.provenance and again.hash == clusters.hash
 
 
-def test_the_hash_is_of_what_decides_labels(built):
-    clusters = Clusters.load(built)
+def test_the_hash_is_of_what_decides_labels(built: Path) -> None:
+    clusters = Clusters.open(built)
     for name in ("embeddings_MD", "duals_M", "mean_D"):
         changed = getattr(clusters, name).copy()
         changed.flat[0] = np.nextafter(changed.flat[0], np.float32(9))
@@ -109,7 +109,9 @@ def test_the_hash_is_of_what_decides_labels(built):
     assert replace(clusters, sizes_M=clusters.sizes_M + 1, method="other").hash == clusters.hash
 
 
-def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tmp_path, capsys):
+def test_the_same_again_is_left_alone_and_another_is_refused(
+    features: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in built.iterdir()}
     clusters, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
     assert "same settings and features: nothing to do" in capsys.readouterr().err
@@ -124,20 +126,20 @@ def test_the_same_again_is_left_alone_and_another_is_refused(features, built, tm
         build_clusters(features, other, CONFIG)
 
 
-def test_the_same_seed_gives_the_same_clusters(features, built, tmp_path):
+def test_the_same_seed_gives_the_same_clusters(features: Path, built: Path, tmp_path: Path) -> None:
     again, _ = build_clusters(features, tmp_path / "again", CONFIG)
     other, _ = build_clusters(features, tmp_path / "other", replace(CONFIG, seed=1))
-    assert again.hash == Clusters.load(built).hash != other.hash
+    assert again.hash == Clusters.open(built).hash != other.hash
 
 
-def test_not_converging_is_said_loudly(features, tmp_path, capsys):
+def test_not_converging_is_said_loudly(features: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hasty = replace(CONFIG, max_iterations=2)
     clusters, _ = build_clusters(features, tmp_path / "hasty", hasty)
     assert "did NOT converge: after max_iterations=2" in capsys.readouterr().err
     assert not clusters.provenance["solver"]["converged"]
 
 
-def test_merged_clusters_are_said_loudly(tmp_path, capsys):
+def test_merged_clusters_are_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # One tight group of half the images: with a large eps, Q spreads it over several clusters at the same place.
     generator = np.random.default_rng(0)
     centres_MD = generator.normal(size=(9, 16))
@@ -151,7 +153,9 @@ def test_merged_clusters_are_said_loudly(tmp_path, capsys):
     assert clusters.provenance["solver"]["converged"], "the soft sizes alone do not show it"
 
 
-def test_impossible_settings_and_features_are_refused_before_anything_is_written(features, tmp_path):
+def test_impossible_settings_and_features_are_refused_before_anything_is_written(
+    features: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="num_clusters=1798 is more than the 1797 images"):
         build_clusters(features, tmp_path / "out", replace(CONFIG, num_clusters=1798))
     with pytest.raises(ConfigError, match=r"eps: got -1(.0)?; Input should be greater than 0"):
@@ -171,7 +175,7 @@ def test_impossible_settings_and_features_are_refused_before_anything_is_written
     assert not (tmp_path / "out").exists()
 
 
-def test_an_encoder_with_a_checksum_is_read_but_not_loaded(tmp_path, monkeypatch):
+def test_an_encoder_with_a_checksum_is_read_but_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = write_features(tmp_path / "features", load_digits().data)
     encoder, expected = features / "encoder", FeatureSet.open(features).identity.encoder_fingerprint
     weights, content = encoder / "model.safetensors", (encoder / "model.safetensors").read_bytes()
@@ -184,7 +188,7 @@ def test_an_encoder_with_a_checksum_is_read_but_not_loaded(tmp_path, monkeypatch
     check_encoder(features, expected, files)
 
 
-def test_features_are_not_finished_beside_another_encoder(tmp_path):
+def test_features_are_not_finished_beside_another_encoder(tmp_path: Path) -> None:
     identity = Identity("shards-a", fingerprint({"norm.weight": np.ones(3, np.float32)}), {"size": 8})
     writer = FeatureWriter(tmp_path, 2, 4, identity)
     writer.write_block(0, np.eye(2, 4))
@@ -242,26 +246,26 @@ def truncate(folder: Path) -> None:
         (edit_tensor("embeddings_MD", lambda t: 2 * t), "whose norm is not 1"),
     ],
 )
-def test_damaged_clusters_are_refused_by_name(folder, damage, message):
-    Clusters.load(folder)
+def test_damaged_clusters_are_refused_by_name(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    Clusters.open(folder)
     damage(folder)
     with pytest.raises(ArtefactError, match=message):
-        Clusters.load(folder)
+        Clusters.open(folder)
 
 
-def test_clusters_of_an_earlier_version_are_read(folder):
-    whole = Clusters.load(folder)
+def test_clusters_of_an_earlier_version_are_read(folder: Path) -> None:
+    whole = Clusters.open(folder)
     edit_tensor("low_cosine_M", None)(folder)
     record = json.loads((folder / "clusters.json").read_text())
     del record["files"], record["content_sha256"]
     (folder / "clusters.json").write_text(json.dumps(record))
-    earlier = Clusters.load(folder)
+    earlier = Clusters.open(folder)
     assert earlier.low_cosine_M is None and earlier.hash == whole.hash
-    earlier.save(folder / "again")
-    assert Clusters.load(folder / "again").low_cosine_M is None
+    earlier.write(folder / "again")
+    assert Clusters.open(folder / "again").low_cosine_M is None
 
 
-def test_ids_belong_to_their_shard_set(folder):
+def test_ids_belong_to_their_shard_set(folder: Path) -> None:
     with pytest.raises(
         ArtefactError, match=r"another shard set \(shards-a, 1797 images\) than .* in use \(shards-b, 9 images\)"
     ):
@@ -281,8 +285,8 @@ def test_ids_belong_to_their_shard_set(folder):
         load_ids(folder, "shards-a", 1797)
 
 
-def test_features_that_do_not_fit_the_clusters_are_refused(built):
-    clusters = Clusters.load(built)
+def test_features_that_do_not_fit_the_clusters_are_refused(built: Path) -> None:
+    clusters = Clusters.open(built)
     with pytest.raises(DataError, match=r"shape \(3, 32\), these clusters need \[N, 64\]"):
         clusters.assign(np.zeros((3, 32), dtype=np.float32))
     with pytest.raises(DataError, match=r"Feature 1 .* not finite"):
@@ -295,7 +299,7 @@ def entropy(*counts: int) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def test_the_report_counts_what_it_says():
+def test_the_report_counts_what_it_says() -> None:
     ids_N = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     labels_N = np.array([0, 0, 0, 1, 1, 1, 2, 2, 0, -1])
     report = cluster_report(ids_N, 4, np.full(10, 0.5), labels_N, ["a/x", "a/y", "b", "c/none"])
@@ -313,7 +317,7 @@ def test_the_report_counts_what_it_says():
     assert half.classes.purity == 0.5 and half.classes.nmi == 0
 
 
-def test_the_table_of_real_clusters_fits_100_columns(features, built):
+def test_the_table_of_real_clusters_fits_100_columns(features: Path, built: Path) -> None:
     _, report = build_clusters(features, built, CONFIG, load_digits().target, CLASSES)
     assert report.classes is not None and report.classes.purity > 0.7 and report.classes.nmi > 0.6
     console = Console(width=100, record=True, file=StringIO())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
+from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.checkpoint.weights import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
@@ -34,7 +35,6 @@ from moce_ds.models.encode import open_encoder
 from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.vit import load_encoder
-from moce_ds.models.warm_start import is_decoder
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE

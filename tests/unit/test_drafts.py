@@ -173,7 +173,7 @@ def test_one_entry_that_cannot_be_looked_at_does_not_keep_the_others(
     assert refused[0] in left and list(tmp_path.iterdir()) == refused
 
 
-def test_hosts_of_one_name_are_told_apart_by_their_boot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_of_one_name_are_disambiguated_by_their_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     read, boots = Path.read_text, {"a" * 36, "b" * 36}
     machines = set()
     for boot in boots:

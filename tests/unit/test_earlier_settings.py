@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from moce_command import run_here
+from moce_ds.report.run_findings import run_findings
+from moce_ds.report.run_folder import read_study
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.config import families
 from moce_ds.config.settings import completed, differences, from_tree, load, to_tree
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
-from moce_ds.report.run_findings import run_findings
-from moce_ds.report.run_folder import read_study
 from moce_ds.training.run_checks import check_run, check_same_settings
 from moce_ds.training.settings import PretrainSettings, settings_of_run
 from moce_ds.workflow.study_grid import StudySettings, cells_of

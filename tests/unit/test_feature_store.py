@@ -1,6 +1,7 @@
 """Features on disk: whole, resumable, and refused when they are not what they should be."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def write(path: Path, features_ND: np.ndarray, block_rows: int = 32) -> FeatureW
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(count=st.integers(1, 100), block_rows=st.integers(1, 130), data=st.data())
-def test_what_is_written_in_any_order_is_read_in_image_order(tmp_path_factory, count, block_rows, data):
+def test_what_is_written_in_any_order_is_read_in_image_order(
+    tmp_path_factory: pytest.TempPathFactory, count: int, block_rows: int, data: st.DataObject
+) -> None:
     path = tmp_path_factory.mktemp("features")
     writers = [FeatureWriter(path, count, 64, IDENTITY, block_rows) for _ in range(2)]
     for k in data.draw(st.permutations(writers[0].missing_blocks())):
@@ -48,7 +51,7 @@ def test_what_is_written_in_any_order_is_read_in_image_order(tmp_path_factory, c
     np.testing.assert_array_equal(features.rows(ids), expected_ND[ids])
 
 
-def test_an_interrupted_writer_is_taken_up(tmp_path):
+def test_an_interrupted_writer_is_taken_up(tmp_path: Path) -> None:
     FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).write_block(1, DIGITS_ND[32:64])
     with pytest.raises(ArtefactError, match="unfinished: rerun the same `moce features`"):
         FeatureSet.open(tmp_path)
@@ -66,7 +69,7 @@ def test_an_interrupted_writer_is_taken_up(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [False, True])
-def test_features_of_another_identity_are_refused_with_the_difference(tmp_path, finished):
+def test_features_of_another_identity_are_refused_with_the_difference(tmp_path: Path, finished: bool) -> None:
     writer = write(tmp_path, DIGITS_ND)
     if finished:
         writer.finish()
@@ -78,7 +81,7 @@ def test_features_of_another_identity_are_refused_with_the_difference(tmp_path, 
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 70_000.0])
-def test_a_feature_that_is_not_finite_is_named(tmp_path, value):
+def test_a_feature_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     features_ND = DIGITS_ND.copy()
     features_ND[[77, 91], 5] = value
     writer = write(tmp_path, features_ND)
@@ -87,7 +90,7 @@ def test_a_feature_that_is_not_finite_is_named(tmp_path, value):
     assert not (tmp_path / "features.json").exists()
 
 
-def test_a_block_of_the_wrong_shape_is_refused(tmp_path):
+def test_a_block_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Block 3 .* shape \(32, 64\), expected \(4, 64\)"):
         FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).write_block(3, DIGITS_ND[:32])
 
@@ -110,14 +113,14 @@ def remove(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, replace_by_float32, empty, remove])
-def test_a_damaged_block_is_named(tmp_path, damage):
+def test_a_damaged_block_is_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     write(tmp_path, DIGITS_ND).finish()
     damage(tmp_path)
     with pytest.raises(ArtefactError, match=r"block-000002\.npy .* rerun the same `moce features`"):
         FeatureSet.open(tmp_path)
 
 
-def test_damaged_and_foreign_records_are_refused(tmp_path):
+def test_damaged_and_foreign_records_are_refused(tmp_path: Path) -> None:
     write(tmp_path, DIGITS_ND).finish()
     record = json.loads((tmp_path / "features.json").read_text())
     (tmp_path / "features.json").write_text(json.dumps(record | {"version": 9}))
@@ -134,7 +137,7 @@ def test_damaged_and_foreign_records_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("image", [-1, 100])
-def test_an_image_outside_the_set_is_refused(tmp_path, image):
+def test_an_image_outside_the_set_is_refused(tmp_path: Path, image: int) -> None:
     write(tmp_path, DIGITS_ND).finish()
     with pytest.raises(DataError, match=f"has images 0 to 99, not {image}"):
         FeatureSet.open(tmp_path).rows(np.array([3, image]))
@@ -143,7 +146,7 @@ def test_an_image_outside_the_set_is_refused(tmp_path, image):
 @pytest.mark.parametrize(
     "lost", [["features.json"], ["features.json", "encoder"], ["features.json", "block-000000.npy"]]
 )
-def test_blocks_of_which_nothing_is_recorded_are_not_taken_over(tmp_path, lost):
+def test_blocks_of_which_nothing_is_recorded_are_not_taken_over(tmp_path: Path, lost: list[str]) -> None:
     """Of a folder that somebody has half deleted: they may be another encoder's."""
     write(tmp_path, DIGITS_ND).finish()
     (tmp_path / "encoder").mkdir()
@@ -155,7 +158,7 @@ def test_blocks_of_which_nothing_is_recorded_are_not_taken_over(tmp_path, lost):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_block_that_was_exchanged_is_noticed_when_it_is_read(tmp_path):
+def test_a_block_that_was_exchanged_is_noticed_when_it_is_read(tmp_path: Path) -> None:
     write(tmp_path, DIGITS_ND).finish()
     np.save(tmp_path / "block-000001.npy", DIGITS_ND[:32].astype(np.float16))
     features = FeatureSet.open(tmp_path)

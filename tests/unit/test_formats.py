@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import find, step_folder, write_checkpoint
+from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
@@ -27,7 +28,6 @@ from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.vit import load_encoder
-from moce_ds.models.warm_start import is_decoder
 from moce_ds.training.settings import PretrainSettings
 from tests.moce_command import refused, run_here
 

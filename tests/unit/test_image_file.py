@@ -9,6 +9,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_dali_decodes_what_is_stored_as_pillow_does(odd: tuple[Path, Path]) -> N
     shards = ShardSet.open(odd[1])
 
     @pipeline_def(num_threads=1, device_id=None, batch_size=shards.count, prefetch_queue_depth=1)
-    def pipeline():
+    def pipeline() -> Any:
         stored = fn.external_source(name="stored", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(stored, device="cpu"), fn.peek_image_shape(stored)
 

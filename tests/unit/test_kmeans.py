@@ -23,7 +23,7 @@ def mean_cosine(features_ND: np.ndarray, centroids_MD: np.ndarray) -> float:
     return float((features_ND @ centroids_MD.T).max(axis=1).mean())
 
 
-def test_centroids_have_norm_1_and_come_again_with_the_seed(digits_ND):
+def test_centroids_have_norm_1_and_come_again_with_the_seed(digits_ND: np.ndarray) -> None:
     centroids_MD = kmeans(digits_ND, 10, seed=3, iterations=10)
     assert centroids_MD.shape == (10, 64) and centroids_MD.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(centroids_MD, axis=1), 1, atol=1e-6)
@@ -31,7 +31,7 @@ def test_centroids_have_norm_1_and_come_again_with_the_seed(digits_ND):
     assert not np.array_equal(centroids_MD, kmeans(digits_ND, 10, seed=4, iterations=10))
 
 
-def test_iterations_one_by_one_are_those_of_faiss_in_one_go(digits_ND):
+def test_iterations_one_by_one_are_those_of_faiss_in_one_go(digits_ND: np.ndarray) -> None:
     seen: list[None] = []
     centroids_MD = kmeans(digits_ND, 12, seed=1, iterations=8, watch=lambda: seen.append(None))
     whole = faiss.Kmeans(
@@ -42,7 +42,7 @@ def test_iterations_one_by_one_are_those_of_faiss_in_one_go(digits_ND):
     assert len(seen) == 8
 
 
-def test_all_points_are_used_unless_a_limit_is_given(digits_ND):
+def test_all_points_are_used_unless_a_limit_is_given(digits_ND: np.ndarray) -> None:
     assert mean_cosine(digits_ND, kmeans(digits_ND, 4, 0, 20)) > mean_cosine(
         digits_ND, kmeans(digits_ND, 4, 0, 20, max_points_per_centroid=3)
     )
@@ -50,7 +50,7 @@ def test_all_points_are_used_unless_a_limit_is_given(digits_ND):
     assert not np.array_equal(kmeans(digits_ND, 4, 0, 20), kmeans(digits_ND, 4, 0, 20, max_points_per_centroid=256))
 
 
-def test_bad_input_is_refused(digits_ND):
+def test_bad_input_is_refused(digits_ND: np.ndarray) -> None:
     with pytest.raises(DataError, match="5 images cannot form 6 clusters: set num_clusters to 5 or less"):
         kmeans(digits_ND[:5], 6, seed=0, iterations=1)
     broken_ND = digits_ND.copy()
@@ -61,12 +61,12 @@ def test_bad_input_is_refused(digits_ND):
         kmeans(np.zeros((20, 4), dtype=np.float32), 2, seed=0, iterations=2)
 
 
-def test_a_missing_faiss_names_the_extras(digits_ND, monkeypatch):
+def test_a_missing_faiss_names_the_extras(digits_ND: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"moce-ds\[cpu\].*moce-ds\[cu13\].*moce-ds\[cu12\]"):
         kmeans(digits_ND, 2, seed=0, iterations=1)
 
 
-def test_importing_the_module_does_not_import_faiss():
+def test_importing_the_module_does_not_import_faiss() -> None:
     code = "import sys, moce_ds.clustering.kmeans; sys.exit('faiss' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -49,7 +49,7 @@ def test_one_class_an_image(images: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(tmp_path / "set")
     assert [shards.source(i) for i in range(shards.count)] == ["0.jpg", "1.jpg", "3.jpg"]
     assert (shards.classes, shards.labels.tolist(), shards.targets) == (["a", "b/c"], [-1, 0, 1], None)
-    assert shards.verify() == [] and json.loads((tmp_path / "set/shards.json").read_text())["source"] == "/x"
+    assert shards.verify().faults == [] and json.loads((tmp_path / "set/shards.json").read_text())["source"] == "/x"
     assert not (tmp_path / "set/targets.npy").exists()
 
 
@@ -58,7 +58,7 @@ def test_several_classes_an_image(several: Path) -> None:
     assert shards.classes == ["cat", "dog", "sofa"] and shards.labels.tolist() == [-1, -1, -1]
     assert shards.targets is not None and shards.targets.dtype == np.int8
     assert shards.targets.tolist() == [[1, -1, 0], [-1, 0, 0], [1, 0, 1]]
-    assert shards.verify() == []
+    assert shards.verify().faults == []
 
 
 def test_other_targets_are_another_set(images: Path, several: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_altered_targets_are_found(several: Path, tmp_path: Path) -> None:
         ShardSet.open(several)
     manifest = json.loads((several / "shards.json").read_text())
     (several / "shards.json").write_text(json.dumps(with_checksum(manifest | {"files": None})))  # of an earlier version
-    assert any("samples.npy: altered" in fault for fault in ShardSet.open(several).verify())
+    assert any("samples.npy: altered" in fault for fault in ShardSet.open(several).verify().faults)
     (several / "targets.npy").unlink()
     with pytest.raises(DataError, match=r"targets\.npy is missing"):
         ShardSet.open(several)

@@ -166,7 +166,9 @@ def test_mean_per_class_weighs_classes_equally() -> None:
         (lambda x, y, t, u: (x, y, t[:, 1:], u), "from the same encoder"),
     ],
 )
-def test_bad_input_is_named(digits: Split, measure, spoil, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_is_named(
+    digits: Split, measure: Callable[..., object], spoil: Callable[..., Split], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         measure(*spoil(*digits))
 

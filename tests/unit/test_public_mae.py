@@ -158,7 +158,7 @@ def test_larger_images_are_not_cut(full: State, tmp_path: Path) -> None:
     ("change", "heads", "message"),
     [
         (lambda s: s, None, r"width 16 and 3 blocks.*768 x 12 \(12\), 1024 x 24 \(16\).*--heads"),
-        (lambda s: s, 3, r"width 16, which is no multiple of 3 heads"),
+        (lambda s: s, 3, r"width 16, which is not a multiple of 3 heads"),
         (lambda s: {f"module.{n}": t for n, t in s.items()}, 2, r"no patch_embed.*Found: module\.blocks\.0\."),
         (lambda s: {n: t for n, t in s.items() if n != "pos_embed"}, 2, r"holds no pos_embed; expected"),
         (lambda s: {"mask_token": s["mask_token"]}, 2, r"Found: a decoder alone"),

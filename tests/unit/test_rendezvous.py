@@ -1,14 +1,17 @@
 """The store at which processes meet: where it listens, and whose words in it count."""
 
 import errno
+import itertools
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 from torch.distributed import TCPStore
 
+from moce_ds.distributed import rendezvous
 from moce_ds.distributed.rendezvous import (
     LONGEST_TEXT,
     Rendezvous,
@@ -19,6 +22,7 @@ from moce_ds.distributed.rendezvous import (
 )
 from moce_ds.distributed.sealing import SECRET, Sealer, new_secret
 from moce_ds.distributed.watchdog import Watch, _parsed
+from moce_ds.errors import LostPeerError
 from moce_ds.host.machine import MachineError, machine_fault
 from moce_ds.host.place import Place
 
@@ -121,3 +125,20 @@ def test_runs_with_other_secrets_do_not_meet(monkeypatch: pytest.MonkeyPatch) ->
         names.append(meeting.name.split("/")[0])  # what follows counts the meetings of a process
         assert secret not in meeting.name and not meeting.hosted
     assert names[0] == names[2] != names[1]
+
+
+def test_torchrun_with_another_number_of_nodes_meets_at_its_old_store(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps the store and does not count such a start as a restart."""
+    for name, value in {"USE_AGENT_STORE": "True", "RESTART_COUNT": "0", "RUN_ID": "none"}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setattr(rendezvous, "_sessions", itertools.repeat(0))  # each of them is the first of its process
+    for world_size in (1, 2):
+        starts = [Rendezvous.here(Place(rank, world_size, 0, "127.0.0.1", store.port)) for rank in range(world_size)]
+        with ThreadPoolExecutor(2) as pool:
+            stores = list(pool.map(lambda meeting: meeting.group_store(10), starts))
+        stores[0].set("key", str(world_size))
+        assert stores[-1].get("key") == str(world_size).encode()
+    with pytest.raises(LostPeerError, match=r"Rank 0 of an earlier start has met at .* changed it back"):
+        starts[0].group_store(10)

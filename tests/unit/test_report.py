@@ -19,13 +19,15 @@ from hypothesis.extra import numpy as nps
 from PIL import Image
 from run_folder_example import make_study
 
+from moce_ds.checkpoint.routing_table import RoutingTable
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.report import gallery, routing
 from moce_ds.report.build import build_report
 from moce_ds.report.plots import Line, curves
-from moce_ds.report.routing import Routing
-from moce_ds.report.run_folder import Run, read_metrics, read_study
+from moce_ds.report.runs import read_runs
+from moce_ds.storage.metrics_file import read_metrics
 
 SECTIONS = (
     "Results",
@@ -181,8 +183,9 @@ def test_report_outlives_its_shard_set(study: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["a$$b/shards", "a$b/shards"])  # an earlier version wrote paths as they are
-def test_a_shard_set_whose_name_has_a_dollar(written: str) -> None:
-    assert Run(Path("run"), {"data": {"shards": written}}).shards == Path("a$b/shards")
+def test_a_shard_set_whose_name_has_a_dollar(written: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{}}\ndata: {{shards: {written}}}\n")
+    assert RunFolder.open(tmp_path).shards == Path("a$b/shards")
 
 
 def test_names_are_escaped(study: Path) -> None:
@@ -241,7 +244,7 @@ def test_damaged_files_are_named(study: Path, file: str, content: str, message: 
 def test_runs_are_dense_first_and_counted_naturally(study: Path) -> None:
     for name, like in (("moce-10", "moce"), ("moce-9", "moce"), ("z-dense", "mae")):
         shutil.copytree(study / like, study / name)
-    assert [run.name for run in read_study(study).runs] == ["mae", "z-dense", "moce", "moce-9", "moce-10"]
+    assert [run.name for run in read_runs(study).runs] == ["mae", "z-dense", "moce", "moce-9", "moce-10"]
 
 
 def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
@@ -254,7 +257,7 @@ def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_are_left_out(study: Path) -> None:
     with open(study / "mae" / "metrics.jsonl", "a", encoding="utf-8") as lines:
         lines.write('{"step": 401, "reconstruction": NaN, "data_wait": 0.5}\n')
-    run = read_study(study).runs[0]
+    run = read_runs(study).runs[0]
     assert run.series("reconstruction")[0][-1] == 400
     assert run.series("data_wait")[0][-1] == 401
     build_report(study / "mae")
@@ -268,15 +271,15 @@ def test_long_runs_are_thinned() -> None:
 
 
 @st.composite
-def routings(draw: st.DrawFn) -> Routing:
+def routings(draw: st.DrawFn) -> RoutingTable:
     layers, m, experts = draw(st.integers(1, 3)), draw(st.integers(1, 12)), draw(st.integers(1, 5))
     raw_LME = draw(nps.arrays(float, (layers, m, experts), elements=st.floats(0.01, 1)))
     probs_LME = raw_LME / raw_LME.sum(axis=2, keepdims=True)
-    return Routing(0, tuple(range(layers)), probs_LME.argmax(axis=2).T, probs_LME, np.full(m, 1 / m))
+    return RoutingTable(0, tuple(range(layers)), probs_LME.argmax(axis=2).T, probs_LME, np.full(m, 1 / m))
 
 
 @given(table=routings())
-def test_order_keeps_equal_routes_together(table: Routing) -> None:
+def test_order_keeps_equal_routes_together(table: RoutingTable) -> None:
     order = table.order()
     assert sorted(order) == list(range(len(table.cluster_share_M)))
     in_order = [table.routes[cluster] for cluster in order]
@@ -285,7 +288,7 @@ def test_order_keeps_equal_routes_together(table: Routing) -> None:
 
 
 @given(table=routings(), limit=st.integers(1, 12), seed=st.integers(0, 9))
-def test_chosen_clusters_cover_the_routes(table: Routing, limit: int, seed: int) -> None:
+def test_chosen_clusters_cover_the_routes(table: RoutingTable, limit: int, seed: int) -> None:
     sizes_M = np.random.default_rng(seed).integers(1, 50, len(table.routes))
     chosen = gallery.choose_clusters(sizes_M, table.routes, limit)
     assert len(chosen) == len(set(chosen)) == min(limit, len(sizes_M))

@@ -123,7 +123,7 @@ def test_marked_models_keep_what_their_name_means() -> None:
     assert ["birds", "expert", "(bbbbbbbb)", "2-3", "100.0%", "50.0%"] in rows
 
 
-def test_two_models_of_a_task_are_told_apart_whatever_measured_them() -> None:
+def test_two_models_of_a_task_are_disambiguated_whatever_measured_them() -> None:
     shown = disambiguated([one("knn", "birds", "expert", "a"), one("probe", "birds", "expert", "b")])
     assert [record["model"] for record in shown] == ["expert (aaaaaaaa)", "expert (bbbbbbbb)"]
 

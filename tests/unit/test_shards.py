@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_round_trip(images: Path, written: Path) -> None:
         assert shards.labels[image_id] == (shards.classes.index(folder) if folder else -1)
         row = shards.samples[image_id]
         assert (row["width"], row["height"]) == shards.decode(image_id).size == Image.open(images / path).size
-    assert shards.verify() == []
+    assert shards.verify().faults == []
     assert rejections(written) == {"fish/notes.txt": ("not an image", "begins with b'not an image'")}
     for image_id in (-1, 23):
         with pytest.raises(IndexError):
@@ -170,7 +171,7 @@ def test_killed_twice_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (out / "shard-000000.tar").stat().st_mtime_ns == first_shard.st_mtime_ns  # kept, not written again
     write_shards(source, tmp_path / "at once", SMALL)
     assert contents(out) == contents(tmp_path / "at once")
-    assert ShardSet.open(out).verify() == []
+    assert ShardSet.open(out).verify().faults == []
 
 
 def test_resuming_from_something_else_is_refused(tmp_path: Path) -> None:
@@ -248,7 +249,7 @@ def test_dali_reads_the_same_through_the_index(written: Path) -> None:
     shards = ShardSet.open(written)
 
     @pipeline_def(num_threads=1, device_id=None, batch_size=shards.count, prefetch_queue_depth=1)
-    def pipeline():
+    def pipeline() -> Any:
         jpg, idx = fn.readers.webdataset(
             paths=[str(written / shard.name) for shard in shards.shards],
             index_paths=[str(written / index_name(shard.name)) for shard in shards.shards],
@@ -274,11 +275,11 @@ def test_damaged_shards_are_named(copy: Path) -> None:
     shard.write_bytes(altered)
     opened = ShardSet.open(copy)
     assert opened.damaged(range(23)) == [13]
-    assert opened.verify() == ["shard-000001.tar: altered; 1 of 10 images damaged, ids 13 ..."]
+    assert opened.verify().faults == ["shard-000001.tar: altered; 1 of 10 images damaged, ids 13 ..."]
     with pytest.raises(DataError, match=r"Image 13 in .*shard-000001\.tar was altered.* Restore it"):
         opened.decode(13)
     (copy / "shard-000000.idx").write_text("v1.2 0\n")
-    assert "shard-000000.idx: missing or altered" in opened.verify()
+    assert "shard-000000.idx: missing or altered" in opened.verify().faults
     shard.write_bytes(whole[:-512])
     with pytest.raises(DataError, match=rf"shard-000001\.tar has {len(whole) - 512} bytes, expected {len(whole)}"):
         ShardSet.open(copy)
@@ -296,7 +297,7 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"samples\.npy is damaged or was exchanged.* Restore it"):
         ShardSet.open(copy)
     rewrite(copy, files=None)  # as an earlier version wrote it
-    assert any(fault.startswith("samples.npy: altered") for fault in ShardSet.open(copy).verify())
+    assert any(fault.startswith("samples.npy: altered") for fault in ShardSet.open(copy).verify().faults)
     np.save(copy / "samples.npy", samples[:-1])
     with pytest.raises(DataError, match=r"samples\.npy holds \(22,\)"):
         ShardSet.open(copy)
@@ -398,7 +399,7 @@ def test_members_that_would_harm_who_unpacks_them_are_found(
     entries[1]["sha256"] = sha256_of(shard)
     rewrite(copy, shards=entries)
     opened = ShardSet.open(copy)
-    (fault,) = opened.verify()
+    (fault,) = opened.verify().faults
     assert re.search(rf"^shard-000001\.tar: {told} where 000000012\.jpg is expected: do not unpack it$", fault), fault
     assert [opened.read(image_id) for image_id in range(23)] == before, "names are never followed"
     assert not (tmp_path / "evil.jpg").exists()
@@ -411,7 +412,7 @@ def test_a_tar_that_says_more_than_its_index_is_found(copy: Path) -> None:
     entries = json.loads((copy / "shards.json").read_text())["shards"]
     entries[2] |= {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
     rewrite(copy, shards=entries)
-    assert ShardSet.open(copy).verify() == [
+    assert ShardSet.open(copy).verify().faults == [
         "shard-000002.tar: 'evil.py' of type b'0' where nothing is expected: do not unpack it"
     ]
 

@@ -1,6 +1,8 @@
 """Balanced assignment: the optimum of docs/method.md, whatever the blocks, the order and the number of processes."""
 
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def objective(log_plan_NM: torch.Tensor, features_ND: torch.Tensor, embeddings_M
 
 
 @pytest.mark.parametrize("eps", [0.025, 0.1])
-def test_the_plan_is_that_of_a_direct_solver(eps):
+def test_the_plan_is_that_of_a_direct_solver(eps: float) -> None:
     features_ND = digits()[:400]
     embeddings_MD = unit(features_ND[::40])
     solution = solve_duals(lambda: features_ND.split(64), embeddings_MD, eps, **EXACT)
@@ -75,7 +77,7 @@ def test_the_plan_is_that_of_a_direct_solver(eps):
     assert torch.equal(labels_N, expected_NM.argmax(1))
 
 
-def test_float32_finds_the_duals_of_float64():
+def test_float32_finds_the_duals_of_float64() -> None:
     features_ND = digits()
     embeddings_MD = unit(features_ND[::60])
     wide = solve_duals(lambda: features_ND.split(500), embeddings_MD, 0.025, 1e-4, 5000)
@@ -92,7 +94,7 @@ def test_float32_finds_the_duals_of_float64():
     eps=st.floats(0.02, 1),
     rows=st.integers(1, 90),
 )
-def test_marginals_are_met_and_duals_have_mean_zero(seed, n, m, eps, rows):
+def test_marginals_are_met_and_duals_have_mean_zero(seed: int, n: int, m: int, eps: float, rows: int) -> None:
     features_ND, embeddings_MD = random_problem(seed, n, m)
     solution = solve_duals(lambda: features_ND.split(rows), embeddings_MD, eps, 1e-3, 20_000)
     share_NM = soft_assignment(features_ND, embeddings_MD, solution.duals_M, eps)
@@ -105,7 +107,7 @@ def test_marginals_are_met_and_duals_have_mean_zero(seed, n, m, eps, rows):
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_order_of_points_and_clusters_does_not_matter(seed):
+def test_order_of_points_and_clusters_does_not_matter(seed: int) -> None:
     features_ND, embeddings_MD = random_problem(seed, 60, 7)
     points, clusters = (torch.randperm(k, generator=torch.Generator().manual_seed(seed)) for k in (60, 7))
     plain_MD, plain = balance(lambda: [features_ND], embeddings_MD, 0.1, 1e-9, 20_000, rounds=2)
@@ -116,7 +118,7 @@ def test_order_of_points_and_clusters_does_not_matter(seed):
     torch.testing.assert_close(moved_MD, plain_MD[clusters], rtol=0, atol=1e-6)
 
 
-def test_columns_out_of_reach_of_float32_are_filled():
+def test_columns_out_of_reach_of_float32_are_filled() -> None:
     features_ND, embeddings_MD = (tensor.float() for tensor in random_problem(3, 200, 6, dim=2))
     embeddings_MD[0] = -unit(features_ND.mean(0))
     features_ND[(features_ND @ embeddings_MD[0]) > -0.5] = -embeddings_MD[0]
@@ -127,7 +129,7 @@ def test_columns_out_of_reach_of_float32_are_filled():
     assert solution.converged and solution.duals_M.isfinite().all()
 
 
-def test_re_estimating_centroids_never_lowers_the_objective():
+def test_re_estimating_centroids_never_lowers_the_objective() -> None:
     features_ND, embeddings_MD, eps = digits()[:500], unit(digits()[:500][::50]), 0.05
     values = []
     for rounds in range(4):
@@ -138,13 +140,13 @@ def test_re_estimating_centroids_never_lowers_the_objective():
     assert all(later > earlier + 1e-4 for earlier, later in pairwise(values)), values
 
 
-def test_a_cluster_whose_points_cancel_stays():
+def test_a_cluster_whose_points_cancel_stays() -> None:
     features_ND = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     embeddings_MD = torch.tensor([[0.0, 1.0]])
     assert torch.equal(soft_centroids(lambda: [features_ND], embeddings_MD, torch.zeros(1), 0.1), embeddings_MD)
 
 
-def test_hard_sizes_of_a_long_tail_are_far_closer_to_balance_than_those_of_k_means():
+def test_hard_sizes_of_a_long_tail_are_far_closer_to_balance_than_those_of_k_means() -> None:
     features_ND = long_tailed()
     centroids_MD = torch.from_numpy(kmeans(features_ND.numpy(), 48, seed=0, iterations=15))
     embeddings_MD, solution = balance(lambda: features_ND.split(2048), centroids_MD, 0.025, 0.01, 2000, rounds=1)
@@ -160,7 +162,7 @@ def test_hard_sizes_of_a_long_tail_are_far_closer_to_balance_than_those_of_k_mea
     assert balanced_M.min() > 0.4 and balanced_M.max() < 2.0
 
 
-def test_not_converging_is_reported():
+def test_not_converging_is_reported() -> None:
     features_ND, embeddings_MD = random_problem(0, 200, 10)
     errors: list[float] = []
     solution = solve_duals(lambda: [features_ND], embeddings_MD, 0.02, 1e-9, 3, watch=errors.append)
@@ -171,12 +173,12 @@ def test_not_converging_is_reported():
 
 
 @pytest.mark.parametrize("blocks", [[], [torch.full((3, 8), torch.nan)]])
-def test_no_points_and_no_numbers_are_refused(blocks):
+def test_no_points_and_no_numbers_are_refused(blocks: list[torch.Tensor]) -> None:
     with pytest.raises(DataError, match="no features, or some are not finite"):
         solve_duals(lambda: blocks, random_problem(0, 3, 2)[1], 0.05, 1e-3, 10)
 
 
-def balance_digits(features_ND: torch.Tensor, start_MD: torch.Tensor, **all_reduce):
+def balance_digits(features_ND: torch.Tensor, start_MD: torch.Tensor, **all_reduce: Any) -> Any:
     return balance(lambda: features_ND.split(256), start_MD, 0.03, 1e-3, 3000, rounds=2, **all_reduce)
 
 
@@ -188,7 +190,7 @@ def _one_of_two(rank: int, folder: str, parts: tuple[torch.Tensor, ...], start_M
     dist.destroy_process_group()
 
 
-def test_two_processes_agree_with_one(tmp_path):
+def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     features_ND = digits().float()
     start_MD = features_ND[::90].double()  # float64 throughout: what is compared is the reduction, not rounding
     torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), features_ND.split([500, 1297]), start_MD), nprocs=2)

@@ -14,12 +14,12 @@ import pytest
 import yaml
 from moce_command import TINY, refused, run_here
 
+from moce_ds.artefacts.study_folder import CellRecord, StudyFolder, StudyRecord, series
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.planning.work import all_rows_bytes
 from moce_ds.report.build import build_report
 from moce_ds.report.study_chapter import scalings
-from moce_ds.report.study_folder import CellRecord, StudyRecord, read_study_folder, series
 from moce_ds.storage.files import write_json
 from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
@@ -273,7 +273,7 @@ def experts(tmp_path: Path) -> Path:
 
 
 def test_means_and_deviations_over_seeds(experts: Path) -> None:
-    study = read_study_folder(experts)
+    study = StudyFolder.open(experts)
     assert study.x == "experts.num" and len(study.points) == 6
     lines = series(study.points, lambda point: point.at("experts.num"), ["experts.ep_size", "experts.gate"])
     assert list(lines) == ["gate=cluster", "gate=random"], "ep_size follows from the number of experts"
@@ -326,7 +326,7 @@ def test_weak_and_strong_scaling_begin_at_the_same_cell(tmp_path: Path) -> None:
         for seed, sign in enumerate((-10, 10))
     ]  # fmt: skip
     write_study(tmp_path, rows, x="processes")
-    study = read_study_folder(tmp_path)
+    study = StudyFolder.open(tmp_path)
     strong, weak = scalings(study, study.points)
     assert (strong.name, weak.name) == ("strong, 64 images", "weak, 64 images each")
     assert [point.world_size for point in strong.points] == [point.world_size for point in weak.points] == [1, 2, 4]

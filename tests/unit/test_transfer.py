@@ -168,7 +168,7 @@ def test_what_an_earlier_version_measured_counts(runs: Path, task: Path, monkeyp
         assert run_here(*command).out.count("(was done)") == done
 
 
-def test_runs_alike_are_told_apart(runs: Path, task: Path, tmp_path: Path) -> None:
+def test_runs_alike_are_disambiguated(runs: Path, task: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(runs / "b_mae", tmp_path / "twin")
     words = (runs / "b_mae", twin, "--tasks", task, "--methods", "knn", "--out", tmp_path / "out")
     assert run_here("transfer", *words).status == 0

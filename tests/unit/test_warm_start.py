@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
+from moce_ds.checkpoint.parameters import has_experts, is_decoder, lacks_decoder
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.vit import save_encoder, timm_vit
-from moce_ds.models.warm_start import has_experts, is_decoder, lacks_decoder, read_weights
+from moce_ds.models.warm_start import read_weights
 from moce_ds.moe.placement import default_placement
 from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.settings import PretrainSettings
@@ -176,7 +177,7 @@ def test_what_is_read_has_neither_tables_nor_head(source: MaskedAutoencoder, tin
 
 def clusters_of(config: PretrainSettings) -> Clusters:
     assert config.experts.clusters is not None
-    return Clusters.load(config.experts.clusters)
+    return Clusters.open(config.experts.clusters)
 
 
 def test_experts_start_from_the_dense_mlps_whatever_holds_them(

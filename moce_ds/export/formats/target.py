@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moce_ds.export.reference_model import Output, Trial
 from moce_ds.models.build import ModelSpec
-from moce_ds.storage.checksums import names_below, records_of, write_checked
+from moce_ds.storage import export_folder
 
-FORMAT = "moce_ds export 1"
 EXTRA = "moce-ds[formats]"
 """The extra with the packages for all formats except timm's."""
 
@@ -67,11 +66,8 @@ def library_version(library: str) -> str:
 
 def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     """Write `export.json`, by which `moce inspect` recognises the folder and its files."""
-    files = records_of(folder, names_below(folder))
-    record = {"format": FORMAT, "target": format.name, "part": format.part}
-    write_checked(
-        folder / "export.json", record | {"shape": asdict(spec.shape), "input": spec.input.to_tree(), "files": files}
-    )
+    shape, input = asdict(spec.shape), spec.input.to_tree()
+    export_folder.write_record(folder, {"target": format.name, "part": format.part, "shape": shape, "input": input})
 
 
 def renamed(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

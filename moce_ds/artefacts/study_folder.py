@@ -1,22 +1,34 @@
-"""Read what `moce study` left on disk: its cells, and their measures over seeds.
+"""The folder of a study: its record, a folder for each cell, and the measures of the cells over seeds.
+
+    study/
+      study.json        settings of the study and names of its cells
+      cells/NAME/       cell.json, the cell's run in run/, results.json, log.txt
 
 A cell is one run. Cells that differ in nothing but the seed make a point; points along the key `x` that agree in
 everything else make a series.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.checkpoint.run_layout import CONFIG
 from moce_ds.errors import MoceError
-from moce_ds.evaluation.results_file import results_findings
+from moce_ds.evaluation.results_file import RESULTS, ResultsFile
+from moce_ds.storage.artefact import Rows, is_marked, some_of
 from moce_ds.storage.checksums import Findings, document_findings, read_checked
 
 STUDY, CELLS, CELL = "study.json", "cells", "cell.json"
 """The study's record, the folder of its cells, and the record in the folder of each."""
+
+RUN = "run"
+"""The run in the folder of a cell."""
 
 SEED, BATCH = "run.seed", "optim.batch_size"
 LAUNCH_KEYS = ("processes", "nodes")
@@ -29,6 +41,11 @@ class StudyRecord:
 
     settings: dict[str, Any]
     cells: list[str]
+
+    @classmethod
+    def read(cls, study: Path) -> "StudyRecord":
+        """The record in a study's folder. Raises ArtefactError."""
+        return read_checked(study / STUDY, cls, "a study's record", "moce study")
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,18 @@ class CellRecord:
     seconds: float = 0.0
     measures: dict[str, float] = field(default_factory=dict)
     told: str = ""
+
+    @classmethod
+    def read(cls, cell: Path) -> "CellRecord | None":
+        """The record in a cell's folder; None where the cell has not begun. Raises ArtefactError."""
+        path = cell / CELL
+        return read_checked(path, cls, "a cell's record", "moce study") if path.exists() else None
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """What decided the cell's measures: settings and processes of its run, and what it is evaluated on."""
+        names = ("settings", "processes", "nodes", "evaluations")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -89,16 +118,43 @@ class Point:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study: its cells that were begun, in order, and the names of those that were not."""
+    """A study on disk. The records of its cells are read when they are first asked for."""
 
+    kind: ClassVar[str] = "study"
+    marks: ClassVar[tuple[str, ...]] = (STUDY,)
     path: Path
-    settings: dict[str, Any]
-    cells: list[CellRecord]
-    waiting: list[str]
+    record: StudyRecord
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is the folder of a study."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, path: Path, /) -> "StudyFolder":
+        """Read the record of a study. Raises ArtefactError where it is damaged."""
+        return cls(path, StudyRecord.read(path))
+
+    @cached_property
+    def cells(self) -> list[CellRecord]:
+        """The cells that were begun, in order. Raises ArtefactError for damaged records."""
+        records = (CellRecord.read(self.path / CELLS / name) for name in self.record.cells)
+        return [record for record in records if record is not None]
+
+    @property
+    def waiting(self) -> list[str]:
+        """The names of the cells that were not begun."""
+        return [name for name in self.record.cells if not (self.path / CELLS / name / CELL).exists()]
 
     @property
     def name(self) -> str:
+        """The name of the folder."""
         return self.path.absolute().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the study."""
+        return self.record.settings
 
     @property
     def keys(self) -> list[str]:
@@ -128,50 +184,54 @@ class StudyFolder:
         numbers = {key: len({str(cell.at.get(key)) for cell in self.cells}) for key in self.keys if key != SEED}
         return max(numbers, key=lambda key: numbers[key], default=None)
 
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """The settings of the study, and of each cell that was begun what decided its measures."""
+        return {"settings": self.settings, "cells": {cell.name: cell.made_from for cell in self.cells}}
 
-def read_study_folder(folder: Path) -> StudyFolder:
-    """Read a study as far as it has come. Raises ArtefactError for damaged records."""
-    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
-    paths = {name: folder / CELLS / name / CELL for name in record.cells}
-    cells = [
-        read_checked(path, CellRecord, "a cell's record", "moce study") for path in paths.values() if path.exists()
-    ]
-    waiting = [name for name, path in paths.items() if not path.exists()]
-    return StudyFolder(folder, record.settings, cells, waiting)
+    def describe(self) -> Rows:
+        """The grid, how far the cells are, what was measured, and why cells failed."""
+        states = Counter(cell.state for cell in self.cells)
+        counts = [*(f"{count} {state}" for state, count in states.items()), f"{len(self.waiting)} waiting"]
+        return {
+            "grid": ", ".join(self.keys),
+            "cells": ", ".join(counts),
+            "measured": some_of(self.measures),
+            **{f"failed: {cell.name}": cell.told for cell in self.cells if cell.state == "failed"},
+        }
 
-
-def study_findings(folder: Path, verify: Callable[[Path], Findings]) -> Findings:
-    """What is wrong with the records of a study, its cells' results and, by `verify`, their runs. ArtefactError."""
-    names = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study").cells
-    found = document_findings(folder / STUDY, STUDY)
-    for name in names:
-        cell = f"{CELLS}/{name}"
-        for verified in (_record_findings, lambda place: _part(place / "run", verify), _results_findings):
-            try:
-                found += verified(folder / cell).below(cell)
-            except MoceError as error:
-                found += Findings([str(error)])
-    return found
-
-
-def _record_findings(cell: Path) -> Findings:
-    if not (cell / CELL).exists():
-        return Findings([f"{CELL}: is missing, and the cell's run is there"] if (cell / "run").exists() else [])
-    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study")
-    run_lost = record.state == "done" and not (cell / "run" / "config.yaml").exists()
-    return document_findings(cell / CELL, CELL) + Findings(["run/config.yaml: is missing"] if run_lost else [])
+    def verify(self) -> Findings:
+        """What is wrong with the records of the study, its cells' runs and their results; reads all of it."""
+        found = document_findings(self.path / STUDY, STUDY)
+        for name in self.record.cells:
+            cell = f"{CELLS}/{name}"
+            for verified in (_verified_record, _verified_run, _verified_results):
+                try:
+                    found += verified(self.path / cell).below(cell)
+                except MoceError as error:
+                    found += Findings([str(error)])
+        return found
 
 
-def _results_findings(cell: Path) -> Findings:
-    if (cell / "results.json").exists():
-        return results_findings(cell / "results.json")
-    record = read_checked(cell / CELL, CellRecord, "a cell's record", "moce study") if (cell / CELL).exists() else None
+def _verified_record(cell: Path) -> Findings:
+    record = CellRecord.read(cell)
+    if record is None:
+        return Findings([f"{CELL}: is missing, and the cell's run is there"] if (cell / RUN).exists() else [])
+    run_lost = record.state == "done" and not (cell / RUN / CONFIG).exists()
+    return document_findings(cell / CELL, CELL) + Findings([f"{RUN}/{CONFIG}: is missing"] if run_lost else [])
+
+
+def _verified_run(cell: Path) -> Findings:
+    run = cell / RUN
+    return RunFolder.open(run).verify().below(RUN) if RunFolder.recognises(run) else Findings()
+
+
+def _verified_results(cell: Path) -> Findings:
+    if (cell / RESULTS).exists():
+        return ResultsFile.open(cell).verify()
+    record = CellRecord.read(cell)
     measured = record is not None and record.state == "done" and record.evaluations
-    return Findings(["results.json: is missing"] if measured else [])
-
-
-def _part(run: Path, verify: Callable[[Path], Findings]) -> Findings:
-    return verify(run).below("run") if (run / "config.yaml").exists() else Findings()
+    return Findings([f"{RESULTS}: is missing"] if measured else [])
 
 
 def series(points: Sequence[Point], x: Callable[[Point], Any], keys: Iterable[str]) -> dict[str, list[Point]]:

@@ -1,0 +1,133 @@
+"""The folder of a pipeline: the records of its stages, and what they make.
+
+out/
+  pipeline/stages.json    the stages in order, and what each makes
+  pipeline/NAME.json      the record of a stage that was begun
+  ...                     what the stages make: shards, runs, features, clusters, encoders, results.json
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import MoceError
+from moce_ds.evaluation.results_file import RESULTS, ResultsFile
+from moce_ds.storage.artefact import Artefact, Rows, is_marked, recognised, some_of
+from moce_ds.storage.checksums import (
+    Findings,
+    document_findings,
+    has_checksum,
+    read_checked,
+    written_before,
+)
+from moce_ds.storage.encoder_folder import EncoderFolder
+from moce_ds.storage.export_folder import ExportFolder
+from moce_ds.storage.files import read_json
+
+PIPELINE, STAGES = "pipeline", "stages.json"
+_MADE_BY = "moce pipeline"
+_MADE: tuple[type[Artefact], ...] = (
+    ShardSet, FeatureSet, Clusters, ExportFolder, RunFolder, EncoderFolder, ResultsFile,
+)  # fmt: skip
+"""What stages make."""
+
+
+@dataclass(frozen=True)
+class StagesRecord:
+    """`stages.json`: the stages in order, and what each makes; what lies in OUT relative to it."""
+
+    makes: dict[str, list[str]]
+
+    @classmethod
+    def read(cls, out: Path) -> "StagesRecord | None":
+        """The record in a pipeline's folder; None where an earlier version wrote the folder. Raises ArtefactError."""
+        path = out / PIPELINE / STAGES
+        return read_checked(path, cls, "a pipeline's record", _MADE_BY) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """The folder of a pipeline on disk. The records of its stages are read when they are asked for."""
+
+    kind: ClassVar[str] = "pipeline"
+    marks: ClassVar[tuple[str, ...]] = (PIPELINE,)
+    path: Path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is the folder of a pipeline."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, path: Path, /) -> "PipelineFolder":
+        """The folder; nothing is read yet."""
+        return cls(path)
+
+    @property
+    def makes(self) -> dict[str, list[str]]:
+        """What each stage makes, in the order of the stages. Raises ArtefactError."""
+        record = StagesRecord.read(self.path)
+        if record is not None:
+            return record.makes
+        return {path.stem: [] for path in sorted((self.path / PIPELINE).glob("*.json"))}
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """For each stage that was begun what decided what it makes. Raises ArtefactError."""
+        return {name: record.get("made_from") for name in self.makes if (record := self._record(name)) is not None}
+
+    def describe(self) -> Rows:
+        """The stages, how far they are and what they make, and the results. Raises ArtefactError."""
+        rows = {name: f"{self._state(name)}: {some_of(made)}" for name, made in self.makes.items()}
+        return rows | (ResultsFile.open(self.path).describe() if (self.path / RESULTS).exists() else {})
+
+    def verify(self) -> Findings:
+        """What is wrong with the records of the stages and with what they made; reads all. Raises ArtefactError."""
+        record = StagesRecord.read(self.path)
+        if record is None:  # earlier versions did not write it, nor checksums into the records
+            documents = [
+                read_json(path, "a stage's record", _MADE_BY) for path in (self.path / PIPELINE).glob("*.json")
+            ]
+            lost = any(has_checksum(document) for document in documents)
+            missing = [f"{PIPELINE}/{STAGES}: is missing"] if lost else []
+            return Findings(missing, [] if lost else [written_before(PIPELINE)])
+        found, seen = Findings(), set[str]()
+        for name, made in record.makes.items():
+            try:
+                found += self._verified_stage(name, made, seen)
+            except MoceError as error:
+                found += Findings([str(error)])
+        return found
+
+    def _verified_stage(self, name: str, made: Sequence[str], seen: set[str]) -> Findings:
+        """What is wrong with a stage's record and with what it makes, but for what was `seen`, which grows."""
+        file, state = f"{PIPELINE}/{name}.json", self._state(name)
+        if state == "waiting":
+            all_there = all((self.path / place).exists() for place in made)
+            return Findings([f"{file}: is missing, and what the stage makes is there"] if all_there else [])
+        found = document_findings(self.path / file, file)
+        for place in made:
+            path = self.path / place
+            if not path.exists():
+                found += Findings([f"{place}: is missing"] if state == "done" else [])
+            elif str(path) not in seen and path.suffix != ".html":
+                seen.add(str(path))
+                try:
+                    found += recognised(path, _MADE).open(path).verify().below(place)
+                except MoceError as error:
+                    found += Findings([str(error)])
+        return found
+
+    def _record(self, name: str) -> Mapping[str, Any] | None:
+        path = self.path / PIPELINE / f"{name}.json"
+        return read_checked(path, dict[str, Any], "a stage's record", _MADE_BY) if path.exists() else None
+
+    def _state(self, name: str) -> str:
+        """ "waiting", or what the stage's record says: "begun", "done" or "failed"."""
+        record = self._record(name)
+        return "waiting" if record is None else str(record.get("state"))

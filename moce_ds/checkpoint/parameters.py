@@ -1,0 +1,123 @@
+"""Every rule about the names of parameters: the place of a parameter in a model by its name, and how names change.
+
+The names are those of the public MAE, of timm's ViT, and of our layers of experts:
+
+    blocks.9.norm1.weight                      block 9 of the encoder
+    blocks.9.mlp.experts.3.fc1.weight          its expert 3; the numbers are global, those of the whole model
+    blocks.9.mlp.gate.weight, gate.weights.0   a gate of TokenMoE, and of MoCE, whose gates are outside the blocks
+    decoder_blocks.0.norm1.weight, mask_token  the decoder
+"""
+
+import re
+from collections.abc import Container, Iterable
+from typing import NamedTuple
+
+TOKENS = ("cls_token", "mask_token")
+POSITIONS = ("pos_embed", "decoder_pos_embed")
+"""Fixed tables of every run, which no checkpoint holds."""
+
+CLASSIFIER = ("head.weight", "head.bias")
+"""Of a fine-tuned model."""
+
+_DECODER = ("decoder_", "mask_token")
+_EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed.")
+_PLACE = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
+
+# DeepSpeed's stock layer puts more words into the names, and `ClusterMoE` does so in DeepSpeed's own checkpoints.
+_NATIVE = r"deepspeed_moe\.experts\.deepspeed_experts"
+_NATIVE_GATE = ".deepspeed_moe.gate.wg."
+_NATIVE_EXPERT = re.compile(rf"^blocks\.(\d+)\.mlp\.{_NATIVE}\.(\d+)\.(.+)$")
+_LOCAL_EXPERT = re.compile(rf"^blocks\.(\d+)\.mlp\.(?:{_NATIVE}|experts)\.(\d+)\.(.+)$")
+
+
+class Place(NamedTuple):
+    """A block, of the encoder or of the decoder, and the number of an expert in it; None: no expert's."""
+
+    in_decoder: bool
+    block: int
+    expert: int | None
+
+
+def place_of(name: str) -> Place | None:
+    """The place of a parameter; None: it is outside all blocks."""
+    match = _PLACE.match(name)
+    return Place(bool(match[1]), int(match[2]), int(match[3]) if match[3] else None) if match else None
+
+
+def encoder_block(name: str) -> int | None:
+    """The block of the encoder that a parameter belongs to, or None."""
+    place = place_of(name)
+    return None if place is None or place.in_decoder else place.block
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a parameter of the encoder comes before its blocks."""
+    return name.startswith(_EMBEDDINGS)
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a parameter belongs to the decoder, which an encoder-only file does not have."""
+    return name.startswith(_DECODER)
+
+
+def lacks_decoder(names: Iterable[str]) -> bool:
+    """Whether the names are those of an encoder alone, as in the public MAE's files named "pretrain"."""
+    return not any(map(is_decoder, names))
+
+
+def is_gate(name: str) -> bool:
+    """Whether a parameter belongs to a gate of any kind."""
+    return "gate." in name
+
+
+def is_cluster_gate(name: str) -> bool:
+    """Whether a parameter belongs to the gate of MoCE, which reads clusters."""
+    return name.startswith("gate.")
+
+
+def expert_key(block: int, expert: int, rest: str) -> str:
+    """The name of one expert's parameter, by *global* expert: `blocks.9.mlp.experts.3.fc1.weight`."""
+    return f"blocks.{block}.mlp.experts.{expert}.{rest}"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to one of a layer's experts."""
+    return ".mlp.experts." in name
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Whether the names are those of a model with experts."""
+    return any(map(is_expert, names))
+
+
+def is_replaced(name: str, layers: Container[int]) -> bool:
+    """Whether a dense MAE's parameter belongs to an MLP that experts replace, which they do in the blocks `layers`."""
+    parts = name.split(".")
+    return parts[0] == "blocks" and int(parts[1]) in layers and parts[2] == "mlp"
+
+
+class LocalExpert(NamedTuple):
+    """The block of an expert, its number within a process, and the rest of a parameter's name."""
+
+    block: int
+    number: int
+    rest: str
+
+
+def local_expert(name: str) -> LocalExpert | None:
+    """The expert that a parameter of a model in training belongs to, or None."""
+    return _expert(_LOCAL_EXPERT.match(name))
+
+
+def native_expert(name: str) -> LocalExpert | None:
+    """The expert that a parameter in DeepSpeed's own checkpoint belongs to, or None."""
+    return _expert(_NATIVE_EXPERT.match(name))
+
+
+def _expert(match: re.Match[str] | None) -> LocalExpert | None:
+    return LocalExpert(int(match[1]), int(match[2]), match[3]) if match else None
+
+
+def with_plain_gate(name: str) -> str:
+    """The name of a gate's parameter without the words of DeepSpeed's stock layer; other names stay."""
+    return name.replace(_NATIVE_GATE, ".gate.")

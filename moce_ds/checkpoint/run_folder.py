@@ -1,0 +1,280 @@
+"""A run folder, of pre-training or of tuning: its paths, what it holds, and whether all of it is as it was written.
+
+    run/
+      config.yaml          the settings; its presence makes the folder a run
+      attempts/0001.json   one record a start: who started it, and checksums of settings and pictures
+      metrics.jsonl        one record a logged step
+      checkpoints/         step-NNNNNNNN, see `format.py`
+      reconstructions/     step-NNNNNNNN.png (pre-training)
+      routing.json         the routes of the newest checkpoint (with experts by cluster)
+      clusters/            the clusters that the run is trained with (with experts by cluster)
+      teacher/             the encoder that SDR learns from
+      tuned/, result.json  the tuned encoder and its measures (tuning, once complete)
+
+Verification does not look at `tensorboard/`, a mirror of metrics.jsonl, nor at what launchers leave (`launches/`).
+
+Axes: S logged steps.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
+from moce_ds.checkpoint.routing_table import RoutingTable, read_routing_record
+from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, RECONSTRUCTIONS, ROUTING, TEACHER, TUNED
+from moce_ds.checkpoint.tuning_result import result_measures, verify_result
+from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.config.families import Family, family_of_tree, translate_tree
+from moce_ds.config.settings import read_yaml
+from moce_ds.config.values import recorded_path
+from moce_ds.errors import ArtefactError, MoceError
+from moce_ds.storage.artefact import Rows, is_marked
+from moce_ds.storage.checksums import (
+    CHECKSUM,
+    FileRecord,
+    Files,
+    Findings,
+    document_findings,
+    file_findings,
+    has_checksum,
+    read_checked,
+    written_before,
+)
+from moce_ds.storage.encoder_folder import EncoderFolder
+from moce_ds.storage.metrics_file import METRICS, read_metrics, verify_metrics
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What is read of an attempt's record."""
+
+    files: Files = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run on disk. Its parts are read when they are first asked for; a damaged one raises ArtefactError."""
+
+    kind: ClassVar[str] = "run"
+    marks: ClassVar[tuple[str, ...]] = (CONFIG,)
+    path: Path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether `path` is a run folder."""
+        return is_marked(path, cls.marks)
+
+    @classmethod
+    def open(cls, path: Path, /) -> "RunFolder":
+        """The folder; nothing is read yet."""
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.name
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The settings in `config.yaml`, by today's names. Raises ConfigError, ArtefactError: it holds no settings."""
+        config = translate_tree(read_yaml(self.path / CONFIG))
+        data = config.get("data")
+        if not isinstance(data, dict) or not ("encoder" in data or isinstance(config.get("model"), dict)):
+            raise ArtefactError(
+                f"{self.path / CONFIG} holds no settings; expected the file that `moce pretrain` wrote."
+            )
+        return config
+
+    @property
+    def is_tuning(self) -> bool:
+        """Whether a tuning verb wrote the run, and not pre-training."""
+        return "encoder" in self.config["data"]
+
+    @property
+    def arch(self) -> str:
+        """The kind of model that is pre-trained, as the settings name it."""
+        return str(self.config.get("model", {}).get("arch", "mae"))
+
+    @property
+    def family(self) -> Family:
+        """The kind of model that is pre-trained."""
+        return family_of_tree(self.config)
+
+    @property
+    def shards(self) -> Path | None:
+        """Path of the shard set that the run was trained on, as its settings name it."""
+        named = self.config["data"].get("shards")
+        return recorded_path(str(named)) if named else None
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per logged step, in order of steps."""
+        return read_metrics(self.path / METRICS)
+
+    @property
+    def reconstruction(self) -> Path | None:
+        """The newest picture of reconstructions."""
+        return max((self.path / RECONSTRUCTIONS).glob("step-*.png"), default=None)
+
+    @cached_property
+    def routing(self) -> RoutingTable | None:
+        """The routes of the newest checkpoint."""
+        path = self.path / ROUTING
+        return RoutingTable.read(path) if path.is_file() else None
+
+    @cached_property
+    def clusters(self) -> Clusters | None:
+        """The clusters that the run is trained with."""
+        folder = self.path / CLUSTERS
+        return Clusters.open(folder) if folder.is_dir() else None
+
+    def cluster_ids(self, shards_fingerprint: str, count: int) -> NDArray[np.int64]:
+        """The cluster of every image of a shard set, as `clustering.clusters.load_ids`. Raises ArtefactError."""
+        return load_ids(self.path / CLUSTERS, shards_fingerprint, count)
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """That of the newest checkpoint that can be read; the settings alone where there is none."""
+        for step in reversed(steps_of(self.path)):
+            with suppress(ArtefactError):
+                return Checkpoint.open(step_folder(self.path, step)).made_from
+        return {"config": self.config}
+
+    def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps, float64 [S], and the values under nested `keys` of the metrics, float64 [S] or [S, ...].
+
+        Steps without such a value are left out, and so are those at which it is NaN or infinite.
+        """
+        found = [(record["step"], value) for record in self.metrics if (value := _dig(record, keys)) is not None]
+        steps_S = np.array([step for step, _ in found], np.float64)
+        values_S = np.array([value for _, value in found], np.float64)
+        finite_S = np.isfinite(values_S).reshape(len(found), -1).all(axis=1) if found else np.ones(0, bool)
+        return steps_S[finite_S], values_S[finite_S]
+
+    def describe(self) -> Rows:
+        """Data, last record, result or newest checkpoint. Raises ArtefactError, ConfigError."""
+        if self.is_tuning:
+            rows = {name: str(value) for name, value in self.config["data"].items() if isinstance(value, str)}
+            rows |= self._last_record()
+            if measures := result_measures(self.path):
+                rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+        else:
+            self.routing, self.clusters  # noqa: B018 (which must be readable)
+            rows = {"arch": self.arch, "shards": str(self.shards)} | self._last_record()
+        steps = steps_of(self.path)
+        rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
+        if steps and not self.is_tuning:
+            rows |= {f"  {name}": value for name, value in find(self.path).describe().items()}
+        return rows
+
+    def _last_record(self) -> Rows:
+        if not self.metrics:
+            return {}
+        last = self.metrics[-1]
+        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+        return {"last record": f"step {last['step']}, loss {loss}"}
+
+    def verify(self) -> Findings:
+        """Everything in the folder that is not as it was written; reads all of it."""
+        run = self.path
+        checkpoints, found = _verified_checkpoints(run)
+        newest = checkpoints[-1].manifest if checkpoints else {}
+        marks = [mark for checkpoint in checkpoints if (mark := checkpoint.manifest.get("metrics"))]
+        found += _collected(lambda: verify_metrics(run / METRICS, marks))
+        found += _verified_attempts(run, newest)
+        found += _collected(lambda: _verified_routing(run, checkpoints))
+        found += _verified_clusters(run, newest.get("clusters_hash"))
+        if (run / TEACHER).exists() or _wants_teacher(newest):
+            found += _collected(lambda: EncoderFolder.open(run / TEACHER).verify().below(TEACHER))
+        if "task_fingerprint" in newest or (run / TUNED).exists():
+            found += _collected(lambda: verify_result(run))
+        return found
+
+
+def _dig(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _collected(find: Callable[[], Findings]) -> Findings:
+    """What `find` finds, or the error that it ends with, as a fault."""
+    try:
+        return find()
+    except MoceError as error:
+        return Findings([str(error)])
+
+
+def _verified_checkpoints(run: Path) -> tuple[list[Checkpoint], Findings]:
+    """The checkpoints that can be opened, and what is wrong with any."""
+    opened: list[Checkpoint] = []
+    faults: list[str] = []
+    for step in steps_of(run):
+        try:
+            checkpoint = Checkpoint.open(step_folder(run, step))
+            faults += checkpoint.faults()
+            opened.append(checkpoint)
+        except MoceError as error:
+            faults.append(str(error))
+    return opened, Findings(faults)
+
+
+def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
+    """The records of the run's starts, and the settings and pictures, which must be those that some start has noted."""
+    found = Findings()
+    numbers = {int(path.stem) for path in (run / ATTEMPTS).glob("*.json") if path.stem.isdigit()}
+    noted: dict[str, list[FileRecord]] = {}
+    for number in sorted(numbers | ({newest["attempt"]} if newest.get("attempt") else set())):
+        name = f"{ATTEMPTS}/{number:04d}.json"
+        try:
+            record = read_checked(run / name, _Attempt, "the record of an attempt", "moce pretrain")
+            found += document_findings(run / name, name)
+        except MoceError as error:
+            found += Findings([str(error)])
+            continue
+        for file, checksum in record.files.items():
+            noted.setdefault(file, []).append(checksum)
+    for file, records in noted.items():  # a later start may have replaced it, or have been killed before it could
+        each = [file_findings(run, {file: record}) for record in records]
+        found += min(each, key=lambda one: len(one.faults))
+    pictures = [f"{RECONSTRUCTIONS}/{path.name}" for path in (run / RECONSTRUCTIONS).glob("step-*.png")]
+    unnoted = [name for name in (CONFIG, *pictures) if name not in noted]
+    return found if found.faults else found + file_findings(run, None, unnoted)
+
+
+def _verified_routing(run: Path, checkpoints: list[Checkpoint]) -> Findings:
+    """The tables are those of the checkpoint of the same step."""
+    newest = checkpoints[-1].manifest.get("routing") if checkpoints else None
+    if not (run / ROUTING).exists():
+        return Findings([f"{ROUTING}: is missing"] if newest else [])
+    content = read_routing_record(run / ROUTING)
+    tables = {key: value for key, value in content.items() if key != CHECKSUM}
+    of_step = [c.manifest["routing"] for c in checkpoints if c.manifest.get("routing") and c.step == tables.get("step")]
+    if any(table != tables for table in of_step):
+        return Findings([f"{ROUTING}: is not the table of the checkpoint of step {tables.get('step')}"])
+    unknown = not of_step and not has_checksum(content)
+    return Findings(unverified=[written_before(ROUTING)] if unknown else [])
+
+
+def _verified_clusters(run: Path, expected: str | None) -> Findings:
+    folder = run / CLUSTERS
+    if not folder.exists():
+        return Findings([f"{CLUSTERS}/: is missing: `moce select` needs it"] if expected else [])
+    found = _collected(lambda: Clusters.open(folder).verify().below(CLUSTERS))
+    if not found.faults and expected not in (None, Clusters.open(folder).hash):
+        return found + Findings([f"{CLUSTERS}/: these are not the clusters that the run was trained with"])
+    return found
+
+
+def _wants_teacher(newest: dict[str, Any]) -> bool:
+    """Whether a run with this manifest learns from a teacher."""
+    config = translate_tree(newest.get("config", {}))
+    return family_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))
