@@ -92,6 +92,14 @@ class _CellProgress(Progress):
         self._pending = pending
         self._took: list[float] = []
 
+    def skipped(self, step: Step) -> None:
+        self._pending -= 1  # another process was faster
+        super().skipped(step)
+
+    def waiting(self, step: Step) -> None:
+        self._pending -= 1
+        super().waiting(step)
+
     def started(self, step: Step) -> None:
         self._pending -= 1
         super().started(step)
