@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 from moce_command import run_here
-from moce_ds.report.run_findings import run_findings
-from moce_ds.report.run_folder import read_study
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.config import families
 from moce_ds.config.settings import completed, differences, from_tree, load, to_tree
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
+from moce_ds.report.runs import read_runs
 from moce_ds.training.run_checks import check_run, check_same_settings
 from moce_ds.training.settings import PretrainSettings, settings_of_run
 from moce_ds.workflow.study_grid import StudySettings, cells_of
@@ -165,7 +165,7 @@ def test_the_report_and_inspect_name_the_kind(tmp_path: Path) -> None:
     for kind in NOW:
         (tmp_path / kind).mkdir()
         shutil.copy(EARLIER / f"{kind}.yaml", tmp_path / kind / "config.yaml")
-    runs = {run.name: run.family.title for run in read_study(tmp_path).runs}
+    runs = {run.name: run.family.title for run in read_runs(tmp_path).runs}
     assert runs == {"mae": "MAE", "moce": "MoCE", "sdr": "SDR", "token_moe": "TokenMoE"} and next(iter(runs)) == "mae"
     said = run_here("inspect", tmp_path / "sdr")
     assert said.status == 0 and "sdr" in said.out
@@ -181,4 +181,4 @@ def test_the_teacher_of_an_earlier_run_is_missed(tmp_path: Path) -> None:
         tree["experts"]["distillation_weight"] = weight
         manifest = {"step": 1, "config": tree, "model": now("sdr").model_spec.to_tree()}
         write_checkpoint(step_folder(run, 1), {}, {}, manifest)
-        assert any("teacher" in fault for fault in run_findings(run).faults) == wanted
+        assert any("teacher" in fault for fault in RunFolder.open(run).verify().faults) == wanted
