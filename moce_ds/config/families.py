@@ -180,8 +180,9 @@ def _move_settings(tree: dict[str, Any], arch: str, origin: str) -> list[str]:
         if name in given:
             raise ConfigError(f"{origin}: {old} is the earlier name of {new}: give {new} alone.")
         if used := group == arch:
-            lines = given.lines if isinstance(given, Section) else {}
-            line = experts.lines.get(before, 0) if isinstance(experts, Section) else 0
-            tree[group] = Section({**given, name: value}, {**lines, name: line})
+            tree[group] = {**given, name: value}
+            if isinstance(experts, Section):  # messages name the line of the earlier name
+                lines = given.lines if isinstance(given, Section) else {}
+                tree[group] = Section(tree[group], {**lines, name: experts.lines.get(before, 0)})
         changes.append(f"{old} is {new} now" if used else f"{old} has no effect with model.arch={arch}")
     return changes
