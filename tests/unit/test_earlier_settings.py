@@ -16,9 +16,11 @@ from moce_command import run_here
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.config import families
-from moce_ds.config.settings import completed, differences, from_tree, load, to_tree
-from moce_ds.config.words import read_settings
+from moce_ds.config.origins import origin_of
+from moce_ds.config.settings import completed, differences, from_tree, keys, load, to_tree
+from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.errors import ConfigError
+from moce_ds.models.build import VARIANTS
 from moce_ds.report.runs import read_runs
 from moce_ds.training.run_checks import check_run, check_same_settings
 from moce_ds.training.settings import PretrainSettings, settings_of_run
@@ -118,6 +120,27 @@ def test_a_word_replaces_the_moved_setting_of_a_file(tmp_path: Path) -> None:
     old = EARLIER / "sdr.yaml"
     assert load(PretrainSettings, old, ["sdr.stages=2"]).sdr.stages == 2
     assert load(PretrainSettings, old, ["experts.stages=3"]).sdr.stages == 3
+
+
+def test_the_origin_of_a_moved_setting_is_its_own_line(tmp_path: Path) -> None:
+    path = tmp_path / "given.yaml"
+    path.write_text("model:\n  arch: moce\nexperts:\n  gate: path\n  stages: 2\n")
+    layers = settings_layers(PretrainSettings, [str(path), "experts.common=0.25"])
+    origins = {key: origin_of(key, layers) for key in ("model.arch", "sdr.stages", "sdr.common", "experts.gate")}
+    assert origins == {
+        "model.arch": f"{path}:2",
+        "sdr.stages": f"{path}:5",
+        "sdr.common": "the command line",
+        "experts.gate": "default",
+    }
+
+
+def test_every_kind_of_model_is_registered() -> None:
+    archs = next(field.type for key, field in keys(PretrainSettings) if key == "model.arch").__args__
+    assert set(archs) == set(VARIANTS) == {family.arch for family in families.FAMILIES} == set(NOW)
+    for kind in NOW:
+        config = now(kind)
+        assert config.family is config.model_spec.family and config.family.arch == kind
 
 
 def test_what_had_no_effect_is_left_out(notices: Callable[[], list[str]]) -> None:
