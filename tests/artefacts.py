@@ -193,7 +193,7 @@ def _write_pipeline(out: Path, shards: Path, dense: Path) -> Path:
     stages = [
         Step(
             name,
-            StepFile(out / f"pipeline/{name}.json", "moce pipeline"),
+            StepFile(out / f"pipeline/{name}.json"),
             out / f"pipeline/.{name}.lock",
             lambda: from_shards,
             dict,

@@ -7,9 +7,9 @@ out/
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
@@ -23,11 +23,12 @@ from moce_ds.storage.checksums import (
     document_findings,
     has_checksum,
     read_checked,
+    write_checked,
     written_before,
 )
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.export_folder import ExportFolder
-from moce_ds.storage.files import read_json
+from moce_ds.storage.files import read_json, writes_to
 
 PIPELINE, STAGES = "pipeline", "stages.json"
 _MADE_BY = "moce pipeline"
@@ -48,6 +49,39 @@ class StagesRecord:
         """The record in a pipeline's folder; None where an earlier version wrote the folder. Raises ArtefactError."""
         path = out / PIPELINE / STAGES
         return read_checked(path, cls, "a pipeline's record", _MADE_BY) if path.exists() else None
+
+    def write(self, out: Path) -> None:
+        """Replace the record in a pipeline's folder. Raises ArtefactError."""
+        with writes_to(out):
+            write_checked(out / PIPELINE / STAGES, asdict(self))
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """OUT/pipeline/NAME.json: a stage, as far as it has come.
+
+    Attributes:
+        made_from: its commands, their settings, and digests of what they read.
+        at: when it came to this state, ISO 8601.
+        seconds: how long the start took that ended it.
+        told: why it failed.
+    """
+
+    made_from: dict[str, Any]
+    at: str
+    state: Literal["begun", "done", "failed"] = "begun"
+    seconds: float = 0.0
+    told: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> "StageRecord | None":
+        """The record in a file; None where the stage has not begun. Raises ArtefactError."""
+        return read_checked(path, cls, "a stage's record", _MADE_BY) if path.exists() else None
+
+    def write(self, path: Path) -> None:
+        """Replace the record in a file. Raises ArtefactError."""
+        with writes_to(path):
+            write_checked(path, asdict(self))
 
 
 @dataclass(frozen=True)

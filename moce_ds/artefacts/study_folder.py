@@ -10,7 +10,7 @@ everything else make a series.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,8 @@ from moce_ds.checkpoint.run_layout import CONFIG
 from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 from moce_ds.storage.artefact import Rows, is_marked, some_of
-from moce_ds.storage.checksums import Findings, document_findings, read_checked
+from moce_ds.storage.checksums import Findings, document_findings, read_checked, write_checked
+from moce_ds.storage.files import writes_to
 
 STUDY, CELLS, CELL = "study.json", "cells", "cell.json"
 """The study's record, the folder of its cells, and the record in the folder of each."""
@@ -46,6 +47,11 @@ class StudyRecord:
     def read(cls, study: Path) -> "StudyRecord":
         """The record in a study's folder. Raises ArtefactError."""
         return read_checked(study / STUDY, cls, "a study's record", "moce study")
+
+    def write(self, study: Path) -> None:
+        """Replace the record in a study's folder. Raises ArtefactError."""
+        with writes_to(study):
+            write_checked(study / STUDY, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class CellRecord:
         """The record in a cell's folder; None where the cell has not begun. Raises ArtefactError."""
         path = cell / CELL
         return read_checked(path, cls, "a cell's record", "moce study") if path.exists() else None
+
+    def write(self, cell: Path) -> None:
+        """Replace the record in a cell's folder. Raises ArtefactError."""
+        with writes_to(cell):
+            write_checked(cell / CELL, asdict(self))
 
     @property
     def made_from(self) -> dict[str, Any]:

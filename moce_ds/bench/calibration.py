@@ -28,9 +28,8 @@ from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import DecoderShape, ViTShape
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
-from moce_ds.planning import work
 from moce_ds.planning.devices import Device
-from moce_ds.planning.work import Machines
+from moce_ds.planning.work import Flops, Machines, Work, block_flops
 from moce_ds.training.engine import parameter_groups, set_lr, start_engine
 from moce_ds.training.inputs import ClusteredData
 from moce_ds.training.model import build_for_training, tune_execution
@@ -63,7 +62,7 @@ def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
     batch_arithmetic(config, gpus)
-    work.exchange(config, Machines(1, gpus), None)  # refuses unplannable settings before processes start
+    Work.of(config).exchange(Machines(1, gpus), None)  # refuses unplannable settings before processes start
     measured = in_processes(_calibrate, gpus, config, measure)
     return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
 
@@ -96,21 +95,21 @@ class _Sizes:
     shape: ViTShape
     decoder: DecoderShape
     bf16: bool
-    flops: work.Flops
+    flops: Flops
     reduced: int
     exchanged: int
 
     @classmethod
     def of(cls, config: PretrainSettings, world_size: int) -> "_Sizes":
         """Those of a run in so many processes."""
-        micro, tokens = batch_arithmetic(config, world_size).micro, work.visible_tokens(config)
+        work, micro = Work.of(config), batch_arithmetic(config, world_size).micro
+        tokens, shape = work.visible_tokens, config.vit_shape
         bf16, unit = config.engine.precision == "bf16", 4 * world_size
         reduced, exchanged = (
             max(unit, min(numbers * (2 if bf16 else 4), _LARGEST) // unit * unit)
-            for numbers in (work.count_parameters(config).shared, micro * tokens * config.vit_shape.width)
+            for numbers in (work.parameters.shared, micro * tokens * shape.width)
         )
-        flops = work.image_flops(config)
-        return cls(micro, tokens, config.vit_shape, config.model.decoder, bf16, flops, reduced, exchanged)
+        return cls(micro, tokens, shape, config.model.decoder, bf16, work.image_flops, reduced, exchanged)
 
 
 def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
@@ -131,8 +130,8 @@ def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
 def _device(sizes: _Sizes, seconds: Mapping[str, float], runtime: Runtime) -> Device:
     shape, decoder, micro, flops = sizes.shape, sizes.decoder, sizes.micro, sizes.flops
     # An image's blocks at the speed that each kind was seen to run.
-    encoder = flops.encoder * seconds["encoder"] / work.block_flops(sizes.tokens, shape.width, shape.mlp_ratio)
-    decoding = flops.decoder * seconds["decoder"] / work.block_flops(shape.num_patches + 1, decoder.width, 4.0)
+    encoder = flops.encoder * seconds["encoder"] / block_flops(sizes.tokens, shape.width, shape.mlp_ratio)
+    decoding = flops.decoder * seconds["decoder"] / block_flops(shape.num_patches + 1, decoder.width, 4.0)
     rate = _IN_A_ROW * 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
     away = 1 - 1 / runtime.world_size
 

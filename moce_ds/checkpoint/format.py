@@ -1,15 +1,15 @@
-"""The checkpoint format: the same files whatever the number of processes, `ep_size` or ZeRO stage.
+"""The checkpoint format: the same files for any number of processes, `ep_size` or ZeRO stage.
 
-    step-00001000/
-      manifest.json                             step, settings, checksums of the files and of itself; written last
-      weights/shared.safetensors                fp32: embeddings, norms, gates, head
-      weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
-      weights/block-03-expert-002.safetensors   one *global* expert of one block
-      optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
-      state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
-                                                validation), and the statistics of BatchNorm layers
+        step-00001000/
+          manifest.json                             step, settings, checksums of the files and of itself; written last
+          weights/shared.safetensors                fp32: embeddings, norms, gates, head
+          weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
+          weights/block-03-expert-002.safetensors   one *global* expert of one block
+          optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
+          state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
+                                                    validation), and the statistics of BatchNorm layers
 
-A folder appears under its name only when it is whole. Nothing here needs DeepSpeed, a process group, or pickle.
+A folder has its final name only when it is complete. Nothing here needs DeepSpeed, a process group, or pickle.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ from moce_ds.storage.checksums import Findings
 from moce_ds.storage.encoder_folder import ModelShape
 from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
 
-if TYPE_CHECKING:  # verbs that answer at once read records with this module, and need no torch
+if TYPE_CHECKING:  # verbs without torch read records with this module
     from torch import Tensor
 
 FORMAT = "moce_ds checkpoint 2"
@@ -47,11 +47,11 @@ _FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$"
 _STEP = re.compile(r"^step-(\d{8})$")
 _CHUNK = 2**20  # bytes read at a time
 _RESTORE = "restore it from a copy, or use another checkpoint."
-_WRITERS = 4  # threads: while some wait for the disk, others copy and hash
+_WRITERS = 4  # threads: some copy and hash while others wait for the disk
 
 
 def file_of(parameter: str) -> str:
-    """The file (without folder) that holds a parameter: that of its expert, of its block, or the shared one."""
+    """The file (without folder) of a parameter: that of its expert, of its block, or the shared one."""
     place = place_of(parameter)
     if place is None:
         return "shared.safetensors"
@@ -60,16 +60,16 @@ def file_of(parameter: str) -> str:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk.
+    """A complete checkpoint on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: `step`, `skipped` (steps without an update), `config` (settings tree), `model`, `clusters_hash`,
             `shards_fingerprint`, `images_read`, `routing`, `files`.
     """
@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """Settings of the run and digests of the images and clusters; None where the checkpoint does not say."""
+        """Settings of the run and digests of the images and clusters; None if the checkpoint does not have them."""
         keys = ("config", "shards_fingerprint", "clusters_hash", "task_fingerprint")
         return {key: self.manifest.get(key) for key in keys}
 
@@ -102,39 +102,39 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, /, resumable: bool = False) -> "Checkpoint":
-        """Read the manifest and check that every file is there with its size.
+        """Read the manifest and check that every file exists with its size.
 
         Args:
-            folder: where it lies.
-            resumable: whether a run is to resume from it. Else its whole optimizer folder may have been removed, as
-                people do to pass on the weights.
+            folder: its folder.
+            resumable: whether a run is to resume from it. If not, its optimizer folder may be missing as a whole, as in
+                copies for sharing the weights.
 
         Raises:
-            ArtefactError: something is missing, cut short, or of another version; it is named.
+            ArtefactError: something is missing, truncated, or of another version; names it.
         """
         path = folder / MANIFEST
         manifest = read_json(path, "a checkpoint", "moce pretrain")
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        if found != FORMAT:
-            raise ArtefactError(f"{path}: format {found!r}; this version reads {FORMAT!r}.")
+        stored = manifest.get("format") if isinstance(manifest, dict) else None
+        if stored != FORMAT:
+            raise ArtefactError(f"{path}: format {stored!r}; this version reads {FORMAT!r}.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
         check_manifest(manifest, path)
-        left_out = not resumable and not (folder / OPTIMIZER).exists()
+        without_optimizer = not resumable and not (folder / OPTIMIZER).exists()
         for name, record in manifest["files"].items():
             if not _FILE.match(name):
-                raise ArtefactError(f"{path} names {name!r}, which is no file of a checkpoint.")
-            if left_out and name.startswith(f"{OPTIMIZER}/"):
+                raise ArtefactError(f"{path} names {name!r}, which is not a file of a checkpoint.")
+            if without_optimizer and name.startswith(f"{OPTIMIZER}/"):
                 continue
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise ArtefactError(f"{path} is damaged: {found}, expected {record['bytes']} bytes.")
+                actual = "missing" if size is None else f"{size} bytes"
+                raise ArtefactError(f"{path} is damaged: {actual}, expected {record['bytes']} bytes.")
         return cls(folder, manifest)
 
     def entry(self, *keys: str) -> Any:
-        """What the manifest says under nested `keys`. Raises ArtefactError where this checkpoint has no such entry."""
+        """The manifest's entry under nested `keys`. Raises ArtefactError if there is none."""
         value: Any = self.manifest
         for key in keys:
             if isinstance(value, dict) and key in value:
@@ -148,7 +148,7 @@ class Checkpoint:
 
     @property
     def experts(self) -> dict[str, Any] | None:
-        """Of a model with experts `num_experts`, `layers` and `gate`; None of a dense one. Raises ArtefactError."""
+        """`num_experts`, `layers` and `gate` of a model with experts; None for a dense one. Raises ArtefactError."""
         experts: dict[str, Any] | None = self.entry("model", "experts")
         return experts
 
@@ -157,7 +157,7 @@ class Checkpoint:
         return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
 
     def load(self, part: str, parameters: Iterable[str] | None = None) -> "dict[str, Tensor]":
-        """Tensors of `weights`, `optimizer` or `state`; with `parameters`, only from the files that hold those.
+        """Tensors of `weights`, `optimizer` or `state`; with `parameters`, only from the files that contain those.
 
         Raises:
             ArtefactError: a file is missing, or its content is not what was written.
@@ -173,12 +173,12 @@ class Checkpoint:
 
     def _check(self, name: str) -> None:
         with reads_from(self.folder / name, _RESTORE):
-            found = _checksum(self.folder / name)
-        if found != self.manifest["files"][name]["xxh3"]:
+            checksum = _checksum(self.folder / name)
+        if checksum != self.manifest["files"][name]["xxh3"]:
             raise ArtefactError(f"{self.folder / name} is damaged: its checksum is not the one it was written with.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight, read from the headers alone. Raises ArtefactError."""
+        """Name and shape of every weight, read from the headers only. Raises ArtefactError."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names():
             with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "np") as file:
@@ -199,7 +199,7 @@ class Checkpoint:
             "files": f"{len(manifest['files'])}, {mebibytes(r['bytes'] for r in manifest['files'].values())}",
         }
         if not (self.folder / OPTIMIZER).exists():
-            rows["optimizer"] = "none: a new run can start from these weights, no run can go on"
+            rows["optimizer"] = "none: a new run can start from these weights, no run can resume"
         if experts:
             rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
         if experts and manifest.get("routing"):
@@ -208,29 +208,30 @@ class Checkpoint:
         return rows
 
     def verify(self) -> Findings:
-        """Everything that is not as it was written; reads all of it.
+        """Everything that differs from what was written; reads all of it.
 
         Raises:
-            ArtefactError: a file is missing or was cut short, also one of an optimizer that was removed as a whole.
+            ArtefactError: a file is missing or truncated, including those of an optimizer folder that was removed.
         """
         return Findings(Checkpoint.open(self.folder, resumable=True).faults())
 
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
-        """Files whose content is not what was written, by checksum; of `parts` shares of the files, the one asked."""
-        found = []
+        """Files whose content differs from what was written, by checksum; of `parts` shares of the files, only share
+        `part`."""
+        faults = []
         for name in sorted(self.manifest["files"])[part::parts]:
             try:
                 self._check(name)
             except ArtefactError as error:
-                found.append(str(error))
-        return found
+                faults.append(str(error))
+        return faults
 
 
 def steps_of(run: Path) -> list[int]:
-    """Steps of the checkpoints in a run folder, rising."""
+    """Steps of the checkpoints in a run folder, in rising order."""
     parent = run / "checkpoints"
-    found = (_STEP.match(path.name) for path in parent.iterdir()) if parent.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    matches = (_STEP.match(path.name) for path in parent.iterdir()) if parent.is_dir() else ()
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def find(path: Path) -> Checkpoint:
@@ -245,18 +246,18 @@ def find(path: Path) -> Checkpoint:
     if not steps:
         raise ArtefactError(f"{path} holds no checkpoint: expected a run folder of `moce pretrain`, or step-NNNNNNNN.")
     try:
-        found = Checkpoint.open(step_folder(path, steps[-1]))
+        checkpoint = Checkpoint.open(step_folder(path, steps[-1]))
     except ArtefactError as error:
         before = f" {step_folder(path, steps[-2])} is the one before it." if len(steps) > 1 else ""
         error.args = (f"{error}{before}",)
         raise
-    if "task_fingerprint" in found.manifest:
-        raise ArtefactError(f"{path} is a run that tuned an encoder, which is in {path / 'tuned'} when it is complete.")
-    return found
+    if "task_fingerprint" in checkpoint.manifest:
+        raise ArtefactError(f"{path} is a tuning run; when complete, its encoder is in {path / 'tuned'}.")
+    return checkpoint
 
 
 def grouped(part: str, tensors: "Mapping[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
-    """Tensors of `weights` or `optimizer` by the file that holds them; keys of `optimizer` are NAME.exp_avg, ...."""
+    """Tensors of `weights` or `optimizer` by their file; keys of `optimizer` are NAME.exp_avg, ...."""
     by_file: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         by_file.setdefault(f"{part}/{file_of(name)}", {})[name] = tensor
@@ -264,11 +265,12 @@ def grouped(part: str, tensors: "Mapping[str, Tensor]") -> "dict[str, dict[str, 
 
 
 def write_files(folder: Path, files: "Iterable[tuple[str, Mapping[str, Tensor]]]") -> dict[str, dict[str, Any]]:
-    """Write files into a draft, each as soon as `files` yields it; returns size and checksum by file name. Processes
-    write different files.
+    """Write files into a draft, each as soon as `files` yields it; returns size and checksum by file name.
+
+    Processes write different files.
 
     Raises:
-        ArtefactError: a file cannot be written, as on a full disk; it is named, with the reason.
+        ArtefactError: a file cannot be written, as on a full disk; names it with the reason.
     """
 
     def write(item: "tuple[str, Mapping[str, Tensor]]") -> tuple[str, dict[str, Any]]:
@@ -282,9 +284,9 @@ def write_files(folder: Path, files: "Iterable[tuple[str, Mapping[str, Tensor]]]
 
 
 def _write_safetensors(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
-    """Write float32 tensors of the host as a safetensors file, onto the disk; returns its size and checksum.
+    """Write float32 host tensors as a safetensors file and sync it; returns its size and checksum.
 
-    The library's own writer copies every tensor twice and leaves the checksum to a second reading: half the speed.
+    The library's own writer copies every tensor twice, and the checksum would need a second reading: half the speed.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -292,20 +294,20 @@ def _write_safetensors(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str,
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
     digest = xxh3_128()
     with open(path, "wb", buffering=0) as file:
         contents = (memoryview(tensor.contiguous().view(-1).numpy()).cast("B") for tensor in tensors.values())  # type: ignore[arg-type]
         for content in chain((memoryview(len(text).to_bytes(8, "little") + text),), contents):
             digest.update(content)
-            while content:  # a write may be cut short
+            while content:  # a write may be incomplete
                 content = content[file.write(content) :]
         os.fsync(file.fileno())
     return {"bytes": 8 + len(text) + end, "xxh3": digest.hexdigest()}
 
 
 def _checksum(path: Path) -> str:
-    """XXH3 of 128 bits of a file: against damage, at the speed of memory."""
+    """128-bit XXH3 of a file: detects damage at the speed of memory."""
     digest, buffer = xxh3_128(), bytearray(_CHUNK)
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -316,10 +318,10 @@ def _checksum(path: Path) -> str:
 def write_checkpoint(
     final: Path, weights: "Mapping[str, Tensor]", moments: "Mapping[str, Tensor]", manifest: dict[str, Any]
 ) -> Checkpoint:
-    """Write a whole checkpoint in one process: its tensors by global names, and what its manifest says but for files.
+    """Write a complete checkpoint in one process: its tensors by global names, and its manifest without `files`.
 
     Raises:
-        ArtefactError: it cannot be written; nothing is left of it.
+        ArtefactError: it cannot be written; nothing of it remains.
     """
     draft = final.with_name(f".{final.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -364,16 +366,16 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def prune(run: Path, keep: int, every: int | None = None) -> None:
     """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
     with suppress(FileNotFoundError):  # an older attempt that does not know that it is over may remove the same
-        for left in (run / "checkpoints").glob(".step-*"):  # of a kill
+        for left in (run / "checkpoints").glob(".step-*"):  # left by a kill
             shutil.rmtree(left)
         for step in steps_of(run)[:-keep]:
             if not (every and step % every == 0):
-                # Renamed first: a kill meanwhile leaves no half checkpoint under a whole one's name.
+                # Rename first, so that a kill leaves no partial checkpoint under its final name.
                 shutil.rmtree(step_folder(run, step).rename(run / "checkpoints" / f".step-{step:08d}.removed"))
 
 
 def set_aside(run: Path, step: int) -> Path:
-    """Rename a damaged checkpoint, so that it is neither used nor counted; returns its new place."""
+    """Rename a damaged checkpoint, so that it is neither used nor counted; returns its new path."""
     aside = run / "checkpoints" / f"damaged-step-{step:08d}"
     shutil.rmtree(aside, ignore_errors=True)
     return step_folder(run, step).rename(aside)

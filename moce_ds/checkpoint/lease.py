@@ -1,11 +1,10 @@
-"""Who may write into a run folder: one attempt at a time, also where an older job does not know that it is over.
+"""The right to write into a run folder: one attempt at a time, even if an older job does not know that it is over.
 
-After a network cut or a requeue an old job can go on for a while beside its successor. So every start of a run is an
-*attempt* with a number, which RUN/attempts/0003.json keeps for good, and a folder of its own, RUN/attempts/0003, in
-which its checkpoints are drafted. A new attempt takes the next number and removes the folders of those before it: from
-then on an older attempt has nowhere to write, cannot rename what it has drafted into place, and sees that it is over by
-the absence of its folder. `metrics.jsonl` is replaced by a copy, so an older attempt that still has it open writes into
-a file that nobody reads.
+After a network cut or a requeue an old job may continue for a while beside its successor. So every start of a run is a
+numbered *attempt*. RUN/attempts/0003.json records it permanently, and its checkpoints are drafted in its own folder,
+RUN/attempts/0003. A new attempt takes the next number and removes the folders of earlier ones. From then on an older
+attempt cannot write drafts or rename them into place, and the absence of its folder tells it that it is over.
+`metrics.jsonl` is replaced by a copy, so an older attempt that still has it open writes into a file that nobody reads.
 """
 
 import json
@@ -28,23 +27,23 @@ from moce_ds.storage.metrics_file import METRICS
 
 
 class SupersededError(MoceError):
-    """A newer attempt owns the run folder; nothing was written by this one since."""
+    """A newer attempt owns the run folder; this one has written nothing since."""
 
 
 @dataclass(frozen=True)
 class RunLease:
-    """One start of a run: the `number`-th, 1 for the first."""
+    """One start of a run: attempt `number`, 1 for the first."""
 
     run: Path
     number: int
 
     @classmethod
     def claim(cls, run: Path, runtime: Runtime) -> "RunLease":
-        """Become the owner of a run folder; a collective. Every older attempt has lost it when this returns.
+        """Become the owner of a run folder; a collective. When it returns, every older attempt has lost the folder.
 
         Raises:
             ArtefactError: the folder cannot be written to.
-            SupersededError: another attempt has come at this moment.
+            SupersededError: another attempt started at the same moment.
         """
         number = 0
         with runtime.raise_on_all_ranks(), writes_to(run):
@@ -59,7 +58,7 @@ class RunLease:
     @classmethod
     @contextmanager
     def claimed(cls, run: Path, runtime: Runtime) -> Iterator["RunLease"]:
-        """Own a run folder for the length of a block. A run that could not begin in it leaves nothing behind.
+        """Own a run folder for the length of a block. A run that fails before it begins leaves nothing behind.
 
         Raises:
             ArtefactError, SupersededError: as `claim`.
@@ -74,7 +73,7 @@ class RunLease:
 
     @property
     def folder(self) -> Path:
-        """Where this attempt drafts what it writes; its absence says that the attempt is over."""
+        """The folder for drafts of this attempt; its absence means that the attempt is over."""
         return _folder(self.run, self.number)
 
     @property
@@ -83,7 +82,7 @@ class RunLease:
         return not self.folder.exists()
 
     def draft(self, step: int) -> Path:
-        """Where the checkpoint of a step is written before it is whole."""
+        """The folder where the checkpoint of a step is drafted."""
         return self.folder / f"step-{step:08d}"
 
     @contextmanager
@@ -105,39 +104,40 @@ class RunLease:
 
     @contextmanager
     def file(self, path: Path, step: int) -> Iterator[Path]:
-        """Yield a place for the content of a file of the run folder, which appears as `path` when the block ends.
+        """Yield a path for the content of a file of the run folder, which is renamed to `path` when the block ends.
 
         Raises:
-            SupersededError, ArtefactError: as `writing`; then `path` is as it was.
+            SupersededError, ArtefactError: as `writing`; then `path` is unchanged.
         """
         with self.writing(step):
             path.parent.mkdir(exist_ok=True)
-            draft = self.folder / path.name  # not beside `path`: an attempt that is over must not rename it either
+            draft = self.folder / path.name  # not beside `path`: an attempt that is over must not be able to rename it
             yield draft
             sync(draft)
             os.replace(draft, path)
 
     def note(self, name: str, record: FileRecord, step: int) -> None:
-        """Put the checksum of a file of the run folder into the attempt's record, RUN/attempts/0003.json.
+        """Add the checksum of a file of the run folder to the record of the attempt, RUN/attempts/0003.json.
 
         Raises:
             SupersededError, ArtefactError: as `writing`.
         """
         path = self.folder.with_suffix(".json")
         with self.writing(step):
-            told = read_json(path, "the record of an attempt", "moce pretrain")
-            write_checked(path, told | {"files": told.get("files", {}) | {name: asdict(record)}})
+            record_of_attempt = read_json(path, "the record of an attempt", "moce pretrain")
+            files = record_of_attempt.get("files", {}) | {name: asdict(record)}
+            write_checked(path, record_of_attempt | {"files": files})
 
     def withdraw(self) -> None:
-        """Leave no trace of an attempt that found out, before it wrote anything, that there is no run to begin."""
+        """Remove all traces of an attempt that failed before it wrote anything."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.with_suffix(".json").unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: there is a run, or another attempt
+        with suppress(OSError):  # not empty: it holds a run, or another attempt
             self.folder.parent.rmdir()
             self.run.rmdir()
 
     def error(self, step: int) -> SupersededError:
-        """What an attempt that is over ends with."""
+        """The error that ends an attempt that is over."""
         return SupersededError(
             f"Step {step}: another process has taken over {self.run} (this was attempt {self.number}). Stopped "
             "without writing."
@@ -148,14 +148,14 @@ class RunLease:
         with self.writing(step=0):
             for older in attempts.iterdir():
                 if older.name.isdigit() and int(older.name) < self.number:
-                    with suppress(FileNotFoundError):  # a third attempt may do the same at this moment
+                    with suppress(FileNotFoundError):  # a third attempt may do the same now
                         older.rename(attempts / f".{older.name}.over")
             for over in attempts.glob(".*.over"):
                 shutil.rmtree(over, ignore_errors=True)
         self._renew_metrics()
 
     def _renew_metrics(self) -> None:
-        """Put a copy in the place of a file that an older attempt may hold open; half a last line is left out."""
+        """Replace a file that an older attempt may hold open by a copy, without an incomplete last line."""
         metrics = self.run / METRICS
         if metrics.exists():
             lines = metrics.read_bytes().splitlines(keepends=True)
@@ -168,13 +168,13 @@ def _folder(run: Path, number: int) -> Path:
 
 
 def _next_number(run: Path) -> int:
-    """Make the folder of the newest attempt there is. No number is given twice, since its record stays for good."""
+    """Create the folder of the newest attempt. No number is used twice, because records are permanent."""
     (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
     who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     while True:
         number = _newest(run) + 1
         folder = _folder(run, number)
-        with suppress(FileExistsError):  # another process was faster
+        with suppress(FileExistsError):  # another process created it first
             path = folder.with_suffix(".json")
             with open(path, "x", encoding="utf-8") as record, _whole_or_gone(path):
                 record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
@@ -182,13 +182,13 @@ def _next_number(run: Path) -> int:
             folder.mkdir()
             if _newest(run) == number:
                 return number
-            # One that has come meanwhile may have removed the folders of older attempts before this one was there.
+            # A concurrent attempt may have removed the older folders before this one existed.
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _whole_or_gone(path: Path) -> Iterator[None]:
-    """Remove a new file that the block could not write, as on a full disk."""
+    """Remove a new file that the block could not write completely, as on a full disk."""
     try:
         yield
     except OSError:

@@ -1,9 +1,9 @@
-"""Writing checkpoints while training goes on.
+"""Asynchronous writing of checkpoints.
 
-A save has three parts. `start` gathers what this process writes. A thread copies it to buffers on the host while the
-next step's forward and backward pass run; only the update waits for that (`wait_for_staging`). Other threads write the
-copies into a draft. When all processes have written theirs, which they learn from a number in the loss reduction,
-`finish` gives the draft its name.
+A save has three parts. `start` gathers what this process writes. A thread copies it to host buffers during the forward
+and backward pass of the next step; only the update waits for that (`wait_for_staging`). Other threads write the copies
+into a draft. The loss reduction carries a flag by which all processes learn that everyone has written its part. Then
+`finish` renames the draft.
 """
 
 import json
@@ -30,7 +30,7 @@ from moce_ds.storage.checksums import with_checksum
 
 
 class CheckpointManager:
-    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `wait_for_staging` is none."""
+    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `wait_for_staging` is not."""
 
     def __init__(self, engine: DeepSpeedEngine, run: RunSettings, attempt: RunLease, runtime: Runtime) -> None:
         self._engine, self._run, self._attempt, self._runtime = engine, run, attempt, runtime
@@ -47,18 +47,18 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the thread; what it was writing stays a draft."""
+        """Stop the thread; an unfinished checkpoint remains a draft."""
         self._thread.shutdown()
 
     @property
     def written(self) -> bool:
-        """Whether this process has written its part of it, or failed to."""
+        """Whether this process has written its part of the checkpoint, or failed to."""
         return self._writing is not None and self._writing.done()
 
     def start(self, manifest: dict[str, Any], state: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Begin the checkpoint of `manifest["step"]`; one that is still on its way is finished first.
+        """Begin the checkpoint of `manifest["step"]`; an unfinished one is finished first.
 
-        `state` holds what the run goes on from beside weights and moments; only an update may change it.
+        `state` holds what a resumed run needs besides weights and moments; only an update may change it.
 
         Raises:
             ArtefactError, SupersededError: as `finish`.
@@ -74,16 +74,16 @@ class CheckpointManager:
         ready = torch.cuda.current_stream().record_event() if self._runtime.device.type == "cuda" else None
         self._copied.clear()
         self._writing = self._thread.submit(write_files, draft, self._copies(files, ready))
-        self._writing.add_done_callback(lambda _: self._copied.set())  # also when copying has failed
+        self._writing.add_done_callback(lambda _: self._copied.set())  # also if copying failed
         if not self._run.async_checkpoint:
             self.finish()
 
     def wait_for_staging(self) -> None:
-        """Wait until what is being saved has been copied; only then may an update change it."""
+        """Wait until the copies are complete; only then may an update change the originals."""
         self._copied.wait()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is on its way, if any, and give it its name.
+        """Wait for the checkpoint in progress, if any, and rename its draft.
 
         Raises:
             ArtefactError: a process could not write, as on a full disk; the draft is removed.
@@ -115,6 +115,6 @@ class CheckpointManager:
         with self._attempt.writing(step):
             publish(draft, step_folder(out, step), {**self._manifest, "files": files})
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
-        if self._manifest["routing"]:  # beside the checkpoints, for whoever reads the run without weights
+        if self._manifest["routing"]:  # beside the checkpoints, for readers that need no weights
             with self._attempt.file(out / ROUTING, step) as routing:
                 routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")

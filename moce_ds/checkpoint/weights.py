@@ -1,4 +1,4 @@
-"""Giving a model the weights of a file: all of them, or an error that lists what does not fit."""
+"""Loads all weights of a file into a model, or raises an error that lists the mismatches."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from moce_ds.errors import ArtefactError
 
-_LISTED = 20  # weights of each kind of misfit that are named
+_LISTED = 20  # listed weights per kind of mismatch
 
 
 def load_weights_strict(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into parameters of the same names, refusing what is missing, left over or of another shape.
+    """Copy weights into the parameters with the same names; refuse missing or unexpected weights and other shapes.
 
     Raises:
-        ArtefactError: lists what does not fit; `source` is named.
+        ArtefactError: lists the mismatches; names `source`.
     """
     check_fit(parameters, weights, source)
     with torch.no_grad():
@@ -22,17 +22,17 @@ def load_weights_strict(parameters: Mapping[str, nn.Parameter], weights: Mapping
             parameter.copy_(weights[name])
 
 
-def check_fit(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that are missing, left over or of another shape, listing them all. Raises ArtefactError."""
+def check_fit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise ArtefactError, listing all of them, if tensors are missing, unexpected or of another shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in found]
-    unexpected = [f"unexpected {name} {shape}" for name, shape in found.items() if name not in shapes]
-    other = [f"{n} is {found[n]}, expected {shape}" for n, shape in shapes.items() if found.get(n, shape) != shape]
+    actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in actual]
+    unexpected = [f"unexpected {name} {shape}" for name, shape in actual.items() if name not in shapes]
+    other = [f"{n} is {actual[n]}, expected {shape}" for n, shape in shapes.items() if actual.get(n, shape) != shape]
     if lines := [*cut(missing, "missing"), *cut(unexpected, "unexpected"), *cut(other, "of another shape")]:
         raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *lines]))
 
 
 def cut(lines: list[str], kind: str = "") -> list[str]:
-    """The first lines of a list of faults, and how many `kind` are left out."""
+    """The first lines of a list of faults, and the number of further ones of that `kind`."""
     return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more {kind}".rstrip()] if len(lines) > _LISTED else lines

@@ -97,14 +97,14 @@ def plan(
     from moce_ds.planning import report
     from moce_ds.planning.devices import THIS, assuming, find_device
     from moce_ds.planning.prediction import predict, steps_of_run
-    from moce_ds.planning.work import Machines
+    from moce_ds.planning.work import Machines, Work
     from moce_ds.storage.files import check_output, write_json, writes_to
     from moce_ds.training.settings import PretrainSettings
 
     config = read_settings(PretrainSettings, words)
     if options["json_file"] is not None:
         check_output(options["json_file"], "a plan", b'"device": {')
-    steps, measured = steps_of_run(config, options["images"]), None
+    steps, measured = steps_of_run(config.data.shards, config.optim, options["images"]), None
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
 
@@ -114,9 +114,9 @@ def plan(
         raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
     else:
         assumed = find_device(device, assume)
-    predictions = [predict(config, Machines(count, gpus), assumed, steps, options["moved"]) for count in nodes]
-    show(report.prediction_table(config, device, assumed, predictions))
-    say(report.assumptions(config, assumed, options["moved"]), *report.advice(config, assumed, predictions))
+    predictions = [predict(Work.of(config), Machines(count, gpus), assumed, steps, options["moved"]) for count in nodes]
+    show(report.prediction_table(config.model.arch, device, assumed, predictions))
+    say(report.assumptions(Work.of(config), assumed, options["moved"]), *report.advice(config, assumed, predictions))
     if measured is not None:
         show(report.error_table(predictions[0], measured))
     if options["json_file"] is not None:

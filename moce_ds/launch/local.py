@@ -1,13 +1,12 @@
 """Run a `moce` verb in several processes on this machine.
 
-    moce launch local --nproc 2 pretrain configs/demo/mae.yaml
+        moce launch local --nproc 2 pretrain configs/demo/mae.yaml
 
-One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the status is 76
-then, as nothing that needs the whole run may follow. When a process fails, the others are ended and the failed one is
-named; the status is 75 if it was lost. With --max-restarts, all are started again when one was lost (killed,
-or silent for run.peer_timeout seconds), and the run resumes from its newest checkpoint. Under
-`torchrun -m moce_ds VERB ...` the verbs do the same; this launcher prints no traceback of its own, and passes signals
-on once.
+One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the exit status
+is then 76, because later stages must not follow. When a process fails, the others are ended and the failed one is
+named; the status is 75 if it was lost. With --max-restarts, all processes are restarted when one was lost (killed, or
+silent for run.peer_timeout seconds), and the run resumes from its newest checkpoint. The verbs behave the same under
+`torchrun -m moce_ds VERB ...`; this launcher prints no traceback of its own and passes signals on only once.
 """
 
 import logging
@@ -25,24 +24,25 @@ from moce_ds.host.interrupts import leave, obeyed
 _logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 20.0
-_INTERRUPTED = 130  # how many programs end at a Ctrl-C
-_VERDICT_SECONDS = 5.0  # in which all processes read that one is lost
+_INTERRUPTED = 130  # common exit status after a Ctrl-C
+_VERDICT_SECONDS = 5.0  # time for all processes to read that one is lost
 
 
 def run_processes(
     command: Sequence[str], nproc: int, max_restarts: int = 0, grace_seconds: float = GRACE_SECONDS
 ) -> int:
-    """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure.
+    """Run `command` in `nproc` processes that find each other through the usual variables; returns 0 or a failure
+    status.
 
-    A process that was lost costs a restart of all, at most `max_restarts` times; an error that a process has explained
-    would only occur again. After a failure or a second Ctrl-C the other processes get `grace_seconds` to end.
+    If a process is lost, all are restarted, at most `max_restarts` times. A handled error is not retried, because it
+    would occur again. After a failure or a second Ctrl-C the other processes have `grace_seconds` to end.
     """
     before = {number: signal.signal(number, leave) for number in obeyed()}
-    asked: list[int] = []
+    received: list[int] = []
     try:
         for restart in range(max_restarts + 1):
-            status, lost = _run(command, nproc, asked, grace_seconds)
-            if not lost or asked or restart == max_restarts:
+            status, lost = _run(command, nproc, received, grace_seconds)
+            if not lost or received or restart == max_restarts:
                 break
             _logger.warning(f"Restart {restart + 1} of at most {max_restarts}.")
         return status
@@ -51,12 +51,13 @@ def run_processes(
             signal.signal(number, handler)
 
 
-def _run(command: Sequence[str], nproc: int, asked: list[int], grace_seconds: float) -> tuple[int, bool]:
-    """One start of all processes: exit status, and whether a process was lost. Signals that arrive go into `asked`."""
-    # Here, since torch comes along: it takes a second in which Ctrl-C must be obeyed already.
+def _run(command: Sequence[str], nproc: int, received: list[int], grace_seconds: float) -> tuple[int, bool]:
+    """One start of all processes: exit status, and whether a process was lost. Received signals are appended to
+    `received`."""
+    # imported here, because it imports torch, which takes a second in which Ctrl-C must work
     from moce_ds.distributed.rendezvous import host_on_loopback
 
-    # This process hosts the meeting point and the processes join it, as torchrun's do: no port is guessed.
+    # This process hosts the store that the processes join, as torchrun does, so no port is guessed.
     store = host_on_loopback()
     common = {
         "MASTER_ADDR": "127.0.0.1",
@@ -69,31 +70,31 @@ def _run(command: Sequence[str], nproc: int, asked: list[int], grace_seconds: fl
     }
     processes: list[subprocess.Popen[bytes]] = []
     for number in obeyed():
-        signal.signal(number, lambda number, frame: asked.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # A session of their own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
+        # In a session of its own: the terminal sends Ctrl-C only to this process, which passes it on once.
         processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
-    status = _wait(processes, asked, grace_seconds)
-    # An unexpected error of one process is a loss for the others; which of them is the first to end is chance.
+    status = _wait(processes, received, grace_seconds)
+    # An unexpected error of one process is a loss for the others; any of them may end first.
     lost = status < 0 or any(process.returncode == LOST_PEER for process in processes)
     return LOST_PEER if status < 0 else status, lost
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int], grace_seconds: float) -> int:
-    """Wait until all have ended; once one fails, or a second Ctrl-C comes, they get a little time and are then killed.
+def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], grace_seconds: float) -> int:
+    """Wait until all have ended. After a failure or a second Ctrl-C the others get a grace period and are then killed.
 
-    Passes on what is asked meanwhile. Returns 0, or what the first that failed ended with (negative: a signal); STOPPED
-    where a signal requested that.
+    Passes received signals on. Returns 0, or the status of the first that failed (negative: a signal); STOPPED if a
+    signal requested that.
     """
     failed: tuple[int, int] | None = None
     deadline, passed_on = float("inf"), 0
     while any(process.poll() is None for process in processes):
-        for number in asked[passed_on:]:
+        for number in received[passed_on:]:
             for process in processes:
                 process.send_signal(number)
             passed_on += 1
-            if number == signal.SIGINT and asked[:passed_on].count(number) == 2:
+            if number == signal.SIGINT and received[:passed_on].count(number) == 2:
                 deadline = min(deadline, time.monotonic() + grace_seconds)
         for rank, process in enumerate(processes):
             status = process.poll()
@@ -109,10 +110,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], asked: list[int], grace_seco
     if failed is None:
         return 0
     rank, status = failed
-    insisted = asked.count(signal.SIGINT) > 1 and (status < 0 or status == LOST_PEER)  # an impatient user
-    if insisted or -status in asked or (status == _INTERRUPTED and signal.SIGINT in asked):
+    insisted = received.count(signal.SIGINT) > 1 and (status < 0 or status == LOST_PEER)  # an impatient user
+    if insisted or -status in received or (status == _INTERRUPTED and signal.SIGINT in received):
         return STOPPED
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    if status != STOPPED and (status != 1 or rank != 0):  # an error of rank 0 has explained itself
+    if status != STOPPED and (status != 1 or rank != 0):  # rank 0 has printed its error
         _logger.warning(f"Process {rank} {how}.")
     return status

@@ -1,4 +1,4 @@
-"""Run a command in a process of its own whose output goes to a log file."""
+"""Runs a command in a process of its own whose output goes to a log file."""
 
 import signal
 import subprocess
@@ -23,18 +23,18 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     with writes_to(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         opened = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
-    with opened, kept_signals(obeyed()) as asked:
-        # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
+    with opened, kept_signals(obeyed()) as received:
+        # In a session of its own: the terminal sends Ctrl-C only to this process, which passes it on once.
         child = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
-        status = wait_for(child, asked)
-        if status < 0 and not asked:
+        status = wait_for(child, received)
+        if status < 0 and not received:
             opened.write(f"The process was killed by {signal.Signals(-status).name}.\n")
-    if asked:
+    if received:
         raise KeyboardInterrupt
     return status
 
 
 def log_tail(log: Path) -> str:
-    """The last lines of a log that are not blank."""
+    """The last non-empty lines of a log."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-_TAIL_LINES:])

@@ -22,9 +22,9 @@ class JobStart:
     """One start of a job, which may be requeued several times.
 
     Attributes:
-        name: number of the job, and of an array's task: 7, 7_2. (Its raw number alone may be that of a whole array.)
+        name: number of the job, with that of an array task: 7, 7_2. (Its raw number may be that of the whole array.)
         folder: of its logs.
-        restart: how often it was put back into the queue before.
+        restart: number of previous requeues.
     """
 
     name: str
@@ -42,11 +42,11 @@ class JobStart:
         return self._file("end", self.restart).exists() or self._file("lost", self.restart).exists()
 
     def record_end(self, who: str, status: int, seconds: float, *, lost: bool) -> None:
-        """Keep how a process of this start ended; `lost`: by what may not happen again. Raises OSError."""
+        """Record how a process of this start ended; `lost`: by a fault that may not occur again. Raises OSError."""
         record = {"who": who, "status": status, "seconds": round(seconds)}
         draft = self.folder / f"{self.name}_{socket.gethostname()}-{os.getpid()}.draft"
         draft.write_text(json.dumps(record))
-        draft.replace(self._file("lost" if lost else "end", self.restart))  # whole at once: others may read it now
+        draft.replace(self._file("lost" if lost else "end", self.restart))  # atomic, because others may read it now
 
     def begin_again(self, max_failures: int) -> bool:
         """Requeue the job after a lost process, unless too many failed in a row; returns whether it tried."""
@@ -70,7 +70,7 @@ class JobStart:
             _logger.warning(f"scontrol requeue: {done.stderr.strip()}. Submit the same command again to resume.")
 
     def _in_a_row(self) -> int:
-        """Starts that lost a process: this one and those just before it, back to one that ran steadily."""
+        """Consecutive starts that lost a process, up to this one and back to one that ran for long."""
         count, restart = 0, self.restart
         while (file := self._file("lost", restart)).exists():
             if count and json.loads(file.read_text())["seconds"] > _STEADY_SECONDS:

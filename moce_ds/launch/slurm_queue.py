@@ -70,9 +70,9 @@ def submit(
 
 
 def _executor(profile: SlurmProfile, python: str, folder: Path, name: str, after: Sequence[str]) -> SlurmExecutor:
-    """What writes the script of a job. Raises RuntimeError where srun is not found."""
+    """The writer of a job's script. Raises RuntimeError if srun is not found."""
     inside = f"{profile.container} {shlex.quote(python)}".strip()
-    # Its own count of time-outs would end a run that is meant to be requeued for weeks.
+    # submitit's own count of time-outs would end a run that is requeued for weeks
     executor = SlurmExecutor(folder, max_num_timeout=10**6, python=inside)
     arguments = f"{shlex.quote(str(executor.folder))} $status $SECONDS {profile.max_failures}"
     end = f"[ $status -eq 0 ] || {inside} -m moce_ds.launch.slurm_end {arguments}"
@@ -81,7 +81,7 @@ def _executor(profile: SlurmProfile, python: str, folder: Path, name: str, after
 
 
 def check_scriptable(folder: Path, name: str = "") -> None:
-    """Check that a job's script can name the folder of its logs: what follows a line break would be run.
+    """Check that a job's script can name the folder of its logs: text after a line break would be executed.
 
     Raises:
         ConfigError: it cannot.
@@ -92,7 +92,7 @@ def check_scriptable(folder: Path, name: str = "") -> None:
 
 
 def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
-    """State of those jobs that wait or run. Empty, too, where there is no SLURM."""
+    """State of those jobs that are waiting or running; empty without SLURM."""
     if not jobs:
         return {}
     try:
@@ -105,6 +105,6 @@ def jobs_in_queue(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def _sbatch_message(error: Exception) -> str:
-    """The message of sbatch, out of submitit's error."""
+    """The message of sbatch in submitit's error."""
     lines = [line.removeprefix("sbatch: ") for line in str(error).splitlines() if line.startswith("sbatch: ")]
     return "; ".join(line.removeprefix("error: ") for line in lines) or str(error).strip()

@@ -1,9 +1,9 @@
-"""What each process of a SLURM job does: run the command as one rank, pass signals on, and requeue the job.
+"""Each process of a SLURM job: runs the command as one rank, passes signals on, and requeues the job.
 
-submitit starts a `Rank` in every process of the job. Its own handling of signals does not fit: it acts on rank 0 alone,
-not while rank 0 waits in a collective, and takes every warning of a short job for the end of its time. So the command
-runs in a child, which asks its peers to stop with it, and here is what remains: signals are passed on, and when the
-child has ended before its work was done the job is put back into the queue, unless SLURM is about to end it anyway.
+submitit starts a `Rank` in every process of the job. Its own signal handling is unsuitable: it acts on rank 0 only, not
+while rank 0 waits in a collective, and it treats every warning of a short job as its time limit. So the command runs in
+a child, which asks its peers to stop with it. This process passes signals on, and requeues the job if the child ended
+before its work was done, unless SLURM is ending the job anyway.
 """
 
 import logging
@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
-_LAST_SECONDS = 90.0  # in which SLURM ends a job that was put back into the queue
+_LAST_SECONDS = 90.0  # time in which SLURM ends a requeued job
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Rank:
     """One process of a job; the same object for all of them.
 
     Attributes:
-        command: what to run; it learns its rank from the environment.
-        usable_nodes: numbers of nodes with which it can run; of more, the last stay idle. Empty: any.
-        max_failures: starts after a lost process, in a row.
+        command: the command to run, which reads its rank from the environment.
+        usable_nodes: numbers of nodes that it can run on; surplus nodes stay idle. Empty: any number.
+        max_failures: consecutive starts after a lost process.
         warning: the signal before the end of the job, after which the job is requeued.
     """
 
@@ -50,9 +50,9 @@ class Rank:
     warning: signal.Signals
 
     def __call__(self) -> None:
-        """Run the command; returns when it has done its work, and else ends the process with its status.
+        """Run the command. Returns when it has done its work, else ends the process with its status.
 
-        An error of the system before that, such as one of the disk with the logs, is one message, not submitit's
+        A system error before that, such as one of the disk with the logs, is reported as one message, not as submitit's
         traceback.
         """
         configure_logging()
@@ -64,7 +64,7 @@ class Rank:
             sys.exit(fault.status)
 
     def _run(self) -> None:
-        with kept_signals(_PASSED_ON) as asked:
+        with kept_signals(_PASSED_ON) as received:
             job, began = SlurmJobEnvironment(), time.monotonic()
             start = JobStart.of(job, job.paths.folder)
             nodes = max((n for n in self.usable_nodes if n <= job.num_nodes), default=job.num_nodes)
@@ -72,17 +72,17 @@ class Rank:
                 _logger.info(f"{socket.gethostname()} stays idle: the run can use {nodes} of {job.num_nodes} nodes.")
                 return
             child = subprocess.Popen(self.command, env={**os.environ, **place(job, start, nodes)})
-            # SLURM may have sent the child the same signals, which does not mind: only the first counts.
-            status = wait_for(child, asked)
+            # The child may receive the same signals from SLURM too; only the first counts.
+            status = wait_for(child, received)
             if status == 0:
                 return
-            stopped = status == STOPPED or -status in asked
+            stopped = status == STOPPED or -status in received
             lost = not stopped and (status < 0 or status == LOST_PEER)
-            if stopped and job.global_rank == 0 and (self.warning in asked or signal.SIGTERM in asked):
+            if stopped and job.global_rank == 0 and (self.warning in received or signal.SIGTERM in received):
                 start.requeue("stopped as requested")
             who = f"rank {job.global_rank} on {socket.gethostname()}"
             recorded = True
-            if not stopped or job.global_rank == 0:  # others may be stopped by a srun that fails
+            if not stopped or job.global_rank == 0:  # others may be stopped by a failing srun
                 recorded = _recorded(start, who, status, time.monotonic() - began, lost)
             if stopped:
                 sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
@@ -92,7 +92,7 @@ class Rank:
                 # Every process asks for that: one that is cut off cannot. A loss that is not recorded is not counted,
                 # so the job could begin again for ever.
                 if recorded and start.begin_again(self.max_failures):
-                    _wait_for_the_end(asked)
+                    _wait_for_the_end(received)
             sys.exit(status if status > 0 else LOST_PEER)
 
     def checkpoint(self) -> DelayedSubmission:
@@ -128,8 +128,8 @@ def _recorded(start: JobStart, who: str, status: int, seconds: float, lost: bool
     return True
 
 
-def _wait_for_the_end(asked: list[int]) -> None:
+def _wait_for_the_end(received: list[int]) -> None:
     """Wait until SLURM ends this process: to leave by itself would look like a failure of the job."""
     deadline = time.monotonic() + _LAST_SECONDS
-    while signal.SIGTERM not in asked and time.monotonic() < deadline:
+    while signal.SIGTERM not in received and time.monotonic() < deadline:
         time.sleep(0.05)

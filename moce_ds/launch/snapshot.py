@@ -38,9 +38,9 @@ def refuse_second(parent: Path) -> None:
 def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, config: Any = None) -> Path:
     """A new folder 0001, 0002, ... in `parent` with the record of a launch.
 
-    launch.json holds command, profile and versions; config.yaml the verb's resolved settings, where it has some;
-    changes.patch what the code has that is not committed; secret what the job's processes know each other by
-    (docs/security.md). The job's logs are to join them.
+    launch.json holds command, profile and versions; config.yaml the resolved settings of the verb, if it has some;
+    changes.patch the uncommitted changes of the code; secret the key of the job's processes (docs/security.md). The
+    logs of the job are written there too.
 
     Raises:
         ArtefactError: the folder cannot be written.
@@ -70,14 +70,14 @@ def begin_launch(parent: Path, words: Sequence[str], profile: SlurmProfile, conf
 
 
 def record_jobs(folder: Path, jobs: list[Submitted]) -> list[Submitted]:
-    """Keep the numbers of a launch's jobs; returns the jobs. Raises ArtefactError."""
+    """Record the numbers of a launch's jobs; returns the jobs. Raises ArtefactError."""
     with writes_to(folder):
         (folder / _JOBS).write_text(json.dumps([job.job for job in jobs]) + "\n", encoding="utf-8")
     return jobs
 
 
 def _new_folder(parent: Path) -> Path:
-    """The next free one: two launches at once get two."""
+    """The next free folder; simultaneous launches get different ones."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         try:
@@ -89,13 +89,13 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _write_secret(path: Path) -> None:
-    """A new secret that nobody else can read."""
+    """Write a new secret that only its owner can read."""
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as opened:
         opened.write(f"{new_secret()}\n")
 
 
 def _code() -> tuple[str | None, bytes]:
-    """The commit that this program's files are of, and what was changed since; (None, b"") outside of git."""
+    """The commit of this program's files, and the changes since then; (None, b"") outside of git."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> bytes:

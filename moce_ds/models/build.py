@@ -1,7 +1,7 @@
-"""A model on paper: what a checkpoint's manifest says of it, and how to build it from that.
+"""The specification of a model, as stored in a checkpoint's manifest, and the construction of the model from it.
 
-`VARIANTS` is the registry of the kinds of model: for each value of `model.arch` its class, and how it relates to a
-dense masked autoencoder. What of a kind needs no torch is in `config/families.py`.
+`VARIANTS` is the registry of the kinds of model: for each value of `model.arch` its class, and its relation to a dense
+masked autoencoder. `config/families.py` has the parts that need no torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of a masked autoencoder, dense (`experts` is None) or with experts, and its images."""
+    """Sizes of a masked autoencoder, dense (`experts` is None) or with experts, and the format of its images."""
 
     shape: ViTShape
     decoder: DecoderShape
@@ -46,27 +46,27 @@ class ModelSpec:
 
     @property
     def variant(self) -> "Variant":
-        """How the kind of model is built, and how it relates to a dense one."""
+        """The construction of this kind of model, and its relation to a dense one."""
         return VARIANTS[self.family.arch]
 
     @property
     def dense(self) -> "ModelSpec":
-        """The dense model that a route through the experts is."""
+        """The dense model that a route through the experts corresponds to."""
         shape = self.variant.route_shape(self.shape, self.experts) if self.experts else self.shape
         return replace(self, shape=shape, experts=None)
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> "ModelSpec":
-        """Rebuild from a manifest. Raises ArtefactError where it is not what `to_tree` gives; every fault is listed."""
+        """Rebuild from a manifest. Raises ArtefactError, listing every fault, if the tree is invalid."""
         return valid_record(cls, tree, "The manifest's model", "a checkpoint", "moce pretrain")
 
 
 def build_model(
     spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights = NO_WEIGHTS
 ) -> MaskedAutoencoder:
-    """The model of a spec; one routed by clusters needs them. `make_layer` makes its expert layers.
+    """The model of a specification. `clusters` are required if it routes by cluster; `make_layer` makes expert layers.
 
-    `weights` of its own losses are for training.
+    `weights` of the model's own losses are for training.
     """
     return spec.variant.build(spec, clusters, make_layer, weights)
 
@@ -93,7 +93,7 @@ def _build_token_moe(
 
 
 def _build_routed(kind: type[Moce]) -> "Build":
-    """How a model is built whose images are routed by cluster."""
+    """Returns the constructor of a model that routes images by cluster."""
 
     def build(
         spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
@@ -129,12 +129,12 @@ class Variant:
     """A kind of model.
 
     Attributes:
-        build: makes the model of a spec.
-        from_dense: its weights without the gate from those of a dense MAE, the experts, the relative size of a
-            perturbation, and the perturbation's seed.
-        route_shape: the dense ViT that a route through the experts is.
-        dense_mlp: the dense MLP of a route in a block, from the state of all but the experts and from the expert's MLP.
-            It removes from that state what it uses.
+        build: makes the model of a specification.
+        from_dense: its weights without the gate, from those of a dense MAE, the experts, and the relative size and seed
+            of a perturbation.
+        route_shape: the dense ViT of a route through the experts.
+        dense_mlp: the dense MLP of a route in a block, from the state without experts and the MLP of the expert. It
+            removes what it uses from that state.
     """
 
     build: Build

@@ -1,7 +1,7 @@
-"""The settings of a model: its sizes, its experts, and a group for what one kind of model alone has.
+"""The settings of a model: its sizes, its experts, and one group per kind of model for its own options.
 
 `ModelSettings`, `ExpertSettings`, `TokenMoeSettings` and `SdrSettings` are groups of `moce pretrain`. `ModelGroups`
-checks them together and works out the model's shapes. Nothing here needs torch or timm when it is imported.
+checks them together and computes the model's shapes. Importing this module needs neither torch nor timm.
 """
 
 import dataclasses
@@ -22,25 +22,27 @@ class ModelSettings:
         "mae: dense; moce: experts by the image's cluster; token_moe: experts by token; sdr: groups of hidden units by "
         "the digits of the cluster's number",
     )
-    vit: str = option("vit_base_patch16_224", "encoder size by timm's name; the next five replace parts of it")
-    patch_size: Positive | None = option(None, "side of a patch, pixels")
+    vit: str = option(
+        "vit_base_patch16_224", "encoder size by timm's name; the next five settings override parts of it"
+    )
+    patch_size: Positive | None = option(None, "patch size, pixels")
     width: Positive | None = option(None, "width of the encoder")
     depth: Positive | None = option(None, "blocks of the encoder")
     heads: Positive | None = option(None, "attention heads")
-    mlp_ratio: Annotated[float, Field(gt=0)] | None = option(None, "hidden width of an MLP over the width")
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = option(None, "ratio of an MLP's hidden width to the width")
     decoder_width: Positive = option(512, "width of the decoder")
     decoder_depth: Positive = option(8, "blocks of the decoder")
     decoder_heads: Positive = option(16, "attention heads of the decoder")
-    mask_ratio: OpenShare = option(0.75, "share of the patches that is hidden")
+    mask_ratio: OpenShare = option(0.75, "share of hidden patches")
 
     @property
     def decoder(self) -> DecoderShape:
-        """The decoder's size."""
+        """The size of the decoder."""
         return DecoderShape(self.decoder_width, self.decoder_depth, self.decoder_heads)
 
     def vit_shape(self, image_size: int | None) -> ViTShape:
-        """The encoder's size: that of `vit`, with the settings given one by one in its place."""
-        from moce_ds.models.vit import shape_of  # brings timm along, which --help has no need of
+        """The size of the encoder: that of `vit`, overridden by single settings."""
+        from moce_ds.models.vit import shape_of  # imports timm, which --help does not need
 
         named = shape_of(self.vit)
         return ViTShape(
@@ -55,66 +57,66 @@ class ModelSettings:
 
 @settings
 class ExpertSettings:
-    """The experts of every kind of model that has some. A dense model ignores them."""
+    """The experts of all kinds of model that have some. A dense model ignores them."""
 
     clusters: Path | None = option(None, "clusters folder from `moce cluster` (moce, sdr)")
-    num: Positive = option(8, "experts in each expert layer, E; of sdr: groups of hidden units")
+    num: Positive = option(8, "experts per expert layer, E (sdr: groups of hidden units)")
     layers: list[Annotated[int, Field(ge=0)]] | None = option(
-        None, "blocks whose MLP becomes experts, from 0; null: the last and the third-last (moce, token_moe)"
+        None, "blocks with experts, from 0; null: the last and third-last block (moce, token_moe)"
     )
-    k: Literal[1, 2] = option(1, "experts that an image or a token is sent to (moce, token_moe)")
+    k: Literal[1, 2] = option(1, "experts per image or token (moce, token_moe)")
     gate: Literal["cluster", "random"] = option(
-        "cluster", "what chooses experts: a gate that reads the cluster, or a fixed random table, the control (moce)"
+        "cluster", "cluster: a gate by cluster; random: a fixed random table, as a control (moce)"
     )
-    gate_sharing: Literal["per_layer", "tied"] = option("per_layer", "tied: all expert layers have one gate (moce)")
-    embeddings: Literal["frozen", "learnable"] = option("frozen", "whether the cluster embeddings learn (moce)")
+    gate_sharing: Literal["per_layer", "tied"] = option("per_layer", "tied: all expert layers share one gate (moce)")
+    embeddings: Literal["frozen", "learnable"] = option("frozen", "whether the cluster embeddings are trained (moce)")
     combine: Literal["prob", "straight_through"] = option(
         "straight_through",
         "prob: y = p E(x), the paper's; straight_through: y = E(x), with the gradient of log p (moce)",
     )
     shared_expert: bool = option(False, "y = p E(x) + (1 - p) E_shared(x); needs combine=prob (moce)")
     gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits (moce)")
-    gate_noise: NonNegative = option(1.0, "noise on the logits while training, times 1/E (moce)")
-    gate_init: NonNegative = option(1.0, "standard deviation of the gate's first logits (moce)")
-    gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate over the base rate (moce, token_moe)")
-    perturbation: NonNegative = option(0.02, "relative noise on the experts' first weights (moce, token_moe)")
-    imbalance_weight: NonNegative = option(0.01, "weight of the loss that makes gates confident (moce)")
-    imbalance_start: Share = option(0.2, "share of the training after which that loss is fully phased in (moce)")
+    gate_noise: NonNegative = option(1.0, "noise on the logits in training, times 1/E (moce)")
+    gate_init: NonNegative = option(1.0, "initial standard deviation of the gate's logits (moce)")
+    gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate relative to the base rate (moce, token_moe)")
+    perturbation: NonNegative = option(0.02, "relative noise on the initial weights of the experts (moce, token_moe)")
+    imbalance_weight: NonNegative = option(0.01, "weight of the imbalance loss, which makes gates confident (moce)")
+    imbalance_start: Share = option(0.2, "share of the training over which that loss is phased in (moce)")
     balance: Literal["loss", "sinkhorn"] = option(
-        "sinkhorn", "how every expert is kept used: by a balanced choice of experts, or by a loss (moce)"
+        "sinkhorn", "how experts are balanced: by a balanced assignment, or by a loss (moce)"
     )
     balance_weight: NonNegative = option(0.1, "weight of the balance loss, with balance=loss (moce)")
-    ep_size: Positive = option(1, "neighbouring ranks that share one set of experts", may_change=True)
-    loader_locality: bool = option(True, "read images where their expert lives (moce, sdr)", may_change=True)
+    ep_size: Positive = option(1, "expert-parallel group size", may_change=True)
+    loader_locality: bool = option(True, "read images on the ranks of their experts (moce, sdr)", may_change=True)
     execution: Literal["auto", "one_by_one", "grouped"] = option(
-        "auto", "how a process runs its experts; auto: the rule of docs/performance.md (moce, sdr)", may_change=True
+        "auto", "how a process runs its experts; auto: see docs/performance.md (moce, sdr)", may_change=True
     )
 
 
 @settings
 class TokenMoeSettings:
-    """What model.arch=token_moe alone has."""
+    """Options of model.arch=token_moe."""
 
     balance_weight: NonNegative = option(0.005, "weight of the importance loss and of the load loss")
 
 
 @settings
 class SdrSettings:
-    """What model.arch=sdr alone has."""
+    """Options of model.arch=sdr."""
 
-    stages: Positive = option(4, "parts of the encoder, each for one digit of the cluster's number")
-    common: OpenShare = option(0.5, "share of an MLP's hidden units that all paths have")
+    stages: Positive = option(4, "stages of the encoder, one per digit of the cluster's number")
+    common: OpenShare = option(0.5, "share of an MLP's hidden units that all paths share")
     distillation_weight: NonNegative = option(
-        1.0, "weight of staying near the tokens of the dense MAE that the run starts from"
+        1.0, "weight of the distillation from the tokens of the initial dense MAE"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelGroups:
-    """The groups of settings that describe one model, and what follows from them.
+    """The groups of settings that describe one model, and values derived from them.
 
     Attributes:
-        shape: the encoder's size.
+        shape: the size of the encoder.
     """
 
     model: ModelSettings
@@ -130,8 +132,10 @@ class ModelGroups:
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
-        """Blocks with experts: none of a dense model; of SDR all; else by default V-MoE's "last 2" (docs/method.md,
-        "Gates"): 9 and 11 of 12."""
+        """Blocks with experts: none for a dense model, all for SDR, otherwise by default V-MoE's "last 2".
+
+        That is 9 and 11 of 12 (docs/method.md, "Gates").
+        """
         depth = self.shape.depth
         if not self.family.has_experts:
             return ()
@@ -143,51 +147,53 @@ class ModelGroups:
 
     @property
     def common_units(self) -> int:
-        """Hidden units of an MLP that all paths of SDR have; 0 of other models."""
+        """Hidden units of an MLP that all paths of SDR share; 0 for other models."""
         return round(self.sdr.common * self.shape.hidden) if self.model.arch == "sdr" else 0
 
     @property
     def wants_teacher(self) -> bool:
-        """Whether the dense MAE that the run starts from is to be imitated, too."""
+        """Whether the model is distilled from the initial dense MAE."""
         return self.family.distils and self.sdr.distillation_weight > 0
 
     @property
     def loss_weights(self) -> LossWeights:
-        """How much the losses of the model's own count (docs/method.md, "Losses"). A random table learns nothing."""
-        own = self.experts
+        """Weights of the model's own losses (docs/method.md, "Losses"). A random table has none."""
+        experts = self.experts
         weights = {
-            MOCE.gate: LossWeights(own.imbalance_weight, own.balance_weight if own.balance == "loss" else None),
+            MOCE.gate: LossWeights(
+                experts.imbalance_weight, experts.balance_weight if experts.balance == "loss" else None
+            ),
             TOKEN_MOE.gate: LossWeights(token_balance=self.token_moe.balance_weight),
             SDR.gate: LossWeights(distillation=self.sdr.distillation_weight),
         }
         return weights.get(self.family.gate, NO_WEIGHTS)
 
     def expert_shape(self, seed: int) -> ExpertShape | None:
-        """The experts on paper, None of a dense model. `seed`: of the random table."""
-        own, family = self.experts, self.family
+        """The shape of the experts; None for a dense model. `seed`: random seed of the random table."""
+        experts, family = self.experts, self.family
         if family.gate is None:
             return None
         return ExpertShape(
-            num_experts=own.num,
+            num_experts=experts.num,
             layers=self.expert_layers,
             gate=family.gate,
-            k=own.k,
-            temperature=own.gate_temperature,
-            tied=own.gate_sharing == "tied",
-            learnable=own.embeddings == "learnable",
-            init_scale=own.gate_init,
-            combine=own.combine,
-            shared=own.shared_expert,
+            k=experts.k,
+            temperature=experts.gate_temperature,
+            tied=experts.gate_sharing == "tied",
+            learnable=experts.embeddings == "learnable",
+            init_scale=experts.gate_init,
+            combine=experts.combine,
+            shared=experts.shared_expert,
             seed=seed,
             stages=self.sdr.stages if self.model.arch == "sdr" else 0,
             common_units=self.common_units,
         )
 
     def check(self, init_from: Path | None) -> None:
-        """Refuse settings that make no model. Raises ValueError, which names the settings.
+        """Raise ValueError, naming the settings, if they do not describe a valid model.
 
         Args:
-            init_from: weights that the run starts from.
+            init_from: initial weights of the run.
         """
         self._check_sizes()
         self._check_unused()
@@ -212,7 +218,7 @@ class ModelGroups:
             )
 
     def _check_unused(self) -> None:
-        """Refuse what another kind of model alone has: the run would not do what was asked."""
+        """Refuse options of another kind of model, because the run would ignore them."""
         arch = self.model.arch
         groups: dict[str, Any] = {"token_moe": self.token_moe, "sdr": self.sdr}
         for name, group in groups.items():

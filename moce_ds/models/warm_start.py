@@ -19,6 +19,7 @@ from moce_ds.errors import ArtefactError
 from moce_ds.host.machine import refused
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.vit import ViTShape
+from moce_ds.storage import encoder_folder
 from moce_ds.storage.files import load_tensors
 
 # Fixed tables, which are recomputed, and the classifier of a fine-tuned model, which pre-training does not use.
@@ -52,8 +53,8 @@ def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tenso
         ArtefactError: `path` is missing or holds something else; or its positions are learned and would be lost.
     """
     if path.is_dir():
-        encoder = path / "model.safetensors"
-        if (path / "config.json").exists() and not encoder.exists():
+        encoder = path / encoder_folder.WEIGHTS
+        if (path / encoder_folder.CONFIG).exists() and not encoder.exists():
             raise ArtefactError(f"run.init_from: {encoder} is missing: the export is incomplete: export it again.")
         state = load_tensors(encoder, _cure(_INIT)) if encoder.exists() else find(path).load(WEIGHTS)
     else:

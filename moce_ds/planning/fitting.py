@@ -6,9 +6,9 @@ import torch
 
 from moce_ds.errors import ConfigError
 from moce_ds.host.machine import control_groups
-from moce_ds.planning import work
 from moce_ds.planning.dry_run import gibibytes
 from moce_ds.planning.report import savings
+from moce_ds.planning.work import Work
 from moce_ds.training.settings import PretrainSettings
 
 FORCE = "MOCE_FORCE"
@@ -49,10 +49,11 @@ def check_memory(config: PretrainSettings, world_size: int, device: torch.device
 
 def _needed(config: PretrainSettings, world_size: int, on_gpu: bool) -> float:
     """Bytes of one process. On a host only the part of a reduction buffer that gradients fill counts."""
-    needed = work.memory(config, world_size)
+    work = Work.of(config)
+    needed = work.memory(world_size)
     if on_gpu:
         return needed.total
-    return needed.state + needed.activations + min(needed.buffers, 8 * work.count_parameters(config).held)
+    return needed.state + needed.activations + min(needed.buffers, 8 * work.parameters.held)
 
 
 def _device_memory(device: torch.device) -> float:

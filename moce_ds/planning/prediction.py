@@ -4,14 +4,14 @@ Times are in seconds, sizes in bytes. Nothing is measured here and no process gr
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
-from moce_ds.planning import work
 from moce_ds.planning.devices import Device
-from moce_ds.planning.work import Machines, Memory, Traffic
+from moce_ds.planning.work import Machines, Memory, Traffic, Work
 from moce_ds.training.schedule import make_schedule
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.settings import OptimSettings, shared_batch
 
 # Bytes read and written per parameter, fp32. Held: into DeepSpeed's buffer, divided there, and out of it. Owned:
 # AdamW's eight passes (80), the norm (4), gradients joined to one tensor (8), clipped (8), weights copied back (8).
@@ -74,25 +74,23 @@ class Prediction:
         return self.step * self.steps * self.machines.world_size / 3600
 
 
-def predict(
-    config: PretrainSettings, machines: Machines, device: Device, steps: int, moved: float | None = None
-) -> Prediction:
+def predict(work: Work, machines: Machines, device: Device, steps: int, moved: float | None = None) -> Prediction:
     """Predict a step, assuming equal loads of the experts.
 
     Args:
-        moved: share of the rows that leave their rank (see `work.exchange`).
+        moved: share of the rows that leave their rank (see `Work.exchange`).
 
     Raises:
         ConfigError: the batch or the experts cannot be divided among that many processes, or the gate routes tokens.
     """
     world = machines.world_size
-    batches = batch_arithmetic(config, world)
-    count = work.count_parameters(config)
-    sent = work.exchange(config, machines, moved)
-    gradients, weights = (_seconds(part, device, device.reduce_share) for part in work.reduction(config, machines))
+    batches = shared_batch(work.optim, world, work.ep_size)
+    count = work.parameters
+    sent = work.exchange(machines, moved)
+    gradients, weights = (_seconds(part, device, device.reduce_share) for part in work.reduction(machines))
     bandwidth = device.bandwidth * device.bandwidth_share
-    flops = work.image_flops(config).step * batches.global_batch / world
-    compute = flops / device.flops(config.engine.precision)
+    flops = work.image_flops.step * batches.global_batch / world
+    compute = flops / device.flops(work.engine.precision)
     compute += batches.accumulation * _SPARE * count.spare / bandwidth
     hidden = min(device.overlap * sum(gradients), _BACKWARD * compute)
     inside, across = _seconds(sent, device, device.exchange_share)
@@ -104,8 +102,8 @@ def predict(
         exchange_inside=inside,
         exchange_across=across,
         reduction=sum(gradients) + sum(weights) - hidden,
-        optimizer=(_HELD * count.held + _OWNED * work.owned_parameters(config, world)) / bandwidth,
-        memory=work.memory(config, world),
+        optimizer=(_HELD * count.held + _OWNED * work.owned_parameters(world)) / bandwidth,
+        memory=work.memory(world),
         steps=steps,
     )
 
@@ -118,7 +116,7 @@ def _seconds(sent: Traffic, device: Device, share: float) -> tuple[float, float]
     return inside + sent.collectives * device.inside_latency, 0.0
 
 
-def steps_of_run(config: PretrainSettings, images: int | None) -> int:
+def steps_of_run(shards: Path, optim: OptimSettings, images: int | None) -> int:
     """Steps of the whole run over `images`, by default those of its shard set.
 
     Raises:
@@ -126,10 +124,10 @@ def steps_of_run(config: PretrainSettings, images: int | None) -> int:
         ArtefactError: it cannot be read.
     """
     if images is None:
-        if not ShardSet.recognises(config.data.shards):
+        if not ShardSet.recognises(shards):
             raise ConfigError(
-                f"data.shards: {config.data.shards} does not exist yet, so the number of images is unknown: set it, "
+                f"data.shards: {shards} does not exist yet, so the number of images is unknown: set it, "
                 "such as --images 1281167."
             )
-        images = ShardSet.open(config.data.shards).count
-    return make_schedule(config.optim, images).steps
+        images = ShardSet.open(shards).count
+    return make_schedule(optim, images).steps

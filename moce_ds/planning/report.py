@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 
 from moce_ds.config.settings import to_tree
-from moce_ds.planning import work
 from moce_ds.planning.devices import Device
 from moce_ds.planning.dry_run import gibibytes
 from moce_ds.planning.prediction import Prediction
+from moce_ds.planning.work import Work
 from moce_ds.training.settings import PretrainSettings
 
 _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
@@ -30,10 +30,10 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
 )
 
 
-def prediction_table(config: PretrainSettings, name: str, device: Device, predictions: Sequence[Prediction]) -> Table:
+def prediction_table(arch: str, name: str, device: Device, predictions: Sequence[Prediction]) -> Table:
     """One column per number of nodes, under 100 characters wide for up to six."""
     table = Table(
-        title=f"{config.model.arch} on {name}: {predictions[0].steps} steps of {config.optim.batch_size} images",
+        title=f"{arch} on {name}: {predictions[0].steps} steps of {predictions[0].batch} images",
         title_justify="left",
     )
     table.add_column("nodes", style="bold")
@@ -46,17 +46,17 @@ def prediction_table(config: PretrainSettings, name: str, device: Device, predic
     return table
 
 
-def assumptions(config: PretrainSettings, device: Device, moved: float | None) -> str:
+def assumptions(work: Work, device: Device, moved: float | None) -> str:
     """The assumptions of the predictions, in a few lines."""
-    peak = device.bf16 if config.engine.precision == "bf16" else device.fp32
+    peak = device.bf16 if work.engine.precision == "bf16" else device.fp32
     lines = [
-        f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {config.engine.precision}, "
+        f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {work.engine.precision}, "
         f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s of memory;",
         f"links {device.inside / 1e9:.3g} GB/s inside and {device.across / 1e9:.3g} GB/s across nodes, exchanges at "
         f"{device.exchange_share:.0%}, reductions at {device.reduce_share:.0%};",
         f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",
     ]
-    if config.family.has_experts and config.experts.ep_size > 1:
+    if work.ep_size > 1:
         if moved is None:
             lines.append("Images move as without locality (--moved SHARE: the share from a run's metrics.jsonl).")
         else:
@@ -73,7 +73,7 @@ def advice(config: PretrainSettings, device: Device, predictions: Sequence[Predi
         world_size = prediction.machines.world_size
 
         def need(changed: PretrainSettings, world_size: int = world_size) -> float:
-            return work.memory(changed, world_size).total
+            return Work.of(changed).memory(world_size).total
 
         tried = [
             f"{change}: {gibibytes(need(changed))}{'' if need(changed) <= device.memory else ' (still too much)'}"

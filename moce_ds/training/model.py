@@ -49,7 +49,7 @@ def placed_model(
     """
     if resume_from and not resume_from.names(OPTIMIZER):
         raise ConfigError(
-            f"run.out: {run.out} holds weights without the optimizer's state, from which no run can go on: "
+            f"run.out: {run.out} holds weights without the optimizer's state, from which no run can resume: "
             f"start a new one in another folder, with run.init_from={run.out}."
         )
     model = build_for_training(spec, clusters, experts.ep_size, run.seed, loss_weights)

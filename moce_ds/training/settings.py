@@ -1,8 +1,8 @@
-"""The settings of `moce pretrain`, and what of them may change when a run is resumed.
+"""The settings of `moce pretrain`, and which of them may change when a run is resumed.
 
 Everything in `model`, `experts`, `token_moe`, `sdr`, `data` and `optim` defines the experiment: a resumed run must have
-the same, except for the keys marked `may_change`. All of `engine` and `run` may change, except `run.seed`. The groups
-that describe the model are those of `models/settings.py`.
+the same values, except for the keys marked `may_change`. All of `engine` and `run` may change, except `run.seed`.
+`models/settings.py` has the groups that describe the model.
 """
 
 import dataclasses
@@ -33,42 +33,44 @@ class DataSettings:
     center_crop: CropShare = option(0.875, "share of the shorter side kept in evaluation")
     mean: tuple[float, float, float] = option(IMAGENET_MEAN, "subtracted from each channel (0-1)")
     std: tuple[Deviation, Deviation, Deviation] = option(IMAGENET_STD, "divides each channel")
-    threads: Positive = option(2, "decoding threads of each process", may_change=True)
+    threads: Positive = option(2, "decoding threads per process", may_change=True)
 
 
 @settings
 class OptimSettings:
     epochs: Annotated[float, Field(gt=0)] = option(200, "passes over the shard set")
-    batch_size: Positive = option(4096, "images in a step, over all processes")
-    accumulation: Positive = option(1, "parts in which a process computes its share of a step", may_change=True)
+    batch_size: Positive = option(4096, "images per step over all processes")
+    accumulation: Positive = option(1, "micro-batches per step and process", may_change=True)
     base_lr: Annotated[float, Field(gt=0)] = option(1.5e-4, "learning rate per 256 images")
-    min_lr: NonNegative = option(0.0, "learning rate at the end")
+    min_lr: NonNegative = option(0.0, "final learning rate")
     warmup_epochs: NonNegative = option(40, "epochs of linear warm-up")
     weight_decay: NonNegative = option(0.05, "AdamW weight decay, on matrices only")
     betas: tuple[Beta, Beta] = option((0.9, 0.95), "AdamW betas")
-    clip: NonNegative = option(1.0, "largest gradient norm; 0: no clipping")
+    clip: NonNegative = option(1.0, "maximum gradient norm; 0: no clipping")
 
 
 @settings
 class PretrainOptimSettings(OptimSettings):
     decay_tokens: bool = option(
-        False, "weight decay on cls_token and mask_token too, as in the public MAE (timm's groups)"
+        False, "also apply weight decay to cls_token and mask_token, as the public MAE does (timm's groups)"
     )
 
 
 @settings
 class EngineSettings:
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, weights stay fp32")
-    zero_stage: Literal[1, 2] = option(1, "what DeepSpeed shards: 1 optimizer state, 2 gradients too")
-    checkpoint_activations: bool = option(False, "compute a block again in the backward pass instead of keeping it")
+    zero_stage: Literal[1, 2] = option(1, "what DeepSpeed partitions: 1: optimizer state; 2: also gradients")
+    checkpoint_activations: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the dense blocks")
 
 
 @settings
 class PretrainRunSettings(RunSettings):
-    init_from: Path | None = option(None, "weights to start from: a run, a checkpoint, .safetensors, or an MAE .pth")
-    replace_positions: bool = option(False, "of init_from: give up learned positions for fixed ones")
-    picture_every: Positive = option(1000, "steps between pictures (reconstructions, routing) for TensorBoard")
+    init_from: Path | None = option(
+        None, "initial weights: a run, a checkpoint, .safetensors, or a .pth of the public MAE"
+    )
+    replace_positions: bool = option(False, "replace learned positions in init_from by the fixed ones")
+    picture_every: Positive = option(1000, "steps between TensorBoard pictures (reconstructions, routing)")
 
 
 @settings
@@ -123,6 +125,11 @@ class PretrainSettings:
         return ModelSpec(self.vit_shape, self.model.decoder, self.model.mask_ratio, self.image_input, experts)
 
     @property
+    def ep_size(self) -> int:
+        """Expert-parallel group size; 1 for a dense model."""
+        return self.experts.ep_size if self.family.has_experts else 1
+
+    @property
     def routing_clusters(self) -> Path | None:
         """The folder of the clusters that route the images; None: nothing is routed by cluster."""
         return self.experts.clusters if self.family.routes_by_cluster else None
@@ -160,21 +167,18 @@ class BatchArithmetic:
 
 def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmetic:
     """Check the settings against the number of processes. Raises ConfigError."""
-    batches = shared_batch(config.optim, world_size)
-    if config.family.has_experts and world_size % config.experts.ep_size:
-        raise ConfigError(
-            f"experts.ep_size: got {config.experts.ep_size}; it must divide the number of processes, {world_size}."
-        )
-    return batches
+    return shared_batch(config.optim, world_size, config.ep_size)
 
 
-def shared_batch(optim: OptimSettings, world_size: int) -> BatchArithmetic:
-    """How so many processes share a batch. Raises ConfigError where they cannot."""
+def shared_batch(optim: OptimSettings, world_size: int, ep_size: int = 1) -> BatchArithmetic:
+    """How so many processes share a batch, and its experts. Raises ConfigError where they cannot."""
     if optim.batch_size % (world_size * optim.accumulation):
         raise ConfigError(
             f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
             f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
         )
+    if world_size % ep_size:
+        raise ConfigError(f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}.")
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
 

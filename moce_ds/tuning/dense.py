@@ -16,6 +16,7 @@ from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder
+from moce_ds.storage.encoder_folder import WEIGHTS
 from moce_ds.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.classification import tuned_execution
@@ -24,9 +25,6 @@ from moce_ds.tuning.groups import parameter_groups
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
 from moce_ds.tuning.settings import TuneOptimSettings
 from moce_ds.tuning.task import Measures
-
-WEIGHTS = "model.safetensors"
-"""File of a complete run: the weights that the final measures are of."""
 
 
 class DenseModel(Protocol):

@@ -15,24 +15,24 @@ Scale = Annotated[float, Field(gt=0)]
 
 @settings
 class BackboneSettings:
-    image_size: Positive = option(1024, "side of the square that the encoder sees, pixels")
-    channels: Positive = option(256, "channels of a map of the pyramid")
+    image_size: Positive = option(1024, "side of the encoder's square input, pixels")
+    channels: Positive = option(256, "channels of the feature pyramid")
     window: Annotated[int, Field(ge=0)] = option(
-        0, "tokens along a window of attention, but for four blocks that see all; 0: all blocks see all"
+        0, "tokens along an attention window, except for four global blocks; 0: all blocks are global"
     )
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: share dropped at the last block")
-    frozen: bool = option(False, "the encoder stays as it is; pyramid and heads learn")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: drop probability of the last block")
+    frozen: bool = option(False, "train only the pyramid and the heads")
 
 
 @settings
 class DenseDataSettings(TuneDataSettings):
     encoder: Path = option(help="encoder folder from `moce export`, a dense run, or a .pth file of the public MAE")
-    val: Path | None = option(None, "validation split, in the format of data.train: chooses the best weights")
-    test: Path | None = option(None, "what the final measures are of; null: the validation split")
-    scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training, over the one that fits the canvas")
+    val: Path | None = option(None, "validation split, in the format of data.train, for the best weights")
+    test: Path | None = option(None, "split of the final measures; null: the validation split")
+    scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training relative to the canvas")
     flip: bool = option(True, "mirror images at random")
     max_pixels: Positive = option(
-        MAX_PIXELS, "a larger image is refused: it may be a decompression bomb", may_change=True
+        MAX_PIXELS, "maximum pixels of an image; a larger one may be a decompression bomb", may_change=True
     )
 
     def __post_init__(self) -> None:
@@ -52,29 +52,31 @@ class DenseSettings(TuneSettings):
 
 @settings
 class DetectorSettings(BackboneSettings):
-    proposals: Positive = option(1000, "boxes of an image that the proposal network hands on")
-    samples: Positive = option(512, "of these, the ones that the heads learn from")
-    anchor: Annotated[float, Field(gt=0)] = option(8.0, "side of an anchor over the stride of its map")
-    least_score: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "detections with a lower score are left out")
+    proposals: Positive = option(1000, "proposals per image")
+    samples: Positive = option(512, "proposals per image that train the heads")
+    anchor: Annotated[float, Field(gt=0)] = option(8.0, "side of an anchor relative to the stride of its map")
+    least_score: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "minimum score of a detection")
 
 
 @settings
 class DetectDataSettings(DenseDataSettings):
     train: Path = option(help="COCO's JSON of the training images")
     images: Path = option(help="folder of the training images")
-    eval_images: Path | None = option(None, "folder of the images of val and test; null: that of the training images")
-    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training, over the one that fits the canvas")
+    eval_images: Path | None = option(
+        None, "folder of the validation and test images; null: that of the training images"
+    )
+    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training relative to the canvas")
 
 
 @settings
 class DetectOptimSettings(TuneOptimSettings):
     """The defaults of ViTDet for a ViT-B on COCO."""
 
-    batch_size: Positive = option(64, "images in a step, over all processes")
+    batch_size: Positive = option(64, "images per step over all processes")
     base_lr: Annotated[float, Field(gt=0)] = option(4e-4, "learning rate of the head per 256 images")
     warmup_epochs: NonNegative = option(0.15, "epochs of linear warm-up")
     weight_decay: NonNegative = option(0.1, "AdamW weight decay, on matrices only")
-    layer_decay: LayerDecay = option(0.7, "learning rate of a block over that of the next one; 1: all alike")
+    layer_decay: LayerDecay = option(0.7, "ratio of the learning rates of consecutive blocks; 1: all equal")
 
 
 @settings
@@ -88,7 +90,7 @@ class DetectSettings(DenseSettings):
 
 @settings
 class SegmenterSettings(BackboneSettings):
-    image_size: Positive = option(512, "side of the square that the encoder sees, pixels")
+    image_size: Positive = option(512, "side of the encoder's square input, pixels")
     hidden: Positive = option(512, "channels of the head")
 
 
@@ -99,7 +101,7 @@ class SegmentDataSettings(DenseDataSettings):
     )
     classes: Annotated[int, Field(ge=2, le=255)] = option(150, "classes, K")
     reduce_zero_label: bool = option(
-        True, "0 in a mask is no class, and 1 to K are; false: 0 to K - 1, and 255 is none"
+        True, "true: classes are 1 to K, 0 is ignored; false: classes are 0 to K - 1, 255 is ignored"
     )
 
 
@@ -108,10 +110,10 @@ class SegmentOptimSettings(TuneOptimSettings):
     """The defaults of MAE's segmentation with a ViT-B on ADE20K."""
 
     epochs: Annotated[float, Field(gt=0)] = option(127, "passes over the training images")
-    batch_size: Positive = option(16, "images in a step, over all processes")
+    batch_size: Positive = option(16, "images per step over all processes")
     base_lr: Annotated[float, Field(gt=0)] = option(1.6e-3, "learning rate of the head per 256 images")
     warmup_epochs: NonNegative = option(1.2, "epochs of linear warm-up")
-    layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
+    layer_decay: LayerDecay = option(0.65, "ratio of the learning rates of consecutive blocks; 1: all equal")
 
 
 @settings

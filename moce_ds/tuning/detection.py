@@ -65,7 +65,9 @@ class DetectionTask(DenseTask[CocoSet]):
         )
         self._mean = encoder.input.mean
         self.count = len(self._numbers)
-        self.fingerprint = hashlib.sha256((sha256_of(data.train) + encoder.fingerprint).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            (sha256_of(data.train) + encoder.fingerprint + _without_pixels(train)).encode()
+        ).hexdigest()
         self.criterion = "box_ap" if val else None
 
     def batch(
@@ -114,6 +116,14 @@ class DetectionTask(DenseTask[CocoSet]):
                 found += results(data, number, views[number], detections)
         everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]
         return average_precision(data.truth, everyone)
+
+
+def _without_pixels(train: CocoSet) -> str:
+    """Which images are left out because none of their objects has pixels. Earlier versions learned from these too, so
+    their runs go on only where there are none: the images of a step would be others."""
+    some = {n for n, objects in enumerate(train.objects) if not all(thing.iscrowd for thing in objects)}
+    left_out = sorted(some - set(train.with_objects))
+    return json.dumps(left_out) if left_out else ""
 
 
 def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None:

@@ -24,21 +24,21 @@ class TuneOptimSettings(OptimSettings):
     """Pre-training's, with the defaults of MAE's fine-tuning of a ViT-B on ImageNet."""
 
     epochs: Annotated[float, Field(gt=0)] = option(100, "passes over the training images")
-    batch_size: Positive = option(256, "images in a step, over all processes")
+    batch_size: Positive = option(256, "images per step over all processes")
     base_lr: Annotated[float, Field(gt=0)] = option(5e-4, "learning rate of the head per 256 images")
-    min_lr: NonNegative = option(1e-6, "learning rate at the end")
+    min_lr: NonNegative = option(1e-6, "final learning rate")
     warmup_epochs: NonNegative = option(5, "epochs of linear warm-up")
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "AdamW betas")
-    layer_decay: LayerDecay = option(0.65, "learning rate of a block over that of the next one; 1: all alike")
+    layer_decay: LayerDecay = option(0.65, "ratio of the learning rates of consecutive blocks; 1: all equal")
     ema: SmallShare = option(0.0, "decay of a running average of the weights; 0: none")
     validate_every: Annotated[float, Field(gt=0)] = option(
-        5, "epochs between validations, where there is a validation split; the best weights are kept"
+        5, "epochs between validations, if there is a validation split; the best weights are kept"
     )
 
 
 @settings
 class TuneDataSettings:
-    workers: Annotated[int, Field(ge=0)] = option(2, "processes that prepare images for each process", may_change=True)
+    workers: Annotated[int, Field(ge=0)] = option(2, "data workers per process", may_change=True)
 
 
 @settings
@@ -56,10 +56,10 @@ class FinetuneDataSettings(TuneDataSettings):
     encoder: Path = option(help="ENCODER of the command line")
     train: Path = option(help="--train of the command line")
     test: Path = option(help="--test of the command line")
-    val: Path | None = option(None, "--val of the command line, where it is a folder")
-    val_share: OpenShare | None = option(None, "--val of the command line, where it is a share of the training images")
+    val: Path | None = option(None, "--val of the command line, if it is a folder")
+    val_share: OpenShare | None = option(None, "--val of the command line, if it is a share of the training images")
     metric: Metric | None = option(
-        None, "what the best weights are chosen by: top1, mean_per_class, map11; null: top1, or map11 of several labels"
+        None, "metric for the best weights: top1, mean_per_class, map11; null: top1, or map11 with several labels"
     )
     image_size: Positive | None = option(None, "side of an input image; null: the encoder's")
 
@@ -72,13 +72,13 @@ class FinetuneDataSettings(TuneDataSettings):
 class AugmentSettings:
     crop_scale: tuple[CropShare, CropShare] = option((0.08, 1.0), "area of a random crop")
     flip: bool = option(True, "flip images at random")
-    rand_augment: RandAugment | None = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's words; null: none")
-    color_jitter: NonNegative = option(0.0, "strength of colour jitter, where there is no RandAugment")
+    rand_augment: RandAugment | None = option("rand-m9-mstd0.5-inc1", "RandAugment in timm's notation; null: none")
+    color_jitter: NonNegative = option(0.0, "strength of colour jitter, without RandAugment")
     erase: Share = option(0.25, "probability of erasing a rectangle")
     mixup: NonNegative = option(0.8, "alpha of mixup; 0: none")
-    cutmix: NonNegative = option(1.0, "alpha of cutmix; 0: none; with both, either at random")
+    cutmix: NonNegative = option(1.0, "alpha of cutmix; 0: none; with both, one of them at random")
     smoothing: SmallShare = option(0.1, "label smoothing")
-    drop_path: SmallShare = option(0.1, "probability that the last block is left out for an image; 0 for the first")
+    drop_path: SmallShare = option(0.1, "stochastic depth: drop probability of the last block; 0 for the first")
 
     def __post_init__(self) -> None:
         if self.crop_scale[0] > self.crop_scale[1]:

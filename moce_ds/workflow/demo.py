@@ -66,17 +66,17 @@ def _summary(out: Path) -> int:
     from moce_ds.clustering.quality import cluster_report
     from moce_ds.data.shards import ShardSet
     from moce_ds.evaluation.results import accuracy_table
-    from moce_ds.evaluation.results_file import read_results
+    from moce_ds.evaluation.results_file import RESULTS, read_results
 
     shards, clusters = ShardSet.open(out / "shards"), Clusters.open(out / "clusters")
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
     report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"
     say("")
-    show(accuracy_table(read_results(out / "results.json")))
+    show(accuracy_table(read_results(out / RESULTS)))
     for domain, share in sorted(report.domains.majority_share.items()):
         say(f"{share:.1%} of the {domain} fall into clusters that hold mostly {domain}")
-    say(f"Report: {out / 'report.html'}   Results: {out / 'results.json'}")
+    say(f"Report: {out / 'report.html'}   Results: {out / RESULTS}")
     return 0
 
 

@@ -3,18 +3,15 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
 
-from moce_ds.artefacts.pipeline_folder import PIPELINE, STAGES, StagesRecord
+from moce_ds.artefacts.pipeline_folder import StagesRecord
 from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.host.place import Place
-from moce_ds.storage.checksums import write_checked
-from moce_ds.storage.files import writes_to
 from moce_ds.workflow.engine import Failure, Progress, StepError, run_steps, states_table
 from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, check_folders, pipeline_workflow
 from moce_ds.workflow.step import Step, Workflow, perform
@@ -70,8 +67,7 @@ def keep_stages(stages: Sequence[Step], out: Path) -> None:
         stage.name: [str(place.relative_to(out) if place.is_relative_to(out) else place) for place in stage.outputs]
         for stage in stages
     }
-    with writes_to(out):
-        write_checked(out / PIPELINE / STAGES, asdict(StagesRecord(makes)))
+    StagesRecord(makes).write(out)
 
 
 def _share(stage: Step) -> None:

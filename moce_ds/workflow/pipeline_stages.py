@@ -12,7 +12,9 @@ from moce_ds.config.settings import KeysOf, Positive, from_tree, option, setting
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.data.shard_writer import ShardSettings
+from moce_ds.data.shards import MANIFEST, ShardSet
 from moce_ds.errors import ConfigError
+from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.storage.made_from import MadeFrom
@@ -136,7 +138,7 @@ def _step(pipeline: PipelineSettings, draft: _Draft, config: Any, needs: list[st
     start = [sys.executable, "-m", "moce_ds", "pipeline", *words, "--stage", name]
     return Step(
         name,
-        StepFile(folder / f"{name}.json", "moce pipeline"),
+        StepFile(folder / f"{name}.json"),
         folder / f".{name}.lock",
         made_from,
         work,
@@ -188,7 +190,7 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     yield _Draft("clusters", [clustering], [shards, features], [clusters])
     yield _Draft("moce", [["pretrain", *more("moce")]], [shards, mae, clusters], [moce])
 
-    results, report = out / "results.json", out / "report.html"
+    results, report = out / RESULTS, out / "report.html"
     given = [folder / part for folder in pipeline.tasks.values() for part in _PARTS]
     splits = [_split(pipeline, task)[part] for task in pipeline.tasks for part in _PARTS]
     experts = [out / "experts" / task for task in pipeline.tasks]
@@ -208,7 +210,7 @@ def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
     """Shards of a task's training and test images: given as such, or to be made."""
     given = {part: pipeline.tasks[task] / part for part in _PARTS}
     made = pipeline.out / "tasks" / task
-    return {part: place if (place / "shards.json").exists() else made / part for part, place in given.items()}
+    return {part: place if ShardSet.recognises(place) else made / part for part, place in given.items()}
 
 
 def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
@@ -219,13 +221,13 @@ def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
             yield ["shards", images, shards, *pipeline.words_of("shards")]
     more = ["--data", split["train"], *pipeline.words_of("export")]
     exporting = ["--export", pipeline.out / "experts" / task, "--replace"]
-    yield ["select", moce, "--task", task, "--results", pipeline.out / "results.json", *exporting, *more]
+    yield ["select", moce, "--task", task, "--results", pipeline.out / RESULTS, *exporting, *more]
 
 
 def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
     """Measure a task's expert beside the dense MAE."""
     out, split = pipeline.out, _split(pipeline, task)
-    more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / "results.json"]
+    more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / RESULTS]
     for model, encoder in (("dense", out / "mae"), ("expert", out / "experts" / task)):
         for verb in ("knn", "probe"):
             yield [verb, encoder, "--model", model, *more, *pipeline.words_of("evaluation")]
@@ -249,7 +251,7 @@ def check_folders(pipeline: PipelineSettings, stages: Sequence[Step]) -> None:
     """
     given = {f"tasks.{name}": [folder / part for part in _PARTS] for name, folder in pipeline.tasks.items()}
     given |= {"images": [pipeline.images]} if pipeline.images else {}
-    given |= {"shards": [pipeline.shards / "shards.json"]} if pipeline.shards else {}
+    given |= {"shards": [pipeline.shards / MANIFEST]} if pipeline.shards else {}
     given |= {"heldout": [pipeline.heldout]} if pipeline.heldout else {}
     check_there(given)
     for stage in stages:

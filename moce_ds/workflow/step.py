@@ -16,12 +16,16 @@ from typing import Any, Literal, Protocol
 
 import click
 
+from moce_ds.artefacts.pipeline_folder import StageRecord
+from moce_ds.checkpoint import format as checkpoint
 from moce_ds.cli.verbs import run_verb
+from moce_ds.clustering import clusters, feature_store
+from moce_ds.data import shards
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.storage.checksums import read_checked, write_checked
-from moce_ds.storage.files import sha256_of, writes_to
+from moce_ds.storage import encoder_folder
+from moce_ds.storage.files import sha256_of
 from moce_ds.storage.locks import held, is_held
 from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import counted, in_line
@@ -32,7 +36,10 @@ State = Literal["begun", "done", "failed"]
 Measures = dict[str, Any]
 """What a step has measured, by name."""
 
-_WRITTEN_LAST = ("shards.json", "checkpoints/step-*/manifest.json", "features.json", "clusters.json", "config.json")
+_WRITTEN_LAST = (
+    shards.MANIFEST, f"checkpoints/step-*/{checkpoint.MANIFEST}", feature_store.RECORD, clusters.RECORD,
+    encoder_folder.CONFIG,
+)  # fmt: skip
 """The last file of a folder (shards, run, features, clusters, encoder); it holds checksums of the others."""
 
 
@@ -241,35 +248,21 @@ def run_commands(commands: Sequence[Sequence[str]]) -> None:
 
 
 @dataclass(frozen=True)
-class _OnDisk:
-    """The content of a `StepFile`."""
-
-    made_from: dict[str, Any]
-    at: str
-    state: State = "begun"
-    seconds: float = 0.0
-    told: str = ""
-
-
-@dataclass(frozen=True)
 class StepFile:
-    """The record of a step as a JSON file of its own, with its checksum."""
+    """The record of a step as a file of its own, in the format of a pipeline's stages."""
 
     path: Path
-    written_by: str
 
     def read(self) -> StepRecord | None:
         """As `RecordFile`."""
-        if not self.path.exists():
+        found = StageRecord.read(self.path)
+        if found is None:
             return None
-        found = read_checked(self.path, _OnDisk, "a stage's record", self.written_by)
         return StepRecord(found.made_from, found.state, found.at, found.seconds, found.told)
 
     def write(self, record: StepRecord) -> None:
         """As `RecordFile`."""
-        content = {"made_from": record.made_from, "at": record.at, "state": record.state}
-        with writes_to(self.path):
-            write_checked(self.path, {**content, "seconds": record.seconds, "told": record.message})
+        StageRecord(record.made_from, record.at, record.state, record.seconds, record.message).write(self.path)
 
 
 def now() -> str:

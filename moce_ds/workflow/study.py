@@ -1,18 +1,15 @@
 """`moce study CONFIG`: a grid of runs. The cells are steps that need nothing of one another."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 
 from rich.table import Table
 
-from moce_ds.artefacts.study_folder import STUDY, StudyRecord
+from moce_ds.artefacts.study_folder import StudyRecord
 from moce_ds.config import settings as configuration
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
-from moce_ds.storage.checksums import write_checked
-from moce_ds.storage.files import writes_to
 from moce_ds.workflow.engine import Failure, Progress, duration, run_steps, states_table
 from moce_ds.workflow.step import Step, Workflow, perform
 from moce_ds.workflow.study_cell import study_workflow
@@ -64,9 +61,7 @@ def checked_cells(study: StudySettings) -> list[Cell]:
 
 def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Write what the cells' processes and the report read. Raises ArtefactError."""
-    record = StudyRecord(configuration.to_tree(study), [cell.name for cell in cells])
-    with writes_to(study.out):
-        write_checked(study.out / STUDY, dataclasses.asdict(record))
+    StudyRecord(configuration.to_tree(study), [cell.name for cell in cells]).write(study.out)
 
 
 def _refuse_other_machines(cells: Sequence[Step]) -> None:
@@ -96,6 +91,14 @@ class _CellProgress(Progress):
         super().__init__(workflow)
         self._pending = pending
         self._took: list[float] = []
+
+    def skipped(self, step: Step) -> None:
+        self._pending -= 1  # another process was faster
+        super().skipped(step)
+
+    def waiting(self, step: Step) -> None:
+        self._pending -= 1
+        super().waiting(step)
 
     def started(self, step: Step) -> None:
         self._pending -= 1

@@ -7,7 +7,7 @@
 
 import statistics
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,13 @@ from moce_ds.cli.verbs import run_verb
 from moce_ds.config.settings import from_tree, to_tree
 from moce_ds.console import run_main
 from moce_ds.errors import ArtefactError
-from moce_ds.evaluation.results_file import read_results
+from moce_ds.evaluation.results_file import RESULTS, read_results
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.planning.work import all_rows_bytes, count_parameters
-from moce_ds.storage.checksums import read_checked, write_checked
-from moce_ds.storage.files import writes_to
+from moce_ds.planning.work import Work
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.storage.metrics_file import METRICS, read_metrics
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.step import Launch, Step, StepRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
@@ -35,7 +33,7 @@ _HELD_OUT = "held out"
 def main() -> int:
     """Run the cell that the arguments name; returns 0. Raises as `perform`."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    record = read_checked(folder / STUDY, StudyRecord, "a study's record", "moce study")
+    record = StudyRecord.read(folder)
     study = from_tree(StudySettings, record.settings, str(folder / STUDY))
     perform(study_workflow(study, cells_of(study)).named(name))
     return 0
@@ -100,7 +98,7 @@ class CellFile:
     def write(self, record: StepRecord) -> None:
         """As `RecordFile`."""
         cell = self.cell
-        content = CellRecord(
+        CellRecord(
             cell.name,
             cell.at,
             cell.processes,
@@ -111,9 +109,7 @@ class CellFile:
             record.seconds,
             record.measures,
             record.message,
-        )
-        with writes_to(cell.folder):
-            write_checked(self.path, asdict(content))
+        ).write(cell.folder)
 
 
 def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
@@ -122,13 +118,12 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
     Raises:
         ArtefactError: the run recorded nothing.
     """
-    records = read_metrics(cell.run / "metrics.jsonl")
+    records = read_metrics(cell.run / METRICS)
     if not records:
-        raise ArtefactError(
-            f"{cell.run / 'metrics.jsonl'} holds no record: delete {cell.folder} and run the cell again."
-        )
+        raise ArtefactError(f"{cell.run / METRICS} holds no record: delete {cell.folder} and run the cell again.")
     last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
-    count = count_parameters(config)
+    work = Work.of(config)
+    count = work.parameters
     found: dict[str, float] = {
         **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
         "images_per_second": statistics.median(record["images_per_second"] for record in warm),
@@ -137,8 +132,8 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
         "stored_parameters": count.total,
     }
     if "moved" in last[-1]:
-        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * all_rows_bytes(config)
-    for record in read_results(cell.folder / "results.json"):
+        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * work.all_rows_bytes
+    for record in read_results(cell.folder / RESULTS):
         if record["verb"] == "probe":
             found[f"probe {record['task']}"] = record["map11" if "map11" in record else "top1"]
         elif record["verb"] == "evaluate":
@@ -160,7 +155,7 @@ def _pretrain(cell: Cell) -> None:
 
 def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
     """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
-    dense, results = not config.family.has_experts, ("--results", cell.folder / "results.json")
+    dense, results = not config.family.has_experts, ("--results", cell.folder / RESULTS)
     for task, folder in study.tasks.items():
         encoder = cell.run if dense else cell.folder / "experts" / task
         if not encoder.exists():

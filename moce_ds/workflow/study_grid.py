@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, Field
 
-from moce_ds.artefacts.study_folder import CELL, CELLS, LAUNCH_KEYS, CellRecord
+from moce_ds.artefacts.study_folder import CELLS, LAUNCH_KEYS, RUN, CellRecord
 from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.storage.checksums import read_checked
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
@@ -85,7 +84,7 @@ class Cell:
     @property
     def run(self) -> Path:
         """The folder of its run."""
-        return self.folder / "run"
+        return self.folder / RUN
 
     @property
     def log(self) -> Path:
@@ -103,8 +102,7 @@ class Cell:
 
     def record(self) -> CellRecord | None:
         """What is known of it, None before its first start. Raises ArtefactError."""
-        path = self.folder / CELL
-        return read_checked(path, CellRecord, "a cell's record", "moce study") if path.exists() else None
+        return CellRecord.read(self.folder)
 
 
 def cells_of(study: StudySettings) -> list[Cell]:
@@ -135,7 +133,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
             f"run.out: cell {name} cannot choose it; every run of a study lies in a folder of {study.out}."
         )
     own = [word(key, value) for key, value in at.items() if key not in LAUNCH_KEYS]
-    words = [*arguments([study.pretrain]), *study.set, *own, word("run.out", folder / "run")]
+    words = [*arguments([study.pretrain]), *study.set, *own, word("run.out", folder / RUN)]
     return Cell(name, at, words, folder=folder, **launch)  # type: ignore[arg-type]
 
 

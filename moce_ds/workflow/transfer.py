@@ -23,7 +23,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.evaluation.frozen_features import measure_frozen
 from moce_ds.evaluation.metrics import DISPLAY_NAMES
 from moce_ds.evaluation.results import accuracy_record, known_by
-from moce_ds.evaluation.results_file import add_record, check_results, read_results
+from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
 from moce_ds.storage.made_from import MadeFrom
 from moce_ds.workflow.engine import Progress, run_steps
@@ -35,7 +35,6 @@ from moce_ds.workflow.transfer_tasks import Task, check_metric
 _logger = logging.getLogger(__name__)
 
 METHODS = ("knn", "probe", "finetune")
-RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)

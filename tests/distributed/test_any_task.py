@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from harness import run_distributed
-from moce_ds.report.run_folder import read_metrics
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
@@ -16,6 +15,7 @@ from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine, start_engine
 from moce_ds.training.schedule import Schedule
 from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings

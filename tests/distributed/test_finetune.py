@@ -154,7 +154,7 @@ def test_what_a_run_left_is_told(root: Path, one: object) -> None:
     told = table.file.getvalue()  # type: ignore[attr-defined]
     assert "top1" in told and f"step {STEPS}, loss" in told and str(root / "train") in told
     assert findings(root / "one") == Findings()
-    with pytest.raises(ArtefactError, match=rf"tuned an encoder, which is in {root / 'one/tuned'}"):
+    with pytest.raises(ArtefactError, match=rf"is a tuning run; when complete, its encoder is in {root / 'one/tuned'}"):
         find(root / "one")
 
 

@@ -80,7 +80,7 @@ def test_srun_that_fails_is_tried_again(
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump({"minutes": 5, "setup": ["set -e", failing]}))
     job = submit(cluster, "profile.yaml", "inspect", data.shards)
     job.wait_for("COMPLETED")
-    assert "srun ended with status 7, and no process of the job said why." in job.told()
+    assert "srun ended with status 7, and no process of the job gave a reason." in job.told()
     assert "goes back into the queue: failure 1 of at most 3 in a row" in job.told()
     assert job.known("Restarts") == "1"
 

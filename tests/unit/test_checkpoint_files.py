@@ -217,7 +217,7 @@ def test_a_manifest_cannot_lead_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "draft").mkdir()
     elsewhere = {"weights/../../../secret.safetensors": {"bytes": 1, "xxh3": "0"}}
     publish(tmp_path / "draft", step_folder(tmp_path, 5), {"step": 5, "files": elsewhere})
-    with pytest.raises(ArtefactError, match="which is no file of a checkpoint"):
+    with pytest.raises(ArtefactError, match="which is not a file of a checkpoint"):
         find(tmp_path)
 
 

@@ -237,7 +237,7 @@ def truncate(folder: Path) -> None:
         (edit_json(encoder_fingerprint="absent"), "encoder_fingerprint: Field required"),
         (edit_json(eps=0.5), r"clusters\.json is damaged or was edited"),
         (edit_tensor("cosine_M", lambda t: t / 2), r"clusters\.safetensors is damaged or was exchanged"),
-        (edit_tensor("duals_M", None), "without duals_M"),
+        (edit_tensor("duals_M", None), "it lacks duals_M"),
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
         (edit_tensor("low_cosine_M", lambda t: t[:-1]), r"low_cosine_M has shape \(15,\), expected \(16,\)"),

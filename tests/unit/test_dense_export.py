@@ -279,10 +279,10 @@ def test_a_run_is_passed_on_without_its_optimizer(dense_run: tuple[Path, MaskedA
     moments = {f"{name}.exp_avg": tensor for name, tensor in weights.items()}
     manifest = {**find(run).manifest, "step": 10, "images_read": 7}
     folder = write_checkpoint(step_folder(run, 10), weights, moments, manifest).folder
-    assert "no run can go on" not in run_here("inspect", folder).out
+    assert "no run can resume" not in run_here("inspect", folder).out
     shutil.rmtree(folder / "optimizer")
     assert run_here("export", run, tmp_path / "out").status == 0
-    assert "no run can go on" in run_here("inspect", folder).out
+    assert "no run can resume" in run_here("inspect", folder).out
     verified = run_here("inspect", folder, "--verify")
     assert verified.status == 1 and "is damaged: missing" in verified.err + verified.out
 

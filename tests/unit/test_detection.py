@@ -1,20 +1,24 @@
 """Mask R-CNN around an encoder: it finds what it was shown, and what it finds is in pixels of the image."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dense_examples import write_coco
+from dense_examples import OBJECTS, write_coco
 from torch import Tensor
 
+from moce_ds.config.settings import load
 from moce_ds.data.canvas import View, draw_image
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.tuning.dense_settings import DetectorSettings
+from moce_ds.storage.files import sha256_of
+from moce_ds.tuning.dense_settings import DetectorSettings, DetectSettings
+from moce_ds.tuning.detection import DetectionTask
 from moce_ds.tuning.detector import build_detector, results, training_example, whole_view
 
 GREY = (0.5, 0.5, 0.5)
@@ -55,6 +59,31 @@ def learnt(data: CocoSet, found: list[dict[str, Any]]) -> bool:
         if (mask_HW & told_HW).sum() < 0.5 * (mask_HW | told_HW).sum():
             return False
     return True
+
+
+def task_of(folder: Path, encoder: Path, *more: dict[str, Any]) -> DetectionTask:
+    """A task of the small set with `more` annotations, and so many good ones that one without pixels is allowed."""
+    good = [{**OBJECTS[1], "id": 10 + n} for n in range(12)]
+    path, images = write_coco(folder, annotations=[OBJECTS[0], *good, *more])
+    words = [
+        f"data.train={path}",
+        f"data.images={images}",
+        f"data.encoder={encoder}",
+        f"data.val={path}",
+        f"run.out={folder / 'run'}",
+    ]
+    config = load(DetectSettings, overrides=[*words, "model.image_size=64", "model.channels=16"])
+    return DetectionTask(config.data, config.model, config.optim, config.engine, config.run)
+
+
+def test_a_run_knows_the_images_that_it_leaves_out(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Earlier versions learned from them: their runs must not go on with other images in each step."""
+    empty = {"id": 4, "image_id": 10, "category_id": 3, "bbox": [8, 0, 1, 1], "segmentation": [[8, 0, 8, 0, 8, 0]]}
+    all_seen, one_left_out = task_of(tmp_path / "a", tiny_encoder), task_of(tmp_path / "b", tiny_encoder, empty)
+    assert all_seen.count == one_left_out.count == 1 and one_left_out.train.empty
+    sums = [sha256_of(task.train.path) + load_encoder(tiny_encoder).fingerprint for task in (all_seen, one_left_out)]
+    assert all_seen.fingerprint == hashlib.sha256(sums[0].encode()).hexdigest(), "as earlier versions wrote it"
+    assert one_left_out.fingerprint != hashlib.sha256(sums[1].encode()).hexdigest()
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 48), (200, 50), (7, 9)])

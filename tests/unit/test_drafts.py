@@ -205,7 +205,7 @@ def test_what_was_moved_aside_comes_back_if_nothing_took_its_place(tmp_path: Pat
 
 READERS = {
     "encoder": lambda path: open_encoder(path, torch.device("cpu")),
-    "clusters": Clusters.load,
+    "clusters": Clusters.open,
     "export": lambda path: check_free(path, replace=True),
 }
 

@@ -38,7 +38,7 @@ def make(tmp_path: Path, ran: list[str]) -> Make:
             (tmp_path / f"{name}.txt").write_text(source)
             return {}
 
-        records, lock = StepFile(tmp_path / f"{name}.json", "moce test"), tmp_path / f".{name}.lock"
+        records, lock = StepFile(tmp_path / f"{name}.json"), tmp_path / f".{name}.lock"
         outputs = [tmp_path / f"{name}.txt"]
         return Step(name, records, lock, lambda: MadeFrom({"source": source}), work, outputs=outputs, **more)
 

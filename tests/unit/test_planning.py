@@ -27,11 +27,10 @@ from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.planning import work
 from moce_ds.planning.devices import DEVICES, assuming, find_device
 from moce_ds.planning.prediction import Prediction, predict
 from moce_ds.planning.report import advice
-from moce_ds.planning.work import Machines
+from moce_ds.planning.work import Machines, Traffic, Work
 from moce_ds.training.settings import PretrainSettings
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -90,23 +89,23 @@ def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str
     step = step_of(config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
         step()
-    counted = IMAGES * work.image_flops(config).step
+    counted = IMAGES * Work.of(config).image_flops.step
     # An expert layer's weighted sum and its gate are products too, and left out.
     assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.family.has_experts else 0)
 
 
 def test_parameters_of_paths_are_those_of_the_model(tiny_config: Make) -> None:
     config = tiny_config(*PATHS)
-    spec, count = config.model_spec, work.count_parameters(config)
+    spec, count = config.model_spec, Work.of(config).parameters
     assert spec.experts is not None
     model = Sdr(spec.shape, spec.decoder, 0.75, spec.experts, torch.randn(M, 4), torch.ones(M), ReferenceMoE)
     groups = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert (count.total, count.experts) == (sum(p.numel() for p in model.parameters()), groups)
     assert count.active == count.total - groups * 3 // 4
     assert count.encoder == sum(p.numel() for p in timm_vit(spec.dense.shape).parameters()) - spec.shape.width * 17
-    without = work.memory(tiny_config(*PATHS, "sdr.distillation_weight=0"), 1)
-    teacher = work.count_parameters(tiny_config()).encoder
-    assert work.memory(config, 1).state - without.state == 4 * teacher
+    without = Work.of(tiny_config(*PATHS, "sdr.distillation_weight=0")).memory(1)
+    teacher = Work.of(tiny_config()).parameters.encoder
+    assert Work.of(config).memory(1).state - without.state == 4 * teacher
 
 
 @pytest.mark.parametrize("words", [(), ("engine.checkpoint_activations=true",), EXPERTS, (*EXPERTS, "experts.k=2")])
@@ -123,13 +122,13 @@ def test_activations_are_about_what_autograd_keeps(tiny_config: Make, words: tup
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    estimate = work.memory(config, 1).activations
+    estimate = Work.of(config).memory(1).activations
     assert sum(kept.values()) < estimate < 2.5 * sum(kept.values())
 
 
 def plan_of(config: PretrainSettings, nodes: int, gpus: int = 2, **assumed: float) -> Prediction:
     device = assuming(DEVICES["h100"], [f"{key}={value}" for key, value in assumed.items()])
-    return predict(config, Machines(nodes, gpus), device, steps=100)
+    return predict(Work.of(config), Machines(nodes, gpus), device, steps=100)
 
 
 def test_twice_the_nodes_compute_half_as_long(tiny_config: Make) -> None:
@@ -158,7 +157,7 @@ def test_bytes_of_the_exchange_are_those_of_the_plan(tiny_config: Make) -> None:
     clusters_WB = random.integers(M, size=(W, 1000))
     expert_MLK = np.stack([random.permutation(np.arange(M) % 4) for _ in range(2)], axis=1)[:, :, None]
     plans = [make_plan(clusters_WB, expert_MLK, default_placement(2, 4), rank, ep_size) for rank in range(W)]
-    image = work.visible_tokens(config) * 16 * 4  # fp32
+    image = Work.of(config).visible_tokens * 16 * 4  # fp32
     inside = across = 0
     for rank, plan in enumerate(plans):
         for layer in plan.layers:
@@ -167,44 +166,44 @@ def test_bytes_of_the_exchange_are_those_of_the_plan(tiny_config: Make) -> None:
                 inside += 4 * image * rows * (peer != rank and peer // gpus == rank // gpus)
                 across += 4 * image * rows * (peer // gpus != rank // gpus)
     moved = np.mean([layer.moved for plan in plans for layer in plan.layers]) / 1000
-    sent = work.exchange(config, Machines(4, 2), moved)
+    sent = Work.of(config).exchange(Machines(4, 2), moved)
     assert W * (sent.inside + sent.across) == pytest.approx(inside + across)
     assert (sent.inside, sent.across) == pytest.approx((inside / W, across / W), rel=0.05)
-    assert work.exchange(config, Machines(4, 2), None).across == pytest.approx(across / W, rel=0.05)
+    assert Work.of(config).exchange(Machines(4, 2), None).across == pytest.approx(across / W, rel=0.05)
 
 
 def test_experts_inside_a_node_send_nothing_across(tiny_config: Make) -> None:
     config = tiny_config(*EXPERTS, "experts.ep_size=2", "optim.batch_size=64")
-    sent = work.exchange(config, Machines(4, 2), None)
+    sent = Work.of(config).exchange(Machines(4, 2), None)
     assert sent.inside > 0 and sent.across == 0 == plan_of(config, 4).exchange_across
     recomputed = tiny_config(*EXPERTS, "experts.ep_size=2", "optim.batch_size=64", "engine.checkpoint_activations=true")
-    assert work.exchange(recomputed, Machines(4, 2), None).inside == 1.5 * sent.inside
+    assert Work.of(recomputed).exchange(Machines(4, 2), None).inside == 1.5 * sent.inside
     halved = tiny_config(*EXPERTS, "experts.ep_size=2", "optim.batch_size=64", "optim.accumulation=2")
-    split = work.exchange(halved, Machines(4, 2), None)
+    split = Work.of(halved).exchange(Machines(4, 2), None)
     assert (split.inside, split.collectives) == (sent.inside, 2 * sent.collectives)
     for words in ((*EXPERTS, "experts.ep_size=1"), ()):
-        assert work.exchange(tiny_config(*words), Machines(4, 2), None) == work.Traffic(0, 0, 0)
+        assert Work.of(tiny_config(*words)).exchange(Machines(4, 2), None) == Traffic(0, 0, 0)
 
 
 def test_bytes_of_the_reduction(tiny_config: Make) -> None:
     """One GPU a node: a flat all-reduce; experts without copies are not reduced at all."""
     dense = tiny_config()
-    size = 4 * work.count_parameters(dense).total
-    gradients, weights = work.reduction(dense, Machines(4, 1))
+    size = 4 * Work.of(dense).parameters.total
+    gradients, weights = Work.of(dense).reduction(Machines(4, 1))
     assert (gradients.inside, gradients.across) == (0, pytest.approx(2 * 3 / 4 * size))
     assert (weights.inside, weights.across) == (0, pytest.approx(3 / 4 * size))
-    gradients, _ = work.reduction(dense, Machines(4, 8))
+    gradients, _ = Work.of(dense).reduction(Machines(4, 8))
     assert gradients.across == pytest.approx(2 * 3 / 4 * size / 8) and gradients.inside == pytest.approx(
         2 * 7 / 8 * size
     )
     spread = tiny_config(*EXPERTS, "experts.ep_size=4")
-    shared = 4 * work.count_parameters(spread).shared
-    assert work.reduction(spread, Machines(1, 4))[0].inside == pytest.approx(2 * 3 / 4 * shared)
-    held = 4 * work.count_parameters(spread).experts
-    assert work.reduction(spread, Machines(2, 4))[0].across == pytest.approx(shared / 4 + held)
-    half = work.reduction(replace(dense, engine=replace(dense.engine, precision="bf16")), Machines(4, 1))
+    shared = 4 * Work.of(spread).parameters.shared
+    assert Work.of(spread).reduction(Machines(1, 4))[0].inside == pytest.approx(2 * 3 / 4 * shared)
+    held = 4 * Work.of(spread).parameters.experts
+    assert Work.of(spread).reduction(Machines(2, 4))[0].across == pytest.approx(shared / 4 + held)
+    half = Work.of(replace(dense, engine=replace(dense.engine, precision="bf16"))).reduction(Machines(4, 1))
     assert half[0].across == pytest.approx(3 / 4 * size) and half[1].across == weights.across
-    assert work.reduction(dense, Machines(1, 1)) == (work.Traffic(0, 0, 0), work.Traffic(0, 0, 0))
+    assert Work.of(dense).reduction(Machines(1, 1)) == (Traffic(0, 0, 0), Traffic(0, 0, 0))
 
 
 @pytest.mark.parametrize(
@@ -221,11 +220,11 @@ def test_bytes_of_the_reduction(tiny_config: Make) -> None:
     ],
 )
 def test_memory_goes_where_it_should(tiny_config: Make, less: tuple[str, ...], than: tuple[str, ...]) -> None:
-    small, large = (work.memory(tiny_config("optim.batch_size=64", *words), 4) for words in (less, than))
+    small, large = (Work.of(tiny_config("optim.batch_size=64", *words)).memory(4) for words in (less, than))
     assert small.total < large.total
     assert (
-        work.memory(tiny_config("optim.batch_size=64"), 8).state
-        < work.memory(tiny_config("optim.batch_size=64"), 4).state
+        Work.of(tiny_config("optim.batch_size=64")).memory(8).state
+        < Work.of(tiny_config("optim.batch_size=64")).memory(4).state
     )
 
 

@@ -208,7 +208,7 @@ def test_complete_set_is_left_alone(images: Path, copy: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in copy.iterdir()} == before
     with pytest.raises(DataError, match="images_per_shard was 10, now 5"):
         write_shards(images, copy, ShardSettings(images_per_shard=5))
-    with pytest.raises(DataError, match="24 files then, 8 now"):
+    with pytest.raises(DataError, match="24 files before, 8 now"):
         write_shards(images / "birds/small", copy, SMALL)
 
 

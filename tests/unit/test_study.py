@@ -17,6 +17,7 @@ from moce_command import TINY, refused, run_here
 from moce_ds.artefacts.study_folder import CellRecord, StudyFolder, StudyRecord, series
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.errors import ConfigError
+from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.planning.work import all_rows_bytes
 from moce_ds.report.build import build_report
 from moce_ds.report.study_chapter import scalings
@@ -25,8 +26,9 @@ from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.step import StepRecord
 from moce_ds.workflow.study import run_study
-from moce_ds.workflow.study_cell import cell_step, measures
+from moce_ds.workflow.study_cell import cell_step, measures, study_workflow
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
+from moce_ds.workflow.submit import queued_steps
 
 Make = Callable[..., StudySettings]
 
@@ -183,6 +185,20 @@ def test_states_are_listed(make: Make, tmp_path: Path) -> None:
     for row in (r"num=1 .* done .* 31 ", r"num=2 .* failed ", r"num=4 .* running "):
         assert re.search(row, said.out), said.out
     assert re.search(r"num=4 .* waiting ", run_here("study", tmp_path / "study.yaml", "--list").out)
+
+
+def test_cells_of_one_size_become_an_array(make: Make) -> None:
+    study = make(cells=[{"processes": 1}, {"nodes": 2}], grid={"run.seed": [0, 1]})
+    cells = cells_of(study)
+    steps = study_workflow(study, cells).steps
+    profile = SlurmProfile(nodes=4, min_nodes=2, gpus_per_node=8)
+    one, two = queued_steps(steps, profile)
+    assert [step.name for step in one.steps] == ["processes=1,seed=0", "processes=1,seed=1"] and one.needs == []
+    assert [step.name for step in two.steps] == ["nodes=2,seed=0", "nodes=2,seed=1"] and two.needs == []
+    sizes = [(group.profile.nodes, group.profile.node_counts, group.profile.gpus_per_node) for group in (one, two)]
+    assert sizes == [(1, range(1, 2), 1), (2, range(2, 3), 1)], "a cell keeps its size, whatever the profile says"
+    write_record(study, cells[0], dataclasses.replace(begun(study, cells[0]), state="done"))
+    assert [len(group.steps) for group in queued_steps(steps, profile)] == [1, 2]
 
 
 def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
