@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alone import ALONE
 from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
@@ -35,6 +34,7 @@ from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.storage.checksums import write_checked
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 from tests.examples.disk import Disk, mounted_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
@@ -115,7 +115,7 @@ def artefacts(
     tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """One of each artefact, by its kind in `artefacts.KINDS`; not to be changed."""
-    from artefacts import write_all  # imports what few tests need
+    from tests.examples.artefacts import write_all  # imports what few tests need
 
     root = tmp_path_factory.mktemp("artefacts")
     return write_all(root, tiny_images, tiny_shards, tiny_clusters.parent / "features", tiny_clusters)

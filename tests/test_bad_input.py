@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from alone import ALONE
-from moce_command import TINY, refused, run_here
 from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import WEIGHTS, find
@@ -25,6 +23,8 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
+from tests.examples.moce_command import TINY, refused, run_here
 
 MoceRun = Callable[..., Path]
 

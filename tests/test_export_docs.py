@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.moce_command import run_here
+from tests.examples.moce_command import run_here
 from tests.test_docs import ROOT, shell_commands
 
 PAGE = ROOT / "docs" / "export.md"

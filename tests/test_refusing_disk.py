@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dense_examples import write_ade, write_coco
-from moce_command import TINY, refused, run_here
-from public_folders import cifar10
 
 from moce_ds.config.settings import to_yaml
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.dense_sets import write_ade, write_coco
 from tests.examples.disk import Disk
+from tests.examples.moce_command import TINY, refused, run_here
+from tests.examples.public_folders import cifar10
 
 DISK_SIZE = "512k"
 PAGE = 4096

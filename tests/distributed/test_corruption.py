@@ -5,7 +5,6 @@ processes.
 """
 
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,7 @@ from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
-
-sys.path.append(str(Path(__file__).parent.parent))
-from moce_command import refused, run_here
+from tests.examples.moce_command import refused, run_here
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 EXPERT = "weights/block-03-expert-002.safetensors"

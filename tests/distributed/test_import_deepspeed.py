@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from alone import ALONE
 from click.testing import CliRunner
 from harness import run_distributed
 from native_jobs import BATCH, ELSEWHERE_LE, STEPS, save_all, save_and_import_all
@@ -39,6 +38,7 @@ from moce_ds.storage.files import copy_tree, read_json
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 from tools.import_deepspeed import main
 
 EVERYTHING = ["experts.k=2", "experts.combine=prob", "experts.shared_expert=true", "experts.embeddings=learnable"]

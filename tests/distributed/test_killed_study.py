@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
-from moce_command import run_here
 from tiny_run import STEPS, TinyData, tiny_settings, write_images
 
 from moce_ds.artefacts.study_folder import CellRecord
@@ -22,6 +21,7 @@ from moce_ds.errors import STOPPED
 from moce_ds.storage.locks import is_held
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
+from tests.examples.moce_command import run_here
 
 STUDY = (sys.executable, "-m", "moce_ds", "study")
 

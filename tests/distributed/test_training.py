@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alone import ALONE
 from jobs import Told
 from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
@@ -21,6 +20,7 @@ from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from tests.examples.alone import ALONE
 
 
 @pytest.mark.parametrize(
