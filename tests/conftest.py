@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where several workers share the tests, a file is one worker's, and so are the runs that several files compare."""
     if hasattr(config, "workerinput"):
         for item in items:
-            shared = {"one", "two"}.intersection(getattr(item, "fixturenames", ()))
+            shared = {"one_process", "two_processes"}.intersection(getattr(item, "fixturenames", ()))
             item.add_marker(pytest.mark.xdist_group("runs" if shared else item.path.stem))
 
 
@@ -151,7 +151,7 @@ def tiny_config(tiny_shards: Path, tmp_path: Path) -> Callable[..., PretrainSett
 
 
 @pytest.fixture
-def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
+def tiny_mae_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
     """A dense MAE with random weights."""
     config = tiny_config(f"run.out={tmp_path / 'dense'}")
     spec = config.model_spec
@@ -164,7 +164,7 @@ def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> P
 
 
 @pytest.fixture
-def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
+def tiny_moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
     """Write the run folder of a MoCE: random weights, four experts in blocks 0 and 2, a gate sure enough for routes to
     differ; one checkpoint without optimizer. Call it with `key=value` words to change its settings."""
 

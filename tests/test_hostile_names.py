@@ -214,8 +214,8 @@ def test_knn_probe_and_their_records(task: Path, tiny_encoder: Path, place: Path
     assert "[red]" in done("inspect", results)
 
 
-def test_select_export_and_evaluate(moce_run: Callable[..., Path], task: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(moce_run(), tmp_path / PLACE)
+def test_select_export_and_evaluate(tiny_moce_run: Callable[..., Path], task: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_moce_run(), tmp_path / PLACE)
     picture, out = tmp_path / f"{NAMES[9]}.png", tmp_path / NAMES[14]
     told = done(
         "select", run, "--data", task / "train", "--task", MANY, "--picture", picture, "--export", out, "threads=1"
@@ -227,10 +227,12 @@ def test_select_export_and_evaluate(moce_run: Callable[..., Path], task: Path, t
     done("evaluate", run, "--data", task / "test", "--task", MANY, "--results", tmp_path / "r.json", "threads=1")
 
 
-def test_transfer_compares_on_a_task_of_such_a_name(moce_run: Callable[..., Path], task: Path, tmp_path: Path) -> None:
+def test_transfer_compares_on_a_task_of_such_a_name(
+    tiny_moce_run: Callable[..., Path], task: Path, tmp_path: Path
+) -> None:
     settings = tmp_path / f"{NAMES[0]}{NAMES[9]}{NAMES[14]}.yaml"
     settings.write_text(yaml.safe_dump({"data": str(task), "knn": {"k": 3, "threads": 1}}))
-    told = done("transfer", moce_run(), "--tasks", settings, "--methods", "knn", "--out", tmp_path / "out")
+    told = done("transfer", tiny_moce_run(), "--tasks", settings, "--methods", "knn", "--out", tmp_path / "out")
     assert "[red]" in told and "k-NN: percent" in told
 
 
@@ -283,10 +285,10 @@ def test_refusals_with_names_of_classes(task: Path, tiny_encoder: Path, tmp_path
 
 
 def test_folders_of_tensors_are_named_in_utf8(
-    moce_run: Callable[..., Path], task: Path, tiny_encoder: Path, tiny_shards: Path, tmp_path: Path
+    tiny_moce_run: Callable[..., Path], task: Path, tiny_encoder: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
     """What the libraries of tensors and TensorBoard cannot open or write is said to be so, and not to be damaged."""
-    named, run = tmp_path / NAMES[17], moce_run()
+    named, run = tmp_path / NAMES[17], tiny_moce_run()
     said = [
         refused("export", run, named / "out", "--cluster", "0"),
         refused("pretrain", TINY, f"data.shards={tiny_shards}", f"run.out={named}/run"),

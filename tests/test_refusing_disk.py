@@ -71,11 +71,11 @@ def inputs(
     tiny_shards: Path,
     tiny_encoder: Path,
     tiny_clusters: Path,
-    moce_run: Callable[..., Path],
+    tiny_moce_run: Callable[..., Path],
     tiny_config: Callable[..., PretrainSettings],
     tmp_path: Path,
 ) -> Inputs:
-    run = moce_run()
+    run = tiny_moce_run()
     config = tiny_config("model.arch=moce", "experts.num=4", f"experts.clusters={tiny_clusters}")
     (run / "config.yaml").write_text(to_yaml(config))
     others = tmp_path / "others"

@@ -61,7 +61,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Path, tmp_path: Path) -> None:
+def test_a_killed_study_is_finished_by_the_same_command(tiny_data: TinyData, task: Path, tmp_path: Path) -> None:
     # A shared expert cannot be exported: the second cell fails after its run, which is one of a single expert.
     points = [
         {"experts.num": 4, "experts.ep_size": 2},
@@ -69,7 +69,7 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
         {"experts.num": 2, "experts.ep_size": 2},
     ]
     path, out = tmp_path / "study.yaml", tmp_path / "study"
-    four, failing, two = write_study(path, data, points, tasks={"some": str(task)})
+    four, failing, two = write_study(path, tiny_data, points, tasks={"some": str(task)})
     with launched(*STUDY, path) as study:
         wait_for_step(four.run, 1)
         send(signal.SIGKILL, *processes_of(study))
@@ -106,9 +106,11 @@ def check_measures(four: CellRecord, two: CellRecord) -> None:
         assert 1e8 < found["peak_memory"] < 2e10
 
 
-def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_running_cell_at_a_step(tiny_data: TinyData, tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
-    first, second = write_study(path, data, [{"experts.num": 2}, {"experts.num": 4}], "optim.epochs=500", processes=1)
+    first, second = write_study(
+        path, tiny_data, [{"experts.num": 2}, {"experts.num": 4}], "optim.epochs=500", processes=1
+    )
     with launched(*STUDY, path) as study:
         wait_for_step(first.run, 2)
         study.send_signal(signal.SIGINT)

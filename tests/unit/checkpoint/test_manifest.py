@@ -59,8 +59,8 @@ WRONG = {
 
 
 @pytest.fixture
-def run(moce_run: Callable[..., Path]) -> Path:
-    return moce_run()
+def run(tiny_moce_run: Callable[..., Path]) -> Path:
+    return tiny_moce_run()
 
 
 def test_what_is_written_is_read(run: Path) -> None:

@@ -53,9 +53,9 @@ def test_files_that_are_left_out_are_said_and_named(task: Path, tiny_encoder: Pa
         assert "digits/bad-0\ufffd.png: not an image" in said.err and "and 3 more" in said.err
 
 
-def test_a_task_that_votes_says_it_too(task: Path, moce_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_task_that_votes_says_it_too(task: Path, tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
     damage(task / "train")
-    run = moce_run()
+    run = tiny_moce_run()
     for words in (
         ("select", run, "--data", task / "train", "threads=1"),
         ("export", run, tmp_path / "out", "--data", task / "train", "threads=1"),
@@ -127,12 +127,12 @@ def test_one_line_tells_what_did_not_converge(task: Path, tiny_encoder: Path, mo
 
 @pytest.mark.parametrize("content", ["{}", "[1]", '[{"verb": "knn"}]', '[{"verb": 1, "task": "a"}]', "null"])
 def test_results_of_another_shape_are_refused_first(
-    task: Path, tiny_encoder: Path, moce_run: Callable[..., Path], tmp_path: Path, content: str
+    task: Path, tiny_encoder: Path, tiny_moce_run: Callable[..., Path], tmp_path: Path, content: str
 ) -> None:
     results = tmp_path / "results.json"
     results.write_text(content)
     (task / "test").rename(task / "later")  # would be noticed next
-    for words in (measured("knn", task, tiny_encoder), ["select", moce_run(), "--data", task / "test"]):
+    for words in (measured("knn", task, tiny_encoder), ["select", tiny_moce_run(), "--data", task / "test"]):
         assert re.match(rf"{results}(, record 0,)? is damaged \(", refused(*words, "--results", results))
         told = refused(*words, "--results", results / "sub.json")
         assert told.startswith(f"{results}/sub.json cannot be written: {results} is a file")

@@ -62,10 +62,10 @@ def images(photo_pixels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def test_the_export_of_a_cluster_is_moce_for_its_images(
-    moce_run: Callable[..., Path], images: Tensor, tmp_path: Path
+    tiny_moce_run: Callable[..., Path], images: Tensor, tmp_path: Path
 ) -> None:
     """By the tokens of its route, and by the reconstruction that training's own forward pass gives."""
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     model = trained(checkpoint, clusters)
     noise = torch.rand(len(images), 16)
     for cluster in range(clusters.num_clusters):
@@ -91,8 +91,8 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
         assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-5)
 
 
-def test_with_straight_through_nothing_is_folded_in(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=straight_through"))
+def test_with_straight_through_nothing_is_folded_in(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=straight_through"))
     provenance = export_route(checkpoint, clusters, choose_cluster(checkpoint, 3), tmp_path / "out", {})
     assert provenance["gate_values"] == [1.0, 1.0]
     state, weights = load_file(tmp_path / "out/model.safetensors"), checkpoint.load(WEIGHTS)
@@ -101,8 +101,10 @@ def test_with_straight_through_nothing_is_folded_in(moce_run: Callable[..., Path
         assert torch.equal(state[f"blocks.2.mlp.{rest}"], weights[f"blocks.2.mlp.experts.{expert}.{rest}"])
 
 
-def test_the_folder_says_where_it_comes_from_and_timm_loads_it(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = moce_run("experts.combine=prob")
+def test_the_folder_says_where_it_comes_from_and_timm_loads_it(
+    tiny_moce_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tiny_moce_run("experts.combine=prob")
     checkpoint, clusters = run_clusters(run)
     out = tmp_path / "deep/er/out"
     returned = export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), out, {"votes": 3})
@@ -117,9 +119,11 @@ def test_the_folder_says_where_it_comes_from_and_timm_loads_it(moce_run: Callabl
     assert not any("gate" in name or "experts" in name or is_decoder(name) for name in model.state_dict())
 
 
-def test_a_route_of_several_clusters_has_their_mean_gate_value(moce_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_route_of_several_clusters_has_their_mean_gate_value(
+    tiny_moce_run: Callable[..., Path], tmp_path: Path
+) -> None:
     """Weighed by the clusters' shares of the training set, or by the task's votes."""
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     model = trained(checkpoint, clusters)
     table = [tuple(row) for row in checkpoint.manifest["routing"]["expert_ML"]]
     route = next(row for row in table if table.count(row) > 1)
@@ -159,9 +163,9 @@ def with_one_number_off(checkpoint: Checkpoint, spec: ModelSpec, mixture: Mixtur
 
 @pytest.mark.parametrize("tampered", [without_the_fold, of_other_experts, with_one_number_off])
 def test_what_does_not_compute_the_same_is_not_written(
-    moce_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampered: Callable[..., Any]
+    tiny_moce_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tampered: Callable[..., Any]
 ) -> None:
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     monkeypatch.setattr(export, "encoder_state", tampered)
     (tmp_path / "exports").mkdir()
     with pytest.raises(ArtefactError, match=r"differs from the trained model by .*: nothing was written"):
@@ -169,8 +173,8 @@ def test_what_does_not_compute_the_same_is_not_written(
     assert list((tmp_path / "exports").iterdir()) == []
 
 
-def test_an_export_overwrites_nothing(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, clusters = run_clusters(moce_run())
+def test_an_export_overwrites_nothing(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, clusters = run_clusters(tiny_moce_run())
     (tmp_path / "mine").mkdir()
     for write in (
         lambda: export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), tmp_path / "mine", {}),
@@ -181,8 +185,8 @@ def test_an_export_overwrites_nothing(moce_run: Callable[..., Path], tmp_path: P
     assert list((tmp_path / "mine").iterdir()) == []
 
 
-def test_an_earlier_export_is_replaced_if_asked(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, clusters = run_clusters(moce_run())
+def test_an_earlier_export_is_replaced_if_asked(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, clusters = run_clusters(tiny_moce_run())
     out, chosen = tmp_path / "mine", choose_cluster(checkpoint, 0)
     out.mkdir()
     with pytest.raises(ConfigError, match="mine exists"):  # this is none
@@ -193,8 +197,8 @@ def test_an_earlier_export_is_replaced_if_asked(moce_run: Callable[..., Path], t
     assert said["votes"] == json.loads((out / "provenance.json").read_text())["votes"] == "new"
 
 
-def test_routes_and_clusters_that_are_not_there(moce_run: Callable[..., Path]) -> None:
-    checkpoint, _ = run_clusters(moce_run())
+def test_routes_and_clusters_that_are_not_there(tiny_moce_run: Callable[..., Path]) -> None:
+    checkpoint, _ = run_clusters(tiny_moce_run())
     for cluster in (-1, 6):
         with pytest.raises(ConfigError, match=rf"--cluster: got {cluster}; the run has clusters 0 to 5\."):
             choose_cluster(checkpoint, cluster)
@@ -208,8 +212,8 @@ def test_routes_and_clusters_that_are_not_there(moce_run: Callable[..., Path]) -
         assert str(caught.value) == f"--route: no cluster takes {said}; routes of this run: {listed}."
 
 
-def test_only_the_files_of_the_route_are_read(moce_run: Callable[..., Path]) -> None:
-    checkpoint, _ = run_clusters(moce_run())
+def test_only_the_files_of_the_route_are_read(tiny_moce_run: Callable[..., Path]) -> None:
+    checkpoint, _ = run_clusters(tiny_moce_run())
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
     for path in (checkpoint.folder / WEIGHTS).glob("*block-*"):
         needed = re.fullmatch(r"block-\d\d.safetensors", path.name)
@@ -224,7 +228,7 @@ def test_only_the_files_of_the_route_are_read(moce_run: Callable[..., Path]) -> 
 
 
 @pytest.fixture
-def dense_run(tiny_config: Callable[..., PretrainSettings]) -> tuple[Path, MaskedAutoencoder]:
+def tiny_mae_run(tiny_config: Callable[..., PretrainSettings]) -> tuple[Path, MaskedAutoencoder]:
     config = tiny_config()
     spec = config.model_spec
     torch.manual_seed(3)
@@ -236,9 +240,9 @@ def dense_run(tiny_config: Callable[..., PretrainSettings]) -> tuple[Path, Maske
 
 
 def test_a_dense_run_s_encoder_by_every_road(
-    dense_run: tuple[Path, MaskedAutoencoder], images: Tensor, tmp_path: Path
+    tiny_mae_run: tuple[Path, MaskedAutoencoder], images: Tensor, tmp_path: Path
 ) -> None:
-    run, mae = dense_run
+    run, mae = tiny_mae_run
     provenance = export_dense(find(run), tmp_path / "out")
     assert provenance["route"] is None and provenance["step"] == 9
     encoders = [open_encoder(path, CPU) for path in (run, step_folder(run, 9), tmp_path / "out")]
@@ -248,8 +252,8 @@ def test_a_dense_run_s_encoder_by_every_road(
     assert torch.equal(encoders[0].features(images), encoders[2].features(images))
 
 
-def test_what_is_no_dense_encoder_is_refused(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = moce_run()
+def test_what_is_no_dense_encoder_is_refused(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_moce_run()
     for path, message in (
         (run, "holds experts: choose one with `moce export` and use what it writes"),
         (tmp_path / "absent", "absent not found: expected an encoder folder, the run of a dense MAE, or a .pth"),
@@ -273,8 +277,8 @@ def dense_only(run: Path) -> Path:
     return rewrite_manifest(run, model=find(run).manifest["model"] | {"experts": None})
 
 
-def test_a_run_is_passed_on_without_its_optimizer(dense_run: tuple[Path, MaskedAutoencoder], tmp_path: Path) -> None:
-    run, mae = dense_run
+def test_a_run_is_passed_on_without_its_optimizer(tiny_mae_run: tuple[Path, MaskedAutoencoder], tmp_path: Path) -> None:
+    run, mae = tiny_mae_run
     weights = {name: p.detach() for name, p in mae.named_parameters()}
     moments = {f"{name}.exp_avg": tensor for name, tensor in weights.items()}
     manifest = {**find(run).manifest, "step": 10, "images_read": 7}
@@ -288,10 +292,10 @@ def test_a_run_is_passed_on_without_its_optimizer(dense_run: tuple[Path, MaskedA
 
 
 def test_half_an_export_is_called_one(
-    dense_run: tuple[Path, MaskedAutoencoder], tiny_images: Path, tmp_path: Path
+    tiny_mae_run: tuple[Path, MaskedAutoencoder], tiny_images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    export_dense(find(dense_run[0]), out)
+    export_dense(find(tiny_mae_run[0]), out)
     weights, task = out / "model.safetensors", tiny_images / "digits"
     weights.write_bytes(weights.read_bytes()[:-4])
     assert f"{weights} is damaged (" in refused("inspect", out)
@@ -301,8 +305,8 @@ def test_half_an_export_is_called_one(
     assert f"{weights} is missing: {out} is an incomplete export" in message
 
 
-def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., Path]) -> None:
-    run = rewrite_manifest(moce_run(), clusters_hash="0" * 64)
+def test_a_run_whose_clusters_were_exchanged_is_refused(tiny_moce_run: Callable[..., Path]) -> None:
+    run = rewrite_manifest(tiny_moce_run(), clusters_hash="0" * 64)
     with pytest.raises(ArtefactError, match=r"these are not the clusters that .* was trained with"):
         run_clusters(run)
     shutil.rmtree(run / "clusters")
@@ -310,15 +314,15 @@ def test_a_run_whose_clusters_were_exchanged_is_refused(moce_run: Callable[..., 
         run_clusters(run)
 
 
-def test_dense_is_the_route_without_experts(dense_run: tuple[Path, MaskedAutoencoder]) -> None:
-    checkpoint = find(dense_run[0])
+def test_dense_is_the_route_without_experts(tiny_mae_run: tuple[Path, MaskedAutoencoder]) -> None:
+    checkpoint = find(tiny_mae_run[0])
     state = encoder_state(checkpoint, ModelSpec.from_tree(checkpoint.manifest["model"]), DENSE)
-    assert set(state) == set(dense.timm_vit(dense_run[1].shape).state_dict())
+    assert set(state) == set(dense.timm_vit(tiny_mae_run[1].shape).state_dict())
 
 
-def test_choosing_by_hand_is_choosing(moce_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_choosing_by_hand_is_choosing(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
     """Shares may be any weights that sum to 1."""
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     chosen = SelectedExperts.of_route((0, 1), {2: 0.25, 5: 0.75})
     provenance = export_route(checkpoint, clusters, chosen, tmp_path / "out", {})
     model = trained(checkpoint, clusters)

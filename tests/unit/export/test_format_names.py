@@ -48,8 +48,10 @@ def test_fixtures_say_where_their_names_were_read() -> None:
 
 
 @pytest.mark.parametrize("format", KEYS)
-def test_names_and_shapes_are_those_of_the_library(moce_run: Callable[..., Path], tmp_path: Path, format: str) -> None:
-    content = exported(moce_run(), tmp_path / "out", format)
+def test_names_and_shapes_are_those_of_the_library(
+    tiny_moce_run: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    content = exported(tiny_moce_run(), tmp_path / "out", format)
     assert set(content) == {KEYS[format]}
     found = {name: tuple(tensor.shape) for name, tensor in content[KEYS[format]].items()}
     prefix = "backbone.net." if format == "detectron2" else ""  # which its heuristics find
@@ -57,9 +59,9 @@ def test_names_and_shapes_are_those_of_the_library(moce_run: Callable[..., Path]
     assert {prefix + name: shape for name, shape in found.items()} == names_of(fixture)
 
 
-def test_detectron2_matches_each_name_with_one_parameter(moce_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_detectron2_matches_each_name_with_one_parameter(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
     """By the end of its name: a final norm would go to the norms of the pyramid."""
-    state = exported(moce_run(), tmp_path / "out", "detectron2")["model"]
+    state = exported(tiny_moce_run(), tmp_path / "out", "detectron2")["model"]
     fixture = read_json(FIXTURES / "detectron2.json", "names", "hand")
     left = [name.format(i=block) for name in fixture["not_pretrained"] for block in range(DEPTH)]
 
@@ -71,8 +73,8 @@ def test_detectron2_matches_each_name_with_one_parameter(moce_run: Callable[...,
     assert "norm.weight" not in state
 
 
-def test_values_go_where_they_belong(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = moce_run("experts.combine=straight_through")
+def test_values_go_where_they_belong(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_moce_run("experts.combine=straight_through")
     checkpoint, _ = run_clusters(run)
     experts, weights = choose_cluster(checkpoint, 0).experts, checkpoint.load("weights")
     assert experts is not None
@@ -87,8 +89,8 @@ def test_values_go_where_they_belong(moce_run: Callable[..., Path], tmp_path: Pa
         assert torch.equal(state[f"backbone.{theirs}"], weights[ours]), theirs
 
 
-def test_the_public_mae_s_file_holds_the_decoder(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = moce_run()
+def test_the_public_mae_s_file_holds_the_decoder(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_moce_run()
     state = exported(run, tmp_path / "out", "timm", "full")["model"]
     spec = ModelSpec.from_tree(run_clusters(run)[0].manifest["model"])
     mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)

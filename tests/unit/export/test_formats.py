@@ -40,9 +40,9 @@ def write(run: Path, out: Path, format: Format) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.name}-{format.part}")
-def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Path, format: Format) -> None:
+def test_every_format_computes_what_was_trained(tiny_moce_run: MakeRun, tmp_path: Path, format: Format) -> None:
     out = tmp_path / "out"
-    said = write(moce_run("experts.combine=prob"), out, format)
+    said = write(tiny_moce_run("experts.combine=prob"), out, format)
     assert json.loads((out / "provenance.json").read_text()) == said
     assert said["max_abs_difference"] < 1e-5 and (said["format"], said["part"]) == (format.name, format.part)
     if format.library:
@@ -59,11 +59,11 @@ def test_every_format_computes_what_was_trained(moce_run: MakeRun, tmp_path: Pat
 
 
 @torch.inference_mode()
-def test_hugging_face_sees_the_same_images_and_gives_the_same_tokens(moce_run: MakeRun, tmp_path: Path) -> None:
+def test_hugging_face_sees_the_same_images_and_gives_the_same_tokens(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification
 
-    run = moce_run()
+    run = tiny_moce_run()
     for name in ("timm", "hf-vit"):
         write(run, tmp_path / name, find_format(name))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
@@ -82,8 +82,8 @@ def test_hugging_face_sees_the_same_images_and_gives_the_same_tokens(moce_run: M
     assert card.startswith("---\nlibrary_name: transformers") and "experts of the route: [" in card
 
 
-def test_an_encoder_holds_no_decoder(moce_run: MakeRun, tmp_path: Path) -> None:
-    run = moce_run()
+def test_an_encoder_holds_no_decoder(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     for name in ("timm", "hf-vit", "hf-vitmae"):
         write(run, tmp_path / name, find_format(name))
         names = load_file(tmp_path / name / "model.safetensors")
@@ -116,7 +116,7 @@ def lacking(state: dict[str, Tensor]) -> None:
     ("spoil", "told"), [(swapped, "differs from the trained"), (lacking, "reads ViTModel otherwise")]
 )
 def test_what_the_library_reads_otherwise_is_not_written(
-    moce_run: MakeRun, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], told: str
+    tiny_moce_run: MakeRun, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], told: str
 ) -> None:
     """The files are what is checked, not what was in memory."""
     right = find_format("hf-vit")
@@ -129,15 +129,15 @@ def test_what_the_library_reads_otherwise_is_not_written(
 
     (tmp_path / "exports").mkdir()
     with pytest.raises(ArtefactError, match=told):
-        write(moce_run(), tmp_path / "exports" / "out", replace(right, write=wrongly))
+        write(tiny_moce_run(), tmp_path / "exports" / "out", replace(right, write=wrongly))
     assert list((tmp_path / "exports").iterdir()) == []
 
 
 def test_a_library_that_is_not_installed_is_named(
-    moce_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_moce_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "installed", lambda library: False)
-    said = run_here("export", moce_run(), tmp_path / "out", "--cluster", 0, "--format", "hf-vit")
+    said = run_here("export", tiny_moce_run(), tmp_path / "out", "--cluster", 0, "--format", "hf-vit")
     reason = "transformers is not installed: pip install 'moce-ds[formats]'"
     assert said.status == 0 and f"not loaded back: {reason}" in said.out
     assert json.loads((tmp_path / "out" / "provenance.json").read_text())["loaded_back"]["reason"] == reason
@@ -154,8 +154,8 @@ def test_a_library_that_is_not_installed_is_named(
         ("--part half", "--part: got 'half'; --format timm takes encoder or full;"),
     ],
 )
-def test_formats_that_are_not_there(moce_run: MakeRun, tmp_path: Path, words: str, told: str) -> None:
-    assert told in refused("export", moce_run(), tmp_path / "out", "--cluster", 0, *words.split())
+def test_formats_that_are_not_there(tiny_moce_run: MakeRun, tmp_path: Path, words: str, told: str) -> None:
+    assert told in refused("export", tiny_moce_run(), tmp_path / "out", "--cluster", 0, *words.split())
     assert not (tmp_path / "out").exists()
 
 
@@ -186,8 +186,8 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("format", ["timm", "hf-vit", "mmdet", "onnx"])
-def test_what_does_not_fit_on_the_disk_is_named(moce_run: MakeRun, tmp_path: Path, format: str) -> None:
-    run = moce_run()
+def test_what_does_not_fit_on_the_disk_is_named(tiny_moce_run: MakeRun, tmp_path: Path, format: str) -> None:
+    run = tiny_moce_run()
     with small_files():
         told = refused("export", run, tmp_path / "exports" / "out", "--cluster", 0, "--format", format)
     assert told.startswith(f"{tmp_path / 'exports' / 'out'} cannot be written: ")

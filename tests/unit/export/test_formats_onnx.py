@@ -59,8 +59,8 @@ def same_outputs(encoder: Encoder, session: onnxruntime.InferenceSession, count:
     assert np.abs(tokens - expected.numpy()).max() < 1e-5 > np.abs(features - encoder.features(images).numpy()).max()
 
 
-def test_onnx_computes_what_was_trained(moce_run: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+def test_onnx_computes_what_was_trained(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     route = choose_cluster(checkpoint, 0)
     export_route(checkpoint, clusters, route, tmp_path / "timm", {}, find_format("timm"))
     said = export_route(checkpoint, clusters, route, tmp_path / "onnx", {}, find_format("onnx"))

@@ -36,8 +36,8 @@ def test_an_expert_s_route_is_the_one_that_most_images_take_through_it() -> None
         choose_expert(checkpoint, 2)
 
 
-def test_all_are_the_routes_that_are_taken(moce_run: MakeRun, tmp_path: Path) -> None:
-    run = moce_run()
+def test_all_are_the_routes_that_are_taken(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     checkpoint, _ = run_clusters(run)
     routes = sorted(set(routes_of(checkpoint)))
     assert [chosen.experts for chosen in choose_all(checkpoint)] == routes and len(routes) > 1
@@ -52,8 +52,8 @@ def test_all_are_the_routes_that_are_taken(moce_run: MakeRun, tmp_path: Path) ->
         )
 
 
-def test_all_are_replaced_if_asked(moce_run: MakeRun, tmp_path: Path) -> None:
-    command = ("export", moce_run(), tmp_path / "experts", "--all", "--replace")
+def test_all_are_replaced_if_asked(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
+    command = ("export", tiny_moce_run(), tmp_path / "experts", "--all", "--replace")
     assert run_here(*command).status == 0
     route = next((tmp_path / "experts").iterdir())
     (route / "config.json").unlink()
@@ -64,19 +64,19 @@ def test_all_are_replaced_if_asked(moce_run: MakeRun, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--cluster", "0"], ["--all"]])
 @pytest.mark.parametrize("place", ["file/sub", "/proc/none/sub"])
-def test_a_place_that_cannot_be_written(moce_run: MakeRun, tmp_path: Path, words: list[str], place: str) -> None:
+def test_a_place_that_cannot_be_written(tiny_moce_run: MakeRun, tmp_path: Path, words: list[str], place: str) -> None:
     (tmp_path / "file").touch()
     out = tmp_path / place
-    assert refused("export", moce_run(), out, *words).startswith(f"{out} cannot be written: ")
+    assert refused("export", tiny_moce_run(), out, *words).startswith(f"{out} cannot be written: ")
 
 
 @pytest.mark.parametrize("how", ["uniform", "weighted"])
 @pytest.mark.parametrize("histogram", [None, {1: 0.75, 4: 0.25}], ids=["training set", "task"])
 def test_an_average_is_that_of_the_experts_that_images_take(
-    moce_run: MakeRun, tmp_path: Path, how: str, histogram: dict[int, float] | None
+    tiny_moce_run: MakeRun, tmp_path: Path, how: str, histogram: dict[int, float] | None
 ) -> None:
     """Against sums written out by hand."""
-    checkpoint, clusters = run_clusters(moce_run("experts.combine=prob"))
+    checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     said = export_route(checkpoint, clusters, choose_average(checkpoint, how, histogram), tmp_path / "out", {})
     shares = histogram or dict(enumerate(clusters.share_M))
     model = build_model(ModelSpec.from_tree(checkpoint.manifest["model"]), clusters, ReferenceMoE)
@@ -102,8 +102,8 @@ def test_an_average_is_that_of_the_experts_that_images_take(
     assert said["clusters"] == pytest.approx({str(c): s for c, s in shares.items()}, rel=1e-6)
 
 
-def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_path: Path) -> None:
-    run = moce_run()
+def test_a_task_averages_by_its_votes(tiny_moce_run: MakeRun, tiny_images: Path, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     data = ("--data", tiny_images / "digits")
     for name, words in (("auto", ("--route", "auto")), ("plain", ()), ("soup", ("--average", "weighted"))):
         said = run_here("export", run, tmp_path / name, *data, *words)
@@ -130,23 +130,25 @@ def test_a_task_averages_by_its_votes(moce_run: MakeRun, tiny_images: Path, tmp_
         ("--average mean", "--average: got 'mean'; expected uniform or weighted."),
     ],
 )
-def test_options_that_cannot_be(moce_run: MakeRun, tiny_images: Path, tmp_path: Path, words: str, told: str) -> None:
-    run = moce_run()
+def test_options_that_cannot_be(
+    tiny_moce_run: MakeRun, tiny_images: Path, tmp_path: Path, words: str, told: str
+) -> None:
+    run = tiny_moce_run()
     before = sorted(tmp_path.iterdir())
     given = (word.format(images=tiny_images) for word in words.split())
     assert told in refused("export", run, tmp_path / "out", *given)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_shares_of_a_layer_sum_to_1(moce_run: MakeRun) -> None:
-    checkpoint, clusters = run_clusters(moce_run())
+def test_shares_of_a_layer_sum_to_1(tiny_moce_run: MakeRun) -> None:
+    checkpoint, clusters = run_clusters(tiny_moce_run())
     for how in ("uniform", "weighted"):
         for layer in choose_average(checkpoint, how, dict(enumerate(clusters.share_M))).layers:
             assert sum(sum(voices.values()) for voices in layer.values()) == pytest.approx(1)
 
 
-def test_a_checkpoint_of_another_version_is_refused(moce_run: MakeRun, tmp_path: Path) -> None:
-    run = moce_run()
+def test_a_checkpoint_of_another_version_is_refused(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     manifest = find(run).folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace("moce_ds checkpoint 2", "moce_ds checkpoint 3"))
     told = refused("export", run, tmp_path / "out", "--cluster", 0)
@@ -154,8 +156,8 @@ def test_a_checkpoint_of_another_version_is_refused(moce_run: MakeRun, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_expert_s_damaged_file_is_named_and_nothing_written(moce_run: MakeRun, tmp_path: Path) -> None:
-    run = moce_run()
+def test_an_expert_s_damaged_file_is_named_and_nothing_written(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     checkpoint = find(run)
     expert = routes_of(checkpoint)[0][1]
     file = checkpoint.folder / "weights" / f"block-02-expert-{expert:03d}.safetensors"

@@ -80,9 +80,9 @@ def test_the_record_is_plain_data() -> None:
 
 
 def test_the_training_images_as_a_task_fall_into_their_own_clusters(
-    moce_run: Callable[..., Path], tiny_shards: Path, tiny_clusters: Path
+    tiny_moce_run: Callable[..., Path], tiny_shards: Path, tiny_clusters: Path
 ) -> None:
-    run, shards = moce_run(), ShardSet.open(tiny_shards)
+    run, shards = tiny_moce_run(), ShardSet.open(tiny_shards)
     ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
     for batch_size in (7, 60):
         selection = select_route(run, shards, EncodeSettings(batch_size=batch_size, threads=1), CPU)
@@ -91,11 +91,11 @@ def test_the_training_images_as_a_task_fall_into_their_own_clusters(
 
 
 def test_a_task_of_its_own(
-    moce_run: Callable[..., Path], tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
+    tiny_moce_run: Callable[..., Path], tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
 ) -> None:
     """Only the digits: they vote as they are labelled in the training set."""
     write_shards(tiny_images / "digits", tmp_path / "digits", ShardSettings(workers=1))
     shards = ShardSet.open(tiny_shards)
     ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)[20:40]
-    selection = select_route(moce_run(), ShardSet.open(tmp_path / "digits"), EncodeSettings(threads=1), CPU)
+    selection = select_route(tiny_moce_run(), ShardSet.open(tmp_path / "digits"), EncodeSettings(threads=1), CPU)
     assert selection.clusters == {c: pytest.approx(n / 20) for c, n in Counter(ids_N.tolist()).items()}

@@ -70,11 +70,11 @@ def test_what_looks_like_nothing_seen_is_said() -> None:
 
 
 @pytest.fixture
-def selected(moce_run: MoceRun, tiny_images: Path, tmp_path: Path) -> tuple[Said, Path]:
+def selected(tiny_moce_run: MoceRun, tiny_images: Path, tmp_path: Path) -> tuple[Said, Path]:
     """Everything at once, on the digits; the folder of what was written."""
     out = tmp_path / "out"
     options = ["--results", out / "results.json", "--picture", out / "digits.png", "--export", out / "expert"]
-    return run_here("select", moce_run(), "--data", tiny_images / "digits", *options, "threads=1"), out
+    return run_here("select", tiny_moce_run(), "--data", tiny_images / "digits", *options, "threads=1"), out
 
 
 def test_the_verb_prints_records_draws_and_exports(selected: tuple[Said, Path]) -> None:
@@ -104,8 +104,8 @@ def test_a_picture_replaces_one_of_its_own_alone(selected: tuple[Said, Path], ti
     assert run_here(*words, out / "digits.png").status == 0
 
 
-def test_the_export_goes_on_from_the_votes_without_the_images(moce_run: MoceRun, tmp_path: Path) -> None:
-    run = moce_run()
+def test_the_export_goes_on_from_the_votes_without_the_images(tiny_moce_run: MoceRun, tmp_path: Path) -> None:
+    run = tiny_moce_run()
     selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))
     asked, target = Request(data=tmp_path / "gone"), find_format("timm", "encoder")
     cpu = torch.device("cpu")
@@ -114,8 +114,8 @@ def test_the_export_goes_on_from_the_votes_without_the_images(moce_run: MoceRun,
     assert provenance["votes"] == selection.record("birds") and tuple(provenance["route"]) == selection.route
 
 
-def test_what_cannot_be_exported_is_refused_before_images_are_read(moce_run: MoceRun, tmp_path: Path) -> None:
-    run, images = moce_run(), tmp_path / "not there"
+def test_what_cannot_be_exported_is_refused_before_images_are_read(tiny_moce_run: MoceRun, tmp_path: Path) -> None:
+    run, images = tiny_moce_run(), tmp_path / "not there"
     assert "exists: export into another folder" in refused("select", run, "--data", images, "--export", tmp_path)
     assert "--format" in refused("select", run, "--data", images, "--export", tmp_path / "out", "--format", "gif")
 
@@ -126,9 +126,9 @@ def picture(run: Path, images: ShardSet, selection: Selection, path: Path) -> tu
 
 
 def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
-    moce_run: MoceRun, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
+    tiny_moce_run: MoceRun, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
 ) -> None:
-    run, shards = moce_run(), ShardSet.open(tiny_shards)
+    run, shards = tiny_moce_run(), ShardSet.open(tiny_shards)
     table = np.array(find(run).manifest["routing"]["expert_ML"])
     ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
     here, there = count_votes(ids_N[:20], table), count_votes(ids_N[20:40], table)
@@ -145,10 +145,10 @@ def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
 
 
 def test_the_training_images_of_a_folder_whose_name_has_a_dollar(
-    moce_run: MoceRun, tiny_shards: Path, tmp_path: Path
+    tiny_moce_run: MoceRun, tiny_shards: Path, tmp_path: Path
 ) -> None:
     shards = ShardSet.open(shutil.copytree(tiny_shards, tmp_path / "a$b"))
-    run = moce_run(f"data.shards={tmp_path}/a$$b")
+    run = tiny_moce_run(f"data.shards={tmp_path}/a$$b")
     selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))
     _, note = picture(run, shards, selection, tmp_path / "shown.png")
     assert note is None
@@ -164,10 +164,12 @@ def test_training_images_are_drawn_by_the_votes_of_their_clusters() -> None:
     assert draw_by_votes(np.array([0, 1]), {4: 1.0}) == []
 
 
-def test_without_the_training_images_the_picture_says_why(moce_run: MoceRun, tiny_shards: Path, tmp_path: Path) -> None:
+def test_without_the_training_images_the_picture_says_why(
+    tiny_moce_run: MoceRun, tiny_shards: Path, tmp_path: Path
+) -> None:
     gone = tmp_path / "gone"
     shutil.copytree(tiny_shards, gone)
-    run, shards = moce_run(f"data.shards={gone}"), ShardSet.open(tiny_shards)
+    run, shards = tiny_moce_run(f"data.shards={gone}"), ShardSet.open(tiny_shards)
     shutil.rmtree(gone)
     table = np.array(find(run).manifest["routing"]["expert_ML"])
     image, note = picture(run, shards, count_votes(np.array([0]), table), tmp_path / "picture.png")

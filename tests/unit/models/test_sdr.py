@@ -143,9 +143,11 @@ def test_hidden_units_survive_the_ratio_that_files_hold() -> None:
             assert ViTShape(16, 4, width, 1, 2).with_hidden(units).hidden == units
 
 
-def test_a_path_is_exported_as_a_dense_vit(moce_run: Callable[..., Path], dense_run: Path, tmp_path: Path) -> None:
+def test_a_path_is_exported_as_a_dense_vit(
+    tiny_moce_run: Callable[..., Path], tiny_mae_run: Path, tmp_path: Path
+) -> None:
     """The export itself compares with the trained model; here the size, and the cluster's own path."""
-    run = moce_run(*WORDS, f"run.init_from={dense_run}")
+    run = tiny_moce_run(*WORDS, f"run.init_from={tiny_mae_run}")
     for name, part in (("timm", "encoder"), ("timm", "full"), ("hf-vit", "encoder")):
         out = tmp_path / f"{name}-{part}"
         ((_, said),) = export_requested(
@@ -163,8 +165,8 @@ def test_a_path_is_exported_as_a_dense_vit(moce_run: Callable[..., Path], dense_
     assert (other["blocks.0.mlp.fc1.weight"][16:] != encoder.model.blocks[0].mlp.fc1.weight[16:]).any()
 
 
-def test_groups_are_not_averaged(moce_run: Callable[..., Path], dense_run: Path, tmp_path: Path) -> None:
-    run, timm = moce_run(*WORDS, f"run.init_from={dense_run}"), find_format("timm")
+def test_groups_are_not_averaged(tiny_moce_run: Callable[..., Path], tiny_mae_run: Path, tmp_path: Path) -> None:
+    run, timm = tiny_moce_run(*WORDS, f"run.init_from={tiny_mae_run}"), find_format("timm")
     asked = Request(average="uniform")
     with pytest.raises(ConfigError, match=r"--average: .* is an SDR"):
         list(export_requested(run, tmp_path / "out", asked, timm, EncodeSettings(), torch.device("cpu"), None))
@@ -177,25 +179,25 @@ def paths_of(config: PretrainSettings) -> ExpertShape:
     return experts
 
 
-def test_more_paths_than_clusters_are_refused(tiny_config: Callable[..., PretrainSettings], dense_run: Path) -> None:
-    words = ["experts.clusters=there", *WORDS, f"run.init_from={dense_run}"]
+def test_more_paths_than_clusters_are_refused(tiny_config: Callable[..., PretrainSettings], tiny_mae_run: Path) -> None:
+    words = ["experts.clusters=there", *WORDS, f"run.init_from={tiny_mae_run}"]
     check_paths(paths_of(tiny_config(*words)), clusters=3)
     with pytest.raises(ConfigError, match=r"sdr.stages: 3 groups in 2 stages make 9 paths for 8 clusters"):
         check_paths(paths_of(tiny_config(*words, "sdr.stages=2")), clusters=8)
 
 
 def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
-    tiny_config: Callable[..., PretrainSettings], dense_run: Path, moce_run: Callable[..., Path]
+    tiny_config: Callable[..., PretrainSettings], tiny_mae_run: Path, tiny_moce_run: Callable[..., Path]
 ) -> None:
     words = ["experts.clusters=there", *WORDS]
-    config = tiny_config(*words, f"run.init_from={dense_run}")
+    config = tiny_config(*words, f"run.init_from={tiny_mae_run}")
     assert config.wants_teacher
     teacher = read_teacher(config.model_spec, config.run)
-    weights = find(dense_run).load("weights")
+    weights = find(tiny_mae_run).load("weights")
     for name, tensor in teacher.model.state_dict().items():
         expected = weights[name] if name in weights else sincos_positions(config.vit_shape, 16)
         assert torch.equal(tensor, expected), name
     assert not tiny_config(*words, "sdr.distillation_weight=0").wants_teacher
-    other = tiny_config(*words, f"run.init_from={moce_run()}")
+    other = tiny_config(*words, f"run.init_from={tiny_moce_run()}")
     with pytest.raises(ArtefactError, match="does not fit the model"):
         read_teacher(other.model_spec, other.run)

@@ -226,9 +226,9 @@ def test_without_a_source_experts_start_from_one_random_mlp(tiny_config: Make, t
 
 
 def test_a_moce_run_continues_another_one(
-    tiny_config: Make, tiny_clusters: Path, moce_run: Callable[..., Path]
+    tiny_config: Make, tiny_clusters: Path, tiny_moce_run: Callable[..., Path]
 ) -> None:
-    run = moce_run().rename(tiny_config().run.out.with_name("other"))
+    run = tiny_moce_run().rename(tiny_config().run.out.with_name("other"))
     words = ["model.arch=moce", f"experts.clusters={tiny_clusters}", "experts.num=4", f"run.init_from={run}"]
     config = tiny_config(*words)
     model = build(config, clusters_of(config))
@@ -238,8 +238,8 @@ def test_a_moce_run_continues_another_one(
     assert all(torch.equal(parameters(model)[name], expected[name]) for name in expected)
 
 
-def test_a_dense_run_does_not_start_from_experts(tiny_config: Make, moce_run: Callable[..., Path]) -> None:
-    run = moce_run()
+def test_a_dense_run_does_not_start_from_experts(tiny_config: Make, tiny_moce_run: Callable[..., Path]) -> None:
+    run = tiny_moce_run()
     config = tiny_config(f"run.init_from={run}")
     with pytest.raises(ArtefactError, match=r"run.init_from: .* holds experts; export one with `moce export`"):
         warm_start(build(config, None), config)

@@ -33,11 +33,11 @@ FAST = {"probe": {"method": "closed_form", "threads": 1}, "knn": {"k": 5, "threa
 
 
 @pytest.fixture
-def runs(moce_run: MakeRun, tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
+def runs(tiny_moce_run: MakeRun, tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
     """A folder that holds a dense run and one with experts, both untrained."""
     folder = tmp_path / "runs"
     folder.mkdir()
-    shutil.move(moce_run(), folder / "a_moce")
+    shutil.move(tiny_moce_run(), folder / "a_moce")
     write_dense(folder / "b_mae", tiny_config())
     return folder
 
@@ -117,9 +117,9 @@ def test_a_campaign_that_was_stopped_goes_on(runs: Path, task: Path) -> None:
     ],
 )
 def test_a_damaged_export_is_exported_again(
-    moce_run: MakeRun, task: Path, harm: Callable[[Path], object], name: str
+    tiny_moce_run: MakeRun, task: Path, harm: Callable[[Path], object], name: str
 ) -> None:
-    command = ("transfer", moce_run(), "--tasks", task, "--methods", "knn")
+    command = ("transfer", tiny_moce_run(), "--tasks", task, "--methods", "knn")
     run_here(*command)
     out = Path(command[1]) / "transfer"
     whole, made = contents(out / "experts"), len(records(out, "knn"))

@@ -163,7 +163,7 @@ def test_a_shard_set_and_a_folder_do_not_need_the_library(
         assert images.fingerprint == ShardSet.open(tiny_shards).fingerprint
 
 
-def test_the_verb_says_so(tmp_path: Path, moce_run: object) -> None:
+def test_the_verb_says_so(tmp_path: Path, tiny_moce_run: object) -> None:
     Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
-    run = moce_run()  # type: ignore[operator]
+    run = tiny_moce_run()  # type: ignore[operator]
     assert "has no column of images" in refused("select", run, "--data", tmp_path / "saved")
