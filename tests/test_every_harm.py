@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artefacts import KINDS, STEPS
-from moce_command import run_here
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.checkpoint.run_folder import RunFolder
@@ -30,6 +28,8 @@ from moce_ds.report import inspection
 from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.storage.files import copy_tree
 from moce_ds.storage.metrics_file import read_metrics
+from tests.examples.artefacts import KINDS, STEPS
+from tests.examples.moce_command import run_here
 
 
 def flip(at: float, path: Path) -> None:
