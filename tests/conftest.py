@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from alone import ALONE
 from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
@@ -35,6 +34,7 @@ from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.storage.checksums import write_checked
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 from tests.examples.disk import Disk, mounted_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where several workers share the tests, a file is one worker's, and so are the runs that several files compare."""
     if hasattr(config, "workerinput"):
         for item in items:
-            shared = {"one", "two"}.intersection(getattr(item, "fixturenames", ()))
+            shared = {"one_process", "two_processes"}.intersection(getattr(item, "fixturenames", ()))
             item.add_marker(pytest.mark.xdist_group("runs" if shared else item.path.stem))
 
 
@@ -115,7 +115,7 @@ def artefacts(
     tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """One of each artefact, by its kind in `artefacts.KINDS`; not to be changed."""
-    from artefacts import write_all  # imports what few tests need
+    from tests.examples.artefacts import write_all  # imports what few tests need
 
     root = tmp_path_factory.mktemp("artefacts")
     return write_all(root, tiny_images, tiny_shards, tiny_clusters.parent / "features", tiny_clusters)
@@ -151,7 +151,7 @@ def tiny_config(tiny_shards: Path, tmp_path: Path) -> Callable[..., PretrainSett
 
 
 @pytest.fixture
-def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
+def tiny_mae_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> Path:
     """A dense MAE with random weights."""
     config = tiny_config(f"run.out={tmp_path / 'dense'}")
     spec = config.model_spec
@@ -164,7 +164,7 @@ def dense_run(tiny_config: Callable[..., PretrainSettings], tmp_path: Path) -> P
 
 
 @pytest.fixture
-def moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
+def tiny_moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path) -> Callable[..., Path]:
     """Write the run folder of a MoCE: random weights, four experts in blocks 0 and 2, a gate sure enough for routes to
     differ; one checkpoint without optimizer. Call it with `key=value` words to change its settings."""
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from alone import ALONE
-from moce_command import TINY, refused, run_here
 from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import WEIGHTS, find
@@ -25,6 +23,8 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
+from tests.examples.moce_command import TINY, refused, run_here
 
 MoceRun = Callable[..., Path]
 
@@ -69,12 +69,14 @@ def exchange_encoder(folder: Path, encoder: Path) -> None:
 
 
 @pytest.fixture
-def begun(moce_run: MoceRun, tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path, tmp_path: Path) -> Path:
+def begun(
+    tiny_moce_run: MoceRun, tiny_config: Callable[..., PretrainSettings], tiny_clusters: Path, tmp_path: Path
+) -> Path:
     """The run folder of a MoCE as pre-training leaves it at a stop, its shards and clusters its own copies."""
     clusters = shutil.copytree(tiny_clusters, tmp_path / "clusters")
     shards = shutil.copytree(tiny_config().data.shards, tmp_path / "shards")
     words = (f"data.shards={shards}", f"experts.clusters={clusters}")
-    run = moce_run(*words)
+    run = tiny_moce_run(*words)
     config = tiny_config("model.arch=moce", "experts.num=4", *words)
     (run / "config.yaml").write_text(to_yaml(config))
     return run

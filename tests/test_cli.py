@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from moce_command import TINY, Said, refused, run_here
 
 from moce_ds import __version__
 from moce_ds.cli.options import Verb
 from moce_ds.config import settings as configuration
 from moce_ds.main import moce
+from tests.examples.moce_command import TINY, Said, refused, run_here
 
 
 def test_the_two_names_of_the_command() -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from dense_examples import write_ade, write_coco
-from moce_command import TINY, refused
-from public_folders import cifar10
 
 from moce_ds.storage.checksums import CHECKSUM
+from tests.examples.dense_sets import write_ade, write_coco
+from tests.examples.moce_command import TINY, refused
+from tests.examples.public_folders import cifar10
 
 SMALL = "model.image_size=32 model.channels=8"
 COMMANDS = (

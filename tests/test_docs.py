@@ -10,10 +10,10 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from moce_command import Said, run_here
 
 from moce_ds.data.sources.demo_images import write_demo_images
 from moce_ds.storage.files import read_json
+from tests.examples.moce_command import Said, run_here
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

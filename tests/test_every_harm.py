@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from artefacts import KINDS, STEPS
-from moce_command import run_here
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.checkpoint.run_folder import RunFolder
@@ -30,6 +28,8 @@ from moce_ds.report import inspection
 from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.storage.files import copy_tree
 from moce_ds.storage.metrics_file import read_metrics
+from tests.examples.artefacts import KINDS, STEPS
+from tests.examples.moce_command import run_here
 
 
 def flip(at: float, path: Path) -> None:
@@ -102,7 +102,9 @@ def test_a_tuning_run_that_was_killed_before_its_result_is_no_fault(artefacts: d
     noted.unlink()
     write_checked(noted, record)
     said = run_here("inspect", run, "--verify")
-    assert said.status == 0 and "result.json: is missing, and tuned is there: the same command goes on" in said.out
+    assert (
+        said.status == 0 and "result.json: is missing, but tuned exists: rerun the same command to resume" in said.out
+    )
 
 
 def _read_run(run: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.moce_command import run_here
+from tests.examples.moce_command import run_here
 from tests.test_docs import ROOT, shell_commands
 
 PAGE = ROOT / "docs" / "export.md"
@@ -16,11 +16,11 @@ PAGE = ROOT / "docs" / "export.md"
 
 @pytest.fixture
 def workplace(
-    moce_run: Callable[..., Path], tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_moce_run: Callable[..., Path], tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A folder as the page assumes it: `runs/moce` and `task/train`."""
     folder = tmp_path / "here"
-    for name, target in (("runs/moce", moce_run("experts.combine=prob")), ("task/train", tiny_images)):
+    for name, target in (("runs/moce", tiny_moce_run("experts.combine=prob")), ("task/train", tiny_images)):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).symlink_to(target)
     monkeypatch.chdir(folder)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dense_examples import write_ade, write_coco
-from moce_command import TINY, refused, run_here
-from public_folders import cifar10
 
 from moce_ds.config.settings import to_yaml
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.dense_sets import write_ade, write_coco
 from tests.examples.disk import Disk
+from tests.examples.moce_command import TINY, refused, run_here
+from tests.examples.public_folders import cifar10
 
 DISK_SIZE = "512k"
 PAGE = 4096
@@ -71,11 +71,11 @@ def inputs(
     tiny_shards: Path,
     tiny_encoder: Path,
     tiny_clusters: Path,
-    moce_run: Callable[..., Path],
+    tiny_moce_run: Callable[..., Path],
     tiny_config: Callable[..., PretrainSettings],
     tmp_path: Path,
 ) -> Inputs:
-    run = moce_run()
+    run = tiny_moce_run()
     config = tiny_config("model.arch=moce", "experts.num=4", f"experts.clusters={tiny_clusters}")
     (run / "config.yaml").write_text(to_yaml(config))
     others = tmp_path / "others"

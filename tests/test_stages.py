@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from moce_command import TINY, Said, refused, run_alone, run_here
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -21,6 +20,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.models.encode import EncodeSettings, encode_all, open_encoder
 from moce_ds.storage.checksums import with_checksum
 from moce_ds.storage.metrics_file import read_metrics
+from tests.examples.moce_command import TINY, Said, refused, run_alone, run_here
 
 STEPS = 8  # 2 epochs of 60 images, 16 at a time
 EXPERTS, LAYERS, CLUSTERS = 4, (1, 3), 5

@@ -48,7 +48,7 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 )
 @force_option()
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
-    """Pre-train a masked autoencoder: dense (model.arch=mae) or with experts (model.arch=moce).
+    """Pre-train a masked autoencoder: dense or with experts, as model.arch says.
 
     Runs in one process, under torchrun, or with `moce launch local --nproc N pretrain ...`. Rerun the same command to
     resume.

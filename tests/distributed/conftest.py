@@ -22,22 +22,22 @@ LEAVING_SOME = ("run.checkpoint_every=1", "run.keep_checkpoints=2", "run.keep_ev
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
     """Shards of `write_images`, and their clusters."""
     return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
-def runs(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of all runs, by name; `two-...` with two processes, `one-...` with one, `...-then-one` begun with two."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
-def damaged_shards(data: TinyData, runs: Path) -> Path:
+def damaged_shards(tiny_data: TinyData, runs: Path) -> Path:
     """The shards with one image altered, which rank 1 of two reads in the second step; `image.txt` names it."""
     shards = runs / "damaged-shards"
-    shutil.copytree(data.shards, shards)
+    shutil.copytree(tiny_data.shards, shards)
     image = int(ShuffledSampler(ShardSet.open(shards).count, 16, seed=0).batch(1).part(1, 2).ids[3])
     alter_images(shards, [image])
     (shards / "image.txt").write_text(ShardSet.open(shards).source(image))
@@ -45,9 +45,9 @@ def damaged_shards(data: TinyData, runs: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
+def two_processes(tiny_data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
     """All runs of two processes."""
-    shards, clusters = data.shards, data.clusters
+    shards, clusters = tiny_data.shards, tiny_data.clusters
 
     def mae(name: str, *other: str) -> list[str]:
         return tiny_settings(shards, runs / name, *other)
@@ -90,9 +90,9 @@ def two(data: TinyData, runs: Path, damaged_shards: Path) -> dict[str, Told]:
 
 
 @pytest.fixture(scope="session")
-def one(data: TinyData, runs: Path, two: dict[str, Told]) -> dict[str, Told]:
+def one_process(tiny_data: TinyData, runs: Path, two_processes: dict[str, Told]) -> dict[str, Told]:
     """All runs of one process, and the end of two that were begun with two."""
-    shards, clusters = data.shards, data.clusters
+    shards, clusters = tiny_data.shards, tiny_data.clusters
     jobs = {
         "one-mae": Job(tiny_settings(shards, runs / "one-mae")),
         "one-mae-accumulated": Job(tiny_settings(shards, runs / "one-mae-accumulated", "optim.accumulation=4")),

@@ -100,13 +100,13 @@ def _damage_header(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def faults(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Faults]:
+def faults(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Faults]:
     """What each of two ranks saw."""
     folder = tmp_path_factory.mktemp("agreement")
     damaged = folder / "shards"
-    shutil.copytree(data.shards, damaged)
+    shutil.copytree(tiny_data.shards, damaged)
     alter_images(damaged, [HALF + 5])
-    return run_distributed(provoke, 2, data.shards, damaged, data.clusters, folder)
+    return run_distributed(provoke, 2, tiny_data.shards, damaged, tiny_data.clusters, folder)
 
 
 def test_all_is_well(faults: list[Faults]) -> None:

@@ -5,7 +5,6 @@ processes.
 """
 
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,7 @@ from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
-
-sys.path.append(str(Path(__file__).parent.parent))
-from moce_command import refused, run_here
+from tests.examples.moce_command import refused, run_here
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 EXPERT = "weights/block-03-expert-002.safetensors"
@@ -108,7 +105,7 @@ def test_where_none_is_whole_nothing_is_touched(whole: Path, tmp_path: Path, har
         HARMS[harm](path)
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     for _ in range(2):
-        with pytest.raises(ArtefactError, match=f"{run} holds no whole checkpoint to go on from") as caught:
+        with pytest.raises(ArtefactError, match=f"{run} holds no valid checkpoint to resume from") as caught:
             latest_valid_checkpoint(run, ALONE)
         assert str(harmed[0]) in str(caught.value) and str(harmed[1]) in str(caught.value)
         assert f"Restore these files, or remove {run / 'checkpoints'} to begin at step 0." in str(caught.value)
@@ -117,8 +114,8 @@ def test_where_none_is_whole_nothing_is_touched(whole: Path, tmp_path: Path, har
 
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("name", ["manifest.json", "weights/block-02-expert-002.safetensors"])
-def test_readers_name_the_harm(moce_run: Callable[..., Path], tmp_path: Path, harm: str, name: str) -> None:
-    run = moce_run()
+def test_readers_name_the_harm(tiny_moce_run: Callable[..., Path], tmp_path: Path, harm: str, name: str) -> None:
+    run = tiny_moce_run()
     (run / "config.yaml").write_text("model: {arch: moce}\ndata: {shards: some}\n")
     assert run_here("inspect", run, "--verify").status == 0
     path = step_folder(run, 5) / name
@@ -144,11 +141,14 @@ def harm_all(run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def repaired(data: TinyData, runs: Path, two: object) -> list[dict[str, Told]]:
+def repaired(tiny_data: TinyData, runs: Path, two_processes: object) -> list[dict[str, Told]]:
     """What each of two ranks was told by `corrupt`, a run like two-moce-ep2: stopped, damaged, resumed, damaged when it
     was complete, and at last damaged beyond use."""
     other = ("experts.ep_size=2", "run.checkpoint_every=3", "run.keep_checkpoints=4")
-    run, words = runs / "corrupt", tiny_settings(data.shards, runs / "corrupt", *other, clusters=data.clusters)
+    run, words = (
+        runs / "corrupt",
+        tiny_settings(tiny_data.shards, runs / "corrupt", *other, clusters=tiny_data.clusters),
+    )
     jobs = {
         "stopped": Job(words, stop_after=7),
         "resumed": Job(words, before=partial(harm_newest, run, EXPERT, MOMENTS)),

@@ -89,12 +89,12 @@ def runs_of_two(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def one(workplace: Path) -> dict[str, Any]:
+def one_process(workplace: Path) -> dict[str, Any]:
     return run_distributed(runs_alone, 1, workplace)[0]
 
 
 @pytest.fixture(scope="module")
-def two(workplace: Path) -> dict[str, Any]:
+def two_processes(workplace: Path) -> dict[str, Any]:
     first, second = run_distributed(runs_of_two, 2, workplace)
     assert first == second, "processes disagree"
     return first
@@ -106,23 +106,26 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("task", ["detect", "segment", "frozen"])
-def test_a_resumed_run_is_the_run(workplace: Path, one: dict[str, Any], task: str) -> None:
-    assert one[f"{task}-stopped"] is None and one[f"{task}-resumed"] == one[task] is not None
+def test_a_resumed_run_is_the_run(workplace: Path, one_process: dict[str, Any], task: str) -> None:
+    assert one_process[f"{task}-stopped"] is None and one_process[f"{task}-resumed"] == one_process[task] is not None
     runs = [workplace / task, workplace / f"{task}-resumed"]
     assert len(losses(runs[0])) == 4 and losses(runs[0]) == losses(runs[1])
     weights = [load_file(run / "model.safetensors") for run in runs]
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
-    assert read_json(runs[1] / "result.json", "a result", "moce")["measures"] == one[task]
+    assert read_json(runs[1] / "result.json", "a result", "moce")["measures"] == one_process[task]
 
 
-def test_it_trains_and_measures(workplace: Path, one: dict[str, Any]) -> None:
+def test_it_trains_and_measures(workplace: Path, one_process: dict[str, Any]) -> None:
     for task in ("detect", "segment", "frozen"):
         run = losses(workplace / task)
         assert all(0 < loss < 20 for loss in run) and run[-1] < run[0]
-    assert {"box_ap", "mask_ap", "box_ap50"} <= set(one["detect"]) and set(one["segment"]) == {"miou", "accuracy"}
+    assert {"box_ap", "mask_ap", "box_ap50"} <= set(one_process["detect"]) and set(one_process["segment"]) == {
+        "miou",
+        "accuracy",
+    }
 
 
-def test_a_frozen_encoder_is_what_it_was(workplace: Path, one: dict[str, Any]) -> None:
+def test_a_frozen_encoder_is_what_it_was(workplace: Path, one_process: dict[str, Any]) -> None:
     given = load_file(workplace / "encoder/model.safetensors")
     for task, frozen in (("frozen", True), ("segment", False)):
         found = load_file(workplace / task / "model.safetensors")
@@ -130,12 +133,16 @@ def test_a_frozen_encoder_is_what_it_was(workplace: Path, one: dict[str, Any]) -
         assert all(torch.equal(given[name], found[f"backbone.body.vit.{name}"]) == frozen for name in blocks)
 
 
-def test_segmentation_does_not_depend_on_processes(workplace: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_segmentation_does_not_depend_on_processes(
+    workplace: Path, one_process: dict[str, Any], two_processes: dict[str, Any]
+) -> None:
     assert losses(workplace / "two-segment") == pytest.approx(losses(workplace / "segment"), rel=1e-4)
-    assert two["segment"] == pytest.approx(one["segment"], abs=0.02)
+    assert two_processes["segment"] == pytest.approx(one_process["segment"], abs=0.02)
 
 
-def test_detection_in_two_processes(workplace: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
+def test_detection_in_two_processes(
+    workplace: Path, one_process: dict[str, Any], two_processes: dict[str, Any]
+) -> None:
     """Each process draws its own boxes to learn from, so losses are alike but not the same."""
     assert losses(workplace / "two-detect")[0] == pytest.approx(losses(workplace / "detect")[0], rel=0.3)
-    assert set(two["detect"]) == set(one["detect"])
+    assert set(two_processes["detect"]) == set(one_process["detect"])

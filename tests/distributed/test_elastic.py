@@ -34,14 +34,16 @@ def name_of(begun: str, then: Shape) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(data: TinyData, runs: Path, one: dict[str, Told], two: dict[str, Told]) -> dict[str, Told]:
+def made(
+    tiny_data: TinyData, runs: Path, one_process: dict[str, Told], two_processes: dict[str, Told]
+) -> dict[str, Told]:
     """What the first rank was told, by the names of BEGUN and `name_of`."""
 
     def words(name: str, shape: Shape) -> list[str]:
         other = (f"experts.ep_size={shape[1]}", f"engine.zero_stage={shape[2]}")
-        return tiny_settings(data.shards, runs / name, *other, clusters=data.clusters)
+        return tiny_settings(tiny_data.shards, runs / name, *other, clusters=tiny_data.clusters)
 
-    told = one | two
+    told = one_process | two_processes
     for world in (4, 2, 1):
         jobs = {"four": Job(words("four", BEGUN["four"]), stop_after=3)} if world == 4 else {}
         for begun, then in WAYS:

@@ -51,7 +51,7 @@ def words(root: Path, name: str, *other: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(root: Path) -> dict[str, Tuned]:
+def two_processes(root: Path) -> dict[str, Tuned]:
     """All runs of two processes."""
     moving = ("augment.drop_path=0.3", "engine.precision=bf16", "data.workers=1")
     every_step = ("run.checkpoint_every=1", "run.keep_checkpoints=99", "run.max_skipped=3")
@@ -78,7 +78,7 @@ def two(root: Path) -> dict[str, Tuned]:
 
 
 @pytest.fixture(scope="module")
-def one(root: Path, two: dict[str, Tuned]) -> dict[str, Tuned]:
+def one_process(root: Path, two_processes: dict[str, Tuned]) -> dict[str, Tuned]:
     """All runs of one process, the end of one that was begun with two, and one that is long enough to learn."""
     learning = (*PLAIN, "optim.epochs=12", "optim.warmup_epochs=1", "optim.validate_every=3", "optim.base_lr=5e-2")
     learning += ("optim.layer_decay=1", "augment.crop_scale=[0.9,1]", "run.log_every=100")
@@ -132,23 +132,28 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("other", ["two", "two-parts", "then-one"])
-def test_the_result_does_not_depend_on_the_processes(root: Path, one: object, other: str) -> None:
+def test_the_result_does_not_depend_on_the_processes(root: Path, one_process: object, other: str) -> None:
     assert_same(root / "one", root / other, tolerance=1e-6)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(root: Path, two: dict[str, Tuned]) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(root: Path, two_processes: dict[str, Tuned]) -> None:
     """Bit for bit, with dropped paths, bf16, a running average and worker processes."""
-    assert two["stopped"].record is None and "as asked. Rerun the same command to resume" in two["stopped"].text
-    assert "Resuming" in two["resumed"].text and two["resumed"].record == two["whole"].record
+    assert (
+        two_processes["stopped"].record is None
+        and "as asked. Rerun the same command to resume" in two_processes["stopped"].text
+    )
+    assert (
+        "Resuming" in two_processes["resumed"].text and two_processes["resumed"].record == two_processes["whole"].record
+    )
     assert_same(root / "whole", root / "stopped", tolerance=0)
 
 
-def test_a_complete_run_is_not_run_again(root: Path, one: dict[str, Tuned]) -> None:
-    assert one["again"].record == one["one"].record and "is complete" in one["again"].text
-    assert "optim.layer_decay: 0.8 -> 0.7" in one["other"].error
+def test_a_complete_run_is_not_run_again(root: Path, one_process: dict[str, Tuned]) -> None:
+    assert one_process["again"].record == one_process["one"].record and "is complete" in one_process["again"].text
+    assert "optim.layer_decay: 0.8 -> 0.7" in one_process["other"].error
 
 
-def test_what_a_run_left_is_told(root: Path, one: object) -> None:
+def test_what_a_run_left_is_told(root: Path, one_process: object) -> None:
     table = Console(width=200, file=StringIO())
     table.print(describe(root / "one"))
     told = table.file.getvalue()  # type: ignore[attr-defined]
@@ -158,8 +163,8 @@ def test_what_a_run_left_is_told(root: Path, one: object) -> None:
         find(root / "one")
 
 
-def test_it_learns(root: Path, one: dict[str, Tuned]) -> None:
-    record = one["learning"].record
+def test_it_learns(root: Path, one_process: dict[str, Tuned]) -> None:
+    record = one_process["learning"].record
     assert record is not None and record["top1"] > 2 / CLASSES, record
     assert (record["n_train"], record["n_test"]) == (COUNTS["train"] + COUNTS["val"], COUNTS["test"])
     result = json.loads((root / "learning/result.json").read_text())
@@ -169,13 +174,13 @@ def test_it_learns(root: Path, one: dict[str, Tuned]) -> None:
     assert (result["step"], result["validation"]) == (best["step"], best["validation"])
 
 
-def test_several_labels_an_image_are_learnt(one: dict[str, Tuned]) -> None:
+def test_several_labels_an_image_are_learnt(one_process: dict[str, Tuned]) -> None:
     """A classifier that knows nothing ranks at random: the precision is the share of images, a half."""
-    record = one["several"].record
+    record = one_process["several"].record
     assert record is not None and record["map11"] > 0.7 and "top1" not in record, record
 
 
-def test_the_tuned_folder_predicts_what_was_measured(root: Path, one: dict[str, Tuned]) -> None:
+def test_the_tuned_folder_predicts_what_was_measured(root: Path, one_process: dict[str, Tuned]) -> None:
     """An encoder folder as `moce export` writes it, and the head on its features."""
     encoder, test = load_encoder(root / "learning/tuned"), ShardSet.open(root / "test")
     images = torch.stack([centre_transform(encoder.input)(test.decode(i)) for i in range(test.count)])
@@ -183,24 +188,26 @@ def test_the_tuned_folder_predicts_what_was_measured(root: Path, one: dict[str, 
         classes = json.loads(head.metadata()["classes"])
         scores = encoder.features(images) @ head.get_tensor("weight").T + head.get_tensor("bias")
     right = [classes[k] == test.classes[label] for k, label in zip(scores.argmax(1), test.labels, strict=True)]
-    record = one["learning"].record
+    record = one_process["learning"].record
     assert record is not None and np.mean(right) == pytest.approx(record["top1"])
 
 
-def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two: dict[str, Tuned]) -> None:
+def test_a_step_without_a_finite_gradient_is_skipped(root: Path, two_processes: dict[str, Tuned]) -> None:
     records = read_metrics(root / "skipping/metrics.jsonl")
     assert [record["skipped"] for record in records] == [0, 0] + [1] * (STEPS - 2)
-    assert two["skipping"].record is not None
+    assert two_processes["skipping"].record is not None
     assert all(torch.isfinite(tensor).all() for tensor in state_of(root / "skipping").values())
 
 
-def test_too_many_of_them_end_the_run(root: Path, two: dict[str, Tuned]) -> None:
-    assert two["given-up"].error.startswith("DivergedError: Step 6: the gradient was not finite in 3 steps in a row")
+def test_too_many_of_them_end_the_run(root: Path, two_processes: dict[str, Tuned]) -> None:
+    assert two_processes["given-up"].error.startswith(
+        "DivergedError: Step 6: the gradient was not finite in 3 steps in a row"
+    )
     assert steps_of(root / "given-up") == [1, 2, 3] and not (root / "given-up/result.json").exists()
 
 
-def test_a_single_bad_gradient_at_the_end_spoils_nothing(root: Path, one: dict[str, Tuned]) -> None:
-    assert one["one-at-last"].error == "" and (root / "one-at-last" / "result.json").exists()
+def test_a_single_bad_gradient_at_the_end_spoils_nothing(root: Path, one_process: dict[str, Tuned]) -> None:
+    assert one_process["one-at-last"].error == "" and (root / "one-at-last" / "result.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,24 +220,26 @@ def test_a_single_bad_gradient_at_the_end_spoils_nothing(root: Path, one: dict[s
         ("huge", "(Step 1, the last one: weights|The model's predictions of test images) are not finite"),
     ],
 )
-def test_a_run_that_ends_without_a_model_leaves_none(root: Path, one: dict[str, Tuned], name: str, told: str) -> None:
+def test_a_run_that_ends_without_a_model_leaves_none(
+    root: Path, one_process: dict[str, Tuned], name: str, told: str
+) -> None:
     """Though it is too short for many skipped steps in a row."""
-    assert re.match(f"DivergedError: {told}", one[name].error), one[name]
+    assert re.match(f"DivergedError: {told}", one_process[name].error), one_process[name]
     run = root / name.removesuffix("-again")
     assert not (run / "result.json").exists() and not (run / "tuned").exists()
 
 
-def test_a_damaged_image_is_named(two: dict[str, Tuned]) -> None:
+def test_a_damaged_image_is_named(two_processes: dict[str, Tuned]) -> None:
     """To both ranks, though only one reads it, in a worker."""
-    error = two["damaged"].error.partition(": ")[2]
+    error = two_processes["damaged"].error.partition(": ")[2]
     assert error.startswith("Image ") and "was altered after writing" in error and "Traceback" not in error
 
 
-def test_other_images_than_it_was_begun_with_are_refused(two: dict[str, Tuned]) -> None:
-    assert "The task is not what the run was trained with" in two["then-other"].error
+def test_other_images_than_it_was_begun_with_are_refused(two_processes: dict[str, Tuned]) -> None:
+    assert "The task is not what the run was trained with" in two_processes["then-other"].error
 
 
-def test_the_command_stops_and_goes_on(root: Path, two: object) -> None:
+def test_the_command_stops_and_goes_on(root: Path, two_processes: object) -> None:
     """As a user runs it, in two processes with workers; a signal to one of them."""
     out, data = root / "command", [f"--{split}={root / split}" for split in ("train", "test")]
     settings = [*TINY, "data.workers=1", "optim.epochs=4", "run.log_every=1"]

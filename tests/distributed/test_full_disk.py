@@ -27,12 +27,12 @@ def free(disk: Disk, run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(data: TinyData, small_disk: Disk, two: object) -> list[dict[str, Told]]:
+def told(tiny_data: TinyData, small_disk: Disk, two_processes: object) -> list[dict[str, Told]]:
     """What two ranks were told: every run meets a full disk, and the same command again when there is space."""
 
     def words(name: str, *other: str) -> list[str]:
         common = ("experts.ep_size=2", "run.checkpoint_every=3")
-        return tiny_settings(data.shards, small_disk.path / name, *common, *other, clusters=data.clusters)
+        return tiny_settings(tiny_data.shards, small_disk.path / name, *common, *other, clusters=tiny_data.clusters)
 
     jobs = {}
     for name, other in {"async": [], "sync": ["run.async_checkpoint=false"]}.items():

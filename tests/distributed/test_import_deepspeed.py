@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from alone import ALONE
 from click.testing import CliRunner
 from harness import run_distributed
 from native_jobs import BATCH, ELSEWHERE_LE, STEPS, save_all, save_and_import_all
@@ -39,6 +38,7 @@ from moce_ds.storage.files import copy_tree, read_json
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 from tools.import_deepspeed import main
 
 EVERYTHING = ["experts.k=2", "experts.combine=prob", "experts.shared_expert=true", "experts.embeddings=learnable"]
@@ -78,12 +78,12 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("native")
 
     def words(cases: dict[str, list[str]]) -> dict[str, list[str]]:
         return {
-            name: tiny_settings(data.shards, root / name / "run", *other, clusters=data.clusters)
+            name: tiny_settings(tiny_data.shards, root / name / "run", *other, clusters=tiny_data.clusters)
             for name, other in cases.items()
         }
 
@@ -117,14 +117,14 @@ def test_a_model_that_starts_from_it_has_the_same_loss(made: Made, name: str) ->
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_the_run_folder_is_like_one_of_pretraining(made: Made, data: TinyData, name: str, tmp_path: Path) -> None:
+def test_the_run_folder_is_like_one_of_pretraining(made: Made, tiny_data: TinyData, name: str, tmp_path: Path) -> None:
     run = made.root / name / "imported"
     routing = find(run).manifest["routing"]
     written = read_json(run / "routing.json", "routes", "the import")
     del written["content_sha256"]
     assert routing == made.expected(name)["routing"] == written
     checkpoint, clusters = run_clusters(run)
-    assert clusters.hash == Clusters.open(data.clusters).hash and len(routing["expert_ML"]) == CLUSTERS
+    assert clusters.hash == Clusters.open(tiny_data.clusters).hash and len(routing["expert_ML"]) == CLUSTERS
     if "everything" not in name:
         said = export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), tmp_path / "out", {})
         assert said["route"] == routing["expert_ML"][0] and said["max_difference"] < 1e-5
@@ -334,9 +334,9 @@ def test_settings_of_another_model_are_refused(made: Made, native: Path, words: 
         import_native(native, native.parent / "out", config)
 
 
-def test_other_clusters_are_refused(made: Made, data: TinyData, native: Path) -> None:
+def test_other_clusters_are_refused(made: Made, tiny_data: TinyData, native: Path) -> None:
     other = native.parent / "clusters"
-    copy_tree(data.clusters, other)
+    copy_tree(tiny_data.clusters, other)
     clusters = Clusters.open(other)
     dataclasses.replace(clusters, embeddings_MD=clusters.embeddings_MD[::-1]).save(other)
     words = [f"experts.clusters={other}"]

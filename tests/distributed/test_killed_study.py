@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
-from moce_command import run_here
 from tiny_run import STEPS, TinyData, tiny_settings, write_images
 
 from moce_ds.artefacts.study_folder import CellRecord
@@ -22,6 +21,7 @@ from moce_ds.errors import STOPPED
 from moce_ds.storage.locks import is_held
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
+from tests.examples.moce_command import run_here
 
 STUDY = (sys.executable, "-m", "moce_ds", "study")
 
@@ -61,7 +61,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Path, tmp_path: Path) -> None:
+def test_a_killed_study_is_finished_by_the_same_command(tiny_data: TinyData, task: Path, tmp_path: Path) -> None:
     # A shared expert cannot be exported: the second cell fails after its run, which is one of a single expert.
     points = [
         {"experts.num": 4, "experts.ep_size": 2},
@@ -69,7 +69,7 @@ def test_a_killed_study_is_finished_by_the_same_command(data: TinyData, task: Pa
         {"experts.num": 2, "experts.ep_size": 2},
     ]
     path, out = tmp_path / "study.yaml", tmp_path / "study"
-    four, failing, two = write_study(path, data, points, tasks={"some": str(task)})
+    four, failing, two = write_study(path, tiny_data, points, tasks={"some": str(task)})
     with launched(*STUDY, path) as study:
         wait_for_step(four.run, 1)
         send(signal.SIGKILL, *processes_of(study))
@@ -106,9 +106,11 @@ def check_measures(four: CellRecord, two: CellRecord) -> None:
         assert 1e8 < found["peak_memory"] < 2e10
 
 
-def test_ctrl_c_stops_the_running_cell_at_a_step(data: TinyData, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_running_cell_at_a_step(tiny_data: TinyData, tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
-    first, second = write_study(path, data, [{"experts.num": 2}, {"experts.num": 4}], "optim.epochs=500", processes=1)
+    first, second = write_study(
+        path, tiny_data, [{"experts.num": 2}, {"experts.num": 4}], "optim.epochs=500", processes=1
+    )
     with launched(*STUDY, path) as study:
         wait_for_step(first.run, 2)
         study.send_signal(signal.SIGINT)

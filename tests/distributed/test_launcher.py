@@ -21,9 +21,13 @@ from moce_ds.main import moce
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
 
 
-def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
+def test_interrupted_run_goes_on_exactly(tiny_data: TinyData, runs: Path, two_processes: dict[str, Told]) -> None:
     run = runs / "launched"
-    command = (*local(2), "pretrain", *tiny_settings(data.shards, run, "experts.ep_size=2", clusters=data.clusters))
+    command = (
+        *local(2),
+        "pretrain",
+        *tiny_settings(tiny_data.shards, run, "experts.ep_size=2", clusters=tiny_data.clusters),
+    )
     with launched(*command) as launcher:
         wait_for_step(run, 2)
         launcher.send_signal(signal.SIGINT)
@@ -40,9 +44,9 @@ def test_interrupted_run_goes_on_exactly(data: TinyData, runs: Path, two: dict[s
     assert_same(runs, "two-moce-ep2", "launched", tolerance=0)
 
 
-def test_interrupted_while_starting(data: TinyData, tmp_path: Path) -> None:
+def test_interrupted_while_starting(tiny_data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with launched(*local(2), "pretrain", *tiny_settings(data.shards, run)) as launcher:
+    with launched(*local(2), "pretrain", *tiny_settings(tiny_data.shards, run)) as launcher:
         wait_until(lambda: "libtorch_cpu" in Path(f"/proc/{launcher.pid}/maps").read_text())
         launcher.send_signal(signal.SIGINT)
         output, _ = launcher.communicate(timeout=SECONDS)
@@ -71,10 +75,12 @@ except KeyboardInterrupt:
     assert (launcher.returncode, output) == (STOPPED, "")
 
 
-def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
+def test_a_killed_process_is_named(tiny_data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with launched(
-        *local(2), "pretrain", *tiny_settings(data.shards, run, "optim.epochs=50", "run.checkpoint_every=2", PATIENT)
+        *local(2),
+        "pretrain",
+        *tiny_settings(tiny_data.shards, run, "optim.epochs=50", "run.checkpoint_every=2", PATIENT),
     ) as launcher:
         wait_until(lambda: len(steps_of(run)) > 0)
         ranks = ranks_of(launcher)
@@ -87,9 +93,9 @@ def test_a_killed_process_is_named(data: TinyData, tmp_path: Path) -> None:
     assert find(run).faults() == [], "what was saved before is whole"
 
 
-def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path) -> None:
+def test_a_damaged_shard_ends_all_processes_alike(tiny_data: TinyData, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
-    shutil.copytree(data.shards, shards)
+    shutil.copytree(tiny_data.shards, shards)
     sampler = ShuffledSampler(ShardSet.open(shards).count, 16, seed=0)
     alter_images(shards, [i for step in range(3) for i in sampler.batch(step).part(1, 2).ids.tolist()])  # of rank 1
     run = tmp_path / "run"
@@ -102,20 +108,20 @@ def test_a_damaged_shard_ends_all_processes_alike(data: TinyData, tmp_path: Path
 
 
 def test_a_process_whose_launcher_has_died_ends(
-    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # nobody listens there once it is closed
     place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
         monkeypatch.setenv(name, value)
-    words = tiny_settings(data.shards, tmp_path / "run", "run.peer_timeout=2")
+    words = tiny_settings(tiny_data.shards, tmp_path / "run", "run.peer_timeout=2")
     status, _ = run_to_end(sys.executable, "-m", "moce_ds", "pretrain", *words)
     assert status == LOST_PEER
 
 
-def test_torchrun(data: TinyData, runs: Path, two: dict[str, Told]) -> None:
-    status, output = run_to_end(*TORCHRUN, "pretrain", *tiny_settings(data.shards, runs / "torchrun"))
+def test_torchrun(tiny_data: TinyData, runs: Path, two_processes: dict[str, Told]) -> None:
+    status, output = run_to_end(*TORCHRUN, "pretrain", *tiny_settings(tiny_data.shards, runs / "torchrun"))
     assert status == 0, output
     assert_same(runs, "two-mae", "torchrun", tolerance=0)
 

@@ -17,10 +17,10 @@ RANKS_SCRIPT = (sys.executable, Path(__file__).with_name("ranks.py"))
 
 
 @pytest.fixture(scope="module")
-def four(data: TinyData, runs: Path) -> list[str]:
+def four(tiny_data: TinyData, runs: Path) -> list[str]:
     """Words of a run of four ranks, 2 x 2 experts; "four-kept" is that run without a loss of any rank."""
     words = tiny_settings(
-        data.shards, runs / "four-kept", "experts.ep_size=2", "run.checkpoint_every=2", clusters=data.clusters
+        tiny_data.shards, runs / "four-kept", "experts.ep_size=2", "run.checkpoint_every=2", clusters=tiny_data.clusters
     )
     status, output = run_to_end(*local(4), "pretrain", *words)
     assert status == 0, output

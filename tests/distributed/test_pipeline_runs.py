@@ -63,9 +63,9 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
     assert ">some</td>" in (out / "report.html").read_text()
 
 
-def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(data: TinyData, tmp_path: Path) -> None:
+def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(tiny_data: TinyData, tmp_path: Path) -> None:
     path = tmp_path / "pipeline.yaml"
-    mae = write_pipeline(path, shards=str(data.shards))["mae"]
+    mae = write_pipeline(path, shards=str(tiny_data.shards))["mae"]
     status, output = run_to_end(*PIPELINE, path, "words.mae=[run.init_from=none]")
     assert status == 1 and output.count("Error:") == 1 and "Traceback" not in output, output
     assert f"Error: Stage mae failed: run.init_from: none not found.\n  Its state is in {mae.records.path}" in output

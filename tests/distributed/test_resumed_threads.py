@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(allowed_cpus() < 2, reason="needs two CPUs")
 
 
 def test_a_resumed_run_keeps_the_number_that_was_chosen(
-    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
@@ -25,7 +25,7 @@ def test_a_resumed_run_keeps_the_number_that_was_chosen(
         monkeypatch.setenv("MOCE_CPUS", str(cpus))
 
     def command(name: str) -> tuple[str, ...]:
-        words = tiny_settings(data.shards, tmp_path / name, "run.checkpoint_every=1")
+        words = tiny_settings(tiny_data.shards, tmp_path / name, "run.checkpoint_every=1")
         return (sys.executable, "-m", "moce_ds", "pretrain", *words)
 
     for name, cpus in (("one", 1), ("two", 2)):

@@ -28,14 +28,14 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Told]]]:
+def made(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Told]]]:
     """The folder of all runs, and what they told each of two ranks: those of RUNS, uninterrupted and `...-resumed`
     after the bad step; and the special ones."""
     runs = tmp_path_factory.mktemp("skipping")
 
     def words(name: str, *other: str) -> list[str]:
-        clusters = data.clusters if name.startswith("moce") else None
-        return tiny_settings(data.shards, runs / name, *other, clusters=clusters)
+        clusters = tiny_data.clusters if name.startswith("moce") else None
+        return tiny_settings(tiny_data.shards, runs / name, *other, clusters=clusters)
 
     jobs = {}
     for name, (other, fault) in RUNS.items():

@@ -28,16 +28,16 @@ def stop_while_saving(launcher: subprocess.Popen[str], run: Path) -> list[int]:
     raise AssertionError("was never seen saving")
 
 
-def test_the_older_of_two_writers_ends_and_leaves_no_trace(data: TinyData, tmp_path: Path) -> None:
+def test_the_older_of_two_writers_ends_and_leaves_no_trace(tiny_data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = tiny_settings(
-        data.shards,
+        tiny_data.shards,
         run,
         f"optim.epochs={STEPS * 16 / 90}",
         "experts.ep_size=2",
         "run.checkpoint_every=1",
         f"run.keep_checkpoints={STEPS}",
-        clusters=data.clusters,
+        clusters=tiny_data.clusters,
     )
     with launched(*local(2, "--max-restarts", "1"), "pretrain", *words) as first:
         wait_for_step(run, 3)

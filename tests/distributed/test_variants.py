@@ -33,16 +33,16 @@ BY_CLUSTER = [name for name in VARIANTS if "token" not in name]
 
 
 @pytest.fixture(scope="module")
-def made(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
+def made(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Told]]:
     """The folder of all runs and what they told: `<name>-two`, `<name>-resumed` (stopped and begun again, two
     processes with ep_size 2), `<name>-one` (one process)."""
     runs = tmp_path_factory.mktemp("variants")
 
     def words(name: str, run: str, ep_size: int) -> list[str]:
         other = [f"experts.ep_size={ep_size}", *(word.format(dense=runs / "dense") for word in VARIANTS[name])]
-        return tiny_settings(data.shards, runs / f"{name}-{run}", *other, clusters=data.clusters)
+        return tiny_settings(tiny_data.shards, runs / f"{name}-{run}", *other, clusters=tiny_data.clusters)
 
-    jobs = {"dense": Job(tiny_settings(data.shards, runs / "dense"))}
+    jobs = {"dense": Job(tiny_settings(tiny_data.shards, runs / "dense"))}
     for name in VARIANTS:
         jobs[f"{name}-two"] = Job(words(name, "two", 2))
         jobs[f"{name}-stopped"] = Job(words(name, "resumed", 2), stop_after=3)

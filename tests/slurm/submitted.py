@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cluster import Cluster
 from launching import local
-from moce_command import run_here
 from tiny_run import TinyData, tiny_settings
 
 from moce_ds.storage.metrics_file import read_metrics
+from tests.examples.moce_command import run_here
 
 SECONDS = 400
 """In which everything that a test waits for happens, even on a busy machine."""

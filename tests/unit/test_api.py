@@ -26,8 +26,8 @@ MakeRun = Callable[..., Path]
 
 
 @pytest.fixture
-def expert(moce_run: MakeRun, tmp_path: Path) -> Path:
-    checkpoint, clusters = run_clusters(moce_run())
+def expert(tiny_moce_run: MakeRun, tmp_path: Path) -> Path:
+    checkpoint, clusters = run_clusters(tiny_moce_run())
     export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), tmp_path / "expert", {})
     return tmp_path / "expert"
 
@@ -55,7 +55,7 @@ def test_an_expert_is_a_module(expert: Path) -> None:
     )
 
 
-def test_what_is_no_expert(expert: Path, moce_run: MakeRun, tmp_path: Path) -> None:
+def test_what_is_no_expert(expert: Path, tiny_moce_run: MakeRun, tmp_path: Path) -> None:
     checkpoint, clusters = run_clusters(tmp_path / "run")
     export_route(checkpoint, clusters, choose_cluster(checkpoint, 0), tmp_path / "hf", {}, find_format("hf-vit"))
     with pytest.raises(ArtefactError, match="was exported for another library: export it again with --format timm"):
@@ -106,8 +106,8 @@ def test_images_in_whatever_holds_them(tiny_clusters: Path, tiny_images: Path) -
         clusters.assign(torch.zeros(2, 3, 16, 16))
 
 
-def test_a_run_has_its_clusters(moce_run: MakeRun, tiny_images: Path) -> None:
-    clusters = moce_ds.Clusters.load(moce_run())
+def test_a_run_has_its_clusters(tiny_moce_run: MakeRun, tiny_images: Path) -> None:
+    clusters = moce_ds.Clusters.load(tiny_moce_run())
     assert 0 <= clusters.assign([str(tiny_images / "digits" / "00.png")])[0] < 6
 
 

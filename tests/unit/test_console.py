@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from moce_command import run_here
 
 from moce_ds.console import LOG, configure_logging, progress_bar, run_main, say, set_log_level, warn
 from moce_ds.errors import ConfigError, DataError
+from tests.examples.moce_command import run_here
 
 logger = logging.getLogger("moce_ds.data.example")
 
