@@ -102,7 +102,9 @@ def test_a_tuning_run_that_was_killed_before_its_result_is_no_fault(artefacts: d
     noted.unlink()
     write_checked(noted, record)
     said = run_here("inspect", run, "--verify")
-    assert said.status == 0 and "result.json: is missing, and tuned is there: the same command goes on" in said.out
+    assert (
+        said.status == 0 and "result.json: is missing, but tuned exists: rerun the same command to resume" in said.out
+    )
 
 
 def _read_run(run: Path) -> None:

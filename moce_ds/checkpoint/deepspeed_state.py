@@ -82,7 +82,7 @@ def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tens
     replicas.
 
     Args:
-        state: what else the run goes on from, by name; the same on all processes.
+        state: further state of the run, by name; the same on all processes.
     """
     _link_moments(engine)
     mine = _files_to_write(engine.module, state, runtime)
@@ -135,7 +135,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
     if damaged:
         listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
         raise ArtefactError(
-            f"{run} holds no whole checkpoint to go on from:\n{listed}\nRestore these files, or remove "
+            f"{run} holds no valid checkpoint to resume from:\n{listed}\nRestore these files, or remove "
             f"{run / 'checkpoints'} to begin at step 0."
         )
     return None

@@ -55,8 +55,10 @@ def verify_result(run: Path) -> Findings:
     before it wrote one. Raises ArtefactError: the result is damaged."""
     if not (run / RESULT).exists():
         kept = [name for name in (TUNED, WEIGHTS) if (run / name).exists()]
-        told = f"{RESULT}: is missing, and {kept[0] if kept else ''} is there: the same command goes on with the run"
-        return Findings(unverified=[told] if kept else [])
+        message = (
+            f"{RESULT}: is missing, but {kept[0] if kept else ''} exists: rerun the same command to resume the run"
+        )
+        return Findings(unverified=[message] if kept else [])
     result = _read(run)
     found = document_findings(run / RESULT, RESULT)
     if "files" not in result:

@@ -28,14 +28,14 @@ class Layer(NamedTuple):
 
 
 def file_layers(path: Path, cls: Any, name: str = "") -> list[Layer]:
-    """The layers of a YAML file: its bases, of which later ones win, and then the file itself.
+    """The layers of a YAML file: its bases, where later ones override earlier ones, and then the file itself.
 
     Args:
         cls: the settings class that the file is for.
         name: how messages name the file (default: its path).
 
     Raises:
-        ConfigError: a file cannot be read, `base` is no path, or a file is its own base; the message names all files
+        ConfigError: a file cannot be read, `base` is not a path, or a file is its own base; the message names all files
             that lead to the fault.
     """
     composition = _Composition(cls)

@@ -58,7 +58,7 @@ FAMILIES = (MAE, TOKEN_MOE, SDR, RANDOM_MOCE, MOCE)
 """All of them, in the order of tables."""
 
 _BY_GATE = {family.gate: family for family in FAMILIES}
-_BY_ARCH = {MAE.arch: MAE, TOKEN_MOE.arch: TOKEN_MOE, SDR.arch: SDR}  # those of MoCE are told apart by their gate
+_BY_ARCH = {MAE.arch: MAE, TOKEN_MOE.arch: TOKEN_MOE, SDR.arch: SDR}  # the gate distinguishes those of MoCE
 
 
 def family_by_gate(gate: str | None) -> Family:

@@ -21,7 +21,7 @@ _short.maxstring = _short.maxother = 200
 _short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
 
 
-def told(known: Fields, error: ValidationError, layers: Sequence[Layer]) -> str:
+def fault_message(known: Fields, error: ValidationError, layers: Sequence[Layer]) -> str:
     """All faults, under what they are from; those of no layer alone (what is missing) under all."""
     everywhere = together(layers)
     found: dict[str, list[str]] = {}
@@ -103,5 +103,5 @@ def _near(known: Fields, key: str) -> Iterator[str]:
         yield from [name for name in names if f"_{name.rpartition('.')[2]}".endswith(f"_{last}")]
         yield from [by_last[one] for one in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
     yield from difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    spoken = last.replace("_", " ")
-    yield from [name for name, field in known.items() if len(last) > 3 and spoken in field.metadata.get("help", "")]
+    phrase = last.replace("_", " ")
+    yield from [name for name, field in known.items() if len(last) > 3 and phrase in field.metadata.get("help", "")]

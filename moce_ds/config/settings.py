@@ -91,7 +91,7 @@ def from_tree(cls: type[T], tree: dict[str, Any], source: str) -> T:
 
 
 def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
-    """Settings of type `cls` from trees, of which later ones win: mappings key by key, anything else as a whole.
+    """Settings of type `cls` from trees; later ones override earlier ones: mappings by key, other values as a whole.
 
     Raises:
         ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
@@ -100,7 +100,7 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     try:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
-        raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+        raise ConfigError(faults.fault_message(dict(keys(cls)), error, layers)) from None
 
 
 def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:
         return to_tree(TypeAdapter(cls).validate_python(given))
     except ValidationError as error:
         if any(fault["type"] != "missing" for fault in error.errors()):
-            raise ConfigError(faults.told(dict(keys(cls)), error, layers)) from None
+            raise ConfigError(faults.fault_message(dict(keys(cls)), error, layers)) from None
     return _partial(cls, given)
 
 

@@ -71,7 +71,7 @@ def read_flow(text: str, key: str) -> Any:
     """A list or mapping in YAML's flow style, as typed for `key` on the command line.
 
     Raises:
-        ConfigError: the text is no such value, or goes on after it.
+        ConfigError: the text is not such a value, or has more after it.
     """
     return _parsed(text, f"The value of {key} is not a list or mapping", whole=True)
 
@@ -153,8 +153,8 @@ class _Builder:
             merged.lines.update(part.lines)
         return merged
 
-    def _error(self, node: yaml.Node, told: str) -> ConfigError:
-        return ConfigError(f"{self._fault}: line {node.start_mark.line + 1}: {told}.")
+    def _error(self, node: yaml.Node, message: str) -> ConfigError:
+        return ConfigError(f"{self._fault}: line {node.start_mark.line + 1}: {message}.")
 
 
 def _spoken(tree: Any) -> str:

@@ -119,7 +119,7 @@ def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, st
 
 
 def _recorded(start: JobStart, who: str, status: int, seconds: float, lost: bool) -> bool:
-    """Record how a process ended. False, which is said, where the disk does not take it: its status stays its own."""
+    """Record how a process ended. If the disk refuses it, print an error and return False; the status is unchanged."""
     try:
         start.record_end(who, status, seconds, lost=lost)
     except OSError as error:

@@ -1,7 +1,7 @@
 """SDR, a baseline: "Scalable Dynamic Routing" (Liu et al., AAAI 2022) adapted to masked autoencoders.
 
 The first phase trains a dense MAE. The second phase splits the hidden units of every MLP into common units and E
-groups, of which an image uses one. Blocks form stages; the digits of the image's cluster number in base E select the
+groups; an image uses one group. Blocks form stages; the digits of the image's cluster number in base E select the
 group of each stage. So E^stages paths share one network, and there is no learned gate. The tokens of the dense MAE are
 the teacher.
 

@@ -261,7 +261,7 @@ class ModelGroups:
         if experts.layers is not None or experts.k > 1 or experts.shared_expert:
             raise ValueError(
                 "model.arch=sdr: leave out experts.layers, experts.k and experts.shared_expert; every block has "
-                "groups of hidden units, of which an image computes one"
+                "groups of hidden units, and an image uses one of them"
             )
         if self.sdr.stages > shape.depth:
             raise ValueError(f"sdr.stages: {self.sdr.stages} parts of an encoder of {shape.depth} blocks")

@@ -13,7 +13,7 @@ from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 
 @dataclass(frozen=True)
 class RunGroup:
-    """Runs that belong together, dense ones first, and the records of `results.json`, models of one name told apart."""
+    """Runs that belong together, dense ones first, and the records of `results.json`, ambiguous names marked."""
 
     path: Path
     runs: list[RunFolder]

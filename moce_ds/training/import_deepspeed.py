@@ -149,8 +149,8 @@ def _expert_files(folder: Path, experts: ExpertShape | None) -> list[tuple[int, 
         if which
     ]
     if faults:
-        said = f"{folder} should hold {num} experts in each of {len(layers)} layers by the settings:"
-        raise ArtefactError("\n  ".join([said, *faults]))
+        summary = f"{folder} should hold {num} experts in each of {len(layers)} layers by the settings:"
+        raise ArtefactError("\n  ".join([summary, *faults]))
     return [(layers[layer], path) for (layer, _), path in sorted(found.items())]
 
 

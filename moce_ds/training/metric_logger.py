@@ -34,7 +34,7 @@ class Meter:
         self._last = time.perf_counter()
 
     def step(self, images: int, waited: float) -> None:
-        """Count a step of so many images, of which `waited` seconds were spent waiting for data."""
+        """Count a step of so many images; `waited`: seconds spent waiting for data."""
         now = time.perf_counter()
         self._steps.append((images, now - self._last, waited))
         self._last = now

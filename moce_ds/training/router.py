@@ -155,12 +155,12 @@ class RouteStatistics:
         return found
 
     def newly_dead(self) -> list[tuple[int, int]]:
-        """(block, expert) of experts that no cluster chooses in the last table asked for, each told once."""
+        """(block, expert) of experts that no cluster chooses in the last requested table, each reported once."""
         layers, E = self.router.model.experts.layers, self.router.shape_LME[2]
         live = live_experts(self._last_MLK, E)
         dead = {(layers[layer], e) for layer, chosen in enumerate(live) for e in range(E) if e not in chosen}
-        told, self._warned = dead - self._warned, dead
-        return sorted(told)
+        new, self._warned = dead - self._warned, dead
+        return sorted(new)
 
 
 @dataclass

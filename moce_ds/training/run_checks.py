@@ -40,7 +40,7 @@ def check_run(config: AnySettings) -> None:
     """Check that the run folder is free, or holds the same run.
 
     Raises:
-        ConfigError: it is no folder; or holds something else, or a run with other settings that define the experiment,
+        ConfigError: it is not a folder; or it holds something else, or a run whose settings define another experiment,
             which are listed.
     """
     out, path = config.run.out, config.run.out / CONFIG
@@ -66,7 +66,7 @@ def check_run(config: AnySettings) -> None:
 
 
 def check_same_settings(config: AnySettings) -> None:
-    """Refuse to go on with settings that differ from those of the newest checkpoint, whatever config.yaml says by now.
+    """Refuse to resume with settings that differ from those of the newest checkpoint, whatever config.yaml contains.
 
     Raises:
         ConfigError: settings that define the experiment are listed.
@@ -101,7 +101,7 @@ def _one_path(old: Any, new: Any) -> bool:
 
 
 def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -> None:
-    """Refuse to go on with something else than the newest checkpoint was made with.
+    """Refuse to resume with inputs other than those of the newest checkpoint.
 
     Args:
         found: for each thing what it is, the record of it in a manifest, and its hash now.
@@ -124,7 +124,7 @@ def refuse_other(run: Path, found: list[tuple[str, str, str]], otherwise: str) -
 
 def _newest_readable(run: Path) -> checkpoint_files.Checkpoint | None:
     for step in reversed(checkpoint_files.steps_of(run)):
-        with suppress(ArtefactError):  # a damaged one is named when the run goes on from the one before it
+        with suppress(ArtefactError):  # a damaged one is reported when the run resumes from an earlier one
             return checkpoint_files.Checkpoint.open(checkpoint_files.step_folder(run, step))
     return None
 

@@ -1,4 +1,4 @@
-"""TensorBoard's files: a mirror of metrics.jsonl, without which a run goes on."""
+"""TensorBoard's files: a mirror of metrics.jsonl, which a run can do without."""
 
 import threading
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from moce_ds.host.machine import reason
 
 
 class Board:
-    """Writes scalars and pictures into a folder, until it cannot any more, which is said once.
+    """Writes scalars and pictures into a folder, until that fails; logs one warning then.
 
     Args:
         folder: where to.

@@ -76,8 +76,8 @@ class DetectionTask(DenseTask[CocoSet]):
         """Canvases, and the objects on each. Raises DataError."""
         examples = []
         for number, epoch in zip((self._numbers[i] for i in ids_B), epochs_B, strict=True):
-            told = self.train.images[number]
-            view = self._jitter.view((told.width, told.height), int(epoch), number)
+            listed = self.train.images[number]
+            view = self._jitter.view((listed.width, listed.height), int(epoch), number)
             examples.append(training_example(self.train, number, view, self._side, self._mean))
         return [image for image, _ in examples], [target for _, target in examples]
 

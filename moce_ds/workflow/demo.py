@@ -4,7 +4,7 @@
 
 This is `moce pipeline` with the files of `configs/demo/`, on images that are written first. It runs from any working
 directory: relative paths in these files begin there. Every command is printed before it runs; pre-training and features
-run in two processes, two experts a layer in each. Interrupted, it goes on when started again.
+run in two processes, two experts a layer in each. Rerun the same command to resume.
 """
 
 import argparse

@@ -45,7 +45,7 @@ class PipelineSettings:
     """The settings of `moce pipeline`."""
 
     out: Path = option(help="folder of everything that the stages write")
-    images: Path | None = option(None, "folder of images to pre-train on, of which shards are made")
+    images: Path | None = option(None, "folder of images for pre-training, which become shards")
     shards: Path | None = option(None, "instead of images: a shard set that is there already")
     mae: Path = option(help="YAML file of `moce pretrain` for the dense MAE")
     moce: Path = option(help="YAML file of `moce pretrain` for the model with experts")

@@ -26,9 +26,7 @@ class FinetuneWords:
     """The words of `moce finetune`, and how they are chosen."""
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
-    choices: list[list[str]] = option(
-        [], "lists of further settings, of which the best on the validation split is taken"
-    )
+    choices: list[list[str]] = option([], "lists of further settings; the best on the validation split is used")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = option(
         0.2, "training images that choose the weights, where there is no split for validation"
     )
@@ -79,7 +77,7 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
     places = {split: config.data / split for split in SPLITS}
     for split in ("train", "test"):
         if not places[split].is_dir():
-            what = "is no folder" if places[split].exists() else "not found"
+            what = "is not a folder" if places[split].exists() else "not found"
             raise ConfigError(f"Task {path.stem}: {places[split]} {what}: {_how_to_write(config)}")
     val = places["val"] if places["val"].is_dir() else None
     if val is None and config.finetune.choices:

@@ -105,7 +105,7 @@ def test_where_none_is_whole_nothing_is_touched(whole: Path, tmp_path: Path, har
         HARMS[harm](path)
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     for _ in range(2):
-        with pytest.raises(ArtefactError, match=f"{run} holds no whole checkpoint to go on from") as caught:
+        with pytest.raises(ArtefactError, match=f"{run} holds no valid checkpoint to resume from") as caught:
             latest_valid_checkpoint(run, ALONE)
         assert str(harmed[0]) in str(caught.value) and str(harmed[1]) in str(caught.value)
         assert f"Restore these files, or remove {run / 'checkpoints'} to begin at step 0." in str(caught.value)

@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 """Processes, ep_size and ZeRO stage."""
 
 BEGUN = {"four": (4, 4, 1), "two-then-four": (2, 2, 2), "one-then-four": (1, 1, 1)}
-"""The runs that are stopped; the last two by the fixtures `two` and `one`."""
+"""The runs that are stopped; the last two by the fixtures `two_processes` and `one_process`."""
 
 WAYS: list[tuple[str, Shape]] = [
     *(("four", shape) for shape in ((4, 1, 1), (4, 2, 2), (2, 2, 2), (2, 1, 1), (1, 1, 2))),

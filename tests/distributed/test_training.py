@@ -1,6 +1,6 @@
 """Pre-training gives the same losses and weights whatever the processes, ep_size, accumulation, ZeRO stage or stops.
 
-The runs are made by the fixtures `one` and `two`; the tests compare what they left on disk.
+The runs are made by the fixtures `one_process` and `two_processes`; the tests compare what they left on disk.
 """
 
 import itertools
@@ -82,7 +82,7 @@ STOPPED = ["mae-stopped", "SIGTERM", "SIGUSR1", "SIGUSR2", "time-is-up"]
 
 @pytest.mark.parametrize("name", [*(f"two-{name}" for name in STOPPED), "mae-then-one", "moce-then-one"])
 def test_what_stops_one_rank_stops_all_with_a_checkpoint(runs: Path, two_processes: dict[str, Told], name: str) -> None:
-    """The fixture `two` asserts that both ranks stop at the same step."""
+    """The fixture `two_processes` asserts that both ranks stop at the same step."""
     told = two_processes[name]
     assert 1 <= told.steps < STEPS
     if name.startswith("two-") and name != "two-mae-stopped":  # which has gone on since

@@ -19,14 +19,12 @@ from hypothesis.extra import numpy as nps
 from PIL import Image
 
 from moce_ds.checkpoint.routing_table import RoutingTable
-from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.report import gallery, routing
 from moce_ds.report.build import build_report
 from moce_ds.report.plots import Line, curves
 from moce_ds.report.runs import read_runs
-from moce_ds.storage.metrics_file import read_metrics
 from tests.examples.study_folder import make_study
 
 SECTIONS = (
@@ -182,12 +180,6 @@ def test_report_outlives_its_shard_set(study: Path) -> None:
     assert not any(heading.startswith("Images by") for heading in page.headings)
 
 
-@pytest.mark.parametrize("written", ["a$$b/shards", "a$b/shards"])  # an earlier version wrote paths as they are
-def test_a_shard_set_whose_name_has_a_dollar(written: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(f"model: {{}}\ndata: {{shards: {written}}}\n")
-    assert RunFolder.open(tmp_path).shards == Path("a$b/shards")
-
-
 def test_names_are_escaped(study: Path) -> None:
     (study / "mae").rename(study / "a<b>&c")
     page = Page(build_report(study / "a<b>&c"))
@@ -245,13 +237,6 @@ def test_runs_are_dense_first_and_counted_naturally(study: Path) -> None:
     for name, like in (("moce-10", "moce"), ("moce-9", "moce"), ("z-dense", "mae")):
         shutil.copytree(study / like, study / name)
     assert [run.name for run in read_runs(study).runs] == ["mae", "z-dense", "moce", "moce-9", "moce-10"]
-
-
-def test_metrics_of_a_resumed_run(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    records = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.9}, {"step": 3, "loss": 0.8}, {"step": 2, "loss": 0.7}]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 3, "lo')
-    assert read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.7}, {"step": 3, "loss": 0.8}]
 
 
 def test_values_that_are_not_finite_are_left_out(study: Path) -> None:

@@ -17,7 +17,7 @@ from moce_ds.artefacts.study_folder import CellRecord, StudyFolder, StudyRecord,
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.planning.work import all_rows_bytes
+from moce_ds.planning.work import Work
 from moce_ds.report.build import build_report
 from moce_ds.report.study_chapter import scalings
 from moce_ds.storage.files import write_json
@@ -244,13 +244,13 @@ def test_measures_of_a_run(make: Make) -> None:
     stored, active = found.pop("stored_parameters"), found.pop("active_parameters")
     assert stored - active == 2 * 3 * mlp
     # 16 images x 2 layers x (4 visible + cls) x width 32 x 4 bytes, there and back, forward and backward.
-    assert all_rows_bytes(config) == 16 * 2 * 5 * 32 * 4 * 4
+    assert Work.of(config).all_rows_bytes == 16 * 2 * 5 * 32 * 4 * 4
     assert found == {
         "loss": pytest.approx((1 / 19 + 1 / 20) / 2),
         "reconstruction": 19.5,
         "images_per_second": 200.0,
         "peak_memory": 7000,
-        "exchange_bytes": 0.5 * all_rows_bytes(config),
+        "exchange_bytes": 0.5 * Work.of(config).all_rows_bytes,
         "probe digits": 0.75,
     }
 
@@ -258,7 +258,7 @@ def test_measures_of_a_run(make: Make) -> None:
 def test_exchange_in_half_precision_of_two_experts_computed_twice(make: Make) -> None:
     words = ["experts.layers=[1,3]", "experts.k=2", "engine.precision=bf16", "engine.checkpoint_activations=true"]
     (cell,) = cells_of(make(set=[*make().set, *words]))
-    assert all_rows_bytes(cell.config()) == 16 * 2 * 2 * 5 * 32 * 2 * 6
+    assert Work.of(cell.config()).all_rows_bytes == 16 * 2 * 2 * 5 * 32 * 2 * 6
 
 
 def write_study(folder: Path, rows: list[tuple[dict[str, Any], int, int, dict[str, float]]], **settings: Any) -> None:
