@@ -1,6 +1,7 @@
 """Initial weights of a run: our checkpoints and encoder folders, safetensors files, and `.pth` of the public MAE."""
 
 import argparse
+import errno
 import math
 import pickle
 import re
@@ -149,7 +150,8 @@ def read_torch_file(path: Path, named: str) -> Any:
         with torch.serialization.safe_globals(_VALUES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
-        if isinstance(error, OSError) and error.errno:  # of the system; torch's own have none
+        # Errors of the system have a number. EINVAL is torch's search in a file that was cut short.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise refused(ArtefactError, f"{named} cannot be read", error) from None
         # Drop torch's advice around the reason, which is to execute the file's code.
         (reason,) = re.findall(r"WeightsUnpickler error: (.*?)(?:\. Please .*)?$", str(error), re.M) or [

@@ -338,7 +338,7 @@ def test_other_clusters_are_refused(made: Made, tiny_data: TinyData, native: Pat
     other = native.parent / "clusters"
     copy_tree(tiny_data.clusters, other)
     clusters = Clusters.open(other)
-    dataclasses.replace(clusters, embeddings_MD=clusters.embeddings_MD[::-1]).save(other)
+    dataclasses.replace(clusters, embeddings_MD=clusters.embeddings_MD[::-1]).write(other)
     words = [f"experts.clusters={other}"]
     config = load(PretrainSettings, made.root / "moce-two-ep2/config.yaml", words)
     with pytest.raises(
