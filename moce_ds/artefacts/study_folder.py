@@ -108,6 +108,7 @@ class Point:
 
     @property
     def world_size(self) -> int:
+        """Processes of a cell, over all its nodes."""
         return self.cells[0].processes * self.cells[0].nodes
 
     @property

@@ -68,6 +68,7 @@ class RoutingTable:
 
     @property
     def n_experts(self) -> int:
+        """Experts per layer."""
         return self.probs_LME.shape[2]
 
     @property

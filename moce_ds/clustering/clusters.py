@@ -103,6 +103,7 @@ class Clusters:
 
     @property
     def num_clusters(self) -> int:
+        """Number of clusters, M."""
         return len(self.embeddings_MD)
 
     @property

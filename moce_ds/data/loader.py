@@ -46,7 +46,9 @@ class Crop(Protocol):
         epochs_B: NDArray[np.int64],
         heights_B: NDArray[np.int32],
         widths_B: NDArray[np.int32],
-    ) -> Windows: ...
+    ) -> Windows:
+        """The windows of images of the given sizes in pixels, in their epochs."""
+        ...
 
 
 @dataclass(frozen=True)

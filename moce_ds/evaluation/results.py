@@ -16,7 +16,8 @@ class Identified(Protocol):
     """An encoder or a checkpoint; a SHA-256 identifies its content."""
 
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """What identifies it: a checksum of its content."""
 
 
 def known_by(model: Identified, *decisive: Any) -> dict[str, str]:

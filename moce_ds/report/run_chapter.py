@@ -45,6 +45,7 @@ class Images:
 
     @property
     def classes(self) -> list[str]:
+        """Names of the shard set's classes, in the order of the labels."""
         return self.shards.classes
 
     def card(self, title: str, member_ids: Ints, note: str = "") -> Card:

@@ -150,6 +150,7 @@ class Scaling:
 
     @property
     def ideal_P(self) -> list[float]:
+        """Throughput in proportion to the processes, from that of the first point."""
         base = self.points[0]
         return [self.throughput_P[0][0] * point.world_size / base.world_size for point in self.points]
 

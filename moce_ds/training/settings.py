@@ -186,7 +186,8 @@ class AnySettings(Protocol):
     """The settings of a verb that trains, as far as a run folder is concerned."""
 
     @property
-    def run(self) -> RunSettings: ...
+    def run(self) -> RunSettings:
+        """The settings of the run folder."""
 
 
 S = TypeVar("S", bound=AnySettings)
