@@ -28,7 +28,7 @@ from moce_ds.training.engine import Engine
 from moce_ds.training.inputs import Inputs
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.pictures import RunPictures
-from moce_ds.training.router import LocalSampler, Router, RouteStatistics
+from moce_ds.training.router import LocalSampler, Router, RouteStatistics, StepTable
 from moce_ds.training.schedule import Schedule
 from moce_ds.training.settings import BatchArithmetic, DataSettings, ExpertSettings, PretrainRunSettings
 from moce_ds.training.skipping import SkippedSteps
@@ -81,6 +81,7 @@ class PretrainTask(Task):
                 self._sampler = LocalSampler(self._sampler, clustered.ids_N, slot_LE, world_size, ep_size)
         self._statistics: RouteStatistics | None = None
         self._loader: Loader | None = None
+        self._table: StepTable | None = None
         self._routing: Routing | None = None
         self._moved_parts: list[float] = []
 
@@ -88,7 +89,8 @@ class PretrainTask(Task):
         """Compute with as many threads as before, and deal images by the same tables."""
         if message := keep(checkpoint.manifest.get("threads")):
             self._runtime.say(message)
-        if isinstance(self._sampler, LocalSampler):
+        same_parts = checkpoint.entry("config", "optim", "accumulation") == self._batches.accumulation
+        if isinstance(self._sampler, LocalSampler) and same_parts:  # else a table's first micro-batch is another one
             self._sampler.tables = LocalSampler.tables_from_tree(checkpoint.entry("dealt_by"))
 
     def batches(self, first_step: int) -> Iterator[Batch]:
@@ -115,12 +117,12 @@ class PretrainTask(Task):
         """Plan the routes of a micro-batch; the digest is that of the plan."""
         if part == 0:
             self._begin_step(step)
-        if self._router is None:
+        if self._router is None or self._table is None:
             return 0
         # Planned from the ids that were asked for: the same on every process, also where one replaces an image.
         ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
         share = self._schedule.imbalance_share(step)
-        self._routing = self._router.route(self._router.table(step), ids_G, share)
+        self._routing = self._router.route(self._table, ids_G, share)
         plan = self._routing.plan
         self._moved_parts.append(float(np.mean([layer.moved / len(layer.image_N) for layer in plan.layers])))
         return plan.digest
@@ -129,6 +131,7 @@ class PretrainTask(Task):
         # Only the token gate draws from torch's generator; seeded by the step, its noise does not depend on resuming.
         torch.manual_seed(int(hashed(GATE_NOISE, self._seed, step, self._runtime.rank)[()] >> np.uint64(1)))
         self._moved_parts = []
+        self._table = self._router.table(step) if self._router else None
 
     def losses(self, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """The model's own."""
@@ -152,9 +155,9 @@ class PretrainTask(Task):
     def record(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
         """What moved, and what each expert layer did with the last micro-batch."""
         own: dict[str, Any] = {}
-        if self._router is not None and self._statistics is not None:
+        if self._statistics is not None and self._table is not None:
             ids_G = self._sampler.batch(step * self._batches.accumulation - 1).ids
-            layers = self._statistics.of_step(self._router.table(step - 1), ids_G)
+            layers = self._statistics.of_step(self._table, ids_G)
             own = {"moved": round(sums["moved"], 5), "layers": layers}
             if step >= self._schedule.imbalance_steps:
                 self._warn_of_dead_experts(step, self._statistics)

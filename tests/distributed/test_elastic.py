@@ -8,10 +8,11 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import run_distributed
 from jobs import Job, Told, run_jobs
-from tiny_run import STEPS, TinyData, assert_same, tiny_settings
+from tiny_run import STEPS, TinyData, assert_same, losses, tiny_settings
 
 from moce_ds.checkpoint.format import find
 
@@ -62,6 +63,25 @@ def test_going_on_elsewhere(runs: Path, made: dict[str, Told], begun: str, then:
     assert_same(runs, "one-moce", name_of(begun, then))
     manifest = find(runs / name_of(begun, then)).manifest
     assert manifest["placement"]["ep_size"] == then[1] and manifest["images_read"] == STEPS * 16
+
+
+def test_a_run_resumes_with_fewer_parts_of_a_batch(tiny_data: TinyData, runs: Path) -> None:
+    """After 64 steps, the tables that assign images to ranks start at micro-batches that fewer parts never reach."""
+    stopped_after = 64
+
+    def words(name: str, accumulation: int) -> list[str]:
+        other = ("experts.ep_size=2", "optim.epochs=12", f"optim.accumulation={accumulation}")
+        return tiny_settings(tiny_data.shards, runs / name, *other, clusters=tiny_data.clusters)
+
+    copy = partial(shutil.copytree, runs / "parts", runs / "parts-fewer")
+    jobs = {
+        "parts-whole": Job(words("parts-whole", 4)),
+        "parts": Job(words("parts", 4), stop_after=stopped_after),
+        "parts-fewer": Job(words("parts-fewer", 1), before=copy),
+    }
+    made = run_distributed(run_jobs, 2, jobs)[0]
+    assert stopped_after <= made["parts"].steps < made["parts-fewer"].steps == made["parts-whole"].steps
+    np.testing.assert_allclose(losses(runs / "parts-fewer"), losses(runs / "parts-whole"), rtol=0, atol=1e-5)
 
 
 def test_the_files_do_not_know_who_wrote_them(runs: Path, made: dict[str, Told]) -> None:
