@@ -99,6 +99,7 @@ def test_a_missing_extra_is_named(package: str, words: str, told: str) -> None:
     [
         ("optim.epoch=3", r"optim.epoch: no such setting. Did you mean optim.epochs\?"),
         ("optim.epochs=many", "optim.epochs: got 'many'; "),
+        ("--processes 4", "--processes: it only plans, with --dry-run"),
         ("optim.epochs=0", "optim.epochs: got 0; .*greater than 0"),
         ("model.mask_ratio=1.5", "model.mask_ratio: got 1.5; .*less than 1"),
         ("model.mask_ratio=0.99", "model.mask_ratio: 0.99 leaves 0 of 16 patches visible"),

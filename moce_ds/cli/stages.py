@@ -63,6 +63,8 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         show(plan_table(config, processes or Place.here().world_size))
         say(*explained(PretrainSettings, to_tree(config), layers))
         return
+    if processes:
+        raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
     from moce_ds.distributed.runtime import started
     from moce_ds.planning.fitting import check_memory
     from moce_ds.training.pretrain import pretrain as run

@@ -1,6 +1,6 @@
-"""What a run tells while it runs: the progress line, `metrics.jsonl` (the record), and TensorBoard (a mirror).
+"""What a run reports while it runs: the progress line, `metrics.jsonl` (the record), and TensorBoard (a mirror).
 
-Only the main process tells. A step that two attempts have recorded is resolved by whoever reads (`read_metrics`).
+Only the main process writes. `read_metrics` resolves a step that two attempts have recorded.
 """
 
 import json
@@ -51,7 +51,7 @@ class Meter:
 
 
 def measures(
-    attempt: RunLease, step: int, epoch: float, loss: float, lr: float, grad_norm: float, meter: Meter, runtime: Runtime
+    lease: RunLease, step: int, epoch: float, loss: float, lr: float, grad_norm: float, meter: Meter, runtime: Runtime
 ) -> dict[str, Any]:
     """What every record of metrics.jsonl holds (rates are per second, shares 0 to 1, memory in bytes).
 
@@ -59,7 +59,7 @@ def measures(
     """
     return {
         "step": step,
-        "attempt": attempt.number,
+        "attempt": lease.number,
         "epoch": round(epoch, 4),
         "loss": loss,
         "lr": lr,
@@ -77,17 +77,17 @@ class MetricLogger:
         ArtefactError: the run folder cannot be written to.
     """
 
-    def __init__(self, attempt: RunLease, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
-        self._attempt, self._runtime = attempt, runtime
+    def __init__(self, lease: RunLease, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
+        self._lease, self._runtime = lease, runtime
         self._check = ""
         self._images_per_step = images_per_step
-        with runtime.raise_on_all_ranks(), writes_to(attempt.run):
+        with runtime.raise_on_all_ranks(), writes_to(lease.run):
             if runtime.is_main:
                 from moce_ds.training.tensorboard import Board  # here, since the other processes need none
 
-                self._check = last_check(attempt.run / METRICS)
-                self._record = open(attempt.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-                self._board = Board(attempt.run / "tensorboard", first_step, runtime.warn)
+                self._check = last_check(lease.run / METRICS)
+                self._record = open(lease.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+                self._board = Board(lease.run / "tensorboard", first_step, runtime.warn)
         if not runtime.is_main:
             return
         self._bar = progress_bar(
@@ -113,7 +113,7 @@ class MetricLogger:
             self._record.close()
         except OSError as fault:  # the same that ended the run; or at its end, when all that it needs is written
             if error is None:
-                self._runtime.warn(f"{self._attempt.run}: the last records cannot be written: {fault}")
+                self._runtime.warn(f"{self._lease.run}: the last records cannot be written: {fault}")
 
     @property
     def mark(self) -> str | None:
@@ -128,9 +128,9 @@ class MetricLogger:
         """
         with self._runtime.raise_on_all_ranks():
             if self._runtime.is_main:
-                with self._attempt.writing(step):
+                with self._lease.writing(step):
                     os.fsync(self._record.fileno())
-                    sync(self._attempt.run)
+                    sync(self._lease.run)
 
     def step(self) -> None:
         """Move the progress line on by one step."""
@@ -145,7 +145,7 @@ class MetricLogger:
         """
         with self._runtime.raise_on_all_ranks():
             if self._runtime.is_main:
-                with self._attempt.writing(record["step"]):
+                with self._lease.writing(record["step"]):
                     self._write(record)
                 self._show(record)
 
