@@ -242,7 +242,8 @@ def test_finetune_keeps_the_classes(task: Path, tiny_encoder: Path, tmp_path: Pa
     given = {"data.encoder": tiny_encoder, "data.train": "a", "data.test": "b", "run.out": tmp_path / "out"}
     small = ("optim.batch_size=4", "engine.precision=fp32", "data.workers=0", "augment.mixup=0", "augment.cutmix=0")
     config = load(FinetuneSettings, None, [*(f"{key}={value}" for key, value in given.items()), *small])
-    tuned = Classification(load_encoder(tiny_encoder), make_splits(shards, None, shards, 0), config, ALONE)
+    parts = (config.data, config.augment, config.optim, config.engine, config.run)
+    tuned = Classification(load_encoder(tiny_encoder), make_splits(shards, None, shards, 0), *parts, ALONE)
     with torch.inference_mode():
         tuned.finish(tuned.model, ALONE)
     with safe_open(tmp_path / "out" / TUNED / "head.safetensors", "pt") as head:
@@ -295,7 +296,7 @@ def test_folders_of_tensors_are_named_in_utf8(
     ]
     shutil.copytree(tiny_encoder, named / "encoder", dirs_exist_ok=True)
     said.append(refused("knn", named / "encoder", "--train", task / "train", "--test", task / "test", "threads=1"))
-    assert all("holds bytes that are no UTF-8" in told for told in said), said
+    assert all("holds bytes that are not UTF-8" in told for told in said), said
     assert os.listdir(named) == ["encoder"]  # noqa: PTH208 (names alone)
 
 
@@ -331,7 +332,7 @@ def test_a_job_s_script_cannot_be_lengthened(name: str, tiny_shards: Path, tmp_p
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny))
         verb = ("pretrain", tmp_path / "run.yaml", f"data.shards={tiny_shards}")
         harmless(told := refused("launch", "slurm", *verb))
-        assert "job's script names it" in told or "are no UTF-8" in told
+        assert "job's script names it" in told or "are not UTF-8" in told
         assert not (tmp_path / name).exists()
     for setting in ("partition", "mem", "account", "qos", "constraint", "container", "python"):
         profile_is_refused(tmp_path, {setting: name}, setting)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from moce_ds.artefacts import study_folder
 from moce_ds.data.sources import demo_images
 from moce_ds.errors import LOST_PEER
 from moce_ds.launch.slurm_job import JobStart
-from moce_ds.storage import checksums
 from moce_ds.training import import_deepspeed as native
 
 DOORS = {
-    "moce_ds.workflow.study_cell": (checksums, "read_checked"),
+    "moce_ds.workflow.study_cell": (study_folder.StudyRecord, "read"),
     "moce_ds.workflow.demo": (demo_images, "write_demo_images"),
     "moce_ds.launch.slurm_end": (JobStart, "of"),
     "tools.import_deepspeed": (native, "import_native"),

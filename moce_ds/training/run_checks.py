@@ -47,7 +47,7 @@ def check_run(config: AnySettings) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"run.out: {out} is a file; expected a folder, or nothing, there: choose another one.")
     if not is_utf8(out):
-        raise ConfigError(f"run.out: {out} holds bytes that are no UTF-8, which TensorBoard refuses: choose another.")
+        raise ConfigError(f"run.out: {out} holds bytes that are not UTF-8, which TensorBoard refuses: choose another.")
     if path.exists():
         old = configuration.to_tree(settings_of_run(path, type(config)))
         changed = MadeFrom(configuration.to_tree(config)).compare(old).differences or {}

@@ -122,7 +122,8 @@ def test_a_fine_tuned_model_is_tuned_further_but_not_on_pixels(
     encoder, shards = public_encoder(fine_tuned[0], heads=2), ShardSet.open(tiny_shards)
     named = {"data.encoder": fine_tuned[0], "data.train": tiny_shards, "data.test": tiny_shards, "run.out": tmp_path}
     config = load(FinetuneSettings, None, [f"{key}={value}" for key, value in named.items()])
-    model = Classification(encoder, make_splits(shards, 0.2, shards, 0), config, ALONE).model.eval()
+    parts = (config.data, config.augment, config.optim, config.engine, config.run)
+    model = Classification(encoder, make_splits(shards, 0.2, shards, 0), *parts, ALONE).model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(photo_pixels.float()), model.head(encoder.features(photo_pixels.float())))
     with pytest.raises(ConfigError, match=r"data.encoder: .*Give the encoder as it was pre-trained"):

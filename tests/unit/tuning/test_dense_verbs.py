@@ -108,7 +108,8 @@ def test_a_run_that_goes_on_does_not_look_at_its_masks_again(tmp_path: Path, tin
     (ade / "annotations" / "a.png").write_text("no mask")
     paths = {"data.encoder": tiny_encoder, "data.train": ade, "data.val": ade, "run.out": tmp_path / "run"}
     words = [f"{key}={path}" for key, path in paths.items()]
-    task = SegmentationTask(load(SegmentSettings, None, [*words, "data.classes=2", *SMALL]))
+    config = load(SegmentSettings, None, [*words, "data.classes=2", *SMALL])
+    task = SegmentationTask(config.data, config.model, config.optim, config.engine, config.run)
     with pytest.raises(DataError, match=r"a\.png is not a readable mask"):
         task.check_data(ALONE)
     step_folder(tmp_path / "run", 1).mkdir(parents=True)

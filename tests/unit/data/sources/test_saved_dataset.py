@@ -52,16 +52,15 @@ def test_images_and_classes_are_those_of_the_rows(saved: Path) -> None:
 
 
 def test_of_several_columns_the_one_of_a_usual_name_is_taken_and_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     columns = {"mask": [encoded(8)], "image": [encoded(1)], "fine": [2], "coarse": [0]}
     features = Features({"mask": ImageFeature(), "image": ImageFeature(), "fine": KINDS, "coarse": KINDS})
     Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
     with opened_images(tmp_path / "saved") as images:
         assert images.read(0) == encoded(1)["bytes"] and images.labels.tolist() == [2]
-    said = capsys.readouterr().err
-    assert "columns mask, image are all Image: image is taken" in said
-    assert "columns fine, coarse are all ClassLabel: fine is taken" in said
+    assert "columns mask, image all have type Image; using image." in caplog.text
+    assert "columns fine, coarse all have type ClassLabel; using fine." in caplog.text
 
 
 def test_without_classes_images_have_none(tmp_path: Path) -> None:
