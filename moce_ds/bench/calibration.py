@@ -34,7 +34,8 @@ from moce_ds.training.engine import parameter_groups, set_lr, start_engine
 from moce_ds.training.inputs import ClusteredData
 from moce_ds.training.model import build_for_training, tune_execution
 from moce_ds.training.router import Router
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 
 _COPIED = 2**28  # bytes; larger than the caches
 _LARGEST = 2**26  # maximum bytes of a measured collective
@@ -61,7 +62,7 @@ def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure
         raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: use --nodes 1.")
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
-    batch_arithmetic(config, gpus)
+    batch_arithmetic(config.optim, gpus, config.ep_size)
     Work.of(config).exchange(Machines(1, gpus), None)  # refuses unplannable settings before processes start
     measured = in_processes(_calibrate, gpus, config, measure)
     return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
@@ -102,7 +103,7 @@ class _Sizes:
     @classmethod
     def of(cls, config: PretrainSettings, world_size: int) -> "_Sizes":
         """Those of a run in so many processes."""
-        work, micro = Work.of(config), batch_arithmetic(config, world_size).micro
+        work, micro = Work.of(config), batch_arithmetic(config.optim, world_size, config.ep_size).micro
         tokens, shape = work.visible_tokens, config.vit_shape
         bf16, unit = config.engine.precision == "bf16", 4 * world_size
         reduced, exchanged = (
@@ -197,7 +198,7 @@ def _memory(runtime: Runtime) -> float:
 
 def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
     """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
-    batches = batch_arithmetic(config, runtime.world_size)
+    batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
     data = _random_clusters(config.vit_shape.width) if config.family.routes_by_cluster else None
     spec, optim = config.model_spec, config.optim
     model = build_for_training(

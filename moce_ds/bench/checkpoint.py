@@ -24,12 +24,8 @@ from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
 from moce_ds.training.model import build_for_training
-from moce_ds.training.settings import (
-    DataSettings,
-    PretrainRunSettings,
-    PretrainSettings,
-    batch_arithmetic,
-)
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import DataSettings, PretrainRunSettings, PretrainSettings
 
 _BLOCK = 4 * 2**20  # bytes per write, as
 
@@ -77,7 +73,7 @@ class _Rounds:
         self._config, self._runtime, self._scratch = config, runtime, scratch
         model = build_for_training(config.model_spec, None, 1, config.run.seed)
         groups = parameter_groups(model, config.optim, 1.0)
-        self.engine = start_engine(model, groups, config.optim, config.engine, batch_arithmetic(config, 1))
+        self.engine = start_engine(model, groups, config.optim, config.engine, batch_arithmetic(config.optim, 1))
         size, device = model.shape.image_size, self.engine.device
         self._inputs = (
             torch.randn(1, 3, size, size, device=device),

@@ -30,10 +30,25 @@ from moce_ds.storage.checksums import with_checksum
 
 
 class CheckpointManager:
-    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `wait_for_staging` is not."""
+    """Writes the checkpoints of one attempt; `start` and `finish` are collectives, `wait_for_staging` is not.
 
-    def __init__(self, engine: DeepSpeedEngine, run: RunSettings, attempt: RunLease, runtime: Runtime) -> None:
-        self._engine, self._run, self._attempt, self._runtime = engine, run, attempt, runtime
+    Args:
+        engine: the model under DeepSpeed.
+        run: the run folder, and how many checkpoints are kept.
+        lease: ownership of that folder.
+        made_from: entries of every manifest that say what the run is made from.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        run: RunSettings,
+        lease: RunLease,
+        runtime: Runtime,
+        made_from: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.lease, self.runtime = lease, runtime
+        self._engine, self._run, self._made_from = engine, run, made_from
         self._buffers = HostBuffers()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copied = Event()
@@ -64,14 +79,14 @@ class CheckpointManager:
             ArtefactError, SupersededError: as `finish`.
         """
         self.finish()
-        self._manifest = manifest
-        draft = self._attempt.draft(manifest["step"])
-        with self._runtime.raise_on_all_ranks():
-            if self._runtime.is_main:
-                with self._attempt.writing(manifest["step"]):
+        self._manifest = {**self._made_from, **manifest}
+        draft = self.lease.draft(manifest["step"])
+        with self.runtime.raise_on_all_ranks():
+            if self.runtime.is_main:
+                with self.lease.writing(manifest["step"]):
                     draft.mkdir()
-        files = snapshot(self._engine, self._runtime, state)
-        ready = torch.cuda.current_stream().record_event() if self._runtime.device.type == "cuda" else None
+        files = snapshot(self._engine, self.runtime, state)
+        ready = torch.cuda.current_stream().record_event() if self.runtime.device.type == "cuda" else None
         self._copied.clear()
         self._writing = self._thread.submit(write_files, draft, self._copies(files, ready))
         self._writing.add_done_callback(lambda _: self._copied.set())  # also if copying failed
@@ -92,17 +107,17 @@ class CheckpointManager:
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
-        draft = self._attempt.draft(self._manifest["step"])
+        draft = self.lease.draft(self._manifest["step"])
         records: dict[str, Any] = {}
         try:
-            with self._runtime.raise_on_all_ranks():
+            with self.runtime.raise_on_all_ranks():
                 records = writing.result()
-            parts = [json.loads(text) for text in self._runtime.texts(json.dumps(records))]
-            with self._runtime.raise_on_all_ranks():
-                if self._runtime.is_main:
+            parts = [json.loads(text) for text in self.runtime.texts(json.dumps(records))]
+            with self.runtime.raise_on_all_ranks():
+                if self.runtime.is_main:
                     self._publish(draft, {name: record for part in parts for name, record in sorted(part.items())})
         except MoceError:
-            if self._runtime.is_main:
+            if self.runtime.is_main:
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             raise
 
@@ -112,9 +127,9 @@ class CheckpointManager:
 
     def _publish(self, draft: Path, files: dict[str, Any]) -> None:
         out, step = self._run.out, self._manifest["step"]
-        with self._attempt.writing(step):
+        with self.lease.writing(step):
             publish(draft, step_folder(out, step), {**self._manifest, "files": files})
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
         if self._manifest["routing"]:  # beside the checkpoints, for readers that need no weights
-            with self._attempt.file(out / ROUTING, step) as routing:
+            with self.lease.file(out / ROUTING, step) as routing:
                 routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")

@@ -7,13 +7,13 @@ from rich.table import Table
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.planning.work import Work
-from moce_ds.training.schedule import make_schedule
-from moce_ds.training.settings import OptimSettings, PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic, make_schedule
+from moce_ds.training.settings import OptimSettings, PretrainSettings
 
 
 def plan_table(config: PretrainSettings, world_size: int) -> Table:
     """The resolved plan as a table. Raises ConfigError if the batch cannot be divided."""
-    batches = batch_arithmetic(config, world_size)
+    batches = batch_arithmetic(config.optim, world_size, config.ep_size)
     work, spec = Work.of(config), config.model_spec
     count, shape, needed = work.parameters, spec.shape, work.memory(world_size)
     table = Table(title=f"{config.model.arch} -> {config.run.out}", show_header=False, title_justify="left")

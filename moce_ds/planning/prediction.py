@@ -10,8 +10,8 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.planning.devices import Device
 from moce_ds.planning.work import Machines, Memory, Traffic, Work
-from moce_ds.training.schedule import make_schedule
-from moce_ds.training.settings import OptimSettings, shared_batch
+from moce_ds.training.schedule import batch_arithmetic, make_schedule
+from moce_ds.training.settings import OptimSettings
 
 # Bytes read and written per parameter, fp32. Held: into DeepSpeed's buffer, divided there, and out of it. Owned:
 # AdamW's eight passes (80), the norm (4), gradients joined to one tensor (8), clipped (8), weights copied back (8).
@@ -84,7 +84,7 @@ def predict(work: Work, machines: Machines, device: Device, steps: int, moved: f
         ConfigError: the batch or the experts cannot be divided among that many processes, or the gate routes tokens.
     """
     world = machines.world_size
-    batches = shared_batch(work.optim, world, work.ep_size)
+    batches = batch_arithmetic(work.optim, world, work.ep_size)
     count = work.parameters
     sent = work.exchange(machines, moved)
     gradients, weights = (_seconds(part, device, device.reduce_share) for part in work.reduction(machines))

@@ -14,7 +14,8 @@ from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainSettings, shared_batch
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainSettings
 
 _DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks
 
@@ -297,7 +298,7 @@ class Work:
         return Memory(
             state=4 * (count.held + gradients + 3 * owned + teacher),
             buffers=4 * _BUFFER * (2 if self.engine.precision == "bf16" else 1),
-            activations=shared_batch(self.optim, world_size, self.ep_size).micro * kept,
+            activations=batch_arithmetic(self.optim, world_size, self.ep_size).micro * kept,
         )
 
     @property

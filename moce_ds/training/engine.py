@@ -1,7 +1,8 @@
-"""The model under DeepSpeed: its configuration, the optimizer's groups, and setting the learning rate.
+"""The model under DeepSpeed: its configuration, the optimizer's groups, the learning rate, and skipped steps.
 
-DeepSpeed gives process groups, ZeRO 1/2, mixed precision, accumulation, clipping, and the reduction of expert and
-shared gradients.
+DeepSpeed provides process groups, ZeRO 1/2, mixed precision, accumulation, clipping, and the reduction of expert and
+shared gradients. It (0.19.8) reduces the gradient's norm over all processes before it updates anything; a norm that is
+not finite skips the update on every process, so weights and moments stay as they were.
 """
 
 from typing import Any, TypeAlias
@@ -9,9 +10,14 @@ from typing import Any, TypeAlias
 import deepspeed
 from torch import nn
 
+from moce_ds.checkpoint.format import step_folder, steps_of
 from moce_ds.checkpoint.parameters import TOKENS, is_gate
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import quiet_deepspeed
-from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings, PretrainOptimSettings
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import MoceError
+from moce_ds.training.schedule import BatchArithmetic
+from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainOptimSettings, PretrainRunSettings
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -81,3 +87,61 @@ def set_lr(engine: Engine, lr: float) -> None:
     """Give every group its learning rate for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+class DivergedError(MoceError):
+    """Gradients or weights are not finite and did not recover: the run has no usable model."""
+
+
+class SkippedSteps:
+    """Steps without an update: `total` in the whole run, `in_a_row` up to now."""
+
+    def __init__(self, run: RunSettings, runtime: Runtime) -> None:
+        self._run, self._runtime = run, runtime
+        self.total, self.in_a_row = 0, 0
+
+    def count(self, step: int, applied: bool) -> None:
+        """Count a step. Raises DivergedError, on all processes, if too many in a row had no update."""
+        if applied:
+            self.in_a_row = 0
+            return
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self._run.max_skipped:
+            raise DivergedError(
+                f"Step {step}: the gradient was not finite in {self.in_a_row} steps in a row (run.max_skipped). "
+                f"{self._advice()}"
+            )
+        self._runtime.warn(
+            f"step {step}: the gradient is not finite; the step was skipped "
+            f"({self.in_a_row} in a row, {self.total} in all)."
+        )
+
+    def check_end(self, step: int, model: nn.Module) -> None:
+        """Check a run after its last step, before its checkpoint: a short run ends before too many steps are in a row.
+
+        Raises:
+            DivergedError: every step was skipped, or the last ones (one alone may pass), or a weight of `model` is not
+                finite. On all processes, which hold the same.
+        """
+        if self.total == step:
+            fault = "no step had a finite gradient, so nothing was learnt"
+        elif self.in_a_row > 1:
+            fault = f"the last {self.in_a_row} had no finite gradient"
+        elif spoilt := [name for name, t in model.state_dict().items() if not t.isfinite().all()]:
+            fault = f"weights are not finite: {spoilt[0]}, and {len(spoilt) - 1} more tensors"
+        else:
+            return
+        raise DivergedError(f"Step {step}, the last one: {fault}. {self._advice()}")
+
+    def _advice(self) -> str:
+        """No checkpoint is written while steps are being skipped, so the newest one is from before."""
+        steps = steps_of(self._run.out)
+        if not steps:
+            return "No checkpoint had been written yet. Lower optim.base_lr, in another run.out."
+        good = step_folder(self._run.out, steps[-1])
+        from_it = f", from there: run.init_from={good}" if isinstance(self._run, PretrainRunSettings) else ""
+        return (
+            f"The last good checkpoint is {good}. Rerun the same command to resume from it, if useful with "
+            f"engine.precision=fp32, or start another run with a lower optim.base_lr{from_it}."
+        )

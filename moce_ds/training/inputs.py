@@ -1,18 +1,28 @@
-"""What a run reads: the images, the clusters that route them, and the teacher of an SDR: the dense MAE that its second
-phase starts from. The run folder keeps clusters and teacher.
+"""The inputs of a run: images and the order in which they are read, the clusters that route them, and SDR's teacher.
+
+The teacher is the dense MAE that the second phase of SDR starts from. The run folder keeps copies of clusters and
+teacher.
+
+Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W B.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
+from moce_ds.data.loader import Loader
+from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
@@ -22,8 +32,12 @@ from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.models.warm_start import read_weights
+from moce_ds.moe.placement import local_order
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
-from moce_ds.training.settings import PretrainRunSettings
+from moce_ds.training.settings import DataSettings, PretrainRunSettings
+
+LEAD = 8
+"""Batches between a new table and the first batch that it orders: more than the loader ever reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +50,18 @@ class ClusteredData:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The images of a run, and their clusters where these route them.
+    """The images of a run, how they are cropped, and their clusters if these route them.
 
     Attributes:
-        named: for each its setting and folder, the record of it in a manifest, and its hash.
+        input: size and normalisation of an image of the model.
+        threads: that decode images in each process.
+        named: for each input its setting and folder, its key in a manifest, and its hash.
     """
 
     shards: ShardSet
+    crop: RandomCrop
+    input: ImageInput
+    threads: int
     clustered: ClusteredData | None
     named: list[tuple[str, str, str]]
 
@@ -59,23 +78,87 @@ class Inputs:
             "shards_fingerprint": self.shards.fingerprint,
         }
 
+    def loader(
+        self, reading: Callable[[int], ReadList], first: int, last: int, batch_size: int, device: torch.device
+    ) -> Loader:
+        """Random crops of this process's micro-batches `first` to `last` (exclusive), as `reading` lists them."""
+        return Loader(
+            self.shards,
+            reading,
+            self.crop,
+            self.input,
+            first=first,
+            last=last,
+            batch_size=batch_size,
+            threads=self.threads,
+            device=device,
+        )
 
-def open_inputs(shards: Path, clusters: Path | None, experts: ExpertShape | None) -> Inputs:
-    """Open a shard set and the clusters that route it (None: nothing is routed by cluster), checked to belong together.
+
+def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed: int) -> Inputs:
+    """Open the images and the clusters that route them, checked to belong together.
+
+    Args:
+        clusters: their folder; None: nothing is routed by cluster.
+        seed: of the crops.
 
     Raises:
         ArtefactError: one of them cannot be read, or the clusters are those of other images.
-        ConfigError: `experts` have more paths than there are clusters.
+        ConfigError: the experts have more paths than there are clusters.
     """
-    images = ShardSet.open(shards)
-    named = [(f"data.shards: {shards}", "shards_fingerprint", images.fingerprint)]
-    if clusters is None or experts is None:
-        return Inputs(images, None, named)
-    opened = Clusters.open(clusters)
-    check_encoder(clusters, opened.encoder_fingerprint, opened.files)  # labels a task's images when the run is over
-    check_paths(experts, len(opened.sizes_M))
-    named.append((f"experts.clusters: {clusters}", "clusters_hash", opened.hash))
-    return Inputs(images, ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count)), named)
+    images = ShardSet.open(data.shards)
+    named = [(f"data.shards: {data.shards}", "shards_fingerprint", images.fingerprint)]
+    clustered = None
+    if clusters is not None and spec.experts is not None:
+        opened = Clusters.open(clusters)
+        check_encoder(clusters, opened.encoder_fingerprint, opened.files)  # it labels a task's images after the run
+        check_paths(spec.experts, len(opened.sizes_M))
+        named.append((f"experts.clusters: {clusters}", "clusters_hash", opened.hash))
+        clustered = ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count))
+    crop = RandomCrop(seed, data.crop_scale, flip=data.flip)
+    return Inputs(images, crop, spec.input, data.threads, clustered, named)
+
+
+@dataclass
+class LocalSampler:
+    """Assigns the images of each global batch to the ranks that hold their experts (`local_order`).
+
+    The global batches are those of `sampler`. The loader reads ahead, so a batch is ordered by the route table of a few
+    steps before: slightly more images move between ranks, and the result is the same. All ranks change to a new table
+    at the same batch.
+
+    Attributes:
+        tables: (first batch, expert_ML) in rising order; a batch uses the last table that begins at or before it.
+    """
+
+    sampler: ShuffledSampler
+    ids_N: NDArray[np.int32]
+    slot_LE: NDArray[np.int64]
+    world_size: int
+    ep_size: int
+    tables: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
+
+    def batch(self, index: int) -> ReadList:
+        """The micro-batch with this index, [G], rank after rank."""
+        plain = self.sampler.batch(index)
+        expert_ML = [table for first, table in self.tables if first <= index][-1]
+        clusters_G = self.ids_N[plain.ids].astype(np.int64)
+        order_G = local_order(clusters_G, expert_ML, self.slot_LE, self.world_size, self.ep_size)
+        return ReadList(plain.ids[order_G], plain.epochs[order_G])
+
+    def use(self, expert_ML: NDArray[np.int64], next_batch: int) -> None:
+        """Use another table, from `LEAD` batches after `next_batch`; tables that no later batch uses are dropped."""
+        current = [i for i, (first, _) in enumerate(self.tables) if first <= next_batch]
+        self.tables = [*self.tables[current[-1] if current else 0 :], (next_batch + LEAD, expert_ML)]
+
+    def to_tree(self) -> list[dict[str, Any]]:
+        """The tables as plain data for a checkpoint."""
+        return [{"first": first, "expert_ML": table.tolist()} for first, table in self.tables]
+
+    @staticmethod
+    def tables_from_tree(tree: list[dict[str, Any]]) -> list[tuple[int, NDArray[np.int64]]]:
+        """The inverse of `to_tree`."""
+        return [(item["first"], np.array(item["expert_ML"], dtype=np.int64)) for item in tree]
 
 
 def check_paths(experts: ExpertShape, clusters: int) -> None:

@@ -8,10 +8,14 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,17 +24,23 @@ from tqdm import tqdm
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.console import progress_bar
 from moce_ds.distributed.runtime import Runtime
+from moce_ds.host.machine import reason
 from moce_ds.storage.files import sync, writes_to
 from moce_ds.storage.metrics_file import METRICS, checked, last_check
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 _logger = logging.getLogger(__name__)
+
+_WINDOW = 20  # steps that rates are averaged over
 
 
 class Meter:
     """Images a second and the share of time spent waiting for data, over the last steps."""
 
-    def __init__(self, window: int = 20) -> None:
-        self._steps: deque[tuple[int, float, float]] = deque(maxlen=window)
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float, float]] = deque(maxlen=_WINDOW)
         self._last = time.perf_counter()
 
     def step(self, images: int, waited: float) -> None:
@@ -83,8 +93,6 @@ class MetricLogger:
         self._images_per_step = images_per_step
         with runtime.raise_on_all_ranks(), writes_to(lease.run):
             if runtime.is_main:
-                from moce_ds.training.tensorboard import Board  # here, since the other processes need none
-
                 self._check = last_check(lease.run / METRICS)
                 self._record = open(lease.run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
                 self._board = Board(lease.run / "tensorboard", first_step, runtime.warn)
@@ -208,3 +216,67 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
         elif key != "step":
             found.append((f"{prefix}{key}", float(value)))
     return found
+
+
+class Board:
+    """TensorBoard's files, a mirror of metrics.jsonl. If writing fails, it logs one warning and writes no more.
+
+    Args:
+        folder: of the files.
+        first_step: what an earlier attempt wrote for this step and later ones is not shown.
+        warn: logs a warning.
+
+    Raises:
+        OSError: nothing can be written there, as the run begins.
+    """
+
+    def __init__(self, folder: Path, first_step: int, warn: Callable[[str], None]) -> None:
+        self._folder, self._warn = folder, warn
+        self._hook, self._others = threading.excepthook, set(threading.enumerate())
+        threading.excepthook = self._of_thread
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # here: only the main process needs it
+
+            self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=first_step)
+        except OSError:
+            self._end()
+            raise
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """Add one number."""
+        self._try(lambda writer: writer.add_scalar(tag, value, step))
+
+    def picture(self, tag: str, picture_HWC: NDArray[np.uint8], step: int) -> None:
+        """Add a picture."""
+        self._try(lambda writer: writer.add_image(tag, picture_HWC, step, dataformats="HWC"))
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        self._try(lambda writer: writer.close())
+        self._end()
+
+    def _try(self, use: Callable[["SummaryWriter"], Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            use(self._writer)
+        except OSError as error:
+            with suppress(OSError):
+                self._writer.close()  # ends its thread, if that is still there
+            self._writer = None
+            self._warn(f"{self._folder}: nothing more is written for TensorBoard: {reason(error)}")
+
+    def _of_thread(self, failed: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread, which writes, hands its error to the next call here, and would print it as well."""
+        if not (isinstance(failed.exc_value, OSError) and _is_tensorboards(failed.thread)):
+            self._hook(failed)
+
+    def _end(self) -> None:
+        for thread in set(threading.enumerate()) - self._others:
+            if _is_tensorboards(thread):
+                thread.join()  # it may be about to print its error
+        threading.excepthook = self._hook
+
+
+def _is_tensorboards(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.startswith("tensorboard.")

@@ -26,6 +26,7 @@ from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.router import Router
 
 _IMAGES = 8
+_CELL = 8  # height in pixels of a cluster's row in the routing picture; an expert's column is four times as wide
 
 
 @dataclass(frozen=True)
@@ -124,12 +125,12 @@ def _framed(images_BCHW: Tensor) -> Tensor:
     return torch.nn.functional.pad(images_BCHW, (2, 2, 2, 2), value=2.0)
 
 
-def routing_picture(probs_LME: Tensor, cell: int = 8) -> NDArray[np.uint8]:
+def routing_picture(probs_LME: Tensor) -> NDArray[np.uint8]:
     """The route tables side by side, clusters x experts, sorted by chosen expert; [H, W, 3] uint8."""
     panels = []
     for probs_ME in probs_LME.cpu().double().numpy():
         order = np.lexsort((-probs_ME.max(axis=1), probs_ME.argmax(axis=1)))
-        shown = np.kron(probs_ME[order], np.ones((cell, 4 * cell)))
-        panels.append(np.pad(shown, ((0, 0), (0, cell)), constant_values=np.nan))
+        shown = np.kron(probs_ME[order], np.ones((_CELL, 4 * _CELL)))
+        panels.append(np.pad(shown, ((0, 0), (0, _CELL)), constant_values=np.nan))
     rgba = matplotlib.colormaps["viridis"](np.concatenate(panels, axis=1))
     return (rgba[:, :, :3] * 255).round().astype(np.uint8)

@@ -1,21 +1,45 @@
-"""Pre-training, read from top to bottom: `pretrain` opens everything that a run needs, and `Trainer.fit` trains."""
+"""Pre-training: `pretrain` opens everything that a run needs, and `PretrainTask` is what the trainer trains on.
 
+Axes: B images of a micro-batch of this process, G those over all processes, C channels, H, W pixels, N patches,
+L expert layers, M clusters, E experts.
+"""
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, verify_checkpoint
-from moce_ds.checkpoint.format import steps_of
+from moce_ds.checkpoint.format import Checkpoint, steps_of
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.config.settings import to_tree
+from moce_ds.data.loader import Batch, Loader
+from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.distributed.randomness import GATE_NOISE, hashed
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.training.engine import parameter_groups, start_engine
-from moce_ds.training.inputs import keep_clusters, keep_teacher, open_inputs, read_teacher
+from moce_ds.host.threads import keep
+from moce_ds.models.mae import MaskedAutoencoder, mask_noise
+from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.sdr import Teacher
+from moce_ds.text import counted
+from moce_ds.training.engine import Engine, SkippedSteps, parameter_groups, start_engine
+from moce_ds.training.inputs import Inputs, LocalSampler, keep_clusters, keep_teacher, open_inputs, read_teacher
+from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.model import placed_model
-from moce_ds.training.pretrain_task import PretrainTask
-from moce_ds.training.run_checks import check_resumable, keep_settings
-from moce_ds.training.schedule import describe, make_schedule
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.pictures import RunPictures
+from moce_ds.training.router import Router, RouteStatistics, StepTable
+from moce_ds.training.run_checks import RequestedRun
+from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
+from moce_ds.training.settings import ExpertSettings, PretrainSettings
+from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
+
+_NEW_ORDER_EVERY = 32  # steps after which a new route table assigns images to ranks
 
 
 def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
@@ -24,11 +48,11 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
-    run, experts, spec = config.run, config.experts, config.model_spec
-    batches = batch_arithmetic(config, runtime.world_size)
-    inputs = open_inputs(config.data.shards, config.routing_clusters, spec.experts)
+    run, experts, spec, requested = config.run, config.experts, config.model_spec, RequestedRun(config)
+    batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
+    inputs = open_inputs(config.data, spec, config.routing_clusters, run.seed)
     with runtime.raise_on_all_ranks():
-        check_resumable(config, inputs.named, f"start another run: run.init_from={run.out}")
+        requested.check_resumable(inputs.named, f"start another run: run.init_from={run.out}")
     schedule = make_schedule(config.optim, inputs.shards.count, experts.imbalance_start)
     if done := _complete(run.out, schedule.steps, runtime):
         runtime.say(f"{run.out} is complete: {done} steps.")
@@ -39,19 +63,18 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
             spec, config.loss_weights, experts, config.engine, run, inputs.clusters, resume_from, runtime
         )
         encoder = read_teacher(spec, run) if config.wants_teacher else None
-        keep_settings(config, lease, runtime)  # nothing is left that can be refused
+        requested.write_settings(lease, runtime)  # nothing is left that can be refused
         keep_clusters(config.routing_clusters, run.out, runtime)
         teacher = keep_teacher(encoder, run.out, runtime) if encoder else None
         groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
         engine = start_engine(model, groups, config.optim, config.engine, batches)
-        task = PretrainTask(
-            model, slot_LE, inputs, spec.input, teacher, data=config.data, experts=experts, run=run, schedule=schedule,
-            batches=batches, lease=lease, runtime=runtime,
-        )  # fmt: skip
-        checkpoints = CheckpointManager(engine, run, lease, runtime)
+        router = make_router(model, inputs, slot_LE, experts, run.seed, runtime)
+        pictures = RunPictures(model, inputs.shards, spec.input, run.seed, run.picture_every, lease, runtime)
+        task = PretrainTask(inputs, router, teacher, pictures, schedule, batches, run.seed, runtime)
         placement = {"ep_size": experts.ep_size, "slot_LE": slot_LE.tolist()}
         made_from = {"config": to_tree(config), "model": spec.to_tree(), **inputs.made_from, "placement": placement}
-        trainer = Trainer(engine, task, checkpoints, lease, run, schedule, batches, made_from, runtime)
+        checkpoints = CheckpointManager(engine, run, lease, runtime, made_from)
+        trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
         if resume_from is not None:
             trainer.restore(resume_from)
         runtime.say(describe(schedule, batches, config.optim.base_lr))
@@ -60,7 +83,168 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         return progress
 
 
+def make_router(
+    model: MaskedAutoencoder,
+    inputs: Inputs,
+    slot_LE: NDArray[np.int64],
+    experts: ExpertSettings,
+    seed: int,
+    runtime: Runtime,
+) -> Router | None:
+    """The router of a model whose images are routed by cluster; None for other models."""
+    if inputs.clustered is None:
+        return None
+    assert isinstance(model, Moce)
+    return Router(model, inputs.clustered.ids_N, slot_LE, experts, seed, runtime)
+
+
 def _complete(run: Path, steps: int, runtime: Runtime) -> int:
     """The steps of a run that has taken all of them, whose last checkpoint is valid; else 0. A collective."""
     done = int(runtime.max([float(max(steps_of(run), default=0))])[0])
     return done if done >= steps and not verify_checkpoint(run, done, runtime) else 0
+
+
+class PretrainTask(TrainingTask):
+    """Random crops of a shard set; a masked autoencoder reconstructs their hidden patches.
+
+    Args:
+        inputs: the images, and the clusters that route them.
+        router: of a model that is routed by cluster.
+        teacher: of SDR's second phase.
+        pictures: drawn at intervals.
+        seed: of the order of images, of masks and of noise.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        router: Router | None,
+        teacher: Teacher | None,
+        pictures: RunPictures,
+        schedule: Schedule,
+        batches: BatchArithmetic,
+        seed: int,
+        runtime: Runtime,
+    ) -> None:
+        self.count = inputs.shards.count
+        self._inputs, self._router, self._teacher, self._pictures = inputs, router, teacher, pictures
+        self._schedule, self._batches, self._seed, self._runtime = schedule, batches, seed, runtime
+        self._num_patches = pictures.model.shape.num_patches
+        self._sampler: ShuffledSampler | LocalSampler = ShuffledSampler(self.count, batches.micro_global, seed)
+        if router is not None and router.experts.loader_locality and router.experts.ep_size > 1:
+            world_size, ep_size = runtime.world_size, router.experts.ep_size
+            self._sampler = LocalSampler(self._sampler, router.ids_N, router.slot_LE, world_size, ep_size)
+        self._statistics: RouteStatistics | None = None
+        self._loader: Loader | None = None
+        self._table: StepTable | None = None
+        self._routing: Routing | None = None
+        self._moved_parts: list[float] = []
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore the number of threads, and the tables that assign images to ranks."""
+        if message := keep(checkpoint.manifest.get("threads")):
+            self._runtime.say(message)
+        same_parts = checkpoint.entry("config", "optim", "accumulation") == self._batches.accumulation
+        if isinstance(self._sampler, LocalSampler) and same_parts:  # else the tables name other micro-batches
+            self._sampler.tables = LocalSampler.tables_from_tree(checkpoint.entry("dealt_by"))
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Images on this process's device."""
+        first, last = (step * self._batches.accumulation for step in (first_step, self._schedule.steps))
+        if self._router is not None:
+            if isinstance(self._sampler, LocalSampler) and not self._sampler.tables:
+                self._sampler.tables = [(first, self._router.prepare(None).expert_MLK[:, :, 0])]
+            self._statistics = RouteStatistics(self._router)
+        rank, world_size = self._runtime.rank, self._runtime.world_size
+        self._loader = self._inputs.loader(
+            lambda index: self._sampler.batch(index).part(rank, world_size),
+            first,
+            last,
+            self._batches.micro,
+            self._runtime.device,
+        )
+        return iter(self._loader)
+
+    def prepare(self, step: int, part: int) -> int:
+        """Plan the routes of a micro-batch; returns the digest of the plan."""
+        if part == 0:
+            self._begin_step(step)
+        if self._router is None or self._table is None:
+            return 0
+        # The plan uses the requested ids, which all processes know, also if an intact image replaces a damaged one.
+        ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
+        share = self._schedule.imbalance_share(step)
+        self._routing = self._router.route(self._table, ids_G, share)
+        plan = self._routing.plan
+        self._moved_parts.append(float(np.mean([layer.moved / len(layer.image_N) for layer in plan.layers])))
+        return plan.digest
+
+    def _begin_step(self, step: int) -> None:
+        # Only the token gate draws from torch's generator; seeded by the step, its noise does not depend on resuming.
+        torch.manual_seed(int(hashed(GATE_NOISE, self._seed, step, self._runtime.rank)[()] >> np.uint64(1)))
+        self._moved_parts = []
+        self._table = self._router.table(step) if self._router else None
+
+    def losses(self, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
+        """The named losses of the model, for masks that depend only on seed, epoch and image."""
+        noise_BN = mask_noise(self._seed, batch.ids_B, batch.epochs_B, self._num_patches)
+        inputs: list[Any] = [batch.images_BCHW, noise_BN.to(self._runtime.device, non_blocking=True)]
+        inputs += [further for further in (self._routing, self._teacher) if further is not None]
+        losses: dict[str, Tensor] = engine(*inputs).losses
+        return losses
+
+    def sums(self) -> dict[str, float]:
+        """The share of rows that moved between processes, and the number of replaced images."""
+        assert self._loader is not None
+        shares = self._batches.accumulation * self._runtime.world_size
+        return {"moved": sum(self._moved_parts) / shares, "images_replaced": float(len(self._loader.replaced))}
+
+    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
+        """Begin the route table of the next step; it is copied to the host while this step is recorded."""
+        if self._router is not None and not last:
+            self._router.prepare(step)
+
+    def record(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Moved rows, replaced images, and the statistics of each expert layer for the last micro-batch."""
+        own: dict[str, Any] = {}
+        if self._statistics is not None and self._table is not None:
+            ids_G = self._sampler.batch(step * self._batches.accumulation - 1).ids
+            layers = self._statistics.of_step(self._table, ids_G)
+            own = {"moved": round(sums["moved"], 5), "layers": layers}
+            if step >= self._schedule.imbalance_steps:
+                self._warn_of_dead_experts(step, self._statistics)
+        return own | {"images_replaced": int(sums["images_replaced"])}
+
+    def _warn_of_dead_experts(self, step: int, statistics: RouteStatistics) -> None:
+        for block, expert in statistics.newly_dead():
+            self._runtime.warn(
+                f"step {step}: no cluster chooses expert {expert} of block {block}. Raise "
+                "experts.balance_weight, or set experts.balance=sinkhorn."
+            )
+
+    def after_record(self, step: int, logger: MetricLogger, *, last: bool) -> None:
+        """Assign images to ranks by a new table, and draw pictures, if due."""
+        if isinstance(self._sampler, LocalSampler) and step % _NEW_ORDER_EVERY == 0:
+            assert self._router is not None
+            table = self._router.prepare(None).expert_MLK[:, :, 0]
+            self._sampler.use(table, step * self._batches.accumulation)
+        if self._pictures.due(step) or last:
+            self._pictures.draw(self._router, step, logger)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Number of threads, the noise-free routes, and the tables that assign images to ranks."""
+        return {
+            "threads": torch.get_num_threads(),
+            "routing": self._router.record(step) if self._router else None,
+            "dealt_by": self._sampler.to_tree() if isinstance(self._sampler, LocalSampler) else [],
+        }
+
+    def report_replaced(self) -> None:
+        """Print the replaced images of all processes; a collective."""
+        sources = self._loader.replaced_sources() if self._loader else []
+        listed = [line for text in self._runtime.texts("\n".join(sources)) for line in text.split("\n")]
+        named = sorted({line for line in listed if line})
+        if named:
+            shown = "\n  ".join(named[:20]) + (f"\n  and {len(named) - 20} more" if len(named) > 20 else "")
+            were = "was" if len(named) == 1 else "were"
+            self._runtime.say(f"{counted(len(named), 'damaged image')} {were} replaced:\n  {shown}")

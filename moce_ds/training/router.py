@@ -1,13 +1,9 @@
-"""The routes of a step: the table read once, the plan of each micro-batch, and what the log says of both.
-
-`LocalSampler` reads images where their experts live: the same global batches, their images dealt to ranks by route.
-Reading runs ahead of training, so a batch is dealt by the route table of some steps before. That moves a few images
-more, and changes nothing else. A change of table takes effect at an agreed batch, on all ranks alike.
+"""The routes of a step: its route table, the plan of each micro-batch, and their statistics for the log.
 
 Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,16 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.settings import ExpertSettings
 from moce_ds.moe.gate import gate_noise, live_experts, route_table
-from moce_ds.moe.placement import local_order
 from moce_ds.moe.plan import make_plan, on_device
-
-LEAD = 8
-"""Batches between a new table and the first batch dealt by it: more than the loader ever reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ class StepTable:
 
 
 class Router:
-    """Looks up routes for a training run.
+    """Looks up the routes of a training run.
 
     Args:
         model: whose gate decides.
@@ -126,7 +117,7 @@ class Router:
 
 
 class RouteStatistics:
-    """What the log says of the routes, and warnings about experts that no cluster chooses."""
+    """Statistics of the routes for the log, and the experts that no cluster chooses."""
 
     def __init__(self, router: Router) -> None:
         self.router = router
@@ -159,43 +150,6 @@ class RouteStatistics:
         layers, E = self.router.model.experts.layers, self.router.shape_LME[2]
         live = live_experts(self._last_MLK, E)
         dead = {(layers[layer], e) for layer, chosen in enumerate(live) for e in range(E) if e not in chosen}
-        new, self._warned = dead - self._warned, dead
+        new = dead - self._warned
+        self._warned |= new
         return sorted(new)
-
-
-@dataclass
-class LocalSampler:
-    """A sampler whose batches are those of `sampler`, their images ordered by `local_order`.
-
-    Attributes:
-        tables: (first batch, expert_ML) in rising order; the last one that a batch has reached counts.
-    """
-
-    sampler: ShuffledSampler
-    ids_N: NDArray[np.int32]
-    slot_LE: NDArray[np.int64]
-    world_size: int
-    ep_size: int
-    tables: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
-
-    def batch(self, index: int) -> ReadList:
-        """The micro-batch with this index, [G], rank after rank."""
-        plain = self.sampler.batch(index)
-        expert_ML = [table for first, table in self.tables if first <= index][-1]
-        clusters_G = self.ids_N[plain.ids].astype(np.int64)
-        order_G = local_order(clusters_G, expert_ML, self.slot_LE, self.world_size, self.ep_size)
-        return ReadList(plain.ids[order_G], plain.epochs[order_G])
-
-    def use(self, expert_ML: NDArray[np.int64], next_batch: int) -> None:
-        """Deal by another table, from `LEAD` batches after `next_batch` on; older tables out of use are dropped."""
-        current = [i for i, (first, _) in enumerate(self.tables) if first <= next_batch]
-        self.tables = [*self.tables[current[-1] if current else 0 :], (next_batch + LEAD, expert_ML)]
-
-    def to_tree(self) -> list[dict[str, Any]]:
-        """The tables as plain data for a checkpoint."""
-        return [{"first": first, "expert_ML": table.tolist()} for first, table in self.tables]
-
-    @staticmethod
-    def tables_from_tree(tree: list[dict[str, Any]]) -> list[tuple[int, NDArray[np.int64]]]:
-        """The inverse of `to_tree`."""
-        return [(item["first"], np.array(item["expert_ML"], dtype=np.int64)) for item in tree]

@@ -1,9 +1,48 @@
-"""Learning rate and loss weights as functions of the step: nothing to save, nothing to restore."""
+"""The arithmetic of a run: its batches, and learning rate and loss weights as functions of the step.
+
+Nothing here is saved or restored.
+"""
 
 import math
 from dataclasses import dataclass
 
-from moce_ds.training.settings import BatchArithmetic, OptimSettings
+from moce_ds.errors import ConfigError
+from moce_ds.training.settings import OptimSettings
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """How a global batch is divided over processes and micro-batches."""
+
+    global_batch: int
+    world_size: int
+    accumulation: int
+
+    @property
+    def micro_global(self) -> int:
+        """Images of one micro-batch over all processes."""
+        return self.global_batch // self.accumulation
+
+    @property
+    def micro(self) -> int:
+        """Images of one micro-batch of one process."""
+        return self.micro_global // self.world_size
+
+
+def batch_arithmetic(optim: OptimSettings, world_size: int, ep_size: int = 1) -> BatchArithmetic:
+    """Divide the batch over `world_size` processes in expert-parallel groups of `ep_size`.
+
+    Raises:
+        ConfigError: the batch is not divisible, or the processes are not.
+    """
+    if optim.batch_size % (world_size * optim.accumulation):
+        raise ConfigError(
+            f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
+            f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
+        )
+    if world_size % ep_size:
+        raise ConfigError(f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}.")
+    return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
 
 @dataclass(frozen=True)

@@ -146,42 +146,6 @@ class PretrainSettings:
         return ImageInput(self.vit_shape.image_size, data.mean, data.std, data.center_crop)
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchArithmetic:
-    """How the global batch is cut: `micro` images a process at a time, `micro_global` over all processes."""
-
-    global_batch: int
-    world_size: int
-    accumulation: int
-
-    @property
-    def micro_global(self) -> int:
-        """Images of one micro-batch over all processes."""
-        return self.global_batch // self.accumulation
-
-    @property
-    def micro(self) -> int:
-        """Images of one micro-batch of one process."""
-        return self.micro_global // self.world_size
-
-
-def batch_arithmetic(config: PretrainSettings, world_size: int) -> BatchArithmetic:
-    """Check the settings against the number of processes. Raises ConfigError."""
-    return shared_batch(config.optim, world_size, config.ep_size)
-
-
-def shared_batch(optim: OptimSettings, world_size: int, ep_size: int = 1) -> BatchArithmetic:
-    """How so many processes share a batch, and its experts. Raises ConfigError where they cannot."""
-    if optim.batch_size % (world_size * optim.accumulation):
-        raise ConfigError(
-            f"optim.batch_size: {optim.batch_size} is not divisible by {world_size} processes x "
-            f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
-        )
-    if world_size % ep_size:
-        raise ConfigError(f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}.")
-    return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
-
-
 class AnySettings(Protocol):
     """The settings of a verb that trains, as far as a run folder is concerned."""
 

@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.training.engine import Engine
+from moce_ds.training.engine import Engine, SkippedSteps
 from moce_ds.training.metric_logger import MetricLogger
-from moce_ds.training.skipping import SkippedSteps
 
 
-class Task(ABC):
+class TrainingTask(ABC):
     """Batches and losses, and hooks that `Trainer.fit` calls in the order in which they stand here.
 
     Every process holds one, made from the same settings and seed. Steps are numbered from 0 where one is about to be
-    taken (`plan`, `losses`), and counted where it has been taken (all other hooks).
+    taken (`prepare`, `losses`), and counted where it has been taken (all other hooks).
 
     Attributes:
         count: training items, numbered from 0.
@@ -38,10 +37,10 @@ class Task(ABC):
             DataError: an item cannot be read.
         """
 
-    def plan(self, step: int, part: int) -> int:
+    def prepare(self, step: int, part: int) -> int:
         """Prepare the micro-batch `part` of a step before it is read.
 
-        Returns a digest of what all processes must have planned alike, 0 for nothing. Not a collective.
+        Returns a digest that must be the same on all processes; 0: nothing is to be compared. Not a collective.
         """
         return 0
 

@@ -9,17 +9,14 @@ from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime, StopRequest
 from moce_ds.errors import MoceError
-from moce_ds.training.engine import Engine, set_lr
+from moce_ds.training.engine import Engine, SkippedSteps, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
-from moce_ds.training.schedule import Schedule
-from moce_ds.training.settings import BatchArithmetic
-from moce_ds.training.skipping import SkippedSteps
-from moce_ds.training.task import Task
+from moce_ds.training.schedule import BatchArithmetic, Schedule
+from moce_ds.training.task import TrainingTask
 
 Batch = TypeVar("Batch")
 
@@ -42,13 +39,10 @@ class Trainer:
     Args:
         engine: the model under DeepSpeed.
         task: batches, losses and hooks.
-        checkpoints: writes checkpoints of the engine.
-        lease: ownership of the run folder.
-        run: settings of the run folder: what is written when.
+        checkpoints: writes checkpoints of the engine into the run folder of its lease.
         schedule: learning rate and number of steps.
-        batches: how a step's images are cut.
-        made_from: entries of every checkpoint's manifest that say what the run is made from.
-        runtime: the place of this process.
+        batches: how a global batch is divided.
+        run: what is written when.
 
     Attributes:
         step: steps taken in all.
@@ -58,25 +52,22 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        task: Task,
+        task: TrainingTask,
         checkpoints: CheckpointManager,
-        lease: RunLease,
-        run: RunSettings,
         schedule: Schedule,
         batches: BatchArithmetic,
-        made_from: Mapping[str, Any],
-        runtime: Runtime,
+        run: RunSettings,
     ) -> None:
-        self.engine, self.task, self.checkpoints, self.lease = engine, task, checkpoints, lease
-        self.run, self.schedule, self.batches, self.runtime = run, schedule, batches, runtime
-        self.made_from = made_from
+        self.engine, self.task, self.checkpoints = engine, task, checkpoints
+        self.schedule, self.batches, self.run = schedule, batches, run
+        self.lease, self.runtime = checkpoints.lease, checkpoints.runtime
         self.step = 0
-        self.skips = SkippedSteps(run, 0, runtime)
+        self.skips = SkippedSteps(run, self.runtime)
         self._meter = Meter()
         self._stopping = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go to where a checkpoint was written; a collective. Raises ArtefactError where it does not fit the model."""
+        """Load a checkpoint; a collective. Raises ArtefactError if it does not fit the model."""
         load_checkpoint(self.engine, checkpoint, self.runtime)
         self.task.restore(checkpoint)
         self.step, self.skips.total = checkpoint.step, checkpoint.entry("skipped")
@@ -102,8 +93,11 @@ class Trainer:
                 self.runtime.set_status(f"step {self.step + 1}")
                 set_lr(self.engine, self.schedule.lr(self.step))
                 losses, waited = self.train_step(batches)
+                self.step += 1
                 sums = self._reduce(losses | task.sums(), stop)
-                self._count(logger, waited)
+                self.skips.count(self.step, self.engine.was_step_applied())
+                self._meter.step(self.batches.global_batch, waited)
+                logger.step()
                 task.after_step(self.step, self.skips, last=self.last)
                 validation = task.validate_if_due(self.step)
                 if self.step % self.run.log_every == 0 or self.last or validation:
@@ -125,13 +119,14 @@ class Trainer:
         parts: list[dict[str, Tensor]] = []
         waited = 0.0
         for part in range(self.batches.accumulation):
-            digest = self.task.plan(self.step, part)
+            digest = self.task.prepare(self.step, part)
             began = time.perf_counter()
             batch = next_batch_checked(self.runtime, batches, digest, self.step)
             waited += time.perf_counter() - began
             losses = self.task.losses(self.engine, batch, self.step, part)
             self.engine.backward(losses["loss"])
-            self.checkpoints.wait_for_staging()
+            if part == self.batches.accumulation - 1:  # the update, which changes what a checkpoint copies
+                self.checkpoints.wait_for_staging()
             self.engine.step()
             parts.append({name: loss.detach() for name, loss in losses.items()})
         return self._own_share(parts), waited
@@ -148,7 +143,6 @@ class Trainer:
             "step": self.step,
             "skipped": self.skips.total,
             "attempt": self.lease.number,
-            **self.made_from,
             "images_read": self.step * self.batches.global_batch,
             **self.task.manifest(self.step),
             "metrics": logger.mark,
@@ -170,24 +164,17 @@ class Trainer:
     def _reduce(self, own: dict[str, float], stop: StopRequest) -> dict[str, float]:
         """Sum the figures of a step over processes, together with what all must act on at the same step.
 
-        Counts the step. Raises SupersededError, ArtefactError on every process alike.
+        Raises SupersededError, ArtefactError on every process alike.
         """
         runtime = self.runtime
         flags = [stop.wanted, runtime.is_main and self.lease.superseded, self.checkpoints.written]
         *sums, stopping, superseded, written = runtime.sum([*own.values(), *map(float, flags)])
-        self.step += 1
         if superseded:
             raise self.lease.error(self.step)
         if written == runtime.world_size or not self.engine.was_step_applied():
             self.checkpoints.finish()
         self._stopping = stopping > 0
         return dict(zip(own, sums, strict=True))
-
-    def _count(self, logger: MetricLogger, waited: float) -> None:
-        """Count the step as taken. Raises DivergedError where too many had no update."""
-        self.skips.count(self.step, self.engine.was_step_applied())
-        self._meter.step(self.batches.global_batch, waited)
-        logger.step()
 
     def _record(
         self, losses: Mapping[str, float], sums: Mapping[str, float], validation: Mapping[str, float]

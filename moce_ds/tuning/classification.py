@@ -26,8 +26,9 @@ from moce_ds.errors import ConfigError
 from moce_ds.evaluation.metrics import default_metric, judge
 from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.storage.files import atomic_folder, save_tensors, writes_to
-from moce_ds.training.settings import EngineSettings, shared_batch
-from moce_ds.training.skipping import DivergedError
+from moce_ds.training.engine import DivergedError
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
 from moce_ds.tuning.feed import prepared
 from moce_ds.tuning.groups import parameter_groups
@@ -91,7 +92,7 @@ class Classification:
             )
         self._transform = training_transform(self._input, augment)
         self._mix = Mixing(augment, run.seed)
-        if self._mix.in_pairs and shared_batch(optim, runtime.world_size).micro % 2:
+        if self._mix.in_pairs and batch_arithmetic(optim, runtime.world_size).micro % 2:
             raise ConfigError(
                 f"optim.batch_size: {optim.batch_size} gives a process an odd number of images at a time; mixup "
                 "and cutmix take them in pairs. Change it, or set augment.mixup=0 augment.cutmix=0."

@@ -19,12 +19,10 @@ from moce_ds.distributed.randomness import FORWARD, hashed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.storage.checksums import FileRecord
-from moce_ds.training.engine import Engine, start_engine
-from moce_ds.training.run_checks import check_resumable, keep_settings
-from moce_ds.training.schedule import Schedule, describe, make_schedule
-from moce_ds.training.settings import BatchArithmetic, shared_batch
-from moce_ds.training.skipping import SkippedSteps
-from moce_ds.training.task import Task
+from moce_ds.training.engine import Engine, SkippedSteps, start_engine
+from moce_ds.training.run_checks import RequestedRun
+from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
+from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Trainer
 from moce_ds.tuning.feed import feed
 from moce_ds.tuning.settings import TuneOptimSettings, TuneSettings
@@ -40,10 +38,11 @@ def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Meas
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
-    run, batches = config.run, shared_batch(config.optim, runtime.world_size)
+    run, batches = config.run, batch_arithmetic(config.optim, runtime.world_size)
+    requested = RequestedRun(config)
     with runtime.raise_on_all_ranks():
         found = [("The task", "task_fingerprint", labelled.fingerprint)]
-        check_resumable(config, found, "choose another folder for another run")
+        requested.check_resumable(found, "choose another folder for another run")
     if runtime.max([float((run.out / RESULT).exists())])[0]:
         runtime.say(f"{run.out} is complete.")
         return dict(read_result(run.out)["measures"])
@@ -55,20 +54,20 @@ def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Meas
     schedule = make_schedule(config.optim, labelled.count)
     with RunLease.claimed(run.out, runtime) as lease:
         resume_from = latest_valid_checkpoint(run.out, runtime)
-        keep_settings(config, lease, runtime)
+        requested.write_settings(lease, runtime)
         labelled.model.to(runtime.device).train()
         task = TuneTask(labelled, config.optim, config.data.workers, run.seed, schedule, batches, runtime)
         engine = start_engine(labelled.model, labelled.parameter_groups(), config.optim, config.engine, batches)
-        checkpoints = CheckpointManager(engine, run, lease, runtime)
         made_from = {"config": to_tree(config), "task_fingerprint": labelled.fingerprint}
-        trainer = Trainer(engine, task, checkpoints, lease, run, schedule, batches, made_from, runtime)
+        checkpoints = CheckpointManager(engine, run, lease, runtime, made_from)
+        trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
         if resume_from is not None:
             trainer.restore(resume_from)
         runtime.say(describe(schedule, batches, config.optim.base_lr))
         return task.finish(lease) if trainer.fit().complete else None
 
 
-class TuneTask(Task):
+class TuneTask(TrainingTask):
     """A labelled task for the trainer, with what tuning adds: a running average of the weights, and validation.
 
     Args:
@@ -95,25 +94,25 @@ class TuneTask(Task):
         self._validate_every = max(1, round(optim.validate_every * labelled.count / batches.global_batch))
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take average, best weights and statistics; a collective. Raises ArtefactError."""
+        """Restore average, best weights and statistics; a collective. Raises ArtefactError."""
         with self._runtime.raise_on_all_ranks():
             self._state.load(checkpoint.load(STATE), checkpoint.entry("best"), str(checkpoint.folder))
 
     def batches(self, first_step: int) -> Iterator[Any]:
-        """What worker processes prepare, on the host."""
+        """Micro-batches that worker processes prepare, on the host."""
         parts = self._batches.accumulation
         sampler = ShuffledSampler(self.count, self._batches.micro_global, self._seed)
         indices = range(first_step * parts, self._schedule.steps * parts)
         return feed(self._labelled, sampler, indices, self._workers, self._runtime)
 
     def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
-        """The labelled task's own."""
+        """The loss of the labelled task, under the name "loss"."""
         seed = hashed(FORWARD, self._seed, step, part, self._runtime.rank)
         torch.manual_seed(int(seed[()] >> np.uint64(1)))  # of dropped paths: the same after resuming
         return {"loss": self._labelled.loss(engine, batch)}
 
     def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
-        """Follow the weights; refuse to end with weights of no use. Raises DivergedError."""
+        """Update the running average. Raises DivergedError if a run ends with useless weights."""
         self._state.update(step - skips.total, applied=not skips.in_a_row)
         if step == self._schedule.steps:
             skips.check_end(step, self._state.model)

@@ -18,7 +18,8 @@ from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.step import Launch, Step, StepFile, Workflow, digest, run_commands
 from moce_ds.workflow.study_grid import TaskName, check_there
 
@@ -238,7 +239,7 @@ def check_batches(stages: Sequence[Step], processes: int) -> None:
     for stage in stages:
         if isinstance(stage.config, PretrainSettings):
             try:
-                batch_arithmetic(stage.config, processes)
+                batch_arithmetic(stage.config.optim, processes, stage.config.ep_size)
             except ConfigError as error:
                 raise ConfigError(f"{stage.name}: {error}") from None
 
@@ -256,6 +257,6 @@ def check_folders(pipeline: PipelineSettings, stages: Sequence[Step]) -> None:
     check_there(given)
     for stage in stages:
         if isinstance(stage.config, PretrainSettings) and not stage.is_done():
-            from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
+            from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
 
-            check_run(stage.config)
+            RequestedRun(stage.config).check_folder()

@@ -16,7 +16,8 @@ from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 """Of a task that the settings name: a folder is called by it, and a word of a command."""
@@ -154,7 +155,8 @@ def check_settings(cells: Sequence[Cell]) -> None:
     """Check the settings of all cells, and their batch arithmetic. Raises ConfigError, listing every fault."""
 
     def check(cell: Cell) -> None:
-        batch_arithmetic(cell.config(), cell.world_size)
+        config = cell.config()
+        batch_arithmetic(config.optim, cell.world_size, config.ep_size)
 
     _collect(cells, check)
 
@@ -165,7 +167,7 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
     Raises:
         ConfigError: every fault is listed, with the settings in which a run that is there differs.
     """
-    from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
+    from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
 
     inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
     inputs |= {"heldout": [study.heldout]} if study.heldout else {}
@@ -176,7 +178,7 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
         read = {"data.shards": config.data.shards, "run.init_from": config.run.init_from}
         read |= {"experts.clusters": config.experts.clusters} if config.family.routes_by_cluster else {}
         check_there({key: [path] for key, path in read.items() if path})
-        check_run(config)
+        RequestedRun(config).check_folder()
         if record and cell.run.exists() and (record.processes, record.nodes) != (cell.processes, cell.nodes):
             raise ConfigError(
                 f"{cell.folder} was measured with {record.processes} processes on {record.nodes} machines, not "

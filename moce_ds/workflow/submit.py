@@ -15,7 +15,8 @@ from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import Submitted, submit
 from moce_ds.launch.snapshot import begin_launch, record_jobs, refuse_second
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.pipeline import keep_stages
 from moce_ds.workflow.pipeline_stages import PipelineSettings, check_folders, pipeline_workflow
 from moce_ds.workflow.step import Step, Workflow
@@ -48,10 +49,10 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
 
 
 def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
-    from moce_ds.training.run_checks import check_run  # brings DeepSpeed along
+    from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
 
     config = read_settings(PretrainSettings, _without_options(words))
-    check_run(config)
+    RequestedRun(config).check_folder()
     usable = usable_nodes(config, profile)
     command = ["pretrain", *words]
     refuse_second(config.run.out / LAUNCHES)
@@ -70,11 +71,11 @@ def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
     Raises:
         ConfigError: the number that the profile asks for is not one of them.
     """
-    batch_arithmetic(config, profile.nodes * profile.processes_per_node)
+    batch_arithmetic(config.optim, profile.nodes * profile.processes_per_node, config.ep_size)
     usable = []
     for nodes in profile.node_counts:
         try:
-            batch_arithmetic(config, nodes * profile.processes_per_node)
+            batch_arithmetic(config.optim, nodes * profile.processes_per_node, config.ep_size)
         except ConfigError:
             continue
         usable.append(nodes)

@@ -20,8 +20,7 @@ from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine
-from moce_ds.training.pretrain import pretrain
-from moce_ds.training.pretrain_task import PretrainTask
+from moce_ds.training.pretrain import PretrainTask, pretrain
 from moce_ds.training.settings import PretrainSettings
 
 

@@ -24,7 +24,8 @@ from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.inputs import open_inputs
 from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.router import Router
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 
 STEPS, BATCH = 2, 16
 IDS_G = np.arange(0, 80, 80 // BATCH)
@@ -43,13 +44,13 @@ class Session:
         if slot_LE is None:
             slot_LE = default_placement(len(config.expert_layers), config.experts.num)
         shards = ShardSet.open(config.data.shards)
-        data = open_inputs(config.data.shards, config.routing_clusters, config.model_spec.experts)
+        data = open_inputs(config.data, config.model_spec, config.routing_clusters, config.run.seed)
         model = build(config, data.clusters)
         weights, _ = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
         place_experts(model, slot_LE, runtime.rank)
         take_weights(model, weights, config.run.init_from)
         groups = parameter_groups(model, config.optim, config.experts.gate_lr_scale)
-        batches = batch_arithmetic(config, runtime.world_size)
+        batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
         self.engine = start_engine(model, groups, config.optim, config.engine, batches)
         self.runtime, self.router = runtime, None
         if data.clustered:
@@ -128,7 +129,9 @@ def save(config: PretrainSettings, runtime: Runtime, folder: Path) -> None:
 def _bf16_engine(config: PretrainSettings, runtime: Runtime) -> deepspeed.DeepSpeedEngine:
     """DeepSpeed's own bf16 mode, which casts weights and tables; this program uses autocast instead."""
     model = build(config, None)
-    settings = deepspeed_config(config.optim, config.engine, batch_arithmetic(config, runtime.world_size))
+    settings = deepspeed_config(
+        config.optim, config.engine, batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
+    )
     settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     groups = parameter_groups(model, config.optim, config.experts.gate_lr_scale)
     return deepspeed.initialize(model=model, model_parameters=groups, config=settings, dist_init_required=False)[0]

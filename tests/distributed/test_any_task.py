@@ -17,13 +17,13 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine, start_engine
-from moce_ds.training.schedule import Schedule
-from moce_ds.training.settings import BatchArithmetic, EngineSettings, OptimSettings
-from moce_ds.training.task import Task
+from moce_ds.training.schedule import BatchArithmetic, Schedule
+from moce_ds.training.settings import EngineSettings, OptimSettings
+from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
 
 
-class Line(Task):
+class Line(TrainingTask):
     """The smallest task: a line through points, with a loss of its own beside the one that is differentiated."""
 
     count = 16
@@ -63,8 +63,8 @@ def fit(run: Path, runtime: Runtime, steps: int) -> Progress:
     resume_from = latest_valid_checkpoint(run, runtime)
     groups = [{"params": list(task.model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
     engine = start_engine(task.model, groups, optim, EngineSettings(precision="fp32"), batches)
-    checkpoints = CheckpointManager(engine, settings, lease, runtime)
-    trainer = Trainer(engine, task, checkpoints, lease, settings, schedule, batches, {"made": "here"}, runtime)
+    checkpoints = CheckpointManager(engine, settings, lease, runtime, {"made": "here"})
+    trainer = Trainer(engine, task, checkpoints, schedule, batches, settings)
     if resume_from is not None:
         trainer.restore(resume_from)
     return trainer.fit()

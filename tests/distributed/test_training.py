@@ -19,7 +19,8 @@ from moce_ds.errors import ConfigError
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.pretrain import pretrain
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings
 from tests.examples.alone import ALONE
 
 
@@ -159,7 +160,7 @@ def test_a_damaged_image_is_replaced_and_named(
 def test_deepspeed_is_told_what_was_set(tmp_path: Path) -> None:
     words = ("engine.zero_stage=2", "engine.precision=bf16", "optim.accumulation=2", "optim.clip=0.25")
     config = read_settings(PretrainSettings, tiny_settings(tmp_path, tmp_path, *words))
-    told = deepspeed_config(config.optim, config.engine, batch_arithmetic(config, world_size=2))
+    told = deepspeed_config(config.optim, config.engine, batch_arithmetic(config.optim, world_size=2))
     assert told["zero_optimization"]["stage"] == 2 and told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert (told["gradient_accumulation_steps"], told["train_micro_batch_size_per_gpu"]) == (2, 4)
     assert told["gradient_clipping"] == 0.25

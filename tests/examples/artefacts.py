@@ -33,7 +33,7 @@ from moce_ds.storage.made_from import MadeFrom
 from moce_ds.training.inputs import keep_clusters
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
-from moce_ds.training.run_checks import keep_settings
+from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.tuning.settings import FinetuneSettings
 from moce_ds.workflow.pipeline import keep_stages
@@ -114,7 +114,7 @@ def _write_run(config: AnySettings, model: torch.nn.Module, told: Mapping[str, A
     """Settings, metrics, a picture, a checkpoint of random weights, and its routes, as an attempt writes them."""
     run = config.run.out
     attempt = RunLease.claim(run, ALONE)
-    keep_settings(config, attempt, ALONE)
+    RequestedRun(config).write_settings(attempt, ALONE)
     meter = Meter()
     with MetricLogger(attempt, 0, STEPS, 16, ALONE) as teller:
         for step in range(1, STEPS + 1):

@@ -21,7 +21,7 @@ from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import VARIANTS
 from moce_ds.report.runs import read_runs
-from moce_ds.training.run_checks import check_run, check_same_settings
+from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import PretrainSettings, settings_of_run
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 from tests.examples.moce_command import run_here
@@ -70,11 +70,11 @@ def test_an_earlier_run_folder_is_resumed(kind: str, tmp_path: Path, notices: Ca
     manifest = {"step": 1, "config": tree, "model": config.model_spec.to_tree()}
     write_checkpoint(step_folder(run, 1), {}, {}, manifest)
     assert settings_of_run(run / "config.yaml", PretrainSettings) == now(kind)
-    check_run(config)
-    check_same_settings(config)
+    RequestedRun(config).check_folder()
+    RequestedRun(config).check_newest_checkpoint()
     assert notices() == [], "nobody is asked to edit what a run has written"
     with pytest.raises(ConfigError, match=r"experts.num: [46] -> 2"):
-        check_run(now(kind, f"run.out={run}", "experts.num=2"))
+        RequestedRun(now(kind, f"run.out={run}", "experts.num=2")).check_folder()
 
 
 def test_a_changed_setting_that_has_moved_is_found(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_changed_setting_that_has_moved_is_found(tmp_path: Path) -> None:
     run.mkdir()
     shutil.copy(EARLIER / "sdr.yaml", run / "config.yaml")
     with pytest.raises(ConfigError, match=r"sdr.common: 0.25 -> 0.5"):
-        check_run(now("sdr", f"run.out={run}", "sdr.common=0.5"))
+        RequestedRun(now("sdr", f"run.out={run}", "sdr.common=0.5")).check_folder()
 
 
 def test_words_are_translated_with_one_notice(notices: Callable[[], list[str]]) -> None:

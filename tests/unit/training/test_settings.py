@@ -13,8 +13,9 @@ from moce_ds.config.settings import differences, keys, load, to_tree, to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
-from moce_ds.training.run_checks import check_same_settings
-from moce_ds.training.settings import PretrainSettings, batch_arithmetic, forbidden_changes, settings_of_run
+from moce_ds.training.run_checks import RequestedRun
+from moce_ds.training.schedule import batch_arithmetic
+from moce_ds.training.settings import PretrainSettings, forbidden_changes, settings_of_run
 
 Make = Callable[..., PretrainSettings]
 MOCE = ("model.arch=moce", "experts.clusters=clusters")
@@ -114,13 +115,14 @@ def test_required_settings_are_named() -> None:
     ],
 )  # fmt: skip
 def test_batches_that_cannot_be_shared_out(tiny_config: Make, words: list[str], world_size: int, message: str) -> None:
+    config = tiny_config(*words)
     with pytest.raises(ConfigError) as caught:
-        batch_arithmetic(tiny_config(*words), world_size)
+        batch_arithmetic(config.optim, world_size, config.ep_size)
     assert message in str(caught.value)
 
 
 def test_batch_arithmetic(tiny_config: Make) -> None:
-    batches = batch_arithmetic(tiny_config("optim.accumulation=3"), 2)
+    batches = batch_arithmetic(tiny_config("optim.accumulation=3").optim, 2)
     assert (batches.global_batch, batches.micro_global, batches.micro) == (12, 4, 2)
 
 
@@ -175,7 +177,7 @@ def test_a_run_whose_paths_an_earlier_version_wrote_as_they_are_goes_on(tiny_con
             "shards_fingerprint": "", "placement": None, "skipped": 0, "images_read": 12, "dealt_by": [],
         })  # fmt: skip
         with nullcontext() if same else pytest.raises(ConfigError, match=r"data.shards: a\$c -> a\$\$b"):
-            check_same_settings(config)
+            RequestedRun(config).check_newest_checkpoint()
 
 
 def test_the_settings_of_an_older_run_are_read(tiny_config: Make, tmp_path: Path) -> None:

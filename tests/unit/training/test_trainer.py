@@ -13,8 +13,7 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.metrics_file import METRICS
 from moce_ds.training.metric_logger import MetricLogger
-from moce_ds.training.schedule import Schedule
-from moce_ds.training.settings import BatchArithmetic
+from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.trainer import Trainer
 from tests.examples.alone import ALONE
 
@@ -33,11 +32,11 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
 
     lease = RunLease.claim(tmp_path, ALONE)
     monkeypatch.setattr(os, "fsync", fsync)
-    checkpoints: Any = SimpleNamespace(start=start)
+    checkpoints: Any = SimpleNamespace(start=start, lease=lease, runtime=ALONE)
     task: Any = SimpleNamespace(manifest=lambda _: {}, state=dict)
     engine: Any = None
     schedule, run = Schedule(0.1, 0.0, 2, 0, 0), RunSettings(out=tmp_path)
-    trainer = Trainer(engine, task, checkpoints, lease, run, schedule, BatchArithmetic(16, 1, 1), {}, ALONE)
+    trainer = Trainer(engine, task, checkpoints, schedule, BatchArithmetic(16, 1, 1), run)
     with MetricLogger(lease, 0, 2, 16, ALONE) as logger:
         logger.metrics({"step": 1, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
         trainer.save(logger)
