@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,8 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
-# What follows the launched verb is the verb's own, options too.
-FOREIGN: Any = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+# Options after the launched verb belong to the verb.
+FOREIGN: Any = {"allow_interspersed_args": False}
 
 
 @click.group()
@@ -117,6 +118,7 @@ def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None
     """Run VERB in several processes on this machine, such as pretrain."""
     from moce_ds.launch.local import run_processes
 
+    _check_verb(verb)
     sys.exit(run_processes([sys.executable, "-m", "moce_ds", verb, *rest], nproc, max_restarts))
 
 
@@ -135,7 +137,18 @@ def slurm(words: Sequence[str]) -> None:
     verb = next((i for i, word in enumerate(words) if word in JOB_VERBS or not is_config_word(word)), None)
     if verb is None:
         raise ConfigError(f"No verb follows {' '.join(words)}: name one, such as pretrain CONFIG.yaml.")
+    _check_verb(words[verb])
     launch_on_slurm(read_settings(SlurmProfile, words[:verb]), words[verb:])
+
+
+def _check_verb(verb: str) -> None:
+    """Refuse a word that is no verb before processes or jobs are started for it. Raises ConfigError."""
+    command = click.get_current_context().find_root().command
+    verbs = sorted(command.commands) if isinstance(command, click.Group) else []
+    if verb not in verbs:
+        near = get_close_matches(verb, verbs, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Expected one of {', '.join(verbs)}."
+        raise ConfigError(f"{verb!r} is not a verb of moce. {hint}")
 
 
 VERBS = (study, pipeline, transfer, launch)

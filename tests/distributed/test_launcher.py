@@ -1,5 +1,6 @@
 """`moce launch local` and torchrun as a user meets them: Ctrl-C, a killed process, a damaged shard."""
 
+import re
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import LOST_PEER, STOPPED
+from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.main import moce
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
@@ -124,6 +125,19 @@ def test_torchrun(tiny_data: TinyData, runs: Path, two_processes: dict[str, Told
     status, output = run_to_end(*TORCHRUN, "pretrain", *tiny_settings(tiny_data.shards, runs / "torchrun"))
     assert status == 0, output
     assert_same(runs, "two-mae", "torchrun", tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["local", "--processes", "2", "pretrain"], "No such option '--processes'"),
+        (["local", "pretrian", "data.shards=s"], "'pretrian' is not a verb of moce. Did you mean pretrain?"),
+        (["slurm", "partition=gpu", "--dry-run", "pretrain"], "'--dry-run' is not a verb of moce. Expected one of "),
+    ],
+)
+def test_no_process_is_started_for_what_is_not_a_verb(words: list[str], message: str) -> None:
+    with pytest.raises((ConfigError, click.NoSuchOption), match=re.escape(message)):
+        moce(["launch", *words], standalone_mode=False)
 
 
 def test_no_processes_are_refused() -> None:
