@@ -21,9 +21,9 @@ class Kind:
     """A kind of settings file.
 
     Attributes:
-        settings: the settings class, as module:name, which is imported when it is needed.
+        settings: the settings class as module:name; it is imported when it is needed.
         read_by: the command that reads such a file.
-        by_options: settings that arguments and options of the command give. A starter leaves them out.
+        by_options: settings that the command takes as arguments and options. A starter file omits them.
     """
 
     settings: str
@@ -66,11 +66,11 @@ KINDS = {
 
 @dataclass(frozen=True)
 class ArchNeed:
-    """What a starter for one value of `model.arch` holds.
+    """The contents of a starter file for one value of `model.arch`.
 
     Attributes:
-        groups: groups of settings that only some models have, and this one does.
-        required: settings without which this model is refused.
+        groups: groups of settings of this model that not all models have.
+        required: settings that this model requires.
     """
 
     groups: tuple[str, ...] = ()
@@ -124,8 +124,8 @@ def show_settings(kind: str, words: Sequence[str]) -> None:
 def new_file(kind: str, words: Sequence[str]) -> None:
     """Write FILE with every setting of KIND, its help and its default; print it where no FILE is given.
 
-    Settings given as key=value stand in the file: pretrain model.arch=moce gives a file for a model with experts. What
-    is required and not given is marked REQUIRED. An existing FILE is never replaced.
+    Settings given as key=value are written with their values: pretrain model.arch=moce gives a file for a model with
+    experts. Required settings that are not given are marked REQUIRED. An existing FILE is never replaced.
     """
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
@@ -139,7 +139,7 @@ def new_file(kind: str, words: Sequence[str]) -> None:
 
 
 def starter_text(kind: str, pairs: Sequence[str]) -> str:
-    """The file to start from that `moce config new KIND` writes. Raises ConfigError for a fault in a `key=value`."""
+    """The text of the file that `moce config new KIND` writes. Raises ConfigError if a `key=value` is invalid."""
     from moce_ds.config.origins import DEFAULT, origin_of
     from moce_ds.config.settings import keys, partial_tree, translated, words_layer
     from moce_ds.config.starter import starter
@@ -162,7 +162,7 @@ def _value(tree: Any, key: str) -> Any:
 
 
 def _write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet. Raises ConfigError if it is, ArtefactError if it cannot be written."""
+    """Write a new file. Raises ConfigError if it exists, ArtefactError if it cannot be written."""
     from moce_ds.storage.files import atomic_file, writes_to
 
     with writes_to(path):

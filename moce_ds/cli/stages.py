@@ -1,4 +1,4 @@
-"""The verbs of the stages: shards, pretrain, plan, features, cluster."""
+"""The verbs of the stages up to a trained model, and of reading what they wrote: report, inspect."""
 
 import sys
 from collections.abc import Sequence
@@ -38,6 +38,26 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
         f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
     )
+
+
+@click.command(cls=Verb, settings="moce_ds.data.sources.public.datasets:DatasetSettings")
+@click.argument("name")
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@words()
+def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
+    """Turn the public data set NAME, unpacked in SOURCE, into shard sets OUT/train, OUT/val and OUT/test.
+
+    Names: aircraft, caltech101, cars, cifar10, cifar100, dtd, flowers102, food101, pets, sun397, voc2007.
+    """
+    from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
+
+    for report in write_dataset(name, source, out, read_settings(DatasetSettings, words)).values():
+        rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
+        say(
+            f"{report.path}: {counted(report.count, 'image')} of {counted(report.classes, 'class', 'classes')}"
+            f"{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
+        )
 
 
 @click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
@@ -170,4 +190,31 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
     show(report_table(report, compared=shards is not None))
 
 
-VERBS = (shards, pretrain, plan, features, cluster)
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="File of the page (default: FOLDER/report.html).")
+def report(folder: Path, out: Path | None) -> None:
+    """Write one self-contained HTML page about a run, a folder of runs with their results.json, or a study."""
+    from moce_ds.report.build import build_report
+
+    say(str(build_report(folder, out)))
+
+
+@click.command()
+@click.argument("path", type=PATH)
+@click.option("--verify", is_flag=True, help="Read all files and compare checksums.")
+def inspect(path: Path, verify: bool) -> None:
+    """Describe PATH (shards, features, clusters, run, checkpoint, encoder, results) and its content."""
+    from moce_ds.report.inspection import describe, findings
+
+    checked = findings(path) if verify else None
+    unverified = ["These parts cannot be verified:", *checked.unverified] if checked and checked.unverified else []
+    if checked and checked.faults:  # the description may fail because of them
+        say(*checked.faults, *unverified)
+        sys.exit(1)
+    show(describe(path))
+    if checked:
+        say(*(["No fault found.", *unverified] if unverified else ["Verified: everything is as it was written."]))
+
+
+VERBS = (shards, dataset, pretrain, plan, features, cluster, report, inspect)

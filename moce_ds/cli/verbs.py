@@ -5,12 +5,11 @@ from typing import Any
 
 import click
 
-from moce_ds.cli import bench, dataset, evaluation, report, stages, tuning
+from moce_ds.cli import bench, evaluation, stages, tuning
 from moce_ds.config.values import arguments
 
 STAGE_VERBS: dict[str, click.Command] = {
-    str(verb.name): verb
-    for verb in (*stages.VERBS, *evaluation.VERBS, *tuning.VERBS, *dataset.VERBS, *report.VERBS, bench.bench)
+    str(verb.name): verb for verb in (*stages.VERBS, *evaluation.VERBS, *tuning.VERBS, bench.bench)
 }
 
 
