@@ -269,9 +269,9 @@ BAD: dict[str, tuple[Spoil, str]] = {
     "wrong shape": (module(lambda m: m.update({"norm.bias": torch.ones(5)})), r"norm.bias is \(5,\), expected \(32,\)"),
     "other tables": (
         module(lambda m: m.update({"gate.embeddings_MC": m["gate.embeddings_MC"].flip(0)})),
-        "other tables than the settings and clusters give: gate.embeddings_MC",
+        "other tables than those of the settings and clusters: gate.embeddings_MC",
     ),
-    "tables missing": (module(lambda m: m.pop("share_M")), "give: share_M"),
+    "tables missing": (module(lambda m: m.pop("share_M")), "clusters: share_M"),
 }
 
 
@@ -319,7 +319,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["experts.num=2"], "2 experts in each of 2 layers .*not in the settings: layer 0 expert 2, layer 0 expert 3"),
+        (["experts.num=2"], "2 experts in each of 2 layers.*not in the settings: layer 0 expert 2, layer 0 expert 3"),
         (["experts.layers=[1]"], "not in the settings: layer 1 expert 0"),
         (["experts.layers=[0, 3]"], "expected one expert of block 0, found blocks.1"),
         (["model.arch=mae"], "0 experts in each of 0 layers"),
