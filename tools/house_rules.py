@@ -304,7 +304,7 @@ RULES = (
     Rule("lines of a module, median (aim: 150 to 300)", median_lines, 117, least=True),
     Rule(f"functions of more than {LONG} lines", long_functions, 9),
     Rule(f"functions of more than {TOO_LONG} lines", too_long_functions, 0),
-    Rule("signatures with the settings of a whole run", whole_settings, 22),
+    Rule("signatures with the settings of a whole run", whole_settings, 8),
     Rule("comparisons of arch or gate outside settings", kind_tests, 0),
     Rule("calls from the verb to a training step", levels_to_a_step, 4),
     Rule("packages that import one another", package_circles, 0),

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moce_ds.bench.processes import in_processes
-from moce_ds.bench.timing import interleaved
+from moce_ds.bench.timing import in_processes, interleaved
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime
@@ -25,7 +24,8 @@ from moce_ds.errors import ConfigError
 from moce_ds.models.mae import make_block
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
-from moce_ds.models.shapes import DecoderShape, ViTShape
+from moce_ds.models.settings import ExpertSettings
+from moce_ds.models.shapes import DecoderShape, LossWeights, ViTShape
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.planning.devices import Device
@@ -35,7 +35,6 @@ from moce_ds.training.inputs import ClusteredData
 from moce_ds.training.model import build_for_training, tune_execution
 from moce_ds.training.router import Router
 from moce_ds.training.schedule import batch_arithmetic
-from moce_ds.training.settings import PretrainSettings
 
 _COPIED = 2**28  # bytes; larger than the caches
 _LARGEST = 2**26  # maximum bytes of a measured collective
@@ -52,8 +51,13 @@ class Calibration:
     step: float | None
 
 
-def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure: bool) -> Calibration:
-    """Calibrate a device for the shapes of `config`; with `measure`, also train some steps on random images.
+def calibrate(
+    work: Work, experts: ExpertSettings, loss_weights: LossWeights, nodes: Sequence[int], gpus: int, measure: bool
+) -> Calibration:
+    """Calibrate a device for the shapes of a run; with `measure`, also train some steps on random images.
+
+    Args:
+        experts, loss_weights: for the measured steps.
 
     Raises:
         ConfigError: this machine has fewer nodes or GPUs, or the settings do not fit that many processes.
@@ -62,33 +66,37 @@ def calibrate(config: PretrainSettings, nodes: Sequence[int], gpus: int, measure
         raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: use --nodes 1.")
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
-    batch_arithmetic(config.optim, gpus, config.ep_size)
-    Work.of(config).exchange(Machines(1, gpus), None)  # refuses unplannable settings before processes start
-    measured = in_processes(_calibrate, gpus, config, measure)
+    batch_arithmetic(work.optim, gpus, work.ep_size)
+    work.exchange(Machines(1, gpus), None)  # refuses unplannable settings before processes start
+    measured = in_processes(_calibrate, gpus, work, experts, loss_weights, measure)
     return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
 
 
-def _calibrate(config: PretrainSettings, measure: bool, runtime: Runtime) -> dict[str, Any]:
+def _calibrate(
+    work: Work, experts: ExpertSettings, loss_weights: LossWeights, measure: bool, runtime: Runtime
+) -> dict[str, Any]:
     """Time everything in turn, all processes at once; the slowest process counts."""
-    sizes = _Sizes.of(config, runtime.world_size)
-    cases = _parts(sizes, runtime) | ({"step": training_step(config, runtime)} if measure else {})
-    own = interleaved(cases, _ROUNDS, runtime.barrier)
-    seconds = dict(zip(own, runtime.max(list(own.values())), strict=True))
+    sizes = _Sizes.of(work, runtime.world_size)
+    cases = _parts(sizes, runtime)
+    if measure:
+        cases["step"] = training_step(work, experts, loss_weights, runtime)
+    medians = interleaved(cases, _ROUNDS, runtime.barrier)
+    seconds = dict(zip(medians, runtime.max(list(medians.values())), strict=True))
     device = _device(sizes, seconds, runtime)
     return {"device": configuration.to_tree(device), "step": seconds.get("step")}
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is timed: blocks of these shapes on the tokens of a micro-batch, and collectives of so many bytes.
+    """Sizes of the measurements: blocks of these shapes on the tokens of a micro-batch, and collectives of these bytes.
 
     Attributes:
         micro: images of a micro-batch of a process.
         tokens: visible tokens of an image, cls included.
         bf16: whether blocks run under autocast.
         flops: of an image.
-        reduced, exchanged: bytes of a reduction and of an exchange, about as the step has them, which all processes can
-            share.
+        reduced, exchanged: bytes of a reduction and of an all-to-all, about those of a step, divisible by the number of
+            processes.
     """
 
     micro: int
@@ -101,20 +109,20 @@ class _Sizes:
     exchanged: int
 
     @classmethod
-    def of(cls, config: PretrainSettings, world_size: int) -> "_Sizes":
-        """Those of a run in so many processes."""
-        work, micro = Work.of(config), batch_arithmetic(config.optim, world_size, config.ep_size).micro
-        tokens, shape = work.visible_tokens, config.vit_shape
-        bf16, unit = config.engine.precision == "bf16", 4 * world_size
+    def of(cls, work: Work, world_size: int) -> "_Sizes":
+        """The sizes for a run in `world_size` processes."""
+        spec, micro = work.spec, batch_arithmetic(work.optim, world_size, work.ep_size).micro
+        tokens, shape = work.visible_tokens, spec.shape
+        bf16, unit = work.engine.precision == "bf16", 4 * world_size
         reduced, exchanged = (
             max(unit, min(numbers * (2 if bf16 else 4), _LARGEST) // unit * unit)
             for numbers in (work.parameters.shared, micro * tokens * shape.width)
         )
-        return cls(micro, tokens, shape, config.model.decoder, bf16, work.image_flops, reduced, exchanged)
+        return cls(micro, tokens, shape, spec.decoder, bf16, work.image_flops, reduced, exchanged)
 
 
 def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
-    """What a device is made of: blocks, a copy of memory, collectives."""
+    """The measurements that describe a device: blocks, a copy of memory, collectives."""
     shape, decoder, micro = sizes.shape, sizes.decoder, sizes.micro
     encoder_block = make_block(shape.width, shape.heads, shape.mlp_ratio)
     decoder_block = make_block(decoder.width, decoder.heads, 4.0)
@@ -130,7 +138,7 @@ def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
 
 def _device(sizes: _Sizes, seconds: Mapping[str, float], runtime: Runtime) -> Device:
     shape, decoder, micro, flops = sizes.shape, sizes.decoder, sizes.micro, sizes.flops
-    # An image's blocks at the speed that each kind was seen to run.
+    # Seconds of an image's blocks, each kind at its measured speed.
     encoder = flops.encoder * seconds["encoder"] / block_flops(sizes.tokens, shape.width, shape.mlp_ratio)
     decoding = flops.decoder * seconds["decoder"] / block_flops(shape.num_patches + 1, decoder.width, 4.0)
     rate = _IN_A_ROW * 3 * (flops.encoder + flops.decoder) * micro / (encoder + decoding)
@@ -196,27 +204,26 @@ def _memory(runtime: Runtime) -> float:
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / runtime.world_size)
 
 
-def training_step(config: PretrainSettings, runtime: Runtime) -> Callable[[], None]:
+def training_step(
+    work: Work, experts: ExpertSettings, loss_weights: LossWeights, runtime: Runtime
+) -> Callable[[], None]:
     """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
-    batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
-    data = _random_clusters(config.vit_shape.width) if config.family.routes_by_cluster else None
-    spec, optim = config.model_spec, config.optim
-    model = build_for_training(
-        spec, data.clusters if data else None, config.experts.ep_size, config.run.seed, config.loss_weights
-    )
-    tune_execution(model, config.experts.execution, config.engine, runtime.device)
-    groups = parameter_groups(model, optim, config.experts.gate_lr_scale)
-    engine = start_engine(model, groups, optim, config.engine, batches)
+    batches, spec = batch_arithmetic(work.optim, runtime.world_size, work.ep_size), work.spec
+    data = _random_clusters(spec.shape.width) if spec.family.routes_by_cluster else None
+    model = build_for_training(spec, data.clusters if data else None, work.ep_size, 0, loss_weights)
+    tune_execution(model, experts.execution, work.engine, runtime.device)
+    groups = parameter_groups(model, work.optim, experts.gate_lr_scale)
+    engine = start_engine(model, groups, work.optim, work.engine, batches)
     set_lr(engine, 1e-4)
     router = None
-    if data is not None:
+    if data is not None and spec.experts is not None:
         assert isinstance(model, Moce)
-        slots = default_placement(len(config.expert_layers), config.experts.num)
-        router = Router(model, data.ids_N, slots, config.experts, config.run.seed, runtime)
-    shape = config.vit_shape
+        slots = default_placement(len(spec.experts.layers), spec.experts.num_experts)
+        router = Router(model, data.ids_N, slots, experts, 0, runtime)
+    shape = spec.shape
     side, patches = shape.image_size, shape.num_patches
-    vit = timm_vit(shape).to(runtime.device) if config.wants_teacher else None
-    teachers = [Teacher(Encoder(vit, shape, config.image_input, {}))] if vit else []
+    vit = timm_vit(shape).to(runtime.device) if work.teacher else None
+    teachers = [Teacher(Encoder(vit, shape, spec.input, {}))] if vit else []
     images_BCHW = torch.randn(batches.micro, 3, side, side, device=runtime.device)
     noise_BN = torch.rand(batches.micro, patches, device=runtime.device)
     ids_G = np.arange(batches.micro_global) % _IMAGES

@@ -19,15 +19,17 @@ from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.models.build import ModelSpec
 from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
 from moce_ds.training.model import build_for_training
 from moce_ds.training.schedule import batch_arithmetic
-from moce_ds.training.settings import DataSettings, PretrainRunSettings, PretrainSettings
+from moce_ds.training.settings import EngineSettings, PretrainOptimSettings, PretrainRunSettings
 
-_BLOCK = 4 * 2**20  # bytes per write, as
+_BLOCK = 4 * 2**20  # bytes per write
 
 
 def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
@@ -42,13 +44,9 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
         folder: on the disk to measure; everything written there is removed again.
     """
     with scratch_folder(folder) as scratch, started() as runtime:
-        config = PretrainSettings(
-            model=ModelSettings(vit=vit),
-            data=DataSettings(shards=scratch / "none"),
-            run=PretrainRunSettings(out=scratch / "run", keep_checkpoints=1),
-        )
-        bench = _Rounds(config, runtime, scratch)
-        with CheckpointManager(bench.engine, config.run, RunLease.claim(config.run.out, runtime), runtime) as saver:
+        run = PretrainRunSettings(out=scratch / "run", keep_checkpoints=1)
+        bench = _Rounds(_dense_spec(vit), run.out, runtime)
+        with CheckpointManager(bench.engine, run, RunLease.claim(run.out, runtime), runtime) as saver:
             for turn in range(repeats + 1):  # the first warms up
                 bench.round(saver, 2 * turn + 1)
     seconds, size = bench.medians(), bench.size
@@ -66,14 +64,21 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
     return [*rows, *waits]
 
 
+def _dense_spec(vit: str) -> ModelSpec:
+    """A dense MAE with this encoder and the default decoder."""
+    model = ModelSettings(vit=vit)
+    shape = model.vit_shape(None)
+    return ModelSpec(shape, model.decoder, model.mask_ratio, ImageInput(shape.image_size), None)
+
+
 class _Rounds:
     """An engine after one update, so that Adam's moments exist, and the measured times."""
 
-    def __init__(self, config: PretrainSettings, runtime: Runtime, scratch: Path) -> None:
-        self._config, self._runtime, self._scratch = config, runtime, scratch
-        model = build_for_training(config.model_spec, None, 1, config.run.seed)
-        groups = parameter_groups(model, config.optim, 1.0)
-        self.engine = start_engine(model, groups, config.optim, config.engine, batch_arithmetic(config.optim, 1))
+    def __init__(self, spec: ModelSpec, run: Path, runtime: Runtime) -> None:
+        self._run, self._runtime, optim = run, runtime, PretrainOptimSettings()
+        model = build_for_training(spec, None, 1, 0)
+        groups = parameter_groups(model, optim, 1.0)
+        self.engine = start_engine(model, groups, optim, EngineSettings(), batch_arithmetic(optim, 1))
         size, device = model.shape.image_size, self.engine.device
         self._inputs = (
             torch.randn(1, 3, size, size, device=device),
@@ -88,7 +93,7 @@ class _Rounds:
     def round(self, saver: CheckpointManager, step: int) -> None:
         """One save, one load, one raw write and read, and a training step without and with a save in progress."""
         self._timed("save", lambda: self._save(saver, step))
-        checkpoint, raw = Checkpoint.open(step_folder(self._config.run.out, step)), self._scratch / "raw"
+        checkpoint, raw = Checkpoint.open(step_folder(self._run, step)), self._run.with_name("raw")
         self.size = sum(record["bytes"] for record in checkpoint.manifest["files"].values())
         self._timed("raw write", lambda: _write(raw, self._block, self.size))
         self._timed("raw read", lambda: _read(raw))

@@ -116,7 +116,7 @@ def layer(
 @_json_option
 def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
     """Time of a training step of MoCE (2 of 12 blocks with experts) relative to the dense MAE."""
-    from moce_ds.bench.step import bench_step
+    from moce_ds.bench.layer import bench_step
     from moce_ds.distributed.runtime import lone_device
 
     if width % 64:

@@ -40,18 +40,17 @@ PATH = _PathType()
 class Verb(click.Command):
     """A command whose --help ends with its settings."""
 
-    def __init__(self, *args: Any, settings: str = "", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = settings
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List every setting with its default."""
-        if self.settings:
-            module, name = self.settings.split(":")
-            cls = getattr(__import__(module, fromlist=[name]), name)
-            formatter.write(
-                f"\nSettings (key=default; values are read as docs/settings.md says):\n{configuration.help_text(cls)}\n"
-            )
+        module, name = self.settings.split(":")
+        cls = getattr(__import__(module, fromlist=[name]), name)
+        formatter.write(
+            f"\nSettings (key=default; values are read as docs/settings.md says):\n{configuration.help_text(cls)}\n"
+        )
 
 
 def words(required: bool = False) -> Any:
@@ -67,11 +66,11 @@ def heads_option() -> Any:
 
 
 def force_option() -> Any:
-    """--force, which child processes obey too."""
+    """The option `--force`, which also applies to child processes."""
 
     def remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
-            from moce_ds.planning.fitting import FORCE
+            from moce_ds.planning.preflight import FORCE
 
             os.environ[FORCE] = "1"
 

@@ -77,21 +77,23 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
 
     layers = settings_layers(PretrainSettings, words)
     config = from_layers(PretrainSettings, layers)
-    if dry_run:
-        from moce_ds.planning.dry_run import plan_table
+    if processes and not dry_run:
+        raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
+    from moce_ds.planning.preflight import check_memory, plan_table
+    from moce_ds.planning.work import Work
 
-        show(plan_table(config, processes or Place.here().world_size))
+    work = Work.of(config)
+    if dry_run:
+        title, world_size = f"{config.model.arch} -> {config.run.out}", processes or Place.here().world_size
+        show(plan_table(title, work, config.data.shards, world_size))
         say(*explained(PretrainSettings, to_tree(config), layers))
         return
-    if processes:
-        raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
     from moce_ds.distributed.runtime import started
-    from moce_ds.planning.fitting import check_memory
     from moce_ds.training.pretrain import pretrain as run
 
     with started(config.run.peer_timeout) as runtime:
         with runtime.raise_on_all_ranks():
-            check_memory(config, runtime.world_size, runtime.device)
+            check_memory(work, runtime.world_size, runtime.device)
         progress = run(config, runtime)
     if not progress.complete:
         sys.exit(STOPPED)
@@ -116,9 +118,8 @@ def plan(
     of this machine; --measure then trains some steps and prints the error of the prediction. docs/planning.md describes
     the model, its assumptions and errors.
     """
-    from moce_ds.planning import report
+    from moce_ds.planning import prediction
     from moce_ds.planning.devices import THIS, assuming, find_device
-    from moce_ds.planning.prediction import predict, steps_of_run
     from moce_ds.planning.work import Machines, Work
     from moce_ds.storage.files import check_output, write_json, writes_to
     from moce_ds.training.settings import PretrainSettings
@@ -126,24 +127,25 @@ def plan(
     config = read_settings(PretrainSettings, words)
     if options["json_file"] is not None:
         check_output(options["json_file"], "a plan", b'"device": {')
-    steps, measured = steps_of_run(config.data.shards, config.optim, options["images"]), None
+    work, moved, measured = Work.of(config), options["moved"], None
+    steps = prediction.steps_of_run(config.data.shards, config.optim, options["images"])
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
 
-        calibration = calibrate(config, nodes, gpus, measure)
+        calibration = calibrate(work, config.experts, config.loss_weights, nodes, gpus, measure)
         assumed, measured = assuming(calibration.device, assume), calibration.step
     elif measure:
         raise ConfigError(f"--measure: only this machine can be measured; got --device {device}, expected {THIS}.")
     else:
         assumed = find_device(device, assume)
-    predictions = [predict(Work.of(config), Machines(count, gpus), assumed, steps, options["moved"]) for count in nodes]
-    show(report.prediction_table(config.model.arch, device, assumed, predictions))
-    say(report.assumptions(Work.of(config), assumed, options["moved"]), *report.advice(config, assumed, predictions))
+    predicted = [prediction.predict(work, Machines(count, gpus), assumed, steps, moved) for count in nodes]
+    show(prediction.prediction_table(config.model.arch, device, assumed, predicted))
+    say(prediction.assumptions(work, assumed, moved), *prediction.advice(work, assumed, predicted))
     if measured is not None:
-        show(report.error_table(predictions[0], measured))
+        show(prediction.error_table(predicted[0], measured))
     if options["json_file"] is not None:
         with writes_to(options["json_file"]):
-            write_json(options["json_file"], report.to_record(assumed, predictions, measured))
+            write_json(options["json_file"], prediction.to_record(assumed, predicted, measured))
 
 
 @click.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")

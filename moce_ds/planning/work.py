@@ -15,7 +15,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.training.schedule import batch_arithmetic
-from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainSettings
+from moce_ds.training.settings import EngineSettings, PretrainOptimSettings, PretrainSettings
 
 _DECODER_RATIO = 4.0  # hidden width over width in the decoder's blocks
 
@@ -140,17 +140,17 @@ sent."""
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of a run computes, sends and keeps.
+    """What a step of a run computes, sends and stores.
 
     Attributes:
         spec: the model.
         ep_size: expert-parallel group size.
-        teacher: whether the dense MAE that the run starts from is imitated, too.
+        teacher: whether the model is also distilled from the dense MAE that the run starts from.
     """
 
     spec: ModelSpec
     ep_size: int
-    optim: OptimSettings
+    optim: PretrainOptimSettings
     engine: EngineSettings
     teacher: bool
 
@@ -189,7 +189,7 @@ class Work:
 
     @property
     def image_flops(self) -> Flops:
-        """The products of one image."""
+        """FLOPs of one image."""
         shape, decoder, T = self.spec.shape, self.spec.decoder, self.visible_tokens
         N, D, P = shape.num_patches, shape.width, 3 * shape.patch_size**2
         with_experts = len(self._layers)

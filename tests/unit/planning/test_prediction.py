@@ -27,8 +27,7 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.planning.devices import DEVICES, assuming, find_device
-from moce_ds.planning.prediction import Prediction, predict
-from moce_ds.planning.report import advice
+from moce_ds.planning.prediction import Prediction, advice, predict
 from moce_ds.planning.work import Machines, Traffic, Work
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_alone, run_here
@@ -232,10 +231,10 @@ def test_advice_names_what_would_fit(tiny_config: Make) -> None:
     config = tiny_config("optim.batch_size=512")
     prediction = plan_of(config, 1)
     device = assuming(DEVICES["h100"], [f"memory={0.999 * prediction.memory.total}"])
-    (line,) = advice(config, device, [prediction])
+    (line,) = advice(Work.of(config), device, [prediction])
     assert "do not fit" in line and "optim.accumulation=2: " in line and "engine.checkpoint_activations=true: " in line
     assert "optim.accumulation=4" not in line  # twice suffices
-    assert list(advice(config, DEVICES["h100"], [prediction])) == []
+    assert list(advice(Work.of(config), DEVICES["h100"], [prediction])) == []
 
 
 def test_a_device_can_be_described(tmp_path: Path) -> None:

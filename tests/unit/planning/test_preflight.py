@@ -9,8 +9,9 @@ import torch
 
 from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError
-from moce_ds.planning import fitting
-from moce_ds.planning.fitting import FORCE
+from moce_ds.planning import preflight
+from moce_ds.planning.preflight import FORCE
+from moce_ds.planning.work import Work
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import TINY, refused
 
@@ -18,8 +19,8 @@ CPU = torch.device("cpu")
 FULL = Path("configs/vit_base_mae.yaml")
 
 
-def config(path: Path, *words: str) -> PretrainSettings:
-    return read_settings(PretrainSettings, [str(path), "data.shards=s", "run.out=r", *words])
+def work(path: Path, *words: str) -> Work:
+    return Work.of(read_settings(PretrainSettings, [str(path), "data.shards=s", "run.out=r", *words]))
 
 
 @pytest.fixture
@@ -27,41 +28,41 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Says how many bytes this machine has."""
     monkeypatch.delenv(FORCE, raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    return lambda size: monkeypatch.setattr(fitting, "host_memory", lambda: size)
+    return lambda size: monkeypatch.setattr(preflight, "host_memory", lambda: size)
 
 
 def test_a_full_size_run_is_refused_on_a_laptop_and_told_what_helps(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     host(16 * 2**30)
     with pytest.raises(ConfigError, match=r"needs about \d{3}\.\d+ GiB .*this machine has 16.00 GiB\.") as caught:
-        fitting.check_memory(config(FULL), 1, CPU)
+        preflight.check_memory(work(FULL), 1, CPU)
     said = str(caught.value)
     accumulation = int(said.partition("optim.accumulation=")[2].partition(":")[0])
     assert "moce plan" in said and "--force" in said
-    fitting.check_memory(config(FULL, f"optim.accumulation={accumulation}"), 1, CPU)  # the advice helps
+    preflight.check_memory(work(FULL, f"optim.accumulation={accumulation}"), 1, CPU)  # the advice helps
     monkeypatch.setenv(FORCE, "1")
-    fitting.check_memory(config(FULL), 1, CPU)
+    preflight.check_memory(work(FULL), 1, CPU)
 
 
 def test_processes_of_one_machine_share_its_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(TINY, "optim.batch_size=16")
+    run = work(TINY, "optim.batch_size=16")
     host(12e6)
-    fitting.check_memory(run, 1, CPU)
+    preflight.check_memory(run, 1, CPU)
     with pytest.raises(ConfigError, match="its share for 16 processes"):
-        fitting.check_memory(run, 16, CPU)
+        preflight.check_memory(run, 16, CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # of 16 machines
-    fitting.check_memory(run, 16, CPU)
+    preflight.check_memory(run, 16, CPU)
 
 
 def test_the_limits_of_all_control_groups_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "step").mkdir()
-    monkeypatch.setattr(fitting, "control_groups", lambda _: [tmp_path / "step", tmp_path])
-    whole = fitting.host_memory()
+    monkeypatch.setattr(preflight, "control_groups", lambda _: [tmp_path / "step", tmp_path])
+    whole = preflight.host_memory()
     (tmp_path / "step/memory.max").write_text("max\n")
-    assert fitting.host_memory() == whole > 2**28
+    assert preflight.host_memory() == whole > 2**28
     (tmp_path / "memory.max").write_text("1048576\n")
-    assert fitting.host_memory() == 2**20
+    assert preflight.host_memory() == 2**20
     (tmp_path / "step/memory.limit_in_bytes").write_text("4096\n")  # of version 1
-    assert fitting.host_memory() == 4096
+    assert preflight.host_memory() == 4096
 
 
 def test_the_verb_refuses_before_it_opens_anything(host: Any, tmp_path: Path) -> None:
