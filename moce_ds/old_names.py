@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 _SOURCES = "ade20k class_mask coco coco_api coco_checks containers demo_images image_folder listing miniature public"
-_SLURM = "slurm_end slurm_job slurm_profile slurm_rank snapshot local"
+_SLURM = "slurm_job slurm_profile local"
 
 # New folder: old folder, and the modules that kept their own name.
 _FOLDERS: dict[str, tuple[str, str]] = {
@@ -30,12 +30,15 @@ _FOLDERS: dict[str, tuple[str, str]] = {
 
 MOVED: dict[str, str] = {
     **{f"{old}.{name}": f"{new}.{name}" for new, (old, names) in _FOLDERS.items() for name in names.split()},
-    "launchers.cell": "moce_ds.workflow.study_cell",
+    "launchers.cell": "moce_ds.workflow.study",
     "launchers.grid": "moce_ds.workflow.study_grid",
     "launchers.launch": "moce_ds.workflow.submit",
     "launchers.slurm": "moce_ds.launch.slurm_queue",
-    "launchers.stage": "moce_ds.workflow.step",
-    "launchers.stages": "moce_ds.workflow.pipeline_stages",
+    "launchers.slurm_end": "moce_ds.launch.slurm_job",
+    "launchers.slurm_rank": "moce_ds.launch.slurm_job",
+    "launchers.snapshot": "moce_ds.launch.slurm_queue",
+    "launchers.stage": "moce_ds.workflow.stage",
+    "launchers.stages": "moce_ds.workflow.pipeline",
     "moce_ds.analysis": "moce_ds.report",
     "moce_ds.analysis.pipeline_folder": "moce_ds.artefacts.pipeline_folder",
     "moce_ds.analysis.report": "moce_ds.report.build",
@@ -71,12 +74,12 @@ MOVED: dict[str, str] = {
     "moce_ds.transfer": "moce_ds.export",
     "moce_ds.transfer.api": "moce_ds.api",
     "moce_ds.transfer.campaign": "moce_ds.workflow.transfer",
-    "moce_ds.transfer.campaign_table": "moce_ds.workflow.transfer_table",
+    "moce_ds.transfer.campaign_table": "moce_ds.workflow.transfer",
     "moce_ds.transfer.chosen": "moce_ds.export.routes",
     "moce_ds.transfer.evaluate": "moce_ds.evaluation.reconstruction",
     "moce_ds.transfer.export": "moce_ds.export.write",
     "moce_ds.transfer.export_request": "moce_ds.export.request",
-    "moce_ds.transfer.finetuning": "moce_ds.workflow.transfer_finetune",
+    "moce_ds.transfer.finetuning": "moce_ds.workflow.transfer_tasks",
     "moce_ds.transfer.frozen": "moce_ds.evaluation.frozen_features",
     "moce_ds.transfer.subjects": "moce_ds.workflow.transfer_models",
     "moce_ds.transfer.task_data": "moce_ds.data.task_images",

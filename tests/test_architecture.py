@@ -77,7 +77,7 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
             "moce_ds.models.encode_settings",
             "moce_ds.data.sources.public.datasets",
             "moce_ds.workflow.study_grid",
-            "moce_ds.workflow.pipeline_stages",
+            "moce_ds.workflow.pipeline",
             "moce_ds.launch.slurm_profile",
         ),
         ("torch", "timm", "sklearn"),

@@ -17,7 +17,7 @@ from moce_ds.data.sources.public.datasets import NAMES
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.main import moce
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.pipeline_stages import PipelineSettings, check_batches, stages_of
+from moce_ds.workflow.pipeline import PipelineSettings, check_batches, stages_of
 from moce_ds.workflow.study_grid import StudySettings, cells_of, check_settings
 from moce_ds.workflow.transfer_tasks import TaskSettings
 

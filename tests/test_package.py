@@ -11,7 +11,7 @@ import pytest
 
 from moce_ds.config.words import read_settings
 from moce_ds.workflow.demo import CONFIGS, pipeline_words
-from moce_ds.workflow.pipeline_stages import PipelineSettings, stages_of
+from moce_ds.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.workflow.transfer_tasks import TASK_FILES, read_task
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_tasks_and_demo_are_found_in_the_wheel(wheel: Path, tmp_path: Path) -> N
     code = """
 from moce_ds.config.words import read_settings
 from moce_ds.workflow.demo import CONFIGS, pipeline_words
-from moce_ds.workflow.pipeline_stages import PipelineSettings, stages_of
+from moce_ds.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.workflow.transfer_tasks import known_tasks
 from pathlib import Path
 pipeline = read_settings(PipelineSettings, pipeline_words(Path("o"), short=True))

@@ -57,7 +57,7 @@ class StagesRecord:
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class PipelineStageRecord:
     """OUT/pipeline/NAME.json: a stage, as far as it has come.
 
     Attributes:
@@ -74,7 +74,7 @@ class StageRecord:
     told: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> "StageRecord | None":
+    def read(cls, path: Path) -> "PipelineStageRecord | None":
         """The record in a file; None where the stage has not begun. Raises ArtefactError."""
         return read_checked(path, cls, "a stage's record", _MADE_BY) if path.exists() else None
 

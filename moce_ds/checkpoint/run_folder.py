@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
+from moce_ds.checkpoint.format import MANIFEST, Checkpoint, find, step_folder, steps_of
 from moce_ds.checkpoint.routing_table import RoutingTable, read_routing_record
 from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, RECONSTRUCTIONS, ROUTING, TEACHER, TUNED
 from moce_ds.checkpoint.tuning_result import result_measures, verify_result
@@ -64,6 +64,7 @@ class RunFolder:
 
     kind: ClassVar[str] = "run"
     marks: ClassVar[tuple[str, ...]] = (CONFIG,)
+    last_file: ClassVar[str] = f"checkpoints/step-*/{MANIFEST}"  # written last, with checksums of the others
     path: Path
 
     @classmethod

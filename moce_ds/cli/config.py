@@ -55,7 +55,7 @@ KINDS = {
     "finetune": _tuning("moce_ds.tuning.settings:FinetuneSettings", "finetune", "val_share"),
     "detect": _tuning("moce_ds.tuning.dense_settings:DetectSettings", "detect", "images", "eval_images"),
     "segment": _tuning("moce_ds.tuning.dense_settings:SegmentSettings", "segment"),
-    "pipeline": Kind("moce_ds.workflow.pipeline_stages:PipelineSettings", "moce pipeline"),
+    "pipeline": Kind("moce_ds.workflow.pipeline:PipelineSettings", "moce pipeline"),
     "study": Kind("moce_ds.workflow.study_grid:StudySettings", "moce study"),
     "task": Kind("moce_ds.workflow.transfer_tasks:TaskSettings", "moce transfer --tasks"),
     "slurm": Kind("moce_ds.launch.slurm_profile:SlurmProfile", "moce launch slurm"),

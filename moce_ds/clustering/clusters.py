@@ -86,6 +86,7 @@ class Clusters:
 
     kind: ClassVar[str] = "clusters"
     marks: ClassVar[tuple[str, ...]] = (RECORD,)
+    last_file: ClassVar[str] = RECORD  # written last, with checksums of the others
     embeddings_MD: np.ndarray
     duals_M: np.ndarray
     mean_D: np.ndarray

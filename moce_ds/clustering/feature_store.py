@@ -230,6 +230,7 @@ class FeatureSet:
 
     kind: ClassVar[str] = "features"
     marks: ClassVar[tuple[str, ...]] = (RECORD,)
+    last_file: ClassVar[str] = RECORD  # written last, with checksums of the others
 
     def __init__(self, path: Path, record: _Record) -> None:
         self.path = path

@@ -113,6 +113,7 @@ class ShardSet:
 
     kind: ClassVar[str] = "shard set"
     marks: ClassVar[tuple[str, ...]] = (MANIFEST,)
+    last_file: ClassVar[str] = MANIFEST  # written last, with checksums of the others
     path: Path
     named: Path
     count: int

@@ -1,4 +1,4 @@
-"""Run a `moce` verb in several processes on this machine.
+"""Run a command on this machine: in several processes, or in one whose output goes to a log file.
 
         moce launch local --nproc 2 pretrain configs/demo/mae.yaml
 
@@ -15,17 +15,20 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from moce_ds.distributed.sealing import SECRET, new_secret
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host import threads
-from moce_ds.host.interrupts import leave, obeyed
+from moce_ds.host.interrupts import kept_signals, leave, obeyed, wait_for
+from moce_ds.storage.files import writes_to
 
 _logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 20.0
 _INTERRUPTED = 130  # common exit status after a Ctrl-C
 _VERDICT_SECONDS = 5.0  # time for all processes to read that one is lost
+_TAIL_LINES = 8  # of a log, in messages
 
 
 def run_processes(
@@ -117,3 +120,32 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], grace_s
     if status != STOPPED and (status != 1 or rank != 0):  # rank 0 has printed its error
         _logger.warning(f"Process {rank} {how}.")
     return status
+
+
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """Run a command, append its output to `log`, and return its exit status, negative for a signal that killed it.
+
+    Signals are passed on to it, so that it stops where it can resume.
+
+    Raises:
+        ArtefactError: the log cannot be written.
+        KeyboardInterrupt: a signal came meanwhile; the command has ended.
+    """
+    with writes_to(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+    with opened, kept_signals(obeyed()) as received:
+        # In a session of its own: the terminal sends Ctrl-C only to this process, which passes it on once.
+        child = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
+        status = wait_for(child, received)
+        if status < 0 and not received:
+            opened.write(f"The process was killed by {signal.Signals(-status).name}.\n")
+    if received:
+        raise KeyboardInterrupt
+    return status
+
+
+def log_tail(log: Path) -> str:
+    """The last non-empty lines of a log."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join(lines[-_TAIL_LINES:])

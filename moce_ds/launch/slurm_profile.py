@@ -9,12 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import Positive, option, settings
 from moce_ds.console import LOG
 from moce_ds.host.threads import CHOSEN
 from moce_ds.text import counted, script_fault
 
-Positive = Annotated[int, Field(gt=0)]
 Number = Annotated[int, Field(strict=True)]
 """A number in a tree of a program; text that looks like one stays as it was typed, such as 0800."""
 
@@ -111,7 +110,7 @@ class SlurmProfile:
             "dependency": f"afterok:{':'.join(after)}" if after else None,
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
-            # A failing job must still report it (moce_ds/launch/slurm_end.py), whatever the set-up commands have set.
+            # A failing job must still report it (moce_ds/launch/slurm_job.py), whatever the set-up commands have set.
             "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items()), "set +e"],
             # A failing process ends all; otherwise the others wait until the time limit.
             "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],

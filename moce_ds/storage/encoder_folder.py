@@ -71,6 +71,7 @@ class EncoderFolder:
 
     kind: ClassVar[str] = "encoder"
     marks: ClassVar[tuple[str, ...]] = (WEIGHTS, PROVENANCE)  # without its weights it is a damaged encoder
+    last_file: ClassVar[str] = CONFIG  # written last, with checksums of the others
     path: Path
 
     @classmethod

@@ -1,21 +1,40 @@
-"""`moce study CONFIG`: a grid of runs. The cells are steps that need nothing of one another."""
+"""`moce study CONFIG`: a grid of runs. Each cell is a stage that needs no other one: pre-train, evaluate, measure.
+
+    python -m moce_ds.workflow.study STUDY_FOLDER CELL
+
+`moce study` starts this for every cell, in a process of its own whose output is the cell's log.
+"""
 
 import logging
+import statistics
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from moce_ds.artefacts.study_folder import StudyRecord
-from moce_ds.config import settings as configuration
-from moce_ds.console import say
-from moce_ds.errors import ConfigError
+from moce_ds.artefacts.study_folder import CELL, STUDY, CellRecord, StudyRecord
+from moce_ds.cli.verbs import run_verb
+from moce_ds.config.settings import from_tree, to_tree
+from moce_ds.console import run_main, say
+from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.evaluation.results_file import RESULTS, read_results
 from moce_ds.host.place import Place
-from moce_ds.workflow.engine import Failure, Progress, duration, run_steps, states_table
-from moce_ds.workflow.step import Step, Workflow, perform
-from moce_ds.workflow.study_cell import study_workflow
+from moce_ds.launch.local import run_processes
+from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.planning.work import Work
+from moce_ds.storage.made_from import MadeFrom
+from moce_ds.storage.metrics_file import METRICS, read_metrics
+from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow.runner import Failure, Progress, duration, run_stages, states_table
+from moce_ds.workflow.stage import Launch, Stage, StageRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
 
 _logger = logging.getLogger(__name__)
+
+_HELD_OUT = "held out"
 
 
 def run_study(study: StudySettings, only: str | None = None) -> int:
@@ -29,7 +48,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
     """
     cells = checked_cells(study)
     workflow = study_workflow(study, cells)
-    chosen = workflow.steps if only is None else [workflow.named(only)]
+    chosen = workflow.stages if only is None else [workflow.named(only)]
     if Place.here().world_size == 1:
         _refuse_other_machines(chosen)
     check_places(study, cells)
@@ -37,7 +56,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
     if Place.here().world_size > 1:
         return _share(chosen, only)
     pending = [cell for cell in chosen if not cell.is_done()]
-    outcome = run_steps(pending, _CellProgress(workflow, len(pending)), keep_going=True)
+    outcome = run_stages(pending, _CellProgress(workflow, len(pending)), keep_going=True)
     if outcome.stopped:  # by a signal, or run.max_hours of a cell
         _logger.info(f"Stopped as asked, {workflow.summary(chosen)}. Rerun the same command to resume.")
         return outcome.status
@@ -61,10 +80,10 @@ def checked_cells(study: StudySettings) -> list[Cell]:
 
 def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
     """Write what the cells' processes and the report read. Raises ArtefactError."""
-    StudyRecord(configuration.to_tree(study), [cell.name for cell in cells]).write(study.out)
+    StudyRecord(to_tree(study), [cell.name for cell in cells]).write(study.out)
 
 
-def _refuse_other_machines(cells: Sequence[Step]) -> None:
+def _refuse_other_machines(cells: Sequence[Stage]) -> None:
     wide = next((cell for cell in cells if cell.nodes > 1), None)
     if wide is not None:
         raise ConfigError(
@@ -73,7 +92,7 @@ def _refuse_other_machines(cells: Sequence[Step]) -> None:
         )
 
 
-def _share(chosen: Sequence[Step], only: str | None) -> int:
+def _share(chosen: Sequence[Stage], only: str | None) -> int:
     """Run a cell as one of the processes that torchrun or a job has started; the first one evaluates."""
     if only is None:
         raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
@@ -92,29 +111,169 @@ class _CellProgress(Progress):
         self._pending = pending
         self._took: list[float] = []
 
-    def skipped(self, step: Step) -> None:
+    def skipped(self, stage: Stage) -> None:
         self._pending -= 1  # another process was faster
-        super().skipped(step)
+        super().skipped(stage)
 
-    def waiting(self, step: Step) -> None:
+    def waiting(self, stage: Stage) -> None:
         self._pending -= 1
-        super().waiting(step)
+        super().waiting(stage)
 
-    def started(self, step: Step) -> None:
+    def started(self, stage: Stage) -> None:
         self._pending -= 1
-        super().started(step)
+        super().started(stage)
 
-    def done(self, step: Step, seconds: float) -> None:
+    def done(self, stage: Stage, seconds: float) -> None:
         self._took.append(seconds)
         left = self._pending * sum(self._took) / len(self._took)
         estimate = f", about {duration(left)} left" if self._pending else ""
-        _logger.info(f"{self.workflow.place(step)} done in {duration(seconds)}{estimate}")
+        _logger.info(f"{self.workflow.place(stage)} done in {duration(seconds)}{estimate}")
 
-    def failed(self, step: Step, seconds: float) -> None:
-        _logger.warning(f"{self.workflow.place(step)} failed after {duration(seconds)}")
+    def failed(self, stage: Stage, seconds: float) -> None:
+        _logger.warning(f"{self.workflow.place(stage)} failed after {duration(seconds)}")
 
 
 def _list_failure(failure: Failure) -> None:
-    cell, message = failure.step, failure.message.replace("\n", "\n    ")
+    cell, message = failure.stage, failure.message.replace("\n", "\n    ")
     log = cell.launch and cell.launch.log
     _logger.error(f"cell {cell.name} failed (log: {log}; to rerun it: --cell {cell.name})\n    {message}")
+
+
+def study_workflow(study: StudySettings, cells: list[Cell]) -> Workflow:
+    """The cells as stages, none of which needs another."""
+    return Workflow("study", "cell", study.out, [cell_stage(study, cell) for cell in cells])
+
+
+def cell_stage(study: StudySettings, cell: Cell) -> Stage:
+    """A cell as a stage in a process of its own. It is done for what it was evaluated on: its run checks the rest."""
+
+    def work() -> dict[str, Any]:
+        config = cell.config()
+        _pretrain(cell)
+        _evaluate(study, cell, config)
+        return measures(cell, config)
+
+    def profile(common: SlurmProfile) -> SlurmProfile:
+        gpus = cell.processes if common.gpus_per_node else 0
+        return replace(common, nodes=cell.nodes, min_nodes=None, tasks_per_node=cell.processes, gpus_per_node=gpus)
+
+    return Stage(
+        cell.name,
+        CellFile(cell),
+        cell.lock,
+        lambda: MadeFrom({"evaluations": study.evaluations}),
+        work,
+        share=lambda: run_verb(["pretrain", *cell.words]),
+        processes=cell.processes,
+        nodes=cell.nodes,
+        launch=Launch([sys.executable, "-m", "moce_ds.workflow.study", str(study.out), cell.name], cell.log),
+        profile=profile,
+    )
+
+
+@dataclass(frozen=True)
+class CellFile:
+    """The record of a cell, `cell.json`, which the report reads: besides its state it says what the cell is."""
+
+    cell: Cell
+
+    @property
+    def path(self) -> Path:
+        """As `RecordFile`."""
+        return self.cell.folder / CELL
+
+    def read(self) -> StageRecord | None:
+        """As `RecordFile`."""
+        found = self.cell.record()
+        if found is None:
+            return None
+        return StageRecord(
+            {"evaluations": found.evaluations},
+            found.state,
+            seconds=found.seconds,
+            message=found.told,
+            measures=dict(found.measures),
+        )
+
+    def write(self, record: StageRecord) -> None:
+        """As `RecordFile`."""
+        cell = self.cell
+        CellRecord(
+            cell.name,
+            cell.at,
+            cell.processes,
+            cell.nodes,
+            to_tree(cell.config()),
+            record.made_from["evaluations"],
+            record.state,
+            record.seconds,
+            record.measures,
+            record.message,
+        ).write(cell.folder)
+
+
+def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
+    """What a finished cell is compared by, in SI units; docs/studies.md says how each is measured.
+
+    Raises:
+        ArtefactError: the run recorded nothing.
+    """
+    records = read_metrics(cell.run / METRICS)
+    if not records:
+        raise ArtefactError(f"{cell.run / METRICS} holds no record: delete {cell.folder} and run the cell again.")
+    last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
+    work = Work.of(config)
+    count = work.parameters
+    found: dict[str, float] = {
+        **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
+        "images_per_second": statistics.median(record["images_per_second"] for record in warm),
+        "peak_memory": max(record["peak_memory"] for record in records),
+        "active_parameters": count.active,
+        "stored_parameters": count.total,
+    }
+    if "moved" in last[-1]:
+        found["exchange_bytes"] = statistics.fmean(r["moved"] for r in warm) * work.all_rows_bytes
+    for record in read_results(cell.folder / RESULTS):
+        if record["verb"] == "probe":
+            found[f"probe {record['task']}"] = record["map11" if "map11" in record else "top1"]
+        elif record["verb"] == "evaluate":
+            found |= {f"{_HELD_OUT}, selected route": record["selected"], f"{_HELD_OUT}, own routes": record["own"]}
+    return found
+
+
+def _pretrain(cell: Cell) -> None:
+    """Train the cell's run: in processes of its own where this one is alone, else as the first of them.
+
+    Raises:
+        SystemExit: the run failed, or was stopped.
+    """
+    if Place.here().world_size > 1:
+        run_verb(["pretrain", *cell.words])
+    elif status := run_processes([sys.executable, "-m", "moce_ds", "pretrain", *cell.words], cell.processes):
+        raise SystemExit(status)
+
+
+def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
+    """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
+    dense, results = not config.family.has_experts, ("--results", cell.folder / RESULTS)
+    for task, folder in study.tasks.items():
+        encoder = cell.run if dense else cell.folder / "experts" / task
+        if not encoder.exists():
+            run_verb(["export", cell.run, encoder, "--data", folder / "train"])
+        split = ("--train", folder / "train", "--test", folder / "test")
+        run_verb(["probe", encoder, *split, "--task", task, "--model", cell.name, *results])
+    if study.heldout and not dense:
+        run_verb(["evaluate", cell.run, "--data", study.heldout, "--task", _HELD_OUT, *results])
+
+
+def main() -> int:
+    """Run the cell that the arguments name; returns 0. Raises as `perform`."""
+    folder, name = Path(sys.argv[1]), sys.argv[2]
+    record = StudyRecord.read(folder)
+    study = from_tree(StudySettings, record.settings, str(folder / STUDY))
+    perform(study_workflow(study, cells_of(study)).named(name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

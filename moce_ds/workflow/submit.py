@@ -13,15 +13,12 @@ from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.launch.slurm_queue import Submitted, submit
-from moce_ds.launch.snapshot import begin_launch, record_jobs, refuse_second
+from moce_ds.launch.slurm_queue import Submitted, begin_launch, record_jobs, refuse_second, submit
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.pipeline import keep_stages
-from moce_ds.workflow.pipeline_stages import PipelineSettings, check_folders, pipeline_workflow
-from moce_ds.workflow.step import Step, Workflow
-from moce_ds.workflow.study import checked_cells, keep_record
-from moce_ds.workflow.study_cell import study_workflow
+from moce_ds.workflow.pipeline import PipelineSettings, check_folders, keep_stages, pipeline_workflow
+from moce_ds.workflow.stage import Stage, Workflow
+from moce_ds.workflow.study import checked_cells, keep_record, study_workflow
 from moce_ds.workflow.study_grid import StudySettings, check_places
 
 JOB_VERBS = {*STAGE_VERBS, "study", "pipeline", "transfer"}
@@ -92,29 +89,29 @@ def _queue_study(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]
 def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
     pipeline = read_settings(PipelineSettings, _without_options(words))
     workflow = pipeline_workflow(pipeline, words)
-    check_folders(pipeline, workflow.steps)
-    keep = partial(keep_stages, workflow.steps, pipeline.out)
+    check_folders(pipeline, workflow.stages)
+    keep = partial(keep_stages, workflow.stages, pipeline.out)
     return _queue_workflow(workflow, profile, words, pipeline, keep)
 
 
 def _queue_workflow(
     workflow: Workflow, profile: SlurmProfile, words: Sequence[str], config: Any, keep: Callable[[], None]
 ) -> list[Submitted]:
-    """Queue the steps that are not done, each after those that it needs; those that are alike become an array.
+    """Queue the stages that are not done, each after those that it needs; those that are alike become an array.
 
     Args:
         config: the settings of the workflow, which are kept with the launch.
         keep: writes the workflow's record into its folder.
     """
-    groups = queued_steps(workflow.steps, profile)
+    groups = queued_stages(workflow.stages, profile)
     refuse_second(workflow.out / LAUNCHES)
     folder = begin_launch(workflow.out / LAUNCHES, [workflow.verb, *words], profile, config)
     keep()
-    say(f"{workflow.summary(workflow.steps)} in {workflow.out}.")
+    say(f"{workflow.summary(workflow.stages)} in {workflow.out}.")
     jobs: list[Submitted] = []
     job_of: dict[str, str] = {}
     for group in groups:
-        names = [step.name for step in group.steps]
+        names = [stage.name for stage in group.stages]
         commands = [[workflow.verb, *words, f"--{workflow.noun}", name] for name in names]
         alone = len(names) == 1
         called = f"{workflow.out.name}-{names[0]}" if alone else workflow.out.name
@@ -128,44 +125,44 @@ def _queue_workflow(
 
 
 @dataclass
-class QueuedSteps:
-    """Steps that become one job, or an array of jobs.
+class QueuedStages:
+    """Stages that become one job, or an array of jobs.
 
     Attributes:
         profile: the size of each job.
         usable_nodes: numbers of nodes that a job can use; empty: all.
-        needs: queued steps that must be done before.
+        needs: queued stages that must be done before.
     """
 
     profile: SlurmProfile
     usable_nodes: list[int]
     needs: list[str]
-    steps: list[Step]
+    stages: list[Stage]
 
 
-def queued_steps(steps: Sequence[Step], profile: SlurmProfile) -> list[QueuedSteps]:
-    """The steps that are not done, and those that need one of these, whose inputs may change with it.
+def queued_stages(stages: Sequence[Stage], profile: SlurmProfile) -> list[QueuedStages]:
+    """The stages that are not done, and those that need one of these, whose inputs may change with it.
 
     Raises:
-        ConfigError: a step's processes cannot share its batch.
+        ConfigError: a stage's processes cannot share its batch.
     """
-    groups: list[QueuedSteps] = []
+    groups: list[QueuedStages] = []
     queued: set[str] = set()
-    for step in steps:
-        needs = [name for name in step.needs if name in queued]
-        if step.is_done() and not needs:
+    for stage in stages:
+        needs = [name for name in stage.needs if name in queued]
+        if stage.is_done() and not needs:
             continue
-        queued.add(step.name)
-        sized = step.profile(profile)
+        queued.add(stage.name)
+        sized = stage.profile(profile)
         try:
-            usable = usable_nodes(step.config, sized) if isinstance(step.config, PretrainSettings) else []
+            usable = usable_nodes(stage.config, sized) if isinstance(stage.config, PretrainSettings) else []
         except ConfigError as error:
-            raise ConfigError(f"{step.name}: {error}") from None
+            raise ConfigError(f"{stage.name}: {error}") from None
         alike = next((group for group in groups if (group.profile, group.needs) == (sized, needs)), None)
         if alike is None:
-            groups.append(QueuedSteps(sized, usable, needs, [step]))
+            groups.append(QueuedStages(sized, usable, needs, [stage]))
         else:
-            alike.steps.append(step)
+            alike.stages.append(stage)
     return groups
 
 

@@ -1,4 +1,4 @@
-"""`moce transfer`: every model on every task by every method and seed, each measurement a step.
+"""`moce transfer`: every model on every task by every method and seed, each measurement a stage.
 
 OUT/results.json holds the record of each measurement, written as soon as it is made; OUT/experts the exported experts;
 OUT/finetune the runs of fine-tuning. Several commands on one OUT share the measurements.
@@ -8,12 +8,14 @@ import dataclasses
 import hashlib
 import json
 import logging
+import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from moce_ds.config.settings import to_tree
 from moce_ds.console import say, warn
@@ -26,15 +28,21 @@ from moce_ds.evaluation.results import accuracy_record, known_by
 from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.workflow.engine import Progress, run_steps
-from moce_ds.workflow.step import Step, StepRecord, Workflow
-from moce_ds.workflow.transfer_finetune import finetuned
+from moce_ds.workflow.runner import Progress, run_stages
+from moce_ds.workflow.stage import Stage, StageRecord, Workflow
 from moce_ds.workflow.transfer_models import Expert, Subject
-from moce_ds.workflow.transfer_tasks import Task, check_metric
+from moce_ds.workflow.transfer_tasks import Task, check_metric, finetuned
 
 _logger = logging.getLogger(__name__)
 
-METHODS = ("knn", "probe", "finetune")
+METHODS = {"knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
+"""The methods, and their names in tables."""
+_METRICS = {"top1": "top-1", "mean_per_class": "per class", "map11": "mAP"}
+"""Names of the metrics, short enough for a table of eleven tasks and five models in 100 columns."""
+_NONE = "-"
+
+Cells = dict[tuple[str, str], list[float]]
+"""Percent for each seed, by task and model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +111,11 @@ class Measurement:
         config = getattr(self.pairing.task.config, self.method)
         return dataclasses.replace(config, seed=self.seed) if self.method == "probe" else config
 
-    def step(self) -> Step:
-        """The measurement as a step."""
+    def stage(self) -> Stage:
+        """The measurement as a stage."""
         name = f"{self.pairing.name} {self.method}{'' if self.seed is None else f' seed {self.seed}'}"
         lock = self.pairing.out / ".locks" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"
-        return Step(name, self, lock, self.made_from, self.measure)
+        return Stage(name, self, lock, self.made_from, self.measure)
 
     def made_from(self) -> MadeFrom:
         """A digest of all that decides the number, and the encoder by its `identity`."""
@@ -121,17 +129,17 @@ class Measurement:
         parts = [model, to_tree(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def read(self) -> StepRecord | None:
+    def read(self) -> StageRecord | None:
         """As `RecordFile`. An earlier version knew an encoder by its weights alone."""
         encoder = self.opened.of(self.pairing)
         by = {self._digest(encoder.identity), self._digest(encoder.fingerprint)}
         for record in read_results(self.path):
             same_model = record.get("model_sha256") in (encoder.identity, None)
             if same_model and record.get("made_from") in by and all(record.get(k) == v for k, v in self.key.items()):
-                return StepRecord(self.made_from().parts, "done", measures=record)
+                return StageRecord(self.made_from().parts, "done", measures=record)
         return None
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, record: StageRecord) -> None:
         """As `RecordFile`; there is no record of what is not measured yet."""
         if record.state == "done":
             add_record(self.path, {**record.measures, **self.key, **record.made_from})
@@ -187,13 +195,13 @@ def _warn_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None
 
 
 def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) -> None:
-    steps = [pairing.expert(device).step(pairing.name) for pairing in pairings]
-    workflow = Workflow("transfer", "expert", out, steps)
-    of_step = {pairing.name: pairing for pairing in pairings}
+    stages = [pairing.expert(device).stage(pairing.name) for pairing in pairings]
+    workflow = Workflow("transfer", "expert", out, stages)
+    of_stage = {pairing.name: pairing for pairing in pairings}
 
-    def report(step: Step) -> None:
+    def report(stage: Stage) -> None:
         """Print the votes of an expert, and keep them."""
-        pairing = of_step[step.name]
+        pairing = of_stage[stage.name]
         votes = pairing.expert(device).votes()
         route = "-".join(map(str, votes["route"]))
         say(f"{pairing.task.name}: {pairing.subject.name} gives route {route}, {votes['share']:.1%} of the votes")
@@ -202,59 +210,104 @@ def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) ->
         if record not in read_results(out / RESULTS):
             add_record(out / RESULTS, record)
 
-    _run(workflow, _Reporting(workflow, lambda step, was_done: report(step)))
+    _run(workflow, _Reporting(workflow, lambda stage, was_done: report(stage)))
 
 
 def _measure_all(
     pairings: Sequence[Pairing], methods: Sequence[str], seeds: Sequence[int], out: Path, device: torch.device
 ) -> list[dict[str, Any]]:
     opened = OpenEncoder(device)
-    steps = [
-        Measurement(pairing, method, seed, opened).step()
+    stages = [
+        Measurement(pairing, method, seed, opened).stage()
         for pairing in pairings
         for method in methods
         if not (pairing.subject.by_token and method == "finetune")
         for seed in (seeds if method != "knn" else [None])
     ]
-    workflow = Workflow("transfer", "measurement", out, steps)
+    workflow = Workflow("transfer", "measurement", out, stages)
     records: dict[str, dict[str, Any]] = {}
 
-    def report(step: Step, was_done: bool) -> None:
+    def report(stage: Stage, was_done: bool) -> None:
         """Print a number, and collect its record while its encoder is open."""
-        record = step.records.read()
+        record = stage.records.read()
         assert record is not None, "it is done"
-        records[step.name] = record.measures
-        metric, number = record.measures["metric"], [each.name for each in steps].index(step.name) + 1
+        records[stage.name] = record.measures
+        metric, number = record.measures["metric"], [each.name for each in stages].index(stage.name) + 1
         figure = f"{DISPLAY_NAMES[metric]} {record.measures[metric]:.4f}{' (was done)' if was_done else ''}"
-        say(f"[{number}/{len(steps)}] {step.name}: {figure}")
+        say(f"[{number}/{len(stages)}] {stage.name}: {figure}")
 
     _run(workflow, _Reporting(workflow, report))
-    return [records[step.name] for step in steps]
+    return [records[stage.name] for stage in stages]
 
 
 class _Reporting(Progress):
-    """Prints what a step has measured."""
+    """Prints what a stage has measured."""
 
-    def __init__(self, workflow: Workflow, report: Callable[[Step, bool], None]) -> None:
+    def __init__(self, workflow: Workflow, report: Callable[[Stage, bool], None]) -> None:
         super().__init__(workflow)
         self._report = report
 
-    def started(self, step: Step) -> None:
+    def started(self, stage: Stage) -> None:
         """Nothing: what it does it prints itself."""
 
-    def skipped(self, step: Step) -> None:
-        self._report(step, True)
+    def skipped(self, stage: Stage) -> None:
+        self._report(stage, True)
 
-    def done(self, step: Step, seconds: float) -> None:
-        self._report(step, False)
+    def done(self, stage: Stage, seconds: float) -> None:
+        self._report(stage, False)
 
 
 def _run(workflow: Workflow, progress: Progress) -> None:
-    """Run steps up to the first that fails. Raises what it raises; SystemExit where they are stopped."""
-    outcome = run_steps(workflow.steps, progress)
+    """Run stages up to the first that fails. Raises what it raises; SystemExit where they are stopped."""
+    outcome = run_stages(workflow.stages, progress)
     for failure in outcome.failures:
         if failure.error:
             raise failure.error
     if outcome.stopped:
         _logger.info(f"Stopped as asked at {outcome.stopped[0].name}. Rerun the same command to resume.")
         raise SystemExit(outcome.status)
+
+
+def campaign_tables(records: Sequence[dict[str, Any]], models: Sequence[str]) -> list[Table]:
+    """A table for each method: a row for each task, in the order of `records`, and their mean, a column for each model.
+
+    Percent; ± is the sample standard deviation over seeds, where there are several. What was not measured is "-".
+    """
+    tasks = {record["task"]: _METRICS[record["metric"]] for record in records}
+    tables = []
+    for verb, method in METHODS.items():
+        cells: Cells = {}
+        for record in records:
+            if record["verb"] == verb:
+                cells.setdefault((record["task"], record["model"]), []).append(100 * record[record["metric"]])
+        if cells:
+            tables.append(_table(method, tasks, models, cells))
+    return tables
+
+
+def _table(method: str, tasks: dict[str, str], models: Sequence[str], cells: Cells) -> Table:
+    seeds = max(map(len, cells.values()))
+    spread = f", mean ± deviation of {seeds} seeds" if seeds > 1 else ""
+    table = Table(title=f"{method}: percent on test images{spread}", title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    texts = {place: _figure(values) for place, values in cells.items()}
+    for model in models:
+        width = max((len(text) for (_, name), text in texts.items() if name == model), default=len(_NONE))
+        # A long name is folded, a figure is not.
+        table.add_column(model, justify="right", overflow="fold", min_width=width)
+    for task, metric in tasks.items():
+        table.add_row(task, metric, *(texts.get((task, model), _NONE) for model in models))
+    table.add_section()
+    table.add_row("mean", "", *(_mean([cells.get((task, model), []) for task in tasks]) for model in models))
+    return table
+
+
+def _figure(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _mean(by_task: Sequence[Sequence[float]]) -> str:
+    """Over tasks; of some of them alone it would not compare."""
+    return f"{statistics.fmean(map(statistics.fmean, by_task)):.1f}" if all(by_task) else _NONE

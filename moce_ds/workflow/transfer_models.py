@@ -21,7 +21,7 @@ from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.storage.encoder_folder import PROVENANCE
 from moce_ds.storage.files import read_json
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.workflow.step import Step, StepRecord
+from moce_ds.workflow.stage import Stage, StageRecord
 from moce_ds.workflow.transfer_tasks import Task
 
 _logger = logging.getLogger(__name__)
@@ -99,9 +99,9 @@ class Expert:
     path: Path
     device: torch.device
 
-    def step(self, name: str) -> Step:
-        """Selecting and exporting it, as a step."""
-        return Step(
+    def stage(self, name: str) -> Stage:
+        """Selecting and exporting it, as a stage."""
+        return Stage(
             name,
             records=self,
             lock=self.path.with_name(f".{self.path.name}.lock"),
@@ -116,16 +116,16 @@ class Expert:
         parts = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": self.images.fingerprint}
         return MadeFrom(parts)
 
-    def read(self) -> StepRecord | None:
+    def read(self) -> StageRecord | None:
         """As `RecordFile`; a damaged export counts as none."""
         if not self.path.exists():
             return None
         try:
-            return StepRecord(load_encoder(self.path).provenance, "done")
+            return StageRecord(load_encoder(self.path).provenance, "done")
         except ArtefactError:
             return None
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, record: StageRecord) -> None:
         """As `RecordFile`; the export writes its provenance itself."""
 
     def votes(self) -> dict[str, Any]:

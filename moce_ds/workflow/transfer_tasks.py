@@ -1,21 +1,28 @@
-"""The tasks of the transfer protocol: where their images are, what they are judged by, how each method is set."""
+"""The tasks of the transfer protocol: where their images are, what they are judged by, how each method is set.
+
+A stage of fine-tuning is `moce finetune` in processes of its own, since it trains.
+"""
 
 import dataclasses
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
+from typing import Any
 
 from moce_ds.config.composition import Layer, file_layers
-from moce_ds.config.settings import from_layers, option, settings
-from moce_ds.config.values import expanded
+from moce_ds.config.settings import OpenShare, from_layers, option, settings
+from moce_ds.config.values import arguments, expanded
 from moce_ds.data.shards import MANIFEST
 from moce_ds.data.sources.public.dataset_splits import SPLITS
 from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
 from moce_ds.data.task_images import Splits
-from moce_ds.errors import ConfigError
+from moce_ds.errors import STOPPED, ArtefactError, ConfigError
 from moce_ds.evaluation.settings import KnnSettings, Metric, ProbeSettings
+from moce_ds.launch.local import log_tail, run_logged
+from moce_ds.storage.files import read_json
+
+_logger = logging.getLogger(__name__)
 
 TASK_FILES = Path(__file__).with_name("configs") / "tasks"
 """The tasks that are known by name. They are installed with the package."""
@@ -27,7 +34,7 @@ class FinetuneWords:
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
     choices: list[list[str]] = option([], "lists of further settings; the best on the validation split is used")
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = option(
+    validation_share: OpenShare = option(
         0.2, "training images that choose the weights, where there is no split for validation"
     )
 
@@ -136,3 +143,47 @@ def read_tasks(words: Sequence[str], overrides: Path | None, data: Path | None) 
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"--tasks: {', '.join(twice)} is named twice.")
     return tasks
+
+
+def finetuned(encoder: Path, task: Task, seed: int, out: Path) -> dict[str, Any]:
+    """Fine-tune an encoder on a task, with the best of its choices; returns the record of the test split.
+
+    A choice is judged by the validation split alone. Fine-tuning that was stopped resumes.
+
+    Raises:
+        ArtefactError: the process failed; the message has the end of its log.
+        KeyboardInterrupt: it was stopped.
+    """
+    metric = task.config.metric
+    words = [*task.config.finetune.words, f"data.metric={metric}", f"run.seed={seed}"]
+    chosen: Sequence[str] = []
+    if choices := task.config.finetune.choices:
+        figures = [
+            _finetune_once(encoder, task.train, None, task.val, [*words, *choice], out / f"choice-{number}")[metric]
+            for number, choice in enumerate(choices)
+        ]
+        chosen = choices[figures.index(max(figures))]
+    val = task.val or task.config.finetune.validation_share
+    record = _finetune_once(encoder, task.train, val, task.test, [*words, *chosen], out / "final")
+    return {**record, "settings": {**record["settings"], "chosen": list(chosen)}}
+
+
+def _finetune_once(
+    encoder: Path, train: Path, val: Path | float | None, test: Path | None, words: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """The record of one `moce finetune`, which is run unless it is done."""
+    result, log = out / "result.json", out / "log.txt"
+    command: list[object] = ["finetune", encoder, "--train", train, "--test", test]
+    command += ["--val", val] if val is not None else []
+    command += ["--out", out / "run", "--results", result, *words]
+    if not result.exists():
+        _logger.info(f"fine-tuning: tail -F {log}")
+        status = run_logged([sys.executable, "-m", "moce_ds", *arguments(command)], log)
+        if status == STOPPED:
+            raise KeyboardInterrupt
+        if status or not result.exists():
+            lines = log_tail(log).splitlines()
+            message = "\n  ".join(line.removeprefix("Error: ") for line in lines)
+            raise ArtefactError(f"moce finetune ended with status {status} (all of it in {log}):\n  {message}")
+    record: dict[str, Any] = read_json(result, "the result of fine-tuning", "moce finetune")[0]
+    return record

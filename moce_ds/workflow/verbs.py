@@ -34,7 +34,7 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
     sys.exit(run_study(config, cell))
 
 
-@click.command(cls=Verb, settings="moce_ds.workflow.pipeline_stages:PipelineSettings")
+@click.command(cls=Verb, settings="moce_ds.workflow.pipeline:PipelineSettings")
 @words(required=True)
 @click.option("--list", "listed", is_flag=True, help="Print the stages and how far they are, and do nothing.")
 @force_option()
@@ -74,9 +74,8 @@ def transfer(
     Prints a table for each method at the end and keeps every number in OUT/results.json. Rerun the same command to
     resume, or with more tasks, methods or seeds to add what is missing.
     """
-    from moce_ds.workflow.transfer import run_campaign
+    from moce_ds.workflow.transfer import campaign_tables, run_campaign
     from moce_ds.workflow.transfer_models import find_subjects
-    from moce_ds.workflow.transfer_table import campaign_tables
     from moce_ds.workflow.transfer_tasks import read_tasks
 
     subjects = find_subjects(list(runs))

@@ -15,12 +15,12 @@ from moce_ds.checkpoint.format import steps_of
 from moce_ds.errors import STOPPED
 from moce_ds.storage.locks import is_held
 from moce_ds.storage.metrics_file import read_metrics
-from moce_ds.workflow.step import Step, StepRecord
+from moce_ds.workflow.stage import Stage, StageRecord
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
 
 
-def record_of(stage: Step) -> StepRecord:
+def record_of(stage: Stage) -> StageRecord:
     record = stage.record()
     assert record is not None
     return record

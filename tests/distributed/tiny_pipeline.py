@@ -6,13 +6,13 @@ import yaml
 from tiny_run import EXPERT_LAYERS
 
 from moce_ds.config.settings import load
-from moce_ds.workflow.pipeline_stages import PipelineSettings, stages_of
-from moce_ds.workflow.step import Step
+from moce_ds.workflow.pipeline import PipelineSettings, stages_of
+from moce_ds.workflow.stage import Stage
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
-def write_pipeline(path: Path, **given: object) -> dict[str, Step]:
+def write_pipeline(path: Path, **given: object) -> dict[str, Stage]:
     """Write a pipeline file; returns its stages by name."""
     layers = ",".join(map(str, EXPERT_LAYERS))
     words = {

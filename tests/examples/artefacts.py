@@ -37,9 +37,8 @@ from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.tuning.settings import FinetuneSettings
 from moce_ds.workflow.pipeline import keep_stages
-from moce_ds.workflow.step import Step, StepFile, StepRecord
-from moce_ds.workflow.study import keep_record
-from moce_ds.workflow.study_cell import cell_step
+from moce_ds.workflow.stage import Stage, StageFile, StageRecord
+from moce_ds.workflow.study import cell_stage, keep_record
 from moce_ds.workflow.study_grid import StudySettings, cells_of
 from tests.examples.alone import ALONE
 from tests.examples.moce_command import TINY, run_here
@@ -179,8 +178,8 @@ def _write_study(root: Path, shards: Path) -> Path:
     _write_dense(config)
     _write_results(cell.folder / "results.json")
     measured = {"probe birds": 0.625}
-    done = StepRecord({"evaluations": {"birds": "birds"}}, "done", seconds=3.0, measures=measured)
-    cell_step(study, cell).records.write(done)
+    done = StageRecord({"evaluations": {"birds": "birds"}}, "done", seconds=3.0, measures=measured)
+    cell_stage(study, cell).records.write(done)
     return study.out
 
 
@@ -191,9 +190,9 @@ def _write_pipeline(out: Path, shards: Path, dense: Path) -> Path:
     made = {"mae": out / "mae", "evaluation": out / "results.json"}
     from_shards = MadeFrom({"commands": [["pretrain"]], "settings": to_tree(config), "read": {}})
     stages = [
-        Step(
+        Stage(
             name,
-            StepFile(out / f"pipeline/{name}.json"),
+            StageFile(out / f"pipeline/{name}.json"),
             out / f"pipeline/.{name}.lock",
             lambda: from_shards,
             dict,
@@ -203,5 +202,5 @@ def _write_pipeline(out: Path, shards: Path, dense: Path) -> Path:
     ]
     keep_stages(stages, out)
     for stage in stages:
-        stage.records.write(StepRecord(from_shards.parts, "done", "2026-01-01T00:00:00+00:00", 3.0))
+        stage.records.write(StageRecord(from_shards.parts, "done", "2026-01-01T00:00:00+00:00", 3.0))
     return out

@@ -12,7 +12,7 @@ from moce_ds.distributed.runtime import StopRequest
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host.interrupts import obeyed
 from moce_ds.launch.local import run_processes
-from moce_ds.workflow import transfer_finetune as finetuning
+from moce_ds.workflow import transfer_tasks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -178,5 +178,5 @@ def test_a_signal_reaches_the_fine_tuning_that_is_waited_for(tmp_path: Path, mon
     monkeypatch.setattr(sys, "executable", str(program))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        finetuning._run(Path("encoder"), Path("train"), None, Path("test"), [], tmp_path / "out")
+        transfer_tasks._finetune_once(Path("encoder"), Path("train"), None, Path("test"), [], tmp_path / "out")
     assert (tmp_path / "stopped").exists()

@@ -14,15 +14,14 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 
 from moce_ds.distributed.sealing import SECRET
 from moce_ds.errors import LOST_PEER
-from moce_ds.launch.slurm_job import SECRET_FILE, JobStart
+from moce_ds.launch.slurm_job import SECRET_FILE, JobStart, Rank, place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.launch.slurm_rank import Rank, place
-from moce_ds.launch.snapshot import begin_launch
+from moce_ds.launch.slurm_queue import begin_launch
 
 LOST, STOPPED = 77, 76
 ROOT = Path(__file__).parents[3]
 RANK = (
-    "import signal, sys; from moce_ds.launch.slurm_rank import Rank; Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"
+    "import signal, sys; from moce_ds.launch.slurm_job import Rank; Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"
 )
 
 

@@ -18,16 +18,16 @@ from moce_ds.data import shard_writer
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.storage.locks import held
-from moce_ds.workflow.engine import Progress, StepError, run_steps
-from moce_ds.workflow.pipeline_stages import (
+from moce_ds.workflow.pipeline import (
     PipelineSettings,
     check_batches,
     check_folders,
     pipeline_workflow,
     stages_of,
 )
-from moce_ds.workflow.step import Launch, Step, StepRecord
-from moce_ds.workflow.submit import queued_steps
+from moce_ds.workflow.runner import Progress, StageError, run_stages
+from moce_ds.workflow.stage import Launch, Stage, StageRecord
+from moce_ds.workflow.submit import queued_stages
 from tests.examples.moce_command import TINY, refused, run_here
 
 Make = Callable[..., PipelineSettings]
@@ -56,17 +56,17 @@ def task(tmp_path: Path, tiny_images: Path, tiny_shards: Path) -> Path:
     return tmp_path / "task"
 
 
-def of(pipeline: PipelineSettings, name: str) -> Step:
+def of(pipeline: PipelineSettings, name: str) -> Stage:
     """The stage of a name."""
     return next(stage for stage in stages_of(pipeline) if stage.name == name)
 
 
-def finish(stage: Step) -> None:
+def finish(stage: Stage) -> None:
     """Leave the stage as one that was run to its end, its products aside."""
-    stage.records.write(StepRecord(stage.made_from().parts, "done"))
+    stage.records.write(StageRecord(stage.made_from().parts, "done"))
 
 
-def words(stage: Step) -> list[str]:
+def words(stage: Stage) -> list[str]:
     return [" ".join(command) for command in stage.commands]
 
 
@@ -182,7 +182,7 @@ def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(make: Ma
     shards = of(pipeline, "shards")
     made_from = shards.made_from().parts
     del made_from["settings"]["max_pixels"]
-    shards.records.write(StepRecord(made_from, "done"))
+    shards.records.write(StageRecord(made_from, "done"))
     assert shards.is_done()
     assert not of(make("words.shards=[max_pixels=1000]"), "shards").is_done(), "and not what is asked for now"
 
@@ -196,7 +196,7 @@ def test_a_stage_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> No
     kept = shards.records.path.stat().st_mtime_ns
     again = run_here(*command)
     assert "stage 1 of 6 shards is done\n" in again.err and "$ moce" not in again.err
-    assert run_steps([shards], Progress(pipeline_workflow(make()))).status == 0
+    assert run_stages([shards], Progress(pipeline_workflow(make()))).status == 0
     assert shards.records.path.stat().st_mtime_ns == kept
     (tmp_path / "out" / "shards" / "shards.json").unlink()
     assert not shards.is_done()
@@ -237,8 +237,8 @@ def test_a_stage_whose_processes_tell_nothing_has_failed(make: Make) -> None:
     ending = Launch([sys.executable, "-c", "raise SystemExit(3)"])
     workflow = pipeline_workflow(make())
     mae = dataclasses.replace(workflow.named("mae"), launch=ending)
-    outcome = run_steps([mae], Progress(dataclasses.replace(workflow, steps=[mae])))
-    assert str(StepError("stage", outcome.failures[0])).startswith(
+    outcome = run_stages([mae], Progress(dataclasses.replace(workflow, stages=[mae])))
+    assert str(StageError("stage", outcome.failures[0])).startswith(
         "Stage mae failed: its processes ended with status 3. Their messages are above."
     )
     assert outcome.status == 3
@@ -251,7 +251,7 @@ def test_states_are_listed(make: Make, tmp_path: Path, tiny_shards: Path) -> Non
     shutil.copytree(tiny_shards, pipeline.out / "shards")
     finish(of(pipeline, "shards"))
     mae = of(pipeline, "mae")
-    mae.records.write(StepRecord(mae.made_from().parts))
+    mae.records.write(StageRecord(mae.made_from().parts))
     with held(of(pipeline, "features").lock):
         said = run_here("pipeline", path, "--list")
     for row in (r"shards .* done ", r"mae .* begun ", r"features .* running ", r"clusters .* waiting "):
@@ -276,9 +276,9 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
     resources = {"shards": {"gpus_per_node": 0, "cpus_per_task": 16}, "features": {"nodes": 1, "min_nodes": None}}
     pipeline = make(resources=resources)
     profile = SlurmProfile(nodes=4, min_nodes=1, gpus_per_node=4, cpus_per_task=8)
-    groups = queued_steps(stages_of(pipeline), profile)
+    groups = queued_stages(stages_of(pipeline), profile)
     assert [group.needs for group in groups] == [[], *([name] for name in NAMES[:4]), ["moce"]], "a chain"
-    queued = {group.steps[0].name: (group.profile, group.usable_nodes) for group in groups if len(group.steps) == 1}
+    queued = {group.stages[0].name: (group.profile, group.usable_nodes) for group in groups if len(group.stages) == 1}
     assert list(queued) == [stage.name for stage in stages_of(pipeline)]
     shards, _ = queued["shards"]
     assert (shards.nodes, shards.processes_per_node, shards.gpus_per_node, shards.cpus_per_task) == (1, 1, 0, 16)
@@ -295,7 +295,7 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
     for name in ("shards", "clusters"):
         finish(of(pipeline, name))
         assert of(pipeline, name).is_done()
-    queued_then = [group.steps[0].name for group in queued_steps(stages_of(pipeline), profile)]
+    queued_then = [group.stages[0].name for group in queued_stages(stages_of(pipeline), profile)]
     assert queued_then == list(queued)[1:], "what comes after a stage that is run may change with it"
 
 
@@ -309,4 +309,4 @@ def test_what_is_queued(make: Make, tiny_shards: Path) -> None:
 def test_resources_that_are_refused(make: Make, resources: dict[str, Any], told: str) -> None:
     pipeline = make(resources=resources)
     with pytest.raises(ConfigError, match=told):
-        queued_steps(stages_of(pipeline), SlurmProfile())
+        queued_stages(stages_of(pipeline), SlurmProfile())

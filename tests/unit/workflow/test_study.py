@@ -23,11 +23,10 @@ from moce_ds.report.study_chapter import scalings
 from moce_ds.storage.files import write_json
 from moce_ds.storage.locks import held, is_held
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.step import StepRecord
-from moce_ds.workflow.study import run_study
-from moce_ds.workflow.study_cell import cell_step, measures, study_workflow
+from moce_ds.workflow.stage import StageRecord
+from moce_ds.workflow.study import cell_stage, measures, run_study, study_workflow
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
-from moce_ds.workflow.submit import queued_steps
+from moce_ds.workflow.submit import queued_stages
 from tests.examples.moce_command import TINY, refused, run_here
 
 Make = Callable[..., StudySettings]
@@ -131,21 +130,21 @@ def test_cells_of_several_machines_are_not_run_on_one(make: Make) -> None:
         run_study(make(nodes=2))
 
 
-def begun(study: StudySettings, cell: Cell) -> StepRecord:
+def begun(study: StudySettings, cell: Cell) -> StageRecord:
     """The record of a cell whose run has left its settings."""
     cell.run.mkdir(parents=True)
     (cell.run / "config.yaml").write_text(to_yaml(cell.config()))
-    record = StepRecord({"evaluations": study.evaluations})
+    record = StageRecord({"evaluations": study.evaluations})
     write_record(study, cell, record)
     return record
 
 
-def write_record(study: StudySettings, cell: Cell, record: StepRecord) -> None:
-    cell_step(study, cell).records.write(record)
+def write_record(study: StudySettings, cell: Cell, record: StageRecord) -> None:
+    cell_stage(study, cell).records.write(record)
 
 
 def is_done(study: StudySettings, cell: Cell) -> bool:
-    return cell_step(study, cell).is_done()
+    return cell_stage(study, cell).is_done()
 
 
 def test_a_changed_study_is_refused_where_it_has_begun(make: Make) -> None:
@@ -190,15 +189,15 @@ def test_states_are_listed(make: Make, tmp_path: Path) -> None:
 def test_cells_of_one_size_become_an_array(make: Make) -> None:
     study = make(cells=[{"processes": 1}, {"nodes": 2}], grid={"run.seed": [0, 1]})
     cells = cells_of(study)
-    steps = study_workflow(study, cells).steps
+    stages = study_workflow(study, cells).stages
     profile = SlurmProfile(nodes=4, min_nodes=2, gpus_per_node=8)
-    one, two = queued_steps(steps, profile)
-    assert [step.name for step in one.steps] == ["processes=1,seed=0", "processes=1,seed=1"] and one.needs == []
-    assert [step.name for step in two.steps] == ["nodes=2,seed=0", "nodes=2,seed=1"] and two.needs == []
+    one, two = queued_stages(stages, profile)
+    assert [stage.name for stage in one.stages] == ["processes=1,seed=0", "processes=1,seed=1"] and one.needs == []
+    assert [stage.name for stage in two.stages] == ["nodes=2,seed=0", "nodes=2,seed=1"] and two.needs == []
     sizes = [(group.profile.nodes, group.profile.node_counts, group.profile.gpus_per_node) for group in (one, two)]
     assert sizes == [(1, range(1, 2), 1), (2, range(2, 3), 1)], "a cell keeps its size, whatever the profile says"
     write_record(study, cells[0], dataclasses.replace(begun(study, cells[0]), state="done"))
-    assert [len(group.steps) for group in queued_steps(steps, profile)] == [1, 2]
+    assert [len(group.stages) for group in queued_stages(stages, profile)] == [1, 2]
 
 
 def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:

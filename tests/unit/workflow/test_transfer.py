@@ -22,7 +22,7 @@ from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.transfer_table import campaign_tables
+from moce_ds.workflow.transfer import campaign_tables
 from moce_ds.workflow.transfer_tasks import TASK_FILES
 from tests.examples.images import contents
 from tests.examples.moce_command import refused, run_here

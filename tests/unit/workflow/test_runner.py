@@ -1,4 +1,4 @@
-"""The engine on small steps: what it runs, in which order, what it leaves out, and what it keeps on record."""
+"""The runner on small stages: what it runs, in which order, what it leaves out, and what it keeps on record."""
 
 import json
 import signal
@@ -15,42 +15,42 @@ from moce_ds.console import configure_logging
 from moce_ds.errors import LOST_PEER, STOPPED, DataError
 from moce_ds.storage.locks import held
 from moce_ds.storage.made_from import MadeFrom
-from moce_ds.workflow.engine import Outcome, Progress, StepError, run_steps
-from moce_ds.workflow.step import Launch, Step, StepFile, StepRecord, Workflow
+from moce_ds.workflow.runner import Outcome, Progress, StageError, run_stages
+from moce_ds.workflow.stage import Launch, Stage, StageFile, StageRecord, Workflow
 
-Make = Callable[..., Step]
+Make = Callable[..., Stage]
 
 
 @pytest.fixture
 def ran() -> list[str]:
-    """Names of the steps whose work was run, in order."""
+    """Names of the stages whose work was run, in order."""
     return []
 
 
 @pytest.fixture
 def make(tmp_path: Path, ran: list[str]) -> Make:
-    """A step that notes its name and writes a file; call it with the name, the work and what it needs."""
+    """A stage that notes its name and writes a file; call it with the name, the work and what it needs."""
 
-    def made(name: str, then: Callable[[], object] = dict, source: str = "one", **more: Any) -> Step:
+    def made(name: str, then: Callable[[], object] = dict, source: str = "one", **more: Any) -> Stage:
         def work() -> dict[str, Any]:
             ran.append(name)
             then()
             (tmp_path / f"{name}.txt").write_text(source)
             return {}
 
-        records, lock = StepFile(tmp_path / f"{name}.json"), tmp_path / f".{name}.lock"
+        records, lock = StageFile(tmp_path / f"{name}.json"), tmp_path / f".{name}.lock"
         outputs = [tmp_path / f"{name}.txt"]
-        return Step(name, records, lock, lambda: MadeFrom({"source": source}), work, outputs=outputs, **more)
+        return Stage(name, records, lock, lambda: MadeFrom({"source": source}), work, outputs=outputs, **more)
 
     return made
 
 
-def run(steps: Sequence[Step], keep_going: bool = False) -> Outcome:
-    return run_steps(steps, Progress(Workflow("test", "step", Path(), steps)), keep_going)
+def run(stages: Sequence[Stage], keep_going: bool = False) -> Outcome:
+    return run_stages(stages, Progress(Workflow("test", "stage", Path(), stages)), keep_going)
 
 
-def state(step: Step) -> str | None:
-    record = step.record()
+def state(stage: Stage) -> str | None:
+    record = stage.record()
     return record and record.state
 
 
@@ -62,31 +62,33 @@ def test_a_step_is_run_once_for_what_it_is_made_from(
     make: Make, ran: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging()
-    steps = [make("a"), make("b", needs=["a"])]
-    assert run(steps).status == 0 and ran == ["a", "b"]
-    assert "step 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().err
-    assert run(steps).status == 0 and ran == ["a", "b"]
-    assert capsys.readouterr().err == "step 1 of 2 a is done\nstep 2 of 2 b is done\n"
-    assert run([make("a", source="two"), steps[1]]).status == 0 and ran == ["a", "b", "a"]
-    steps[1].outputs[0].unlink()
-    assert steps[1].state() == "changed" and run(steps[1:]).status == 0 and ran[3:] == ["b"], "its output was gone"
+    stages = [make("a"), make("b", needs=["a"])]
+    assert run(stages).status == 0 and ran == ["a", "b"]
+    assert "stage 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().err
+    assert run(stages).status == 0 and ran == ["a", "b"]
+    assert capsys.readouterr().err == "stage 1 of 2 a is done\nstep 2 of 2 b is done\n"
+    assert run([make("a", source="two"), stages[1]]).status == 0 and ran == ["a", "b", "a"]
+    stages[1].outputs[0].unlink()
+    assert stages[1].state() == "changed" and run(stages[1:]).status == 0 and ran[3:] == ["b"], "its output was gone"
 
 
 def test_a_failure_keeps_back_what_needs_it_and_nothing_else(make: Make, ran: list[str]) -> None:
-    steps = [make("a", failing), make("b", needs=["a"]), make("c", needs=["b"]), make("d")]
-    outcome = run(steps, keep_going=True)
+    stages = [make("a", failing), make("b", needs=["a"]), make("c", needs=["b"]), make("d")]
+    outcome = run(stages, keep_going=True)
     assert (
-        ran == ["a", "d"] and outcome.status == 1 and [state(step) for step in steps] == ["failed", None, None, "done"]
+        ran == ["a", "d"]
+        and outcome.status == 1
+        and [state(stage) for stage in stages] == ["failed", None, None, "done"]
     )
-    record = steps[0].record()
+    record = stages[0].record()
     assert record is not None and record.message == "no image" and record.seconds >= 0
     (failure,) = outcome.failures
-    path = steps[0].records.path
-    told = f"Step a failed: no image\nIts state is in {path}. Rerun the same command to resume."
-    assert str(StepError("step", failure)) == told
+    path = stages[0].records.path
+    told = f"Stage a failed: no image\nIts state is in {path}. Rerun the same command to resume."
+    assert str(StageError("stage", failure)) == told
     ran.clear()
-    steps[0] = make("a")
-    assert run(steps, keep_going=True).status == 0 and ran == ["a", "b", "c"]
+    stages[0] = make("a")
+    assert run(stages, keep_going=True).status == 0 and ran == ["a", "b", "c"]
 
 
 def test_without_going_on_the_first_failure_is_the_last_step(make: Make, ran: list[str]) -> None:
@@ -94,30 +96,30 @@ def test_without_going_on_the_first_failure_is_the_last_step(make: Make, ran: li
 
 
 def test_a_defect_is_on_record_too(make: Make) -> None:
-    step = make("a", lambda: [][0])
+    stage = make("a", lambda: [][0])
     with pytest.raises(IndexError):
-        run([step])
-    assert state(step) == "failed"
+        run([stage])
+    assert state(stage) == "failed"
 
 
 @pytest.mark.parametrize("stop", [lambda: signal.raise_signal(signal.SIGINT), lambda: sys.exit(STOPPED)])
 def test_a_step_that_is_stopped_stays_begun(make: Make, ran: list[str], stop: Callable[[], object]) -> None:
-    steps = [make("a", stop), make("b")]
+    stages = [make("a", stop), make("b")]
     if stop.__code__.co_names[0] == "sys":  # a command that stops by itself ends the process that it runs in
         with pytest.raises(SystemExit):
-            run(steps)
+            run(stages)
     else:
-        outcome = run(steps)
-        assert (outcome.status, [step.name for step in outcome.stopped]) == (STOPPED, ["a"])
-    assert ran == ["a"] and state(steps[0]) == "begun"
+        outcome = run(stages)
+        assert (outcome.status, [stage.name for stage in outcome.stopped]) == (STOPPED, ["a"])
+    assert ran == ["a"] and state(stages[0]) == "begun"
 
 
 def test_a_step_that_another_process_runs_comes_last(make: Make, ran: list[str], tmp_path: Path) -> None:
-    steps = [make("a"), make("b")]
+    stages = [make("a"), make("b")]
     holding = f"""
 import pathlib
 from moce_ds.storage.locks import held
-with held(pathlib.Path({str(steps[0].lock)!r})):
+with held(pathlib.Path({str(stages[0].lock)!r})):
     print("held", flush=True)
     input()
 """
@@ -125,9 +127,9 @@ with held(pathlib.Path({str(steps[0].lock)!r})):
         [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        assert steps[0].state() == "running"
+        assert stages[0].state() == "running"
         release = make("b", lambda: other.communicate("\n"))
-        assert run([steps[0], release]).status == 0
+        assert run([stages[0], release]).status == 0
     assert ran == ["b", "a"]
 
 
@@ -137,9 +139,9 @@ def test_a_step_of_its_own_process_has_a_log(make: Make, tmp_path: Path) -> None
         ("print('trained')\nraise SystemExit(3)", 3, "trained"),
         ("import os\nos.kill(os.getpid(), 9)", LOST_PEER, "trained\nThe process was killed by SIGKILL."),
     ):
-        step = replace(make("a"), launch=Launch([sys.executable, "-c", code], log))
-        outcome = run([step])
-        record = step.record()
+        stage = replace(make("a"), launch=Launch([sys.executable, "-c", code], log))
+        outcome = run([stage])
+        record = stage.record()
         assert outcome.status == status and record is not None
         assert (record.state, record.message) == ("failed", message)
 
@@ -156,8 +158,8 @@ def test_the_status_of_several_failures(make: Make, tmp_path: Path) -> None:
 
 def test_what_an_earlier_version_recorded_is_done(make: Make, tmp_path: Path, ran: list[str]) -> None:
     """As commit 878e397 wrote it."""
-    step = make("a")
-    step.outputs[0].write_text("one")
+    stage = make("a")
+    stage.outputs[0].write_text("one")
     old = {
         "made_from": {"source": "one"},
         "at": "2026-01-01T00:00:00+00:00",
@@ -165,11 +167,11 @@ def test_what_an_earlier_version_recorded_is_done(make: Make, tmp_path: Path, ra
         "seconds": 3.0,
         "told": "",
     }
-    step.records.path.write_text(json.dumps(old))
-    assert step.record() == StepRecord({"source": "one"}, "done", "2026-01-01T00:00:00+00:00", 3.0)
-    assert run([step]).status == 0 and ran == []
-    step.records.write(StepRecord({"source": "one"}, "failed", "now", 1.0, "no image"))
-    kept = json.loads(step.records.path.read_text())
+    stage.records.path.write_text(json.dumps(old))
+    assert stage.record() == StageRecord({"source": "one"}, "done", "2026-01-01T00:00:00+00:00", 3.0)
+    assert run([stage]).status == 0 and ran == []
+    stage.records.write(StageRecord({"source": "one"}, "failed", "now", 1.0, "no image"))
+    kept = json.loads(stage.records.path.read_text())
     assert kept.pop("content_sha256") and kept == {
         **old,
         "at": "now",
@@ -180,7 +182,7 @@ def test_what_an_earlier_version_recorded_is_done(make: Make, tmp_path: Path, ra
 
 
 def test_a_lock_that_is_held_is_seen(make: Make) -> None:
-    step = make("a")
-    with held(step.lock):
-        assert step.state() == "running"
-    assert step.state() == "waiting"
+    stage = make("a")
+    with held(stage.lock):
+        assert stage.state() == "running"
+    assert stage.state() == "waiting"

@@ -1,7 +1,7 @@
-"""A step of a workflow: what it runs, what decides its result, and its record on disk.
+"""A stage of a workflow: what it runs, what decides its result, and its record on disk.
 
-One process runs a step, or several share it. The first of them holds the step's lock and keeps its record: begun, then
-done or failed. A step that is stopped stays begun.
+One process runs a stage, or several share it. The first of them holds the stage's lock and keeps its record: begun,
+then done or failed. A stage that is stopped stays begun.
 """
 
 import logging
@@ -16,15 +16,16 @@ from typing import Any, Literal, Protocol
 
 import click
 
-from moce_ds.artefacts.pipeline_folder import StageRecord
-from moce_ds.checkpoint import format as checkpoint
+from moce_ds.artefacts.pipeline_folder import PipelineStageRecord
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.cli.verbs import run_verb
-from moce_ds.clustering import clusters, feature_store
-from moce_ds.data import shards
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.storage import encoder_folder
+from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import sha256_of
 from moce_ds.storage.locks import held, is_held
 from moce_ds.storage.made_from import MadeFrom
@@ -34,18 +35,17 @@ _logger = logging.getLogger(__name__)
 
 State = Literal["begun", "done", "failed"]
 Measures = dict[str, Any]
-"""What a step has measured, by name."""
+"""What a stage has measured, by name."""
 
-_WRITTEN_LAST = (
-    shards.MANIFEST, f"checkpoints/step-*/{checkpoint.MANIFEST}", feature_store.RECORD, clusters.RECORD,
-    encoder_folder.CONFIG,
+_LAST_FILES = (
+    ShardSet.last_file, RunFolder.last_file, FeatureSet.last_file, Clusters.last_file, EncoderFolder.last_file,
 )  # fmt: skip
-"""The last file of a folder (shards, run, features, clusters, encoder); it holds checksums of the others."""
+"""Patterns of the file that is written last into a folder that a stage makes; it holds checksums of the others."""
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A step, as far as it has come.
+class StageRecord:
+    """A stage, as far as it has come.
 
     Attributes:
         made_from: what decides its result, as things were when it began.
@@ -64,28 +64,28 @@ class StepRecord:
 
 
 class RecordFile(Protocol):
-    """Where a step's record lies on disk. Every workflow has its own format."""
+    """Where a stage's record lies on disk. Every workflow has its own format."""
 
     @property
     def path(self) -> Path:
         """The file, for messages."""
         ...
 
-    def read(self) -> StepRecord | None:
-        """The record, None before the step's first start. Raises ArtefactError."""
+    def read(self) -> StageRecord | None:
+        """The record, None before the stage's first start. Raises ArtefactError."""
         ...
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, record: StageRecord) -> None:
         """Replace the record. Raises ArtefactError."""
         ...
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a step is started in processes of its own, each of which comes to `perform`.
+    """How a stage is started in processes of its own, each of which comes to `perform`.
 
     Attributes:
-        log: of a step of one process: the file that its output goes to, so that it prints nothing here.
+        log: of a stage of one process: the file that its output goes to, so that it prints nothing here.
     """
 
     command: list[str]
@@ -93,8 +93,8 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of a workflow.
+class Stage:
+    """One stage of a workflow.
 
     Attributes:
         name: unique in its workflow.
@@ -103,7 +103,7 @@ class Step:
         work: what its first process runs; returns what it measures.
         share: what the other processes run that share it; None: one process runs it.
         outputs: what is there once it is done.
-        needs: names of the steps that must be done before it.
+        needs: names of the stages that must be done before it.
         processes, nodes: processes on each machine that share its work, and machines.
         launch: how it is started; None: in the process of the workflow.
         commands: words after `moce`, where its work is known before it is run.
@@ -131,7 +131,7 @@ class Step:
         """Whether several processes share its work."""
         return self.share is not None
 
-    def record(self) -> StepRecord | None:
+    def record(self) -> StageRecord | None:
         """Its record, None before its first start. Raises ArtefactError."""
         return self.records.read()
 
@@ -154,73 +154,73 @@ class Step:
 
 @dataclass(frozen=True)
 class Workflow:
-    """Steps, and how the command line names them.
+    """Stages, and how the command line names them.
 
     Attributes:
-        verb, noun: of `moce VERB WORDS --NOUN STEP`, which runs one step: pipeline and stage, study and cell.
-        out: the folder of everything that the steps write.
-        steps: in an order in which each comes after those that it needs.
+        verb, noun: of `moce VERB WORDS --NOUN NAME`, which runs one stage: pipeline and stage, study and cell.
+        out: the folder of everything that the stages write.
+        stages: in an order in which each comes after those that it needs.
     """
 
     verb: str
     noun: str
     out: Path
-    steps: Sequence[Step]
+    stages: Sequence[Stage]
 
-    def named(self, name: str) -> Step:
-        """The step of a name. Raises ConfigError."""
-        for step in self.steps:
-            if step.name == name:
-                return step
-        known = ", ".join(step.name for step in self.steps)
+    def named(self, name: str) -> Stage:
+        """The stage of a name. Raises ConfigError."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = ", ".join(stage.name for stage in self.stages)
         raise ConfigError(f"--{self.noun}: the {self.verb} has no {self.noun} {name}; it has {known}.")
 
-    def place(self, step: Step) -> str:
-        """A step among the others: stage 2 of 7 mae."""
-        number = [other.name for other in self.steps].index(step.name) + 1
-        return f"{self.noun} {number} of {len(self.steps)} {step.name}"
+    def place(self, stage: Stage) -> str:
+        """A stage among the others: stage 2 of 7 mae."""
+        number = [other.name for other in self.stages].index(stage.name) + 1
+        return f"{self.noun} {number} of {len(self.stages)} {stage.name}"
 
-    def summary(self, steps: Sequence[Step]) -> str:
-        """How many of some steps are done. Raises ArtefactError."""
-        return f"{sum(step.is_done() for step in steps)} of {counted(len(steps), self.noun)} done"
+    def summary(self, stages: Sequence[Stage]) -> str:
+        """How many of some stages are done. Raises ArtefactError."""
+        return f"{sum(stage.is_done() for stage in stages)} of {counted(len(stages), self.noun)} done"
 
 
 def digest(place: Path) -> str | None:
     """SHA-256 of a file, or of the last file that is written into a folder; None: neither is there."""
-    found = [place] if place.is_file() else sorted(path for name in _WRITTEN_LAST for path in place.glob(name))
+    found = [place] if place.is_file() else sorted(path for name in _LAST_FILES for path in place.glob(name))
     return sha256_of(found[-1]) if found else None
 
 
-def perform(step: Step) -> None:
-    """Run a step in this process, or this process's share of it. A step that is done is not run again.
+def perform(stage: Stage) -> None:
+    """Run a stage in this process, or this process's share of it. A stage that is done is not run again.
 
     Raises:
-        MoceError: the step failed; its record says why.
+        MoceError: the stage failed; its record says why.
         SystemExit: a command of it ended the process, such as by a stop.
     """
     here = Place.here()
-    if here.rank and step.share:
-        step.share()
+    if here.rank and stage.share:
+        stage.share()
         return
-    with held(step.lock):
-        if here.world_size == 1 and step.is_done():  # the processes of one step all run it, or none does
-            _logger.info(f"{step.name} was done meanwhile by another process.")
+    with held(stage.lock):
+        if here.world_size == 1 and stage.is_done():  # the processes of one stage all run it, or none does
+            _logger.info(f"{stage.name} was done meanwhile by another process.")
             return
-        with _Recording(step) as recording:
-            recording.measures = step.work()
+        with _Recording(stage) as recording:
+            recording.measures = stage.work()
 
 
 class _Recording:
-    """Keeps a step's record while the block runs it: begun, then done or failed. A stop leaves it begun."""
+    """Keeps a stage's record while the block runs it: begun, then done or failed. A stop leaves it begun."""
 
-    def __init__(self, step: Step) -> None:
-        self._step = step
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
         self._began = time.monotonic()
-        self._record = StepRecord(step.made_from().parts, at=now())
+        self._record = StageRecord(stage.made_from().parts, at=now())
         self.measures: Measures = {}
 
     def __enter__(self) -> "_Recording":
-        self._step.records.write(self._record)
+        self._stage.records.write(self._record)
         return self
 
     def __exit__(
@@ -230,9 +230,9 @@ class _Recording:
             return
         ended = replace(self._record, at=now(), seconds=round(time.monotonic() - self._began, 1))
         if error is None:
-            self._step.records.write(replace(ended, state="done", measures=self.measures))
+            self._stage.records.write(replace(ended, state="done", measures=self.measures))
         else:
-            self._step.records.write(replace(ended, state="failed", message=str(error) or repr(error)))
+            self._stage.records.write(replace(ended, state="failed", message=str(error) or repr(error)))
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> None:
@@ -248,21 +248,21 @@ def run_commands(commands: Sequence[Sequence[str]]) -> None:
 
 
 @dataclass(frozen=True)
-class StepFile:
-    """The record of a step as a file of its own, in the format of a pipeline's stages."""
+class StageFile:
+    """The record of a stage as a file of its own, in the format of a pipeline's stages."""
 
     path: Path
 
-    def read(self) -> StepRecord | None:
+    def read(self) -> StageRecord | None:
         """As `RecordFile`."""
-        found = StageRecord.read(self.path)
+        found = PipelineStageRecord.read(self.path)
         if found is None:
             return None
-        return StepRecord(found.made_from, found.state, found.at, found.seconds, found.told)
+        return StageRecord(found.made_from, found.state, found.at, found.seconds, found.told)
 
-    def write(self, record: StepRecord) -> None:
+    def write(self, record: StageRecord) -> None:
         """As `RecordFile`."""
-        StageRecord(record.made_from, record.at, record.state, record.seconds, record.message).write(self.path)
+        PipelineStageRecord(record.made_from, record.at, record.state, record.seconds, record.message).write(self.path)
 
 
 def now() -> str:
