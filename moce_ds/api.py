@@ -20,7 +20,7 @@ from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, 
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
-from moce_ds.storage.export_folder import EXPORT
+from moce_ds.storage.encoder_folder import EXPORT
 
 _BATCH = 64
 

@@ -18,7 +18,7 @@ _SLURM = "slurm_job slurm_profile local"
 # New folder: old folder, and the modules that kept their own name.
 _FOLDERS: dict[str, tuple[str, str]] = {
     "moce_ds.data.sources": ("moce_ds.data", f"{_SOURCES} saved_dataset walk"),
-    "moce_ds.config": ("moce_ds", "faults values yaml_text"),
+    "moce_ds.config": ("moce_ds", "values yaml_text"),
     "moce_ds.host": ("moce_ds", "interrupts machine place threads"),
     "moce_ds.storage": ("moce_ds", "checksums drafts encoder_folder files locks metrics_file"),
     "moce_ds.distributed": ("moce_ds", "randomness rendezvous runtime sealing"),
@@ -54,6 +54,7 @@ MOVED: dict[str, str] = {
     "moce_ds.data.public.found": "moce_ds.data.sources.public.dataset_splits",
     "moce_ds.data.left_out": "moce_ds.data.sources.skipped_files",
     "moce_ds.liveness": "moce_ds.distributed.watchdog",
+    "moce_ds.faults": "moce_ds.config.composition",
     "moce_ds.manifest": "moce_ds.checkpoint.manifest",
     "moce_ds.models.spec": "moce_ds.models.build",
     "moce_ds.moe.exchange": "moce_ds.moe.all_to_all",

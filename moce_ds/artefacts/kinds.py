@@ -9,8 +9,7 @@ from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.evaluation.results_file import ResultsFile
 from moce_ds.storage.artefact import Artefact
-from moce_ds.storage.encoder_folder import EncoderFolder
-from moce_ds.storage.export_folder import ExportFolder
+from moce_ds.storage.encoder_folder import EncoderFolder, ExportFolder
 
 KINDS: tuple[type[Artefact], ...] = (
     ShardSet, FeatureSet, Clusters, Checkpoint,

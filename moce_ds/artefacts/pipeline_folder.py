@@ -26,8 +26,7 @@ from moce_ds.storage.checksums import (
     write_checked,
     written_before,
 )
-from moce_ds.storage.encoder_folder import EncoderFolder
-from moce_ds.storage.export_folder import ExportFolder
+from moce_ds.storage.encoder_folder import EncoderFolder, ExportFolder
 from moce_ds.storage.files import read_json, writes_to
 
 PIPELINE, STAGES = "pipeline", "stages.json"

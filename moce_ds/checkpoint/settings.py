@@ -1,13 +1,8 @@
 """The settings of a run folder and its checkpoints, shared by pre-training and tuning."""
 
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
-from moce_ds.config.settings import option, settings
-
-Positive = Annotated[int, Field(gt=0)]
+from moce_ds.config.settings import Positive, PositiveFloat, Seed, option, settings
 
 
 @settings
@@ -15,12 +10,12 @@ class RunSettings:
     """Settings shared by pre-training and tuning."""
 
     out: Path = option(help="folder of the run")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "random seed")
+    seed: Seed = option(0, "random seed")
     checkpoint_every: Positive = option(1000, "steps between checkpoints (one is written at the end too)")
     async_checkpoint: bool = option(True, "write checkpoints during training, from a copy on the host")
     keep_checkpoints: Positive = option(2, "number of newest checkpoints to keep")
     keep_every: Positive | None = option(None, "also keep the checkpoint of every this many steps")
-    max_hours: Annotated[float, Field(gt=0)] | None = option(None, "save and stop after this many hours (per start)")
+    max_hours: PositiveFloat | None = option(None, "save and stop after this many hours (per start)")
     max_skipped: Positive = option(10, "stop after this many consecutive steps with a non-finite gradient")
-    peer_timeout: Annotated[float, Field(gt=0)] = option(120.0, "seconds after which a silent process counts as lost")
+    peer_timeout: PositiveFloat = option(120.0, "seconds after which a silent process counts as lost")
     log_every: Positive = option(10, "steps between records in metrics.jsonl")

@@ -108,7 +108,7 @@ def show_settings(kind: str, words: Sequence[str]) -> None:
 
     The output is a YAML file: it can be kept and read again.
     """
-    from moce_ds.config.origins import explained
+    from moce_ds.config.printing import explained
     from moce_ds.config.settings import partial_tree
     from moce_ds.config.words import settings_layers
 
@@ -140,9 +140,8 @@ def new_file(kind: str, words: Sequence[str]) -> None:
 
 def starter_text(kind: str, pairs: Sequence[str]) -> str:
     """The text of the file that `moce config new KIND` writes. Raises ConfigError if a `key=value` is invalid."""
-    from moce_ds.config.origins import DEFAULT, origin_of
+    from moce_ds.config.printing import DEFAULT, origin_of, starter
     from moce_ds.config.settings import keys, partial_tree, translated, words_layer
-    from moce_ds.config.starter import starter
 
     cls = KINDS[kind].load()
     layers = translated(cls, [words_layer(pairs)])

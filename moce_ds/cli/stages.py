@@ -9,7 +9,7 @@ import click
 
 from moce_ds.cli.bench import Numbers
 from moce_ds.cli.options import PATH, Verb, force_option, heads_option, words
-from moce_ds.config.origins import explained
+from moce_ds.config.printing import explained
 from moce_ds.config.settings import from_layers, to_tree
 from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.console import say, show

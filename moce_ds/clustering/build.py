@@ -21,8 +21,8 @@ from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.config.settings import to_tree
 from moce_ds.console import progress_bar
 from moce_ds.errors import ArtefactError, ConfigError, DataError
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
-from moce_ds.storage.made_from import MadeFrom
 
 _logger = logging.getLogger(__name__)
 

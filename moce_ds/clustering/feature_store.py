@@ -21,7 +21,7 @@ from pydantic import Field
 from safetensors.numpy import load_file
 
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.storage.artefact import Rows, is_marked
+from moce_ds.storage.artefact import MadeFrom, Rows, is_marked
 from moce_ds.storage.checksums import (
     Files,
     Findings,
@@ -35,7 +35,6 @@ from moce_ds.storage.checksums import (
 )
 from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
 from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
-from moce_ds.storage.made_from import MadeFrom
 
 FORMAT, VERSION = "moce features", 1
 RECORD, BEGUN = "features.json", "begun.json"

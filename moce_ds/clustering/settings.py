@@ -4,9 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moce_ds.config.settings import option, settings
-
-Positive = Annotated[int, Field(ge=1)]
+from moce_ds.config.settings import Positive, PositiveFloat, option, settings
 
 
 @settings
@@ -19,10 +17,8 @@ class ClusterSettings:
         200, "size of the sample to fit on, in images per cluster; null: fit on all images"
     )
     kmeans_iterations: Positive = option(20, "iterations of k-means, which initialises the centroids")
-    eps: Annotated[float, Field(gt=0)] = option(
-        0.025, "entropy weight of the balanced assignment; smaller is stricter and slower"
-    )
+    eps: PositiveFloat = option(0.025, "entropy weight of the balanced assignment; smaller is stricter and slower")
     rounds: Annotated[int, Field(ge=0)] = option(0, "re-estimations of the centroids from the balanced assignment")
-    tolerance: Annotated[float, Field(gt=0)] = option(0.01, "largest relative error of a soft cluster size")
+    tolerance: PositiveFloat = option(0.01, "largest relative error of a soft cluster size")
     max_iterations: Positive = option(1000, "maximum Sinkhorn iterations per round")
     seed: int = option(0, "random seed of the sample and of k-means")

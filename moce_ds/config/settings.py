@@ -20,8 +20,8 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from moce_ds.config import families, faults
-from moce_ds.config.composition import Layer, file_layers
+from moce_ds.config import families
+from moce_ds.config.composition import Layer, fault_message, file_layers, together
 from moce_ds.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.config.yaml_text import Plain, read_yaml_text
 from moce_ds.errors import ConfigError
@@ -29,11 +29,12 @@ from moce_ds.errors import ConfigError
 T = TypeVar("T")
 
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 CropShare = Annotated[float, Field(gt=0, le=1)]
-Deviation = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 WORDS = "the command line"
@@ -100,7 +101,7 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     try:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
-        raise ConfigError(faults.fault_message(dict(keys(cls)), error, layers)) from None
+        raise ConfigError(fault_message(dict(keys(cls)), error, layers)) from None
 
 
 def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:
         return to_tree(TypeAdapter(cls).validate_python(given))
     except ValidationError as error:
         if any(fault["type"] != "missing" for fault in error.errors()):
-            raise ConfigError(faults.fault_message(dict(keys(cls)), error, layers)) from None
+            raise ConfigError(fault_message(dict(keys(cls)), error, layers)) from None
     return _partial(cls, given)
 
 
@@ -138,7 +139,7 @@ def _merged_layers(cls: Any, layers: Sequence[Layer]) -> tuple[list[Layer], dict
     layers = translated(cls, [layer for layer in layers if layer.tree] or layers[:1])
     tree: dict[str, Any] = {}
     for number, layer in enumerate(layers, 1):
-        tree = _merged(tree, layer.tree, faults.together(layers[:number]))
+        tree = _merged(tree, layer.tree, together(layers[:number]))
     return layers, tree
 
 

@@ -47,10 +47,10 @@ from moce_ds.data.sources.image_folder import examined
 from moce_ds.data.sources.listing import Listing
 from moce_ds.data.sources.walk import SourceFile, list_files
 from moce_ds.errors import DataError
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
 from moce_ds.storage.locks import LOCK, alone_in
-from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import in_line
 
 

@@ -4,14 +4,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import NonNegative, OpenShare, PositiveFloat, Seed, option, settings
 from moce_ds.models.encode_settings import EncodeSettings
 
 Metric = Literal["top1", "mean_per_class", "map11"]
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @settings
@@ -19,7 +15,7 @@ class KnnSettings(EncodeSettings):
     """The vote of the nearest training images."""
 
     k: PositiveInt = option(20, "number of neighbours; at most all training images")
-    temperature: Annotated[float, Field(gt=0)] = option(
+    temperature: PositiveFloat = option(
         0.07, "temperature of the vote; a smaller one gives the nearest neighbours more weight"
     )
 
@@ -28,16 +24,16 @@ class KnnSettings(EncodeSettings):
 class LarsSettings:
     """Training of the classifier with MAE's recipe."""
 
-    base_lr: list[Annotated[float, Field(gt=0)]] = option(
+    base_lr: list[PositiveFloat] = option(
         [0.1, 1.0, 10.0, 30.0, 100.0],
         "candidate learning rates per 256 images; MAE uses 0.1 on ImageNet",
         min_length=1,
     )
     epochs: PositiveInt = option(90, "passes over the training images")
-    warmup_epochs: Annotated[float, Field(ge=0)] = option(10.0, "epochs of linear warm-up")
+    warmup_epochs: NonNegative = option(10.0, "epochs of linear warm-up")
     batch_size: Annotated[int, Field(ge=2)] = option(256, "images per step (MAE: 16384, of 1.28 million)")
     momentum: Annotated[float, Field(ge=0, lt=1)] = option(0.9, "momentum of LARS")
-    weight_decay: Annotated[float, Field(ge=0)] = option(0.0, "weight decay of LARS")
+    weight_decay: NonNegative = option(0.0, "weight decay of LARS")
 
 
 @settings
@@ -47,11 +43,11 @@ class ProbeSettings(EncodeSettings):
     method: Literal["logistic", "lars", "closed_form"] = option(
         "logistic", "logistic regression; lars: MAE's recipe; closed_form: ridge regression, the fastest"
     )
-    l2: list[Positive] = option(
+    l2: list[PositiveFloat] = option(
         [1.0, 1e-1, 1e-2, 1e-3, 1e-4], "candidate regularisation strengths (logistic, closed_form)", min_length=1
     )
     lars: LarsSettings = option(LarsSettings(), "training with LARS")
-    validation_share: Share = option(
+    validation_share: OpenShare = option(
         0.2, "share of the training images held out for validation if there is no validation split"
     )
     seed: Seed = option(0, "random seed of that share and of the order of images in LARS")

@@ -1,15 +1,22 @@
-"""What every artefact offers, and which artefact a path is.
+"""What every artefact offers, which artefact a path is, and what it is made from.
 
 An artefact is a file or a folder that `moce` writes. One class, in the folder of its subject, knows its paths and its
 format. `moce inspect`, the report and the workflow ask that class. How an artefact is written differs from kind to
 kind, so each class has its own `write` or its own writer; both leave the whole artefact or nothing.
+
+Whoever writes an artefact keeps a record of all that decides its content: settings, and fingerprints of what it reads
+(`MadeFrom`). When the same place is asked for again, the record has one of three outcomes: *absent*, make it; *same*,
+keep it or resume it; *different*, refuse and name the differences, or make it again.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from moce_ds.errors import ArtefactError
+from moce_ds.config.settings import completed, differences
+from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.drafts import restore
 from moce_ds.text import shortened
@@ -74,6 +81,66 @@ def recognised(path: Path, kinds: Sequence[type[Artefact]]) -> type[Artefact]:
         raise ArtefactError(f"{path} not found.")
     known = ", ".join(f"{kind.kind} ({mark})" for kind in kinds for mark in kind.marks)
     raise ArtefactError(f"{path} is nothing that moce writes. Known by a file in them: {known}.")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a record says, beside what is asked for now.
+
+    Attributes:
+        differences: dotted keys at which the two differ, with the recorded value and the one of now; None where there
+            is no record.
+    """
+
+    differences: dict[str, tuple[Any, Any]] | None
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is no record."""
+        return self.differences is None
+
+    @property
+    def same(self) -> bool:
+        """Whether there is a record, and it says the same."""
+        return self.differences == {}
+
+    @property
+    def listed(self) -> str:
+        """The differences, each on an indented line of its own."""
+        return "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in (self.differences or {}).items())
+
+    def refuse_different(self, what: str, kind: type[MoceError] = ArtefactError) -> None:
+        """Raise `kind`, which names every difference, if there is a record and it differs.
+
+        Args:
+            what: the place and what it holds, such as "runs/clusters holds clusters".
+        """
+        if self.differences:
+            raise kind(f"{what} made from something else; choose another folder or delete it:{self.listed}")
+
+
+@dataclass(frozen=True)
+class MadeFrom:
+    """All that decides the content of an artefact.
+
+    Attributes:
+        parts: plain data, as JSON can hold it.
+        settings: for each part that is a tree of settings, their class: a record of an earlier version is completed
+            with the defaults of settings added since.
+    """
+
+    parts: dict[str, Any]
+    settings: Mapping[str, type[Any]] = field(default_factory=dict)
+
+    def compare(self, recorded: Mapping[str, Any] | None) -> Comparison:
+        """Compare with a record, None where there is none. What else the record holds decides nothing."""
+        if recorded is None:
+            return Comparison(None)
+        old = {name: recorded[name] for name in self.parts if name in recorded}
+        for name, kind in self.settings.items():
+            if isinstance(old.get(name, {}), dict):
+                old[name] = completed(old.get(name, {}), kind)
+        return Comparison(differences(old, json.loads(json.dumps(self.parts))))  # as it is read again: no tuples
 
 
 def mebibytes(sizes: Iterable[int]) -> str:

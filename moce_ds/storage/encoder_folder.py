@@ -1,10 +1,17 @@
-"""The folder of a trained encoder, as files. `models/vit.py` reads their content.
+"""The folders of dense models, as files: an encoder for timm, or an export for another library.
 
 encoder/
     model.safetensors   weights, by timm's parameter names
     provenance.json     where the encoder comes from
     ...                 other files of the encoder, such as the head of a tuned one
     config.json         shape, input, and the checksums of the other files and of itself; written last
+
+export/
+    ...                 what the library reads
+    provenance.json     where it comes from
+    export.json         format, part, shape, input, and the checksums of the other files and of itself; written last
+
+`models/vit.py` reads the content of an encoder.
 """
 
 from collections.abc import Mapping
@@ -16,6 +23,7 @@ from safetensors import safe_open
 
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import (
+    FileRecord,
     Files,
     Findings,
     check_file,
@@ -28,15 +36,16 @@ from moce_ds.storage.checksums import (
 )
 from moce_ds.storage.files import read_json, read_record, reads_from, sha256_of, write_json
 
-FORMAT = "moce_ds encoder 1"
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
-_WHAT, _MADE_BY = "an encoder folder", "moce export"
+EXPORT = "export.json"
+_ENCODER_FORMAT, _EXPORT_FORMAT = "moce_ds encoder 1", "moce_ds export 1"
+_ENCODER, _EXPORT, _MADE_BY = "an encoder folder", "an export", "moce export"
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Record:
+class _EncoderRecord:
     """What is read of `config.json` to verify the folder."""
 
     sha256: str
@@ -91,7 +100,7 @@ class EncoderFolder:
 
     def verify(self) -> Findings:
         """Everything that is not as it was written. Raises ArtefactError: `config.json` is missing or damaged."""
-        record = read_config(self.path, _Record)
+        record = read_config(self.path, _EncoderRecord)
         found = document_findings(self.path / CONFIG, CONFIG)
         if record.files is not None:
             return found + file_findings(self.path, record.files)
@@ -115,31 +124,116 @@ class EncoderFolder:
         }
 
 
+@dataclass(frozen=True)
+class _ExportRecord:
+    """What is read of `export.json`."""
+
+    target: str
+    part: str
+    shape: ModelShape
+    input: dict[str, Any]
+    files: dict[str, FileRecord | str]
+    """An earlier version wrote SHA-256 alone."""
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """An export for another library as an artefact."""
+
+    kind: ClassVar[str] = "export"
+    marks: ClassVar[tuple[str, ...]] = (EXPORT,)
+    path: Path
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether the folder is such an export, also one that has lost its record. Raises ArtefactError."""
+        return is_marked(path, cls.marks) or _has_lost_its_record(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "ExportFolder":
+        """The folder; its files are read when they are asked for."""
+        return cls(path)
+
+    @property
+    def made_from(self) -> dict[str, Any]:
+        """`provenance.json`: the checkpoint, the route and the votes. Raises ArtefactError."""
+        return read_record(self.path / PROVENANCE, dict[str, Any], _EXPORT, _MADE_BY)
+
+    def verify(self) -> Findings:
+        """Everything that is not as it was written. Raises ArtefactError: `export.json` is missing or damaged."""
+        record = self._record()
+        document = document_findings(self.path / EXPORT, EXPORT)
+        files = {name: one for name, one in record.files.items() if isinstance(one, FileRecord)}
+        if len(files) == len(record.files):
+            return document + file_findings(self.path, files)
+        faults = [
+            f"{name}: {'is damaged or was exchanged' if (self.path / name).is_file() else 'is missing'}"
+            for name, sha256 in record.files.items()
+            if not (self.path / name).is_file() or sha256_of(self.path / name) != sha256
+        ]
+        return Findings(faults) + document
+
+    def describe(self) -> Rows:
+        """Format, shape, input, files and origin. Raises ArtefactError."""
+        record = self._record()
+        return {
+            "for": f"{record.target} ({record.part})",
+            "shape": str(record.shape),
+            "input": str(record.input),
+            "files": ", ".join(record.files),
+            **described_origin(self.made_from),
+        }
+
+    def _record(self) -> _ExportRecord:
+        return read_checked(self.path / EXPORT, _ExportRecord, _EXPORT, _MADE_BY, format=_EXPORT_FORMAT)
+
+
 def write_config(folder: Path, content: Mapping[str, Any]) -> None:
     """Write `config.json` with the checksums of all other files in the folder."""
     others = [name for name in names_below(folder) if name != CONFIG]
     files = records_of(folder, others)
-    write_checked(folder / CONFIG, {"format": FORMAT, **content, "sha256": files[WEIGHTS]["sha256"], "files": files})
+    write_checked(
+        folder / CONFIG, {"format": _ENCODER_FORMAT, **content, "sha256": files[WEIGHTS]["sha256"], "files": files}
+    )
 
 
 def replace_provenance(folder: Path, provenance: Any) -> None:
     """Replace `provenance.json` in a complete encoder folder, and update its checksum in `config.json`."""
     write_json(folder / PROVENANCE, provenance)
-    write_config(folder, read_json(folder / CONFIG, _WHAT, _MADE_BY))
+    write_config(folder, read_json(folder / CONFIG, _ENCODER, _MADE_BY))
 
 
 def read_config(folder: Path, kind: type[T]) -> T:
     """`config.json` as a `kind`. Raises ArtefactError if it is missing, damaged or of another version."""
-    return read_checked(folder / CONFIG, kind, _WHAT, _MADE_BY, format=FORMAT)
+    return read_checked(folder / CONFIG, kind, _ENCODER, _MADE_BY, format=_ENCODER_FORMAT)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """Where an encoder comes from. Raises ArtefactError."""
-    provenance = read_record(folder / PROVENANCE, dict[str, Any], _WHAT, _MADE_BY)
-    check_file(folder, PROVENANCE, read_config(folder, _Record).files, "export it again.")
+    provenance = read_record(folder / PROVENANCE, dict[str, Any], _ENCODER, _MADE_BY)
+    check_file(folder, PROVENANCE, read_config(folder, _EncoderRecord).files, "export it again.")
     return provenance
 
 
 def described_origin(provenance: Mapping[str, Any]) -> Rows:
     """What is shown of where an encoder or an export comes from."""
     return {name: str(value) for name, value in provenance.items() if not isinstance(value, dict)}
+
+
+def write_export_record(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `export.json` with the checksums of all files that are in the folder by now.
+
+    Args:
+        content: `target` (the format), `part`, `shape` and `input`, as plain data.
+    """
+    files = records_of(folder, names_below(folder))
+    write_checked(folder / EXPORT, {"format": _EXPORT_FORMAT, **content, "files": files})
+
+
+def _has_lost_its_record(path: Path) -> bool:
+    """Whether a folder without `export.json` says that it was exported for another library."""
+    if not (path / PROVENANCE).is_file():
+        return False
+    provenance = read_json(path / PROVENANCE, _EXPORT, _MADE_BY)
+    origin = [provenance.get(key) for key in ("format", "part")] if isinstance(provenance, dict) else []
+    return origin not in ([], [None, None], ["timm", "encoder"])

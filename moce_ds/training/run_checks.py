@@ -15,8 +15,8 @@ from moce_ds.config.families import translate_tree
 from moce_ds.config.values import recorded_path
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.checksums import FileRecord
-from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import is_utf8
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 

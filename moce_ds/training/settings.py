@@ -13,7 +13,8 @@ from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.config.families import Family, translate_tree
-from moce_ds.config.settings import Beta, CropShare, Deviation, NonNegative, Positive, from_tree, keys, option, settings
+from moce_ds.config.settings import Beta, CropShare, NonNegative, Positive, from_tree, keys, option, settings
+from moce_ds.config.settings import PositiveFloat as Deviation
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
 from moce_ds.errors import ConfigError

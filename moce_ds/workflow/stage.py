@@ -25,10 +25,10 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import sha256_of
 from moce_ds.storage.locks import held, is_held
-from moce_ds.storage.made_from import MadeFrom
 from moce_ds.text import counted, in_line
 
 _logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.planning.work import Work
-from moce_ds.storage.made_from import MadeFrom
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.metrics_file import METRICS, read_metrics
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.runner import Failure, Progress, duration, run_stages, states_table

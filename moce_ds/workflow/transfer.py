@@ -27,7 +27,7 @@ from moce_ds.evaluation.metrics import DISPLAY_NAMES
 from moce_ds.evaluation.results import accuracy_record, known_by
 from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, read_results
 from moce_ds.models.vit import Encoder
-from moce_ds.storage.made_from import MadeFrom
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.workflow.runner import Progress, run_stages
 from moce_ds.workflow.stage import Stage, StageRecord, Workflow
 from moce_ds.workflow.transfer_models import Expert, Subject

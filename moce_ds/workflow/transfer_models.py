@@ -18,9 +18,9 @@ from moce_ds.export.write import export_route
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.token_encoder import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import PROVENANCE
 from moce_ds.storage.files import read_json
-from moce_ds.storage.made_from import MadeFrom
 from moce_ds.workflow.stage import Stage, StageRecord
 from moce_ds.workflow.transfer_tasks import Task
 

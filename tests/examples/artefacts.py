@@ -27,9 +27,9 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_folder
-from moce_ds.storage.made_from import MadeFrom
 from moce_ds.training.inputs import keep_clusters
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router

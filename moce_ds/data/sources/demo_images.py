@@ -16,8 +16,8 @@ from PIL import Image
 
 from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
+from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
-from moce_ds.storage.made_from import MadeFrom
 
 _TEST_SHARE = 0.2
 CROPS_PER_PHOTO = 1000

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moce_ds.export.reference_model import Output, Trial
 from moce_ds.models.build import ModelSpec
-from moce_ds.storage import export_folder
+from moce_ds.storage.encoder_folder import write_export_record
 
 EXTRA = "moce-ds[formats]"
 """The extra with the packages for all formats except timm's."""
@@ -67,7 +67,7 @@ def library_version(library: str) -> str:
 def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
     """Write `export.json`, by which `moce inspect` recognises the folder and its files."""
     shape, input = asdict(spec.shape), spec.input.to_tree()
-    export_folder.write_record(folder, {"target": format.name, "part": format.part, "shape": shape, "input": input})
+    write_export_record(folder, {"target": format.name, "part": format.part, "shape": shape, "input": input})
 
 
 def renamed(state: Mapping[str, Tensor], names: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

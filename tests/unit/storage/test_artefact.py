@@ -1,4 +1,4 @@
-"""Every kind of artefact is recognised, opens, verifies and describes itself, and says what it was made from."""
+"""Every kind of artefact is recognised, verifies and describes itself; what it was made from is compared."""
 
 import json
 from pathlib import Path
@@ -12,13 +12,14 @@ from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.clustering.settings import ClusterSettings
+from moce_ds.config.settings import to_tree
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError
+from moce_ds.errors import ArtefactError, DataError
 from moce_ds.evaluation.results_file import ResultsFile
-from moce_ds.storage.artefact import recognised, some_of
+from moce_ds.storage.artefact import MadeFrom, recognised, some_of
 from moce_ds.storage.checksums import Findings
-from moce_ds.storage.encoder_folder import EncoderFolder
-from moce_ds.storage.export_folder import ExportFolder
+from moce_ds.storage.encoder_folder import EncoderFolder, ExportFolder
 from tests.examples.artefacts import KINDS as NAMES
 from tests.examples.artefacts import STEPS
 
@@ -71,3 +72,44 @@ def test_what_is_no_artefact_is_refused_with_what_would_be_one(tmp_path: Path) -
 def test_long_lists_are_shortened() -> None:
     assert some_of(["a", "b"]) == "a, b"
     assert some_of([str(number) for number in range(15)], shown=2) == "0, 1 and 13 more"
+
+
+SETTINGS = ClusterSettings(num_clusters=5)
+NOW = MadeFrom({"settings": to_tree(SETTINGS), "shards": "abc", "crop": (0.5, 1)}, {"settings": ClusterSettings})
+
+
+def test_absent() -> None:
+    compared = NOW.compare(None)
+    assert compared.absent and not compared.same
+    compared.refuse_different("out holds clusters")  # nothing to refuse
+
+
+def test_the_same_whatever_else_is_on_record() -> None:
+    recorded = {"settings": to_tree(SETTINGS), "shards": "abc", "crop": [0.5, 1], "solver": {"iterations": 7}}
+    compared = NOW.compare(recorded)
+    assert compared.same and not compared.absent
+    compared.refuse_different("out holds clusters")
+
+
+def test_a_setting_that_is_not_on_record_had_its_default() -> None:
+    old = to_tree(SETTINGS)
+    del old["seed"]
+    recorded = {"settings": old, "shards": "abc", "crop": [0.5, 1]}
+    assert NOW.compare(recorded).same
+    other = {"settings": to_tree(ClusterSettings(num_clusters=5, seed=3)), "shards": "abc", "crop": [0.5, 1]}
+    compared = MadeFrom(other, {"settings": ClusterSettings}).compare(recorded)
+    assert compared.differences == {"settings.seed": (SETTINGS.seed, 3)}
+
+
+def test_differences_are_named() -> None:
+    recorded = {"settings": to_tree(ClusterSettings(num_clusters=6)), "crop": [0.5, 1]}
+    compared = NOW.compare(recorded)
+    assert not compared.same and not compared.absent
+    with pytest.raises(ArtefactError) as refusal:
+        compared.refuse_different("out holds clusters")
+    assert str(refusal.value) == (
+        "out holds clusters made from something else; choose another folder or delete it:"
+        "\n  settings.num_clusters: 6 there, 5 now\n  shards: None there, 'abc' now"
+    )
+    with pytest.raises(DataError):
+        compared.refuse_different("out holds clusters", DataError)
