@@ -32,7 +32,7 @@ class Artefact(Protocol):
 
     Attributes:
         kind: what messages call it, such as "shard set".
-        marks: names of files in its folder, any one of which says what the folder is.
+        marks: names of files; a folder with one of them is of this kind.
     """
 
     kind: ClassVar[str]

@@ -34,7 +34,7 @@ def last_check(path: Path) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records in the order of the lines, without their checksums; empty if there is no file.
+    """The records in the order of the lines, without their checksums; empty if the file does not exist.
 
     Lines without a checksum that are not records are ignored.
 
@@ -48,7 +48,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records by step, one a step; none where there is no file.
+    """The records by step, one a step; empty if the file does not exist.
 
     An attempt (start of the run) takes back what earlier ones recorded from its own first record on, also where an
     earlier one wrote on after it had begun; without attempts, the later line counts.

@@ -1,4 +1,4 @@
-"""`moce pipeline CONFIG`: all stages from images to a report, each of which needs the one before it.
+"""`moce pipeline CONFIG`: all stages from images to a report. Each needs the one before it.
 
 `PipelineSettings` and the settings of every stage's verbs give the stages as commands of `moce`. Faults in any of them
 are refused before anything is run.

@@ -82,7 +82,7 @@ class RecordFile(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """How a stage is started in processes of its own, each of which comes to `perform`.
+    """How a stage is started in processes of its own; each of them calls `perform`.
 
     Attributes:
         log: of a stage of one process: the file that its output goes to, so that it prints nothing here.
@@ -236,7 +236,7 @@ class _Recording:
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> None:
-    """Run `moce` commands in this process, one after the other, each of which is logged.
+    """Log and run `moce` commands in this process, one after the other.
 
     Raises:
         MoceError: as the commands.

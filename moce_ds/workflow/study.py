@@ -27,7 +27,6 @@ from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.planning.work import Work
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.metrics_file import METRICS, read_metrics
-from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.runner import Failure, Progress, duration, run_stages, states_table
 from moce_ds.workflow.stage import Launch, Stage, StageRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings
@@ -140,7 +139,7 @@ def _list_failure(failure: Failure) -> None:
 
 
 def study_workflow(study: StudySettings, cells: list[Cell]) -> Workflow:
-    """The cells as stages, none of which needs another."""
+    """The cells as stages, which do not need one another."""
     return Workflow("study", "cell", study.out, [cell_stage(study, cell) for cell in cells])
 
 
@@ -150,8 +149,8 @@ def cell_stage(study: StudySettings, cell: Cell) -> Stage:
     def work() -> dict[str, Any]:
         config = cell.config()
         _pretrain(cell)
-        _evaluate(study, cell, config)
-        return measures(cell, config)
+        _evaluate(study, cell, config.family.has_experts)
+        return measures(cell, Work.of(config))
 
     def profile(common: SlurmProfile) -> SlurmProfile:
         gpus = cell.processes if common.gpus_per_node else 0
@@ -212,8 +211,11 @@ class CellFile:
         ).write(cell.folder)
 
 
-def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
+def measures(cell: Cell, work: Work) -> dict[str, float]:
     """What a finished cell is compared by, in SI units; docs/studies.md says how each is measured.
+
+    Args:
+        work: of its model.
 
     Raises:
         ArtefactError: the run recorded nothing.
@@ -222,7 +224,6 @@ def measures(cell: Cell, config: PretrainSettings) -> dict[str, float]:
     if not records:
         raise ArtefactError(f"{cell.run / METRICS} holds no record: delete {cell.folder} and run the cell again.")
     last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
-    work = Work.of(config)
     count = work.parameters
     found: dict[str, float] = {
         **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
@@ -253,16 +254,16 @@ def _pretrain(cell: Cell) -> None:
         raise SystemExit(status)
 
 
-def _evaluate(study: StudySettings, cell: Cell, config: PretrainSettings) -> None:
+def _evaluate(study: StudySettings, cell: Cell, has_experts: bool) -> None:
     """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
-    dense, results = not config.family.has_experts, ("--results", cell.folder / RESULTS)
+    results = ("--results", cell.folder / RESULTS)
     for task, folder in study.tasks.items():
-        encoder = cell.run if dense else cell.folder / "experts" / task
+        encoder = cell.folder / "experts" / task if has_experts else cell.run
         if not encoder.exists():
             run_verb(["export", cell.run, encoder, "--data", folder / "train"])
         split = ("--train", folder / "train", "--test", folder / "test")
         run_verb(["probe", encoder, *split, "--task", task, "--model", cell.name, *results])
-    if study.heldout and not dense:
+    if study.heldout and has_experts:
         run_verb(["evaluate", cell.run, "--data", study.heldout, "--task", _HELD_OUT, *results])
 
 

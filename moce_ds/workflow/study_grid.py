@@ -89,12 +89,12 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What it said, of all its starts."""
+        """The output of all its starts."""
         return self.folder / "log.txt"
 
     @property
     def lock(self) -> Path:
-        """What the process holds that works on it."""
+        """The lock of the process that works on it."""
         return self.folder / ".lock"
 
     def config(self) -> PretrainSettings:

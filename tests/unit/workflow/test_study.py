@@ -204,6 +204,7 @@ def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
     (cell,) = cells_of(make())
     code = f"""
 import pathlib, time
+from moce_ds.planning.work import Work
 from moce_ds.storage.locks import held
 with held(pathlib.Path({str(cell.lock)!r})):
     print("held", flush=True)
@@ -239,7 +240,7 @@ def test_measures_of_a_run(make: Make) -> None:
     probe = {"verb": "probe", "task": "digits", "model": "x", "top1": 0.75, "mean_per_class": 0.7}
     write_json(cell.folder / "results.json", [probe | {"n_train": 20, "n_test": 10}])
     mlp = 2 * 32 * 128 + 128 + 32
-    found = measures(cell, config)
+    found = measures(cell, Work.of(config))
     stored, active = found.pop("stored_parameters"), found.pop("active_parameters")
     assert stored - active == 2 * 3 * mlp
     # 16 images x 2 layers x (4 visible + cls) x width 32 x 4 bytes, there and back, forward and backward.
