@@ -58,15 +58,15 @@ def failing() -> None:
     raise DataError("no image")
 
 
-def test_a_step_is_run_once_for_what_it_is_made_from(
+def test_a_stage_is_run_once_for_what_it_is_made_from(
     make: Make, ran: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging()
     stages = [make("a"), make("b", needs=["a"])]
     assert run(stages).status == 0 and ran == ["a", "b"]
-    assert "stage 1 of 2 a ...\nstep 1 of 2 a done in 0 s\nstep 2 of 2 b ...\n" in capsys.readouterr().err
+    assert "stage 1 of 2 a ...\nstage 1 of 2 a done in 0 s\nstage 2 of 2 b ...\n" in capsys.readouterr().err
     assert run(stages).status == 0 and ran == ["a", "b"]
-    assert capsys.readouterr().err == "stage 1 of 2 a is done\nstep 2 of 2 b is done\n"
+    assert capsys.readouterr().err == "stage 1 of 2 a is done\nstage 2 of 2 b is done\n"
     assert run([make("a", source="two"), stages[1]]).status == 0 and ran == ["a", "b", "a"]
     stages[1].outputs[0].unlink()
     assert stages[1].state() == "changed" and run(stages[1:]).status == 0 and ran[3:] == ["b"], "its output was gone"
@@ -91,7 +91,7 @@ def test_a_failure_keeps_back_what_needs_it_and_nothing_else(make: Make, ran: li
     assert run(stages, keep_going=True).status == 0 and ran == ["a", "b", "c"]
 
 
-def test_without_going_on_the_first_failure_is_the_last_step(make: Make, ran: list[str]) -> None:
+def test_without_going_on_the_first_failure_is_the_last_stage(make: Make, ran: list[str]) -> None:
     assert run([make("a", failing), make("b")]).status == 1 and ran == ["a"]
 
 
@@ -103,7 +103,7 @@ def test_a_defect_is_on_record_too(make: Make) -> None:
 
 
 @pytest.mark.parametrize("stop", [lambda: signal.raise_signal(signal.SIGINT), lambda: sys.exit(STOPPED)])
-def test_a_step_that_is_stopped_stays_begun(make: Make, ran: list[str], stop: Callable[[], object]) -> None:
+def test_a_stage_that_is_stopped_stays_begun(make: Make, ran: list[str], stop: Callable[[], object]) -> None:
     stages = [make("a", stop), make("b")]
     if stop.__code__.co_names[0] == "sys":  # a command that stops by itself ends the process that it runs in
         with pytest.raises(SystemExit):
@@ -114,7 +114,7 @@ def test_a_step_that_is_stopped_stays_begun(make: Make, ran: list[str], stop: Ca
     assert ran == ["a"] and state(stages[0]) == "begun"
 
 
-def test_a_step_that_another_process_runs_comes_last(make: Make, ran: list[str], tmp_path: Path) -> None:
+def test_a_stage_that_another_process_runs_comes_last(make: Make, ran: list[str], tmp_path: Path) -> None:
     stages = [make("a"), make("b")]
     holding = f"""
 import pathlib
@@ -133,7 +133,7 @@ with held(pathlib.Path({str(stages[0].lock)!r})):
     assert ran == ["b", "a"]
 
 
-def test_a_step_of_its_own_process_has_a_log(make: Make, tmp_path: Path) -> None:
+def test_a_stage_of_its_own_process_has_a_log(make: Make, tmp_path: Path) -> None:
     log = tmp_path / "logs/a.txt"
     for code, status, message in (
         ("print('trained')\nraise SystemExit(3)", 3, "trained"),
