@@ -15,7 +15,7 @@ from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import Submitted, begin_launch, record_jobs, refuse_second, submit
 from moce_ds.training.schedule import batch_arithmetic
-from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.settings import OptimSettings, PretrainSettings
 from moce_ds.workflow.pipeline import PipelineSettings, check_folders, keep_stages, pipeline_workflow
 from moce_ds.workflow.stage import Stage, Workflow
 from moce_ds.workflow.study import checked_cells, keep_record, study_workflow
@@ -50,7 +50,7 @@ def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitt
 
     config = read_settings(PretrainSettings, _without_options(words))
     RequestedRun(config).check_folder()
-    usable = usable_nodes(config, profile)
+    usable = usable_nodes(config.optim, config.ep_size, profile)
     command = ["pretrain", *words]
     refuse_second(config.run.out / LAUNCHES)
     folder = begin_launch(config.run.out / LAUNCHES, command, profile, config)
@@ -62,17 +62,17 @@ def _without_options(words: Sequence[str]) -> list[str]:
     return [word for word in words if word != FORCED]
 
 
-def usable_nodes(config: PretrainSettings, profile: SlurmProfile) -> list[int]:
+def usable_nodes(optim: OptimSettings, ep_size: int, profile: SlurmProfile) -> list[int]:
     """Numbers of nodes, of those that SLURM may give, whose processes can share the run's batch.
 
     Raises:
         ConfigError: the number that the profile asks for is not one of them.
     """
-    batch_arithmetic(config.optim, profile.nodes * profile.processes_per_node, config.ep_size)
+    batch_arithmetic(optim, profile.nodes * profile.processes_per_node, ep_size)
     usable = []
     for nodes in profile.node_counts:
         try:
-            batch_arithmetic(config.optim, nodes * profile.processes_per_node, config.ep_size)
+            batch_arithmetic(optim, nodes * profile.processes_per_node, ep_size)
         except ConfigError:
             continue
         usable.append(nodes)
@@ -153,9 +153,10 @@ def queued_stages(stages: Sequence[Stage], profile: SlurmProfile) -> list[Queued
         if stage.is_done() and not needs:
             continue
         queued.add(stage.name)
-        sized = stage.profile(profile)
+        sized, config = stage.profile(profile), stage.config
         try:
-            usable = usable_nodes(stage.config, sized) if isinstance(stage.config, PretrainSettings) else []
+            is_run = isinstance(config, PretrainSettings)
+            usable = usable_nodes(config.optim, config.ep_size, sized) if is_run else []
         except ConfigError as error:
             raise ConfigError(f"{stage.name}: {error}") from None
         alike = next((group for group in groups if (group.profile, group.needs) == (sized, needs)), None)

@@ -82,9 +82,9 @@ def test_refusals(words: list[str], told: str) -> None:
 
 def test_only_nodes_that_divide_the_batch_are_used() -> None:
     run = load(PretrainSettings, None, ["data.shards=x", "run.out=y", "optim.batch_size=24"])
-    assert usable_nodes(run, profile("nodes=6", "min_nodes=2", "tasks_per_node=2")) == [2, 3, 4, 6]
+    assert usable_nodes(run.optim, run.ep_size, profile("nodes=6", "min_nodes=2", "tasks_per_node=2")) == [2, 3, 4, 6]
     with pytest.raises(ConfigError, match="24 is not divisible by 10 processes"):
-        usable_nodes(run, profile("nodes=5", "tasks_per_node=2"))
+        usable_nodes(run.optim, run.ep_size, profile("nodes=5", "tasks_per_node=2"))
 
 
 def test_the_settings_that_the_page_names_are_there() -> None:
