@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-_SOURCES = "ade20k class_mask coco coco_api coco_checks containers demo_images image_folder listing miniature public"
+_SOURCES = "ade20k coco coco_api demo_images image_folder listing miniature public saved_dataset"
 _SLURM = "slurm_job slurm_profile local"
 
 # New folder: old folder, and the modules that kept their own name.
 _FOLDERS: dict[str, tuple[str, str]] = {
-    "moce_ds.data.sources": ("moce_ds.data", f"{_SOURCES} saved_dataset walk"),
+    "moce_ds.data.sources": ("moce_ds.data", _SOURCES),
     "moce_ds.config": ("moce_ds", "values yaml_text"),
     "moce_ds.host": ("moce_ds", "interrupts machine place threads"),
     "moce_ds.storage": ("moce_ds", "checksums drafts encoder_folder files locks metrics_file"),
@@ -51,8 +51,15 @@ MOVED: dict[str, str] = {
     "moce_ds.bench.verbs": "moce_ds.cli.bench",
     "moce_ds.checkpoint_files": "moce_ds.checkpoint.format",
     "moce_ds.clustering.store": "moce_ds.clustering.feature_store",
-    "moce_ds.data.public.found": "moce_ds.data.sources.public.dataset_splits",
-    "moce_ds.data.left_out": "moce_ds.data.sources.skipped_files",
+    "moce_ds.data.class_mask": "moce_ds.data.sources.ade20k",
+    "moce_ds.data.coco_checks": "moce_ds.data.sources.coco",
+    "moce_ds.data.left_out": "moce_ds.data.task_images",
+    "moce_ds.data.png_file": "moce_ds.data.containers",
+    "moce_ds.data.public.found": "moce_ds.data.sources.public.readers",
+    "moce_ds.data.public.mat_files": "moce_ds.data.sources.public.readers",
+    "moce_ds.data.public.text_lists": "moce_ds.data.sources.public.readers",
+    "moce_ds.data.public.unlisted": "moce_ds.data.sources.public.readers",
+    "moce_ds.data.walk": "moce_ds.data.sources.image_folder",
     "moce_ds.liveness": "moce_ds.distributed.watchdog",
     "moce_ds.faults": "moce_ds.config.composition",
     "moce_ds.manifest": "moce_ds.checkpoint.manifest",

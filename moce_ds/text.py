@@ -10,6 +10,7 @@ import io
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from typing import TextIO
 
 MARK = "\ufffd"
@@ -63,6 +64,12 @@ def counted(count: int, noun: str, several: str = "") -> str:
 def part_of(part: int, whole: int, noun: str, verb: tuple[str, str] = ("is", "are")) -> str:
     """A part of a number of things with the right verb form: 1 of 9 files is, 5 of 9 files are."""
     return f"{part} of {counted(whole, noun)} {verb[part != 1]}"
+
+
+def listed(lines: Sequence[str], count: int) -> str:
+    """The first lines of a list of `count`, one below the other under a message, and how many follow."""
+    more = f"\n  and {count - len(lines)} more" if lines and count > len(lines) else ""
+    return "".join(f"\n  {line}" for line in lines) + more
 
 
 def is_utf8(name: object) -> bool:

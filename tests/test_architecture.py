@@ -48,7 +48,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.compat",
         "moce_ds.bench",
     ),
-    "scipy": ("moce_ds.moe.placement", "moce_ds.data.sources.public.mat_files"),
+    "scipy": ("moce_ds.moe.placement", "moce_ds.data.sources.public.readers"),
     "nvidia": ("moce_ds.data.loader",),
     "pycocotools": ("moce_ds.data.sources.coco_api",),
     "faiss": ("moce_ds.clustering.kmeans",),

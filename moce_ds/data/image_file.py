@@ -22,9 +22,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from moce_ds.data import png_file
-from moce_ds.data.png_file import Png
-from moce_ds.data.sources.containers import jpeg_orientation, known_orientation
+from moce_ds.data.containers import GRAY, PNG_SIGNATURE, RGB, Png, jpeg_orientation, known_orientation
 from moce_ds.errors import DataError
 from moce_ds.host.machine import machine_failed, refused
 
@@ -271,7 +269,7 @@ def _is_plain(image: Image.Image, data: bytes, png: Png | None) -> bool:
         return image.mode in ("L", "RGB") and _orientation(image) == jpeg_orientation(data)
     return (
         png.depth == 8  # Pillow's mode does not distinguish 16-bit from 8-bit colour
-        and png.colour in (png_file.GRAY, png_file.RGB)
+        and png.colour in (GRAY, RGB)
         and not image.has_transparency_data
         and not png.is_animated
         and _orientation(image) == 1
@@ -291,7 +289,7 @@ def open_image(file: BinaryIO) -> Image.Image:
         PIL.UnidentifiedImageError: it has none of the accepted formats.
     """
     Image.init()
-    if file.read(len(png_file.SIGNATURE)) == png_file.SIGNATURE and (png := Png.of(_content(file))):
+    if file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE and (png := Png.of(_content(file))):
         file = io.BytesIO(png.bare)
     file.seek(0)
     image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 from tqdm import tqdm
 
-from moce_ds.config.settings import option, settings
+from moce_ds.config.settings import Positive, option, settings
 from moce_ds.console import progress_bar
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
@@ -43,26 +42,25 @@ from moce_ds.data.shards import (
     key_of,
     shard_name,
 )
-from moce_ds.data.sources.image_folder import examined
+from moce_ds.data.sources.image_folder import SourceFile, examined, list_files
 from moce_ds.data.sources.listing import Listing
-from moce_ds.data.sources.walk import SourceFile, list_files
 from moce_ds.errors import DataError
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
 from moce_ds.storage.locks import LOCK, alone_in
-from moce_ds.text import in_line
+from moce_ds.text import in_line, listed
 
 
 @settings
 class ShardSettings:
     """Division of a folder of images into shards."""
 
-    images_per_shard: PositiveInt = option(10_000, help="images per tar file; the last may have fewer")
-    max_pixels: PositiveInt = option(
+    images_per_shard: Positive = option(10_000, help="images per tar file; the last may have fewer")
+    max_pixels: Positive = option(
         MAX_PIXELS, help="maximum pixels of an image; a larger one may be a decompression bomb"
     )
-    workers: PositiveInt | None = option(None, help="decoding processes; null: one per available core")
+    workers: Positive | None = option(None, help="decoding processes; null: one per available core")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,10 +317,10 @@ def _refuse_empty(out: Path, source: Path, rejected: Sequence[dict[str, str]]) -
     shutil.rmtree(out / PROGRESS)
     if not rejected:
         raise DataError(f"{source}: No image to write: the folder holds no files; expected images, at any depth.")
-    examples = [f"{entry['path']}: {entry['reason']} ({entry['detail']})" for entry in rejected[:5]]
-    listed = "".join(f"\n  {in_line(line)}" for line in examples)
-    more = f"\n  and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-    raise DataError(f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed}{more}")
+    examples = [in_line(f"{entry['path']}: {entry['reason']} ({entry['detail']})") for entry in rejected[:5]]
+    raise DataError(
+        f"{source}: No image to write: of {len(rejected)} files none could be decoded.{listed(examples, len(rejected))}"
+    )
 
 
 def _report(out: Path, manifest: Manifest, already_complete: bool) -> ShardReport:

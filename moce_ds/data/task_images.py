@@ -3,6 +3,7 @@
 The latter two become a temporary shard set. Axes: N images.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 
 from moce_ds.console import warn
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import MANIFEST, PROGRESS, SAMPLES, ShardSet
+from moce_ds.data.shards import MANIFEST, PROGRESS, REJECTED, SAMPLES, Manifest, ShardSet
 from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
-from moce_ds.data.sources.skipped_files import skipped_notice
 from moce_ds.errors import DataError
 from moce_ds.storage.drafts import scratch_folder
-from moce_ds.text import in_line
+from moce_ds.text import in_line, listed, part_of, printable
+
+_SKIPPED_SHOWN = 3
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[Sh
         ConfigError: the `datasets` library is needed and not installed.
     """
     with _shards_of(path) as images:
-        if notice := skipped_notice(images.path, path):
+        if notice := _skipped_notice(images.path, path):
             warn(notice)
         yield images
 
@@ -59,6 +61,36 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
             listing = unpack_images(path, source)
         write_shards(source, scratch / "shards", ShardSettings(), listing)
         yield ShardSet.open(scratch / "shards", named=path)
+
+
+def _skipped_notice(folder: Path, named: Path) -> str | None:
+    """A message about the files that the shard set in `folder` skipped; None if there are none.
+
+    Args:
+        folder: the shard set.
+        named: its name in the message.
+
+    Raises:
+        ArtefactError, DataError: the set's manifest is missing or damaged.
+    """
+    manifest = Manifest.read(folder)
+    count = sum(manifest.rejected.values())
+    if not count:
+        return None
+    reasons = ", ".join(f"{number} {reason}" for reason, number in manifest.rejected.items())
+    return printable(
+        f"{in_line(named)}: {part_of(count, count + manifest.count, 'file', ('was', 'were'))} skipped, "
+        f"since {'it is not a complete image' if count == 1 else 'they are not complete images'}: {reasons}"
+        f"{listed(_examples(folder / REJECTED), count)}"
+    )
+
+
+def _examples(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()[:_SKIPPED_SHOWN]
+        return [in_line("{path}: {reason} ({detail})".format(**json.loads(line))) for line in lines]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # a copy of the set without its list of names; the manifest still has the counts
 
 
 @dataclass(frozen=True)

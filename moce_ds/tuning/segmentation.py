@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.data.canvas import Jitter, draw_image, draw_mask
-from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet
-from moce_ds.data.sources.class_mask import Colour, Palettes
+from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet, Colour, Palettes
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.dense import DenseTask, build, evaluation

@@ -14,8 +14,8 @@ from moce_ds.config.composition import Layer, file_layers
 from moce_ds.config.settings import OpenShare, from_layers, option, settings
 from moce_ds.config.values import arguments, expanded
 from moce_ds.data.shards import MANIFEST
-from moce_ds.data.sources.public.dataset_splits import SPLITS
 from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
+from moce_ds.data.sources.public.readers import SPLITS
 from moce_ds.data.task_images import Splits
 from moce_ds.errors import STOPPED, ArtefactError, ConfigError
 from moce_ds.evaluation.settings import KnnSettings, Metric, ProbeSettings

@@ -24,7 +24,7 @@ def test_every_new_name_is_a_module_and_no_old_one_is() -> None:
     ("old", "new"),
     [
         ("moce_ds.data.coco", "moce_ds.data.sources.coco"),
-        ("moce_ds.data.public.mat_files", "moce_ds.data.sources.public.mat_files"),
+        ("moce_ds.data.public.mat_files", "moce_ds.data.sources.public.readers"),
         ("moce_ds.analysis.plots", "moce_ds.report.plots"),
         ("moce_ds.analysis.report", "moce_ds.report.build"),
         ("launchers.grid", "moce_ds.workflow.study_grid"),

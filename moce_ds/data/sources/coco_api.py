@@ -23,7 +23,6 @@ except ImportError:
 SCORES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first six numbers of pycocotools' summary, 0 to 1; -1 if the set has no such object."""
 
-
 _LONGEST_OUTLINE = 1_000_000  # total for the polygons of an object, pixels; unpacking needs a hundred bytes for each
 _MOST_POLYGONS = 10_000  # per object; each is merged with all earlier ones
 _LARGEST_SHIFT = 60  # bits of a run in a packed RLE; a longer one would take very long
@@ -116,8 +115,8 @@ def _runs_of(shape: dict[str, Any]) -> Any:
 
 
 def _unpacked_runs(text: str) -> list[int]:
-    """The run lengths of a packed RLE: 5 bits per character; from the third on, each is the difference to the last but
-    one."""
+    """The run lengths of a packed RLE: 5 bits per character; from the fourth on, each is stored as its difference from
+    the run two before it."""
     runs: list[int] = []
     number, shift = 0, 0
     for character in text:

@@ -1,22 +1,61 @@
-"""The files of a folder of images, each examined once by a pool of processes."""
+"""The files of a folder of images: lists them, and examines each one in a pool of processes.
 
+No single entry can end a listing: an inaccessible one has the size `ODD`, and `why_odd` explains it.
+"""
+
+import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Generator, Sequence
+import stat
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 from moce_ds.data import image_file
-from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
-from moce_ds.data.sources.walk import ODD, SourceFile, unwanted, why_odd
+from moce_ds.data.image_file import EMPTY, NOT_A_FILE, NOT_AN_IMAGE, UNREADABLE, Accepted, Rejected, examine
 from moce_ds.errors import LOST_PEER, DataError, MoceError
+from moce_ds.host.machine import machine_failed, refused
 from moce_ds.text import in_line
+
+ODD = -1
+"""The size of an entry that is not a regular file or is not accessible."""
+
+_Identity = tuple[int, int]
+_OF_THE_SYSTEM = {"lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db"}
 
 _BATCH = 16  # files per message to a worker
 _BATCHES_AHEAD = 3  # per worker, so that one large image does not delay the others
+
+
+class SourceFile(NamedTuple):
+    """A listed entry: path relative to the source folder, and size in bytes or `ODD`."""
+
+    path: str
+    size: int
+
+
+def list_files(source: Path) -> list[SourceFile]:
+    """Everything below `source` except folders, sorted by path; links are followed.
+
+    A folder that cannot be listed, or that a link leads back to, is an entry of size `ODD`.
+
+    Raises:
+        DataError: `source` is not a folder, or cannot be listed.
+    """
+    return sorted(_walk(source))
+
+
+def list_folder(folder: Path) -> dict[str, int]:
+    """Names of the entries of one folder except unwanted ones, with their sizes, `ODD` for folders too.
+
+    Raises:
+        DataError: `folder` is not a folder, or cannot be listed.
+    """
+    return {entry.name: _size(entry) for entry in _entries_of_source(folder) if not unwanted(entry.name)}
 
 
 def examined(
@@ -24,8 +63,8 @@ def examined(
 ) -> Generator[tuple[SourceFile, Accepted | Rejected], None, None]:
     """Each of `files` with its verdict, in order; `workers` processes examine them, None: one per core.
 
-    Batches are dealt out in turn and each worker has its own pipe. So the death of a process, even in the middle of a
-    message, closes a pipe for the other side; the shared queue of an executor would block forever.
+    The workers take turns at batches, and each has its own pipe. If a process dies, even in the middle of a message,
+    its pipe closes and the other side notices; the shared queue of an executor would block forever.
 
     Raises:
         DataError: a worker process died, or the machine cannot read a file (`examine`).
@@ -59,6 +98,107 @@ def examined(
             connection.close()
             process.terminate()
             process.join()
+
+
+def unwanted(path: str) -> Rejected | None:
+    """Why a file is skipped for its name alone; None if it is not."""
+    parts = path.split("/")
+    if any(part.startswith(".") for part in parts):
+        return Rejected(NOT_AN_IMAGE, "hidden file, or in a hidden folder")
+    if names := _OF_THE_SYSTEM.intersection(parts):
+        return Rejected(NOT_AN_IMAGE, f"{names.pop()} belongs to the system")
+    return None
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path listed by a data set cannot be that of a file below its folder.
+
+    Links in the folder may lead anywhere: data sets are often kept as links.
+    """
+    try:
+        return path.startswith("/") or ".." in path.split("/") or not path.strip("./") or b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:
+        return True
+
+
+def why_odd(path: Path) -> Rejected:
+    """Why an entry has the size `ODD`. Raises DataError where the machine fails, which says nothing about it."""
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            os.scandir(path).close()
+    except OSError as error:
+        _raise_if_machine_failed(error, path)
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return Rejected(UNREADABLE, f"{type(error).__name__}: {error.strerror}")
+    return Rejected(NOT_A_FILE, "broken link, link to itself or to a parent folder, pipe, socket or device")
+
+
+def _walk(source: Path) -> Iterator[SourceFile]:
+    entries = _entries_of_source(source)
+    # folders still to list; not a recursion, because a tree may exceed its depth limit
+    waiting: list[tuple[str, frozenset[_Identity]]] = []
+    path, ancestors = "", frozenset([_identity(source.stat())])
+    while True:
+        for entry in entries:
+            below = f"{path}/{entry.name}" if path else entry.name
+            identity = _folder(entry)
+            if identity is None:
+                yield SourceFile(below, _size(entry))
+            elif identity in ancestors:  # a link to a parent folder would never end
+                yield SourceFile(below, ODD)
+            else:
+                waiting.append((below, ancestors | {identity}))
+        if not waiting:
+            return
+        path, ancestors = waiting.pop()
+        try:
+            entries = _entries(f"{source}/{path}")
+        except OSError as error:  # not permitted, gone meanwhile, or too deep for the system
+            _raise_if_machine_failed(error, f"{source}/{path}")
+            entries = []
+            yield SourceFile(path, ODD)
+
+
+def _entries_of_source(folder: Path) -> list["os.DirEntry[str]"]:
+    try:
+        return _entries(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{in_line(folder)} is not a folder: expected one with images, at any depth.") from None
+    except OSError as error:
+        _raise_if_machine_failed(error, folder)
+        raise DataError(f"{in_line(folder)} cannot be listed ({error.strerror}): make it readable.") from None
+
+
+def _entries(folder: Path | str) -> list["os.DirEntry[str]"]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
+
+
+def _folder(entry: "os.DirEntry[str]") -> _Identity | None:
+    """Identity of a folder; None for other entries and inaccessible ones, such as a link into a closed folder."""
+    try:
+        return _identity(entry.stat()) if entry.is_dir() else None
+    except OSError as error:
+        _raise_if_machine_failed(error, entry.path)
+        return None
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size if entry.is_file() else ODD
+    except OSError as error:
+        _raise_if_machine_failed(error, entry.path)
+        return ODD
+
+
+def _raise_if_machine_failed(error: OSError, path: Path | str) -> None:
+    """Raise DataError where an entry that cannot be looked at is no odd one, but the machine fails."""
+    if machine_failed(error):
+        raise refused(DataError, f"{in_line(path)} cannot be read", error, Path(path)) from None
 
 
 def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connection]:

@@ -11,11 +11,10 @@ import pytest
 
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.image_file import MAX_PIXELS, examine, read_rgb, upright_size
-from moce_ds.data.sources.class_mask import read_mask
+from moce_ds.data.sources.ade20k import read_mask
 from moce_ds.data.sources.coco import CocoSet
-from moce_ds.data.sources.image_folder import examined
-from moce_ds.data.sources.public import mat_files, text_lists, unlisted
-from moce_ds.data.sources.walk import SourceFile
+from moce_ds.data.sources.image_folder import SourceFile, examined
+from moce_ds.data.sources.public import readers
 from moce_ds.errors import LOST_PEER, MoceError
 from moce_ds.models.warm_start import read_torch_file
 from moce_ds.storage.checksums import FileRecord, check_file, file_findings
@@ -45,7 +44,7 @@ def public(reader: Callable[[Path], object], *names: str) -> Callable[[Path], ob
 
 def cifar(root: Path) -> object:
     (root / "fine_label_names.txt").write_text("apple\n")
-    return unlisted.cifar100(root, 0, root / "scratch")
+    return readers.cifar100(root, 0, root / "scratch")
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -57,8 +56,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "header of an image": upright_size,
     "mask": partial(read_mask, size=(1, 1)),
     "COCO": lambda path: CocoSet.open(path, path.parent),
-    "lists": public(partial(text_lists.dtd, seed=0), *(f"labels/{split}1.txt" for split in ("train", "val", "test"))),
-    "MATLAB": public(partial(mat_files.flowers102, seed=0), "imagelabels.mat", "setid.mat"),
+    "lists": public(partial(readers.dtd, seed=0), *(f"labels/{split}1.txt" for split in ("train", "val", "test"))),
+    "MATLAB": public(partial(readers.flowers102, seed=0), "imagelabels.mat", "setid.mat"),
     "CIFAR": public(cifar, "train.bin", "test.bin"),
     "weights": partial(read_torch_file, named="run.init_from: x"),
     "checked file": lambda path: check_file(path.parent, path.name, RECORD, "write it again."),

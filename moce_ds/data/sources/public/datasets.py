@@ -1,32 +1,33 @@
 """`moce dataset`: turns a public data set, as distributed, into three labelled shard sets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moce_ds.config.settings import option, settings
 from moce_ds.data.shard_writer import ShardReport, ShardSettings, write_shards
-from moce_ds.data.sources.listing import Listing
-from moce_ds.data.sources.public import mat_files, text_lists, unlisted
-from moce_ds.data.sources.public.dataset_splits import DatasetSplits, checked
+from moce_ds.data.sources.image_folder import leads_out
+from moce_ds.data.sources.listing import Listed, Listing
+from moce_ds.data.sources.public import readers
+from moce_ds.data.sources.public.readers import DatasetSplits
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.storage.drafts import scratch_folder
 
 READERS: dict[str, Callable[[Path, int], DatasetSplits]] = {
-    "aircraft": text_lists.aircraft,
-    "caltech101": unlisted.caltech101,
-    "cars": mat_files.cars,
-    "dtd": text_lists.dtd,
-    "flowers102": mat_files.flowers102,
-    "food101": text_lists.food101,
-    "pets": text_lists.pets,
-    "sun397": text_lists.sun397,
-    "voc2007": text_lists.voc2007,
+    "aircraft": readers.aircraft,
+    "caltech101": readers.caltech101,
+    "cars": readers.cars,
+    "dtd": readers.dtd,
+    "flowers102": readers.flowers102,
+    "food101": readers.food101,
+    "pets": readers.pets,
+    "sun397": readers.sun397,
+    "voc2007": readers.voc2007,
 }
 """Readers by name: source folder and seed -> images by split."""
 
 PACKED: dict[str, Callable[[Path, int, Path], DatasetSplits]] = {
-    "cifar10": unlisted.cifar10,
-    "cifar100": unlisted.cifar100,
+    "cifar10": readers.cifar10,
+    "cifar100": readers.cifar100,
 }
 """Readers of data sets whose images are not files; they unpack into the third argument."""
 
@@ -54,9 +55,9 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
         raise DataError(f"{source} is not a folder: expected the data set {name}, unpacked.")
     with scratch_folder() as scratch:
         if name in PACKED:
-            data = checked(PACKED[name](source, config.seed, scratch))
+            data = _checked(PACKED[name](source, config.seed, scratch))
         else:
-            data = checked(READERS[name](source, config.seed))
+            data = _checked(READERS[name](source, config.seed))
         listings = {
             split: Listing(images, data.classes, data.multi_label, source.absolute(), config.seed)
             for split, images in data.splits.items()
@@ -64,6 +65,34 @@ def write_dataset(name: str, source: Path, out: Path, config: DatasetSettings) -
         for listing in listings.values():
             listing.files(data.root)  # check all splits before writing, because a later one may be incomplete
         return _write_splits(data.root, out, config, listings)
+
+
+def _checked(data: DatasetSplits) -> DatasetSplits:
+    """The same splits, if they form a valid task.
+
+    Raises:
+        DataError: a split is empty, a path points outside of the data set, or no training image shows a class.
+    """
+    for split, images in data.splits.items():
+        if not images:
+            raise DataError(f"{data.root}: the {split} split lists no image; expected some. Unpack the data set again.")
+        for image in images:
+            if leads_out(image.path):
+                raise DataError(
+                    f"{data.root}: {image.path!r} is listed and points outside of it. Do not trust this data set."
+                )
+    training_classes = _names(data.splits["train"])
+    for split, images in data.splits.items():
+        if unknown := sorted(_names(images) - training_classes):
+            raise DataError(
+                f"{data.root}: the {split} split has classes {unknown[:5]} that no training image shows; "
+                "expected the same classes in all splits. Unpack the data set again."
+            )
+    return data
+
+
+def _names(images: Iterable[Listed]) -> set[str]:
+    return {name for image in images for name in image.classes}
 
 
 def _write_splits(

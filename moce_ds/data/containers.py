@@ -1,4 +1,7 @@
-"""Reads the chunks of a PNG: header, palette, and whether its compressed pixels are complete.
+"""Strict readers of JPEG and PNG containers: they find what Pillow and DALI would read differently.
+
+Pillow accepts faults of a JPEG that end a DALI pipeline, or that make DALI rotate the image differently. Fuzzing found
+the relevant ones: stray bytes between the segments, and faults in the first table of the EXIF.
 
 Pillow accepts a PNG without its last rows and refuses one with a large text or colour profile; libpng, which DALI
 decodes with, does the reverse. So the chunks are checked here, and Pillow only sees those that pixels depend on.
@@ -11,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GRAY, RGB, PALETTE = 0, 2, 3
-"""Colour types."""
+"""Colour types of a PNG."""
 
 _CHANNELS = {GRAY: 1, RGB: 3, PALETTE: 1, 4: 2, 6: 4}
 _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -21,9 +24,42 @@ _ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), 
 
 # Chunks that pixels, orientation or the number of frames depend on. Text and profiles may be large, or may decompress
 # to gigabytes, and are excluded.
-_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND")
+_NEEDED_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND")
 _CHUNK_BYTES = 1 << 18  # bytes decompressed at a time
 _MAX_METADATA = 1 << 20  # maximum total of decompressed text and profiles in bytes; Pillow's limit for one of them
+
+# Bytes of a value of each TIFF type, 1 to 12.
+_TIFF_SIZES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8), start=1))
+_ORIENTATION = 0x0112
+_JPEG_FRAMES = range(0xFFC0, 0xFFD0)
+_JPEG_TABLES = (0xFFC4, 0xFFC8, 0xFFCC)  # Huffman tables, a reserved marker, arithmetic conditioning
+_COMMON_JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)
+"""Baseline, extended and progressive with Huffman codes; few decoders support arithmetic codes or lossless."""
+
+
+def jpeg_orientation(data: bytes) -> int | None:
+    """EXIF orientation of a JPEG, 1 if it has none; None if its header or its EXIF has a fault, or its coding is
+    unusual."""
+    exif: list[int | None] = []
+    position = 2
+    while position + 4 <= len(data):
+        marker, length = struct.unpack_from(">HH", data, position)
+        if marker == 0xFFDA:  # start of scan: the header is over
+            return (exif or [1])[0] if len(exif) <= 1 else None
+        if not 0xFFC0 <= marker <= 0xFFFE or length < 2:
+            return None
+        if marker in _JPEG_FRAMES and marker not in (*_COMMON_JPEG_FRAMES, *_JPEG_TABLES):
+            return None
+        segment = data[position + 4 : position + 2 + length]
+        if marker == 0xFFE1 and segment.startswith(b"Exif"):
+            exif.append(_tiff_orientation(segment[6:]) if segment[4:6] == b"\0\0" else None)
+        position += 2 + length
+    return None
+
+
+def known_orientation(value: int) -> int:
+    """`value`, or 1 if it is not 1 to 8: some cameras write 0 for no rotation."""
+    return value if value in range(1, 9) else 1
 
 
 class _Chunk(NamedTuple):
@@ -61,8 +97,8 @@ class Png:
     @classmethod
     def of(cls, data: bytes) -> "Png | None":
         """The PNG in `data`; None if it is not a PNG or its header is invalid."""
-        chunks, rest = _chunks(memoryview(data)[len(SIGNATURE) :])
-        if not data.startswith(SIGNATURE) or not chunks or chunks[0].kind != b"IHDR" or len(chunks[0].data) != 13:
+        chunks, rest = _chunks(memoryview(data)[len(PNG_SIGNATURE) :])
+        if not data.startswith(PNG_SIGNATURE) or not chunks or chunks[0].kind != b"IHDR" or len(chunks[0].data) != 13:
             return None
         width, height, depth, colour, *_, interlaced = struct.unpack(">IIBBBBB", chunks[0].data)
         if not width or not height or colour not in _CHANNELS or depth not in (1, 2, 4, 8, 16):
@@ -88,8 +124,8 @@ class Png:
     @property
     def bare(self) -> bytes:
         """The same image with only the chunks that pixels depend on, without text and profiles."""
-        needed = [chunk.raw for chunk in self.chunks if chunk.kind in _NEEDED]
-        return b"".join([SIGNATURE, *needed, b"" if self.chunks[-1].kind == b"IEND" else self.rest])
+        needed = [chunk.raw for chunk in self.chunks if chunk.kind in _NEEDED_CHUNKS]
+        return b"".join([PNG_SIGNATURE, *needed, b"" if self.chunks[-1].kind == b"IEND" else self.rest])
 
     @property
     def pixel_bytes(self) -> int:
@@ -123,7 +159,7 @@ class Png:
         """Whether text, profiles and other metadata are small enough for every reader."""
         room = _MAX_METADATA
         for chunk in self.chunks:
-            if chunk.kind not in _NEEDED:
+            if chunk.kind not in _NEEDED_CHUNKS:
                 room -= len(chunk.raw) + _inflated_text(chunk, max(1, room))
         return room >= 0
 
@@ -148,6 +184,28 @@ class Png:
         except zlib.error:
             return min(count, limit), False
         return min(count, limit), stream.eof and count == limit and not stream.unused_data
+
+
+def _tiff_orientation(tiff: bytes) -> int | None:
+    """Orientation in the first table of a TIFF: byte order, 42, offset of the table, 12 bytes per entry."""
+    order = {b"II\x2a\0": "<", b"MM\0\x2a": ">"}.get(tiff[:4])
+    if order is None:
+        return None
+    try:
+        (table,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, table)
+        fields = struct.unpack_from(order + count * "HHI4s", tiff, table + 2)
+    except struct.error:
+        return None
+    orientation = 1
+    for tag, kind, length, value in zip(*[iter(fields)] * 4, strict=True):
+        size = length * _TIFF_SIZES.get(kind, len(tiff))
+        (offset,) = struct.unpack(order + "I", value)
+        if (size > 4 and offset + size > len(tiff)) or (tag == _ORIENTATION and (kind, length) != (3, 1)):
+            return None
+        if tag == _ORIENTATION:
+            orientation = known_orientation(struct.unpack_from(order + "H", value)[0])
+    return orientation
 
 
 def _chunks(data: memoryview) -> tuple[list[_Chunk], memoryview]:

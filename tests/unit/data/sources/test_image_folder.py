@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
-from moce_ds.data.sources import image_folder, walk
+from moce_ds.data.sources import image_folder
 from moce_ds.data.sources.ade20k import Ade20kSet
-from moce_ds.data.sources.walk import ODD, list_files, list_folder, why_odd
+from moce_ds.data.sources.image_folder import ODD, list_files, list_folder, why_odd
 from moce_ds.errors import DataError
 from tests.examples.dense_sets import write_ade
 from tests.examples.images import crop, save
@@ -135,7 +135,7 @@ def test_an_entry_that_vanishes_while_it_is_listed(images: Path) -> None:
     with os.scandir(images / "x") as entries:
         (entry,) = entries
     (images / "x/0.jpg").unlink()
-    assert walk._size(entry) == ODD and why_odd(images / "x/0.jpg").reason == "not a regular file"
+    assert image_folder._size(entry) == ODD and why_odd(images / "x/0.jpg").reason == "not a regular file"
 
 
 def test_a_set_of_masks_leaves_out_what_is_odd_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
