@@ -50,6 +50,7 @@ MOVED: dict[str, str] = {
     "moce_ds.bench.step": "moce_ds.bench.layer",
     "moce_ds.bench.verbs": "moce_ds.cli.bench",
     "moce_ds.checkpoint_files": "moce_ds.checkpoint.format",
+    "moce_ds.clustering.kmeans": "moce_ds.clustering.build",
     "moce_ds.clustering.store": "moce_ds.clustering.feature_store",
     "moce_ds.data.class_mask": "moce_ds.data.sources.ade20k",
     "moce_ds.data.coco_checks": "moce_ds.data.sources.coco",

@@ -1,12 +1,15 @@
 """From features to clusters: centre, k-means, balance, label every image, write the artefact.
 
+This is the only module that imports faiss, and it does so only when k-means is called.
+
 Axes: N images of the fit or of a block, M clusters, D feature width.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,6 @@ import torch
 
 from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
 from moce_ds.clustering.feature_store import ENCODER, FeatureSet, check_encoder
-from moce_ds.clustering.kmeans import kmeans
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
@@ -73,6 +75,58 @@ def build_clusters(
     ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
     # The mean cosine of its cluster replaces an image's own cosine; the mean over images is the same.
     return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], labels_N, classes)
+
+
+def kmeans(
+    features_ND: np.ndarray,
+    num_clusters: int,
+    seed: int,
+    iterations: int,
+    watch: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Centroids that maximise the cosine of each point to its centroid; on all GPUs that faiss finds, else on the CPU.
+
+    Args:
+        features_ND: L2-normalised, float32 (faiss's `spherical` normalises centroids only, never the data). All are
+            used: faiss's own limit of 256 points per centroid, applied silently, is lifted.
+        watch: called after each iteration.
+
+    Returns:
+        float32 [M, D], rows of norm 1. The same seed gives bit-identical results on the CPU.
+
+    Raises:
+        DataError: fewer points than clusters, or features that are not finite.
+        ConfigError: faiss is not installed.
+    """
+    count, dim = features_ND.shape
+    if count < num_clusters:
+        raise DataError(f"{count} images cannot form {num_clusters} clusters: set num_clusters to {count} or less.")
+    if not np.isfinite(features_ND).all():
+        first = int(np.argmin(np.isfinite(features_ND).all(axis=1)))
+        raise DataError(f"Feature {first} is not finite: did the training of the encoder diverge?")
+    faiss = _import_faiss()
+    solver = faiss.Kmeans(
+        dim,
+        num_clusters,
+        niter=1,
+        seed=seed,
+        spherical=True,
+        gpu=hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0,
+        min_points_per_centroid=1,
+        max_points_per_centroid=count,
+    )
+    points_ND = np.ascontiguousarray(features_ND, dtype=np.float32)
+    centroids_MD = None
+    for _ in range(iterations):  # one at a time, because faiss reports no progress itself
+        solver.train(points_ND, init_centroids=centroids_MD)
+        centroids_MD = solver.centroids
+        watch()
+    norms_M1 = np.linalg.norm(solver.centroids, axis=1, keepdims=True)
+    if not norms_M1.all():
+        raise DataError(
+            f"k-means found a centroid at the origin: do the images have {num_clusters} different features?"
+        )
+    return np.asarray(solver.centroids / norms_M1, dtype=np.float32)
 
 
 def _made_from(feature_set: FeatureSet, config: ClusterSettings) -> MadeFrom:
@@ -222,3 +276,14 @@ def _progress(feature_set: FeatureSet, what: str) -> Iterator[np.ndarray]:
         for block_ND in feature_set.blocks():
             yield block_ND
             bar.update(len(block_ND))
+
+
+def _import_faiss() -> ModuleType:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            f"Clustering needs faiss, which does not import here ({error}). Install one of the extras: "
+            "pip install 'moce-ds[cpu]', 'moce-ds[cu13]' or 'moce-ds[cu12]'."
+        ) from None
+    return faiss

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moce_ds.clustering.kmeans import kmeans
+from moce_ds.clustering.build import kmeans
 from moce_ds.clustering.sinkhorn import balance, soft_assignment, soft_centroids, solve_duals
 from moce_ds.errors import DataError
 
