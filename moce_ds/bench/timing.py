@@ -16,8 +16,7 @@ from torch.multiprocessing import spawn
 from moce_ds.console import progress_bar
 from moce_ds.distributed.rendezvous import host_on_loopback
 from moce_ds.distributed.runtime import started
-from moce_ds.distributed.sealing import SECRET, new_secret
-from moce_ds.host.place import is_first
+from moce_ds.host.place import SECRET, is_first, new_secret
 from moce_ds.storage.drafts import scratch_folder
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h

@@ -5,6 +5,8 @@ processes of one machine meet on its loopback interface, and the messages in the
 """
 
 import errno
+import hashlib
+import hmac
 import itertools
 import logging
 import os
@@ -18,10 +20,9 @@ from ipaddress import ip_address
 
 from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 
-from moce_ds.distributed.sealing import SECRET, Sealer
 from moce_ds.errors import LostPeerError
-from moce_ds.host.place import Place, PlaceError
-from moce_ds.text import printable
+from moce_ds.host.place import SECRET, Place, PlaceError
+from moce_ds.text import encoded, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _LOOPBACK_INTERFACES = ("lo", "lo0")
 # times the peer timeout, within these limits in seconds.
 _STARTS, _SHORTEST_START, _LONGEST_START = 5, 30.0, 600.0
 _PORT_ATTEMPTS, _PORT_PAUSE = 10, 1.0
+_RANKS_SHOWN = 8
 _RUN_ID = "TORCHELASTIC_RUN_ID"  # set by torchrun
 _sessions = itertools.count()  # counted the same in all processes
 
@@ -67,10 +69,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
 
 
-def _missing(store: Store, ranks: Sequence[int], shown: int = 8) -> str:
+def _missing(store: Store, ranks: Sequence[int]) -> str:
     missing = [rank for rank in ranks if not store.check([str(rank)])]
-    more = f" and {len(missing) - shown} more" if len(missing) > shown else ""
-    return ", ".join(map(str, missing[:shown])) + more
+    more = f" and {len(missing) - _RANKS_SHOWN} more" if len(missing) > _RANKS_SHOWN else ""
+    return ", ".join(map(str, missing[:_RANKS_SHOWN])) + more
 
 
 def on_loopback(host: str) -> bool:
@@ -93,6 +95,21 @@ def interfaces(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     loopback = next((name for _, name in socket.if_nameindex() if name in _LOOPBACK_INTERFACES), None)
     return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"} if loopback else {}
+
+
+@dataclass(frozen=True)
+class Sealer:
+    """Makes and checks message authentication codes (seals) with the secret of a run: HMAC-SHA256."""
+
+    secret: bytes
+
+    def seal(self, text: str) -> str:
+        """The seal of a text, 64 hexadecimal digits."""
+        return hmac.digest(self.secret, encoded(text), hashlib.sha256).hex()
+
+    def is_genuine(self, seal: str, text: str) -> bool:
+        """Whether `seal` is the seal of `text`; takes constant time."""
+        return hmac.compare_digest(encoded(seal), self.seal(text).encode())
 
 
 class SealedStore:

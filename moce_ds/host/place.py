@@ -1,6 +1,8 @@
-"""The rank of this process among its peers, from the variables that torchrun, our launchers and SLURM jobs set."""
+"""The rank of this process among its peers, and the secret that they share: variables that torchrun, our launchers and
+SLURM jobs set."""
 
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,6 +10,10 @@ from moce_ds.errors import ConfigError
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 """The variables of a process without peers."""
+
+SECRET = "MOCE_SECRET"
+"""The variable with the secret of a run, which its launcher gives to all processes. Without it, as under torchrun, the
+seals of their messages only detect accidents."""
 
 _CURE = (
     "Start several processes with torchrun or `moce launch local --nproc N`, which set these variables; to run one "
@@ -64,6 +70,11 @@ class Place:
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is rank 0, which reports what all ranks would repeat."""
     return environment.get("RANK", "0") == "0"
+
+
+def new_secret() -> str:
+    """A secret for one start of a run, in ASCII."""
+    return secrets.token_hex(16)
 
 
 def _number(environment: Mapping[str, str], name: str, least: int, most: int | None = None) -> int:

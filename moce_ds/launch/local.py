@@ -17,10 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moce_ds.distributed.sealing import SECRET, new_secret
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host import threads
 from moce_ds.host.interrupts import kept_signals, leave, obeyed, wait_for
+from moce_ds.host.place import SECRET, new_secret
 from moce_ds.storage.files import writes_to
 
 _logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from moce_ds import __version__
 from moce_ds.config import settings as configuration
-from moce_ds.distributed.sealing import new_secret
 from moce_ds.errors import ConfigError
+from moce_ds.host.place import new_secret
 from moce_ds.launch.slurm_job import SECRET_FILE, Rank
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.storage.files import read_json, writes_to

@@ -45,7 +45,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
     """
     # Here, since the new processes import this module too.
     from moce_ds.distributed.rendezvous import host_on_loopback
-    from moce_ds.distributed.sealing import SECRET, new_secret
+    from moce_ds.host.place import SECRET, new_secret
 
     context = multiprocessing.get_context("forkserver")
     store = host_on_loopback()  # joined by all: no port is guessed

@@ -16,15 +16,15 @@ from moce_ds.distributed.rendezvous import (
     LONGEST_TEXT,
     Rendezvous,
     SealedStore,
+    Sealer,
     host_on_loopback,
     interfaces,
     on_loopback,
 )
-from moce_ds.distributed.sealing import SECRET, Sealer, new_secret
 from moce_ds.distributed.watchdog import Watch, _parsed
 from moce_ds.errors import LostPeerError
 from moce_ds.host.machine import MachineError, machine_fault
-from moce_ds.host.place import Place
+from moce_ds.host.place import SECRET, Place, new_secret
 
 
 @pytest.fixture(scope="module")

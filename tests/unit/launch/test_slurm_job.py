@@ -12,8 +12,8 @@ from unittest.mock import Mock
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from moce_ds.distributed.sealing import SECRET
 from moce_ds.errors import LOST_PEER
+from moce_ds.host.place import SECRET
 from moce_ds.launch.slurm_job import SECRET_FILE, JobStart, Rank, place
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import begin_launch
