@@ -18,6 +18,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _TRIES = 10
+_RATIO = (3 / 4, 4 / 3)
+"""Range of the aspect ratio (width / height) of a random crop."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """The training crop of MAE: an area share in `scale`, an aspect ratio in `ratio` (log-uniform), and a flip.
+    """The training crop of MAE: an area share in `scale`, a log-uniform aspect ratio, and a flip.
 
     The first of ten tries that fits inside the image is used. If none fits, the window is the largest centred one with
     an allowed ratio, pixel-identical to that of torchvision's RandomResizedCrop.
@@ -64,7 +66,6 @@ class RandomCrop:
 
     seed: int
     scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
     def windows(
@@ -82,14 +83,14 @@ class RandomCrop:
 
         h_B, w_B = heights_B.astype(np.float64), widths_B.astype(np.float64)
         area_BK = (h_B * w_B)[:, None] * (self.scale[0] + draw(0) * (self.scale[1] - self.scale[0]))
-        low, high = np.log(self.ratio)
+        low, high = np.log(_RATIO)
         ratio_BK = np.exp(low + draw(1) * (high - low))
         width_BK = np.round(np.sqrt(area_BK * ratio_BK))
         height_BK = np.round(np.sqrt(area_BK / ratio_BK))
         fits_BK = (width_BK >= 1) & (height_BK >= 1) & (width_BK <= w_B[:, None]) & (height_BK <= h_B[:, None])
         first_B = fits_BK.argmax(axis=1)
         rows = np.arange(len(ids_B))
-        fallback = _largest_window(h_B, w_B, self.ratio)
+        fallback = _largest_window(h_B, w_B)
         any_fits_B = fits_BK.any(axis=1)
         height_B = np.where(any_fits_B, height_BK[rows, first_B], fallback[0])
         width_B = np.where(any_fits_B, width_BK[rows, first_B], fallback[1])
@@ -123,9 +124,9 @@ class CenterCrop:
 
 
 def _largest_window(
-    h_B: NDArray[np.float64], w_B: NDArray[np.float64], ratio: tuple[float, float]
+    h_B: NDArray[np.float64], w_B: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Height and width of the largest window whose width/height is within `ratio`."""
-    height_B = np.maximum(1, np.minimum(h_B, np.round(w_B / ratio[0])))
-    width_B = np.maximum(1, np.minimum(w_B, np.round(h_B * ratio[1])))
+    """Height and width of the largest window whose aspect ratio is within `_RATIO`."""
+    height_B = np.maximum(1, np.minimum(h_B, np.round(w_B / _RATIO[0])))
+    width_B = np.maximum(1, np.minimum(w_B, np.round(h_B * _RATIO[1])))
     return height_B, width_B

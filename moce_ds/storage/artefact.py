@@ -24,7 +24,7 @@ from moce_ds.text import shortened
 Rows = dict[str, str]
 """Names and values that describe an artefact, in the order in which they are shown."""
 
-_NAME = 60  # characters shown of a name
+_NAME, _SHOWN = 60, 12  # characters shown of a name, names shown of a list
 
 
 class Artefact(Protocol):
@@ -148,7 +148,7 @@ def mebibytes(sizes: Iterable[int]) -> str:
     return f"{sum(sizes) / 2**20:.1f} MiB"
 
 
-def some_of(names: Sequence[str], shown: int = 12) -> str:
+def some_of(names: Sequence[str]) -> str:
     """The first names of a list, shortened, and how many follow."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(shortened(name, _NAME) for name in names[:shown]) + more
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(shortened(name, _NAME) for name in names[:_SHOWN]) + more

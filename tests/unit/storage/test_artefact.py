@@ -71,7 +71,7 @@ def test_what_is_no_artefact_is_refused_with_what_would_be_one(tmp_path: Path) -
 
 def test_long_lists_are_shortened() -> None:
     assert some_of(["a", "b"]) == "a, b"
-    assert some_of([str(number) for number in range(15)], shown=2) == "0, 1 and 13 more"
+    assert some_of([str(number) for number in range(15)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 3 more"
 
 
 SETTINGS = ClusterSettings(num_clusters=5)
