@@ -259,13 +259,12 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
-    again = f"write the clusters again with `{MADE_BY}`."
-    with reads_from(path, again):
+    with reads_from(path, _AGAIN):
         tensors: dict[str, np.ndarray] = load_file(path)
     if missing := [name for name in _TENSORS if name not in tensors]:
-        raise ArtefactError(f"{path} is damaged: it lacks {', '.join(missing)}: {again}")
+        raise ArtefactError(f"{path} is damaged: it lacks {', '.join(missing)}: {_AGAIN}")
     present = {name: axes for name, axes in (_TENSORS | _LATER).items() if name in tensors}
     for name, axes in present.items():
         if tensors[name].ndim != axes:
-            raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {again}")
+            raise ArtefactError(f"{path}: {name} has shape {tensors[name].shape}, expected {axes} axes: {_AGAIN}")
     return {name: tensors[name] for name in present}
