@@ -28,7 +28,7 @@ nursery = multiprocessing.get_context("forkserver")  # its processes have import
 def own_nursery() -> None:
     """The process that other tests fork theirs from has not imported what is needed here: a second for each kill."""
     multiprocessing.forkserver._forkserver._stop()
-    nursery.set_forkserver_preload(["moce_ds.checkpoint.format"])
+    nursery.set_forkserver_preload(["torch", "moce_ds.checkpoint.format"])
 
 
 def begin(writer: Callable[..., None], *args: object) -> tuple[BaseProcess, Connection]:
