@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moce_ds.checkpoint.run_layout import CLUSTERS
+from moce_ds.checkpoint.run_folder import CLUSTERS
 from moce_ds.clustering.clusters import Clusters as FeatureClusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
 from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb

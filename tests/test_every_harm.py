@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
-from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.checkpoint.tuning_result import read_result
+from moce_ds.checkpoint.run_folder import RunFolder, read_result
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet

@@ -27,15 +27,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from moce_ds import text
-from moce_ds.checkpoint.run_layout import TUNED
+from moce_ds.checkpoint.run_folder import TUNED
 from moce_ds.config.settings import load
 from moce_ds.config.values import arguments
 from moce_ds.data.shards import ShardSet
 from moce_ds.main import main
 from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import load_encoder
-from moce_ds.tuning.classification import Classification
-from moce_ds.tuning.labelled import make_splits
+from moce_ds.tuning.classification import Classification, make_splits
 from moce_ds.tuning.settings import FinetuneSettings
 from tests.examples.alone import ALONE
 from tests.examples.dense_sets import CATEGORIES, write_ade, write_coco

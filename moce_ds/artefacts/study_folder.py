@@ -17,8 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.checkpoint.run_layout import CONFIG
+from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
 from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 from moce_ds.storage.artefact import Rows, is_marked, some_of

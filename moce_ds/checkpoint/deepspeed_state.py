@@ -1,7 +1,7 @@
-"""Between a DeepSpeed engine and the checkpoint format: every process gives a share, and takes what it holds.
+"""Between a DeepSpeed engine and the checkpoint format: every process writes its share, and loads what it holds.
 
-ZeRO cuts parameters and Adam's moments over processes; DeepSpeed's `safe_get_full_...` put one parameter at a time
-together again. Experts are renamed from local to global numbers, so the files know nothing of the topology.
+ZeRO distributes parameters and Adam's moments over processes; DeepSpeed's `safe_get_full_...` gather one parameter at a
+time. Experts are renamed from local to global numbers, so the files know nothing of the topology.
 """
 
 import json
@@ -25,8 +25,7 @@ from moce_ds.checkpoint.format import (
     step_folder,
     steps_of,
 )
-from moce_ds.checkpoint.parameters import expert_key, local_expert, with_plain_gate
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import expert_key, load_weights_strict, local_expert, with_plain_gate
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
 from moce_ds.moe.layer import ClusterMoE
@@ -58,7 +57,7 @@ class HostBuffers:
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # beside that of training
 
     def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The files with copies of their tensors, one after the other, made when the device has come to `ready`."""
+        """The files with copies of their tensors, one after the other, made once the device has reached `ready`."""
         for file, tensors in files.items():
             with torch.cuda.stream(self._stream):  # without a stream this does nothing
                 if ready is not None:
@@ -77,8 +76,8 @@ class HostBuffers:
 def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tensor]) -> Files:
     """The weights, Adam moments and `state` that this process is to write, by file; every process must call it.
 
-    They are the run's own where it holds all of them: the next update changes them. The files are dealt to the
-    processes that hold their content: those of shared parameters in turn to all, those of an expert in turn to its
+    A tensor that this process holds completely is not copied: the next update changes it. The files are distributed
+    over the processes that hold their content: those of shared parameters over all, those of an expert over its
     replicas.
 
     Args:
@@ -110,19 +109,20 @@ def _files_to_write(model: nn.Module, state: Mapping[str, Tensor], runtime: Runt
 
 
 def _whole_moment(parameter: nn.Parameter, kind: str) -> Tensor:
-    """An Adam moment put together from all processes, or as it lies where one process holds all of it."""
+    """An Adam moment gathered from all processes, or not copied if one process holds all of it."""
     if dist.get_world_size(parameter._dp_group) == 1:  # type: ignore[attr-defined]
         return parameter._hp_mapping.get_hp_fragment(kind).view(parameter.shape)  # type: ignore[attr-defined]
     return safe_get_full_optimizer_state(parameter, kind)
 
 
 def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
-    """The newest checkpoint of a run whose every byte is as it was written; None where there is none at all.
+    """The newest checkpoint of a run whose files are intact; None if the run has no checkpoint.
 
-    A collective: the processes share the reading. Damaged ones that are newer are renamed `damaged-step-...` and named.
+    A collective: the processes share the reading. Newer, damaged checkpoints are renamed `damaged-step-...`, with a
+    warning.
 
     Raises:
-        ArtefactError: there are checkpoints, but none is whole; nothing was renamed.
+        ArtefactError: there are checkpoints, but none is intact; nothing was renamed.
     """
     steps = json.loads(runtime.texts(json.dumps(steps_of(run)))[0])  # as rank 0 sees them
     damaged: dict[int, list[str]] = {}
@@ -162,7 +162,7 @@ def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Run
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
-    """Give an engine the weights and moments of a checkpoint, whatever topology wrote it.
+    """Load the weights and moments of a checkpoint into an engine, whatever topology wrote it.
 
     Raises:
         ArtefactError: a file is damaged, or the parameters are not those of the model; they are named.
@@ -180,7 +180,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Ru
 
 
 def _make_moments(engine: DeepSpeedEngine, step: float) -> None:
-    """Create Adam's state, which torch does only in the first step, at `step` updates made."""
+    """Create Adam's state as after `step` updates; torch itself creates it only in the first step."""
     adam = engine.optimizer.optimizer
     for group in adam.param_groups:
         for flat in group["params"]:

@@ -29,8 +29,8 @@ import numpy as np
 from safetensors import safe_open
 from xxhash import xxh3_128
 
-from moce_ds.checkpoint.manifest import check_manifest
 from moce_ds.checkpoint.parameters import place_of
+from moce_ds.checkpoint.records import check_manifest
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import Findings
@@ -335,7 +335,7 @@ def write_checkpoint(
 
 
 def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into the draft and give it its name; one process calls this, when all have written.
+    """Write the manifest into the draft and give it its name; one process calls this after all have written.
 
     A checkpoint of the same step is moved aside first and removed last.
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moce_ds.checkpoint.run_layout import ATTEMPTS, CONFIG
+from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.host.machine import refused

@@ -22,7 +22,7 @@ from torch import Tensor
 from moce_ds.checkpoint.deepspeed_state import Files, HostBuffers, snapshot
 from moce_ds.checkpoint.format import prune, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_layout import ROUTING
+from moce_ds.checkpoint.run_folder import ROUTING
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import MoceError

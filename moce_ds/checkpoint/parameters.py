@@ -1,4 +1,4 @@
-"""Every rule about the names of parameters: the place of a parameter in a model by its name, and how names change.
+"""Parameters of a model by name: every rule about their names, and the check that weights from a file fit them.
 
 The names are those of the public MAE, of timm's ViT, and of our layers of experts:
 
@@ -9,18 +9,24 @@ The names are those of the public MAE, of timm's ViT, and of our layers of exper
 """
 
 import re
-from collections.abc import Container, Iterable
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from moce_ds.errors import ArtefactError
+
+if TYPE_CHECKING:  # verbs without torch read checkpoints with this module
+    from torch import Tensor, nn
 
 TOKENS = ("cls_token", "mask_token")
 POSITIONS = ("pos_embed", "decoder_pos_embed")
 """Fixed tables of every run, which no checkpoint holds."""
 
 CLASSIFIER = ("head.weight", "head.bias")
-"""Of a fine-tuned model."""
+"""The classifier of a fine-tuned model."""
 
 _DECODER = ("decoder_", "mask_token")
 _EMBEDDINGS = ("cls_token", "pos_embed", "patch_embed.")
+_LISTED = 20  # listed weights per kind of mismatch
 _PLACE = re.compile(r"^(decoder_)?blocks\.(\d+)\.(?:mlp\.experts\.(\d+)\.)?")
 
 # DeepSpeed's stock layer puts more words into the names, and `ClusterMoE` does so in DeepSpeed's own checkpoints.
@@ -91,7 +97,7 @@ def has_experts(names: Iterable[str]) -> bool:
 
 
 def is_replaced(name: str, layers: Container[int]) -> bool:
-    """Whether a dense MAE's parameter belongs to an MLP that experts replace, which they do in the blocks `layers`."""
+    """Whether a parameter of a dense MAE belongs to an MLP that experts replace: those of the blocks `layers`."""
     parts = name.split(".")
     return parts[0] == "blocks" and int(parts[1]) in layers and parts[2] == "mlp"
 
@@ -121,3 +127,30 @@ def _expert(match: re.Match[str] | None) -> LocalExpert | None:
 def with_plain_gate(name: str) -> str:
     """The name of a gate's parameter without the words of DeepSpeed's stock layer; other names stay."""
     return name.replace(_NATIVE_GATE, ".gate.")
+
+
+def load_weights_strict(parameters: "Mapping[str, nn.Parameter]", weights: "Mapping[str, Tensor]", source: str) -> None:
+    """Copy weights into the parameters with the same names; refuse missing or unexpected weights and other shapes.
+
+    Raises:
+        ArtefactError: lists the mismatches; names `source`.
+    """
+    check_fit(parameters, weights, source)
+    for name, parameter in parameters.items():
+        parameter.detach().copy_(weights[name])
+
+
+def check_fit(expected: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]", source: str) -> None:
+    """Raise ArtefactError, listing all of them, if tensors are missing, unexpected or of another shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing = [f"missing {name} {shape}" for name, shape in shapes.items() if name not in actual]
+    unexpected = [f"unexpected {name} {shape}" for name, shape in actual.items() if name not in shapes]
+    other = [f"{n} is {actual[n]}, expected {shape}" for n, shape in shapes.items() if actual.get(n, shape) != shape]
+    if lines := [*cut(missing, "missing"), *cut(unexpected, "unexpected"), *cut(other, "of another shape")]:
+        raise ArtefactError("\n  ".join([f"{source} does not fit the model:", *lines]))
+
+
+def cut(lines: list[str], kind: str = "") -> list[str]:
+    """The first lines of a list of faults, and the number of further ones of that `kind`."""
+    return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more {kind}".rstrip()] if len(lines) > _LISTED else lines

@@ -9,13 +9,16 @@
       routing.json         the routes of the newest checkpoint (with experts by cluster)
       clusters/            the clusters that the run is trained with (with experts by cluster)
       teacher/             the encoder that SDR learns from
-      tuned/, result.json  the tuned encoder and its measures (tuning, once complete)
+      tuned/               the tuned encoder with its head (classification, once complete)
+      model.safetensors    all weights (detection and segmentation, once complete)
+      result.json          the measures of a complete tuning run, and the checksums of the model they are of
 
-Verification does not look at `tensorboard/`, a mirror of metrics.jsonl, nor at what launchers leave (`launches/`).
+Verification does not look at `tensorboard/`, a mirror of metrics.jsonl, nor at `launches/`, which launchers leave.
 
 Axes: S logged steps.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,9 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import MANIFEST, Checkpoint, find, step_folder, steps_of
-from moce_ds.checkpoint.routing_table import RoutingTable, read_routing_record
-from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, RECONSTRUCTIONS, ROUTING, TEACHER, TUNED
-from moce_ds.checkpoint.tuning_result import result_measures, verify_result
+from moce_ds.checkpoint.records import RoutingTable, read_routing_record
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
@@ -41,21 +42,34 @@ from moce_ds.storage.checksums import (
     FileRecord,
     Files,
     Findings,
+    check_file,
     document_findings,
     file_findings,
     has_checksum,
+    names_below,
     read_checked,
+    records_of,
+    with_checksum,
     written_before,
 )
-from moce_ds.storage.encoder_folder import EncoderFolder
+from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
+from moce_ds.storage.files import valid_record
 from moce_ds.storage.metrics_file import METRICS, read_metrics, verify_metrics
 
+CONFIG = "config.yaml"
+ROUTING = "routing.json"
+CLUSTERS, TEACHER = "clusters", "teacher"
+ATTEMPTS = "attempts"
+RECONSTRUCTIONS = "reconstructions"
+RESULT, TUNED = "result.json", "tuned"
+LAUNCHES = "launches"
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What is read of an attempt's record."""
+_RESULT, _MADE_BY = "a result", "moce finetune"
 
-    files: Files = field(default_factory=dict)
+
+def picture_path(run: Path, step: int) -> Path:
+    """Where the reconstructions of a step are."""
+    return run / RECONSTRUCTIONS / f"step-{step:08d}.png"
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ class RunFolder:
         if self.is_tuning:
             rows = {name: str(value) for name, value in self.config["data"].items() if isinstance(value, str)}
             rows |= self._last_record()
-            if measures := result_measures(self.path):
+            if measures := _result_measures(self.path):
                 rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
         else:
             self.routing, self.clusters  # noqa: B018 (which must be readable)
@@ -195,7 +209,7 @@ class RunFolder:
         if (run / TEACHER).exists() or _wants_teacher(newest):
             found += _collected(lambda: EncoderFolder.open(run / TEACHER).verify().below(TEACHER))
         if "task_fingerprint" in newest or (run / TUNED).exists():
-            found += _collected(lambda: verify_result(run))
+            found += _collected(lambda: _verified_result(run))
         return found
 
 
@@ -226,6 +240,13 @@ def _verified_checkpoints(run: Path) -> tuple[list[Checkpoint], Findings]:
         except MoceError as error:
             faults.append(str(error))
     return opened, Findings(faults)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What is read of an attempt's record."""
+
+    files: Files = field(default_factory=dict)
 
 
 def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
@@ -279,3 +300,51 @@ def _wants_teacher(newest: dict[str, Any]) -> bool:
     """Whether a run with this manifest learns from a teacher."""
     config = translate_tree(newest.get("config", {}))
     return family_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))
+
+
+def result_text(run: Path, record: dict[str, Any]) -> str:
+    """The content of `result.json`, once the model is in the run's folder: an encoder with a head, or all weights."""
+    model = [*names_below(run / TUNED, f"{TUNED}/"), *(path.name for path in run.glob(WEIGHTS))]
+    return json.dumps(with_checksum(record | {"files": records_of(run, model)}), indent=2) + "\n"
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The result of a complete run, whose model is there as it was measured.
+
+    Raises:
+        ArtefactError: the result or a file of the model is missing or damaged.
+    """
+    result = _read_result(run)
+    files = valid_record(Files, result.get("files", {}), str(run / RESULT), _RESULT, _MADE_BY)
+    for name in files:
+        again = f"restore it from a copy, or delete {run / RESULT} and run the same command: it is measured again."
+        check_file(run, name, files, again)
+    return result
+
+
+def _result_measures(run: Path) -> dict[str, float]:
+    """The measures of a complete run, whatever has become of its model; none before. Raises ArtefactError."""
+    return dict(_read_result(run)["measures"]) if (run / RESULT).exists() else {}
+
+
+def _verified_result(run: Path) -> Findings:
+    """What is wrong with the result and the model that it describes.
+
+    A missing result is no fault: the run may have been killed before it wrote one. Raises ArtefactError: it is damaged.
+    """
+    if not (run / RESULT).exists():
+        kept = [name for name in (TUNED, WEIGHTS) if (run / name).exists()]
+        message = (
+            f"{RESULT}: is missing, but {kept[0] if kept else ''} exists: rerun the same command to resume the run"
+        )
+        return Findings(unverified=[message] if kept else [])
+    result = _read_result(run)
+    found = document_findings(run / RESULT, RESULT)
+    if "files" not in result:
+        tuned = run / TUNED
+        return found + (EncoderFolder.open(tuned).verify().below(TUNED) if tuned.exists() else Findings())
+    return found + file_findings(run, valid_record(Files, result["files"], str(run / RESULT), _RESULT, "moce"))
+
+
+def _read_result(run: Path) -> dict[str, Any]:
+    return read_checked(run / RESULT, dict[str, Any], _RESULT, _MADE_BY)

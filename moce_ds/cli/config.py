@@ -13,7 +13,7 @@ from moce_ds.cli.options import PATH, SETTINGS
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 
-_ENCODE = "moce_ds.models.encode_settings:EncodeSettings"
+_ENCODE = "moce_ds.models.settings:EncodeSettings"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ KINDS = {
     "shards": Kind("moce_ds.data.shard_writer:ShardSettings", "moce shards"),
     "dataset": Kind("moce_ds.data.sources.public.datasets:DatasetSettings", "moce dataset"),
     "pretrain": Kind("moce_ds.training.settings:PretrainSettings", "moce pretrain, moce plan"),
-    "features": Kind("moce_ds.models.encode_settings:FeatureSettings", "moce features"),
+    "features": Kind("moce_ds.models.settings:FeatureSettings", "moce features"),
     "cluster": Kind("moce_ds.clustering.settings:ClusterSettings", "moce cluster"),
     "select": Kind(_ENCODE, "moce select"),
     "export": Kind(_ENCODE, "moce export"),
@@ -53,8 +53,8 @@ KINDS = {
     "knn": Kind("moce_ds.evaluation.settings:KnnSettings", "moce knn"),
     "probe": Kind("moce_ds.evaluation.settings:ProbeSettings", "moce probe"),
     "finetune": _tuning("moce_ds.tuning.settings:FinetuneSettings", "finetune", "val_share"),
-    "detect": _tuning("moce_ds.tuning.dense_settings:DetectSettings", "detect", "images", "eval_images"),
-    "segment": _tuning("moce_ds.tuning.dense_settings:SegmentSettings", "segment"),
+    "detect": _tuning("moce_ds.tuning.settings:DetectSettings", "detect", "images", "eval_images"),
+    "segment": _tuning("moce_ds.tuning.settings:SegmentSettings", "segment"),
     "pipeline": Kind("moce_ds.workflow.pipeline:PipelineSettings", "moce pipeline"),
     "study": Kind("moce_ds.workflow.study_grid:StudySettings", "moce study"),
     "task": Kind("moce_ds.workflow.transfer_tasks:TaskSettings", "moce transfer --tasks"),

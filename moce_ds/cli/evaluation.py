@@ -15,7 +15,7 @@ from moce_ds.text import in_line
 _logger = logging.getLogger(__name__)
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Images of the task: shards, a folder, or a saved data set.")
 @click.option("--task", default=None, help="Name of the task in results (default: from --data).")
@@ -75,7 +75,7 @@ def select(
             say(summary(folder, made))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--data", type=PATH, help="Images of a task (a shard set or a folder), whose votes choose the route.")
@@ -173,7 +173,7 @@ def _accuracy(
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, decisive, images))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode_settings:EncodeSettings")
+@click.command(cls=Verb, settings="moce_ds.models.settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
 @click.option("--dense", type=PATH, help="The run of a dense MAE for comparison.")

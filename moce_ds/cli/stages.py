@@ -148,7 +148,7 @@ def plan(
             write_json(options["json_file"], prediction.to_record(assumed, predicted, measured))
 
 
-@click.command(cls=Verb, settings="moce_ds.models.encode_settings:FeatureSettings")
+@click.command(cls=Verb, settings="moce_ds.models.settings:FeatureSettings")
 @click.argument("encoder", type=PATH)
 @click.argument("shards", type=PATH)
 @click.argument("out", type=PATH)

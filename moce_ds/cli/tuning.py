@@ -42,11 +42,11 @@ def finetune(
     Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
     --val, the best weights by validation are kept, otherwise the last.
     """
-    from moce_ds.checkpoint.run_layout import TUNED
+    from moce_ds.checkpoint.run_folder import TUNED
     from moce_ds.cli.evaluation import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.tuning.finetune import finetune as run
+    from moce_ds.tuning.classification import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
 
     named: dict[str, Path | str] = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
@@ -73,7 +73,7 @@ def _scores(record: dict[str, Any]) -> str:
     return f"{scores} ({record['n_train']} training, {record['n_test']} test images)"
 
 
-@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:DetectSettings")
+@click.command(cls=Verb, settings="moce_ds.tuning.settings:DetectSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="COCO's JSON of the training images.")
 @click.option("--images", type=PATH, required=True, help="Folder of the training images.")
@@ -88,13 +88,13 @@ def detect(words: Sequence[str], **paths: Path | None) -> None:
     Runs in one process, under torchrun, or with `moce launch local --nproc N detect ...`. Rerun the same command to
     resume.
     """
-    from moce_ds.tuning.dense_settings import DetectSettings
     from moce_ds.tuning.detection import DetectionTask
+    from moce_ds.tuning.settings import DetectSettings
 
     _tune(DetectSettings, DetectionTask, paths, words)
 
 
-@click.command(cls=Verb, settings="moce_ds.tuning.dense_settings:SegmentSettings")
+@click.command(cls=Verb, settings="moce_ds.tuning.settings:SegmentSettings")
 @click.argument("encoder", type=PATH)
 @click.option("--train", type=PATH, required=True, help="Folder with images/ and annotations/, or images/NAME.")
 @click.option("--val", type=PATH, help="Such a folder for choosing the best weights.")
@@ -107,8 +107,8 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
     Runs in one process, under torchrun, or with `moce launch local --nproc N segment ...`. Rerun the same command to
     resume.
     """
-    from moce_ds.tuning.dense_settings import SegmentSettings
     from moce_ds.tuning.segmentation import SegmentationTask
+    from moce_ds.tuning.settings import SegmentSettings
 
     _tune(SegmentSettings, SegmentationTask, paths, words)
 

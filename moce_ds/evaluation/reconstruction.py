@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler

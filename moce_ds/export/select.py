@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import Checkpoint, find
-from moce_ds.checkpoint.run_layout import CLUSTERS
+from moce_ds.checkpoint.run_folder import CLUSTERS
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
 from moce_ds.data.shards import ShardSet

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
-from moce_ds.checkpoint.parameters import is_cluster_gate
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import is_cluster_gate, load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import TIMM
@@ -23,7 +22,7 @@ from moce_ds.export.formats.target import EXTRA, DenseModel, Format, installed, 
 from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
 from moce_ds.export.routes import ClusterShares, SelectedExperts
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.dense import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
+from moce_ds.models.encoders import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.moce import make_gate
 from moce_ds.models.vit import check_state

@@ -1,1 +1,1 @@
-"""The dense masked autoencoder and the one with experts."""
+"""The masked autoencoders, dense and with experts, and their encoders."""

@@ -80,7 +80,7 @@ def _build_dense(
 def _build_token_moe(
     spec: ModelSpec, clusters: Clusters | None, make_layer: MakeLayer, weights: LossWeights
 ) -> MaskedAutoencoder:
-    assert spec.experts is not None, "of its family"
+    assert spec.experts is not None, "a TokenMoE has experts"
     num_experts = spec.experts.num_experts
     return TokenMoeAutoencoder(
         spec.shape,

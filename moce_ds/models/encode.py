@@ -1,4 +1,4 @@
-"""Encoder features of images: in memory for a task, on disk for a pre-training set.
+"""Open an encoder, and compute features of images: in memory for a task, on disk for a pre-training set.
 
 Axes: N images, D width.
 """
@@ -21,9 +21,8 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
-from moce_ds.models.dense import dense_encoder
-from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
-from moce_ds.models.public_mae import public_encoder
+from moce_ds.models.encoders import dense_encoder, public_encoder
+from moce_ds.models.settings import EncodeSettings, FeatureSettings
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.storage.drafts import restore
 from moce_ds.storage.encoder_folder import CONFIG, WEIGHTS

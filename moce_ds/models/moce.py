@@ -69,7 +69,7 @@ class Moce(MaskedAutoencoder):
             self.blocks[block].mlp = make_layer(self.make_expert, experts.num_experts, experts.shared)
 
     def make_expert(self) -> nn.Module:
-        """One expert, of random weights."""
+        """One expert, with random weights."""
         return make_mlp(self.shape.width, self.shape.mlp_ratio)
 
     def forward(self, images_BCHW: Tensor, noise_BN: Tensor, routing: Routing) -> ModelOutput:  # type: ignore[override]

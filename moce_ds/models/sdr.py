@@ -103,7 +103,8 @@ def part_units(dense: Mapping[str, Tensor], experts: ExpertShape) -> dict[str, T
     """Weights of an SDR from those of a dense MAE, whose MLPs are the union of the groups and the common units.
 
     The common units are those with the largest product of the norms of their row in fc1 and their column in fc2. The
-    others are dealt to the groups in turn, so that the groups are similar. The second bias belongs to the common units.
+    others are assigned to the groups in turn, so that the groups are similar. The second bias belongs to the common
+    units.
     """
     state = {name: tensor for name, tensor in dense.items() if not is_replaced(name, experts.layers)}
     for block in experts.layers:

@@ -1,7 +1,8 @@
-"""The settings of a model: its sizes, its experts, and one group per kind of model for its own options.
+"""The settings of a model: its sizes, its experts, one group per kind of model for its own options; and of its use.
 
 `ModelSettings`, `ExpertSettings`, `TokenMoeSettings` and `SdrSettings` are groups of `moce pretrain`. `ModelGroups`
-checks them together and computes the model's shapes. Importing this module needs neither torch nor timm.
+checks them together and computes the model's shapes. `EncodeSettings` and `FeatureSettings` are those of
+verbs that run images through an encoder. Importing this module needs neither torch nor timm.
 """
 
 import dataclasses
@@ -109,6 +110,21 @@ class SdrSettings:
     distillation_weight: NonNegative = option(
         1.0, "weight of the distillation from the tokens of the initial dense MAE"
     )
+
+
+@settings
+class EncodeSettings:
+    """Running images through an encoder."""
+
+    batch_size: Positive = option(256, "images per batch and process")
+    threads: Positive = option(2, "decoding threads per process")
+
+
+@settings
+class FeatureSettings(EncodeSettings):
+    """Writing the features of a shard set."""
+
+    block_rows: Positive = option(4096, "images per file of features; a kill loses at most one file")
 
 
 @dataclasses.dataclass(frozen=True)

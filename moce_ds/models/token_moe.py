@@ -1,6 +1,7 @@
 """TokenMoE: the masked autoencoder with experts chosen per token, the baseline of the paper.
 
-Axes: B images, N patches, T tokens, D width, L expert layers.
+Axes: B images, N patches, T tokens of an image, S = B x T tokens, D width, L expert layers, E experts, K experts per
+token.
 """
 
 from collections.abc import Callable
@@ -50,3 +51,29 @@ class TokenMoeAutoencoder(MaskedAutoencoder):
             loss = loss + self.weights.token_balance * (importance + load)
         losses = {"loss": loss, "reconstruction": reconstruction.loss, "importance": importance, "token_load": load}
         return ModelOutput(losses, reconstruction)
+
+
+class TokenExperts(nn.Module):
+    """The expert layer in one process and without DeepSpeed, for evaluation: the K most probable experts of each token.
+
+    Where no token is dropped, it computes what DeepSpeed's layer computes.
+    With K = 1 the output of the expert is multiplied by its probability; with K = 2 by its share of the two.
+    """
+
+    def __init__(self, make_expert: Callable[[], nn.Module], width: int, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, num_experts, bias=False)
+        self.experts = nn.ModuleList(make_expert() for _ in range(num_experts))
+        self.k = k
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x_SD = x_BTD.flatten(0, 1)
+        weight_SK, expert_SK = self.gate(x_SD.float()).softmax(dim=1).topk(self.k, dim=1)
+        if self.k > 1:
+            weight_SK = weight_SK / weight_SK.sum(dim=1, keepdim=True)
+        y_SD = torch.zeros_like(x_SD)
+        for number, expert in enumerate(self.experts):
+            token, place = (expert_SK == number).nonzero(as_tuple=True)
+            y_SD.index_add_(0, token, expert(x_SD[token]) * weight_SK[token, place, None].to(x_SD.dtype))
+        return y_SD.view_as(x_BTD)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.weights import check_fit
+from moce_ds.checkpoint.parameters import check_fit
 from moce_ds.clustering import feature_store as store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput

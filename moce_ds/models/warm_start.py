@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, find
-from moce_ds.checkpoint.parameters import CLASSIFIER, POSITIONS
-from moce_ds.checkpoint.weights import cut
+from moce_ds.checkpoint.parameters import CLASSIFIER, POSITIONS, cut
 from moce_ds.errors import ArtefactError
 from moce_ds.host.machine import refused
 from moce_ds.models.mae import sincos_positions

@@ -1,1 +1,1 @@
-"""The cluster-conditional expert layer: gate, plan, exchange, layer."""
+"""The cluster-conditional expert layer: gate, plan, placement, experts, layer."""

@@ -2,8 +2,8 @@
 
 This module contains all tensor operations; `ClusterMoE` in `layer.py` adds the process groups.
 
-Axes: B images of a rank, K experts per image, N = B K rows sent, S rows computed on this rank, T tokens, D width, H
-hidden width, E local experts.
+Axes: B images of a rank, K experts per image, N = B K rows sent, S rows received and computed on this rank, T tokens, D
+width, H hidden width, E local experts; ... the axes of one image (tokens and width).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.moe.all_to_all import all_to_all
 from moce_ds.moe.plan import LayerPlan, on_device
 
 Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
@@ -65,6 +64,35 @@ class ExpertLayer(nn.Module):
         x_STD = reorder(all_to_all(x_NTD, plan.send_R, plan.receive_R, self.group), plan.gather_S, plan.scatter_S)
         y_STD = reorder(self.execute(self.experts, x_STD, plan.counts), plan.scatter_S, plan.gather_S)
         return all_to_all(y_STD, plan.receive_R, plan.send_R, self.group)
+
+
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Send `send[r]` consecutive rows to each rank r of the group: [N, ...] -> [S, ...].
+
+    The gradient takes the reverse way. Without a group (all experts are local) the rows are returned unchanged.
+    Collective: every rank of the group must call it, with matching counts, even without rows.
+    """
+    if group is None:
+        return rows
+    result: Tensor = _UnevenAllToAll.apply(rows, send, receive, group)
+    return result
+
+
+class _UnevenAllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _all_to_all(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    result = rows.new_empty((sum(receive), *rows.shape[1:]))
+    dist.all_to_all_single(result, rows.contiguous(), receive, send, group=group)
+    return result
 
 
 class _Reorder(torch.autograd.Function):

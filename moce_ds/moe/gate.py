@@ -197,6 +197,6 @@ def combine_weights(probs_LME: Tensor, layer: int, clusters_B: Tensor, experts_B
     return p_BK if mode == "prob" else p_BK / p_BK.sum(dim=1, keepdim=True).detach()
 
 
-def live_experts(expert_MLK: NDArray[np.int64], num_experts: int) -> list[list[int]]:
+def live_experts(expert_MLK: NDArray[np.int64]) -> list[list[int]]:
     """For each layer, the experts that at least one cluster chooses."""
     return [np.unique(expert_MLK[:, layer]).tolist() for layer in range(expert_MLK.shape[1])]

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from moce_ds.checkpoint.routing_table import RoutingTable
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.quality import cluster_report

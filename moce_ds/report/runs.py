@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.checkpoint.run_layout import CONFIG
+from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
 from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 

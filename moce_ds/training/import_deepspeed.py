@@ -21,9 +21,8 @@ from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.checkpoint.parameters import expert_key, native_expert, with_plain_gate
-from moce_ds.checkpoint.run_layout import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import expert_key, load_weights_strict, native_expert, with_plain_gate
+from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime

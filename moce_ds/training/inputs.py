@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.parameters import is_decoder
-from moce_ds.checkpoint.run_layout import CLUSTERS, TEACHER
+from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.loader import Loader
@@ -26,7 +26,7 @@ from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.dense import as_encoder
+from moce_ds.models.encoders import as_encoder
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
-from moce_ds.checkpoint.parameters import has_experts, is_cluster_gate, is_decoder, is_expert, is_gate, lacks_decoder
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import (
+    has_experts,
+    is_cluster_gate,
+    is_decoder,
+    is_expert,
+    is_gate,
+    lacks_decoder,
+    load_weights_strict,
+)
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_layout import RECONSTRUCTIONS, picture_path
+from moce_ds.checkpoint.run_folder import RECONSTRUCTIONS, picture_path
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet

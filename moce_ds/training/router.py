@@ -130,7 +130,7 @@ class RouteStatistics:
         router, E = self.router, self.router.shape_LME[2]
         plain = router.prepare(None)
         confidence_L = (plain.probs_LME.amax(dim=-1) @ router.model.share_M).tolist()
-        live = live_experts(plain.expert_MLK, E)
+        live = live_experts(plain.expert_MLK)
         churn_L = (plain.expert_MLK[:, :, 0] != self._last_MLK[:, :, 0]).mean(axis=0)
         self._last_MLK = plain.expert_MLK.copy()
         chosen_GLK = table.expert_MLK[router.ids_N[ids_G]]
@@ -148,7 +148,7 @@ class RouteStatistics:
     def newly_dead(self) -> list[tuple[int, int]]:
         """(block, expert) of experts that no cluster chooses in the last requested table, each reported once."""
         layers, E = self.router.model.experts.layers, self.router.shape_LME[2]
-        live = live_experts(self._last_MLK, E)
+        live = live_experts(self._last_MLK)
         dead = {(layers[layer], e) for layer, chosen in enumerate(live) for e in range(E) if e not in chosen}
         new = dead - self._warned
         self._warned |= new

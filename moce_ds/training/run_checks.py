@@ -9,7 +9,7 @@ from typing import Any
 
 from moce_ds.checkpoint import format as checkpoint_files
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_layout import ATTEMPTS, CONFIG, LAUNCHES
+from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG, LAUNCHES
 from moce_ds.config import settings as configuration
 from moce_ds.config.families import translate_tree
 from moce_ds.config.values import recorded_path

@@ -1,1 +1,1 @@
-"""Tuning a trained encoder on a task: a loop that all tasks share, and the tasks."""
+"""Tuning a trained encoder on a task: the task of the trainer that all share, and the labelled tasks."""

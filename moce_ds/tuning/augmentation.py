@@ -1,8 +1,9 @@
-"""timm's augmentations, each drawn for an image (or a pair of images) and an epoch, whoever prepares it and when.
+"""timm's augmentations, with random numbers that depend only on the seed, the epoch and the image (or pair of images).
 
 Axes: B images, C channels, H, W pixels, K classes.
 """
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
-from moce_ds.tuning.seeding import seed_item
+from moce_ds.distributed.randomness import AUGMENT, hashed
 from moce_ds.tuning.settings import AugmentSettings
 
 repair_torchvision()
@@ -22,11 +23,11 @@ from timm.data import Mixup, create_transform  # noqa: E402  (needs the repair)
 Transform = Callable[[Image.Image], Tensor]
 """An RGB image to [C, H, W] float32, normalised."""
 
-_MIXING = 1  # tells the draws for a pair from those for its first image
+_MIXING = 1  # separates the draws for a pair from those for its first image
 
 
 def training_transform(input: ImageInput, config: AugmentSettings) -> Transform:
-    """Crop, flip, RandAugment and erasing; draws from the global generators."""
+    """Crop, flip, RandAugment and erasing; draws from the global random generators."""
     transform: Transform = create_transform(
         input.size,
         is_training=True,
@@ -54,14 +55,14 @@ def centre_transform(input: ImageInput) -> Transform:
 class Mixing:
     """Mixup and cutmix of neighbouring images: the first with the second, the third with the fourth, ...
 
-    The order of images is random, so neighbours are a random pair; being read by one process, whatever the number of
-    processes, a pair is mixed in the same way.
+    The order of images is random, so neighbours are a random pair. One process reads both, so a pair is mixed in the
+    same way for any number of processes.
     """
 
     def __init__(self, config: AugmentSettings, seed: int) -> None:
         self._seed = seed
         self._mix = None
-        if config.mixup or config.cutmix:  # timm mixes which of the two an image is; labels follow from that
+        if config.mixup or config.cutmix:  # timm mixes two classes: first or second image
             self._mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=2)
 
     @property
@@ -72,7 +73,7 @@ class Mixing:
     def __call__(
         self, images_BCHW: Tensor, targets_BK: Tensor, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]
     ) -> None:
-        """Mix the images, and in the same shares the rows of `targets_BK`, in place."""
+        """Mix the images in place, and the rows of `targets_BK` in the same shares."""
         if self._mix is None:
             return
         for first in range(0, len(ids_B), 2):
@@ -80,3 +81,15 @@ class Mixing:
             seed_item(self._seed, int(epochs_B[first]), int(ids_B[first]), _MIXING)
             images_BCHW[pair], shares_22 = self._mix(images_BCHW[pair], torch.arange(2))
             targets_BK[pair] = shares_22 @ targets_BK[pair]
+
+
+def seed_item(seed: int, epoch: int, item: int, use: int = 0) -> None:
+    """Seed Python's, NumPy's and torch's global generators, from which timm draws, for one item in one epoch.
+
+    The draws that follow depend on neither processes, workers, nor where a run was resumed. `use` separates draws for
+    different purposes.
+    """
+    bits = int(hashed(AUGMENT, seed, epoch, item, use)[()])
+    random.seed(bits)
+    np.random.seed(bits % 2**32)  # the generator that timm's mixup draws from
+    torch.manual_seed(bits >> 1)

@@ -1,12 +1,14 @@
-"""Fine-tuning for classification: an encoder and a linear head on the mean of its patch tokens.
+"""`moce finetune`: classification with an encoder and a linear head on the mean of its patch tokens.
 
-The head sees exactly `Encoder.features`, so what is tuned is an encoder folder and a matrix.
+The head sees exactly `Encoder.features`, so the result is an encoder folder and a matrix.
 
 Axes: B images, N images of a split, K classes, D width, C channels, H, W pixels.
 """
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,24 +20,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.checkpoint.run_layout import TUNED
+from moce_ds.checkpoint.run_folder import TUNED, read_result
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import repair_torchvision
+from moce_ds.config.settings import to_tree
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import labels_of, opened_images
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
+from moce_ds.errors import ConfigError, DataError
 from moce_ds.evaluation.metrics import default_metric, judge
+from moce_ds.evaluation.probe import held_out
+from moce_ds.evaluation.results import known_by
+from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.storage.files import atomic_folder, save_tensors, writes_to
+from moce_ds.text import encoded, in_line
 from moce_ds.training.engine import DivergedError
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import EngineSettings
-from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
-from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.groups import parameter_groups
-from moce_ds.tuning.labelled import Split, Splits
-from moce_ds.tuning.seeding import seed_item
-from moce_ds.tuning.settings import AugmentSettings, FinetuneDataSettings, TuneOptimSettings
-from moce_ds.tuning.task import Measures
+from moce_ds.tuning.augmentation import Mixing, centre_transform, seed_item, training_transform
+from moce_ds.tuning.labelled_task import Measures, parameter_groups, prepared, tuned_execution
+from moce_ds.tuning.settings import AugmentSettings, FinetuneDataSettings, FinetuneSettings, TuneOptimSettings
+from moce_ds.tuning.tune import tune
 
 repair_torchvision()
 from timm.layers import resample_abs_pos_embed  # noqa: E402  (needs the repair)
@@ -46,6 +52,83 @@ HEAD = "head.safetensors"
 
 _HEAD_STD = 2e-5  # of MAE's fine-tuning: the first predictions are all alike
 _TEST_BATCH = 64  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Some images of a shard set.
+
+    Attributes:
+        ids_N: indices of the images in the shard set.
+        labels: the class of each image [N]; or targets [N, K]: 1 shown, 0 not shown, -1 not counted.
+    """
+
+    images: ShardSet
+    ids_N: NDArray[np.int64]
+    labels: NDArray[np.integer]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.ids_N)
+
+    def part(self, chosen_N: NDArray[np.bool_]) -> "Split":
+        """The images where `chosen_N` holds."""
+        return Split(self.images, self.ids_N[chosen_N], self.labels[chosen_N])
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The splits of a task: `val`, if there is one, selects the best weights, and `test` measures them."""
+
+    classes: list[str]
+    train: Split
+    val: Split | None
+    test: Split
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image may show several classes."""
+        return self.train.labels.ndim == 2
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of images and labels of all splits."""
+        digest = sha256(encoded("\0".join(self.classes)))
+        for split in (self.train, self.val, self.test):
+            if split is not None:
+                digest.update(split.images.fingerprint.encode() + split.ids_N.tobytes() + split.labels.tobytes())
+        return digest.hexdigest()
+
+
+def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, seed: int) -> Splits:
+    """The splits of a task; `val` may be a share of `train`, stratified by class, 0-1.
+
+    Raises:
+        DataError: an image has no class; there is one class only; the splits do not have the same kind of labels, or
+            one has a class that `train` lacks; a class with a single image would be split between training and
+            validation.
+    """
+    if len(train.classes) < 2:
+        raise DataError(
+            f"{train.named}: {len(train.classes)} class(es); expected two or more, each a folder of images."
+        )
+    whole, tested = (_labelled(images, train) for images in (train, test))
+    if not isinstance(val, float):
+        return Splits(train.classes, whole, _labelled(val, train) if val else None, tested)
+    counts_K = np.bincount(whole.labels) if whole.labels.ndim == 1 else np.zeros(0)
+    if (counts_K == 1).any():
+        alone = train.classes[int((counts_K == 1).argmax())]
+        raise DataError(
+            f"{train.named}: class {in_line(alone)} has a single image, which cannot both train and validate: add "
+            "images of it, or give validation images of their own with --val DATA."
+        )
+    held_N = held_out(whole.labels, val, seed)
+    return Splits(train.classes, whole.part(~held_N), whole.part(held_N), tested)
+
+
+def _labelled(images: ShardSet, train: ShardSet) -> Split:
+    return Split(images, np.arange(images.count), labels_of(images, train))
 
 
 class Batch(NamedTuple):
@@ -100,7 +183,7 @@ class Classification:
         self.model = self._built()
 
     def _built(self) -> VisionTransformer:
-        """timm's ViT with the encoder's weights, its positions fitted to the image size, and a head that is new."""
+        """timm's ViT with the encoder's weights, its positions resized to the image size, and a new head."""
         torch.manual_seed(self._run.seed)
         own = {"num_classes": len(self._splits.classes), "global_pool": "avg", "fc_norm": self._shape.pooled_norm}
         drop_path = self._augment.drop_path
@@ -130,7 +213,7 @@ class Classification:
         both_BK2 = torch.cat([shown_BK * counted_BK, counted_BK], dim=1)
         self._mix(images_BCHW, both_BK2, ids_B, epochs_B)
         shown_BK, counted_BK = both_BK2.chunk(2, dim=1)
-        # Of a mixed image the share of a class among what counts for it.
+        # In a mixed image, the share of a class is relative to the part of the image that counts for it.
         return Batch(images_BCHW, shown_BK / counted_BK.clamp(min=1e-6), counted_BK)
 
     def _targets(self, labels: NDArray[np.integer]) -> tuple[Tensor, Tensor]:
@@ -162,7 +245,7 @@ class Classification:
 
         Raises:
             DataError, ArtefactError: on every process alike.
-            DivergedError: the predictions are no numbers, though all weights are.
+            DivergedError: the predictions are not finite, although all weights are.
         """
         split = self._splits.test
         scores_NK = self._scores(model, split, runtime)
@@ -212,10 +295,53 @@ class Classification:
             save_encoder(draft, state, self._shape, self._input, provenance)
 
 
-def tuned_execution(vit: VisionTransformer, engine: EngineSettings) -> VisionTransformer:
-    """How the blocks of a ViT are computed while it is tuned; changes speed and memory, never the result."""
-    vit.set_grad_checkpointing(engine.checkpoint_activations)
-    if engine.compile:
-        for block in vit.blocks:
-            block.compile()
-    return vit
+def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | None:
+    """Run, or resume, fine-tuning; a collective.
+
+    Returns a record for results.json without the names of task and model, or None where the run was stopped.
+
+    Raises:
+        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
+    """
+    with runtime.raise_on_all_ranks():
+        encoder = open_encoder(config.data.encoder, torch.device("cpu"))
+    if config.data.encoder.is_file():
+        runtime.say(f"{config.data.encoder}: read as {encoder.provenance['taken_for']}")
+    with opened_splits(config.data, config.run.seed, runtime) as splits:
+        task = Classification(
+            encoder, splits, config.data, config.augment, config.optim, config.engine, config.run, runtime
+        )
+        measures = tune(task, config, runtime)
+        if measures is None:
+            return None
+        result, optim = read_result(config.run.out), config.optim
+        trained = [splits.fingerprint, to_tree(optim), to_tree(config.augment), config.run.seed]
+        return {
+            "verb": "finetune",
+            **known_by(encoder, *trained),
+            **measures,
+            "n_train": splits.train.count + (splits.val.count if splits.val else 0),
+            "n_test": splits.test.count,
+            "settings": {
+                "base_lr": optim.base_lr,
+                "epochs": optim.epochs,
+                "layer_decay": optim.layer_decay,
+                "seed": config.run.seed,
+                "step": result["step"],
+                **{f"validation_{metric}": value for metric, value in result["validation"].items()},
+            },
+        }
+
+
+@contextmanager
+def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> Iterator[Splits]:
+    """The splits that the settings name, open for the length of the block. Raises DataError, ArtefactError."""
+    with ExitStack() as stack:
+
+        def opened(path: Path) -> ShardSet:
+            return stack.enter_context(opened_images(path, runtime.warn))
+
+        with runtime.raise_on_all_ranks():
+            val = opened(data.val) if data.val else data.val_share
+            splits = make_splits(opened(data.train), val, opened(data.test), seed)
+        yield splits

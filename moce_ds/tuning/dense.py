@@ -1,4 +1,4 @@
-"""What detection and segmentation have in common: the encoder, and the weights that they leave."""
+"""What detection and segmentation share: an encoder as backbone, the check of the data, and the weights of a run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +19,9 @@ from moce_ds.models.vit import Encoder
 from moce_ds.storage.encoder_folder import WEIGHTS
 from moce_ds.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.training.settings import EngineSettings
-from moce_ds.tuning.classification import tuned_execution
-from moce_ds.tuning.feed import prepared
-from moce_ds.tuning.groups import parameter_groups
+from moce_ds.tuning.labelled_task import Measures, parameter_groups, prepared, tuned_execution
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
 from moce_ds.tuning.settings import TuneOptimSettings
-from moce_ds.tuning.task import Measures
 
 
 class DenseModel(Protocol):
@@ -39,10 +36,10 @@ class DenseData(Protocol):
     def __len__(self) -> int: ...
 
     def check_headers(self, numbers: Iterable[int]) -> None:
-        """Look at the headers of images `numbers` and of what belongs to them. Raises DataError."""
+        """Check the headers of the images `numbers` and of their annotations. Raises DataError."""
 
     def look(self, number: int) -> Any:
-        """Read an image and what belongs to it, more strictly than it is read later. Raises DataError."""
+        """Read an image and its annotations, more strictly than training does. Raises DataError."""
 
 
 M = TypeVar("M", bound=DenseModel)
@@ -60,12 +57,12 @@ def build(folder: Path, seed: int, engine: EngineSettings, make: Callable[[Encod
 
 
 class DenseTask(ABC, Generic[DataT]):
-    """What the tasks (`moce_ds.tuning.task.LabelledTask`) of detection and segmentation share.
+    """What the tasks (`moce_ds.tuning.labelled_task.LabelledTask`) of detection and segmentation share.
 
     Attributes:
         model: around a pyramid.
-        train: the split to learn from.
-        val, test: the splits to measure on, where they are given.
+        train: the training split.
+        val, test: the splits for measuring, if there are any.
         workers: processes that prepare images.
         precision: of training and measuring, "fp32" or "bf16".
     """
@@ -87,9 +84,9 @@ class DenseTask(ABC, Generic[DataT]):
         self._optim, self._out = optim, out
 
     def check_data(self, runtime: Runtime) -> None:
-        """Look at all headers, then read every image of all splits once, before the first step; a collective.
+        """Check all headers, then read every image of all splits once, before the first step; a collective.
 
-        The processes and their workers share the images. A run that has a checkpoint has been through it.
+        The processes and their workers share the images. A run with a checkpoint has passed the check.
 
         Raises:
             DataError: on every process alike.
@@ -116,7 +113,7 @@ class DenseTask(ABC, Generic[DataT]):
 
     @abstractmethod
     def looked_at(self, seen: Iterable[Any], runtime: Runtime) -> None:
-        """Take what `look` returns for each of this process's images of a split; a collective. Raises DataError."""
+        """Check what `look` returns for each of this process's images of a split; a collective. Raises DataError."""
 
     @abstractmethod
     def measured(self, model: nn.Module, data: DataT, runtime: Runtime) -> Measures:
@@ -134,7 +131,7 @@ class DenseTask(ABC, Generic[DataT]):
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
         """Measures of the test split; leaves the weights in the run's folder. A collective."""
         final = self.test if self.test is not None else self.val
-        assert final is not None  # DenseSettings sees to it
+        assert final is not None  # DenseSettings checks it
         found = self.measured(model, final, runtime)
         keep_weights(model, self._out, runtime)
         return found
@@ -142,7 +139,7 @@ class DenseTask(ABC, Generic[DataT]):
 
 @contextmanager
 def evaluation(precision: str, runtime: Runtime) -> Iterator[None]:
-    """Run a block that holds no collective in the precision of training; what fails on one process fails on all."""
+    """Run a block without collectives in the precision of training; an error of one process is raised on all."""
     bf16 = precision == "bf16"
     with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
         yield

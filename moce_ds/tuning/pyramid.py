@@ -3,7 +3,7 @@
 Only the last block's tokens are used: they are brought to four scales by transposed convolutions and pooling. As in
 ViTDet there is no cls token, and position embeddings are resized to the grid of the larger image. Unlike there the
 tokens pass the encoder's final norm, as they did before MAE's decoder: the scale before it depends on the pre-training
-(a deviation of 5 was seen where an untrained encoder has 2), so what suits the layers behind it would, too.
+(a deviation of 5 was seen where an untrained encoder has 2).
 
 Axes: B images, H x W tokens of the grid, T = H W, D width, C channels of a map, N windows.
 """
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from moce_ds.compat import repair_torchvision
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
-from moce_ds.tuning.dense_settings import BackboneSettings
+from moce_ds.tuning.settings import BackboneSettings
 
 repair_torchvision()
 from timm.layers import DropPath, LayerNorm2d, resample_abs_pos_embed  # noqa: E402  (needs the repair)
@@ -31,7 +31,7 @@ _FINEST = 4  # pixels: the stride of the finest map, where the patches allow it
 
 
 class Normalise(nn.Module):
-    """Pixels in [0, 1] as an encoder wants them, [..., 3, H, W]."""
+    """Pixels in [0, 1], normalised as an encoder expects them, [..., 3, H, W]."""
 
     mean: Tensor
     std: Tensor
@@ -50,7 +50,7 @@ class WindowedViT(nn.Module):
     """A plain ViT without cls token whose blocks attend in windows, a few over the whole grid: [B, 3, S, S] to a map.
 
     Args:
-        encoder: where the weights come from; it is not changed.
+        encoder: the source of the weights; it is not changed.
         config: size of the image, window, and stochastic depth.
 
     Raises:
@@ -110,7 +110,7 @@ class ImageDropPath(DropPath):
 
 
 def _drop_by_image(block: Block, windows: int) -> None:
-    """Let a block that runs on so many windows an image draw stochastic depth once an image."""
+    """Let a block that runs on `windows` windows per image draw stochastic depth once per image."""
     for name in ("drop_path1", "drop_path2"):
         drop = getattr(block, name)
         if isinstance(drop, DropPath):  # the first block never drops
@@ -118,7 +118,7 @@ def _drop_by_image(block: Block, windows: int) -> None:
 
 
 def _without_cls(encoder: Encoder, arguments: dict[str, object]) -> VisionTransformer:
-    """timm's ViT of another image size with the encoder's weights, but for the cls token."""
+    """timm's ViT of another image size with the encoder's weights, without the cls token."""
     vit = VisionTransformer(**arguments, class_token=False, global_pool="")
     state = encoder.model.state_dict()
     grid = vit.patch_embed.grid_size
@@ -136,7 +136,7 @@ def to_windows(x_BHWD: Tensor, window: int) -> Tensor:
 
 
 def from_windows(windows_NTD: Tensor, window: int, side: int) -> Tensor:
-    """What `to_windows` has cut, put together: [B, H, W, D]."""
+    """The inverse of `to_windows`: [B, H, W, D]."""
     count = side // window
     cut = windows_NTD.reshape(-1, count, count, window, window, windows_NTD.shape[-1])
     return cut.transpose(2, 3).reshape(-1, side, side, windows_NTD.shape[-1])
@@ -145,7 +145,7 @@ def from_windows(windows_NTD: Tensor, window: int, side: int) -> Tensor:
 class SimpleFeaturePyramid(nn.Module):
     """An encoder's maps at four scales, each half as fine as the one before: strides 4, 8, 16, 32 for patches of 16.
 
-    Of another patch size the finest map has the stride patch / 2^n that is nearest to 4 pixels.
+    With another patch size, the finest map has the stride patch / 2^n that is nearest to 4 pixels.
 
     Attributes:
         strides: of the maps, pixels (not whole for patches of 14).
@@ -184,7 +184,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _level(width: int, doublings: int, channels: int) -> nn.Sequential:
-    """From the encoder's map to one that is 2^doublings as fine, of `channels` channels."""
+    """Layers from the encoder's map to one of 2^doublings times its resolution, with `channels` channels."""
     layers: list[nn.Module] = []
     for number in range(doublings):
         if number:

@@ -1,5 +1,5 @@
-"""What a tuning run carries from step to step beside weights and moments: a running average of the weights, the best
-weights by validation, and the running statistics of BatchNorm layers.
+"""The state of a tuning run besides weights and moments: a running average of the weights, the best weights by
+validation, and the running statistics of BatchNorm layers.
 """
 
 import math
@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.weights import check_fit
+from moce_ds.checkpoint.parameters import check_fit
 from moce_ds.compat import repair_torchvision
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.tuning.task import Measures
+from moce_ds.tuning.labelled_task import Measures
 
 repair_torchvision()
 from timm.utils import ModelEmaV3  # noqa: E402  (needs the repair)
@@ -43,14 +43,14 @@ class TuneState:
 
     @property
     def model(self) -> nn.Module:
-        """The model to evaluate: the average where there is one."""
+        """The model to evaluate: the average, if there is one."""
         return self._ema.module if self._ema else self._model
 
     def update(self, updates: int, applied: bool) -> None:
-        """Follow a step of the model, after which it has had so many updates; `applied=False`: the step was skipped.
+        """Update average and statistics after a step; `updates` counts all updates of the model so far.
 
-        A collective: BatchNorm's statistics become those of rank 0 everywhere, as in torch's own data parallelism;
-        after a skipped step they are what they were.
+        A collective: all ranks take BatchNorm's statistics of rank 0, as in torch's own data parallelism. After a
+        skipped step (`applied=False`) the statistics are those before it.
         """
         self._settle_statistics(applied)
         if self._ema and applied:
@@ -68,26 +68,26 @@ class TuneState:
             target.copy_(source)
 
     def keep_best(self, step: int, measures: Measures, criterion: str) -> None:
-        """Take note of a validation: keep a copy of the weights if they are the best so far, the earlier of equals."""
+        """Record a validation: copy the weights if they are better than those of all earlier validations."""
         score = measures[criterion]
         if not self.best or score > self.best["measures"][criterion] or math.isnan(self.best["measures"][criterion]):
             self.best = {"step": step, "measures": measures}
             self._best = {name: t.detach().cpu().clone() for name, t in _floating(self.model).items()}
 
     def use_best(self) -> None:
-        """Give the model that is evaluated its best weights, if a validation has chosen any."""
+        """Load the best weights, if there was a validation, into the model to evaluate."""
         if self._best:
             self.model.load_state_dict(self._best, strict=False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint. BatchNorm's statistics are copies, since the next forward pass changes them."""
+        """The state for a checkpoint. BatchNorm's statistics are copies, because the next forward pass changes them."""
         found = {name: buffer.clone() for name, buffer in self._statistics.items()}
         if self._ema:
             found |= {f"{name}{_EMA}": tensor for name, tensor in _floating(self._ema.module).items()}
         return found | {f"{name}{_BEST}": tensor for name, tensor in self._best.items()}
 
     def load(self, tensors: Mapping[str, Tensor], best: dict[str, Any], source: str) -> None:
-        """Take what `tensors` gave back. Raises ArtefactError where it does not fit the model."""
+        """Restore what `tensors` returned. Raises ArtefactError if it does not fit the model."""
         if best:
             self.best = best
             self._best = {name.removesuffix(_BEST): t for name, t in tensors.items() if name.endswith(_BEST)}
@@ -103,5 +103,5 @@ class TuneState:
 
 
 def _floating(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers, but for counters."""
+    """Floating-point weights and buffers; counters are left out."""
     return {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}

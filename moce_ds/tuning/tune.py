@@ -11,8 +11,7 @@ from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import STATE, Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
-from moce_ds.checkpoint.run_layout import RESULT
-from moce_ds.checkpoint.tuning_result import read_result, result_text
+from moce_ds.checkpoint.run_folder import RESULT, read_result, result_text
 from moce_ds.config.settings import to_tree
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.randomness import FORWARD, hashed
@@ -24,10 +23,9 @@ from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
 from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Trainer
-from moce_ds.tuning.feed import feed
+from moce_ds.tuning.labelled_task import LabelledTask, Measures, feed
 from moce_ds.tuning.settings import TuneOptimSettings, TuneSettings
 from moce_ds.tuning.state import TuneState
-from moce_ds.tuning.task import LabelledTask, Measures
 
 
 def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Measures | None:

@@ -26,7 +26,7 @@ from moce_ds.errors import ConfigError, MoceError
 from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.models.encode_settings import EncodeSettings, FeatureSettings
+from moce_ds.models.settings import EncodeSettings, FeatureSettings
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moce_ds.checkpoint.run_layout import LAUNCHES
+from moce_ds.checkpoint.run_folder import LAUNCHES
 from moce_ds.cli.options import FORCED
 from moce_ds.cli.verbs import STAGE_VERBS
 from moce_ds.config.words import read_settings

@@ -16,7 +16,7 @@ from moce_ds.export.routes import choose_selected
 from moce_ds.export.select import run_clusters, select_route
 from moce_ds.export.write import export_route
 from moce_ds.models.encode import open_encoder
-from moce_ds.models.token_encoder import token_encoder
+from moce_ds.models.encoders import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import PROVENANCE

@@ -37,8 +37,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def detect(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | None:
     """One call of `moce detect` into `folder`."""
-    from moce_ds.tuning.dense_settings import DetectSettings
     from moce_ds.tuning.detection import DetectionTask
+    from moce_ds.tuning.settings import DetectSettings
 
     files = [f"data.{part}={folder.parent}/set/{part}/instances.json" for part in ("train", "val")]
     images = [f"data.{k}={folder.parent}/set/{v}/images" for k, v in (("images", "train"), ("eval_images", "val"))]
@@ -48,8 +48,8 @@ def detect(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | No
 
 def segment(runtime: Runtime, folder: Path, *words: str) -> dict[str, float] | None:
     """One call of `moce segment`."""
-    from moce_ds.tuning.dense_settings import SegmentSettings
     from moce_ds.tuning.segmentation import SegmentationTask
+    from moce_ds.tuning.settings import SegmentSettings
 
     sets = [f"data.{part}={folder.parent}/set/{part}" for part in ("train", "val")]
     config = settings(SegmentSettings, folder, *sets, *SEGMENT, *words)

@@ -23,8 +23,7 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
-from moce_ds.tuning.classification import Classification
-from moce_ds.tuning.finetune import finetune
+from moce_ds.tuning.classification import Classification, finetune
 from moce_ds.tuning.settings import FinetuneSettings
 
 CLASSES = 4

@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_layout import RESULT
-from moce_ds.checkpoint.tuning_result import result_text
+from moce_ds.checkpoint.run_folder import RESULT, result_text
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards

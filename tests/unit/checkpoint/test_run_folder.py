@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moce_ds.checkpoint.format import Checkpoint, step_folder
-from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.checkpoint.run_layout import CONFIG
+from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.metrics_file import METRICS
 from tests.examples.artefacts import STEPS

@@ -12,7 +12,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import opened_images
 from moce_ds.errors import DataError
 from moce_ds.evaluation import linear
-from moce_ds.tuning.labelled import make_splits
+from moce_ds.tuning.classification import make_splits
 from tests.examples.moce_command import refused, run_here
 
 FAST = ("threads=1", "batch_size=16")

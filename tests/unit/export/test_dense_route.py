@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
-from moce_ds.checkpoint.parameters import is_decoder
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import is_decoder, load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
@@ -27,13 +26,12 @@ from moce_ds.export import write as export
 from moce_ds.export.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
 from moce_ds.export.select import Selection, run_clusters
 from moce_ds.export.write import export_dense, export_route
-from moce_ds.models import dense
 from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.dense import DENSE, Mixture, Share, dense_encoder, encoder_state, route_of
 from moce_ds.models.encode import open_encoder
+from moce_ds.models.encoders import DENSE, Mixture, Share, dense_encoder, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing
-from moce_ds.models.vit import load_encoder
+from moce_ds.models.vit import load_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
@@ -219,9 +217,9 @@ def test_only_the_files_of_the_route_are_read(tiny_moce_run: Callable[..., Path]
         needed = re.fullmatch(r"block-\d\d.safetensors", path.name)
         if not needed and path.name not in ("block-00-expert-001.safetensors", "block-02-expert-003.safetensors"):
             path.unlink()
-    assert "blocks.2.mlp.fc1.weight" in encoder_state(checkpoint, spec, route_of((1, 3), (1.0, 1.0)))
+    assert "blocks.2.mlp.fc1.weight" in encoder_state(checkpoint, spec, ({1: Share()}, {3: Share()}))
     with pytest.raises(ArtefactError, match="block-00-expert-002"):
-        encoder_state(checkpoint, spec, route_of((2, 3), (1.0, 1.0)))
+        encoder_state(checkpoint, spec, ({2: Share()}, {3: Share()}))
 
 
 # Dense runs
@@ -317,7 +315,7 @@ def test_a_run_whose_clusters_were_exchanged_is_refused(tiny_moce_run: Callable[
 def test_dense_is_the_route_without_experts(tiny_mae_run: tuple[Path, MaskedAutoencoder]) -> None:
     checkpoint = find(tiny_mae_run[0])
     state = encoder_state(checkpoint, ModelSpec.from_tree(checkpoint.manifest["model"]), DENSE)
-    assert set(state) == set(dense.timm_vit(tiny_mae_run[1].shape).state_dict())
+    assert set(state) == set(timm_vit(tiny_mae_run[1].shape).state_dict())
 
 
 def test_choosing_by_hand_is_choosing(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:

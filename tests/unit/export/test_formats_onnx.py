@@ -19,7 +19,7 @@ from moce_ds.export.routes import choose_cluster
 from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.dense import as_encoder
+from moce_ds.models.encoders import as_encoder
 from moce_ds.models.mae import DecoderShape
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 

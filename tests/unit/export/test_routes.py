@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from moce_ds.checkpoint.format import Checkpoint, find
-from moce_ds.checkpoint.weights import load_weights_strict
+from moce_ds.checkpoint.parameters import load_weights_strict
 from moce_ds.errors import ConfigError
 from moce_ds.export.routes import choose_all, choose_average, choose_expert, routes_of
 from moce_ds.export.select import run_clusters

@@ -19,8 +19,8 @@ from moce_ds.export.formats.registry import find_format
 from moce_ds.export.request import Request, export_requested
 from moce_ds.export.select import run_clusters
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.dense import encoder_state, route_of
 from moce_ds.models.encode import EncodeSettings
+from moce_ds.models.encoders import Share, encoder_state
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing
 from moce_ds.models.sdr import Sdr, Teacher, part_units, path_shape
@@ -160,7 +160,7 @@ def test_a_path_is_exported_as_a_dense_vit(
     )
     checkpoint, _ = run_clusters(run)
     spec = ModelSpec.from_tree(checkpoint.manifest["model"])
-    other = encoder_state(find(run), spec, route_of((2, 2, 2), (1.0, 1.0, 1.0)))
+    other = encoder_state(find(run), spec, ({2: Share()},) * 3)
     assert (other["blocks.0.mlp.fc1.weight"][:16] == encoder.model.blocks[0].mlp.fc1.weight[:16]).all()
     assert (other["blocks.0.mlp.fc1.weight"][16:] != encoder.model.blocks[0].mlp.fc1.weight[16:]).any()
 

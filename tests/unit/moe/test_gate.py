@@ -154,7 +154,7 @@ def test_balance_does_not_see_what_a_cluster_s_logits_have_in_common() -> None:
 
 
 def test_live_experts_are_those_that_any_cluster_chooses() -> None:
-    assert live_experts(np.array([[[0, 3]], [[3, 5]]]), E) == [[0, 3, 5]]
+    assert live_experts(np.array([[[0, 3]], [[3, 5]]])) == [[0, 3, 5]]
 
 
 def test_noise_is_shared_normal_and_scaled_by_the_number_of_experts() -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from PIL import Image
 
-from moce_ds.checkpoint.routing_table import RoutingTable
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.report import gallery, routing

@@ -7,8 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.data.transform import ImageInput
-from moce_ds.tuning.augmentation import Mixing, centre_transform, training_transform
-from moce_ds.tuning.seeding import seed_item
+from moce_ds.tuning.augmentation import Mixing, centre_transform, seed_item, training_transform
 from moce_ds.tuning.settings import AugmentSettings
 
 IDS, EPOCHS = np.array([5, 2, 9, 7]), np.array([0, 0, 1, 1])

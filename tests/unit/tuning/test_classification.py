@@ -1,4 +1,4 @@
-"""A task of classification: its model, targets and losses."""
+"""A task of classification: its splits, model, targets and losses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,19 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.config.settings import load
+from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ConfigError
+from moce_ds.data.sources.listing import Listed, Listing
+from moce_ds.errors import ConfigError, DataError
 from moce_ds.models.vit import load_encoder
-from moce_ds.tuning.classification import Batch, Classification
-from moce_ds.tuning.labelled import make_splits
+from moce_ds.tuning.classification import Batch, Classification, make_splits
 from moce_ds.tuning.settings import FinetuneSettings
 from tests.examples.alone import ALONE
 
 Make = Callable[..., Classification]
+MakeShards = Callable[..., ShardSet]
 PLAIN = ("augment.mixup=0", "augment.cutmix=0", "augment.rand_augment=null", "augment.erase=0")
 TARGETS = np.tile(np.array([[1, 0, 0], [1, 1, 0], [-1, 0, 1]], np.int8), (20, 1))
 
@@ -117,3 +120,68 @@ def test_settings_that_do_not_fit_are_refused(make: Make, words: tuple[str, ...]
 def test_settings_out_of_range_are_refused(make: Make, word: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         make(*word.split(" & "))
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> MakeShards:
+    """A shard set with so many images of each class; with `several`, what each image shows."""
+
+    def write(name: str, several: Listing | None = None, **counts: int) -> ShardSet:
+        for folder, count in counts.items():
+            folder = folder.replace("_", ".")  # `_`: directly in the source folder
+            (tmp_path / name / folder).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / name / folder / f"{number}.png")
+        write_shards(tmp_path / name, tmp_path / f"{name}-shards", ShardSettings(workers=1), several)
+        return ShardSet.open(tmp_path / f"{name}-shards")
+
+    return write
+
+
+def test_labels_go_by_name(make_shards: MakeShards) -> None:
+    splits = make_splits(make_shards("train", ant=2, bee=2, cow=2), None, make_shards("test", bee=1, cow=2), seed=0)
+    assert splits.classes == ["ant", "bee", "cow"] and splits.val is None
+    assert splits.test.labels.tolist() == [1, 2, 2]
+
+
+def test_a_share_of_every_class_validates(make_shards: MakeShards) -> None:
+    splits = make_splits(make_shards("train", ant=10, bee=20), 0.2, make_shards("test", bee=1), seed=0)
+    assert splits.val is not None and np.bincount(splits.val.labels).tolist() == [2, 4]
+    assert sorted([*splits.val.ids_N, *splits.train.ids_N]) == list(range(30))
+    assert splits.fingerprint != make_splits(splits.train.images, 0.2, splits.test.images, seed=1).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test", "told"),
+    [
+        ({"ant": 2, "bee": 1}, 0.1, {"ant": 1}, "class bee has a single image, which cannot both train and validate"),
+        ({"ant": 2, "bee": 2}, None, {"cow": 1}, r"classes \['cow'\] are not among the training classes"),
+        ({"ant": 2}, None, {"ant": 1}, "1 class"),
+        (
+            {"ant": 2, "bee": 2},
+            None,
+            {"_": 1, "ant": 1},
+            "has no class; expected every image in the folder of its class",
+        ),
+    ],
+)
+def test_a_task_that_cannot_be_learnt_is_refused(
+    make_shards: MakeShards, train: dict[str, int], val: float | None, test: dict[str, int], told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        make_splits(make_shards("train", **train), val, make_shards("test", **test), seed=0)
+
+
+def test_several_labels_go_by_name_too(make_shards: MakeShards, tmp_path: Path) -> None:
+    def listed(classes: list[str], *images: Listed) -> Listing:
+        return Listing(images, classes, multi_label=True)
+
+    train = listed(["cat", "dog"], Listed("x/0.png", ("cat",)), Listed("x/1.png", ("cat", "dog"), ()))
+    test = listed(["dog", "cat"], Listed("x/0.png", ("dog",), ("cat",)))
+    splits = make_splits(make_shards("train", train, x=2), None, make_shards("test", test, x=1), seed=0)
+    assert splits.multi_label and splits.train.labels.tolist() == [[1, 0], [1, 1]]
+    assert splits.test.labels.tolist() == [[-1, 1]]
+    with pytest.raises(
+        DataError, match=r"one label per image, .* has several: expected the same kind in all splits of a task"
+    ):
+        make_splits(splits.train.images, None, make_shards("single", cat=1, dog=1), seed=0)

@@ -11,8 +11,8 @@ from PIL import Image
 from moce_ds.checkpoint.format import step_folder
 from moce_ds.config.settings import load
 from moce_ds.errors import DataError
-from moce_ds.tuning.dense_settings import SegmentSettings
 from moce_ds.tuning.segmentation import SegmentationTask
+from moce_ds.tuning.settings import SegmentSettings
 from tests.examples.alone import ALONE
 from tests.examples.dense_sets import CATEGORIES, OBJECTS, write_ade, write_coco
 from tests.examples.moce_command import refused

@@ -16,9 +16,8 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 from moce_ds.storage.files import sha256_of
-from moce_ds.tuning.dense_settings import DetectorSettings, DetectSettings
-from moce_ds.tuning.detection import DetectionTask
-from moce_ds.tuning.detector import build_detector, results, training_example, whole_view
+from moce_ds.tuning.detection import DetectionTask, build_detector, results, training_example, whole_view
+from moce_ds.tuning.settings import DetectorSettings, DetectSettings
 from tests.examples.dense_sets import OBJECTS, write_coco
 
 GREY = (0.5, 0.5, 0.5)

@@ -10,8 +10,8 @@ from torch import Tensor
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.tuning.dense_settings import BackboneSettings
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid, WindowedViT, from_windows, to_windows
+from moce_ds.tuning.settings import BackboneSettings
 
 
 def encoder(patch: int = 4, grid: int = 4, depth: int = 6) -> Encoder:

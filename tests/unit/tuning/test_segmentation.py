@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from moce_ds.data.sources.ade20k import IGNORED
 from moce_ds.models.vit import load_encoder
-from moce_ds.tuning.dense_settings import SegmenterSettings
-from moce_ds.tuning.segmentation import fitted
-from moce_ds.tuning.segmenter import (
+from moce_ds.tuning.segmentation import (
     Segmenter,
     confusion,
+    fitted,
     pixel_loss,
     segmentation_scores,
     slide,
     starts,
 )
+from moce_ds.tuning.settings import SegmenterSettings
 
 
 def test_scores_by_hand() -> None:

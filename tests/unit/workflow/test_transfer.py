@@ -17,8 +17,8 @@ from torch import nn
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.config.settings import to_tree
 from moce_ds.models.build import build_model
+from moce_ds.models.encoders import TokenExperts
 from moce_ds.models.moce import MakeLayer
-from moce_ds.models.token_encoder import TokenExperts
 from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings

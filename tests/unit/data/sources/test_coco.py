@@ -13,7 +13,7 @@ from moce_ds.data.canvas import View
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
 from moce_ds.errors import DataError
-from moce_ds.tuning.detector import training_example
+from moce_ds.tuning.detection import training_example
 from tests.examples.dense_sets import CATEGORIES, OBJECTS, write_coco
 
 

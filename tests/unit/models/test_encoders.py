@@ -16,14 +16,12 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.encode import open_encoder
+from moce_ds.models.encoders import _shape, public_encoder
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
-from moce_ds.models.public_mae import _shape, public_encoder
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder
-from moce_ds.tuning.classification import Classification
-from moce_ds.tuning.dense_settings import BackboneSettings
-from moce_ds.tuning.labelled import make_splits
+from moce_ds.tuning.classification import Classification, make_splits
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid
-from moce_ds.tuning.settings import FinetuneSettings
+from moce_ds.tuning.settings import BackboneSettings, FinetuneSettings
 from tests.examples.alone import ALONE
 from tests.examples.moce_command import refused, run_here
 

@@ -1,25 +1,27 @@
-"""The routes of a run as a table: `routing.json` beside the checkpoints, for whoever reads a run without its weights.
+"""The JSON records of a run: the manifest of a checkpoint, and the routes of the newest one in `routing.json`.
+
+A manifest is checked when it is read: all other code looks entries up by name. `routing.json` lies beside the
+checkpoints, for readers that need no weights.
 
 Axes: L expert layers, M clusters, E experts per layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from moce_ds.errors import ArtefactError
 from moce_ds.storage.checksums import check_document, read_checked
-from moce_ds.storage.files import read_json
+from moce_ds.storage.files import read_json, valid_record
+
+_Count = Annotated[int, Field(ge=0)]
+_Table = list[list[_Count]]
 
 _WHAT, _MADE_BY = "the routing tables", "moce pretrain"
-
-
-def read_routing_record(path: Path) -> dict[str, Any]:
-    """The tables as plain data, with their checksum. Raises ArtefactError."""
-    return read_checked(path, dict[str, Any], _WHAT, _MADE_BY)
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,81 @@ class RoutingTable:
         """Clusters sorted by route, the most confident ones of a route first, so that equal routes form blocks."""
         confidence_M = self.confidence_ML.mean(axis=1)
         return sorted(range(len(confidence_M)), key=lambda c: (self.routes[c], -confidence_M[c], c))
+
+
+def read_routing_record(path: Path) -> dict[str, Any]:
+    """The tables as plain data, with their checksum. Raises ArtefactError."""
+    return read_checked(path, dict[str, Any], _WHAT, _MADE_BY)
+
+
+@dataclass(frozen=True)
+class _File:
+    bytes: _Count
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class _Routing:
+    expert_ML: _Table
+    cluster_share_M: list[float]
+
+    def __post_init__(self) -> None:
+        if len(self.expert_ML) != len(self.cluster_share_M) or len({len(row) for row in self.expert_ML}) > 1:
+            raise ValueError("expert_ML and cluster_share_M have different numbers of clusters")
+
+
+@dataclass(frozen=True)
+class _Placement:
+    ep_size: Annotated[int, Field(ge=1)]
+    slot_LE: _Table
+
+
+@dataclass(frozen=True)
+class _DealtBy:
+    first: _Count
+    expert_ML: _Table
+
+
+@dataclass(frozen=True)
+class _Experts:
+    num_experts: Annotated[int, Field(ge=1)]
+    layers: list[_Count]
+    gate: Literal["cluster", "random", "token", "path"] = "cluster"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Only the sizes that are looked up by name; `ModelSpec` checks them all."""
+
+    shape: dict[str, Any]
+    experts: _Experts | None
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """Entries unknown to the writer are absent or null."""
+
+    step: Annotated[int, Field(ge=0, lt=10**8)]
+    files: dict[str, _File]
+    skipped: _Count = 0
+    images_read: _Count = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    model: _Model | None = None
+    clusters_hash: str | None = None
+    shards_fingerprint: str | None = None
+    routing: _Routing | None = None
+    placement: _Placement | None = None
+    dealt_by: list[_DealtBy] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        experts = self.model.experts if self.model else None
+        if experts is None or self.routing is None:
+            return
+        for route in self.routing.expert_ML:
+            if len(route) != len(experts.layers) or max(route, default=0) >= experts.num_experts:
+                raise ValueError(f"route {route} is not one of {experts.num_experts} experts in each layer")
+
+
+def check_manifest(content: Any, path: Path) -> None:
+    """Raise ArtefactError, listing the faults, if an entry of a manifest is missing or has another type."""
+    valid_record(_Manifest, content, str(path), "a checkpoint", "moce pretrain")
