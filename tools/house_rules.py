@@ -301,17 +301,17 @@ def _places(found: Iterator[str] | Sequence[str]) -> Measure:
 
 RULES = (
     Rule(f"files of more than {MOST_LINES} lines", long_files, 0),
-    Rule("lines of a module, median (aim: 150 to 300)", median_lines, 117, least=True),
+    Rule("lines of a module, median (aim: 150 to 300)", median_lines, 154, least=True),
     Rule(f"functions of more than {LONG} lines", long_functions, 9),
     Rule(f"functions of more than {TOO_LONG} lines", too_long_functions, 0),
-    Rule("signatures with the settings of a whole run", whole_settings, 8),
+    Rule("signatures with the settings of a whole run", whole_settings, 5),
     Rule("comparisons of arch or gate outside settings", kind_tests, 0),
-    Rule("calls from the verb to a training step", levels_to_a_step, 4),
+    Rule("calls from the verb to a training step", levels_to_a_step, 3),
     Rule("packages that import one another", package_circles, 0),
     Rule("modules in a circle of imports", module_circles, 0),
-    Rule("modules loaded for a training step", step_closure, 75),
+    Rule("modules loaded for a training step", step_closure, 67),
     Rule("public functions without a docstring", undocumented, 0),
-    Rule("odd English words", odd_words, 22),
+    Rule("odd English words", odd_words, 10),
 )
 
 
