@@ -193,7 +193,7 @@ def bench_step(batch: int, num_experts: int, width: int, repeats: int, device: t
         dense(images_BCHW, noise_BN).loss.backward()
 
     def moce_step() -> None:
-        # Everything that a step adds: the copy of the table to the host, the plan, the all-to-all, the gate losses.
+        # Includes what MoCE adds to a step: the copy of the table to the host, the plan, the all-to-all, gate losses.
         moce.zero_grad(set_to_none=True)
         expert_MLK = chosen_experts(moce.gate(), 1).cpu().numpy()
         plan = make_plan(clusters_B[None], expert_MLK, default_placement(2, num_experts), 0, 1).to(device)

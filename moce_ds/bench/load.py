@@ -41,12 +41,12 @@ def bench_load(images: int, threads: int, repeats: int, device: torch.device) ->
         sampler = SequentialSampler(0, shards.count, 64)
 
         def with_pil() -> None:
-            """Every image once, one after the other."""
+            """Read every image once, in sequence."""
             for image_id in range(shards.count):
                 steps(Image.open(io.BytesIO(shards.read(image_id))).convert("RGB"))
 
         def with_dali() -> None:
-            """Every image once, in batches; the pipeline is built in each round, as it holds no image then."""
+            """Read every image once, in batches. Each round builds a new pipeline, so that no image is read ahead."""
             last = sampler.num_batches
             loader = Loader(
                 shards,
