@@ -96,7 +96,7 @@ def ours(problem: Problem, locality: bool = False) -> Case:
     layer.set_deepspeed_parallelism()
     _on_device(layer, problem)
     bf16 = problem.x_BTD.dtype == torch.bfloat16
-    layer.execute = choose_execution(runtime.device, bf16, layer.num_local_experts)
+    layer.execute = choose_execution(runtime.device, bf16, layer.experts)
     table_MLK = np.arange(problem.E)[:, None, None]  # one cluster per expert
     slot_LE = default_placement(1, problem.E)
 

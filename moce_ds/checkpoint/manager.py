@@ -50,7 +50,7 @@ class CheckpointManager:
         self.lease, self.runtime = lease, runtime
         self._engine, self._run, self._made_from = engine, run, made_from
         self._buffers = HostBuffers()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=self._use_device)
         self._copied = Event()
         self._copied.set()
         self._writing: Future[dict[str, Any]] | None = None
@@ -120,6 +120,11 @@ class CheckpointManager:
             if self.runtime.is_main:
                 shutil.rmtree(draft, ignore_errors=True)  # it may be what fills the disk
             raise
+
+    def _use_device(self) -> None:
+        """Use the process's GPU in the writer's thread: a new thread has device 0, and a context there takes memory."""
+        if self.runtime.device.type == "cuda":
+            torch.cuda.set_device(self.runtime.device)
 
     def _copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield from self._buffers.copies(files, ready)

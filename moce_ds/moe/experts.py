@@ -113,6 +113,24 @@ def reorder(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return result
 
 
+class _AddBias(torch.autograd.Function):
+    """Adds to each row the bias of its expert, and sums the gradients of the biases in fp32.
+
+    The gradient of `repeat_interleave` is a sum by atomics in the type of the rows: in bf16 its error is several
+    percent at a thousand rows of an expert, and grows with them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_RH: Tensor, bias_EH: Tensor, rows_E: Tensor, rows: list[int]) -> Tensor:
+        ctx.rows, ctx.dtype = rows, bias_EH.dtype
+        return y_RH + bias_EH.to(y_RH.dtype).repeat_interleave(rows_E, dim=0, output_size=len(y_RH))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        sums = [part.sum(dim=0, dtype=torch.float32) for part in grad_RH.split(ctx.rows)]
+        return grad_RH, torch.stack(sums).to(ctx.dtype), None, None
+
+
 def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
     """Run every expert on its own rows, even on none. [S, T, D] -> [S, T, D].
 
@@ -130,26 +148,39 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Ten
     """
     S, T, D = x_STD.shape
     dtype = x_STD.dtype
-    rows_E = on_device(torch.tensor(counts), x_STD.device) * T  # counts are known on the host
+    rows = [count * T for count in counts]  # known on the host
+    rows_E = on_device(torch.tensor(rows), x_STD.device)
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
         weight_EDH = torch.stack([layer.weight for layer in layers]).to(dtype).transpose(1, 2)
-        bias_EH = torch.stack([layer.bias for layer in layers]).to(dtype)
         y_RH = F.grouped_mm(x_RD, weight_EDH, offs=ends_E)
-        return y_RH + bias_EH.repeat_interleave(rows_E, dim=0, output_size=len(x_RD))
+        biased_RH: Tensor = _AddBias.apply(y_RH, torch.stack([layer.bias for layer in layers]), rows_E, rows)
+        return biased_RH
 
     mlps = [cast(Mlp, expert) for expert in experts]
     hidden_RH = mlps[0].act(linear(x_STD.reshape(S * T, D), [mlp.fc1 for mlp in mlps]))
     return linear(hidden_RH, [mlp.fc2 for mlp in mlps]).reshape(S, T, D)
 
 
-def choose_execution(device: torch.device, bf16: bool, num_held: int) -> Execute:
+_ALIGNMENT = 8
+"""Widths of grouped bf16 products must be multiples of this: their kernels read rows at strides of 16 bytes."""
+
+
+def choose_execution(device: torch.device, bf16: bool, experts: nn.ModuleList) -> Execute:
     """The faster way to run the experts (docs/performance.md has the measurements).
 
-    On a CPU, one by one. On a GPU with fast grouped bf16 products (compute capability 9) and more than one expert,
-    grouped: many small products would underuse it.
+    On a CPU, one by one. On a GPU of compute capability 9, which has fast grouped bf16 products, and more than one
+    expert, grouped: many small products would underuse it. Capability 10 is excluded: there, empty groups give wrong
+    gradients (pytorch issue 172439).
+
+    Args:
+        experts: the experts of this process.
     """
-    if device.type == "cuda" and bf16 and num_held > 1 and torch.cuda.get_device_capability(device) >= (9, 0):
-        return run_grouped
+    widths = cast(Mlp, experts[0]).fc1.weight.shape
+    aligned = all(width % _ALIGNMENT == 0 for width in widths)
+    if device.type == "cuda" and bf16 and len(experts) > 1 and aligned:
+        major, _ = torch.cuda.get_device_capability(device)
+        if major == 9:
+            return run_grouped
     return run_one_by_one

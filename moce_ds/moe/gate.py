@@ -59,10 +59,12 @@ class ClusterGate(nn.Module):
         """The route tables of all layers, [L, M, E] float32, with rows that sum to 1; `noise_LME` is added to the
         logits.
 
-        With a tied gate, all layers share the table of the first, including its noise.
+        With a tied gate, all layers share the table of the first, including its noise. Autocast does not apply: the
+        table of the forward pass is the one that chose the experts, and that an export uses.
         """
         W_LEC = torch.stack(list(self.weights)).float()
-        logits_LME = torch.einsum("lec,mc->lme", W_LEC, self.embeddings_MC.float())
+        with torch.autocast(W_LEC.device.type, enabled=False):
+            logits_LME = torch.einsum("lec,mc->lme", W_LEC, self.embeddings_MC.float())
         if noise_LME is not None:
             logits_LME = logits_LME + noise_LME[: len(logits_LME)]
         probs_LME = torch.softmax(logits_LME / self.temperature, dim=-1)
@@ -182,7 +184,8 @@ def gate_losses(probs_LME: Tensor, clusters_B: Tensor, share_M: Tensor) -> GateL
     P_LBE = probs_LME[:, clusters_B]
     variation_LB = P_LBE.std(dim=-1, unbiased=False) / P_LBE.mean(dim=-1)
     imbalance = -variation_LB.square().mean(dim=1).sum()
-    load_LE = torch.einsum("m,lme->le", share_M.to(probs_LME.dtype), probs_LME)
+    with torch.autocast(probs_LME.device.type, enabled=False):
+        load_LE = torch.einsum("m,lme->le", share_M.to(probs_LME.dtype), probs_LME)
     balance = (load_LE.var(dim=-1, unbiased=False) / load_LE.mean(dim=-1).square()).sum()
     return GateLosses(imbalance, balance)
 

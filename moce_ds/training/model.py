@@ -102,7 +102,7 @@ def tune_execution(model: MaskedAutoencoder, execution: str, engine: EngineSetti
     layers = expert_layers(model)
     for layer in layers.values():
         if isinstance(layer, ClusterMoE):
-            auto = choose_execution(device, engine.precision == "bf16", layer.num_local_experts)
+            auto = choose_execution(device, engine.precision == "bf16", layer.experts)
             layer.execute = rules.get(execution, auto)
     model.checkpoint_activations = engine.checkpoint_activations
     if engine.compile:

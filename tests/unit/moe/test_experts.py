@@ -3,8 +3,6 @@
 Axes: B images, K experts an image is sent to, S rows, T tokens, D width, E experts.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -111,6 +109,32 @@ def test_under_autocast_both_ways_give_bf16_from_fp32_weights() -> None:
     assert (loop - grouped).abs().max() < 0.03
 
 
+def test_the_biases_of_grouped_experts_are_summed_in_fp32() -> None:
+    """Thousands of rows an expert: sums in bf16 would be off by several percent."""
+    torch.manual_seed(0)
+    experts = nn.ModuleList(make_expert() for _ in range(2))
+    x_STD = torch.randn(1600, 4, D, dtype=torch.bfloat16)
+    dy_STD = (torch.randn(1600, 4, D) + 0.2).to(torch.bfloat16)
+    run_grouped(experts, x_STD, [700, 900]).backward(dy_STD)
+    wanted_ED = torch.stack([part.double().sum(dim=(0, 1)) for part in dy_STD.split([700, 900])])
+    got_ED = torch.stack([gradients(expert)["fc2.bias"] for expert in experts])
+    assert ((got_ED - wanted_ED).norm() / wanted_ED.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "held", "grouped"),
+    [((9, 0), 16, 2, True), ((9, 0), 12, 2, False), ((9, 0), 16, 1, False), ((8, 0), 16, 2, False),
+     ((10, 0), 16, 2, False)],
+)  # fmt: skip
+def test_experts_are_grouped_where_that_is_fast_and_right(
+    capability: tuple[int, int], width: int, held: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    experts = nn.ModuleList(make_mlp(width, 4.0) for _ in range(held))
+    chosen = choose_execution(torch.device("cuda"), True, experts)
+    assert chosen is (run_grouped if grouped else run_one_by_one)
+
+
 def test_on_a_cpu_experts_run_one_by_one() -> None:
-    rule: Callable[..., Execute] = choose_execution
-    assert rule(torch.device("cpu"), bf16=True, num_held=8) is run_one_by_one
+    experts = nn.ModuleList(make_expert() for _ in range(8))
+    assert choose_execution(torch.device("cpu"), True, experts) is run_one_by_one

@@ -35,6 +35,18 @@ def table(*rows: list[float]) -> Tensor:
     return torch.tensor([rows])
 
 
+def test_table_and_losses_are_the_same_under_autocast() -> None:
+    """The table on the host, which chooses the experts, is computed without autocast."""
+    own, clusters_B = gate(init_scale=3.0), torch.tensor([0, 3, 3, 4])
+    share_M = torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15])
+    outside = own()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = own()
+        losses = gate_losses(inside, clusters_B, share_M)
+    assert torch.equal(inside, outside)
+    assert losses == gate_losses(outside, clusters_B, share_M)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.07])
 def test_table_is_a_softmax_over_experts_of_what_the_weights_make_of_the_embedding(temperature: float) -> None:
     own = gate(temperature)
