@@ -42,8 +42,7 @@ def select(
 ) -> None:
     """Find the route through the experts of RUN that serves a task's images best, and report how typical they are."""
     from moce_ds.data.task_images import opened_images
-    from moce_ds.evaluation.results import known_by
-    from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.evaluation.results_file import add_record, check_results, known_by
     from moce_ds.export.formats.registry import find_format
     from moce_ds.export.request import Request, export_requested, summary
     from moce_ds.export.routes import routes_of
@@ -153,9 +152,8 @@ def _accuracy(
     from moce_ds.config.settings import to_tree
     from moce_ds.data.task_images import opened_task
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
-    from moce_ds.evaluation.metrics import DISPLAY_NAMES
-    from moce_ds.evaluation.results import accuracy_record, known_by
-    from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
+    from moce_ds.evaluation.results_file import add_record, check_results, known_by
     from moce_ds.models.encode import EncodeSettings, open_encoder
 
     config, device = read_settings(SETTINGS[verb], words), _device()

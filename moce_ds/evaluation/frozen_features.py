@@ -9,10 +9,10 @@ from torch import Tensor
 from moce_ds.console import warn
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import Splits, labels_of
-from moce_ds.evaluation.knn import KnnSettings, check_classes, knn_accuracy
-from moce_ds.evaluation.linear import MAX_ITERATIONS
+from moce_ds.evaluation.knn import check_classes, knn_accuracy
 from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
-from moce_ds.evaluation.probe import ProbeSettings, linear_probe
+from moce_ds.evaluation.probe import MAX_ITERATIONS, linear_probe
+from moce_ds.evaluation.settings import KnnSettings, ProbeSettings
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
 
@@ -27,7 +27,7 @@ def measure_frozen(
     device: torch.device,
     choose_by: Metric | None = None,
 ) -> Score | MultiLabelScore:
-    """k-NN, where validation images vote too, or a linear probe, whose strength they choose.
+    """The score of k-NN, or of a linear probe. Validation images vote too, or choose the strength of the probe.
 
     Raises:
         DataError: the splits do not match, or no classifier can be evaluated on them.

@@ -23,7 +23,6 @@ def knn_accuracy(
     test_ND: Tensor,
     test_labels: Tensor,
     config: KnnSettings | None = None,
-    block_entries: int = BLOCK_ENTRIES,
 ) -> Score | MultiLabelScore:
     """Accuracy of a vote of the k nearest training images, each weighted by exp(cosine / temperature).
 
@@ -34,7 +33,6 @@ def knn_accuracy(
     Args:
         train_ND, test_ND: float32 features of any scale (they are L2-normalised here).
         train_labels, test_labels: integer class of each image [N], or targets [N, K].
-        block_entries: similarities that a block holds; it does not change the result.
 
     Raises:
         DataError: see `check_split`.
@@ -46,7 +44,7 @@ def knn_accuracy(
     k = min(config.k, len(train_ND))
     train_y, test_y = positions(train_labels, test_labels)
     train_ND = normalize(train_ND.float(), dim=1)
-    block = max(1, block_entries // len(train_ND))
+    block = max(1, BLOCK_ENTRIES // len(train_ND))
     votes_NK = torch.cat(
         [
             _vote(normalize(test_QD.float(), dim=1) @ train_ND.T, train_y, k, config.temperature)

@@ -117,12 +117,19 @@ def judge(
     return Score(top1(predicted_N, labels), mean_per_class(predicted_N, labels), n_train, len(labels), settings)
 
 
-def score(predicted_N: Tensor, labels_N: Tensor, n_train: int, settings: Mapping[str, Any]) -> Score:
-    """The `Score` of predicted classes."""
-    predicted, labels = predicted_N.cpu().numpy(), labels_N.cpu().numpy()
-    return Score(top1(predicted, labels), mean_per_class(predicted, labels), n_train, len(labels), settings)
-
-
 def default_metric(labels: Tensor | NDArray[np.integer]) -> Metric:
     """Top-1, or 11-point mAP for targets [N, K]."""
     return "map11" if labels.ndim == 2 else "top1"
+
+
+def accuracy_record(verb: str, task: str, model: str, score: Score | MultiLabelScore) -> dict[str, Any]:
+    """A k-NN, probe or fine-tuning result as plain data."""
+    return {
+        "verb": verb,
+        "task": task,
+        "model": model,
+        **score.figures,
+        "n_train": score.n_train,
+        "n_test": score.n_test,
+        "settings": dict(score.settings),
+    }

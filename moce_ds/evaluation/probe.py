@@ -1,21 +1,56 @@
 """Linear probe: a linear classifier on frozen features, with a strength chosen on validation images.
 
-Labels are classes [N], or targets [N, K] (see `metrics`).
+Three methods fit the classifier: logistic regression, ridge regression in closed form, and training with LARS.
 
-Axes: N images of a split, D features, K classes.
+Labels are classes [N], or targets [N, K] (see `metrics`); the functions that fit take positions of classes [N], or
+targets.
+
+Axes: N images of a split, B images of a batch, D features, K classes.
 """
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from moce_ds.compat import repair_torchvision
 from moce_ds.errors import DataError
 from moce_ds.evaluation.knn import check_split, positions
-from moce_ds.evaluation.lars import lars_fits
-from moce_ds.evaluation.linear import Fits, logistic_fits, ridge_fits
 from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score, default_metric, figure, judge
-from moce_ds.evaluation.settings import ProbeSettings
+from moce_ds.evaluation.settings import LarsSettings, ProbeSettings
+
+repair_torchvision()
+from timm.optim import Lars  # noqa: E402  (needs the repair)
+
+MAX_ITERATIONS = 500
+"""Iterations of logistic regression, which converges earlier unless the regularisation is very weak."""
+
+_INIT_STD = 0.01
+_NORM_EPS = 1e-6
+
+Predict = Callable[[NDArray[np.float32]], NDArray[np.floating]]
+"""Features [N, D] -> scores [N, K]; the highest score is the predicted class."""
+
+
+class Fit(NamedTuple):
+    """A classifier fitted with one strength, and whether the fit converged."""
+
+    strength: float
+    predict: Predict
+    converged: bool = True
+
+
+Fits = Iterator[Fit]
 
 
 def linear_probe(
@@ -53,7 +88,22 @@ def linear_probe(
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
     x_ND, metric = train_ND.float().cpu().numpy(), choose_by or default_metric(train_labels)
     y, test_y = (labels.cpu().numpy() for labels in positions(train_labels, test_labels))
+    final, settings = _fit_best(x_ND, y, held_N, metric, config)
+    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), settings)
 
+
+def _fit_best(
+    x_ND: NDArray[np.float32],
+    y: NDArray[np.integer],
+    held_N: NDArray[np.bool_],
+    metric: Metric,
+    config: ProbeSettings,
+) -> tuple[Fit, dict[str, Any]]:
+    """The classifier of the best strength, fitted on all images, and how it was chosen, as plain data.
+
+    Args:
+        held_N: the images that choose the strength.
+    """
     figures, unfinished = {}, set()
     for fit in _fits(config, x_ND[~held_N], y[~held_N], _strengths(config)):
         figures[fit.strength] = figure(metric, fit.predict(x_ND[held_N]), y[held_N])
@@ -61,7 +111,7 @@ def linear_probe(
     best = max(figures, key=lambda strength: figures[strength])
     (final,) = _fits(config, x_ND, y, [best])
     unfinished |= set() if final.converged else {best}
-    settings = {
+    return final, {
         "method": config.method,
         "base_lr" if config.method == "lars" else "l2": best,
         f"validation_{metric}": figures[best],
@@ -69,7 +119,6 @@ def linear_probe(
         "seed": config.seed,
         **({"not_converged": sorted(unfinished)} if unfinished else {}),
     }
-    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), settings)
 
 
 def _strengths(config: ProbeSettings) -> list[float]:
@@ -111,3 +160,122 @@ def stratified_mask(labels_N: NDArray[np.integer], share: float, seed: int) -> N
             "use k-NN (`moce knn`) on so small a task."
         )
     return mask_N
+
+
+def logistic_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:
+    """Multinomial logistic regression on standardised features; with targets, one classifier per class.
+
+    The strength is the weight of `||W||^2 / 2` relative to the *mean* cross-entropy, so that it means the same for any
+    N.
+    """
+    fit = _logistic if y.ndim == 1 else _one_by_one
+    for strength in strengths:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", ConvergenceWarning)
+            predict = fit(x_ND, y, strength)
+        others = [warning for warning in warned if not issubclass(warning.category, ConvergenceWarning)]
+        for warning in others:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        yield Fit(strength, predict, converged=len(others) == len(warned))
+
+
+def _logistic(x_ND: NDArray[np.float32], y_N: NDArray[np.integer], strength: float) -> Predict:
+    # scikit-learn's C weighs the *sum* of the cross-entropy.
+    classifier = LogisticRegression(C=1 / (strength * len(x_ND)), max_iter=MAX_ITERATIONS)
+    fitted = make_pipeline(StandardScaler(), classifier).fit(x_ND, y_N)
+    if len(fitted.classes_) == 2:  # scikit-learn gives the score of the second class only
+        return lambda x: np.stack([np.zeros(len(x)), fitted.decision_function(x)], axis=1)
+    return lambda x: fitted.decision_function(x)
+
+
+def _one_by_one(x_ND: NDArray[np.float32], targets_NK: NDArray[np.integer], strength: float) -> Predict:
+    """One classifier per class. Images with target -1 for a class are ignored; if all or none of the others show it,
+    all scores are 0."""
+    predicts: list[Predict | None] = []
+    for target_N in targets_NK.T:
+        counted_N = target_N >= 0
+        both = len(np.unique(target_N[counted_N])) == 2
+        predicts.append(_logistic(x_ND[counted_N], target_N[counted_N], strength) if both else None)
+    return lambda x: np.stack([p(x)[:, 1] if p else np.zeros(len(x)) for p in predicts], axis=1)
+
+
+def ridge_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:
+    """Least squares to one-hot labels on standardised features, plus `l2 * ||W||^2` relative to the *mean* squared
+    error.
+
+    One eigendecomposition of the D x D covariance serves all strengths. Ignored targets count as 1/2.
+    """
+    scaler = StandardScaler().fit(x_ND)
+    z_ND = scaler.transform(x_ND).astype(np.float64)
+    goal_NK = np.eye(y.max() + 1)[y] if y.ndim == 1 else np.where(y < 0, 0.5, y)
+    mean_K = goal_NK.mean(axis=0)
+    values_D, vectors_DD = np.linalg.eigh(z_ND.T @ z_ND / len(z_ND))
+    rotated_DK = vectors_DD.T @ (z_ND.T @ (goal_NK - mean_K) / len(z_ND))
+    for strength in strengths:
+        weight_DK = vectors_DD @ (rotated_DK / (values_D.clip(min=0) + strength)[:, None])
+        yield Fit(strength, lambda x, weight_DK=weight_DK: scaler.transform(x) @ weight_DK + mean_K)  # type: ignore[misc]
+
+
+def lars_fits(
+    x_ND: NDArray[np.float32], y: NDArray[np.integer], base_lrs: Sequence[float], config: LarsSettings, seed: int
+) -> Fits:
+    """Classifiers trained as MAE's linear probe: BatchNorm without affine part, LARS, cosine schedule.
+
+    All learning rates start from the same weights and see the same order of images. MAE draws new crops and flips in
+    every epoch. Here the features of the centre crops are computed once, so that ninety epochs take seconds and
+    several learning rates can be compared.
+
+    Source: He et al. 2022 (arXiv 2111.06377), appendix A.1; LARS: You et al. 2017.
+    """
+    x, labels = torch.from_numpy(x_ND), torch.from_numpy(y.astype(np.int64))
+    for base_lr in base_lrs:
+        yield Fit(base_lr, _train_with_lars(x, labels, base_lr, config, seed))
+
+
+def _train_with_lars(x_ND: Tensor, labels: Tensor, base_lr: float, config: LarsSettings, seed: int) -> Predict:
+    random = torch.Generator().manual_seed(seed)
+    classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
+    head = nn.Linear(x_ND.shape[1], classes)
+    nn.init.trunc_normal_(head.weight, std=_INIT_STD, generator=random)
+    nn.init.zeros_(head.bias)
+    model = nn.Sequential(nn.BatchNorm1d(x_ND.shape[1], affine=False, eps=_NORM_EPS), head)
+    # timm adapts groups without weight decay only on request; biases are never adapted, as in MAE's LARS.
+    groups = [
+        {"params": [head.weight], "always_adapt": True, "weight_decay": config.weight_decay},
+        {"params": [head.bias]},
+    ]
+    optimizer = Lars(groups, lr=0.0, momentum=config.momentum, weight_decay=0.0)
+    batch = min(config.batch_size, len(x_ND))
+    steps = len(x_ND) // batch  # whole batches only: BatchNorm needs more than one image
+    for epoch in range(config.epochs):
+        order_N = torch.randperm(len(x_ND), generator=random)
+        for step, ids_B in enumerate(order_N[: steps * batch].split(batch)):
+            rate = base_lr * batch / 256 * _schedule(epoch + step / steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            _loss(model(x_ND[ids_B]), labels[ids_B]).backward()
+            optimizer.step()
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(features_ND: NDArray[np.float32]) -> NDArray[np.floating]:
+        scores: NDArray[np.floating] = model(torch.from_numpy(features_ND)).numpy()
+        return scores
+
+    return predict
+
+
+def _schedule(epoch: float, config: LarsSettings) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine to 0."""
+    warmup = min(config.warmup_epochs, config.epochs / 2)
+    if epoch < warmup:
+        return epoch / warmup
+    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (config.epochs - warmup)))
+
+
+def _loss(logits_BK: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 1:
+        return cross_entropy(logits_BK, labels)
+    counted_BK = labels >= 0
+    return binary_cross_entropy_with_logits(logits_BK[counted_BK], labels[counted_BK].float())

@@ -23,9 +23,9 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.data.transform import CenterCrop
+from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.errors import ArtefactError
-from moce_ds.evaluation.results import known_by
+from moce_ds.evaluation.results_file import known_by
 from moce_ds.export.select import clusters_encoder, count_votes, run_clusters
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.encode import EncodeSettings, encode_all
@@ -59,6 +59,42 @@ class Reconstructions:
         return {"verb": "evaluate", "task": task, "model": model, **measured, **self.known_by}
 
 
+Loss = Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]
+"""The loss of a batch of images, from their ids [B], pixels [B, C, H, W] and mask noise [B, N]."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out images, with the same crops and masks for all models."""
+
+    images: ShardSet
+    input: ImageInput
+    config: EncodeSettings
+    device: torch.device
+
+    @torch.inference_mode()
+    def mean_error(self, model: MaskedAutoencoder, loss: Loss) -> float:
+        """Mean of `loss` over the images."""
+        sampler = SequentialSampler(0, self.images.count, self.config.batch_size)
+        loader = Loader(
+            self.images,
+            sampler.batch,
+            CenterCrop(self.input.center_crop),
+            self.input,
+            first=0,
+            last=sampler.num_batches,
+            batch_size=self.config.batch_size,
+            threads=self.config.threads,
+            device=self.device,
+            replace_damaged=False,
+        )
+        total = 0.0
+        for batch in loader:
+            noise_BN = mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, model.shape.num_patches).to(self.device)
+            total += float(loss(batch.ids_B, batch.images_BCHW, noise_BN)) * len(batch.ids_B)
+        return total / self.images.count
+
+
 def evaluate_run(
     run: Path, held_out: ShardSet, dense: Path | None, config: EncodeSettings, device: torch.device
 ) -> Reconstructions:
@@ -72,34 +108,42 @@ def evaluate_run(
     selection = count_votes(ids_N, expert_MLK[:, :, 0])
     # The most frequent cluster among the images that voted for the winning route represents it.
     winner = next(c for c in selection.clusters if tuple(expert_MLK[c, :, 0]) == selection.route)
-
-    def routed(clusters_N: NDArray[np.int64]) -> Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]:
-        def loss(ids_B: NDArray[np.int64], images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
-            clusters_B = clusters_N[ids_B]
-            slots_LE = default_placement(expert_MLK.shape[1], model.experts.num_experts)
-            plan = make_plan(clusters_B[None], expert_MLK, slots_LE, 0, 1).to(device)
-            routing = Routing(torch.from_numpy(clusters_B).to(device), plan, None)
-            return model(images_BCHW, noise_BN, routing).reconstruction.loss
-
-        return loss
-
-    twin = twin_checkpoint = None
-    if dense is not None:
-        twin_checkpoint = find(dense)
-        if twin_checkpoint.experts:
-            raise ArtefactError(f"--dense: {dense} has experts; expected the run of a dense MAE.")
-        dense_model = load_whole(twin_checkpoint, None).to(device)
-        twin = mean_error(
-            lambda _, images, noise: dense_model(images, noise).loss, dense_model, held_out, checkpoint, config, device
-        )
+    images = HeldOut(held_out, ModelSpec.from_tree(checkpoint.entry("model")).input, config, device)
+    twin = None if dense is None else _dense_checkpoint(dense)
     return Reconstructions(
-        selected=mean_error(routed(np.full_like(ids_N, winner)), model, held_out, checkpoint, config, device),
-        own=mean_error(routed(ids_N), model, held_out, checkpoint, config, device),
-        known_by=known_by(checkpoint, twin_checkpoint and twin_checkpoint.identity, held_out.fingerprint),
-        dense=twin,
+        selected=images.mean_error(model, _routed_loss(model, expert_MLK, np.full_like(ids_N, winner))),
+        own=images.mean_error(model, _routed_loss(model, expert_MLK, ids_N)),
+        known_by=known_by(checkpoint, twin and twin.identity, held_out.fingerprint),
+        dense=None if twin is None else _dense_error(twin, images),
         route=selection.route,
         n_images=held_out.count,
     )
+
+
+def _routed_loss(model: Moce, expert_MLK: NDArray[np.int64], clusters_N: NDArray[np.int64]) -> Loss:
+    """The loss of a MoCE whose images take the routes of the given clusters."""
+
+    def loss(ids_B: NDArray[np.int64], images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
+        clusters_B = clusters_N[ids_B]
+        slots_LE = default_placement(expert_MLK.shape[1], model.experts.num_experts)
+        plan = make_plan(clusters_B[None], expert_MLK, slots_LE, 0, 1).to(images_BCHW.device)
+        routing = Routing(torch.from_numpy(clusters_B).to(images_BCHW.device), plan, None)
+        return model(images_BCHW, noise_BN, routing).reconstruction.loss
+
+    return loss
+
+
+def _dense_checkpoint(run: Path) -> Checkpoint:
+    """The newest checkpoint of the dense twin. Raises ArtefactError if the run has experts."""
+    checkpoint = find(run)
+    if checkpoint.experts:
+        raise ArtefactError(f"--dense: {run} has experts; expected the run of a dense MAE.")
+    return checkpoint
+
+
+def _dense_error(checkpoint: Checkpoint, images: HeldOut) -> float:
+    model = load_whole(checkpoint, None).to(images.device)
+    return images.mean_error(model, lambda _, images_BCHW, noise_BN: model(images_BCHW, noise_BN).loss)
 
 
 def load_whole(checkpoint: Checkpoint, clusters: Clusters | None) -> MaskedAutoencoder:
@@ -119,34 +163,3 @@ def run_routes(model: Moce, checkpoint: Checkpoint) -> NDArray[np.int64]:
     balance = checkpoint.entry("config", "experts", "balance")
     with torch.inference_mode():
         return route_table(model.gate, model.gate(), model.share_M, model.experts.k, balance).cpu().numpy()
-
-
-@torch.inference_mode()
-def mean_error(
-    loss: Callable[[NDArray[np.int64], Tensor, Tensor], Tensor],
-    model: MaskedAutoencoder,
-    held_out: ShardSet,
-    checkpoint: Checkpoint,
-    config: EncodeSettings,
-    device: torch.device,
-) -> float:
-    """Mean of `loss(ids, images, mask noise)` over a shard set. All models see the same crops and masks."""
-    input = ModelSpec.from_tree(checkpoint.entry("model")).input
-    sampler = SequentialSampler(0, held_out.count, config.batch_size)
-    loader = Loader(
-        held_out,
-        sampler.batch,
-        CenterCrop(input.center_crop),
-        input,
-        first=0,
-        last=sampler.num_batches,
-        batch_size=config.batch_size,
-        threads=config.threads,
-        device=device,
-        replace_damaged=False,
-    )
-    total = 0.0
-    for batch in loader:
-        noise_BN = mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, model.shape.num_patches).to(device)
-        total += float(loss(batch.ids_B, batch.images_BCHW, noise_BN)) * len(batch.ids_B)
-    return total / held_out.count

@@ -1,4 +1,5 @@
-"""`results.json`: a list of records of measurements, to which any number of commands may add at the same time.
+"""`results.json`: a list of records of measurements, and their table for the terminal. Any number of commands
+may add records at the same time.
 
 A record is identified by what was measured (`verb`, `task`, `model`, `seed`) and by `made_from`, a SHA-256 of
 everything that determines the number: the content of the model and of the images, and the settings. A new measurement
@@ -6,11 +7,15 @@ replaces the record with the same identity, and one of an earlier version, which
 model with the same name is added beside it. `content_sha256` is the checksum of the record itself.
 """
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
+
+from rich.table import Table
 
 from moce_ds.console import warn
 from moce_ds.storage.artefact import Rows, is_marked, some_of
@@ -25,6 +30,7 @@ RESULTS = "results.json"
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
 _OF_ENCODERS = ("knn", "probe", "finetune")
+_COLUMNS = ("knn", "probe")  # of the table
 _SHOWN = 8  # digits of a checksum in the name of an ambiguous model
 
 
@@ -119,7 +125,7 @@ def _shown_value(record: dict[str, Any]) -> str:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The records of a results file, without their checksums; empty if there is no file.
+    """The records of a results file, without their checksums; none if the file does not exist.
 
     Raises:
         ArtefactError: it is damaged, or holds something else.
@@ -152,6 +158,21 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
             warn(f"{path}: the new record of {named} replaces one that does not identify its model and images.")
         with writes_to(path):
             write_json(path, [*others, with_checksum(record)])
+
+
+class Identified(Protocol):
+    """An encoder or a checkpoint; a SHA-256 identifies its content."""
+
+    @property
+    def identity(self) -> str:
+        """What identifies it: a checksum of its content."""
+
+
+def known_by(model: Identified, *decisive: Any) -> dict[str, str]:
+    """Checksums that distinguish a record from others of the same names: of the model, and of everything that
+    determines its numbers (the model, and `decisive`: plain data)."""
+    made_from = hashlib.sha256(json.dumps([model.identity, *decisive]).encode()).hexdigest()
+    return {"model_sha256": model.identity, "made_from": made_from}
 
 
 def disambiguated(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,3 +236,38 @@ def _check(record: dict[str, Any], path: Path, number: int) -> None:
     kind = _Precision if kind is _Accuracy and "map11" in record else kind
     valid_record(kind, record, f"{path}, record {number},", "it", WRITTEN_BY)
     check_document(path, record, f"record {number}", WRITTEN_BY)
+
+
+def accuracy_table(records: list[dict[str, Any]]) -> Table:
+    """Table of task by model: selected route, k-NN and linear-probe accuracy (top-1)."""
+    table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
+    for column in ("task", "model", "route", "share", "k-NN", "linear probe"):
+        table.add_column(column, justify="left" if column in ("task", "model", "route") else "right")
+    measured = [
+        (record, named["model"])
+        for record, named in zip(records, disambiguated(records), strict=True)
+        if record["verb"] in _COLUMNS
+    ]
+    by_verb = {(record["task"], shown, record["verb"]): record for record, shown in measured}
+    newest = {(record["task"], record["model"]): shown for record, shown in measured}
+    rows = {(record["task"], shown): record["model"] for record, shown in measured}
+    tasks = list(dict.fromkeys(task for task, _ in rows))
+    for (task, shown), model in sorted(rows.items(), key=lambda row: tasks.index(row[0][0])):
+        route = _selected(records, task, model, newest=newest[task, model] == shown)
+        scores = [by_verb.get((task, shown, verb)) for verb in _COLUMNS]
+        table.add_row(
+            task,
+            shown,
+            "-".join(map(str, route["route"])) if route else "",
+            f"{route['share']:.1%}" if route else "",
+            *(f"{score['top1']:.1%}" if score else "" for score in scores),
+        )
+    return table
+
+
+def _selected(records: list[dict[str, Any]], task: str, model: str, newest: bool) -> dict[str, Any] | None:
+    """The selection that a model was exported for, by its recorded name; the last one belongs to the `newest`."""
+    if model == "dense":
+        return None
+    votes = [r for r in records if r["verb"] == "select" and r["task"] == task and r.get("model") in (None, model)]
+    return votes[-1] if votes and (newest or len(votes) == 1) else None

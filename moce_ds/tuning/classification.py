@@ -30,7 +30,7 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.evaluation.metrics import default_metric, judge
 from moce_ds.evaluation.probe import held_out
-from moce_ds.evaluation.results import known_by
+from moce_ds.evaluation.results_file import known_by
 from moce_ds.models.encode import open_encoder
 from moce_ds.models.vit import Encoder, save_encoder
 from moce_ds.storage.files import atomic_folder, save_tensors, writes_to

@@ -65,8 +65,7 @@ def _summary(out: Path) -> int:
     from moce_ds.clustering.clusters import Clusters, load_ids
     from moce_ds.clustering.quality import cluster_report
     from moce_ds.data.shards import ShardSet
-    from moce_ds.evaluation.results import accuracy_table
-    from moce_ds.evaluation.results_file import RESULTS, read_results
+    from moce_ds.evaluation.results_file import RESULTS, accuracy_table, read_results
 
     shards, clusters = ShardSet.open(out / "shards"), Clusters.open(out / "clusters")
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)

@@ -23,9 +23,8 @@ from moce_ds.data.task_images import Splits, opened_task
 from moce_ds.distributed.runtime import lone_device
 from moce_ds.errors import ConfigError
 from moce_ds.evaluation.frozen_features import measure_frozen
-from moce_ds.evaluation.metrics import DISPLAY_NAMES
-from moce_ds.evaluation.results import accuracy_record, known_by
-from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, read_results
+from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
+from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, known_by, read_results
 from moce_ds.models.vit import Encoder
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.workflow.runner import Progress, run_stages

@@ -17,8 +17,7 @@ from moce_ds.config.settings import load, to_tree
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.listing import Listed, Listing
-from moce_ds.evaluation.metrics import Score
-from moce_ds.evaluation.results import accuracy_record
+from moce_ds.evaluation.metrics import Score, accuracy_record
 from moce_ds.evaluation.results_file import add_record
 from moce_ds.models.build import build_model
 from moce_ds.models.mae import MaskedAutoencoder

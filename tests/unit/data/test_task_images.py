@@ -11,7 +11,7 @@ from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import opened_images
 from moce_ds.errors import DataError
-from moce_ds.evaluation import linear
+from moce_ds.evaluation import probe
 from moce_ds.tuning.classification import make_splits
 from tests.examples.moce_command import refused, run_here
 
@@ -119,7 +119,7 @@ def test_a_copy_for_another_process_keeps_its_name(tiny_shards: Path) -> None:
 
 
 def test_one_line_tells_what_did_not_converge(task: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "MAX_ITERATIONS", 3)
+    monkeypatch.setattr(probe, "MAX_ITERATIONS", 3)
     said = run_here(*measured("probe", task, tiny_encoder), "l2=[1.0e-6,1.0e-5,1.0e-4]")
     assert said.status == 0 and "Warning" not in said.err, said
     assert said.err.count("iterations with l2=1e-06, 1e-05, 0.0001; l2=0.0001 was chosen") == 1, said.err

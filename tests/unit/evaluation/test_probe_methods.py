@@ -11,10 +11,9 @@ from torch import Tensor
 from moce_ds.config.settings import load
 from moce_ds.errors import ConfigError, DataError
 from moce_ds.evaluation.knn import knn_accuracy
-from moce_ds.evaluation.lars import LarsSettings, lars_fits
-from moce_ds.evaluation.linear import ridge_fits
 from moce_ds.evaluation.metrics import MultiLabelScore
-from moce_ds.evaluation.probe import ProbeSettings, linear_probe
+from moce_ds.evaluation.probe import lars_fits, linear_probe, ridge_fits
+from moce_ds.evaluation.settings import LarsSettings, ProbeSettings
 
 METHODS = ("logistic", "closed_form", "lars")
 FAST = LarsSettings(base_lr=[1.0, 10.0], epochs=30, warmup_epochs=3, batch_size=64)
