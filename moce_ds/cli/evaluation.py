@@ -47,8 +47,7 @@ def select(
     from moce_ds.export.request import Request, export_requested, summary
     from moce_ds.export.routes import routes_of
     from moce_ds.export.select import run_clusters, select_route
-    from moce_ds.export.selection_picture import write_picture
-    from moce_ds.export.selection_report import selection_report
+    from moce_ds.export.selection_report import selection_report, write_picture
     from moce_ds.export.write import check_free
     from moce_ds.models.encode import EncodeSettings
     from moce_ds.storage.files import PICTURE_MARK, check_output

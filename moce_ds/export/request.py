@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.families import family_by_gate
 from moce_ds.data.task_images import opened_images
 from moce_ds.errors import ConfigError
 from moce_ds.export import routes as choosing
-from moce_ds.export.formats.target import Format
+from moce_ds.export.formats.registry import Format
 from moce_ds.export.routes import AVERAGES, SelectedExperts
 from moce_ds.export.select import Selection, run_clusters, select_route
 from moce_ds.export.write import ROUTE, check_free, export_dense, export_route
@@ -76,26 +77,38 @@ def export_requested(
     """
     choice, checkpoint = request.choice, find(run)
     check_free(out, replace)
+    _check_choice(choice, checkpoint, run)
     if not checkpoint.experts:
-        if choice:
-            raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")
         yield out, export_dense(checkpoint, out, format, replace)
         return
-    if not choice:
-        raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
     checkpoint, clusters = run_clusters(run)
-    if request.average and family_by_gate(checkpoint.entry("model", "experts", "gate")).splits_mlp:
-        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units cannot be averaged.")
     if request.all:
-        with writes_to(out), atomic_folder(out) as draft:
-            for selected in choosing.choose_all(checkpoint):
-                name = f"{ROUTE}{choosing.route_label(selected.experts or ())}"
-                yield out / name, export_route(checkpoint, clusters, selected, draft / name, {}, format)
+        yield from _export_all(checkpoint, clusters, out, format)
         return
     selection = selection or _selection(run, request.data, config, device)
     votes = {"votes": selection.record(task or "")} if selection else {}
     selected = _selected_experts(checkpoint, request, selection)
     yield out, export_route(checkpoint, clusters, selected, out, votes, format, replace)
+
+
+def _export_all(
+    checkpoint: Checkpoint, clusters: Clusters, out: Path, format: Format
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    with writes_to(out), atomic_folder(out) as draft:
+        for selected in choosing.choose_all(checkpoint):
+            name = f"{ROUTE}{choosing.route_label(selected.experts or ())}"
+            yield out / name, export_route(checkpoint, clusters, selected, draft / name, {}, format)
+
+
+def _check_choice(choice: str | None, checkpoint: Checkpoint, run: Path) -> None:
+    """Refuse an option that does not match the run. Raises ConfigError."""
+    if not checkpoint.experts:
+        if choice:
+            raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")
+    elif not choice:
+        raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
+    elif choice == "--average" and family_by_gate(checkpoint.entry("model", "experts", "gate")).splits_mlp:
+        raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units cannot be averaged.")
 
 
 def _selection(run: Path, data: Path | None, config: EncodeSettings, device: torch.device) -> Selection | None:

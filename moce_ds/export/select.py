@@ -1,9 +1,11 @@
 """Selects the route for a task: its images vote through their clusters (docs/method.md, "Deployment").
 
+The vote also says how typical the images are of pre-training.
+
 Axes: N images, M clusters, L expert layers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import Checkpoint, find
 from moce_ds.checkpoint.run_folder import CLUSTERS
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.clustering.clusters import LOW, Clusters
 from moce_ds.clustering.feature_store import ENCODER, check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError
-from moce_ds.export.typicality import Typicality
 from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder, load_encoder
+
+# Measured on the demo (docs/select.md): 2-8% for held-out images of the clustered domains, 57-100% for images of a
+# domain without clusters.
+UNUSUAL = 0.15
+UNLIKE = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Selection:
     routes: list[tuple[tuple[int, ...], float]]
     clusters: dict[int, float]
     n_images: int
-    typicality: Typicality | None = None
+    typicality: "Typicality | None" = None
 
     def record(self, task: str) -> dict[str, Any]:
         """Plain data for results.json."""
@@ -54,6 +60,54 @@ class Selection:
             "n_images": self.n_images,
             "typicality": self.typicality and self.typicality.record(),
         }
+
+
+@dataclass(frozen=True)
+class Typicality:
+    """How typical a task's images are of pre-training: their cosines to the centroids of their clusters, compared with
+    those of training images.
+
+    Attributes:
+        low_share: share of the images that are farther from their centroid than 95% of its training images; 0.05 is
+            expected for images like those. None if the clusters do not record the threshold.
+        cosine: mean over the images.
+        training_cosine: mean of the training images in the same clusters.
+    """
+
+    low_share: float | None
+    cosine: float
+    training_cosine: float
+
+    @classmethod
+    def of(cls, ids_N: NDArray[np.int64], cosine_N: NDArray[np.float32], clusters: Clusters) -> "Typicality":
+        """Computed from the cluster of every image and its cosine to the centroid."""
+        low_M = clusters.low_cosine_M
+        low_share = None if low_M is None else float((cosine_N < low_M[ids_N]).mean())
+        return cls(low_share, float(cosine_N.mean()), float(clusters.cosine_M[ids_N].mean()))
+
+    @property
+    def verdict(self) -> str:
+        """The verdict as text; "unknown" if there is nothing to compare with."""
+        if self.low_share is None:
+            return "unknown"
+        if self.low_share < UNUSUAL:
+            return "typical"
+        return "unusual" if self.low_share < UNLIKE else "unlike anything in the pre-training set"
+
+    @property
+    def summary(self) -> str:
+        """A sentence for the terminal."""
+        cosines = f"mean cosine {self.cosine:.3f}, of training images in the same clusters {self.training_cosine:.3f}"
+        if self.low_share is None:
+            return f"How typical: unknown, the run's clusters are of an earlier version ({cosines})."
+        return (
+            f"How typical: {self.verdict}. {self.low_share:.1%} of the images are farther from their cluster than "
+            f"{1 - LOW:.0%} of its training images; {LOW:.0%} are expected ({cosines})."
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for results.json."""
+        return {"verdict": self.verdict, **asdict(self)}
 
 
 def run_clusters(run: Path) -> tuple[Checkpoint, Clusters]:

@@ -1,20 +1,41 @@
-"""The terminal report of `moce select`: votes per route, images per cluster, the winner, and typicality."""
+"""What `moce select` shows of a selection: a report for the terminal, and a picture of images of the task beside images
+that trained the chosen expert.
 
-from collections.abc import Sequence
+Axes: N images of the training set, M clusters.
+"""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moce_ds.export.routes import route_label
-from moce_ds.export.select import Selection
-from moce_ds.text import shortened
+from moce_ds.checkpoint.format import Checkpoint
+from moce_ds.clustering.clusters import load_ids
+from moce_ds.config.values import recorded_path
+from moce_ds.data.shards import ShardSet
+from moce_ds.errors import ArtefactError, DataError
+from moce_ds.export.routes import choose_selected, route_label
+from moce_ds.export.select import Selection, clusters_folder
+from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
+from moce_ds.text import in_line, shortened
 
 _CLUSTERS = 10
 _NAME = 60  # characters
-_BAR = 40
-"""Columns of the longest bar."""
+_BAR = 40  # columns of the longest bar
+
+_SIDE, _GAP, _COLUMNS, _ROWS = 80, 6, 6, 5
+_TITLE, _MARGIN = 28, 20
+_WIDTH = _COLUMNS * (_SIDE + _GAP) - _GAP
+_HEIGHT = _ROWS * (_SIDE + _GAP) - _GAP
+_PAPER, _INK = "white", "#2b2f36"
 
 Route = tuple[int, ...]
 
@@ -61,3 +82,72 @@ def _histogram(selection: Selection, routes: Sequence[Route]) -> Table:
     if others := clusters[_CLUSTERS:]:
         table.add_row(f"{len(others)} others", "", f"{sum(share for _, share in others):.1%}")
     return table
+
+
+def write_picture(path: Path, images: ShardSet, task: str, selection: Selection, checkpoint: Checkpoint) -> str | None:
+    """Write a PNG: images of the task on the left, training images of the winning route on the right, drawn by the
+    votes.
+
+    The same selection gives the same picture. Returns why training images are missing; None if they are present.
+
+    Raises:
+        ArtefactError: `path` cannot be written.
+        DataError: an image of the task was altered after writing.
+    """
+    number = min(_COLUMNS * _ROWS, images.count)
+    ids = np.random.default_rng(0).choice(images.count, number, replace=False)
+    left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in sorted(ids.tolist())])
+    title, note = f"route {route_label(selection.route)}: training images of its experts", None
+    try:
+        right = _block(title, _training_images(checkpoint, choose_selected(checkpoint, selection).clusters))
+    except (ArtefactError, DataError) as error:
+        note = f"No training images to show: {error}"
+        right = _block(title, [], note)
+    sheet = Image.new("RGB", (2 * left.width + 3 * _MARGIN, left.height + 2 * _MARGIN), _PAPER)
+    sheet.paste(left, (_MARGIN, _MARGIN))
+    sheet.paste(right, (left.width + 2 * _MARGIN, _MARGIN))
+    text = PngInfo()
+    for key, value in PICTURE_TEXT.items():
+        text.add_text(key, value)
+    with writes_to(path), atomic_file(path) as temporary:
+        sheet.save(temporary, "PNG", pnginfo=text)
+    return note
+
+
+def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
+    """Raises ArtefactError or DataError if the run's shards are missing or different, or hold no image of the clusters
+    with votes."""
+    shards = ShardSet.open(recorded_path(str(checkpoint.entry("config", "data", "shards"))))
+    ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
+    if not (drawn := draw_by_votes(ids_N, votes)):
+        raise DataError(f"no image of {shards.path} is in a cluster with votes.")
+    return [shards.decode(image_id) for image_id in drawn]
+
+
+def draw_by_votes(ids_N: NDArray[np.int64], votes: Mapping[int, float]) -> list[int]:
+    """Distinct images of the clusters with votes, in proportion to the votes; deterministic, in order.
+
+    Args:
+        ids_N: cluster of each image.
+        votes: share of each cluster.
+    """
+    weight_M = np.zeros(max(ids_N.max(), *votes) + 1)
+    weight_M[list(votes)] = list(votes.values())
+    weight_N = (weight_M / np.maximum(np.bincount(ids_N, minlength=len(weight_M)), 1))[ids_N]
+    if not weight_N.any():
+        return []
+    number = min(_COLUMNS * _ROWS, int(np.count_nonzero(weight_N)))
+    ids = np.random.default_rng(0).choice(len(ids_N), number, replace=False, p=weight_N / weight_N.sum())
+    return sorted(ids.tolist())
+
+
+def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:
+    block = Image.new("RGB", (_WIDTH, _TITLE + _HEIGHT), _PAPER)
+    draw = ImageDraw.Draw(block)
+    draw.text((0, 0), shortened(title, _NAME), fill=_INK, font=ImageFont.load_default(16))
+    draw.multiline_text((0, _TITLE), fill(in_line(note), 70), fill=_INK, font=ImageFont.load_default(14))
+    for place, image in enumerate(images):
+        row, column = divmod(place, _COLUMNS)
+        tile = ImageOps.pad(image, (_SIDE, _SIDE), color=_PAPER)
+        block.paste(tile, (column * (_SIDE + _GAP), _TITLE + row * (_SIDE + _GAP)))
+    return block

@@ -17,8 +17,8 @@ from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
 from moce_ds.checkpoint.parameters import is_cluster_gate, load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.export.formats.registry import TIMM
-from moce_ds.export.formats.target import EXTRA, DenseModel, Format, installed, library_version, write_record
+from moce_ds.export.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
+from moce_ds.export.formats.weights import DenseModel
 from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
 from moce_ds.export.routes import ClusterShares, SelectedExperts
 from moce_ds.models.build import ModelSpec
@@ -77,23 +77,35 @@ def export_route(
             "several MLPs per layer, so a route is not a dense ViT. Export a run with experts.k=1 and no shared expert."
         )
     mixture = _mixture(selected, _gate_table(checkpoint, spec, clusters))
-    provenance: dict[str, Any] = {
+    facts = {
         "clusters_hash": clusters.hash,
         "layers": list(spec.experts.layers),
-        "route": None if selected.average else list(selected.experts or ()),
         "combine": spec.experts.combine,
-        "clusters": {str(cluster): share for cluster, share in selected.clusters.items()},
+        **_facts_about_experts(selected, mixture),
+        **extra,
     }
-    if selected.average:
-        provenance["average"] = selected.average
-        provenance["experts"] = [{str(e): vars(share) for e, share in layer.items()} for layer in mixture]
-        provenance["exact_for"] = "nothing: an average of experts is a model that was not trained"
-    else:
-        provenance["gate_values"] = [share.gate for layer in mixture for share in layer.values()]
-        exact = len(selected.clusters) == 1
-        provenance["exact_for"] = "every image of the cluster" if exact else "mean gate value of the clusters"
     check_free(out, replace)
-    return _export(_Source(checkpoint, spec, clusters, mixture, selected.label), out, provenance | extra, format)
+    return _export(_Source(checkpoint, spec, clusters, mixture, selected.label), out, facts, format)
+
+
+def _facts_about_experts(selected: SelectedExperts, mixture: Mixture) -> dict[str, Any]:
+    """What `provenance.json` says about the experts, and for which images the export is exact."""
+    clusters = {str(cluster): share for cluster, share in selected.clusters.items()}
+    if selected.average:
+        return {
+            "route": None,
+            "clusters": clusters,
+            "average": selected.average,
+            "experts": [{str(e): vars(share) for e, share in layer.items()} for layer in mixture],
+            "exact_for": "nothing: an average of experts is a model that was not trained",
+        }
+    exact = len(clusters) == 1
+    return {
+        "route": list(selected.experts or ()),
+        "clusters": clusters,
+        "gate_values": [share.gate for layer in mixture for share in layer.values()],
+        "exact_for": "every image of the cluster" if exact else "mean gate value of the clusters",
+    }
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What an export can be written as: one module for each family of targets, all of them listed in `registry`."""
+"""The formats of an export: one module for each family, all of them listed in `registry`."""

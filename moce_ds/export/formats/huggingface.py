@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.errors import ArtefactError
-from moce_ds.export.formats.target import DenseModel, renamed
+from moce_ds.export.formats.weights import DenseModel, renamed
 from moce_ds.export.reference_model import Trial
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import NORM_EPS

@@ -1,14 +1,73 @@
-"""All formats, by the names of `--format` and `--part`."""
+"""The export formats, by the names of `--format` and `--part`.
+
+A format says how the dense model is written for one library, and how that library loads and runs it again.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor
 
 from moce_ds.errors import ConfigError
-from moce_ds.export.formats import huggingface, onnx_file, pth, timm_folder
-from moce_ds.export.formats.target import EXTRA, Format, installed
+from moce_ds.export.formats import huggingface, weights
+from moce_ds.export.formats.weights import DenseModel
+from moce_ds.export.reference_model import Output, Trial
+from moce_ds.models.build import ModelSpec
+from moce_ds.storage.encoder_folder import write_export_record
 
-TIMM = Format("timm", "encoder", timm_folder.write, "timm", timm_folder.run)
+EXTRA = "moce-ds[formats]"
+"""The extra with the packages for all formats except timm's."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of one part.
+
+    Attributes:
+        name: as in `--format`.
+        part: "encoder", or "full": the decoder too.
+        write: writes the model's files into a folder.
+        library: the package that loads them again; None if it is not available as a package.
+        run: the output of `library` for a trial, from the folder; compared with `output` of the trained model.
+        needs: packages required for writing.
+    """
+
+    name: str
+    part: str
+    write: Callable[[Path, DenseModel], None]
+    library: str | None = None
+    run: Callable[[Path, ModelSpec, Trial], Tensor] | None = None
+    output: Output = "tokens"
+    needs: tuple[str, ...] = ()
+
+    @property
+    def is_encoder_folder(self) -> bool:
+        """Whether other verbs read it too."""
+        return (self.name, self.part) == ("timm", "encoder")
+
+
+def _write_onnx(folder: Path, model: DenseModel) -> None:
+    from moce_ds.export.formats import onnx_file  # onnx need not be installed
+
+    onnx_file.write(folder, model)
+
+
+def _run_onnx(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
+    from moce_ds.export.formats import onnx_file
+
+    return onnx_file.run(folder, spec, trial)
+
+
+TIMM = Format("timm", "encoder", weights.write_timm, "timm", weights.run_timm)
 
 FORMATS = (
     TIMM,
-    Format("timm", "full", pth.writer(pth.public_mae, "model"), "moce_ds", pth.run_public_mae, output="patches"),
+    Format(
+        "timm", "full", weights.writer(weights.public_mae, "model"), "moce_ds", weights.run_public_mae, output="patches"
+    ),
     Format("hf-vit", "encoder", huggingface.write_vit, "transformers", huggingface.run_vit),
     Format(
         "hf-vitmae",
@@ -19,11 +78,11 @@ FORMATS = (
         output="visible",
     ),
     Format("hf-vitmae", "full", huggingface.write_vitmae, "transformers", huggingface.run_vitmae, output="patches"),
-    Format("detectron2", "encoder", pth.writer(pth.vitdet, "model")),
-    Format("mmdet", "encoder", pth.writer(pth.vitdet, "model")),
-    Format("mmseg", "encoder", pth.writer(pth.mmseg, "state_dict")),
-    Format("mmpretrain", "encoder", pth.writer(pth.mmpretrain, "state_dict")),
-    Format("onnx", "encoder", onnx_file.write, "onnxruntime", onnx_file.run, needs=("onnx",)),
+    Format("detectron2", "encoder", weights.writer(weights.vitdet, "model")),
+    Format("mmdet", "encoder", weights.writer(weights.vitdet, "model")),
+    Format("mmseg", "encoder", weights.writer(weights.mmseg, "state_dict")),
+    Format("mmpretrain", "encoder", weights.writer(weights.mmpretrain, "state_dict")),
+    Format("onnx", "encoder", _write_onnx, "onnxruntime", _run_onnx, needs=("onnx",)),
 )
 
 NAMES = tuple(dict.fromkeys(format.name for format in FORMATS))
@@ -48,3 +107,19 @@ def find_format(name: str, part: str = "encoder") -> Format:
     if missing:
         raise ConfigError(f"--format {name} needs {', '.join(missing)}: pip install '{EXTRA}'.")
     return parts[part]
+
+
+def installed(library: str) -> bool:
+    """Whether a package can be imported."""
+    return find_spec(library) is not None
+
+
+def library_version(library: str) -> str:
+    """A text such as "transformers 5.24.0"."""
+    return f"{library} {version(library)}"
+
+
+def write_record(folder: Path, format: Format, spec: ModelSpec) -> None:
+    """Write `export.json`, by which `moce inspect` recognises the folder and its files."""
+    shape, input = asdict(spec.shape), spec.input.to_tree()
+    write_export_record(folder, {"target": format.name, "part": format.part, "shape": shape, "input": input})

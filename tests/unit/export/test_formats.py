@@ -21,8 +21,7 @@ from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
 from moce_ds.export.formats import registry
-from moce_ds.export.formats.registry import FORMATS, NAMES, find_format
-from moce_ds.export.formats.target import Format
+from moce_ds.export.formats.registry import FORMATS, NAMES, Format, find_format
 from moce_ds.export.routes import choose_cluster
 from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_dense, export_route

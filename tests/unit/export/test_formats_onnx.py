@@ -14,7 +14,7 @@ import torch
 from moce_ds.data.transform import ImageInput
 from moce_ds.export.formats import onnx_file
 from moce_ds.export.formats.registry import find_format
-from moce_ds.export.formats.target import DenseModel
+from moce_ds.export.formats.weights import DenseModel
 from moce_ds.export.routes import choose_cluster
 from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route

@@ -17,10 +17,8 @@ from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.shards import ShardSet
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.request import Request, export_requested
-from moce_ds.export.select import Selection, count_votes
-from moce_ds.export.selection_picture import draw_by_votes, write_picture
-from moce_ds.export.selection_report import selection_report
-from moce_ds.export.typicality import Typicality
+from moce_ds.export.select import Selection, Typicality, count_votes
+from moce_ds.export.selection_report import draw_by_votes, selection_report, write_picture
 from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.vit import load_encoder
 from tests.examples.moce_command import Said, refused, run_here

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.export.typicality import Typicality
+from moce_ds.export.select import Typicality
 from tests.unit.clustering.test_clusters import write_features
 
 SIDE = 8
