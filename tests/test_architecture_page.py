@@ -27,7 +27,7 @@ def test_the_picture_fits_a_terminal_and_names_folders_as_such() -> None:
 
 
 def test_the_owners_are_those_that_inspection_asks() -> None:
-    from moce_ds.artefacts.kinds import KINDS
+    from moce_ds.artefacts.inspection import KINDS
 
     rows = re.findall(r"^\| [\w ]+ \| `([\w/]+)\.py`: `(\w+)` \|", PAGE, flags=re.MULTILINE)
     owners = {getattr(importlib.import_module(f"moce_ds.{path.replace('/', '.')}"), name) for path, name in rows}

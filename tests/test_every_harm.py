@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.checkpoint.run_folder import RunFolder, read_result
 from moce_ds.clustering.clusters import Clusters, load_ids
@@ -23,7 +24,6 @@ from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import read_results
 from moce_ds.export.select import clusters_encoder, run_clusters
 from moce_ds.models.vit import load_encoder, save_encoder
-from moce_ds.report import inspection
 from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.storage.files import copy_tree
 from moce_ds.storage.metrics_file import read_metrics

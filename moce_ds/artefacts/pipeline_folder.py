@@ -2,14 +2,16 @@
 
 out/
   pipeline/stages.json    the stages in order, and what each makes
-  pipeline/NAME.json      the record of a stage that was begun
+  pipeline/NAME.json      the record of a started stage
   ...                     what the stages make: shards, runs, features, clusters, encoders, results.json
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.clusters import Clusters
@@ -31,6 +33,7 @@ from moce_ds.storage.files import read_json, writes_to
 
 PIPELINE, STAGES = "pipeline", "stages.json"
 _MADE_BY = "moce pipeline"
+_MESSAGE = "told"  # key of the message in the record of a stage
 _MADE: tuple[type[Artefact], ...] = (
     ShardSet, FeatureSet, Clusters, ExportFolder, RunFolder, EncoderFolder, ResultsFile,
 )  # fmt: skip
@@ -39,13 +42,13 @@ _MADE: tuple[type[Artefact], ...] = (
 
 @dataclass(frozen=True)
 class StagesRecord:
-    """`stages.json`: the stages in order, and what each makes; what lies in OUT relative to it."""
+    """`stages.json`: the stages in order, and what each makes; paths in OUT are relative to it."""
 
     makes: dict[str, list[str]]
 
     @classmethod
     def read(cls, out: Path) -> "StagesRecord | None":
-        """The record in a pipeline's folder; None where an earlier version wrote the folder. Raises ArtefactError."""
+        """The record in a pipeline's folder; None if an earlier version wrote the folder. Raises ArtefactError."""
         path = out / PIPELINE / STAGES
         return read_checked(path, cls, "a pipeline's record", _MADE_BY) if path.exists() else None
 
@@ -57,35 +60,37 @@ class StagesRecord:
 
 @dataclass(frozen=True)
 class PipelineStageRecord:
-    """OUT/pipeline/NAME.json: a stage, as far as it has come.
+    """OUT/pipeline/NAME.json: a stage and its state.
 
     Attributes:
-        made_from: its commands, their settings, and digests of what they read.
-        at: when it came to this state, ISO 8601.
-        seconds: how long the start took that ended it.
-        told: why it failed.
+        made_from: its commands, their settings, and digests of their inputs.
+        at: time of the change to this state, ISO 8601.
+        seconds: duration of the last start.
+        message: why it failed; under another key in the file.
     """
 
     made_from: dict[str, Any]
     at: str
     state: Literal["begun", "done", "failed"] = "begun"
     seconds: float = 0.0
-    told: str = ""
+    message: Annotated[str, Field(validation_alias=_MESSAGE)] = ""
 
     @classmethod
     def read(cls, path: Path) -> "PipelineStageRecord | None":
-        """The record in a file; None where the stage has not begun. Raises ArtefactError."""
+        """The record in a file; None if the stage has not started. Raises ArtefactError."""
         return read_checked(path, cls, "a stage's record", _MADE_BY) if path.exists() else None
 
     def write(self, path: Path) -> None:
         """Replace the record in a file. Raises ArtefactError."""
+        content = asdict(self)
+        content[_MESSAGE] = content.pop("message")
         with writes_to(path):
-            write_checked(path, asdict(self))
+            write_checked(path, content)
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """The folder of a pipeline on disk. The records of its stages are read when they are asked for."""
+    """The folder of a pipeline on disk. The records of its stages are read on use."""
 
     kind: ClassVar[str] = "pipeline"
     marks: ClassVar[tuple[str, ...]] = (PIPELINE,)
@@ -111,16 +116,16 @@ class PipelineFolder:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """For each stage that was begun what decided what it makes. Raises ArtefactError."""
+        """What determines the output of each started stage. Raises ArtefactError."""
         return {name: record.get("made_from") for name in self.makes if (record := self._record(name)) is not None}
 
     def describe(self) -> Rows:
-        """The stages, how far they are and what they make, and the results. Raises ArtefactError."""
+        """The stages with their states and outputs, and the results. Raises ArtefactError."""
         rows = {name: f"{self._state(name)}: {some_of(made)}" for name, made in self.makes.items()}
         return rows | (ResultsFile.open(self.path).describe() if (self.path / RESULTS).exists() else {})
 
     def verify(self) -> Findings:
-        """What is wrong with the records of the stages and with what they made; reads all. Raises ArtefactError."""
+        """Faults of the records of the stages and of their outputs; reads all files. Raises ArtefactError."""
         record = StagesRecord.read(self.path)
         if record is None:  # earlier versions did not write it, nor checksums into the records
             documents = [
@@ -138,7 +143,7 @@ class PipelineFolder:
         return found
 
     def _verified_stage(self, name: str, made: Sequence[str], seen: set[str]) -> Findings:
-        """What is wrong with a stage's record and with what it makes, but for what was `seen`, which grows."""
+        """Faults of a stage's record and of its outputs, except those in `seen`, to which they are added."""
         file, state = f"{PIPELINE}/{name}.json", self._state(name)
         if state == "waiting":
             all_there = all((self.path / place).exists() for place in made)

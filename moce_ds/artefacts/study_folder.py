@@ -4,8 +4,8 @@
       study.json        settings of the study and names of its cells
       cells/NAME/       cell.json, the cell's run in run/, results.json, log.txt
 
-A cell is one run. Cells that differ in nothing but the seed make a point; points along the key `x` that agree in
-everything else make a series.
+A cell is one run. Cells that differ only in the seed form a point; points that differ only in the key `x` form a
+series.
 """
 
 from collections import Counter
@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
 from moce_ds.errors import MoceError
@@ -32,7 +33,9 @@ RUN = "run"
 
 SEED, BATCH = "run.seed", "optim.batch_size"
 LAUNCH_KEYS = ("processes", "nodes")
-"""Keys of a grid which say how a run is started; all others are its settings."""
+"""Keys of a grid that say how a run is started; all others are its settings."""
+
+_MESSAGE = "told"  # key of the message in the record of a cell
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,15 @@ class StudyRecord:
 
 @dataclass(frozen=True)
 class CellRecord:
-    """`cell.json`: one cell, as far as it has come.
+    """`cell.json`: one cell and its state.
 
     Attributes:
         at: keys of the grid and the cell's values.
         settings: all settings of its run.
         evaluations: what it is evaluated on.
-        seconds: how long the start that ended it took.
+        seconds: duration of the last start.
         measures: numbers in SI units (bytes, images a second; accuracies 0 to 1), once it is done.
-        told: the last lines of its log, where it failed.
+        message: the last lines of its log, if it failed; under another key in the file.
     """
 
     name: str
@@ -75,34 +78,36 @@ class CellRecord:
     state: Literal["begun", "done", "failed"] = "begun"
     seconds: float = 0.0
     measures: dict[str, float] = field(default_factory=dict)
-    told: str = ""
+    message: Annotated[str, Field(validation_alias=_MESSAGE)] = ""
 
     @classmethod
     def read(cls, cell: Path) -> "CellRecord | None":
-        """The record in a cell's folder; None where the cell has not begun. Raises ArtefactError."""
+        """The record in a cell's folder; None if the cell has not started. Raises ArtefactError."""
         path = cell / CELL
         return read_checked(path, cls, "a cell's record", "moce study") if path.exists() else None
 
     def write(self, cell: Path) -> None:
         """Replace the record in a cell's folder. Raises ArtefactError."""
+        content = asdict(self)
+        content[_MESSAGE] = content.pop("message")
         with writes_to(cell):
-            write_checked(cell / CELL, asdict(self))
+            write_checked(cell / CELL, content)
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What decided the cell's measures: settings and processes of its run, and what it is evaluated on."""
+        """What determines the cell's measures: settings and processes of its run, and what it is evaluated on."""
         names = ("settings", "processes", "nodes", "evaluations")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Point:
-    """Cells that differ in nothing but the seed, all done."""
+    """Cells that differ only in the seed, all done."""
 
     cells: list[CellRecord]
 
     def at(self, key: str) -> Any:
-        """The value of a key of the grid, None where the point has none."""
+        """The value of a key of the grid; None if the point has none."""
         return self.cells[0].at.get(key)
 
     @property
@@ -120,7 +125,7 @@ class Point:
         return [cell.measures[measure] for cell in self.cells if measure in cell.measures]
 
     def mean_and_deviation(self, measure: str) -> tuple[float, float] | None:
-        """Mean and sample standard deviation over seeds (0 for a single one); None where it was not measured."""
+        """Mean and sample standard deviation over seeds (0 for a single one); None if it was not measured."""
         values = self.values(measure)
         if not values:
             return None
@@ -129,7 +134,7 @@ class Point:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """A study on disk. The records of its cells are read when they are first asked for."""
+    """A study on disk. The records of its cells are read on first use."""
 
     kind: ClassVar[str] = "study"
     marks: ClassVar[tuple[str, ...]] = (STUDY,)
@@ -143,18 +148,18 @@ class StudyFolder:
 
     @classmethod
     def open(cls, path: Path, /) -> "StudyFolder":
-        """Read the record of a study. Raises ArtefactError where it is damaged."""
+        """Read the record of a study. Raises ArtefactError if it is damaged."""
         return cls(path, StudyRecord.read(path))
 
     @cached_property
     def cells(self) -> list[CellRecord]:
-        """The cells that were begun, in order. Raises ArtefactError for damaged records."""
+        """The started cells, in order. Raises ArtefactError for damaged records."""
         records = (CellRecord.read(self.path / CELLS / name) for name in self.record.cells)
         return [record for record in records if record is not None]
 
     @property
     def waiting(self) -> list[str]:
-        """The names of the cells that were not begun."""
+        """The names of the cells that have not started."""
         return [name for name in self.record.cells if not (self.path / CELLS / name / CELL).exists()]
 
     @property
@@ -174,7 +179,7 @@ class StudyFolder:
 
     @property
     def measures(self) -> list[str]:
-        """The names of everything that was measured, in order."""
+        """The names of all measures, in order."""
         return list(dict.fromkeys(name for cell in self.cells for name in cell.measures))
 
     @property
@@ -189,7 +194,7 @@ class StudyFolder:
 
     @property
     def x(self) -> str | None:
-        """The key on the horizontal axis: the one that the study names, else the one with the most values."""
+        """The key on the horizontal axis: the one that the study names, or the one with the most values."""
         if named := self.settings.get("x"):
             return str(named)
         numbers = {key: len({str(cell.at.get(key)) for cell in self.cells}) for key in self.keys if key != SEED}
@@ -197,22 +202,22 @@ class StudyFolder:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """The settings of the study, and of each cell that was begun what decided its measures."""
+        """The settings of the study, and for each started cell what determines its measures."""
         return {"settings": self.settings, "cells": {cell.name: cell.made_from for cell in self.cells}}
 
     def describe(self) -> Rows:
-        """The grid, how far the cells are, what was measured, and why cells failed."""
+        """The grid, the states of the cells, the measures, and why cells failed."""
         states = Counter(cell.state for cell in self.cells)
         counts = [*(f"{count} {state}" for state, count in states.items()), f"{len(self.waiting)} waiting"]
         return {
             "grid": ", ".join(self.keys),
             "cells": ", ".join(counts),
             "measured": some_of(self.measures),
-            **{f"failed: {cell.name}": cell.told for cell in self.cells if cell.state == "failed"},
+            **{f"failed: {cell.name}": cell.message for cell in self.cells if cell.state == "failed"},
         }
 
     def verify(self) -> Findings:
-        """What is wrong with the records of the study, its cells' runs and their results; reads all of it."""
+        """Faults of the records of the study, its cells' runs and their results; reads all files."""
         found = document_findings(self.path / STUDY, STUDY)
         for name in self.record.cells:
             cell = f"{CELLS}/{name}"
@@ -246,9 +251,9 @@ def _verified_results(cell: Path) -> Findings:
 
 
 def series(points: Sequence[Point], x: Callable[[Point], Any], keys: Iterable[str]) -> dict[str, list[Point]]:
-    """Points parted by `keys`, each series named `key=value, ...` (empty where there is but one).
+    """Points grouped by `keys`; each series is named `key=value, ...` (empty if there is only one).
 
-    Keys that follow from `x`, the value on the horizontal axis, part nothing: such as experts.ep_size, where it grows
+    Keys that are a function of `x`, the value on the horizontal axis, are ignored: such as experts.ep_size, if it grows
     with experts.num.
     """
 

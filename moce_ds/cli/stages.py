@@ -207,7 +207,7 @@ def report(folder: Path, out: Path | None) -> None:
 @click.option("--verify", is_flag=True, help="Read all files and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
     """Describe PATH (shards, features, clusters, run, checkpoint, encoder, results) and its content."""
-    from moce_ds.report.inspection import describe, findings
+    from moce_ds.artefacts.inspection import describe, findings
 
     checked = findings(path) if verify else None
     unverified = ["These parts cannot be verified:", *checked.unverified] if checked and checked.unverified else []

@@ -1,1 +1,1 @@
-"""HTML reports and inspection of what is on disk."""
+"""HTML reports about runs and studies."""

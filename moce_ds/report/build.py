@@ -1,22 +1,24 @@
 """`moce report`: one self-contained HTML page about a run, a folder of runs, or a study (a grid of runs).
 
-What concerns all runs stands here: results on tasks, and how the runs trained beside one another. A section whose
-files are not there is not made.
+This module writes the chapters about all runs: results on tasks, and the training of the runs side by side. A section
+without its files is left out.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moce_ds.artefacts.study_folder import StudyFolder
-from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
+from moce_ds.errors import ArtefactError
+from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 from moce_ds.report import plots
 from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
 from moce_ds.report.plots import Line, Scale
-from moce_ds.report.routing import route_name
-from moce_ds.report.run_chapter import run_chapter
-from moce_ds.report.runs import RunGroup, read_runs
+from moce_ds.report.run_chapter import route_name, run_chapter
 from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
 from moce_ds.storage.files import check_output
 
@@ -52,12 +54,26 @@ _CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class RunGroup:
+    """The runs of a report, dense ones first, and the records of `results.json`, with ambiguous names marked."""
+
+    path: Path
+    runs: list[RunFolder]
+    results: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.resolve().name
+
+
 def build_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page about a run folder, a folder of run folders, or a study, and return its path.
+    """Write the page about a run folder, a folder of run folders, or a study; return its path.
 
     Args:
-        folder: a run folder (it holds `config.yaml`), a folder whose sub-folders are, or that of a study (it holds
-            `study.json`), about which `study.csv` is written beside the page.
+        folder: a run folder (with `config.yaml`), a folder of run folders, or the folder of a study (with
+            `study.json`); about a study, `study.csv` is written beside the page.
         out: the HTML file; `folder/report.html` by default.
 
     Raises:
@@ -75,6 +91,30 @@ def build_report(folder: Path, out: Path | None = None) -> Path:
     chapters = [*_results(group.results), *_training(group.runs), *(run_chapter(run) for run in group.runs)]
     write_page(out, group.name, _summary(group), [chapter for chapter in chapters if chapter.sections])
     return out
+
+
+def read_runs(folder: Path) -> RunGroup:
+    """Read a run folder, or a folder of run folders.
+
+    Raises:
+        ArtefactError, ConfigError: `folder` is neither, or a file in it is damaged.
+    """
+    if RunFolder.recognises(folder):
+        runs = [RunFolder.open(folder)]
+    else:
+        found = (RunFolder.open(config.parent) for config in folder.glob(f"[!.]*/{CONFIG}"))
+        runs = [run for run in found if not run.is_tuning]
+    if not runs:
+        raise ArtefactError(
+            f"{folder} is no run folder: expected {CONFIG} in it or in its sub-folders, as `moce pretrain` writes it."
+        )
+    runs.sort(key=lambda run: (run.family.has_experts, _natural(run.name)))
+    return RunGroup(folder, runs, ResultsFile.open(folder / RESULTS).records)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts run-2 before run-10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _summary(group: RunGroup) -> str:

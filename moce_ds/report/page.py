@@ -1,18 +1,22 @@
-"""What the report's page is made of. The template knows these and nothing about runs."""
+"""The elements of the report's page, and its file. The template knows these elements and nothing about runs."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from PIL import Image
 
-from moce_ds.report.gallery import Card, Picture
 from moce_ds.storage.files import atomic_file, writes_to
 from moce_ds.text import printable
 
 PAGE_MARK = b"<title>MoCE report: "
-"""What every page holds near its beginning."""
+"""Text near the beginning of every page."""
+
+THUMBNAIL_SIDE = 96
 
 
 class Cell(NamedTuple):
@@ -33,6 +37,16 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image inside the page: a data URI, its size in pixels, and what it shows in words."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+
+
+@dataclass(frozen=True)
 class Exhibit:
     """A picture and the sentences below it; `scale` enlarges a small picture by a whole number."""
 
@@ -42,8 +56,17 @@ class Exhibit:
 
 
 @dataclass(frozen=True)
+class Card:
+    """A few images of one group, with a title and a note beside them."""
+
+    title: str
+    note: str
+    pictures: list[Picture]
+
+
+@dataclass(frozen=True)
 class Section:
-    """Whatever of these a section holds is shown in this order; a `listing` is folded away."""
+    """Parts of a chapter: those present are shown in this order; a `listing` is folded away."""
 
     title: str
     text: str = ""
@@ -62,11 +85,6 @@ class Chapter:
     sections: list[Section]
 
 
-def _shown(value: Any) -> Any:
-    """What the page shows of a value, before it is escaped for HTML."""
-    return printable(value) if isinstance(value, str) else value
-
-
 def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter]) -> None:
     """Write one HTML file that needs no other file, script or network, atomically."""
     environment = jinja2.Environment(
@@ -80,3 +98,22 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
     page = environment.get_template("report.html").render(title=title, summary=summary, chapters=chapters)
     with writes_to(out), atomic_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _shown(value: Any) -> Any:
+    """What the page shows of a value, before it is escaped for HTML."""
+    return printable(value) if isinstance(value, str) else value
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """`content` as a data URI, so that a page needs no second file."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def picture(image: Image.Image, alt: str, side: int = THUMBNAIL_SIDE, quality: int = 82) -> Picture:
+    """`image` as JPEG, shrunk so that neither edge exceeds `side`; smaller ones keep their native size."""
+    image = image.convert("RGB")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality, optimize=True)
+    return Picture(data_uri(encoded.getvalue(), "image/jpeg"), image.width, image.height, alt)

@@ -1,9 +1,10 @@
 """Plots of the report, each one panel drawn by matplotlib as SVG inside a data URI.
 
-One panel a figure, so that the page can place two side by side on a wide screen and one below the other on a
-telephone without the text shrinking. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Each figure has one panel, so that the page can place two side by side on a wide screen and one below the other on a
+telephone without the text shrinking. Colours are those of Okabe and Ito, which colour-blind readers can distinguish.
 
-Axes: S logged steps, M clusters, E experts per layer, G rows of a table (clusters, domains, classes).
+Axes: S logged steps, M clusters, E experts per layer, G rows of a table (clusters, domains, classes), P points of a
+series of a study.
 """
 
 import io
@@ -17,15 +18,24 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
 from numpy.typing import NDArray
 
-from moce_ds.report.gallery import Picture, data_uri
+from moce_ds.report.page import Picture, data_uri
 from moce_ds.text import plottable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8A8A8A")
 _INK, _FAINT = "#2b2f36", "#c9ced6"
-_ROW_NAME = 26  # characters
+_NAME = 26  # characters of the name of a row or a tick
+_DOUBLING = 4  # numbers that span this factor are shown on an axis of doublings
 _WIDTH, _HEIGHT = 4.4, 2.75  # inches; 10 point text is then about 11 px high in a third of a wide page
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -59,7 +69,7 @@ Scale = Literal["linear", "from zero", "log", "percent"]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its name, steps [S] and values [S]; `marker` for few and exact points."""
+    """One curve: name, steps [S] and values [S]; `marker` shows points instead of a line."""
 
     name: str
     steps_S: Floats
@@ -68,9 +78,20 @@ class Line:
     marker: bool = False
 
 
+@dataclass(frozen=True)
+class Series:
+    """One series: positions on the horizontal axis, mean and standard deviation, each [P]."""
+
+    name: str
+    at_P: list[Any]
+    mean_P: Floats
+    deviation_P: Floats
+    colour: str
+
+
 @styled
 def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear") -> Picture:
-    """Curves over the training step; the `log` axis is used where values span more than a factor of 2."""
+    """Curves over the training step; the `log` axis is used if values span more than a factor of 2."""
     figure, axes = panel(title)
     for line in lines:
         name = plottable(line.name)
@@ -101,7 +122,7 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
 
 @styled
 def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
-    """Share of the images that each expert gets, stacked over time; white dashes mark equal shares."""
+    """Each expert's share of the images, stacked over time; white dashes mark equal shares."""
     figure, axes = panel(title)
     n_experts = load_SE.shape[1]
     points = min(300, 3000 // n_experts)
@@ -138,7 +159,7 @@ def sorted_sizes(sizes_M: NDArray[np.int64]) -> Picture:
 
 @styled
 def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
-    """Rows x experts in shades of one colour; names and numbers where there is room, else a colour bar."""
+    """Rows x experts in shades of one colour; names and numbers if there is room, else a colour bar."""
     n_rows, n_columns = share_GE.shape
     roomy = n_rows <= 64 and n_columns <= 12
     figure, axes = panel(title, height=0.85 + 0.2 * n_rows if roomy else 5.0)
@@ -151,7 +172,7 @@ def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
     axes.set_xlabel("expert")
     if roomy:
         mesh.set(edgecolor="white", linewidth=0.6)
-        axes.set_yticks(np.arange(n_rows) + 0.5, [plottable(row, _ROW_NAME) for row in rows], fontsize=9)
+        axes.set_yticks(np.arange(n_rows) + 0.5, [plottable(row, _NAME) for row in rows], fontsize=9)
         for (row, column), share in np.ndenumerate(share_GE):
             if share >= 0.005:
                 ink = "white" if share > 0.55 else _INK
@@ -163,6 +184,52 @@ def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
     led_E = np.bincount(share_GE.argmax(axis=1), minlength=n_columns)
     spread = ", ".join(f"expert {expert} in {rows_led}" for expert, rows_led in enumerate(led_E))
     return svg(figure, f"{title}: heatmap of {n_rows} rows. Largest are {spread}.")
+
+
+@styled
+def error_bars(
+    lines: Sequence[Series], title: str, x: str, unit: str, from_zero: bool = False, ideal: Sequence[Series] = ()
+) -> Picture:
+    """A curve with error bars for each series; dashed lines without error bars for `ideal`.
+
+    Numbers on the horizontal axis are placed to scale, other values (lists, names) side by side.
+    """
+    figure, axes = panel(title)
+    values = list({str(value): value for line in lines for value in line.at_P}.values())
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    place = {str(value): float(value) if numbers else float(i) for i, value in enumerate(values)}
+    for line in lines:
+        x_P = [place[str(value)] for value in line.at_P]
+        error_P = line.deviation_P if line.deviation_P.any() else None
+        name = plottable(line.name) or None
+        axes.errorbar(x_P, line.mean_P, error_P, fmt="o-", ms=4, lw=1.6, capsize=3, color=line.colour, label=name)
+    for line in ideal:
+        x_P = [place[str(value)] for value in line.at_P]
+        axes.plot(x_P, line.mean_P, lw=1.2, ls=(0, (4, 3)), color=line.colour, label=plottable(line.name))
+    _mark(axes, place, values, numbers)
+    if from_zero:
+        top = max(float(np.max(line.mean_P + line.deviation_P)) for line in [*lines, *ideal])
+        axes.set_ylim(0, top * 1.15 or 1)
+    axes.set(xlabel=plottable(x), ylabel=unit)
+    if any(line.name for line in [*lines, *ideal]):
+        axes.legend(loc="best", fontsize=9)
+    course = "; ".join(
+        f"{line.name or title} "
+        + ", ".join(f"{value}: {mean:.4g}" for value, mean in zip(line.at_P, line.mean_P, strict=True))
+        for line in lines
+    )
+    return svg(figure, f"{title} against {x}: {course}.")
+
+
+def _mark(axes: Axes, place: dict[str, float], values: Sequence[Any], numbers: bool) -> None:
+    """Ticks at the values themselves, doublings at equal distances."""
+    places = list(place.values())
+    if numbers and min(places) > 0 and max(places) >= _DOUBLING * min(places):
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_major_formatter(FixedFormatter([plottable(value, _NAME) for value in values]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.08)
 
 
 def colour(index: int) -> str:
@@ -179,10 +246,10 @@ def panel(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure, alt: str) -> Picture:
-    """The figure as a picture of the page; `alt` says in words what it shows."""
+    """The figure as a picture of the page; `alt` describes it in words."""
     drawn = io.BytesIO()
     with warnings.catch_warnings():
-        # The browser draws the text, with fonts of its own.
+        # The browser draws the text with its own fonts.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
     width, height = figure.get_size_inches() * 72
@@ -190,7 +257,7 @@ def svg(figure: Figure, alt: str) -> Picture:
 
 
 def _thin(steps_S: Floats, values_S: Floats, points: int = 300) -> tuple[Floats, Floats]:
-    """Means of equally many neighbouring steps, so that a long run draws about `points` points."""
+    """Means over groups of neighbouring steps, about `points` of them for a long run."""
     stride = ceil(len(steps_S) / points)
     starts = np.arange(0, len(steps_S), stride)
     counts = np.diff([*starts, len(steps_S)])

@@ -4,11 +4,14 @@ Axes: M clusters, N images of the shard set, E experts per layer, G groups of im
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import NamedTuple
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 
 from moce_ds.checkpoint.records import RoutingTable
@@ -17,22 +20,23 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.quality import cluster_report
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
-from moce_ds.report import gallery, plots, routing
-from moce_ds.report.gallery import Card
-from moce_ds.report.page import Chapter, Exhibit, Section
-from moce_ds.report.plots import Line
-from moce_ds.report.routing import Ints, route_name
+from moce_ds.report import plots
+from moce_ds.report.page import Card, Chapter, Exhibit, Section, picture
+from moce_ds.report.plots import Floats, Line
 
 _CLUSTER_CARDS = 24
 _EXPERT_CARDS = 64  # over all layers
 _MOST_CLASSES = 60  # more rows than this are a texture, not a table
 _ROUTES_NAMED = 8
 _PICTURE_SIDE = 1400  # pixels
+_IMAGES_PER_CARD = 8
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images that a run's clusters were made of.
+    """The images of a run's clusters.
 
     Attributes:
         labels_N: position in `classes`, -1 without a class.
@@ -49,10 +53,10 @@ class Images:
         return self.shards.classes
 
     def card(self, title: str, member_ids: Ints, note: str = "") -> Card:
-        """A card of some of `member_ids`, with their number, their commonest class and a note."""
-        main = gallery.main_class(self.labels_N[member_ids], self.classes)
+        """A card of some of `member_ids`, with their number, their most frequent class and a note."""
+        main = main_class(self.labels_N[member_ids], self.classes)
         notes = (f"{len(member_ids):,} images", f"{main.name} {main.share:.0%}" if main.name else "", note)
-        drawn = [gallery.picture(self.shards.decode(i), self._describe(i)) for i in gallery.draw(member_ids)]
+        drawn = [picture(self.shards.decode(i), self._describe(i)) for i in draw(member_ids)]
         return Card(title, " · ".join(part for part in notes if part), drawn)
 
     def _describe(self, image_id: int) -> str:
@@ -61,7 +65,7 @@ class Images:
 
 
 def run_chapter(run: RunFolder) -> Chapter:
-    """All that one run's folder holds, in the order in which one asks about it."""
+    """Everything that a run's folder holds, from the training of its experts to its settings."""
     images, why_not = _open_images(run)
     sections = [
         *_experts(run),
@@ -76,7 +80,7 @@ def run_chapter(run: RunFolder) -> Chapter:
 
 
 def _open_images(run: RunFolder) -> tuple[Images | None, str]:
-    """The run's images, or why they cannot be shown: a report outlives the shard set it is about."""
+    """The run's images, or why they cannot be shown: the shard set may have been deleted since."""
     if run.clusters is None or run.shards is None:
         return None, ""
     try:
@@ -166,13 +170,13 @@ def _gates(run: RunFolder, images: Images | None) -> Iterator[Section]:
 
 
 def _cluster_name(images: Images | None, cluster: int) -> str:
-    name = gallery.main_class(images.labels_N[images.ids_N == cluster], images.classes).name if images else ""
+    name = main_class(images.labels_N[images.ids_N == cluster], images.classes).name if images else ""
     return f"{name} · {cluster}" if name else str(cluster)
 
 
 def _groups(table: RoutingTable, images: Images) -> Iterator[Section]:
-    """Domains, and classes where there are more of them but not too many, against the experts of each block."""
-    domains, domain_N = routing.group_images(images.classes, images.labels_N)
+    """Experts of each block by domain, and by class if there are more classes than domains but not too many."""
+    domains, domain_N = group_images(images.classes, images.labels_N)
     groupings = [("domains", domains, domain_N)] if len(domains) > 1 else []
     if len(domains) < len(images.classes) <= _MOST_CLASSES:
         groupings.append(("classes", images.classes, images.labels_N))
@@ -180,8 +184,8 @@ def _groups(table: RoutingTable, images: Images) -> Iterator[Section]:
         exhibits = []
         for position, layer in enumerate(table.layers):
             expert_N = table.expert_ML[images.ids_N, position]
-            share_GE = routing.shares(routing.count(group_N, expert_N, len(names), table.n_experts))
-            order = routing.row_order(share_GE)
+            share_GE = row_shares(count_by_group(group_N, expert_N, len(names), table.n_experts))
+            order = row_order(share_GE)
             title = f"{what.capitalize()} in block {layer}"
             plot = plots.heatmap(share_GE[order], [names[group] for group in order], title)
             exhibits.append(
@@ -201,7 +205,7 @@ def _cluster_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]
             np.flatnonzero(images.ids_N == cluster),
             f"route\u00a0{route_name(routes[cluster])}" if routes[cluster] else "",
         )
-        for cluster in gallery.choose_clusters(run.clusters.sizes_M, routes, _CLUSTER_CARDS)
+        for cluster in choose_clusters(run.clusters.sizes_M, routes, _CLUSTER_CARDS)
     ]
     text = "Images drawn at random from each cluster, with its size, its commonest class and its route"
     text += f"; {len(cards)} of {m} clusters, the largest of each route first." if len(cards) < m else "."
@@ -230,11 +234,77 @@ def _reconstruction(run: RunFolder) -> Iterator[Section]:
     if run.reconstruction is None:
         return
     with Image.open(run.reconstruction) as opened:
-        picture = gallery.picture(opened, f"Reconstructions of run {run.name}", _PICTURE_SIDE, quality=92)
-    scale = max(1, min(720 // picture.width, 640 // picture.height))
+        shown = picture(opened, f"Reconstructions of run {run.name}", _PICTURE_SIDE, quality=92)
+    scale = max(1, min(720 // shown.width, 640 // shown.height))
     step = int(run.reconstruction.stem.removeprefix("step-"))
     caption = (
         f"From left to right: input, masked input, and the input with its hidden patches filled in, at step {step:,}. "
         "Filled patches are shown at the true patch's mean and contrast, which the model does not predict."
     )
-    yield Section("Reconstructions", exhibits=[Exhibit(picture, caption, scale)])
+    yield Section("Reconstructions", exhibits=[Exhibit(shown, caption, scale)])
+
+
+def route_name(route: Sequence[int]) -> str:
+    """A route for display: `1→3` is expert 1 in the first expert layer, 3 in the second."""
+    return "→".join(str(expert) for expert in route)
+
+
+def draw(member_ids: Ints) -> list[int]:
+    """`_IMAGES_PER_CARD` random members, or all if there are fewer; deterministic."""
+    drawn = np.random.default_rng(0).permutation(member_ids)[:_IMAGES_PER_CARD]
+    return sorted(drawn.tolist())
+
+
+def choose_clusters(sizes_M: Ints, routes: Sequence[tuple[int, ...]], limit: int) -> list[int]:
+    """At most `limit` clusters, sorted by route: the largest of every route first, then the second largest, ..."""
+    largest_first = np.argsort(-sizes_M, kind="stable").tolist()
+    by_route = [[cluster for cluster in largest_first if routes[cluster] == route] for route in sorted(set(routes))]
+    in_turn = [cluster for rank in zip_longest(*by_route) for cluster in rank if cluster is not None]
+    chosen = [cluster for cluster in in_turn if sizes_M[cluster] > 0][:limit]
+    return sorted(chosen, key=lambda cluster: (routes[cluster], -sizes_M[cluster], cluster))
+
+
+class MainClass(NamedTuple):
+    """The most frequent class of some images, and its share; no name without labels."""
+
+    name: str
+    share: float
+
+
+def main_class(labels_N: Ints, classes: Sequence[str]) -> MainClass:
+    """The `MainClass` of images with these labels; -1: no label."""
+    count_K = np.bincount(labels_N[labels_N >= 0], minlength=len(classes))
+    if not count_K.any():
+        return MainClass("", 0.0)
+    return MainClass(classes[int(count_K.argmax())], float(count_K.max() / len(labels_N)))
+
+
+def domain_of(class_name: str) -> str:
+    """First component of a class's path: `digits/3` is of the domain `digits`."""
+    return class_name.split("/", 1)[0]
+
+
+def group_images(classes: Sequence[str], labels_N: Ints) -> tuple[list[str], Ints]:
+    """Domains, and the domain of each image, int64 [N]; -1 for images without a label."""
+    domains = sorted({domain_of(name) for name in classes})
+    domain_K = np.array([domains.index(domain_of(name)) for name in classes] + [-1], np.int64)
+    return domains, domain_K[labels_N]
+
+
+def count_by_group(group_N: Ints, column_N: Ints, n_groups: int, n_columns: int) -> Ints:
+    """Images by group and column (cluster or expert), int64 [G, columns]; group -1 is left out."""
+    table = np.zeros((n_groups, n_columns), np.int64)
+    known_N = group_N >= 0
+    np.add.at(table, (group_N[known_N], column_N[known_N]), 1)
+    return table
+
+
+def row_shares(count_GE: Ints) -> Floats:
+    """Each row divided by its sum; an empty row stays zero."""
+    return count_GE / np.maximum(count_GE.sum(axis=1, keepdims=True), 1)
+
+
+def row_order(share_GE: Floats) -> list[int]:
+    """Rows sorted by their largest column, the purest first, so that blocks show."""
+    favourite_G = share_GE.argmax(axis=1)
+    return sorted(range(len(share_GE)), key=lambda g: (favourite_G[g], -share_GE[g].max(), g))

@@ -14,7 +14,7 @@ import numpy as np
 from moce_ds.artefacts.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.report import plots
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table
-from moce_ds.report.study_plots import Series, error_bars
+from moce_ds.report.plots import Series, error_bars
 from moce_ds.storage.files import atomic_file, writes_to
 from moce_ds.text import counted
 
@@ -23,7 +23,7 @@ THROUGHPUT, MEMORY = "images_per_second", "peak_memory"
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown: divided by `per`, so that it comes in `unit`, with so many decimals."""
+    """How a measure is shown: divided by `per`, which gives it in `unit`, with a number of decimals."""
 
     title: str
     unit: str
@@ -63,7 +63,7 @@ _MEASURES = {
 
 
 def measure_of(name: str) -> Measure:
-    """How a measure is shown; tasks and held-out images have names of their own, another version its own measures."""
+    """How a measure is shown. The name may contain a task or held-out images, or be unknown (of another version)."""
     if name.startswith("probe "):
         task = name.removeprefix("probe ")
         return Measure(f"Probe, {task}", "top-1, %", 0.01, 1, False, "Test accuracy of a linear classifier.")
@@ -75,13 +75,13 @@ def measure_of(name: str) -> Measure:
 
 
 def study_chapters(study: StudyFolder) -> list[Chapter]:
-    """All that a study says, as far as it has come."""
+    """The chapters about a study in its present state."""
     points = study.points
     return [*_curves(study, points), *_scaling(study, points), *_table(study, points), *_unfinished(study)]
 
 
 def study_summary(study: StudyFolder) -> str:
-    """How far the study is, and what it varies."""
+    """The progress of the study, and what it varies."""
     done = sum(cell.state == "done" for cell in study.cells)
     varied = {key: list({str(cell.at.get(key)): None for cell in study.cells}) for key in study.keys}
     grid = " · ".join(f"{key}: {', '.join(values)}" for key, values in varied.items())
@@ -90,11 +90,11 @@ def study_summary(study: StudyFolder) -> str:
 
 STUDY_TABLE = "study.csv"
 TABLE_MARK = b"cell,state,"
-"""How every such file begins."""
+"""The beginning of every such file."""
 
 
 def write_csv(study: StudyFolder, path: Path) -> None:
-    """One line a cell: its name, state, keys, processes, machines, seconds, and all measures in SI units."""
+    """One line per cell: name, state, keys, processes, machines, seconds, and all measures in SI units."""
     columns = ["cell", "state", *(key for key in study.keys if key not in LAUNCH_KEYS), *LAUNCH_KEYS, "seconds"]
     with (
         writes_to(path),
@@ -108,7 +108,7 @@ def write_csv(study: StudyFolder, path: Path) -> None:
 
 
 def _curves(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
-    """Every measure against `x`; how speed depends on the number of processes has a chapter of its own."""
+    """Every measure against `x`; the dependence of speed on the number of processes has its own chapter."""
     x = study.x
     if x is None or x in LAUNCH_KEYS or not points:
         return
@@ -140,17 +140,14 @@ def _seeds(points: Sequence[Point]) -> str:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Points of rising numbers of processes with the same work in all (strong) or for each (weak).
-
-    `ideal_P` is the first point's throughput times as many times the processes.
-    """
+    """Points with increasing numbers of processes and the same work in total (strong) or per process (weak)."""
 
     name: str
     points: list[Point]
 
     @property
     def ideal_P(self) -> list[float]:
-        """Throughput in proportion to the processes, from that of the first point."""
+        """Throughput in proportion to the processes, extrapolated from the first point."""
         base = self.points[0]
         return [self.throughput_P[0][0] * point.world_size / base.world_size for point in self.points]
 
@@ -161,7 +158,7 @@ class Scaling:
 
 
 def scalings(study: StudyFolder, points: Sequence[Point]) -> list[Scaling]:
-    """Strong and weak scaling, wherever points of several numbers of processes are alike in all else."""
+    """Strong and weak scaling of points that differ only in the number of processes."""
     keys = [key for key in study.keys if key not in (SEED, BATCH, *LAUNCH_KEYS)]
     work: dict[str, Callable[[Point], Any]] = {
         "strong": lambda point: point.batch_size,
@@ -242,13 +239,13 @@ def _table(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
 
 def _unfinished(study: StudyFolder) -> Iterator[Chapter]:
     rows = [
-        [Cell(cell.name), Cell(cell.state), Cell(cell.told.strip().rsplit("\n", 1)[-1])]
+        [Cell(cell.name), Cell(cell.state), Cell(cell.message.strip().rsplit("\n", 1)[-1])]
         for cell in study.cells
         if cell.state != "done"
     ]
     rows += [[Cell(name), Cell("waiting"), Cell("")] for name in study.waiting]
     if rows:
         table = Table(
-            ["cell", "state", "last line of its log"], rows, "The command of the study goes on with these.", 3
+            ["cell", "state", "last line of its log"], rows, "Rerun the command of the study to continue with these.", 3
         )
         yield Chapter("Not finished", "unfinished", [Section("", tables=[table])])

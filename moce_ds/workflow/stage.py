@@ -258,7 +258,7 @@ class StageFile:
         found = PipelineStageRecord.read(self.path)
         if found is None:
             return None
-        return StageRecord(found.made_from, found.state, found.at, found.seconds, found.told)
+        return StageRecord(found.made_from, found.state, found.at, found.seconds, found.message)
 
     def write(self, record: StageRecord) -> None:
         """As `RecordFile`."""

@@ -190,7 +190,7 @@ class CellFile:
             {"evaluations": found.evaluations},
             found.state,
             seconds=found.seconds,
-            message=found.told,
+            message=found.message,
             measures=dict(found.measures),
         )
 

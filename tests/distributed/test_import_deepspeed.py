@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tiny_run import CLUSTERS, EXPERT_LAYERS, TinyData, tiny_settings
 from torch import Tensor
 
+from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load
@@ -32,7 +33,6 @@ from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.layer import ClusterMoE
-from moce_ds.report import inspection
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.files import copy_tree, read_json
 from moce_ds.training.import_deepspeed import import_native

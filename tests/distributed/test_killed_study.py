@@ -82,7 +82,7 @@ def test_a_killed_study_is_finished_by_the_same_command(tiny_data: TinyData, tas
         assert re.search(rf"cell {number} of 3 {cell.name} {how} \d+ s", output), output
     assert "2 of 3 cells done" in output
     assert f"ERROR: cell {failing.name} failed (log: {failing.log}" in output and "experts.k=1 and no shared" in output
-    assert record_of(failing).state == "failed" and "no shared expert" in record_of(failing).told
+    assert record_of(failing).state == "failed" and "no shared expert" in record_of(failing).message
     assert [len(read_metrics(cell.run / "metrics.jsonl")) for cell in (four, failing, two)] == [STEPS] * 3
     check_measures(record_of(four), record_of(two))
 

@@ -21,10 +21,9 @@ from PIL import Image
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.report import gallery, routing
-from moce_ds.report.build import build_report
+from moce_ds.report import run_chapter
+from moce_ds.report.build import build_report, read_runs
 from moce_ds.report.plots import Line, curves
-from moce_ds.report.runs import read_runs
 from tests.examples.study_folder import make_study
 
 SECTIONS = (
@@ -275,7 +274,7 @@ def test_order_keeps_equal_routes_together(table: RoutingTable) -> None:
 @given(table=routings(), limit=st.integers(1, 12), seed=st.integers(0, 9))
 def test_chosen_clusters_cover_the_routes(table: RoutingTable, limit: int, seed: int) -> None:
     sizes_M = np.random.default_rng(seed).integers(1, 50, len(table.routes))
-    chosen = gallery.choose_clusters(sizes_M, table.routes, limit)
+    chosen = run_chapter.choose_clusters(sizes_M, table.routes, limit)
     assert len(chosen) == len(set(chosen)) == min(limit, len(sizes_M))
     if limit >= len(set(table.routes)):
         largest = {max(sizes_M[c] for c in range(len(sizes_M)) if table.routes[c] == r) for r in set(table.routes)}
@@ -283,12 +282,12 @@ def test_chosen_clusters_cover_the_routes(table: RoutingTable, limit: int, seed:
 
 
 def test_images_are_counted_by_group_and_expert() -> None:
-    domains, domain_N = routing.group_images(["b/x", "a", "b/y"], np.array([0, 1, 2, -1, 2]))
+    domains, domain_N = run_chapter.group_images(["b/x", "a", "b/y"], np.array([0, 1, 2, -1, 2]))
     assert domains == ["a", "b"]
     assert domain_N.tolist() == [1, 0, 1, -1, 1]
-    table_GE = routing.count(domain_N, np.array([0, 2, 0, 0, 1]), 2, 3)
+    table_GE = run_chapter.count_by_group(domain_N, np.array([0, 2, 0, 0, 1]), 2, 3)
     assert table_GE.tolist() == [[0, 0, 1], [2, 1, 0]]
-    assert routing.row_order(routing.shares(table_GE)) == [1, 0]
+    assert run_chapter.row_order(run_chapter.row_shares(table_GE)) == [1, 0]
 
 
 def test_no_horizontal_scrolling_on_a_telephone(page: Page, tmp_path: Path) -> None:

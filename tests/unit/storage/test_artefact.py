@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_ds.artefacts.kinds import KINDS
+from moce_ds.artefacts.inspection import KINDS
 from moce_ds.artefacts.pipeline_folder import PipelineFolder
 from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.format import Checkpoint, step_folder

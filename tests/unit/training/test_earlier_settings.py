@@ -20,7 +20,7 @@ from moce_ds.config.settings import completed, differences, from_tree, keys, loa
 from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import VARIANTS
-from moce_ds.report.runs import read_runs
+from moce_ds.report.build import read_runs
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import PretrainSettings, settings_of_run
 from moce_ds.workflow.study_grid import StudySettings, cells_of
