@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from moce_ds.config.families import MOCE, SDR, TOKEN_MOE, Family, family_of_settings
-from moce_ds.config.settings import NonNegative, OpenShare, Positive, Share, option, settings
+from moce_ds.config.settings import NonNegative, OpenShare, Positive, PositiveFloat, Share, option, settings
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 
 
@@ -30,7 +30,7 @@ class ModelSettings:
     width: Positive | None = option(None, "width of the encoder")
     depth: Positive | None = option(None, "blocks of the encoder")
     heads: Positive | None = option(None, "attention heads")
-    mlp_ratio: Annotated[float, Field(gt=0)] | None = option(None, "ratio of an MLP's hidden width to the width")
+    mlp_ratio: PositiveFloat | None = option(None, "ratio of an MLP's hidden width to the width")
     decoder_width: Positive = option(512, "width of the decoder")
     decoder_depth: Positive = option(8, "blocks of the decoder")
     decoder_heads: Positive = option(16, "attention heads of the decoder")
@@ -76,7 +76,7 @@ class ExpertSettings:
         "prob: y = p E(x), the paper's; straight_through: y = E(x), with the gradient of log p (moce)",
     )
     shared_expert: bool = option(False, "y = p E(x) + (1 - p) E_shared(x); needs combine=prob (moce)")
-    gate_temperature: Annotated[float, Field(gt=0)] = option(1.0, "divides the gate's logits (moce)")
+    gate_temperature: PositiveFloat = option(1.0, "divides the gate's logits (moce)")
     gate_noise: NonNegative = option(1.0, "noise on the logits in training, times 1/E (moce)")
     gate_init: NonNegative = option(1.0, "initial standard deviation of the gate's logits (moce)")
     gate_lr_scale: NonNegative = option(1.0, "learning rate of the gate relative to the base rate (moce, token_moe)")

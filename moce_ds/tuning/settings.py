@@ -11,14 +11,23 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.settings import Beta, CropShare, NonNegative, OpenShare, Positive, Share, option, settings
+from moce_ds.config.settings import (
+    Beta,
+    CropShare,
+    NonNegative,
+    OpenShare,
+    Positive,
+    PositiveFloat,
+    Share,
+    option,
+    settings,
+)
 from moce_ds.data.image_file import MAX_PIXELS
 from moce_ds.evaluation.settings import Metric
 from moce_ds.training.settings import EngineSettings, OptimSettings
 
 LayerDecay = Annotated[float, Field(gt=0, le=1)]
 RandAugment = Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|w|t)\d+(\.\d+)?)*$")]
-Scale = Annotated[float, Field(gt=0)]
 SmallShare = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -26,15 +35,15 @@ SmallShare = Annotated[float, Field(ge=0, lt=1)]
 class TuneOptimSettings(OptimSettings):
     """The settings of pre-training, with the defaults of MAE's fine-tuning of a ViT-B on ImageNet."""
 
-    epochs: Annotated[float, Field(gt=0)] = option(100, "passes over the training images")
+    epochs: PositiveFloat = option(100, "passes over the training images")
     batch_size: Positive = option(256, "images per step over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(5e-4, "learning rate of the head per 256 images")
+    base_lr: PositiveFloat = option(5e-4, "learning rate of the head per 256 images")
     min_lr: NonNegative = option(1e-6, "final learning rate")
     warmup_epochs: NonNegative = option(5, "epochs of linear warm-up")
     betas: tuple[Beta, Beta] = option((0.9, 0.999), "AdamW betas")
     layer_decay: LayerDecay = option(0.65, "ratio of the learning rates of consecutive blocks; 1: all equal")
     ema: SmallShare = option(0.0, "decay of a running average of the weights; 0: none")
-    validate_every: Annotated[float, Field(gt=0)] = option(
+    validate_every: PositiveFloat = option(
         5, "epochs between validations, if there is a validation split; the best weights are kept"
     )
 
@@ -103,7 +112,7 @@ class BackboneSettings:
     window: Annotated[int, Field(ge=0)] = option(
         0, "tokens along an attention window, except for four global blocks; 0: all blocks are global"
     )
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = option(0.1, "stochastic depth: drop probability of the last block")
+    drop_path: SmallShare = option(0.1, "stochastic depth: drop probability of the last block")
     frozen: bool = option(False, "train only the pyramid and the heads")
 
 
@@ -112,7 +121,9 @@ class DenseDataSettings(TuneDataSettings):
     encoder: Path = option(help="encoder folder from `moce export`, a dense run, or a .pth file of the public MAE")
     val: Path | None = option(None, "validation split, in the format of data.train, for the best weights")
     test: Path | None = option(None, "split of the final measures; null: the validation split")
-    scale: tuple[Scale, Scale] = option((0.5, 2.0), "size of an image in training relative to the canvas")
+    scale: tuple[PositiveFloat, PositiveFloat] = option(
+        (0.5, 2.0), "size of an image in training relative to the canvas"
+    )
     flip: bool = option(True, "mirror images at random")
     max_pixels: Positive = option(
         MAX_PIXELS, "maximum pixels of an image; a larger one may be a decompression bomb", may_change=True
@@ -137,8 +148,8 @@ class DenseSettings(TuneSettings):
 class DetectorSettings(BackboneSettings):
     proposals: Positive = option(1000, "proposals per image")
     samples: Positive = option(512, "proposals per image that train the heads")
-    anchor: Annotated[float, Field(gt=0)] = option(8.0, "side of an anchor relative to the stride of its map")
-    least_score: Annotated[float, Field(ge=0, lt=1)] = option(0.05, "minimum score of a detection")
+    anchor: PositiveFloat = option(8.0, "side of an anchor relative to the stride of its map")
+    least_score: SmallShare = option(0.05, "minimum score of a detection")
 
 
 @settings
@@ -148,7 +159,9 @@ class DetectDataSettings(DenseDataSettings):
     eval_images: Path | None = option(
         None, "folder of the validation and test images; null: that of the training images"
     )
-    scale: tuple[Scale, Scale] = option((0.1, 2.0), "size of an image in training relative to the canvas")
+    scale: tuple[PositiveFloat, PositiveFloat] = option(
+        (0.1, 2.0), "size of an image in training relative to the canvas"
+    )
 
 
 @settings
@@ -156,7 +169,7 @@ class DetectOptimSettings(TuneOptimSettings):
     """The defaults of ViTDet for a ViT-B on COCO."""
 
     batch_size: Positive = option(64, "images per step over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(4e-4, "learning rate of the head per 256 images")
+    base_lr: PositiveFloat = option(4e-4, "learning rate of the head per 256 images")
     warmup_epochs: NonNegative = option(0.15, "epochs of linear warm-up")
     weight_decay: NonNegative = option(0.1, "AdamW weight decay, on matrices only")
     layer_decay: LayerDecay = option(0.7, "ratio of the learning rates of consecutive blocks; 1: all equal")
@@ -192,9 +205,9 @@ class SegmentDataSettings(DenseDataSettings):
 class SegmentOptimSettings(TuneOptimSettings):
     """The defaults of MAE's segmentation with a ViT-B on ADE20K."""
 
-    epochs: Annotated[float, Field(gt=0)] = option(127, "passes over the training images")
+    epochs: PositiveFloat = option(127, "passes over the training images")
     batch_size: Positive = option(16, "images per step over all processes")
-    base_lr: Annotated[float, Field(gt=0)] = option(1.6e-3, "learning rate of the head per 256 images")
+    base_lr: PositiveFloat = option(1.6e-3, "learning rate of the head per 256 images")
     warmup_epochs: NonNegative = option(1.2, "epochs of linear warm-up")
     layer_decay: LayerDecay = option(0.65, "ratio of the learning rates of consecutive blocks; 1: all equal")
 
