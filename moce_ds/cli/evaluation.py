@@ -42,23 +42,18 @@ def select(
 ) -> None:
     """Find the route through the experts of RUN that serves a task's images best, and report how typical they are."""
     from moce_ds.data.task_images import opened_images
-    from moce_ds.evaluation.results_file import add_record, check_results, known_by
+    from moce_ds.evaluation.results_file import add_record, known_by
     from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, export_requested, summary
-    from moce_ds.export.routes import routes_of
+    from moce_ds.export.request import summary
+    from moce_ds.export.routes import choose_selected, routes_of
     from moce_ds.export.select import run_clusters, select_route
     from moce_ds.export.selection_report import selection_report, write_picture
-    from moce_ds.export.write import check_free
+    from moce_ds.export.write import export_route
     from moce_ds.models.encode import EncodeSettings
-    from moce_ds.storage.files import PICTURE_MARK, check_output
 
     config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or task_of(data)
-    if out:
-        check_free(out, replace)
-    if picture:
-        check_output(picture, "a picture", PICTURE_MARK)
-    check_results(results)
-    checkpoint, _ = run_clusters(run)
+    _check_outputs(out, replace, picture, results)
+    checkpoint, clusters = run_clusters(run)
     run = checkpoint.folder  # fixed to one step, even if the run is still training
     with opened_images(data) as images:
         selection, fingerprint = select_route(run, images, config, _device()), images.fingerprint
@@ -66,11 +61,24 @@ def select(
         if picture:
             note = write_picture(picture, images, name, selection, checkpoint)
             say(f"{picture}: written. {note or ''}".rstrip())
-    add_record(results, selection.record(name) | known_by(checkpoint, fingerprint))
+    record = selection.record(name)
+    add_record(results, record | known_by(checkpoint, fingerprint))
     if out:
-        wanted = Request(data=data)
-        for folder, made in export_requested(run, out, wanted, target, config, _device(), name, replace, selection):
-            say(summary(folder, made))
+        experts = choose_selected(checkpoint, selection)
+        say(summary(out, export_route(checkpoint, clusters, experts, out, {"votes": record}, target, replace)))
+
+
+def _check_outputs(out: Path | None, replace: bool, picture: Path | None, results: Path | None) -> None:
+    """Refuse, before any image is read, outputs that cannot be written. Raises ConfigError and ArtefactError."""
+    from moce_ds.evaluation.results_file import check_results
+    from moce_ds.export.write import check_free
+    from moce_ds.storage.files import PICTURE_MARK, check_output
+
+    if out:
+        check_free(out, replace)
+    if picture:
+        check_output(picture, "a picture", PICTURE_MARK)
+    check_results(results)
 
 
 @click.command(cls=Verb, settings="moce_ds.models.settings:EncodeSettings")

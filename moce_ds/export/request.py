@@ -60,7 +60,6 @@ def export_requested(
     device: torch.device,
     task: str | None,
     replace: bool = False,
-    selection: Selection | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write the requested exports; yields every folder with its provenance.
 
@@ -69,7 +68,6 @@ def export_requested(
     Args:
         task: the name of the task of `request.data`.
         replace: replace an earlier export.
-        selection: the vote of those images, if it has been counted already.
 
     Raises:
         ConfigError: the options do not match the run, or `out` exists.
@@ -85,7 +83,7 @@ def export_requested(
     if request.all:
         yield from _export_all(checkpoint, clusters, out, format)
         return
-    selection = selection or _selection(run, request.data, config, device)
+    selection = _selection(run, request.data, config, device)
     votes = {"votes": selection.record(task or "")} if selection else {}
     selected = _selected_experts(checkpoint, request, selection)
     yield out, export_route(checkpoint, clusters, selected, out, votes, format, replace)

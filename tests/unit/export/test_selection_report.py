@@ -8,18 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.data.shards import ShardSet
-from moce_ds.export.formats.registry import find_format
-from moce_ds.export.request import Request, export_requested
 from moce_ds.export.select import Selection, Typicality, count_votes
 from moce_ds.export.selection_report import draw_by_votes, selection_report, write_picture
-from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.vit import load_encoder
 from tests.examples.moce_command import Said, refused, run_here
 
@@ -100,16 +96,6 @@ def test_a_picture_replaces_one_of_its_own_alone(selected: tuple[Said, Path], ti
     assert "photograph.png exists and is not a picture of this program" in refused(*words, out / "photograph.png")
     assert (out / "photograph.png").read_bytes() == before
     assert run_here(*words, out / "digits.png").status == 0
-
-
-def test_the_export_goes_on_from_the_votes_without_the_images(tiny_moce_run: MoceRun, tmp_path: Path) -> None:
-    run = tiny_moce_run()
-    selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))
-    asked, target = Request(data=tmp_path / "gone"), find_format("timm", "encoder")
-    cpu = torch.device("cpu")
-    made = export_requested(run, tmp_path / "out", asked, target, EncodeSettings(), cpu, "birds", selection=selection)
-    ((_, provenance),) = made
-    assert provenance["votes"] == selection.record("birds") and tuple(provenance["route"]) == selection.route
 
 
 def test_what_cannot_be_exported_is_refused_before_images_are_read(tiny_moce_run: MoceRun, tmp_path: Path) -> None:
