@@ -22,11 +22,14 @@ class ReadList:
     ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
 
+    def __getitem__(self, places: slice) -> "ReadList":
+        """The images at some places."""
+        return ReadList(self.ids[places], self.epochs[places])
+
     def part(self, rank: int, world_size: int) -> "ReadList":
         """The consecutive part of one rank: [G] -> [G / world_size]."""
         size = len(self.ids) // world_size
-        window = slice(rank * size, (rank + 1) * size)
-        return ReadList(self.ids[window], self.epochs[window])
+        return self[rank * size : (rank + 1) * size]
 
 
 @dataclass(frozen=True)

@@ -261,9 +261,9 @@ def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_s
     """Neighbours: what was to replace the one is itself replaced."""
     for image_id in bad:
         make_undecodable(copy, image_id)
-    sampler, crop, input = ShuffledSampler(60, 4, seed=1), RandomCrop(1), ImageInput(16)
-    damaged = loader(ShardSet.open(copy), sampler.batch, 30, crop, input, 4)
-    intact = loader(ShardSet.open(tiny_shards), sampler.batch, 30, crop, input, 4)
+    sampler, crop, input = ShuffledSampler(60, 5, seed=1), RandomCrop(1), ImageInput(16)
+    damaged = loader(ShardSet.open(copy), sampler.batch, 24, crop, input, 5)
+    intact = loader(ShardSet.open(tiny_shards), sampler.batch, 24, crop, input, 5)
     in_place_of = {7: 9 if 8 in bad else 8, 8: 9, 59: 1, 0: 1}
     for batch, whole in zip(damaged, intact, strict=True):
         np.testing.assert_array_equal(batch.wanted_B, whole.ids_B)
@@ -271,6 +271,16 @@ def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_s
         same = batch.ids_B == batch.wanted_B
         assert torch.equal(batch.images_BCHW[same], whole.images_BCHW[same])
     assert damaged.replaced == dict.fromkeys(bad, 2)  # once an epoch
+
+
+def test_an_undecodable_image_among_many_does_not_crash_the_process(copy: Path) -> None:
+    """DALI's decoder would, in a batch of this size, if the header cannot be read."""
+    make_undecodable(copy, 7)
+    ids_B = np.arange(256) % 60
+    batches = loader(
+        ShardSet.open(copy), lambda k: ReadList(ids_B, ids_B * 0 + k), 3, RandomCrop(1), ImageInput(16), 256
+    )
+    assert [set(batch.ids_B[batch.wanted_B == 7]) for batch in batches] == [{8}] * 3
 
 
 @pytest.mark.parametrize(
