@@ -162,7 +162,7 @@ def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Run
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
-    """Load the weights and moments of a checkpoint into an engine, whatever topology wrote it.
+    """Load the weights and moments of a checkpoint into an engine, for any topology that wrote it.
 
     Raises:
         ArtefactError: a file is damaged, or the parameters are not those of the model; they are named.

@@ -340,7 +340,7 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     A checkpoint of the same step is moved aside first and removed last.
 
     Raises:
-        ArtefactError: the manifest cannot be written, or the draft has gone.
+        ArtefactError: the manifest cannot be written, or the draft is missing.
     """
     replaced = final.with_name(f".{final.name}.replaced")
     with writes_to(final):

@@ -1,4 +1,4 @@
-"""A run folder, of pre-training or of tuning: its paths, what it holds, and whether all of it is as it was written.
+"""A run folder, of pre-training or of tuning: its paths and content, and the verification of its files.
 
     run/
       config.yaml          the settings; its presence makes the folder a run
@@ -197,7 +197,7 @@ class RunFolder:
         return {"last record": f"step {last['step']}, loss {loss}"}
 
     def verify(self) -> Findings:
-        """Everything in the folder that is not as it was written; reads all of it."""
+        """Everything in the folder that differs from what was written; reads all of it."""
         run = self.path
         checkpoints, found = _verified_checkpoints(run)
         newest = checkpoints[-1].manifest if checkpoints else {}
@@ -309,7 +309,7 @@ def result_text(run: Path, record: dict[str, Any]) -> str:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """The result of a complete run, whose model is there as it was measured.
+    """The result of a complete run, after a check that the files of its model are those that were measured.
 
     Raises:
         ArtefactError: the result or a file of the model is missing or damaged.
@@ -323,7 +323,7 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def _result_measures(run: Path) -> dict[str, float]:
-    """The measures of a complete run, whatever has become of its model; none before. Raises ArtefactError."""
+    """The measures of a complete run, without a check of its model; empty before. Raises ArtefactError."""
     return dict(_read_result(run)["measures"]) if (run / RESULT).exists() else {}
 
 

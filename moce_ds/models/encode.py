@@ -68,7 +68,7 @@ def encode(
     A damaged image is an error here, not replaced, because a feature must belong to its image.
 
     Raises:
-        DataError: an image is not as it was written.
+        DataError: an image is damaged.
     """
     sampler = SequentialSampler(ids.start, ids.stop, config.batch_size)
     loader = Loader(

@@ -69,7 +69,7 @@ class Split:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Number of images, N."""
         return len(self.ids_N)
 
     def part(self, chosen_N: NDArray[np.bool_]) -> "Split":

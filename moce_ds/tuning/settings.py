@@ -177,7 +177,7 @@ class DetectOptimSettings(TuneOptimSettings):
 
 @settings
 class DetectSettings(DenseSettings):
-    """All settings of a run."""
+    """Settings of `moce detect`."""
 
     data: DetectDataSettings
     model: DetectorSettings = dataclasses.field(default_factory=DetectorSettings)
@@ -214,7 +214,7 @@ class SegmentOptimSettings(TuneOptimSettings):
 
 @settings
 class SegmentSettings(DenseSettings):
-    """All settings of a run."""
+    """Settings of `moce segment`."""
 
     data: SegmentDataSettings
     model: SegmenterSettings = dataclasses.field(default_factory=SegmenterSettings)
