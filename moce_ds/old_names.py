@@ -105,6 +105,7 @@ MOVED: dict[str, str] = {
     "moce_ds.transfer.frozen": "moce_ds.evaluation.frozen_features",
     "moce_ds.transfer.lars": "moce_ds.evaluation.probe",
     "moce_ds.transfer.linear": "moce_ds.evaluation.probe",
+    "moce_ds.transfer.protocol_verbs": "moce_ds.workflow.verbs",
     "moce_ds.transfer.results": "moce_ds.evaluation.results_file",
     "moce_ds.transfer.selection_picture": "moce_ds.export.selection_report",
     "moce_ds.transfer.subjects": "moce_ds.workflow.transfer_models",
