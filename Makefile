@@ -1,8 +1,8 @@
-# `make help` lists what there is. Everything installs itself into .venv first.
+# `make help` lists the targets. They install the package into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# DALI and faiss come for a CPU, or for the CUDA version that the driver reports.
+# DALI and faiss for a CPU, or for the CUDA version that the driver reports.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
 EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
 DEMO ?=
@@ -28,14 +28,14 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: fewer epochs)
 	$(BIN)/python -m moce_ds.workflow.demo $(DEMO)
 
-test: install  ## all tests (TESTS=tests/unit for some), one worker a core (JOBS=1: in one process)
+test: install  ## all tests (TESTS=tests/unit for some), one worker per core (JOBS=1: in one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n $(patsubst 1,0,$(JOBS)) --maxprocesses 8 --dist loadgroup \
 		--no-loadscope-reorder $(TESTS)
 
 test-slurm: install  ## tests on real SLURM clusters of four nodes on this machine (Debian, as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -n $(patsubst 1,0,$(CLUSTERS)) --dist worksteal tests/slurm
 
-soak: install  ## kill a run KILLS=200 times at random; it must end as one left alone
+soak: install  ## kill a run KILLS=200 times at random; its result must equal that of an uninterrupted run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
 
 check: install  ## format, lint, types, house rules, import rules

@@ -1,4 +1,4 @@
-"""Queue a verb as a job of SLURM, as `moce launch slurm`.
+"""Queue a verb as a SLURM job, as `moce launch slurm`.
 
 python launchers/slurm.py PROFILE.yaml pretrain CONFIG.yaml
 """

@@ -1,4 +1,4 @@
-"""Run a grid of pre-trainings and evaluate each, as `moce study`.
+"""Run and evaluate a grid of pre-training runs, as `moce study`.
 
 python launchers/study.py STUDY.yaml
 """

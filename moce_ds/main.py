@@ -19,17 +19,17 @@ def moce(verbose: bool, quiet: bool) -> None:
 
     \b
     The stages, in order:
-      shards    images -> tar shards            select    which expert serves a task
+      shards    images -> tar shards            select    the expert for a task
       pretrain  a dense MAE (arch=mae)          export    that expert as a dense ViT
       features  its features of every image     knn       accuracy without training
       cluster   features -> clusters            probe     accuracy of a linear classifier
       pretrain  the experts (arch=moce)         finetune  train encoder and classifier
                                                 report    one HTML page of a run
 
-    `pipeline` runs them all. Before a long run, `plan` says what it would take on other machines; `study` runs many, to
-    compare them.
+    `pipeline` runs all stages. `plan` predicts time and memory of a run on other machines. `study` runs and compares a
+    grid of runs.
 
-    Results go to standard output, all else to standard error.
+    Results go to standard output, everything else to standard error.
     """
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet exclude each other.")

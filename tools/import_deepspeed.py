@@ -19,11 +19,11 @@ PATH = click.Path(path_type=Path)
 @click.argument("out", type=PATH)
 @click.argument("words", nargs=-1, metavar="[key=value ...]")
 @click.option("--config", "settings", type=PATH, required=True, help="config.yaml of the run that made the model.")
-@click.option("--tag", default=None, help="Which checkpoint in DIR (default: the one that DIR/latest names).")
+@click.option("--tag", default=None, help="Name of the checkpoint in DIR (default: the one that DIR/latest names).")
 def main(folder: Path, out: Path, words: Sequence[str], settings: Path, tag: str | None) -> None:
     """Turn DIR, written by DeepSpeed's engine.save_checkpoint, into the run folder OUT.
 
-    Only weights are taken. Nothing in the files of DIR is executed: what holds more than tensors and plain values is
+    Only weights are taken. Nothing in the files of DIR is executed: a file with anything but tensors and plain values is
     refused. Settings that have changed since, such as experts.clusters, are given as key=value.
     """
     native = import_native(folder, out, configuration.load(PretrainSettings, settings, words), tag)

@@ -15,7 +15,7 @@ from moce_ds.data.sources.miniature import Material, write_miniature
 @click.option("--side", default=128, show_default=True, type=click.IntRange(16), help="Side of a picture, pixels.")
 @click.option("--train", default=1000, show_default=True, type=click.IntRange(1), help="Pictures to train on.")
 @click.option("--val", default=200, show_default=True, type=click.IntRange(1), help="Pictures to validate on.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of everything random.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Random seed.")
 def main(out: Path, photographs: Path | None, side: int, train: int, val: int, seed: int) -> None:
     """Write OUT/train and OUT/val, each with images/, instances.json (COCO) and annotations/ (ADE20K)."""
     material = Material.from_debian(photographs) if photographs else Material.from_packages()

@@ -104,9 +104,9 @@ def _lists_kinds(command: Any) -> Any:
 @_kind
 @click.argument("words", nargs=-1, metavar=SETTINGS)
 def show_settings(kind: str, words: Sequence[str]) -> None:
-    """Print the settings of KIND with all bases merged, and where each value is from.
+    """Print the settings of KIND with all bases merged and the origin of each value.
 
-    The output is a YAML file: it can be kept and read again.
+    The output is a YAML file, which can be saved and read again.
     """
     from moce_ds.config.printing import explained
     from moce_ds.config.settings import partial_tree
@@ -122,7 +122,7 @@ def show_settings(kind: str, words: Sequence[str]) -> None:
 @_kind
 @click.argument("words", nargs=-1, metavar="[FILE.yaml] [key=value ...]")
 def new_file(kind: str, words: Sequence[str]) -> None:
-    """Write FILE with every setting of KIND, its help and its default; print it where no FILE is given.
+    """Write FILE with every setting of KIND, its help and its default; print it if no FILE is given.
 
     Settings given as key=value are written with their values: pretrain model.arch=moce gives a file for a model with
     experts. Required settings that are not given are marked REQUIRED. An existing FILE is never replaced.

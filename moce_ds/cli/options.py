@@ -49,7 +49,7 @@ class Verb(click.Command):
         module, name = self.settings.split(":")
         cls = getattr(__import__(module, fromlist=[name]), name)
         formatter.write(
-            f"\nSettings (key=default; values are read as docs/settings.md says):\n{configuration.help_text(cls)}\n"
+            f"\nSettings (key=default; docs/settings.md describes how values are read):\n{configuration.help_text(cls)}\n"
         )
 
 

@@ -68,7 +68,7 @@ def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
 )
 @force_option()
 def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None:
-    """Pre-train a masked autoencoder: dense or with experts, as model.arch says.
+    """Pre-train a masked autoencoder, dense or with experts (model.arch).
 
     Runs in one process, under torchrun, or with `moce launch local --nproc N pretrain ...`. Rerun the same command to
     resume.
@@ -206,7 +206,7 @@ def report(folder: Path, out: Path | None) -> None:
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Read all files and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
-    """Describe PATH (shards, features, clusters, run, checkpoint, encoder, results) and its content."""
+    """Describe PATH: shards, features, clusters, run, checkpoint, encoder, export, results, study or pipeline."""
     from moce_ds.artefacts.inspection import describe, findings
 
     checked = findings(path) if verify else None

@@ -40,7 +40,7 @@ def finetune(
     """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder with its head.
 
     Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
-    --val, the best weights by validation are kept, otherwise the last.
+    --val the run keeps the best weights by validation, otherwise the last ones.
     """
     from moce_ds.checkpoint.run_folder import TUNED
     from moce_ds.cli.evaluation import task_of

@@ -30,7 +30,7 @@ def main() -> int:
     """Run the demo; returns the exit status. Raises MoceError as the stages."""
     parser = argparse.ArgumentParser(prog="python -m moce_ds.workflow.demo", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--short", action="store_true", help="one epoch a run: shows that everything works, little more"
+        "--short", action="store_true", help="one epoch per run: only to check that everything works"
     )
     parser.add_argument(
         "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"

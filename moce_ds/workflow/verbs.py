@@ -16,13 +16,13 @@ from moce_ds.errors import ConfigError
 
 @click.command(cls=Verb, settings="moce_ds.workflow.study_grid:StudySettings")
 @words(required=True)
-@click.option("--list", "listed", is_flag=True, help="Print the cells and how far they are, and do nothing.")
+@click.option("--list", "listed", is_flag=True, help="Print the cells and their states, and exit.")
 @force_option()
 @click.option("--cell", help="Run this cell only, such as num=4,seed=1.")
 def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
-    """Run a grid of pre-trainings and evaluate each; `moce report OUT` shows them beside one another.
+    """Run and evaluate a grid of pre-training runs; `moce report OUT` compares them.
 
-    Cells that are done are not run again: rerun the same command after a stop, a kill or a failure.
+    Finished cells are not run again: rerun the same command after a stop, a kill or a failure.
     """
     from moce_ds.workflow.study import list_study, run_study
     from moce_ds.workflow.study_grid import StudySettings
@@ -36,13 +36,13 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 
 @click.command(cls=Verb, settings="moce_ds.workflow.pipeline:PipelineSettings")
 @words(required=True)
-@click.option("--list", "listed", is_flag=True, help="Print the stages and how far they are, and do nothing.")
+@click.option("--list", "listed", is_flag=True, help="Print the stages and their states, and exit.")
 @force_option()
 @click.option("--stage", help="Run this stage only, such as features.")
 def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
     """Run all stages, from images to the experts of tasks, their evaluation and a report.
 
-    Stages that are done are not run again: rerun the same command after a stop, a kill or a failure.
+    Finished stages are not run again: rerun the same command after a stop, a kill or a failure.
     """
     from moce_ds.workflow.pipeline import list_pipeline, run_pipeline
 
@@ -55,10 +55,10 @@ def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
 @click.command()
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--tasks", required=True, help="Names of known tasks, or YAML files: digits,my_task.yaml.")
-@click.option("--config", type=PATH, help="A YAML file whose settings win over those of every task.")
+@click.option("--config", type=PATH, help="A YAML file whose settings override those of every task.")
 @click.option("--data", type=PATH, help="A folder with a folder for each task (default: data of its settings).")
 @click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")
-@click.option("--seeds", default="0", show_default=True, help="Of probe and finetune, with commas: 0,1,2.")
+@click.option("--seeds", default="0", show_default=True, help="Random seeds of probe and finetune, separated by commas: 0,1,2.")
 @click.option("--out", type=PATH, help="Folder of everything (default: transfer in the first of RUNS).")
 def transfer(
     runs: tuple[Path, ...],
@@ -105,16 +105,16 @@ FOREIGN: Any = {"allow_interspersed_args": False}
 
 @click.group()
 def launch() -> None:
-    """Run a verb in several processes: on this machine, or as a job of SLURM."""
+    """Run a verb in several processes: on this machine, or as a SLURM job."""
 
 
 @launch.command("local", context_settings=FOREIGN)
 @click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Processes to start.")
-@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="After a lost process.")
+@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="Restarts after a lost process.")
 @click.argument("verb")
 @click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB ...]")
 def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None:
-    """Run VERB in several processes on this machine, such as pretrain."""
+    """Run VERB, such as pretrain, in several processes on this machine."""
     from moce_ds.launch.local import run_processes
 
     _check_verb(verb)
@@ -124,7 +124,7 @@ def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None
 @launch.command("slurm", cls=Verb, settings="moce_ds.launch.slurm_profile:SlurmProfile", context_settings=FOREIGN)
 @click.argument("words", nargs=-1, required=True, metavar="[PROFILE.yaml] [key=value ...] VERB [ITS ARGUMENTS ...]")
 def slurm(words: Sequence[str]) -> None:
-    """Queue a verb as a job of SLURM: one process a GPU, on as many nodes as the profile says.
+    """Queue a verb as a SLURM job with the resources of a profile: one process per GPU.
 
     `pretrain`, `features`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array of jobs, and
     `pipeline` a chain. Other verbs run in one process. A job is requeued and resumes after its time limit, a
