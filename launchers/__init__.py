@@ -1,3 +1,3 @@
-"""Scripts that a person starts. Modules that were here have moved to moce_ds, which finds them under their old names."""
+"""Scripts that a person starts. Modules that were here have moved to moce_ds and are found under their old names."""
 
 import moce_ds  # noqa: F401

@@ -23,8 +23,8 @@ PATH = click.Path(path_type=Path)
 def main(folder: Path, out: Path, words: Sequence[str], settings: Path, tag: str | None) -> None:
     """Turn DIR, written by DeepSpeed's engine.save_checkpoint, into the run folder OUT.
 
-    Only weights are taken. Nothing in the files of DIR is executed: a file with anything but tensors and plain values is
-    refused. Settings that have changed since, such as experts.clusters, are given as key=value.
+    Only weights are taken. Nothing in the files of DIR is executed: a file with anything but tensors and plain values
+    is refused. Settings that have changed since, such as experts.clusters, are given as key=value.
     """
     native = import_native(folder, out, configuration.load(PretrainSettings, settings, words), tag)
     say(

@@ -48,9 +48,8 @@ class Verb(click.Command):
         """List every setting with its default."""
         module, name = self.settings.split(":")
         cls = getattr(__import__(module, fromlist=[name]), name)
-        formatter.write(
-            f"\nSettings (key=default; docs/settings.md describes how values are read):\n{configuration.help_text(cls)}\n"
-        )
+        heading = "Settings (key=default; docs/settings.md describes how values are read):"
+        formatter.write(f"\n{heading}\n{configuration.help_text(cls)}\n")
 
 
 def words(required: bool = False) -> Any:

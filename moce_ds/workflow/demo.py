@@ -29,9 +29,7 @@ SHORT = ("optim.epochs=1", "run.log_every=5")
 def main() -> int:
     """Run the demo; returns the exit status. Raises MoceError as the stages."""
     parser = argparse.ArgumentParser(prog="python -m moce_ds.workflow.demo", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--short", action="store_true", help="one epoch per run: only to check that everything works"
-    )
+    parser.add_argument("--short", action="store_true", help="one epoch per run: only to check that everything works")
     parser.add_argument(
         "--out", type=expanded, default=Path("runs/demo"), help="folder of everything (default: runs/demo)"
     )

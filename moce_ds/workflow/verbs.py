@@ -58,7 +58,7 @@ def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
 @click.option("--config", type=PATH, help="A YAML file whose settings override those of every task.")
 @click.option("--data", type=PATH, help="A folder with a folder for each task (default: data of its settings).")
 @click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")
-@click.option("--seeds", default="0", show_default=True, help="Random seeds of probe and finetune, separated by commas: 0,1,2.")
+@click.option("--seeds", default="0", show_default=True, help="Random seeds of probe and finetune, such as 0,1,2.")
 @click.option("--out", type=PATH, help="Folder of everything (default: transfer in the first of RUNS).")
 def transfer(
     runs: tuple[Path, ...],
@@ -110,7 +110,7 @@ def launch() -> None:
 
 @launch.command("local", context_settings=FOREIGN)
 @click.option("--nproc", default=2, show_default=True, type=click.IntRange(1), help="Processes to start.")
-@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="Restarts after a lost process.")
+@click.option("--max-restarts", default=0, show_default=True, type=click.IntRange(0), help="Restarts after a loss.")
 @click.argument("verb")
 @click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS OF THE VERB ...]")
 def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None:
