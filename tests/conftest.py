@@ -114,7 +114,7 @@ def tiny_clusters(tiny_shards: Path, tiny_encoder: Path, tmp_path_factory: pytes
 def artefacts(
     tiny_images: Path, tiny_shards: Path, tiny_clusters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """One of each artefact, by its kind in `artefacts.KINDS`; not to be changed."""
+    """One of each artefact, by its kind in `artefacts.inspection.KINDS`; not to be changed."""
     from tests.examples.artefacts import write_all  # imports what few tests need
 
     root = tmp_path_factory.mktemp("artefacts")
