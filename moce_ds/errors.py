@@ -18,6 +18,16 @@ class MoceError(Exception):
     every_process = False
     """Whether every process prints this error. By default rank 0 prints an error that is the same for all."""
 
+    @classmethod
+    def named(cls, name: str) -> "type[MoceError]":
+        """The error class with this name, as imported so far; MoceError if there is none."""
+        found, waiting = {}, [cls]
+        while waiting:
+            kind = waiting.pop()
+            found[kind.__name__] = kind
+            waiting += kind.__subclasses__()
+        return found.get(name, MoceError)
+
 
 class ConfigError(MoceError):
     """A setting is unknown, has the wrong type, or contradicts another one."""

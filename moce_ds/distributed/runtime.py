@@ -108,7 +108,8 @@ class Runtime:
         Leaving the block is a collective; the block itself must contain none.
 
         Raises:
-            MoceError: the error of the first rank that failed, or the machine error that it met.
+            MoceError: the error of the first rank that failed, or the machine error that it met; its class is the same
+                on every rank.
         """
         fault: MoceError | None = None
         try:
@@ -121,8 +122,9 @@ class Runtime:
                 raise
         status = int(self.max([float(fault.status if fault else 0)])[0])
         if status:
-            first = next(text for text in self.texts(str(fault or "")) if text)
-            agreed = type(fault or MoceError())(first)
+            texts = self.texts(f"{type(fault).__name__}\n{fault}" if fault else "")
+            name, _, message = next(text for text in texts if text).partition("\n")
+            agreed = MoceError.named(name)(message)
             agreed.status, agreed.every_process = status, False  # every rank raises it
             raise agreed from None
 

@@ -122,7 +122,7 @@ class SkippedSteps:
 
         Raises:
             DivergedError: every step was skipped, or the last ones (one alone may pass), or a weight of `model` is not
-                finite. On all processes, which hold the same.
+                finite.
         """
         if self.total == step:
             fault = "no step had a finite gradient, so nothing was learnt"

@@ -144,9 +144,10 @@ class PretrainTask(TrainingTask):
         """Restore the number of threads, and the tables that assign images to ranks."""
         if message := keep(checkpoint.manifest.get("threads")):
             self._runtime.say(message)
-        same_parts = checkpoint.entry("config", "optim", "accumulation") == self._batches.accumulation
-        if isinstance(self._sampler, LocalSampler) and same_parts:  # else the tables name other micro-batches
-            self._sampler.tables = LocalSampler.tables_from_tree(checkpoint.entry("dealt_by"))
+        if isinstance(self._sampler, LocalSampler):
+            then = checkpoint.entry("config", "optim", "accumulation")
+            if then == self._batches.accumulation:  # else the tables name other micro-batches
+                self._sampler.tables = LocalSampler.tables_from_tree(checkpoint.entry("dealt_by"))
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Images on this process's device."""
@@ -200,9 +201,15 @@ class PretrainTask(TrainingTask):
         return {"moved": sum(self._moved_parts) / shares, "images_replaced": float(len(self._loader.replaced))}
 
     def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
-        """Begin the route table of the next step; it is copied to the host while this step is recorded."""
+        """Begin the route table of the next step; it is copied to the host while this step is recorded.
+
+        Raises DivergedError, on every process, if a run ends with useless weights.
+        """
         if self._router is not None and not last:
             self._router.prepare(step)
+        if step == self._schedule.steps:
+            with self._runtime.raise_on_all_ranks():  # processes hold different experts
+                skips.check_end(step, self._pictures.model)
 
     def record(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
         """Moved rows, replaced images, and the statistics of each expert layer for the last micro-batch."""

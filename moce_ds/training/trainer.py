@@ -63,7 +63,6 @@ class Trainer:
         self.lease, self.runtime = checkpoints.lease, checkpoints.runtime
         self.step = 0
         self.skips = SkippedSteps(run, self.runtime)
-        self._meter = Meter()
         self._stopping = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -114,15 +113,14 @@ class Trainer:
         """Compute and apply one update.
 
         Returns this process's part of each named loss, which add up to means over processes, and the seconds that it
-        waited for data.
+        waited for its own data.
         """
         parts: list[dict[str, Tensor]] = []
         waited = 0.0
         for part in range(self.batches.accumulation):
             digest = self.task.prepare(self.step, part)
-            began = time.perf_counter()
-            batch = next_batch_checked(self.runtime, batches, digest, self.step)
-            waited += time.perf_counter() - began
+            batch, seconds = next_batch_checked(self.runtime, batches, digest, self.step)
+            waited += seconds
             losses = self.task.losses(self.engine, batch, self.step, part)
             self.engine.backward(losses["loss"])
             if part == self.batches.accumulation - 1:  # the update, which changes what a checkpoint copies
@@ -188,15 +186,19 @@ class Trainer:
         return record | ({"validation": validation} if validation else {})
 
 
-def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> Batch:
-    """The next batch, once all ranks have the same plan. If any rank fails, every rank raises.
+def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> tuple[Batch, float]:
+    """The next batch, once all ranks have the same plan, and the seconds that this rank waited for it.
+
+    If any rank fails, every rank raises.
 
     Raises:
         DataError: a rank cannot read its batch.
         MoceError: the ranks have different plans; names the step and the ranks.
     """
+    began = time.perf_counter()
     with runtime.raise_on_all_ranks():
         batch = next(stream)
+        waited = time.perf_counter() - began
     largest, negative_smallest = runtime.max([float(digest), float(-digest)])
     if largest != -negative_smallest:
         digests = runtime.texts(f"{digest:012x}")
@@ -206,4 +208,4 @@ def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, s
             f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} differ "
             f"from the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
         )
-    return batch
+    return batch, waited

@@ -53,6 +53,8 @@ def made(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> tuple
     jobs["mae-then-well"] = Job(words("mae-given-up", *every_step))
     diverging = ("optim.base_lr=1e30", "optim.warmup_epochs=1", "run.checkpoint_every=1", "run.max_skipped=3")
     jobs["mae-diverged"] = Job(words("mae-diverged", *diverging))
+    # All three steps of a run: fewer than run.max_skipped.
+    jobs["mae-useless"] = Job(words("mae-useless", "optim.epochs=0.5"), not_finite=NotFinite((0, 1, 2)))
     for balance in ("loss", "sinkhorn"):
         name = f"moce-diverged-{balance}"
         jobs[name] = Job(words(name, *diverging, "experts.ep_size=2", f"experts.balance={balance}"))
@@ -117,6 +119,13 @@ def test_no_checkpoint_is_written_while_steps_are_skipped(made: tuple[Path, list
     assert f"step {STEPS}: the gradient is not finite; the step was skipped (1 in a row, 3 in all)" in (
         told[0]["mae-streaks"].text
     )
+
+
+def test_a_short_run_without_an_update_is_not_complete(made: tuple[Path, list[dict[str, Told]]]) -> None:
+    runs, told = made
+    for one in told:
+        assert one["mae-useless"].error.startswith("DivergedError: Step 3, the last one: no step had a finite gradient")
+    assert steps_of(runs / "mae-useless") == []
 
 
 def test_too_many_in_a_row_end_the_run(made: tuple[Path, list[dict[str, Told]]]) -> None:
