@@ -178,7 +178,10 @@ def test_every_fault_is_listed() -> None:
         ),
         ("report {none}", "{none} is no run folder: expected config.yaml"),
         ("inspect {none}", "{none} not found."),
-        ("inspect {full}", r"{full} is nothing that moce writes. Known by a file in them: shard set \(shards.json\)"),
+        (
+            "inspect {full}",
+            r"{full} was not written by moce. Artefacts contain one of these files: shard set \(shards.json\)",
+        ),
     ],
 )
 def test_what_is_missing_is_named(

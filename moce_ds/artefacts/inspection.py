@@ -1,4 +1,4 @@
-"""What an artefact is and what it holds, for `moce inspect`: the artefacts describe and verify themselves."""
+"""Description and verification of any artefact, for `moce inspect`."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from moce_ds.text import in_line
 
 KINDS: tuple[type[Artefact], ...] = (
     ShardSet, FeatureSet, Clusters, Checkpoint,
-    ExportFolder,  # before the files of the library that it is for
-    RunFolder,  # before the weights that a run of tuning leaves beside its settings
+    ExportFolder,  # before the files of its library
+    RunFolder,  # before the weights in the folder of a tuning run
     EncoderFolder, StudyFolder, PipelineFolder, ResultsFile,
 )  # fmt: skip
 """All kinds of artefacts. The first that recognises a path is the kind of the artefact there."""
@@ -39,9 +39,9 @@ def describe(path: Path) -> Table:
 
 
 def findings(path: Path) -> Findings:
-    """Everything that is not as it was written; reads all files.
+    """All differences from what was written; reads all files.
 
     Raises:
-        MoceError: as `describe`; or what the rest is compared with is missing or damaged.
+        MoceError: as `describe`; or a file that holds checksums of the others is missing or damaged.
     """
     return recognised(path, KINDS).open(path).verify()

@@ -1,9 +1,9 @@
-"""The folder of a pipeline: the records of its stages, and what they make.
+"""The folder of a pipeline: the records of its stages, and their outputs.
 
 out/
-  pipeline/stages.json    the stages in order, and what each makes
+  pipeline/stages.json    the stages in order, with their outputs
   pipeline/NAME.json      the record of a started stage
-  ...                     what the stages make: shards, runs, features, clusters, encoders, results.json
+  ...                     outputs of the stages: shards, runs, features, clusters, encoders, results.json
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,12 +37,12 @@ _MESSAGE = "told"  # key of the message in the record of a stage
 _MADE: tuple[type[Artefact], ...] = (
     ShardSet, FeatureSet, Clusters, ExportFolder, RunFolder, EncoderFolder, ResultsFile,
 )  # fmt: skip
-"""What stages make."""
+"""The kinds of artefacts that stages make."""
 
 
 @dataclass(frozen=True)
 class StagesRecord:
-    """`stages.json`: the stages in order, and what each makes; paths in OUT are relative to it."""
+    """`stages.json`: the stages in order, with their outputs; paths in OUT are relative to it."""
 
     makes: dict[str, list[str]]
 
@@ -66,7 +66,7 @@ class PipelineStageRecord:
         made_from: its commands, their settings, and digests of their inputs.
         at: time of the change to this state, ISO 8601.
         seconds: duration of the last start.
-        message: why it failed; under another key in the file.
+        message: the cause of a failure; has another key in the file.
     """
 
     made_from: dict[str, Any]
@@ -108,7 +108,7 @@ class PipelineFolder:
 
     @property
     def makes(self) -> dict[str, list[str]]:
-        """What each stage makes, in the order of the stages. Raises ArtefactError."""
+        """The outputs of each stage, in the order of the stages. Raises ArtefactError."""
         record = StagesRecord.read(self.path)
         if record is not None:
             return record.makes
@@ -147,7 +147,7 @@ class PipelineFolder:
         file, state = f"{PIPELINE}/{name}.json", self._state(name)
         if state == "waiting":
             all_there = all((self.path / place).exists() for place in made)
-            return Findings([f"{file}: is missing, and what the stage makes is there"] if all_there else [])
+            return Findings([f"{file}: is missing, but the outputs of the stage exist"] if all_there else [])
         found = document_findings(self.path / file, file)
         for place in made:
             path = self.path / place

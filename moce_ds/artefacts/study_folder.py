@@ -33,7 +33,7 @@ RUN = "run"
 
 SEED, BATCH = "run.seed", "optim.batch_size"
 LAUNCH_KEYS = ("processes", "nodes")
-"""Keys of a grid that say how a run is started; all others are its settings."""
+"""Keys of a grid that set how a run is started; all others are settings of the run."""
 
 _MESSAGE = "told"  # key of the message in the record of a cell
 
@@ -63,7 +63,7 @@ class CellRecord:
     Attributes:
         at: keys of the grid and the cell's values.
         settings: all settings of its run.
-        evaluations: what it is evaluated on.
+        evaluations: the data that it is evaluated on.
         seconds: duration of the last start.
         measures: numbers in SI units (bytes, images a second; accuracies 0 to 1), once it is done.
         message: the last lines of its log, if it failed; under another key in the file.
@@ -95,7 +95,7 @@ class CellRecord:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What determines the cell's measures: settings and processes of its run, and what it is evaluated on."""
+        """What determines the cell's measures: settings and processes of its run, and the data of its evaluations."""
         names = ("settings", "processes", "nodes", "evaluations")
         return {name: getattr(self, name) for name in names}
 
@@ -117,11 +117,11 @@ class Point:
 
     @property
     def batch_size(self) -> int:
-        """Images of a step over all processes."""
+        """Images per step over all processes."""
         return int(self.cells[0].settings["optim"]["batch_size"])
 
     def values(self, measure: str) -> list[float]:
-        """A measure of every seed that has it."""
+        """The values of a measure, one for each seed that has it."""
         return [cell.measures[measure] for cell in self.cells if measure in cell.measures]
 
     def mean_and_deviation(self, measure: str) -> tuple[float, float] | None:
@@ -232,7 +232,7 @@ class StudyFolder:
 def _verified_record(cell: Path) -> Findings:
     record = CellRecord.read(cell)
     if record is None:
-        return Findings([f"{CELL}: is missing, and the cell's run is there"] if (cell / RUN).exists() else [])
+        return Findings([f"{CELL}: is missing, but the cell's run exists"] if (cell / RUN).exists() else [])
     run_lost = record.state == "done" and not (cell / RUN / CONFIG).exists()
     return document_findings(cell / CELL, CELL) + Findings([f"{RUN}/{CONFIG}: is missing"] if run_lost else [])
 

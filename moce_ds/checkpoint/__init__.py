@@ -1,1 +1,1 @@
-"""Checkpoints: format, manager, run lease, DeepSpeed's state, import."""
+"""Checkpoints: format, manager, run folder and lease, DeepSpeed's state."""

@@ -1,7 +1,7 @@
-"""Between a DeepSpeed engine and the checkpoint format: every process writes its share, and loads what it holds.
+"""Conversion between a DeepSpeed engine and the checkpoint format. Every process writes and loads its share.
 
 ZeRO distributes parameters and Adam's moments over processes; DeepSpeed's `safe_get_full_...` gather one parameter at a
-time. Experts are renamed from local to global numbers, so the files know nothing of the topology.
+time. Experts are renamed from local to global numbers, so the files are independent of the topology.
 """
 
 import json
@@ -50,14 +50,14 @@ Files = dict[str, dict[str, Tensor]]  # tensors by file and name
 
 
 class HostBuffers:
-    """Memory on the host that is kept from one checkpoint to the next: fresh pages would cost more than the copy."""
+    """Host memory that all checkpoints reuse: allocating new pages would take longer than the copy."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None  # beside that of training
 
     def copies(self, files: Files, ready: torch.cuda.Event | None) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The files with copies of their tensors, one after the other, made once the device has reached `ready`."""
+        """Yield the files one by one with copies of their tensors, made after the device has reached `ready`."""
         for file, tensors in files.items():
             with torch.cuda.stream(self._stream):  # without a stream this does nothing
                 if ready is not None:
@@ -74,7 +74,7 @@ class HostBuffers:
 
 
 def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tensor]) -> Files:
-    """The weights, Adam moments and `state` that this process is to write, by file; every process must call it.
+    """The weights, Adam moments and `state` that this process writes, by file; every process must call it.
 
     A tensor that this process holds completely is not copied: the next update changes it. The files are distributed
     over the processes that hold their content: those of shared parameters over all, those of an expert over its
@@ -91,14 +91,14 @@ def snapshot(engine: DeepSpeedEngine, runtime: Runtime, state: Mapping[str, Tens
         if weight in mine:  # fp32 already: precision bf16 is autocast
             files.setdefault(weight, {})[name] = parameter.detach()
         for kind in MOMENTS:
-            whole = _whole_moment(parameter, kind)  # a collective: also where it is not written
+            whole = _whole_moment(parameter, kind)  # a collective, needed even if this process does not write it
             if moment in mine:
                 files.setdefault(moment, {})[f"{name}.{kind}"] = whole
     return files
 
 
 def _files_to_write(model: nn.Module, state: Mapping[str, Tensor], runtime: Runtime) -> set[str]:
-    """Of the files whose content this process holds, its share."""
+    """The files that this process writes, a share of those whose content it holds."""
     held: dict[bool, set[str]] = {False: set(grouped(STATE, state)), True: set()}
     for name, parameter in global_parameters(model):
         is_expert = not getattr(parameter, "allreduce", True)
@@ -142,7 +142,7 @@ def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
 
 
 def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
-    """What is wrong with a checkpoint; a collective: the processes share the reading and all learn the result."""
+    """The faults of a checkpoint. A collective: the processes share the reading, and all get the result."""
     try:
         mine = Checkpoint.open(step_folder(run, step), resumable=True).faults(runtime.rank, runtime.world_size)
     except ArtefactError as error:
@@ -162,13 +162,13 @@ def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Run
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
-    """Load the weights and moments of a checkpoint into an engine, for any topology that wrote it.
+    """Load the weights and moments of a checkpoint into an engine, written by any topology.
 
     Raises:
         ArtefactError: a file is damaged, or the parameters are not those of the model; they are named.
     """
     parameters = dict(global_parameters(engine.module))
-    with runtime.raise_on_all_ranks():  # each process reads files of its own
+    with runtime.raise_on_all_ranks():  # each process reads different files
         weights, moments = checkpoint.load(WEIGHTS, parameters), checkpoint.load(OPTIMIZER, parameters)
         load_weights_strict(parameters, weights, str(checkpoint.folder))
     _make_moments(engine, float(checkpoint.step - checkpoint.entry("skipped")))

@@ -5,7 +5,7 @@
           weights/shared.safetensors                fp32: embeddings, norms, gates, head
           weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
           weights/block-03-expert-002.safetensors   one *global* expert of one block
-          optimizer/...                             the same names again: NAME.exp_avg and NAME.exp_avg_sq
+          optimizer/...                             the same file names: NAME.exp_avg and NAME.exp_avg_sq
           state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
                                                     validation), and the statistics of BatchNorm layers
 
@@ -51,7 +51,7 @@ _WRITERS = 4  # threads: some copy and hash while others wait for the disk
 
 
 def file_of(parameter: str) -> str:
-    """The file (without folder) of a parameter: that of its expert, of its block, or the shared one."""
+    """The file name (without folder) of a parameter: the file of its expert, of its block, or the shared one."""
     place = place_of(parameter)
     if place is None:
         return "shared.safetensors"
@@ -216,8 +216,7 @@ class Checkpoint:
         return Findings(Checkpoint.open(self.folder, resumable=True).faults())
 
     def faults(self, part: int = 0, parts: int = 1) -> list[str]:
-        """Files whose content differs from what was written, by checksum; of `parts` shares of the files, only share
-        `part`."""
+        """Files whose checksum differs from the recorded one; checks only share `part` of `parts` shares."""
         faults = []
         for name in sorted(self.manifest["files"])[part::parts]:
             try:
@@ -235,7 +234,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def find(path: Path) -> Checkpoint:
-    """The checkpoint that `path` names, for its weights (see `resumable`): itself, or the newest of a run folder.
+    """The checkpoint at `path`, or the newest of a run folder, to read its weights (see `resumable`).
 
     Raises:
         ArtefactError: there is none, or it is damaged.
@@ -286,7 +285,7 @@ def write_files(folder: Path, files: "Iterable[tuple[str, Mapping[str, Tensor]]]
 def _write_safetensors(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
     """Write float32 host tensors as a safetensors file and sync it; returns its size and checksum.
 
-    The library's own writer copies every tensor twice, and the checksum would need a second reading: half the speed.
+    The library's writer copies every tensor twice, and the checksum would need a second pass: half the speed.
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
@@ -335,7 +334,7 @@ def write_checkpoint(
 
 
 def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into the draft and give it its name; one process calls this after all have written.
+    """Write the manifest into the draft and rename it; one process calls this after all have written.
 
     A checkpoint of the same step is moved aside first and removed last.
 
@@ -344,7 +343,7 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
     """
     replaced = final.with_name(f".{final.name}.replaced")
     with writes_to(final):
-        # Not `write_json`, which would make folders: a draft that another attempt has removed must stay away.
+        # Not `write_json`, which creates folders: a draft that another attempt has removed must not reappear.
         content = {"format": FORMAT, **manifest}
         (draft / MANIFEST).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
         for written in (draft / MANIFEST, *draft.iterdir(), draft):
@@ -359,13 +358,13 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    """Checksum of a manifest's content, which writing and reading it leaves as it is."""
+    """Checksum of a manifest's content; writing and reading do not change it."""
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
 def prune(run: Path, keep: int, every: int | None = None) -> None:
-    """Remove all checkpoints but the newest `keep` and those of every `every` steps."""
-    with suppress(FileNotFoundError):  # an older attempt that does not know that it is over may remove the same
+    """Remove all checkpoints except the newest `keep` and those of every `every` steps."""
+    with suppress(FileNotFoundError):  # an older attempt that is still running may remove the same
         for left in (run / "checkpoints").glob(".step-*"):  # left by a kill
             shutil.rmtree(left)
         for step in steps_of(run)[:-keep]:

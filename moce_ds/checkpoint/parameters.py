@@ -37,7 +37,7 @@ _LOCAL_EXPERT = re.compile(rf"^blocks\.(\d+)\.mlp\.(?:{_NATIVE}|experts)\.(\d+)\
 
 
 class Place(NamedTuple):
-    """A block, of the encoder or of the decoder, and the number of an expert in it; None: no expert's."""
+    """A block of the encoder or decoder, and the number of an expert in it (None: no expert)."""
 
     in_decoder: bool
     block: int
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 def place_of(name: str) -> Place | None:
-    """The place of a parameter; None: it is outside all blocks."""
+    """The place of a parameter; None if it is outside all blocks."""
     match = _PLACE.match(name)
     return Place(bool(match[1]), int(match[2]), int(match[3]) if match[3] else None) if match else None
 
@@ -130,7 +130,7 @@ def with_plain_gate(name: str) -> str:
 
 
 def load_weights_strict(parameters: "Mapping[str, nn.Parameter]", weights: "Mapping[str, Tensor]", source: str) -> None:
-    """Copy weights into the parameters with the same names; refuse missing or unexpected weights and other shapes.
+    """Copy weights into the parameters with the same names; refuse missing or unexpected weights and wrong shapes.
 
     Raises:
         ArtefactError: lists the mismatches; names `source`.

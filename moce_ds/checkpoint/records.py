@@ -131,7 +131,7 @@ class _Experts:
 
 @dataclass(frozen=True)
 class _Model:
-    """Only the sizes that are looked up by name; `ModelSpec` checks them all."""
+    """The sizes that are looked up by name; `ModelSpec` checks all sizes."""
 
     shape: dict[str, Any]
     experts: _Experts | None

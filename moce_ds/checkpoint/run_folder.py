@@ -2,8 +2,8 @@
 
     run/
       config.yaml          the settings; its presence makes the folder a run
-      attempts/0001.json   one record a start: who started it, and checksums of settings and pictures
-      metrics.jsonl        one record a logged step
+      attempts/0001.json   one record per start: who started it, and checksums of settings and pictures
+      metrics.jsonl        one record per logged step
       checkpoints/         step-NNNNNNNN, see `format.py`
       reconstructions/     step-NNNNNNNN.png (pre-training)
       routing.json         the routes of the newest checkpoint (with experts by cluster)
@@ -11,9 +11,9 @@
       teacher/             the encoder that SDR learns from
       tuned/               the tuned encoder with its head (classification, once complete)
       model.safetensors    all weights (detection and segmentation, once complete)
-      result.json          the measures of a complete tuning run, and the checksums of the model they are of
+      result.json          the measures of a complete tuning run, and the checksums of its model
 
-Verification does not look at `tensorboard/`, a mirror of metrics.jsonl, nor at `launches/`, which launchers leave.
+Verification ignores `tensorboard/`, a mirror of metrics.jsonl, and `launches/`, the records of launchers.
 
 Axes: S logged steps.
 """
@@ -68,13 +68,13 @@ _RESULT, _MADE_BY = "a result", "moce finetune"
 
 
 def picture_path(run: Path, step: int) -> Path:
-    """Where the reconstructions of a step are."""
+    """The path of the reconstructions of a step."""
     return run / RECONSTRUCTIONS / f"step-{step:08d}.png"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run on disk. Its parts are read when they are first asked for; a damaged one raises ArtefactError."""
+    """A run on disk. Its parts are read on first use; a damaged part raises ArtefactError."""
 
     kind: ClassVar[str] = "run"
     marks: ClassVar[tuple[str, ...]] = (CONFIG,)
@@ -98,7 +98,7 @@ class RunFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The settings in `config.yaml`, by today's names. Raises ConfigError, ArtefactError: it holds no settings."""
+        """The settings in `config.yaml`, with current names. Raises ConfigError, or ArtefactError if there are none."""
         config = translate_tree(read_yaml(self.path / CONFIG))
         data = config.get("data")
         if not isinstance(data, dict) or not ("encoder" in data or isinstance(config.get("model"), dict)):
@@ -109,12 +109,12 @@ class RunFolder:
 
     @property
     def is_tuning(self) -> bool:
-        """Whether a tuning verb wrote the run, and not pre-training."""
+        """Whether a tuning verb wrote the run, not pre-training."""
         return "encoder" in self.config["data"]
 
     @property
     def arch(self) -> str:
-        """The kind of model that is pre-trained, as the settings name it."""
+        """The value of `model.arch` in the settings."""
         return str(self.config.get("model", {}).get("arch", "mae"))
 
     @property
@@ -124,7 +124,7 @@ class RunFolder:
 
     @property
     def shards(self) -> Path | None:
-        """Path of the shard set that the run was trained on, as its settings name it."""
+        """Path of the shard set that the run was trained on, from its settings."""
         named = self.config["data"].get("shards")
         return recorded_path(str(named)) if named else None
 
@@ -156,7 +156,7 @@ class RunFolder:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """That of the newest checkpoint that can be read; the settings alone where there is none."""
+        """`made_from` of the newest readable checkpoint; the settings alone if there is none."""
         for step in reversed(steps_of(self.path)):
             with suppress(ArtefactError):
                 return Checkpoint.open(step_folder(self.path, step)).made_from
@@ -165,7 +165,7 @@ class RunFolder:
     def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps, float64 [S], and the values under nested `keys` of the metrics, float64 [S] or [S, ...].
 
-        Steps without such a value are left out, and so are those at which it is NaN or infinite.
+        Steps without a finite value are left out.
         """
         found = [(record["step"], value) for record in self.metrics if (value := _dig(record, keys)) is not None]
         steps_S = np.array([step for step, _ in found], np.float64)
@@ -181,7 +181,7 @@ class RunFolder:
             if measures := _result_measures(self.path):
                 rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
         else:
-            self.routing, self.clusters  # noqa: B018 (which must be readable)
+            self.routing, self.clusters  # noqa: B018 (both must be readable)
             rows = {"arch": self.arch, "shards": str(self.shards)} | self._last_record()
         steps = steps_of(self.path)
         rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
@@ -221,7 +221,7 @@ def _dig(record: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _collected(find: Callable[[], Findings]) -> Findings:
-    """What `find` finds, or the error that it ends with, as a fault."""
+    """The findings of `find`, or its error as a fault."""
     try:
         return find()
     except MoceError as error:
@@ -229,7 +229,7 @@ def _collected(find: Callable[[], Findings]) -> Findings:
 
 
 def _verified_checkpoints(run: Path) -> tuple[list[Checkpoint], Findings]:
-    """The checkpoints that can be opened, and what is wrong with any."""
+    """The checkpoints that can be opened, and the faults of all checkpoints."""
     opened: list[Checkpoint] = []
     faults: list[str] = []
     for step in steps_of(run):
@@ -244,13 +244,13 @@ def _verified_checkpoints(run: Path) -> tuple[list[Checkpoint], Findings]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What is read of an attempt's record."""
+    """The part of an attempt's record that is read."""
 
     files: Files = field(default_factory=dict)
 
 
 def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
-    """The records of the run's starts, and the settings and pictures, which must be those that some start has noted."""
+    """Check the records of the run's starts, and the settings and pictures against their checksums in these records."""
     found = Findings()
     numbers = {int(path.stem) for path in (run / ATTEMPTS).glob("*.json") if path.stem.isdigit()}
     noted: dict[str, list[FileRecord]] = {}
@@ -264,7 +264,7 @@ def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
             continue
         for file, checksum in record.files.items():
             noted.setdefault(file, []).append(checksum)
-    for file, records in noted.items():  # a later start may have replaced it, or have been killed before it could
+    for file, records in noted.items():  # any start may have written the current file
         each = [file_findings(run, {file: record}) for record in records]
         found += min(each, key=lambda one: len(one.faults))
     pictures = [f"{RECONSTRUCTIONS}/{path.name}" for path in (run / RECONSTRUCTIONS).glob("step-*.png")]
@@ -273,7 +273,7 @@ def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
 
 
 def _verified_routing(run: Path, checkpoints: list[Checkpoint]) -> Findings:
-    """The tables are those of the checkpoint of the same step."""
+    """Check that the tables are those of the checkpoint of the same step."""
     newest = checkpoints[-1].manifest.get("routing") if checkpoints else None
     if not (run / ROUTING).exists():
         return Findings([f"{ROUTING}: is missing"] if newest else [])
@@ -303,13 +303,13 @@ def _wants_teacher(newest: dict[str, Any]) -> bool:
 
 
 def result_text(run: Path, record: dict[str, Any]) -> str:
-    """The content of `result.json`, once the model is in the run's folder: an encoder with a head, or all weights."""
+    """The content of `result.json`. The model (an encoder with a head, or all weights) must be in the run's folder."""
     model = [*names_below(run / TUNED, f"{TUNED}/"), *(path.name for path in run.glob(WEIGHTS))]
     return json.dumps(with_checksum(record | {"files": records_of(run, model)}), indent=2) + "\n"
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """The result of a complete run, after a check that the files of its model are those that were measured.
+    """The result of a complete run, after a check that the files of its model are unchanged.
 
     Raises:
         ArtefactError: the result or a file of the model is missing or damaged.
@@ -323,14 +323,14 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def _result_measures(run: Path) -> dict[str, float]:
-    """The measures of a complete run, without a check of its model; empty before. Raises ArtefactError."""
+    """The measures of a run, without a check of its model; empty if it is not complete. Raises ArtefactError."""
     return dict(_read_result(run)["measures"]) if (run / RESULT).exists() else {}
 
 
 def _verified_result(run: Path) -> Findings:
-    """What is wrong with the result and the model that it describes.
+    """The faults of the result and of the model that it describes.
 
-    A missing result is no fault: the run may have been killed before it wrote one. Raises ArtefactError: it is damaged.
+    A missing result is not a fault: the run may not be complete. Raises ArtefactError if it is damaged.
     """
     if not (run / RESULT).exists():
         kept = [name for name in (TUNED, WEIGHTS) if (run / name).exists()]

@@ -36,7 +36,7 @@ def _json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _free_for(mark: bytes) -> Callable[[click.Context, click.Parameter, Path | None], Path | None]:
-    """Refuse a file that is not what an earlier measurement wrote, before anything is measured."""
+    """A check, before anything is measured, that a file does not exist or is from an earlier measurement."""
 
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
         from moce_ds.storage.files import check_output

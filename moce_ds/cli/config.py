@@ -21,7 +21,7 @@ class Kind:
     """A kind of settings file.
 
     Attributes:
-        settings: the settings class as module:name; it is imported when it is needed.
+        settings: the settings class as module:name; it is imported on use.
         read_by: the command that reads such a file.
         by_options: settings that the command takes as arguments and options. A starter file omits them.
     """

@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 @click.option("--task", default=None, help="Name of the task in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Number of routes in the table.")
-@click.option("--picture", type=PATH, help="Write a PNG: images of the task beside those of the expert.")
+@click.option("--picture", type=PATH, help="Write a PNG: images of the task and of the expert.")
 @click.option("--export", "out", type=PATH, help="Also export the winning route to this folder.")
 @click.option("--format", default="timm", show_default=True, help="Format of the export, as in moce export.")
 @click.option("--part", default="encoder", show_default=True, help="Part to export: encoder, or full.")
@@ -69,7 +69,7 @@ def select(
 
 
 def _check_outputs(out: Path | None, replace: bool, picture: Path | None, results: Path | None) -> None:
-    """Refuse, before any image is read, outputs that cannot be written. Raises ConfigError and ArtefactError."""
+    """Check that the outputs can be written, before any image is read. Raises ConfigError and ArtefactError."""
     from moce_ds.evaluation.results_file import check_results
     from moce_ds.export.write import check_free
     from moce_ds.storage.files import PICTURE_MARK, check_output

@@ -1,4 +1,4 @@
-"""The verbs of the stages up to a trained model, and of reading what they wrote: report, inspect."""
+"""The verbs of the stages up to a trained model, and those that read the results: report, inspect."""
 
 import sys
 from collections.abc import Sequence

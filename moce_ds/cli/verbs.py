@@ -1,4 +1,4 @@
-"""The verbs of single stages, and running one of them in this process, as workflows do."""
+"""The verbs of single stages, and a function that runs one of them in this process, for workflows."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,5 +1,5 @@
-"""Layers of settings: the YAML files that a YAML file is based on (`base: other.yaml`, docs/settings.md), and faults of
-settings under the layer that they are from."""
+"""Layers of settings: YAML files with their bases (`base: other.yaml`, docs/settings.md), and messages that list faults
+by layer."""
 
 import dataclasses
 import difflib
@@ -16,10 +16,10 @@ from moce_ds.config.yaml_text import Plain, Section, read_yaml_text
 from moce_ds.errors import ConfigError
 
 BASE = "base"
-"""The key of a YAML file that names its bases. It is no setting."""
+"""The key of a YAML file that names its bases. It is not a setting."""
 
 Fields = dict[str, dataclasses.Field[Any]]
-"""The settings that there are, by dotted key."""
+"""All known settings, by dotted key."""
 
 # A few kilobytes of YAML can name one list a billion times over: never print a value whole.
 _short = reprlib.Repr()
@@ -28,12 +28,12 @@ _short.maxlevel = _short.maxlist = _short.maxtuple = _short.maxdict = 3
 
 
 class Layer(NamedTuple):
-    """Settings from one place.
+    """Settings from one source.
 
     Attributes:
-        origin: the place, as messages name it.
+        origin: the name of the source in messages.
         tree: nested settings by key.
-        base_of: for a base, the files that lead to it, the nearest first.
+        base_of: for a base, the files that lead to it, nearest first.
     """
 
     origin: str
@@ -42,11 +42,11 @@ class Layer(NamedTuple):
 
 
 def file_layers(path: Path, cls: Any, name: str = "") -> list[Layer]:
-    """The layers of a YAML file: its bases, where later ones override earlier ones, and then the file itself.
+    """The layers of a YAML file: its bases, then the file itself. Later layers override earlier ones.
 
     Args:
         cls: the settings class that the file is for.
-        name: how messages name the file (default: its path).
+        name: the name of the file in messages (default: its path).
 
     Raises:
         ConfigError: a file cannot be read, `base` is not a path, or a file is its own base; the message names all files
@@ -58,9 +58,9 @@ def file_layers(path: Path, cls: Any, name: str = "") -> list[Layer]:
 
 
 class _Composition:
-    """Collects the layers of a file and its bases, the lowest first.
+    """Collects the layers of a file and its bases, lowest first.
 
-    A file that several files are based on counts once, below all of them: what one of them changes is kept.
+    A base shared by several files is added once, below all of them, so it does not undo their changes.
     """
 
     def __init__(self, cls: Any) -> None:
@@ -70,7 +70,7 @@ class _Composition:
         self._done: set[Path] = set()
 
     def add(self, path: Path, name: str, way: tuple[tuple[str, int], ...]) -> None:
-        """Append a file and its bases; `way` holds names and lines that lead to it, the first file first."""
+        """Append a file and its bases; `way` holds the names and lines that lead to it, from the first file on."""
         file = path.resolve()
         if file in self._open:
             raise ConfigError(f"{name} is its own base: remove one of these `base` lines.{_chain(way, name)}")
@@ -106,7 +106,7 @@ def _bases(value: Any, path: Path, place: str) -> list[Path]:
 
 
 def _is_earlier_setting(tree: dict[str, Any], folder: Path, cls: Any) -> bool:
-    """Whether `base` is a setting of an earlier version, as in studies: it names a file of another kind.
+    """Whether `base` is an earlier version's setting, as in studies, which names a file of another kind.
 
     Such a path is relative to the working directory, as all paths in settings are.
     """
@@ -124,12 +124,12 @@ def _is_earlier_setting(tree: dict[str, Any], folder: Path, cls: Any) -> bool:
 
 
 def _chain(way: tuple[tuple[str, int], ...], name: str) -> str:
-    """The files that lead to `name`, for the end of a message; nothing for a file that no other file names."""
+    """The files that lead to `name`, for the end of a message; empty if no other file names it."""
     return "\n  Bases: " + " -> ".join([*(f"{above}:{line}" for above, line in way), name]) if way else ""
 
 
 def fault_message(known: Fields, error: ValidationError, layers: Sequence[Layer]) -> str:
-    """All faults, under what they are from; those of no layer alone (what is missing) under all."""
+    """A message that lists all faults, grouped by layer; missing settings under all layers."""
     everywhere = together(layers)
     found: dict[str, list[str]] = {}
     for fault in error.errors():
@@ -142,18 +142,18 @@ def fault_message(known: Fields, error: ValidationError, layers: Sequence[Layer]
 
 
 def together(layers: Sequence[Layer]) -> str:
-    """The names of layers. A base is part of the file that it leads to."""
+    """The names of all layers that are not bases of another one, joined."""
     named = [layer.origin for layer in layers if not set(layer.base_of) & {other.origin for other in layers}]
     return " and ".join(named)
 
 
 def _key(fault: Any) -> str:
-    """The dotted key of a fault; pydantic marks those of a mapping's own keys."""
+    """The dotted key of a fault; pydantic marks faults of a mapping's keys."""
     return ".".join(str(part) for part in fault["loc"] if part != "[key]")
 
 
 def _origin(key: str, layers: Sequence[Layer]) -> str | None:
-    """The last layer that names most of the key."""
+    """The origin of the last layer that contains the longest part of the key."""
     depths = [
         (_depth(layer.tree, key.split(".")), ", base of ".join((layer.origin, *layer.base_of))) for layer in layers
     ]
@@ -164,7 +164,7 @@ def _origin(key: str, layers: Sequence[Layer]) -> str | None:
 def _depth(tree: Any, parts: Sequence[str]) -> int:
     if not parts or not isinstance(tree, dict):
         return 0
-    # Keys of mappings may be dotted themselves.
+    # A key of a mapping may contain dots.
     lengths = [n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in tree]
     return max((n + _depth(tree[".".join(parts[:n])], parts[n:]) for n in lengths), default=0)
 
@@ -180,13 +180,13 @@ def _describe(known: Fields, key: str, fault: Any) -> str:
     if fault["type"] == "dataclass_type" and key:
         return f"{key}: got {_short.repr(given)}; it is a group of settings, such as {key}.NAME=VALUE."
     message = fault["msg"].removeprefix("Value error, ")
-    # A fault of a whole group names its keys itself; its input would be the whole group.
+    # The message of a fault of a group names its keys; the input would be the whole group.
     whole = not key or isinstance(given, ArgsKwargs) or (isinstance(given, dict) and key not in known)
     return f"{key + ': ' if key else ''}{'' if whole else f'got {_short.repr(given)}; '}{message}"
 
 
 def _required(known: Fields, key: str) -> list[str]:
-    """The settings without a default in the group `key`, or `key` itself where it is a single setting."""
+    """The settings without a default in the group `key`, or `key` itself if it is a single setting."""
     none = dataclasses.MISSING
     inside = [(name, field) for name, field in known.items() if name.startswith(f"{key}.")]
     return [name for name, field in inside if field.default is none and field.default_factory is none] or [key]
@@ -201,7 +201,7 @@ def _suggestion(known: Fields, key: str) -> str:
 
 
 def _near(known: Fields, key: str) -> Iterator[str]:
-    """What may have been meant, likeliest first: a name misspelt, a name by its end (lr), words of a help text."""
+    """Suggestions, likeliest first: a similar name, a name with the same end (lr), words in a help text."""
     group, _, last = key.rpartition(".")
     inside = [name for name in known if name.rpartition(".")[0] == group] if group else []
     for names in (inside, list(known)):

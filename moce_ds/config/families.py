@@ -1,4 +1,4 @@
-"""The kinds of model that `model.arch` names, as settings, manifests and tables know them, now and in earlier versions.
+"""The kinds of model: their names in `model.arch`, manifests and tables, now and in earlier versions.
 
 `models/build.py` maps each kind to its class; this module needs no torch, so that settings and reports can use it.
 
@@ -28,11 +28,11 @@ class Family:
     Attributes:
         arch: its value of `model.arch`.
         title: its name in tables.
-        gate: what the manifest of a checkpoint calls its gate; None for a dense model.
+        gate: the name of its gate in the manifest of a checkpoint; None for a dense model.
         routes_by_cluster: whether the cluster of an image decides its experts. Such a model is built from clusters, and
             each of its routes is a dense ViT that can be exported.
-        splits_mlp: whether its experts are groups of the hidden units of one MLP, and no MLPs that can be averaged.
-        distils: whether the dense MAE that it starts from can teach it.
+        splits_mlp: whether its experts are groups of the hidden units of one MLP, not whole MLPs that can be averaged.
+        distils: whether the dense MAE that initialises it can also be its teacher.
     """
 
     arch: str
@@ -55,19 +55,19 @@ RANDOM_MOCE = Family("moce", "MoCE, random gate", gate="random", routes_by_clust
 MOCE = Family("moce", "MoCE", gate="cluster", routes_by_cluster=True)
 
 FAMILIES = (MAE, TOKEN_MOE, SDR, RANDOM_MOCE, MOCE)
-"""All of them, in the order of tables."""
+"""All kinds, in the order of tables."""
 
 _BY_GATE = {family.gate: family for family in FAMILIES}
-_BY_ARCH = {MAE.arch: MAE, TOKEN_MOE.arch: TOKEN_MOE, SDR.arch: SDR}  # the gate distinguishes those of MoCE
+_BY_ARCH = {MAE.arch: MAE, TOKEN_MOE.arch: TOKEN_MOE, SDR.arch: SDR}  # the gate distinguishes the two kinds of MoCE
 
 
 def family_by_gate(gate: str | None) -> Family:
-    """The family whose manifests name this gate; None: the dense one."""
+    """The family whose manifests name this gate; None means dense."""
     return _BY_GATE[gate]
 
 
 def family_of_settings(arch: str, gate: str) -> Family:
-    """The family of `model.arch` and `experts.gate`. The gate counts where `arch` is no other family's."""
+    """The family of `model.arch` and `experts.gate`. The gate decides only for `moce`."""
     return _BY_ARCH.get(arch) or _BY_GATE.get(gate, MOCE)
 
 
@@ -83,7 +83,7 @@ MOVED = {
     "experts.common": "sdr.common",
     "experts.distillation_weight": "sdr.distillation_weight",
 }
-"""Old key of a setting: new key. The new group is called as the value of `model.arch` that uses it."""
+"""Old key of a setting: new key. The new group has the name of the `model.arch` that uses it."""
 
 _ARCH_NOW = {
     ("moce", "token"): "token_moe",
@@ -99,9 +99,9 @@ _GROUPS = ("model", "experts", "token_moe", "sdr")
 
 
 def translate_layers(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers of the settings of pre-training, by the names of this version; a notice names what was translated.
+    """Layers of pre-training settings with the names of this version; a notice lists the changes.
 
-    A moved setting that the model does not use is left out. It had no effect.
+    A moved setting that the model does not use is dropped, as it had no effect.
 
     Raises:
         ConfigError: a layer gives a setting by its old key and by its new one.
@@ -114,7 +114,7 @@ def translate_layers(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def translate_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded tree of settings by the names of this version. Logs nothing: nobody is to change a record."""
+    """A recorded tree of settings with the names of this version. Logs nothing, because records are never edited."""
     (layer,), _ = _translate([Layer("the record", dict(tree))])
     return {key: dict(value) if isinstance(value, Section) else value for key, value in layer.tree.items()}
 
@@ -126,7 +126,7 @@ def _notice(text: str) -> None:
 
 
 def _translate(layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
-    """The layers, and for each origin what was translated. The last layer that names a setting decides its value."""
+    """The translated layers, and the changes by origin. The last layer that names a setting decides its value."""
     layers = [layer._replace(tree=_with_groups(layer.tree)) for layer in layers]
     changes: dict[str, list[str]] = {layer.origin: [] for layer in layers}
     before, gate = _last(layers, "model", "arch", "mae"), _last(layers, "experts", "gate", "cluster")
@@ -139,7 +139,7 @@ def _translate(layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str
 
 
 def _with_groups(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which the groups that are translated are mappings, also where a word gives one as text."""
+    """A copy whose translated groups are mappings, even if a word gives a group as text."""
     copy = tree.copy()
     for group in _GROUPS:
         if isinstance(found := opened(copy.get(group), group), dict):
@@ -159,7 +159,7 @@ def _last(layers: Sequence[Layer], group: str, name: str, default: str) -> str:
 
 
 def _move_gate(tree: dict[str, Any], before: str, now: str) -> list[str]:
-    """Replace the earlier pair of arch and gate in one layer, in place; returns what was changed."""
+    """Replace the earlier pair of arch and gate in one layer, in place; returns the changes."""
     model, experts = _group(tree, "model"), _group(tree, "experts")
     if str(model.get("arch")) == before:
         model["arch"] = now
@@ -170,7 +170,7 @@ def _move_gate(tree: dict[str, Any], before: str, now: str) -> list[str]:
 
 
 def _move_settings(tree: dict[str, Any], arch: str, origin: str) -> list[str]:
-    """Move the settings of one layer to their new groups, in place; returns what was changed."""
+    """Move the settings of one layer to their new groups, in place; returns the changes."""
     changes = []
     for old, new in MOVED.items():
         experts, (group, name), before = _group(tree, "experts"), new.split("."), old.removeprefix("experts.")

@@ -1,5 +1,5 @@
-"""Settings as YAML text with comments: where each value is from (`moce config show`, `--dry-run`), or the help of every
-setting, in a file to start from (`moce config new`)."""
+"""Settings as YAML text with comments: the origin of each value (`moce config show`, `--dry-run`), or the help of every
+setting in a template (`moce config new`)."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from moce_ds.text import in_line
 
 DEFAULT = "default"
 _WIDTH = 100  # columns of a line
-_ORIGIN_COLUMN, _HELP_COLUMN = 44, 40  # where the comment on an origin begins, and the help
+_ORIGIN_COLUMN, _HELP_COLUMN = 44, 40  # where comments on origins begin, and help texts
 
 
 def explained(cls: Any, tree: Mapping[str, Any], layers: Sequence[Layer]) -> list[str]:
@@ -25,14 +25,14 @@ def explained(cls: Any, tree: Mapping[str, Any], layers: Sequence[Layer]) -> lis
     command line, or `default`.
 
     Args:
-        tree: plain data by group and name, as `to_tree` and `partial_tree` give it.
-        layers: what the tree was made of.
+        tree: plain data by group and name, from `to_tree` or `partial_tree`.
+        layers: the layers that the tree was merged from.
     """
     return list(_group(cls, tree, layers, "", ""))
 
 
 def origin_of(key: str, layers: Sequence[Layer]) -> str:
-    """Where the value of a dotted key is from: the last layer that gives it, with the line in a file; or `default`."""
+    """The origin of the value of a dotted key: the last layer that gives it, with the line in a file; or `default`."""
     for layer in reversed(layers):
         line = _line(layer.tree, key.split("."))
         if line is not None:
@@ -47,12 +47,12 @@ def starter(
     without: Collection[str] = (),
     required: Collection[str] = (),
 ) -> str:
-    """The text of a file of settings of type `cls`, which is read without an error once the required ones are given.
+    """A template for settings of type `cls`. It can be read once the required settings are filled in.
 
     Args:
-        title: lines of the comment that begins it.
-        given: values by dotted key, which stand in the file.
-        without: groups and settings that are left out.
+        title: lines of the comment at the top.
+        given: values by dotted key to write into the file.
+        without: groups and settings to omit.
         required: settings that are required although they have a default.
     """
     head = [*title, "Remove the # before a setting to change it; the values shown are the defaults."]
@@ -62,8 +62,8 @@ def starter(
 
 
 def _line(section: Mapping[str, Any], parts: Sequence[str]) -> int | None:
-    """The line that gives a key its value, 0 where lines are not known, None where the section does not name it."""
-    for count in range(len(parts), 0, -1):  # the keys of a mapping may be dotted themselves
+    """The line that gives a key its value; 0 if lines are unknown, None if the section does not contain the key."""
+    for count in range(len(parts), 0, -1):  # a key of a mapping may contain dots
         name, rest = ".".join(parts[:count]), parts[count:]
         if name not in section:
             continue
@@ -89,7 +89,7 @@ def _group(cls: Any, tree: Mapping[str, Any], layers: Sequence[Layer], prefix: s
 
 
 def _value(name: str, value: Any, key: str, layers: Sequence[Layer], indent: str) -> Iterator[str]:
-    """The line of a value, or the lines of a mapping, or of a list that is too long for one."""
+    """The line of a value, or the lines of a mapping or of a long list."""
     start, origin = f"{indent}{_flow(name)}:", in_line(origin_of(key, layers))
     if isinstance(value, dict) and value:
         yield start
@@ -103,7 +103,7 @@ def _value(name: str, value: Any, key: str, layers: Sequence[Layer], indent: str
 
 
 def _commented(line: str, comment: str) -> list[str]:
-    """A line with a comment after it, or in a line of its own above it where both together are too long."""
+    """A line with a comment after it, or above it if both are too long for one line."""
     whole = f"{line:<{_ORIGIN_COLUMN}} # {comment}"
     indent = line[: len(line) - len(line.lstrip())]
     return [whole] if len(whole) <= _WIDTH else [f"{indent}# {comment}", line]

@@ -1,9 +1,8 @@
 """Settings: defaults in dataclasses <- YAML files <- `key=value`, refused with a clear message when wrong.
 
-What may not change when a run is resumed (it would be another experiment) is in the groups `model`, `experts`,
-`data` and `optim`, except where `metadata` of a field says otherwise; `run` and `engine` may change. This module
-holds the machinery. What text means is in `values.py`, and how YAML files build on one another in `composition.py`.
-Each stage's settings stand beside the stage, those of pre-training in `training/settings.py`.
+A resumed run may not change its groups `model`, `experts`, `token_moe`, `sdr`, `data` and `optim`, except fields whose
+`metadata` allows it; `run` and `engine` may change. `values.py` defines what text means, and `composition.py` how YAML
+files build on one another. Each stage declares its settings in its own package: pre-training in `training/settings.py`.
 """
 
 import dataclasses
@@ -51,10 +50,10 @@ def settings(cls: type[T]) -> type[T]:
 def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] = (), origin: str = WORDS) -> T:
     """Settings of type `cls` from a YAML file with its bases, and `key=value` words; later ones win (docs/settings.md).
 
-    Keys are dotted (`optim.epochs=3`); a value is read as its setting's type.
+    Keys are dotted (`optim.epochs=3`); a value is read as the type of its setting.
 
     Args:
-        origin: where the words are from, for errors.
+        origin: the source of the words, for errors.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is not allowed; every fault is listed.
@@ -64,7 +63,7 @@ def load(cls: type[T], yaml_path: Path | None = None, overrides: Sequence[str] =
 
 
 def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
-    """`key=value` words as a tree of text. Raises ConfigError for a word that is none."""
+    """A tree of text from `key=value` words. Raises ConfigError for any other word."""
     tree: dict[str, Any] = {}
     for word in words:
         key, sign, text = word.partition("=")
@@ -75,7 +74,7 @@ def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree out of dotted keys and their values."""
+    """A tree built from dotted keys and their values."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *groups, name = key.split(".")
@@ -87,7 +86,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_tree(cls: type[T], tree: dict[str, Any], source: str) -> T:
-    """Settings of type `cls` from nested dictionaries, `source` being named in errors. Raises ConfigError."""
+    """Settings of type `cls` from nested dictionaries; errors name `source`. Raises ConfigError."""
     return from_layers(cls, [Layer(source, tree)])
 
 
@@ -95,7 +94,7 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
     """Settings of type `cls` from trees; later ones override earlier ones: mappings by key, other values as a whole.
 
     Raises:
-        ConfigError: a key or value is not allowed; every fault is listed under the layer that it is from.
+        ConfigError: a key or value is not allowed; every fault is listed under its layer.
     """
     layers, tree = _merged_layers(cls, layers)
     try:
@@ -135,7 +134,7 @@ def _partial(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged_layers(cls: Any, layers: Sequence[Layer]) -> tuple[list[Layer], dict[str, Any]]:
-    """The layers that say something, by the names that settings have today, and the tree that they make together."""
+    """The layers that are not empty, with current names of settings, and the merged tree."""
     layers = translated(cls, [layer for layer in layers if layer.tree] or layers[:1])
     tree: dict[str, Any] = {}
     for number, layer in enumerate(layers, 1):
@@ -144,13 +143,13 @@ def _merged_layers(cls: Any, layers: Sequence[Layer]) -> tuple[list[Layer], dict
 
 
 def translated(cls: Any, layers: Sequence[Layer]) -> list[Layer]:
-    """The layers by the names that settings have today; what had another name is logged. Raises ConfigError."""
+    """The layers with current names of settings; logs each renamed setting. Raises ConfigError."""
     layers = [_renamed(cls, layer) for layer in layers]
     return families.translate_layers(layers) if _is_of_pretraining(cls) else layers
 
 
 def _renamed(cls: Any, layer: Layer) -> Layer:
-    """A layer whose settings have the names of today, of those that were `formerly` called otherwise."""
+    """A layer with current names for settings that have a `formerly` name."""
     for field in dataclasses.fields(cls):
         if (earlier := field.metadata.get("formerly")) not in layer.tree:
             continue
@@ -183,7 +182,7 @@ def _merged(below: dict[str, Any], above: dict[str, Any], origins: str, prefix: 
 
 
 def to_tree(config: Any) -> dict[str, Any]:
-    """Nested plain dictionaries of a settings object, as YAML and JSON can hold them; `from_tree` is the inverse."""
+    """A settings object as nested dictionaries that YAML and JSON can hold; `from_tree` is the inverse."""
     tree: dict[str, Any] = _plain_data(TypeAdapter(type(config)).dump_python(config))
     return tree
 
@@ -199,12 +198,12 @@ def _plain_data(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The YAML text of a settings object; `load` gives the same object back."""
+    """The YAML text of a settings object; `load` reads it back as an equal object."""
     return yaml.safe_dump(to_tree(config), sort_keys=False)
 
 
 def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
-    """Every dotted key of a settings class with its field, groups opened."""
+    """Every dotted key of a settings class with its field; groups are replaced by their keys."""
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             yield from keys(field.type, f"{prefix}{field.name}.")
@@ -213,8 +212,8 @@ def keys(cls: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[An
 
 
 def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
-    """A tree of settings of type `cls`, as an earlier version wrote it, by the names of this version and with the
-    defaults of settings added since."""
+    """A recorded tree of settings of type `cls` with the names of this version, and the defaults of settings that the
+    record does not have."""
     tree = families.translate_tree(tree) if _is_of_pretraining(cls) else tree
     whole = dict(tree)
     for field in dataclasses.fields(cls):
@@ -227,12 +226,12 @@ def completed(tree: Mapping[str, Any], cls: Any) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    """The default of a setting, or MISSING where it is required."""
+    """The default of a setting, or MISSING if it is required."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def plain_default(field: dataclasses.Field[Any]) -> Any:
-    """The default of a setting as plain data, or MISSING where it is required."""
+    """The default of a setting as plain data, or MISSING if it is required."""
     default = _default(field)
     return default if default is dataclasses.MISSING else _plain_data(default)
 
@@ -250,7 +249,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
 
 
 def help_text(cls: Any) -> str:
-    """Every key with its default and the field's help, in lines of 100 columns at most where words allow."""
+    """Every key with its default and help, wrapped at 100 columns."""
     lines = []
     for key, field in keys(cls):
         default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
@@ -274,7 +273,7 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **metadata: Any) 
 
 
 def word(key: str, value: Any) -> str:
-    """`key=value` that `load` reads as exactly this value: how programs write words for other processes."""
+    """A word `key=value` that `load` reads as exactly this value, to pass to another process."""
     return f"{key}={path_text(value) if isinstance(value, Path) else _typed(value)}"
 
 
@@ -296,19 +295,19 @@ def _quoted(text: str) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The `key: value` tree of a YAML file whose settings' types are not known here: numbers, booleans and null as YAML
-    1.2 has them; empty for an empty file. Raises ConfigError as `read_yaml_text`."""
+    """The `key: value` tree of a YAML file, read without types of settings: numbers, booleans and null follow YAML 1.2.
+    Empty for an empty file. Raises ConfigError if `read_yaml_text` does."""
     tree: dict[str, Any] = resolved(read_yaml_text(path))
     return tree
 
 
 @dataclasses.dataclass(frozen=True)
 class KeysOf(Reading):
-    """Marks a mapping whose keys, dotted or in groups, are those of another settings class: each value is read as its
-    key says, or each of a list of `several` values.
+    """Marks a mapping whose keys, dotted or in groups, are those of another settings class. Each value, or each item of
+    a list of `several` values, is read as the type of its key.
 
     Attributes:
-        own: further keys, which are whole numbers.
+        own: further keys, whose values are integers.
     """
 
     cls: Any
@@ -316,7 +315,7 @@ class KeysOf(Reading):
     own: tuple[str, ...] = ()
 
     def read(self, value: Any, key: str) -> Any:
-        """Dotted keys with values of plain data; what cannot be read stays text, for whoever uses it to refuse."""
+        """Dotted keys with values of plain data; unreadable values stay text; the caller rejects them."""
         value = opened(value, key)
         if not isinstance(value, dict):
             return value
@@ -336,7 +335,7 @@ class KeysOf(Reading):
 
 
 def _as_typed(found: Any, value: Any) -> Any:
-    """Plain data of what was read, numbers as they were typed: cells of studies are named after them."""
+    """A read value as plain data, with numbers as typed, because the names of cells of studies contain them."""
     if isinstance(found, list) and isinstance(value, list):
         return [_as_typed(*pair) for pair in zip(found, value, strict=True)]
     if isinstance(found, float) and isinstance(value, str):

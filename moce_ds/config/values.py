@@ -1,4 +1,4 @@
-"""What the text of a setting means: that is decided by the type which the setting declares, and by nothing else.
+"""The meaning of the text of a setting, which depends only on the declared type of the setting.
 
 The same rule holds for YAML files and for `key=value` (docs/settings.md). Text and paths are taken as typed; numbers
 are decimal; booleans are true or false; a list or mapping on the command line is YAML's flow style.
@@ -21,32 +21,32 @@ from moce_ds.config.yaml_text import Plain, read_flow
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?", re.ASCII)
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 NULLS = ("null", "Null", "NULL")
-"""How YAML spells null."""
+"""The spellings of null in YAML."""
 
-_LONGEST = 100  # characters of a number; it takes long to read a million digits, and nobody means them
+_LONGEST = 100  # characters of a number; a million digits would take long to read
 _VARIABLE = re.compile(r"\$(?:\$|(\w+)|\{(\w+)\})", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class Misread:
-    """Stands where a value cannot be read as its setting's type, so that validation lists it with all other faults."""
+    """Replaces a value that cannot be read as its setting's type, so that validation lists it with all other faults."""
 
     given: Any
     expected: str
 
 
 class Reading(ABC):
-    """An annotation of a type that says itself how values are read."""
+    """An annotation of a type that defines how its values are read."""
 
     @abstractmethod
     def read(self, value: Any, key: str) -> Any:
-        """The value that validation is to see."""
+        """Convert a value before validation."""
 
 
 def read(kind: Any, value: Any, key: str) -> Any:
-    """`value`, out of a YAML file, of a word or of a program, as the type `kind`; `Misread` where it is none.
+    """Read `value`, from a YAML file, a word or a program, as the type `kind`; returns `Misread` if that fails.
 
-    Values that are no text are left to validation. Raises ConfigError for a broken list or mapping in a word.
+    Values other than text are left to validation. Raises ConfigError for a malformed list or mapping in a word.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
@@ -65,7 +65,7 @@ def read(kind: Any, value: Any, key: str) -> Any:
 
 
 def opened(value: Any, key: str) -> Any:
-    """`value`, or the list or mapping that its text is in YAML's flow style."""
+    """`value`, or the list or mapping if its text is one in YAML's flow style."""
     return read_flow(value, key) if isinstance(value, Plain) and value.lstrip()[:1] in ("[", "{") else value
 
 
@@ -95,10 +95,10 @@ def _read_union(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _read_parts(kind: Any, value: Any, key: str) -> Any:
-    """The parts of a group, list, tuple or mapping; of what is none of these validation says so."""
+    """Read the parts of a group, list, tuple or mapping; anything else is left to validation."""
     if dataclasses.is_dataclass(kind):
         if value is None or value in NULLS:
-            return {}  # a heading in a YAML file under which all is commented out
+            return {}  # a heading in a YAML file without settings
         if not isinstance(value, dict):
             return value
         fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -111,13 +111,13 @@ def _read_parts(kind: Any, value: Any, key: str) -> Any:
     if typing.get_origin(kind) is not dict and isinstance(value, list | tuple):
         if typing.get_origin(kind) is list or ... in arguments:
             arguments = arguments[:1] * len(value)
-        kinds = [*arguments, *[Any] * len(value)]  # of too many for a tuple: validation counts them
+        kinds = [*arguments, *[Any] * len(value)]  # validation refuses a tuple with too many values
         return [read(kinds[number], part, _dotted(key, str(number))) for number, part in enumerate(value)]
     return value
 
 
 def _required(field: "dataclasses.Field[Any] | None") -> bool:
-    """Whether a setting has to be given: its key alone, with nothing after it, gives it no value."""
+    """Whether a setting is required: its key without a value does not count as one."""
     if field is None or dataclasses.is_dataclass(field.type):
         return False
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -160,7 +160,7 @@ def _read_float(value: Any) -> Any:
     number = float(found)
     if math.isinf(number) or (number == 0) != (found == 0):
         return Misread(value, "expected a number that 64 bits can hold")
-    return int(found) if value.strip().isdigit() else number  # "got 2" in errors, as it was typed
+    return int(found) if value.strip().isdigit() else number  # errors show "got 2", as typed
 
 
 def _decimal(value: Any) -> Decimal | None:
@@ -197,14 +197,14 @@ def is_number(text: str) -> bool:
 
 def expanded(text: str, folder: Path | None = None) -> Path:
     """The path that text means: a leading `~` or `~user` is a home folder, `$NAME` and `${NAME}` are variables of the
-    environment, and `$$` is a dollar sign. What exists as typed, in `folder` (default: the working directory), is not
-    looked at for variables.
+    environment, and `$$` is a dollar sign. Variables are not replaced in a path that exists as typed in `folder`
+    (default: the working directory).
 
     Raises:
-        ValueError: the text is empty, or names a user or a variable that is not there.
+        ValueError: the text is empty, or names a user or a variable that does not exist.
     """
     if not text or "\0" in text:
-        raise ValueError("expected a path, and . for the current folder" if not text else "a path holds no NUL")
+        raise ValueError("expected a path, and . for the current folder" if not text else "a path cannot contain NUL")
     if "$" in text and os.path.lexists(folder / text if folder else text):
         return Path(text)
     head, _, rest = text.partition("/")
@@ -213,7 +213,7 @@ def expanded(text: str, folder: Path | None = None) -> Path:
     try:
         home = Path(head).expanduser()
     except RuntimeError:
-        raise ValueError(f"no home folder is known for {head}; write ./{head} for a file of that name") from None
+        raise ValueError(f"the home folder of {head} is unknown; write ./{head} for a file of that name") from None
     return home / _VARIABLE.sub(_variable, rest).lstrip("/")
 
 
@@ -234,7 +234,7 @@ def path_text(path: Path) -> str:
 
 
 def recorded_path(text: str) -> Path:
-    """The path whose `path_text` stands in a record; an earlier version wrote paths as they are, with any `$`."""
+    """The path whose `path_text` is in a record. An earlier version recorded paths unescaped, with any `$`."""
     try:
         return expanded(text)
     except ValueError:
@@ -242,6 +242,6 @@ def recorded_path(text: str) -> Path:
 
 
 def arguments(words: Iterable[object]) -> list[str]:
-    """The words of a command for another process, which reads its paths as exactly these, and none as an option."""
+    """The words of a command for another process, which reads exactly these paths, and none of them as an option."""
     texts = ((path_text(word) if isinstance(word, Path) else str(word), word) for word in words)
     return [f"./{text}" if isinstance(word, Path) and text.startswith("-") else text for text, word in texts]

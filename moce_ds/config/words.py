@@ -23,10 +23,10 @@ def read_settings(
 
     Args:
         own: values by dotted key that the caller sets; they win.
-        origin: where the words are from, for errors.
+        origin: the source of the words, for errors.
 
     Raises:
-        ConfigError: a word is neither; the file cannot be read; or keys or values are not allowed, all of them listed.
+        ConfigError: a word is neither; the file cannot be read; or keys or values are not allowed (lists all faults).
     """
     return configuration.from_layers(cls, settings_layers(cls, given, own, origin))
 
@@ -34,8 +34,8 @@ def read_settings(
 def settings_layers(
     cls: Any, given: Sequence[str], own: Mapping[str, Any] | None = None, origin: str = configuration.WORDS
 ) -> list[Layer]:
-    """The layers that `read_settings` reads: the bases of the file, the file, the words. Names of earlier versions are
-    replaced. Raises ConfigError."""
+    """The layers that `read_settings` reads: the bases of the file, the file, the words. Earlier names are replaced.
+    Raises ConfigError."""
     known = {key for key, _ in configuration.keys(cls)} | _earlier_names(cls)
     if BASE not in known and any(word.startswith(f"{BASE}=") for word in given):
         raise ConfigError(f"{BASE} is a line of YAML files. As a word, name the file itself: OTHER.yaml key=value.")
@@ -55,12 +55,12 @@ def _earlier_names(cls: Any) -> set[str]:
 
 
 def is_config_word(word: str) -> bool:
-    """Whether a word is a YAML file or `key=value`, and no name of a verb."""
+    """Whether a word is a YAML file or `key=value`, not the name of a verb."""
     return "=" in word or word.endswith(YAML) or _existing(word) is not None
 
 
 def _names_file(word: str, known: set[str]) -> bool:
-    """Whether a word means a YAML file: one that exists, or one that is missing rather than a setting."""
+    """Whether a word means a YAML file, existing or missing, rather than a setting."""
     key, groups = word.partition("=")[0], {name.partition(".")[0] for name in known}
     if "=" not in word or _existing(word) is not None:
         return True
@@ -72,7 +72,7 @@ def _existing(word: str) -> Path | None:
     try:
         path = expanded(word)
         return path if path.is_file() else None
-    except (ValueError, OSError):  # no such variable; a name that no file can have
+    except (ValueError, OSError):  # no such variable, or not a valid file name
         return None
 
 

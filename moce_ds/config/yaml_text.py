@@ -1,5 +1,5 @@
-"""YAML as trees of text. What unquoted text means depends on the setting that it is given to (`values.py`), not on its
-looks: YAML's own guesses turn `016` into 14, `yes` into true and `2024-01-01` into a date."""
+"""YAML as trees of text. The meaning of unquoted text depends on its setting (`values.py`), not on its form. YAML
+itself would read `016` as 14, `yes` as true and `2024-01-01` as a date."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +10,15 @@ import yaml
 from moce_ds.errors import ConfigError
 from moce_ds.host.machine import refused
 
-# What PyYAML's parser was seen to raise on bad text; they have no common base.
+# Exceptions of PyYAML's parser on malformed text; they have no common base class.
 _YAML_FAULTS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
-_NOTHING = ("", "~")  # YAML's null; `null` itself is text where a setting asks for text
+_NOTHING = ("", "~")  # YAML's null; `null` itself is text if the setting is text
 
 
 class Plain(str):
-    """Text without quotes: a number, true, null or text, as the setting wants it."""
+    """Text without quotes: a number, true, null or text, depending on the setting."""
 
     __slots__ = ()
 
@@ -36,7 +36,7 @@ class Section(dict[str, Any]):
 
 
 class _Loader(yaml.SafeLoader):
-    """Parses without guessing: every scalar is text, except that `<<` merges mappings."""
+    """Parses every scalar as text, except that `<<` merges mappings."""
 
     yaml_implicit_resolvers = {"<": [(_MERGE, yaml.SafeLoader.yaml_implicit_resolvers["<"][0][1])]}  # noqa: RUF012
 
@@ -45,7 +45,7 @@ def read_yaml_text(path: Path) -> dict[str, Any]:
     """The `key: value` tree of a YAML file; empty for an empty file. Mappings are `Section`, unquoted scalars `Plain`.
 
     Raises:
-        ConfigError: the file cannot be read, is no such tree, or names a key twice in one place.
+        ConfigError: the file cannot be read, is not such a tree, or has a duplicate key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -57,7 +57,7 @@ def read_yaml_text(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} not found: expected a YAML file of settings.") from None
     except OSError as error:
         raise refused(ConfigError, f"{path} cannot be read", error, path) from None
-    except ValueError as error:  # no UTF-8, or a NUL in the path
+    except ValueError as error:  # not UTF-8, or a NUL in the path
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     tree = _parsed(text, f"{path} is not valid YAML")
     if tree is None:
@@ -68,10 +68,10 @@ def read_yaml_text(path: Path) -> dict[str, Any]:
 
 
 def read_flow(text: str, key: str) -> Any:
-    """A list or mapping in YAML's flow style, as typed for `key` on the command line.
+    """A list or mapping in YAML's flow style, typed for `key` on the command line.
 
     Raises:
-        ConfigError: the text is not such a value, or has more after it.
+        ConfigError: the text is not such a value, or more text follows it.
     """
     return _parsed(text, f"The value of {key} is not a list or mapping", whole=True)
 
@@ -91,8 +91,8 @@ def _parsed(text: str, fault: str, whole: bool = False) -> Any:
 
 
 class _Builder:
-    """Plain data of parsed nodes. Nodes named by anchors are built once and shared, so that a few lines which name one
-    list a billion times cost nothing."""
+    """Builds plain data from parsed nodes. Nodes with anchors are built once and shared, so that a few lines which name
+    one list a billion times cost nothing."""
 
     def __init__(self, fault: str) -> None:
         self._fault = fault
@@ -100,7 +100,7 @@ class _Builder:
         self._open: set[int] = set()
 
     def value(self, node: yaml.Node, key: str) -> Any:
-        """The data of a node that stands at the dotted `key`."""
+        """The data of the node at the dotted `key`."""
         if id(node) in self._open:
             raise self._error(node, f"{key} contains itself")
         if id(node) not in self._built:
@@ -119,9 +119,7 @@ class _Builder:
             if node.style is not None:
                 return text
             return None if text in _NOTHING else Plain(text)
-        raise self._error(
-            node, f"{key or 'it'} has the tag {node.tag[:100]}; the setting itself says of what type it is"
-        )
+        raise self._error(node, f"{key or 'it'} has the tag {node.tag[:100]}; the setting itself has a type")
 
     def _mapping(self, node: yaml.MappingNode, prefix: str) -> Section:
         own: dict[str, Any] = {}
@@ -142,11 +140,11 @@ class _Builder:
         return Section(merged | own, merged.lines | lines)
 
     def _merged(self, node: yaml.Node, key: str) -> Section:
-        """What `<<: *anchor` or `<<: [*a, *b]` brings along, the first of several winning."""
+        """The keys that `<<: *anchor` or `<<: [*a, *b]` merges in; the first mapping wins."""
         found = self.value(node, key)
         parts = found if isinstance(found, list) else [found]
         if not all(isinstance(part, Section) for part in parts):
-            raise self._error(node, f"{key} merges what is no mapping")
+            raise self._error(node, f"{key} merges a value that is not a mapping")
         merged = Section({}, {})
         for part in reversed(parts):
             merged.update(part)

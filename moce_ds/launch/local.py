@@ -3,10 +3,10 @@
         moce launch local --nproc 2 pretrain configs/demo/mae.yaml
 
 One Ctrl-C (or SIGTERM, SIGHUP, SIGUSR1, SIGUSR2) asks every process to stop at the next step boundary; the exit status
-is then 76, because later stages must not follow. When a process fails, the others are ended and the failed one is
+is then 76, so that later stages do not start. When a process fails, the others are ended and the failed one is
 named; the status is 75 if it was lost. With --max-restarts, all processes are restarted when one was lost (killed, or
 silent for run.peer_timeout seconds), and the run resumes from its newest checkpoint. The verbs behave the same under
-`torchrun -m moce_ds VERB ...`; this launcher prints no traceback of its own and passes signals on only once.
+`torchrun -m moce_ds VERB ...`; this launcher prints no traceback and passes signals on only once.
 """
 
 import logging
@@ -76,7 +76,7 @@ def _run(command: Sequence[str], nproc: int, received: list[int], grace_seconds:
         signal.signal(number, lambda number, frame: received.append(number))
     for rank in range(nproc):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        # In a session of its own: the terminal sends Ctrl-C only to this process, which passes it on once.
+        # In a new session: the terminal sends Ctrl-C only to this process, which passes it on once.
         processes.append(subprocess.Popen(command, env={**os.environ, **common, **place}, start_new_session=True))
     status = _wait(processes, received, grace_seconds)
     # An unexpected error of one process is a loss for the others; any of them may end first.
@@ -113,7 +113,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], grace_s
     if failed is None:
         return 0
     rank, status = failed
-    insisted = received.count(signal.SIGINT) > 1 and (status < 0 or status == LOST_PEER)  # an impatient user
+    insisted = received.count(signal.SIGINT) > 1 and (status < 0 or status == LOST_PEER)  # a second Ctrl-C
     if insisted or -status in received or (status == _INTERRUPTED and signal.SIGINT in received):
         return STOPPED
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
@@ -125,7 +125,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], received: list[int], grace_s
 def run_logged(command: Sequence[str], log: Path) -> int:
     """Run a command, append its output to `log`, and return its exit status, negative for a signal that killed it.
 
-    Signals are passed on to it, so that it stops where it can resume.
+    Signals are passed on to the command, so that it stops at a point where it can resume.
 
     Raises:
         ArtefactError: the log cannot be written.
@@ -135,7 +135,7 @@ def run_logged(command: Sequence[str], log: Path) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         opened = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed below)
     with opened, kept_signals(obeyed()) as received:
-        # In a session of its own: the terminal sends Ctrl-C only to this process, which passes it on once.
+        # In a new session: the terminal sends Ctrl-C only to this process, which passes it on once.
         child = subprocess.Popen(command, stdout=opened, stderr=subprocess.STDOUT, start_new_session=True)
         status = wait_for(child, received)
         if status < 0 and not received:

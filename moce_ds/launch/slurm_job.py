@@ -8,7 +8,7 @@ before its work was done, unless SLURM is ending the job anyway.
     python -m moce_ds.launch.slurm_job FOLDER STATUS SECONDS MAX_FAILURES
 
 The job's script ends with this command if srun failed. The processes of a job report their own failures. But srun also
-fails if not all processes could be started, as on a node that has just died; then the job is requeued.
+fails if not all processes could be started, for example on a node that has just died; then the job is requeued.
 """
 
 import json
@@ -32,10 +32,10 @@ from moce_ds.host.interrupts import kept_signals, wait_for
 from moce_ds.host.machine import MachineError, refused
 from moce_ds.host.place import SECRET
 
-_logger = logging.getLogger("moce_ds.launch.slurm_job")  # also where this module runs as a program
+_logger = logging.getLogger("moce_ds.launch.slurm_job")  # also if this module runs as a program
 
 SECRET_FILE = "secret"
-"""In the folder of a launch, readable by its owner alone: the key that authenticates messages of its processes."""
+"""In the folder of a launch, readable only by its owner: the key that authenticates messages of its processes."""
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _FIRST_PORT, _PORTS = 15000, 16000  # below the range from which the system gives ports to clients
@@ -95,18 +95,18 @@ class Rank:
             if not stopped or job.global_rank == 0:  # others may be stopped by a failing srun
                 recorded = _recorded(start, who, status, time.monotonic() - began, lost)
             if stopped:
-                sys.exit(STOPPED if job.global_rank == 0 else 0)  # a failure would have the others killed
+                sys.exit(STOPPED if job.global_rank == 0 else 0)  # after a failure SLURM would kill the others
             if lost:
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
                 _logger.warning(f"{who.capitalize()} {how}.")
-                # Every process asks for that: one that is cut off cannot. A loss that is not recorded is not counted,
-                # so the job could begin again for ever.
+                # Every process requests this, because one may be cut off. An unrecorded loss is not counted,
+                # so the job could restart for ever.
                 if recorded and start.begin_again(self.max_failures):
                     _wait_for_the_end(received)
             sys.exit(status if status > 0 else LOST_PEER)
 
     def checkpoint(self) -> DelayedSubmission:
-        """For submitit, when the warning comes before this object is called: nothing is done yet, so begin again."""
+        """For submitit, when the warning comes before this object is called: no work was done yet, so start again."""
         return DelayedSubmission(self)
 
 
@@ -176,10 +176,10 @@ class JobStart:
 
 
 def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, str]:
-    """The variables by which the processes of a job on its first `nodes` nodes find each other."""
+    """The environment variables with which the processes on the first `nodes` nodes of a job find each other."""
     each = job.num_tasks // job.num_nodes
     secret = start.folder / SECRET_FILE
-    # Another port at each start: what the last one left may still hold the old one.
+    # Another port at each start: processes of the last start may still hold the old one.
     port = _FIRST_PORT + zlib.crc32(f"{start.name} {start.restart}".encode()) % _PORTS
     return {
         "RANK": str(job.global_rank),
@@ -188,7 +188,7 @@ def place(job: SlurmJobEnvironment, start: JobStart, nodes: int) -> dict[str, st
         "LOCAL_WORLD_SIZE": str(each),
         "MASTER_ADDR": job.hostnames[0] if nodes > 1 else "127.0.0.1",
         "MASTER_PORT": str(port),
-        # Its own for each start: jobs of one array share the file. It is absent from launches of older versions.
+        # Different for each start: jobs of one array share the file. It is absent from launches of older versions.
         SECRET: f"{secret.read_text().strip()}-{start.name}-{start.restart}" if secret.exists() else "",
     }
 
@@ -204,7 +204,7 @@ def _recorded(start: JobStart, who: str, status: int, seconds: float, lost: bool
 
 
 def _wait_for_the_end(received: list[int]) -> None:
-    """Wait until SLURM ends this process: to leave by itself would look like a failure of the job."""
+    """Wait until SLURM ends this process: an earlier exit would look like a failure of the job."""
     deadline = time.monotonic() + _LAST_SECONDS
     while signal.SIGTERM not in received and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -15,7 +15,7 @@ from moce_ds.host.threads import CHOSEN
 from moce_ds.text import counted, script_fault
 
 Number = Annotated[int, Field(strict=True)]
-"""A number in a tree of a program; text that looks like one stays as it was typed, such as 0800."""
+"""A number in a tree of a program; text that looks like one stays as typed, such as 0800."""
 
 
 @settings
@@ -53,10 +53,10 @@ class SlurmProfile:
                 raise ValueError(f"{key}: {text!r} {fault}; expected one line, since it goes into the job's script")
         for name in self.extra:
             if not re.fullmatch(r"[A-Za-z][\w-]*", name, re.ASCII):
-                raise ValueError(f"extra: {name!r} is no option of sbatch; expected letters, digits and dashes")
+                raise ValueError(f"extra: {name!r} is not an option of sbatch; expected letters, digits and dashes")
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-                raise ValueError(f"env: {name!r} is no name of a variable; expected letters, digits and underscores")
+                raise ValueError(f"env: {name!r} is not a name of a variable; expected letters, digits and underscores")
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         """All texts of the profile with their keys."""
@@ -110,7 +110,7 @@ class SlurmProfile:
             "dependency": f"afterok:{':'.join(after)}" if after else None,
             "array_parallelism": self.array_parallelism,
             "stderr_to_stdout": True,
-            # A failing job must still report it (moce_ds/launch/slurm_job.py), whatever the set-up commands have set.
+            # A failing job must still report it (moce_ds/launch/slurm_job.py), whatever the set-up commands do.
             "setup": [*self.setup, *(f"export {name}={_quoted(text)}" for name, text in environment.items()), "set +e"],
             # A failing process ends all; otherwise the others wait until the time limit.
             "srun_args": ["--kill-on-bad-exit=1", f"--ntasks-per-node={each}", f"--cpus-per-task={self.cpus_per_task}"],

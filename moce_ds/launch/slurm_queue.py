@@ -36,7 +36,7 @@ class Submitted:
 
     Attributes:
         job: its number.
-        what: its size, in words.
+        what: its size, as text.
         log: the log of its first process; those of the others are beside it. Of an array: the pattern of all logs.
     """
 
@@ -60,8 +60,8 @@ def submit(
         usable_nodes: numbers of nodes that the commands can run on, of those that the profile allows; empty: all.
 
     Raises:
-        ConfigError: there is no SLURM here; sbatch refuses, with its message; or the folder's or job's name cannot
-            stand in a script.
+        ConfigError: SLURM is not installed; sbatch refuses the job (with its message); or the name of the folder or job
+            cannot be written into a script.
     """
     check_scriptable(folder, name)
     python = str(profile.python or sys.executable)
@@ -74,7 +74,7 @@ def submit(
     except (FailedJobError, FailedSubmissionError) as error:
         raise ConfigError(f"sbatch refused the job: {_sbatch_message(error)}") from None
     except RuntimeError as error:  # submitit did not find srun
-        raise ConfigError(f"{error} Run this where sbatch and srun are, as on a login node.") from None
+        raise ConfigError(f"{error} Run this on a machine with sbatch and srun, such as a login node.") from None
     if len(jobs) == 1:
         return Submitted(jobs[0].job_id, profile.size, str(jobs[0].paths.stdout))
     number = jobs[0].job_id.partition("_")[0]
@@ -97,7 +97,7 @@ def check_scriptable(folder: Path, name: str = "") -> None:
     """Check that a job's script can name the folder of its logs: text after a line break would be executed.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the script cannot name it.
     """
     for text in (str(folder.absolute()), name):
         if fault := script_fault(text):
@@ -203,5 +203,5 @@ def _code() -> tuple[str | None, bytes]:
     try:
         tracked = git("ls-files", "--", Path(__file__).name)
         return (git("rev-parse", "HEAD").decode().strip(), git("diff", "HEAD")) if tracked else (None, b"")
-    except (OSError, subprocess.CalledProcessError):  # no git here, or no checkout
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is not a checkout
         return None, b""

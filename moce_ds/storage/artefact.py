@@ -1,12 +1,13 @@
-"""What every artefact offers, which artefact a path is, and what it is made from.
+"""The common interface of artefacts, the recognition of artefacts by path, and records of what they are made from.
 
-An artefact is a file or a folder that `moce` writes. One class, in the folder of its subject, knows its paths and its
-format. `moce inspect`, the report and the workflow ask that class. How an artefact is written differs from kind to
-kind, so each class has its own `write` or its own writer; both leave the whole artefact or nothing.
+An artefact is a file or a folder that `moce` writes. One class, in the package of its subject, knows its paths and its
+format. `moce inspect`, the report and the workflow ask that class. Writing differs between kinds, so each class has a
+`write` method or a writer function; both leave the complete artefact or nothing.
 
-Whoever writes an artefact keeps a record of all that decides its content: settings, and fingerprints of what it reads
-(`MadeFrom`). When the same place is asked for again, the record has one of three outcomes: *absent*, make it; *same*,
-keep it or resume it; *different*, refuse and name the differences, or make it again.
+The writer of an artefact records all that determines its content (`MadeFrom`): settings, and fingerprints of its
+inputs. A later command compares this record with its own settings and inputs. If the record is *absent*, it makes the
+artefact. If it is the *same*, it keeps or resumes the artefact. If it is *different*, it refuses and lists the
+differences, or makes the artefact again.
 """
 
 import json
@@ -31,8 +32,8 @@ class Artefact(Protocol):
     """One artefact on disk.
 
     Attributes:
-        kind: what messages call it, such as "shard set".
-        marks: names of files; a folder with one of them is of this kind.
+        kind: its name in messages, such as "shard set".
+        marks: names of files; a folder that contains one of them is of this kind.
     """
 
     kind: ClassVar[str]
@@ -45,20 +46,20 @@ class Artefact(Protocol):
 
     @classmethod
     def open(cls, path: Path, /) -> Self:
-        """Open the artefact at `path`. Raises MoceError: a part that everything else depends on is damaged."""
+        """Open the artefact at `path`. Raises MoceError if a part that all others depend on is damaged."""
         ...
 
     def verify(self) -> Findings:
-        """Read everything, and return what is not as it was written. Raises MoceError as `open`."""
+        """Read all files and return all differences from what was written. Raises MoceError if `open` does."""
         ...
 
     def describe(self) -> Rows:
-        """What the artefact holds. Raises MoceError: it is damaged."""
+        """Describe the content of the artefact. Raises MoceError if it is damaged."""
         ...
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What decided the content, as plain data: fingerprints and settings. Raises MoceError: it is damaged."""
+        """The fingerprints and settings that determined the content, as plain data. Raises MoceError if damaged."""
         ...
 
 
@@ -71,7 +72,7 @@ def recognised(path: Path, kinds: Sequence[type[Artefact]]) -> type[Artefact]:
     """The first of `kinds` that recognises `path`.
 
     Raises:
-        ArtefactError: nothing is there, or none of them.
+        ArtefactError: `path` does not exist, or is none of `kinds`.
     """
     restore(path)
     for kind in kinds:
@@ -80,16 +81,16 @@ def recognised(path: Path, kinds: Sequence[type[Artefact]]) -> type[Artefact]:
     if not path.exists():
         raise ArtefactError(f"{path} not found.")
     known = ", ".join(f"{kind.kind} ({mark})" for kind in kinds for mark in kind.marks)
-    raise ArtefactError(f"{path} is nothing that moce writes. Known by a file in them: {known}.")
+    raise ArtefactError(f"{path} was not written by moce. Artefacts contain one of these files: {known}.")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a record says, beside what is asked for now.
+    """The result of comparing a record with the current settings and inputs.
 
     Attributes:
-        differences: dotted keys at which the two differ, with the recorded value and the one of now; None where there
-            is no record.
+        differences: dotted keys whose values differ, with the recorded and the current value; None if there is no
+            record.
     """
 
     differences: dict[str, tuple[Any, Any]] | None
@@ -101,19 +102,19 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether there is a record, and it says the same."""
+        """Whether there is a record without differences."""
         return self.differences == {}
 
     @property
     def listed(self) -> str:
-        """The differences, each on an indented line of its own."""
+        """The differences as text, one indented line each."""
         return "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, (old, new) in (self.differences or {}).items())
 
     def refuse_different(self, what: str, kind: type[MoceError] = ArtefactError) -> None:
-        """Raise `kind`, which names every difference, if there is a record and it differs.
+        """Raise `kind`, listing all differences, if there is a record and it differs.
 
         Args:
-            what: the place and what it holds, such as "runs/clusters holds clusters".
+            what: the path and its content, such as "runs/clusters holds clusters".
         """
         if self.differences:
             raise kind(f"{what} made from something else; choose another folder or delete it:{self.listed}")
@@ -121,34 +122,34 @@ class Comparison:
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """All that decides the content of an artefact.
+    """All that determines the content of an artefact.
 
     Attributes:
-        parts: plain data, as JSON can hold it.
-        settings: for each part that is a tree of settings, their class: a record of an earlier version is completed
-            with the defaults of settings added since.
+        parts: plain data that JSON can hold.
+        settings: the settings class of each part that is a tree of settings. Records of earlier versions are completed
+            with the defaults of newer settings.
     """
 
     parts: dict[str, Any]
     settings: Mapping[str, type[Any]] = field(default_factory=dict)
 
     def compare(self, recorded: Mapping[str, Any] | None) -> Comparison:
-        """Compare with a record, None where there is none. What else the record holds decides nothing."""
+        """Compare with a record (None: there is no record). Other keys of the record are ignored."""
         if recorded is None:
             return Comparison(None)
         old = {name: recorded[name] for name in self.parts if name in recorded}
         for name, kind in self.settings.items():
             if isinstance(old.get(name, {}), dict):
                 old[name] = completed(old.get(name, {}), kind)
-        return Comparison(differences(old, json.loads(json.dumps(self.parts))))  # as it is read again: no tuples
+        return Comparison(differences(old, json.loads(json.dumps(self.parts))))  # as JSON returns it: no tuples
 
 
 def mebibytes(sizes: Iterable[int]) -> str:
-    """A sum of sizes in bytes, as people read it."""
+    """A sum of sizes in bytes, as text in MiB."""
     return f"{sum(sizes) / 2**20:.1f} MiB"
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first names of a list, shortened, and how many follow."""
+    """The first names of a list, shortened, and the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(shortened(name, _NAME) for name in names[:_SHOWN]) + more

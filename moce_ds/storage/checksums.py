@@ -44,7 +44,7 @@ class Findings:
     """The result of verifying an artefact, one line per finding; a line begins with the name of its file.
 
     Attributes:
-        faults: what differs from what was written.
+        faults: differences from what was written.
         unverified: files of an earlier version without a checksum, which cannot be verified.
     """
 
@@ -113,7 +113,7 @@ def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: 
 
 
 def document_findings(path: Path, name: str) -> Findings:
-    """Findings about a JSON document that was read without another fault."""
+    """Findings about a JSON document that was read without an error."""
     unverified = [] if has_checksum(read_json(path, name, "moce")) else [written_before(name)]
     return Findings(unverified=unverified)
 
@@ -124,7 +124,7 @@ def written_before(name: str) -> str:
 
 
 def check_file(folder: Path, name: str, files: Files | None, cure: str, kind: type[MoceError] = ArtefactError) -> None:
-    """Raise if a file is not what was written. A file without a record, of an earlier version, passes.
+    """Raise if a file differs from its record. A file without a record, from an earlier version, passes.
 
     Raises:
         ArtefactError, or `kind`: the file is missing or its content differs; `cure` says what to do.
@@ -148,7 +148,7 @@ def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) 
 
 
 def _finding(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file; an unreadable one is a finding too, so that verification continues."""
+    """The fault of a file, or None; an unreadable file is a fault, so that verification continues."""
     try:
         return _fault(path, record)
     except OSError as error:
@@ -156,7 +156,7 @@ def _finding(path: Path, record: FileRecord) -> str | None:
 
 
 def _fault(path: Path, record: FileRecord) -> str | None:
-    """How a file differs from what was written. Raises OSError if it exists but cannot be read."""
+    """The difference of a file from its record, or None. Raises OSError if it exists but cannot be read."""
     try:
         size = path.stat().st_size
         if size != record.bytes:

@@ -52,13 +52,13 @@ def put_in_place(draft: Path, path: Path) -> None:
         try:
             os.replace(draft, path)
         finally:
-            if not os.path.lexists(path):  # stopped between the two
+            if not os.path.lexists(path):  # stopped between the two renames
                 os.replace(replaced, path)
         _remove(replaced)
 
 
 def restore(path: Path) -> None:
-    """Call before reading or replacing `path`: if it is missing, restores what a killed process moved aside."""
+    """Restore `path` if it is missing and a killed process moved it aside; call before reading or replacing it."""
     if not os.path.lexists(path):
         clear_leftovers(path.parent, again=True)
 
@@ -86,7 +86,7 @@ def clear_leftovers(folder: Path, again: bool = False) -> None:
 
 @contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder for the length of the block, by default in the system's place for temporary files.
+    """A temporary folder for the length of the block, by default in the system's folder for temporary files.
 
     Removes scratch folders of killed processes there first. Raises ArtefactError if no folder can be made.
     """
@@ -113,7 +113,7 @@ def _temporary_place() -> Path:
 
 @cache
 def _machine() -> str:
-    """Identifies the scope of process ids: one boot of a host, and a process namespace on it, as of a container.
+    """Identifies the scope of process ids: one boot of a host, and a process namespace on it, such as a container's.
 
     The boot id distinguishes hosts with equal names, such as clones of one image: the inode of their first namespace is
     the same.
@@ -151,7 +151,7 @@ def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Mat
 
 
 def _is_own_folder(path: Path) -> bool:
-    """Whether an entry of a world-writable place is a folder of this user and not a link."""
+    """Whether an entry of a world-writable folder is a folder of this user, not a link."""
     status = os.lstat(path)
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
@@ -166,7 +166,7 @@ def _remove(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False if the system or the file system cannot, as NFS. Raises OSError."""
+    """Exchange two names in one step; False if the system or the file system (such as NFS) cannot. Raises OSError."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _EncoderRecord:
-    """What is read of `config.json` to verify the folder."""
+    """The part of `config.json` that verification reads."""
 
     sha256: str
     files: Files | None = None
@@ -54,7 +54,7 @@ class _EncoderRecord:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What is shown of the shape of a ViT, as records hold it."""
+    """The shape of a ViT, as recorded and shown."""
 
     image_size: int
     patch_size: int
@@ -67,7 +67,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class _Description:
-    """What is shown of `config.json`."""
+    """The part of `config.json` that is shown."""
 
     shape: ModelShape
     input: dict[str, Any]
@@ -76,7 +76,7 @@ class _Description:
 
 @dataclass(frozen=True)
 class EncoderFolder:
-    """An encoder folder as an artefact. `models.vit.load_encoder` gives the encoder in it."""
+    """An encoder folder as an artefact. `models.vit.load_encoder` loads the encoder."""
 
     kind: ClassVar[str] = "encoder"
     marks: ClassVar[tuple[str, ...]] = (WEIGHTS, PROVENANCE)  # without its weights it is a damaged encoder
@@ -85,7 +85,7 @@ class EncoderFolder:
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether the folder holds an encoder's weights, or says where an encoder comes from."""
+        """Whether the folder holds an encoder's weights, or the provenance of an encoder."""
         return is_marked(path, cls.marks)
 
     @classmethod
@@ -99,7 +99,7 @@ class EncoderFolder:
         return read_provenance(self.path)
 
     def verify(self) -> Findings:
-        """Everything that is not as it was written. Raises ArtefactError: `config.json` is missing or damaged."""
+        """All differences from what was written. Raises ArtefactError if `config.json` is missing or damaged."""
         record = read_config(self.path, _EncoderRecord)
         found = document_findings(self.path / CONFIG, CONFIG)
         if record.files is not None:
@@ -126,7 +126,7 @@ class EncoderFolder:
 
 @dataclass(frozen=True)
 class _ExportRecord:
-    """What is read of `export.json`."""
+    """The part of `export.json` that is read."""
 
     target: str
     part: str
@@ -146,7 +146,7 @@ class ExportFolder:
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
-        """Whether the folder is such an export, also one that has lost its record. Raises ArtefactError."""
+        """Whether the folder is such an export, even without its record. Raises ArtefactError."""
         return is_marked(path, cls.marks) or _has_lost_its_record(path)
 
     @classmethod
@@ -160,7 +160,7 @@ class ExportFolder:
         return read_record(self.path / PROVENANCE, dict[str, Any], _EXPORT, _MADE_BY)
 
     def verify(self) -> Findings:
-        """Everything that is not as it was written. Raises ArtefactError: `export.json` is missing or damaged."""
+        """All differences from what was written. Raises ArtefactError if `export.json` is missing or damaged."""
         record = self._record()
         document = document_findings(self.path / EXPORT, EXPORT)
         files = {name: one for name, one in record.files.items() if isinstance(one, FileRecord)}
@@ -209,19 +209,19 @@ def read_config(folder: Path, kind: type[T]) -> T:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Where an encoder comes from. Raises ArtefactError."""
+    """The provenance of an encoder. Raises ArtefactError."""
     provenance = read_record(folder / PROVENANCE, dict[str, Any], _ENCODER, _MADE_BY)
     check_file(folder, PROVENANCE, read_config(folder, _EncoderRecord).files, "export it again.")
     return provenance
 
 
 def described_origin(provenance: Mapping[str, Any]) -> Rows:
-    """What is shown of where an encoder or an export comes from."""
+    """The part of a provenance that is shown."""
     return {name: str(value) for name, value in provenance.items() if not isinstance(value, dict)}
 
 
 def write_export_record(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `export.json` with the checksums of all files that are in the folder by now.
+    """Write `export.json` with the checksums of all other files in the folder.
 
     Args:
         content: `target` (the format), `part`, `shape` and `input`, as plain data.
@@ -231,7 +231,7 @@ def write_export_record(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def _has_lost_its_record(path: Path) -> bool:
-    """Whether a folder without `export.json` says that it was exported for another library."""
+    """Whether the provenance of a folder without `export.json` is that of an export for another library."""
     if not (path / PROVENANCE).is_file():
         return False
     provenance = read_json(path / PROVENANCE, _EXPORT, _MADE_BY)

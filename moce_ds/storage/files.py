@@ -39,10 +39,10 @@ _DAMAGE = (
 _HEAD_BYTES = 4096
 
 PICTURE_TEXT = {"Software": "moce_ds"}
-"""Text chunk of every PNG that a verb writes where its user says."""
+"""Text chunk of every PNG that a verb writes to a path from the command line."""
 PICTURE_MARK = b"Software\0moce_ds"
 
-_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # torch.save reports no more than that
+_TORCH_WRITER = ("inline_container", "PytorchStreamWriter")  # all that torch.save reports
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writes_to(path: Path) -> Iterator[None]:
-    """Report write errors in the block, as on a full disk, under the name of the artefact. Raises ArtefactError."""
+    """Convert write errors in the block, such as a full disk, to ArtefactError with the path of the artefact."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def writes_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> Iterator[None]:
-    """Report read errors in the block (missing, forbidden or damaged) under the name of the file.
+    """Convert read errors in the block (missing, forbidden or damaged) to an error with the path of the file.
 
     Args:
         path: the file. It is opened once here, because libraries report any file that they cannot open as missing.
@@ -117,7 +117,7 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
     except (FileNotFoundError, NotADirectoryError):
         raise kind(f"{path} is missing: {cure}") from None
     except (OSError, *_DAMAGE) as error:
-        if isinstance(error, OSError) and error.errno:  # which only the system sets: a library's own is about damage
+        if isinstance(error, OSError) and error.errno:  # only the system sets errno; errors of libraries mean damage
             raise refused(kind, f"{path} cannot be read", error, path) from None
         if cause := system_error(error):
             raise refused(kind, f"{path} cannot be read", cause) from None
@@ -178,9 +178,9 @@ def save_tensors(
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place that cannot be written to, before anything is computed for it. Raises ArtefactError."""
+    """Raise ArtefactError if a path cannot be written, before anything is computed for it."""
     above = path.parent
-    while not os.access(above, os.F_OK):  # unlike Path.exists, says no where looking is forbidden
+    while not os.access(above, os.F_OK):  # unlike Path.exists, False in an unreadable folder
         above = above.parent
     if not above.is_dir():
         raise ArtefactError(f"{path} cannot be written: {above} is a file. Name a place in a folder.")
@@ -189,7 +189,7 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: Path, what: str, mark: bytes) -> None:
-    """Refuse a place for an output file before computing it. A file of the same kind is replaced, any other is kept.
+    """Check the path of an output file before computing it. A file of the same kind may be replaced, any other is kept.
 
     Args:
         what: kind of the file, such as "a report".
@@ -212,7 +212,7 @@ def check_output(path: Path, what: str, mark: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Flush the content of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -227,7 +227,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, what: str, made_by: str) -> Any:
-    """Read a JSON file. `what` the file is and the verb that it is `made_by` appear in errors.
+    """Read a JSON file. Errors name its kind (`what`) and the verb that writes it (`made_by`).
 
     Raises:
         ArtefactError: the file is missing or is not JSON.
@@ -253,7 +253,7 @@ def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: o
         version: keys that identify the format, with the values that this program reads; checked first.
 
     Raises:
-        ArtefactError: as `read_json`; or another version; or keys are missing or have another type, all of them listed.
+        ArtefactError: as `read_json`; or another version; or keys are missing or have another type (lists all faults).
     """
     content = read_json(path, what, made_by)
     stored = {key: content.get(key) for key in version} if isinstance(content, dict) else version

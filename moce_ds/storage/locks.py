@@ -1,6 +1,6 @@
 """Lock files: one process at a time works on something.
 
-The system releases the locks of a killed process. On file systems without locks (NFS and Lustre can be mounted so), the
+The system releases the locks of a killed process. On file systems without locks (some mounts of NFS and Lustre), the
 existence of a file is the lock. The next process on the same host removes the file of a killed one. A process on
 another host cannot be checked, so its file has to be deleted by hand.
 """

@@ -1,10 +1,11 @@
-"""`metrics.jsonl`: one record per line, each with a checksum that continues the one of the previous line.
+"""`metrics.jsonl`: one record per line, each with a checksum that depends on the previous one.
 
         {"step": 7, "attempt": 1, "loss": 0.41, ..., "check": "9f0c..."}
 
-So altered, exchanged and removed lines are detected. So are lines cut off the end before a checkpoint was written: its
-manifest contains the `check` of the last line at that time. A kill may leave an incomplete last line; the next start of
-the run drops it. Earlier versions wrote lines without a checksum; they may only precede all others.
+This detects altered, exchanged and removed lines. It also detects lines that were cut off the end, up to the newest
+checkpoint: its manifest contains the `check` of the last line at that time. A kill may
+leave an incomplete last line; the next start of the run drops it. Earlier versions wrote lines without a checksum; they
+may only precede all others.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ _CURE = "restore it from a copy, or move it away: the run then continues without
 
 
 def checked(record: Mapping[str, Any], before: str) -> dict[str, Any]:
-    """A record with its checksum; `before` is that of the previous line (empty: there is none)."""
+    """A record with its checksum; `before` is that of the previous line (empty for the first line)."""
     return {**record, _CHECK: _check(record, before)}
 
 
@@ -50,8 +51,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records by step, one a step; empty if the file does not exist.
 
-    An attempt (start of the run) takes back what earlier ones recorded from its own first record on, also where an
-    earlier one wrote on after it had begun; without attempts, the later line counts.
+    An attempt (start of the run) replaces earlier attempts' records from its first step on, including those that an
+    earlier attempt wrote later. For lines without an attempt, the last line of a step counts.
 
     Raises:
         ArtefactError: a line is not what was written.
@@ -69,7 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def verify_metrics(path: Path, marks: Iterable[str]) -> Findings:
-    """What is not as it was written. Raises ArtefactError where the file cannot be read.
+    """Differences from what was written. Raises ArtefactError if the file cannot be read.
 
     Args:
         marks: checksums of lines that must be present, from the manifests of checkpoints.

@@ -1,10 +1,10 @@
-"""The whole pipeline on one machine, every stage real: from images to expert ViTs and a report.
+"""The whole pipeline on one machine, with real stages: from images to expert ViTs and a report.
 
     python -m moce_ds.workflow.demo [--short] [--out runs/demo]
 
 This is `moce pipeline` with the files of `configs/demo/`, on images that are written first. It runs from any working
 directory: relative paths in these files begin there. Every command is printed before it runs; pre-training and features
-run in two processes, two experts a layer in each. Rerun the same command to resume.
+run in two processes, each with two experts per layer. Rerun the same command to resume.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SHORT = ("optim.epochs=1", "run.log_every=5")
 
 
 def main() -> int:
-    """Run the demo; returns the exit status. Raises MoceError as the stages."""
+    """Run the demo; returns the exit status. Raises MoceError if a stage does."""
     parser = argparse.ArgumentParser(prog="python -m moce_ds.workflow.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--short", action="store_true", help="one epoch per run: only to check that everything works")
     parser.add_argument(
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def run_demo(out: Path, short: bool) -> int:
-    """Write the images, run all stages on them, and say what came out; returns the exit status."""
+    """Write the images, run all stages on them, and print a summary; returns the exit status."""
     from moce_ds.data.sources.demo_images import write_demo_images
 
     write_demo_images(out / "images")
@@ -59,7 +59,7 @@ def pipeline_words(out: Path, short: bool) -> list[str]:
 
 
 def _summary(out: Path) -> int:
-    """The table, and whether each domain has clusters of its own."""
+    """Print the table of accuracies, and how well the clusters separate the domains; returns 0."""
     from moce_ds.clustering.clusters import Clusters, load_ids
     from moce_ds.clustering.quality import cluster_report
     from moce_ds.data.shards import ShardSet

@@ -1,7 +1,7 @@
-"""`moce pipeline CONFIG`: all stages from images to a report. Each needs the one before it.
+"""`moce pipeline CONFIG`: all stages from images to a report. Each stage needs the previous one.
 
-`PipelineSettings` and the settings of every stage's verbs give the stages as commands of `moce`. Faults in any of them
-are refused before anything is run.
+`PipelineSettings` and the settings of every stage's verbs determine the `moce` commands of each stage. Faults in any of
+them are refused before anything is run.
 """
 
 import logging
@@ -60,7 +60,7 @@ class PipelineSettings:
 
     out: Path = option(help="folder of everything that the stages write")
     images: Path | None = option(None, "folder of images for pre-training, which become shards")
-    shards: Path | None = option(None, "instead of images: a shard set that is there already")
+    shards: Path | None = option(None, "instead of images: an existing shard set")
     mae: Path = option(help="YAML file of `moce pretrain` for the dense MAE")
     moce: Path = option(help="YAML file of `moce pretrain` for the model with experts")
     words: dict[Name, list[str]] = option({}, "for each stage, more words for its verbs: key=value, or a YAML file")
@@ -79,7 +79,7 @@ class PipelineSettings:
         for stage in ("mae", "moce"):
             own = {text.partition("=")[0] for text in self.chosen(stage)}
             if taken := own & {text.partition("=")[0] for text in self.words.get(stage, [])}:
-                raise ValueError(f"words.{stage}: the pipeline itself chooses {', '.join(sorted(taken))}")
+                raise ValueError(f"words.{stage}: the pipeline sets {', '.join(sorted(taken))}")
 
     @property
     def shard_set(self) -> Path:
@@ -87,14 +87,14 @@ class PipelineSettings:
         return self.shards or self.out / "shards"
 
     def chosen(self, stage: Literal["mae", "moce"]) -> list[str]:
-        """Settings of a pre-training that follow from the pipeline."""
+        """The settings of pre-training that the pipeline sets."""
         own = {"data.shards": self.shard_set, "run.out": self.out / stage}
         if stage == "moce":
             own |= {"experts.clusters": self.out / "clusters", "run.init_from": self.out / "mae"}
         return [word(key, path) for key, path in own.items()]
 
     def words_of(self, stage: Name) -> list[str]:
-        """The settings of a stage's verbs, as words."""
+        """The settings of a stage's verbs, as words of a command line."""
         given = self.words.get(stage, [])
         if stage == "mae" or stage == "moce":
             return [*arguments([self.mae if stage == "mae" else self.moce]), *given, *self.chosen(stage)]
@@ -102,18 +102,18 @@ class PipelineSettings:
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
-    """Run all stages that are not done, in order, or `only` one; returns the exit status (STOPPED: as asked).
+    """Run all stages that are not done, in order, or `only` one; returns the exit status (STOPPED if asked to stop).
 
-    Several of these at once share the stages: one that another process runs is waited for. Where torchrun or a job has
-    started this process, it is one of those that share the stage.
+    Several such processes share the stages: each waits for the stages that another one runs. A process that torchrun or
+    a job has started is one of the processes of the stage.
 
     Args:
-        words: as of `moce pipeline`, which the processes of a parallel stage are started with.
+        words: the words of `moce pipeline`, passed to the processes of a parallel stage.
 
     Raises:
         ConfigError: before anything is run: a fault in the settings of any stage, a folder that is missing or holds
-            another run, or a stage that is not to be run yet.
-        StageError: a stage failed; those that follow were not run.
+            another run, or a stage that cannot run yet.
+        StageError: a stage failed; later stages were not run.
     """
     pipeline = read_settings(PipelineSettings, words)
     workflow = pipeline_workflow(pipeline, words)
@@ -138,13 +138,13 @@ def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
 
 
 def list_pipeline(words: Sequence[str]) -> Table:
-    """The stages and how far they are. Raises ConfigError for a fault in the settings of any."""
+    """A table of the stages and their states. Raises ConfigError for a fault in the settings of any stage."""
     pipeline = read_settings(PipelineSettings, words)
     return states_table(pipeline_workflow(pipeline), f"{pipeline.images or pipeline.shards} -> {pipeline.out}")
 
 
 def keep_stages(stages: Sequence[Stage], out: Path) -> None:
-    """Record the order of the stages and what each makes, for whoever verifies the folder. Raises ArtefactError."""
+    """Record the order of the stages and their outputs, to verify the folder later. Raises ArtefactError."""
     makes: dict[str, list[str]] = {
         stage.name: [str(place.relative_to(out) if place.is_relative_to(out) else place) for place in stage.outputs]
         for stage in stages
@@ -153,7 +153,7 @@ def keep_stages(stages: Sequence[Stage], out: Path) -> None:
 
 
 def _share(stage: Stage) -> None:
-    """Run a stage as one of its processes. Raises StageError in the first one, else MoceError."""
+    """Run a stage as one of its processes. Raises StageError in the first process, MoceError in the others."""
     try:
         perform(stage)
     except MoceError as error:
@@ -163,7 +163,7 @@ def _share(stage: Stage) -> None:
 
 
 def _in_turn(workflow: Workflow, name: str) -> Stage:
-    """The stage of that name, those before it being done. Raises ConfigError."""
+    """The stage called `name`. Raises ConfigError if an earlier stage is not done."""
     stage = workflow.named(name)
     before = workflow.stages[: workflow.stages.index(stage)]
     waiting = next((earlier.name for earlier in before if not earlier.is_done()), None)
@@ -173,7 +173,7 @@ def _in_turn(workflow: Workflow, name: str) -> Stage:
 
 
 def _check_processes(chosen: Sequence[Stage]) -> None:
-    """Raise ConfigError if a launcher has started several processes for what they cannot share."""
+    """Raise ConfigError if a launcher has started several processes and they cannot share the work."""
     here = Place.here().world_size
     if here > 1 and not (len(chosen) == 1 and chosen[0].parallel):
         what = chosen[0].name if len(chosen) == 1 else "the whole pipeline"
@@ -181,10 +181,10 @@ def _check_processes(chosen: Sequence[Stage]) -> None:
 
 
 def pipeline_workflow(pipeline: PipelineSettings, words: Sequence[str] = ()) -> Workflow:
-    """The stages as a workflow; those that have nothing to do are left out.
+    """The stages as a workflow, without those that have nothing to do.
 
     Args:
-        words: those of `moce pipeline`, with which the processes of a parallel stage are started.
+        words: the words of `moce pipeline`, passed to the processes of a parallel stage.
 
     Raises:
         ConfigError: a fault in the settings of any stage; every one is listed.
@@ -197,12 +197,12 @@ def pipeline_workflow(pipeline: PipelineSettings, words: Sequence[str] = ()) -> 
 
 
 def stages_of(pipeline: PipelineSettings) -> Sequence[Stage]:
-    """The stages in order. Raises ConfigError as `pipeline_workflow`."""
+    """The stages in order. Raises ConfigError if `pipeline_workflow` does."""
     return pipeline_workflow(pipeline).stages
 
 
 class _Draft(NamedTuple):
-    """A stage as the table of docs/pipeline.md has it."""
+    """A row of the table of stages in docs/pipeline.md."""
 
     name: Name
     commands: list[list[Any]]
@@ -247,7 +247,7 @@ def _stage(pipeline: PipelineSettings, draft: _Draft, config: Any, needs: list[s
 
 
 def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
-    """The settings of every stage's verbs. Raises ConfigError, listing every fault."""
+    """The settings of every stage's verbs. Raises ConfigError, which lists every fault."""
     found: dict[Name, Any] = {}
     faults = []
     for name, cls in _SETTINGS.items():
@@ -272,7 +272,7 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
 
 
 def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
-    """Name, commands, reads and makes of every stage."""
+    """The name, commands, inputs and outputs of every stage."""
     out, more, shards = pipeline.out, pipeline.words_of, pipeline.shard_set
     mae, features, clusters, moce = (out / name for name in ("mae", "features", "clusters", "moce"))
     if pipeline.images:
@@ -300,7 +300,7 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
 
 
 def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
-    """Shards of a task's training and test images: given as such, or to be made."""
+    """The shard sets of a task's training and test images, given or made by the pipeline."""
     given = {part: pipeline.tasks[task] / part for part in _PARTS}
     made = pipeline.out / "tasks" / task
     return {part: place if ShardSet.recognises(place) else made / part for part, place in given.items()}
@@ -318,7 +318,7 @@ def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
 
 
 def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
-    """Measure a task's expert beside the dense MAE."""
+    """Measure a task's expert and the dense MAE."""
     out, split = pipeline.out, _split(pipeline, task)
     more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / RESULTS]
     for model, encoder in (("dense", out / "mae"), ("expert", out / "experts" / task)):
@@ -327,7 +327,7 @@ def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
 
 
 def check_batches(stages: Sequence[Stage], processes: int) -> None:
-    """Check that so many processes can share the batches of pre-training. Raises ConfigError."""
+    """Check that `processes` can share the batches of pre-training. Raises ConfigError."""
     for stage in stages:
         if isinstance(stage.config, PretrainSettings):
             try:
@@ -337,10 +337,10 @@ def check_batches(stages: Sequence[Stage], processes: int) -> None:
 
 
 def check_folders(pipeline: PipelineSettings, stages: Sequence[Stage]) -> None:
-    """Check that what is given is there, and that no run folder holds another run.
+    """Check that all given paths exist, and that no run folder holds another run.
 
     Raises:
-        ConfigError: every missing place is listed; or the settings in which a run that is there differs.
+        ConfigError: lists every missing path, or the settings in which an existing run differs.
     """
     given = {f"tasks.{name}": [folder / part for part in _PARTS] for name, folder in pipeline.tasks.items()}
     given |= {"images": [pipeline.images]} if pipeline.images else {}
@@ -349,6 +349,6 @@ def check_folders(pipeline: PipelineSettings, stages: Sequence[Stage]) -> None:
     check_there(given)
     for stage in stages:
         if isinstance(stage.config, PretrainSettings) and not stage.is_done():
-            from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
+            from moce_ds.training.run_checks import RequestedRun  # imports torch
 
             RequestedRun(stage.config).check_folder()

@@ -1,8 +1,8 @@
 """Run the stages of a workflow: skip what is done, share with other processes, resume, continue after failures.
 
-Several processes may run one workflow at the same time, also on several machines with one file system: a stage that
-another process runs is left to it, and waited for when nothing else can run. A stage runs when the stages that it needs
-are done. A stage that fails holds back the stages that need it, and no others.
+Several processes may run one workflow at the same time, also on several machines with one file system. A process waits
+for a stage that another one runs when nothing else can run. A stage runs when the stages that it needs are done. A
+failed stage blocks only the stages that need it.
 """
 
 import logging
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Logs the progress of a workflow, a line for each change of a stage."""
+    """Logs the progress of a workflow: one line for each change of a stage."""
 
     def __init__(self, workflow: Workflow) -> None:
         self.workflow = workflow
@@ -43,12 +43,12 @@ class Progress:
         )
 
     def done(self, stage: Stage, seconds: float) -> None:
-        """The stage is done; waiting and running took so many seconds."""
+        """The stage is done; `seconds` includes the time spent waiting."""
         record = stage.record()
         _logger.info(f"{self.workflow.place(stage)} done in {duration(record.seconds if record else seconds)}")
 
     def stopped(self, stage: Stage) -> None:
-        """The stage has stopped where it can resume."""
+        """The stage has stopped and can resume."""
         _logger.info(f"{self.workflow.place(stage)} stopped")
 
     def failed(self, stage: Stage, seconds: float) -> None:
@@ -60,10 +60,10 @@ class Failure:
     """A stage that failed.
 
     Attributes:
-        message: why; for a stage with a log, the end of it.
-        status: the exit status of what it ran.
-        error: what it raised in this process; None where it ran in others.
-        shown: whether its processes have printed the message.
+        message: the cause; for a stage with a log, the end of the log.
+        status: the exit status of its commands.
+        error: the exception, if the stage ran in this process; else None.
+        shown: whether its processes have already printed the message.
     """
 
     stage: Stage
@@ -75,10 +75,10 @@ class Failure:
 
 @dataclass
 class Outcome:
-    """How running some stages ended.
+    """The result of running some stages.
 
     Attributes:
-        stopped: stages that stopped before their end, by a signal or by a limit of their own.
+        stopped: stages that stopped early, because of a signal or of their own time limit.
     """
 
     failures: list[Failure] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Outcome:
 
     @property
     def status(self) -> int:
-        """Exit status: STOPPED, LOST_PEER where the same command may well succeed, another one of a failure, or 0."""
+        """The exit status: STOPPED, LOST_PEER if a rerun may succeed, the status of another failure, or 0."""
         if self.stopped:
             return STOPPED
         found = {failure.status for failure in self.failures}
@@ -94,7 +94,7 @@ class Outcome:
 
 
 class StageError(MoceError):
-    """A stage failed, with the exit status of what it ran."""
+    """A stage failed; has the exit status of its commands."""
 
     def __init__(self, noun: str, failure: Failure) -> None:
         stage = failure.stage
@@ -106,19 +106,19 @@ class StageError(MoceError):
 
 
 def run_stages(stages: Sequence[Stage], progress: Progress, keep_going: bool = False) -> Outcome:
-    """Run stages that are not done, each when those of `stages` that it needs are done.
+    """Run the stages that are not done, each after those of `stages` that it needs.
 
-    A signal stops the stage that runs at the next place where it can resume, and the stages after it are not begun.
+    A signal stops the running stage at the next point where it can resume; no later stage starts.
 
     Args:
-        keep_going: whether a stage that fails leaves those to be run that do not need it.
+        keep_going: after a failure, continue with stages that do not depend on the failed one.
     """
     waiting, outcome = list(stages), Outcome()
     while (keep_going or not outcome.failures) and (stage := _next(waiting, outcome)):
         waiting.remove(stage)
         try:
             _run(stage, progress, outcome)
-        except (KeyboardInterrupt, click.Abort):  # click makes the one into the other
+        except (KeyboardInterrupt, click.Abort):  # click converts the first into the second
             progress.stopped(stage)
             outcome.stopped.append(stage)
             break
@@ -126,7 +126,7 @@ def run_stages(stages: Sequence[Stage], progress: Progress, keep_going: bool = F
 
 
 def _next(waiting: Sequence[Stage], outcome: Outcome) -> Stage | None:
-    """The first stage that is not held back and that no other process runs, else the first that is not held back."""
+    """The first stage that is not blocked and that no other process runs, else the first that is not blocked."""
     unfinished = {
         stage.name for stage in (*waiting, *outcome.stopped, *(failure.stage for failure in outcome.failures))
     }
@@ -135,7 +135,7 @@ def _next(waiting: Sequence[Stage], outcome: Outcome) -> Stage | None:
 
 
 def _run(stage: Stage, progress: Progress, outcome: Outcome) -> None:
-    """Run one stage, or wait for the process that does, and add how it ended to `outcome`."""
+    """Run one stage, or wait for the process that runs it, and add the result to `outcome`."""
     if is_held(stage.lock):
         progress.waiting(stage)
     elif stage.is_done():
@@ -157,7 +157,7 @@ def _run(stage: Stage, progress: Progress, outcome: Outcome) -> None:
 
 
 def _carry_out(stage: Stage) -> tuple[Failure | None, int]:
-    """Run a stage here or in processes of its own; its status, and how it failed where it failed here."""
+    """Run a stage in this process or in new ones; returns the failure, if it ran in this process, and the status."""
     if stage.launch is None:
         try:
             perform(stage)
@@ -166,22 +166,22 @@ def _carry_out(stage: Stage) -> tuple[Failure | None, int]:
         return None, 0
     while True:
         with held(stage.lock):
-            if stage.is_done():  # another process was faster
+            if stage.is_done():  # by another process
                 return None, 0
-        status = _start(stage.launch, stage.processes)  # the first of these processes holds the lock
-        if status in (0, STOPPED) or not is_held(stage.lock):  # else those of another start were faster: wait for them
+        status = _start(stage.launch, stage.processes)  # the first process holds the lock
+        if status in (0, STOPPED) or not is_held(stage.lock):  # else another start holds the lock: wait for it
             return None, status
 
 
 def _start(launch: Launch, processes: int) -> int:
-    """Exit status of the processes of a stage, negative for a signal that killed the one with a log."""
+    """Exit status of the processes of a stage; negative if a signal killed a process with a log."""
     if launch.log is not None:
         return run_logged(launch.command, launch.log)
     return run_processes(launch.command, processes)
 
 
 def _explained(stage: Stage, status: int, seconds: float) -> Failure:
-    """Why the processes of a stage failed. Its record is written here unless its first process has done so."""
+    """Why the processes of a stage failed. Writes the stage's record unless its first process has written it."""
     log, record = stage.launch and stage.launch.log, stage.record()
     lost = LOST_PEER if status < 0 else status
     if log is None and record is not None and record.state == "failed":
@@ -193,7 +193,7 @@ def _explained(stage: Stage, status: int, seconds: float) -> Failure:
 
 
 def states_table(workflow: Workflow, title: str) -> Table:
-    """The stages and how far they are. Raises ArtefactError for a damaged record."""
+    """A table of the stages and their states. Raises ArtefactError for a damaged record."""
     table = Table(title=in_line(title), title_justify="left")
     for heading, justify in ((workflow.noun, "left"), ("processes", "right"), ("state", "left"), ("since", "left")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
@@ -208,5 +208,5 @@ def states_table(workflow: Workflow, title: str) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds or minutes, in words."""
+    """A duration as text, in seconds or minutes."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

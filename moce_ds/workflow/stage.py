@@ -1,7 +1,7 @@
-"""A stage of a workflow: what it runs, what decides its result, and its record on disk.
+"""A stage of a workflow: its work, the inputs that determine its result, and its record on disk.
 
-One process runs a stage, or several share it. The first of them holds the stage's lock and keeps its record: begun,
-then done or failed. A stage that is stopped stays begun.
+One process runs a stage, or several share it. The first process holds the stage's lock and writes its record: begun,
+then done or failed. A stopped stage stays begun.
 """
 
 import logging
@@ -35,24 +35,24 @@ _logger = logging.getLogger(__name__)
 
 State = Literal["begun", "done", "failed"]
 Measures = dict[str, Any]
-"""What a stage has measured, by name."""
+"""The measurements of a stage, by name."""
 
 _LAST_FILES = (
     ShardSet.last_file, RunFolder.last_file, FeatureSet.last_file, Clusters.last_file, EncoderFolder.last_file,
 )  # fmt: skip
-"""Patterns of the file that is written last into a folder that a stage makes; it holds checksums of the others."""
+"""Patterns of the file that a stage writes last into an output folder; it holds checksums of the other files."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage, as far as it has come.
+    """The progress of a stage.
 
     Attributes:
-        made_from: what decides its result, as things were when it began.
-        at: when it came to this state, ISO 8601; "" where its file does not say.
-        seconds: how long the start took that ended it.
-        message: why it failed.
-        measures: what it has measured, once it is done.
+        made_from: all that determines its result, when it began.
+        at: the time of the last change of state, ISO 8601; "" if the file does not record it.
+        seconds: the duration of the last start.
+        message: the cause of a failure.
+        measures: its measurements, once it is done.
     """
 
     made_from: dict[str, Any]
@@ -64,11 +64,11 @@ class StageRecord:
 
 
 class RecordFile(Protocol):
-    """Where a stage's record lies on disk. Every workflow has its own format."""
+    """Reads and writes a stage's record on disk. Every workflow has its own format."""
 
     @property
     def path(self) -> Path:
-        """The file, for messages."""
+        """The path of the file, for messages."""
         ...
 
     def read(self) -> StageRecord | None:
@@ -82,10 +82,10 @@ class RecordFile(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """How a stage is started in processes of its own; each of them calls `perform`.
+    """How to start a stage in new processes, each of which calls `perform`.
 
     Attributes:
-        log: of a stage of one process: the file that its output goes to, so that it prints nothing here.
+        log: for a stage of one process, the file that receives its output instead of the terminal.
     """
 
     command: list[str]
@@ -99,16 +99,16 @@ class Stage:
     Attributes:
         name: unique in its workflow.
         records, lock: the file of its record, and the lock of the process that runs it.
-        made_from: all that decides its result, as things are now.
-        work: what its first process runs; returns what it measures.
-        share: what the other processes run that share it; None: one process runs it.
-        outputs: what is there once it is done.
+        made_from: all that determines its result, now.
+        work: runs in its first process; returns the measurements.
+        share: runs in its other processes; None for a stage of one process.
+        outputs: paths that exist once it is done.
         needs: names of the stages that must be done before it.
-        processes, nodes: processes on each machine that share its work, and machines.
-        launch: how it is started; None: in the process of the workflow.
-        commands: words after `moce`, where its work is known before it is run.
-        config: the settings of what it runs.
-        profile: the size of its job, from the settings that the workflow's jobs have in common.
+        processes, nodes: the number of processes on each machine, and of machines.
+        launch: how to start it; None to run it in the process of the workflow.
+        commands: its work as words after `moce`, if it consists of commands.
+        config: the settings of its work.
+        profile: returns the size of its job, given the common settings of the workflow's jobs.
     """
 
     name: str
@@ -132,18 +132,18 @@ class Stage:
         return self.share is not None
 
     def record(self) -> StageRecord | None:
-        """Its record, None before its first start. Raises ArtefactError."""
+        """The record of the stage; None before its first start. Raises ArtefactError."""
         return self.records.read()
 
     def is_done(self) -> bool:
-        """Whether it is done for what is asked for now, and its outputs are there. Raises ArtefactError."""
+        """Whether it is done with the current settings and inputs, and its outputs exist. Raises ArtefactError."""
         record = self.record()
         if record is None or record.state != "done":
             return False
         return self.made_from().compare(record.made_from).same and all(digest(place) for place in self.outputs)
 
     def state(self) -> str:
-        """In a word: waiting, running, begun, done, failed, or changed (done for something else). ArtefactError."""
+        """One of waiting, running, begun, done, failed, changed (done with other inputs). Raises ArtefactError."""
         record = self.record()
         if is_held(self.lock):
             return "running"
@@ -154,12 +154,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Workflow:
-    """Stages, and how the command line names them.
+    """The stages of a workflow, and their names on the command line.
 
     Attributes:
-        verb, noun: of `moce VERB WORDS --NOUN NAME`, which runs one stage: pipeline and stage, study and cell.
-        out: the folder of everything that the stages write.
-        stages: in an order in which each comes after those that it needs.
+        verb, noun: `moce VERB WORDS --NOUN NAME` runs one stage: pipeline and stage, study and cell.
+        out: the folder of all outputs.
+        stages: ordered so that each comes after those that it needs.
     """
 
     verb: str
@@ -168,7 +168,7 @@ class Workflow:
     stages: Sequence[Stage]
 
     def named(self, name: str) -> Stage:
-        """The stage of a name. Raises ConfigError."""
+        """The stage called `name`. Raises ConfigError."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
@@ -176,34 +176,34 @@ class Workflow:
         raise ConfigError(f"--{self.noun}: the {self.verb} has no {self.noun} {name}; it has {known}.")
 
     def place(self, stage: Stage) -> str:
-        """A stage among the others: stage 2 of 7 mae."""
+        """The position and name of a stage, such as `stage 2 of 7 mae`."""
         number = [other.name for other in self.stages].index(stage.name) + 1
         return f"{self.noun} {number} of {len(self.stages)} {stage.name}"
 
     def summary(self, stages: Sequence[Stage]) -> str:
-        """How many of some stages are done. Raises ArtefactError."""
+        """How many of `stages` are done, as text. Raises ArtefactError."""
         return f"{sum(stage.is_done() for stage in stages)} of {counted(len(stages), self.noun)} done"
 
 
 def digest(place: Path) -> str | None:
-    """SHA-256 of a file, or of the last file that is written into a folder; None: neither is there."""
+    """SHA-256 of a file, or of the file that is written last into a folder; None if neither exists."""
     found = [place] if place.is_file() else sorted(path for name in _LAST_FILES for path in place.glob(name))
     return sha256_of(found[-1]) if found else None
 
 
 def perform(stage: Stage) -> None:
-    """Run a stage in this process, or this process's share of it. A stage that is done is not run again.
+    """Run a stage in this process, or this process's share of it, unless it is done.
 
     Raises:
         MoceError: the stage failed; its record says why.
-        SystemExit: a command of it ended the process, such as by a stop.
+        SystemExit: one of its commands ended the process, for example after a request to stop.
     """
     here = Place.here()
     if here.rank and stage.share:
         stage.share()
         return
     with held(stage.lock):
-        if here.world_size == 1 and stage.is_done():  # the processes of one stage all run it, or none does
+        if here.world_size == 1 and stage.is_done():  # all processes of a stage run it, or none does
             _logger.info(f"{stage.name} was done meanwhile by another process.")
             return
         with _Recording(stage) as recording:
@@ -211,7 +211,7 @@ def perform(stage: Stage) -> None:
 
 
 class _Recording:
-    """Keeps a stage's record while the block runs it: begun, then done or failed. A stop leaves it begun."""
+    """Writes a stage's record around the block that runs it: begun, then done or failed. A stop leaves it begun."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -239,7 +239,7 @@ def run_commands(commands: Sequence[Sequence[str]]) -> None:
     """Log and run `moce` commands in this process, one after the other.
 
     Raises:
-        MoceError: as the commands.
+        MoceError: a command failed.
         SystemExit: a command ended the process.
     """
     for command in commands:
@@ -249,7 +249,7 @@ def run_commands(commands: Sequence[Sequence[str]]) -> None:
 
 @dataclass(frozen=True)
 class StageFile:
-    """The record of a stage as a file of its own, in the format of a pipeline's stages."""
+    """The record of a stage in a separate file, in the format of a pipeline's stages."""
 
     path: Path
 
@@ -266,5 +266,5 @@ class StageFile:
 
 
 def now() -> str:
-    """The time, ISO 8601 in UTC."""
+    """The current time, ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,8 +1,8 @@
-"""`moce study CONFIG`: a grid of runs. Each cell is a stage that needs no other one: pre-train, evaluate, measure.
+"""`moce study CONFIG`: a grid of runs. Each cell is an independent stage: pre-train, evaluate, measure.
 
     python -m moce_ds.workflow.study STUDY_FOLDER CELL
 
-`moce study` starts this for every cell, in a process of its own whose output is the cell's log.
+`moce study` starts this command in a new process for every cell; the output goes to the cell's log.
 """
 
 import logging
@@ -39,8 +39,8 @@ _HELD_OUT = "held out"
 def run_study(study: StudySettings, only: str | None = None) -> int:
     """Run all cells that are not done, one after the other, or `only` one; returns the exit status.
 
-    Several of these at once, also on several machines with one file system, share the cells. A cell that fails does not
-    stop the others; it is listed at the end. A signal is passed on to the cell that runs, which stops at a step.
+    Several such processes share the cells, also on several machines with one file system. A failed cell does not stop
+    the others; it is listed at the end. A signal is passed on to the running cell, which stops after a step.
 
     Raises:
         ConfigError: before anything is run: a fault in the settings of any cell, or a folder that holds another run.
@@ -66,19 +66,19 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
 
 
 def list_study(study: StudySettings) -> Table:
-    """The cells and how far they are. Raises ConfigError for a fault in the settings of any."""
+    """A table of the cells and their states. Raises ConfigError for a fault in the settings of any cell."""
     return states_table(study_workflow(study, checked_cells(study)), f"{study.pretrain} -> {study.out}")
 
 
 def checked_cells(study: StudySettings) -> list[Cell]:
-    """The cells, whose settings are checked. Raises ConfigError, which lists every fault."""
+    """The cells, after a check of their settings. Raises ConfigError, which lists every fault."""
     cells = cells_of(study)
     check_settings(cells)
     return cells
 
 
 def keep_record(study: StudySettings, cells: Sequence[Cell]) -> None:
-    """Write what the cells' processes and the report read. Raises ArtefactError."""
+    """Write the record that the cells' processes and the report read. Raises ArtefactError."""
     StudyRecord(to_tree(study), [cell.name for cell in cells]).write(study.out)
 
 
@@ -92,7 +92,7 @@ def _refuse_other_machines(cells: Sequence[Stage]) -> None:
 
 
 def _share(chosen: Sequence[Stage], only: str | None) -> int:
-    """Run a cell as one of the processes that torchrun or a job has started; the first one evaluates."""
+    """Run a cell as one of the processes that torchrun or a job has started; the first process evaluates."""
     if only is None:
         raise ConfigError("This is one of several processes: choose the cell that they run, with --cell NAME.")
     (cell,), here = chosen, Place.here().world_size
@@ -103,7 +103,7 @@ def _share(chosen: Sequence[Stage], only: str | None) -> int:
 
 
 class _CellProgress(Progress):
-    """Estimates the time that the other cells take."""
+    """Also estimates the remaining time."""
 
     def __init__(self, workflow: Workflow, pending: int) -> None:
         super().__init__(workflow)
@@ -111,7 +111,7 @@ class _CellProgress(Progress):
         self._took: list[float] = []
 
     def skipped(self, stage: Stage) -> None:
-        self._pending -= 1  # another process was faster
+        self._pending -= 1  # done by another process
         super().skipped(stage)
 
     def waiting(self, stage: Stage) -> None:
@@ -139,12 +139,12 @@ def _list_failure(failure: Failure) -> None:
 
 
 def study_workflow(study: StudySettings, cells: list[Cell]) -> Workflow:
-    """The cells as stages, which do not need one another."""
+    """The cells as independent stages."""
     return Workflow("study", "cell", study.out, [cell_stage(study, cell) for cell in cells])
 
 
 def cell_stage(study: StudySettings, cell: Cell) -> Stage:
-    """A cell as a stage in a process of its own. It is done for what it was evaluated on: its run checks the rest."""
+    """A cell as a stage in a new process. Only the evaluations decide whether it is done: its run checks the rest."""
 
     def work() -> dict[str, Any]:
         config = cell.config()
@@ -172,7 +172,7 @@ def cell_stage(study: StudySettings, cell: Cell) -> Stage:
 
 @dataclass(frozen=True)
 class CellFile:
-    """The record of a cell, `cell.json`, which the report reads: besides its state it says what the cell is."""
+    """The record of a cell, `cell.json`, with its state and its settings. The report reads it."""
 
     cell: Cell
 
@@ -212,10 +212,10 @@ class CellFile:
 
 
 def measures(cell: Cell, work: Work) -> dict[str, float]:
-    """What a finished cell is compared by, in SI units; docs/studies.md says how each is measured.
+    """The measurements of a finished cell, in SI units; docs/studies.md defines them.
 
     Args:
-        work: of its model.
+        work: the work of the cell's model.
 
     Raises:
         ArtefactError: the run recorded nothing.
@@ -243,7 +243,7 @@ def measures(cell: Cell, work: Work) -> dict[str, float]:
 
 
 def _pretrain(cell: Cell) -> None:
-    """Train the cell's run: in processes of its own where this one is alone, else as the first of them.
+    """Train the cell's run: in new processes if this one is alone, else as the first of several processes.
 
     Raises:
         SystemExit: the run failed, or was stopped.
@@ -255,7 +255,7 @@ def _pretrain(cell: Cell) -> None:
 
 
 def _evaluate(study: StudySettings, cell: Cell, has_experts: bool) -> None:
-    """A linear probe of each task's expert (or of the dense encoder), and the error on held-out images."""
+    """Probe each task's expert (or the dense encoder), and measure the error on held-out images."""
     results = ("--results", cell.folder / RESULTS)
     for task, folder in study.tasks.items():
         encoder = cell.folder / "experts" / task if has_experts else cell.run
@@ -268,7 +268,7 @@ def _evaluate(study: StudySettings, cell: Cell, has_experts: bool) -> None:
 
 
 def main() -> int:
-    """Run the cell that the arguments name; returns 0. Raises as `perform`."""
+    """Run the cell that the arguments name; returns 0. Raises the errors of `perform`."""
     folder, name = Path(sys.argv[1]), sys.argv[2]
     record = StudyRecord.read(folder)
     study = from_tree(StudySettings, record.settings, str(folder / STUDY))

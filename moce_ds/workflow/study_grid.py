@@ -1,4 +1,4 @@
-"""A study on paper: its settings, the cells of its grid, and what can be refused before any of them is run."""
+"""The plan of a study: its settings, the cells of its grid, and the checks before any cell runs."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings
 
 TaskName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
-"""Of a task that the settings name: a folder is called by it, and a word of a command."""
+"""The name of a task in the settings; it also names a folder and is a word of commands."""
 
 Single = bool | int | float | str | None
 Value = Single | list[Single]
@@ -34,7 +34,7 @@ class StudySettings:
     """The settings of `moce study`."""
 
     out: Path = option(help="the study's folder")
-    # Under its former name, too, where Python code makes the settings.
+    # Python code may also use the former name.
     pretrain: Annotated[Path, Field(validation_alias=AliasChoices("pretrain", "base"))] = option(
         help="YAML file of `moce pretrain` that every cell starts from", formerly="base"
     )
@@ -45,15 +45,15 @@ class StudySettings:
     cells: Annotated[list[Annotated[dict[str, Value], POINT]], Field(min_length=1)] = option(
         [{}], "keys that change together, one mapping a point; each point is crossed with the grid"
     )
-    processes: Positive = option(1, "processes of a cell on each machine, where the grid does not say")
-    nodes: Positive = option(1, "machines of a cell, where the grid does not say")
+    processes: Positive = option(1, "processes of a cell on each machine, unless the grid sets them")
+    nodes: Positive = option(1, "machines of a cell, unless the grid sets them")
     tasks: dict[TaskName, Path] = option({}, "name and folder of tasks to probe; a folder holds train/ and test/")
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of cells with experts")
     x: str | None = option(None, "key on the report's horizontal axis; null: the one with the most values")
 
     @property
     def evaluations(self) -> dict[str, str]:
-        """What a cell is evaluated on: a cell that is done for others is evaluated again."""
+        """The data that cells are evaluated on. A cell that was evaluated on other data is evaluated again."""
         heldout = {"held out": str(self.heldout)} if self.heldout else {}
         return {name: str(folder) for name, folder in self.tasks.items()} | heldout
 
@@ -63,11 +63,11 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        name: short keys and values, unique and fit for a file name: `num=4,seed=1`.
+        name: short keys and values, unique and valid as a file name: `num=4,seed=1`.
         at: full keys and values.
         words: the arguments of `moce pretrain`.
-        processes, nodes: processes on each machine, and machines.
-        folder: where the run and all that is measured on it lies.
+        processes, nodes: the number of processes on each machine, and of machines.
+        folder: holds the run and its measurements.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Cell:
 
     @property
     def world_size(self) -> int:
-        """Processes in all."""
+        """The total number of processes."""
         return self.processes * self.nodes
 
     @property
@@ -89,7 +89,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """The output of all its starts."""
+        """The file with the output of all its starts."""
         return self.folder / "log.txt"
 
     @property
@@ -102,7 +102,7 @@ class Cell:
         return read_settings(PretrainSettings, self.words, origin="the study")
 
     def record(self) -> CellRecord | None:
-        """What is known of it, None before its first start. Raises ArtefactError."""
+        """The record of the cell; None before its first start. Raises ArtefactError."""
         return CellRecord.read(self.folder)
 
 
@@ -110,7 +110,7 @@ def cells_of(study: StudySettings) -> list[Cell]:
     """The cells in the order in which they are run: the last key of the grid changes fastest.
 
     Raises:
-        ConfigError: two cells have one name, a key belongs to the study, or processes or nodes is no positive number.
+        ConfigError: two cells have one name, a key belongs to the study, or processes or nodes is not positive.
     """
     crossed = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
     points = [point | other for point in study.cells for other in crossed]
@@ -139,7 +139,7 @@ def _cell(study: StudySettings, at: dict[str, Value], short: dict[str, str]) -> 
 
 
 def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The last part of every key, or the whole key where two end alike."""
+    """The last part of every key, or the whole key if two keys end alike."""
     keys = list(keys)
     counts = Counter(key.rsplit(".", 1)[-1] for key in keys)
     return {key: last if counts[last := key.rsplit(".", 1)[-1]] == 1 else key for key in keys}
@@ -152,7 +152,7 @@ def _file_safe(value: Value) -> str:
 
 
 def check_settings(cells: Sequence[Cell]) -> None:
-    """Check the settings of all cells, and their batch arithmetic. Raises ConfigError, listing every fault."""
+    """Check the settings of all cells, and their batch arithmetic. Raises ConfigError, which lists every fault."""
 
     def check(cell: Cell) -> None:
         config = cell.config()
@@ -162,12 +162,12 @@ def check_settings(cells: Sequence[Cell]) -> None:
 
 
 def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
-    """Check that what the cells read is there, and that none of their folders holds another run.
+    """Check that all inputs of the cells exist, and that none of their folders holds another run.
 
     Raises:
-        ConfigError: every fault is listed, with the settings in which a run that is there differs.
+        ConfigError: lists every fault, and the settings in which an existing run differs.
     """
-    from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
+    from moce_ds.training.run_checks import RequestedRun  # imports torch
 
     inputs = {f"tasks.{name}": [folder / "train", folder / "test"] for name, folder in study.tasks.items()}
     inputs |= {"heldout": [study.heldout]} if study.heldout else {}
@@ -182,21 +182,21 @@ def check_places(study: StudySettings, cells: Sequence[Cell]) -> None:
         if record and cell.run.exists() and (record.processes, record.nodes) != (cell.processes, cell.nodes):
             raise ConfigError(
                 f"{cell.folder} was measured with {record.processes} processes on {record.nodes} machines, not "
-                f"{cell.processes} on {cell.nodes}: its speed would be of both. Use another `out`."
+                f"{cell.processes} on {cell.nodes}: its speed would be a mixture. Use another `out`."
             )
 
     _collect(cells, check)
 
 
 def check_there(places: dict[str, list[Path]]) -> None:
-    """Raise ConfigError if anything that settings name is missing, listing all of it."""
+    """Raise ConfigError, which lists all missing paths, if a path in the settings does not exist."""
     missing = [f"{key}: {path} not found" for key, paths in places.items() for path in paths if not path.exists()]
     if missing:
         raise ConfigError("\n".join(missing))
 
 
 def _collect(cells: Sequence[Cell], check: Any) -> None:
-    """Raise one error of all faults, each once, with the cells that have it."""
+    """Run `check` on all cells and raise one error that lists each fault once, with its cells."""
     faults: dict[str, list[str]] = {}
     for cell in cells:
         try:

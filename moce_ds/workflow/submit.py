@@ -1,4 +1,4 @@
-"""`moce launch slurm ...`: what a verb needs of a job, checked and recorded before anything is queued."""
+"""`moce launch slurm ...`: checks a verb, records the launch, and queues its jobs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from moce_ds.workflow.study import checked_cells, keep_record, study_workflow
 from moce_ds.workflow.study_grid import StudySettings, check_places
 
 JOB_VERBS = {*STAGE_VERBS, "study", "pipeline", "transfer"}
-"""What a job can run."""
+"""The verbs that a job can run."""
 
 TUNING = ("finetune", "detect", "segment")
 PARALLEL = ("pretrain", "features", *TUNING)
@@ -30,10 +30,11 @@ PARALLEL = ("pretrain", "features", *TUNING)
 
 
 def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
-    """Queue a `moce` verb with its arguments, and say where to look.
+    """Queue a `moce` verb with its arguments, and print the commands that show its log and state.
 
     Raises:
-        ConfigError: a fault in the verb's settings, SLURM is not here or refuses the job, or it has one in the queue.
+        ConfigError: the verb's settings have a fault, SLURM is not installed or refuses the job, or the same
+            job is already queued.
         ArtefactError: the record of the launch cannot be written.
     """
     verb, *rest = words
@@ -46,7 +47,7 @@ def launch_on_slurm(profile: SlurmProfile, words: Sequence[str]) -> None:
 
 
 def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
-    from moce_ds.training.run_checks import RequestedRun  # brings DeepSpeed along
+    from moce_ds.training.run_checks import RequestedRun  # imports torch
 
     config = read_settings(PretrainSettings, _without_options(words))
     RequestedRun(config).check_folder()
@@ -58,12 +59,12 @@ def _queue_pretrain(profile: SlurmProfile, words: Sequence[str]) -> list[Submitt
 
 
 def _without_options(words: Sequence[str]) -> list[str]:
-    """The words of settings; whether a run fits into memory is looked at where it starts."""
+    """The words of settings, without `--force`: memory is checked where the run starts."""
     return [word for word in words if word != FORCED]
 
 
 def usable_nodes(optim: OptimSettings, ep_size: int, profile: SlurmProfile) -> list[int]:
-    """Numbers of nodes, of those that SLURM may give, whose processes can share the run's batch.
+    """The numbers of nodes that SLURM may allocate and whose processes can share the run's batch.
 
     Raises:
         ConfigError: the number that the profile asks for is not one of them.
@@ -97,10 +98,10 @@ def _queue_pipeline(profile: SlurmProfile, words: Sequence[str]) -> list[Submitt
 def _queue_workflow(
     workflow: Workflow, profile: SlurmProfile, words: Sequence[str], config: Any, keep: Callable[[], None]
 ) -> list[Submitted]:
-    """Queue the stages that are not done, each after those that it needs; those that are alike become an array.
+    """Queue the stages that are not done, each after those that it needs; similar stages become an array.
 
     Args:
-        config: the settings of the workflow, which are kept with the launch.
+        config: the settings of the workflow, recorded with the launch.
         keep: writes the workflow's record into its folder.
     """
     groups = queued_stages(workflow.stages, profile)
@@ -126,12 +127,12 @@ def _queue_workflow(
 
 @dataclass
 class QueuedStages:
-    """Stages that become one job, or an array of jobs.
+    """Stages that run as one job, or as an array of jobs.
 
     Attributes:
         profile: the size of each job.
         usable_nodes: numbers of nodes that a job can use; empty: all.
-        needs: queued stages that must be done before.
+        needs: queued stages that must be done first.
     """
 
     profile: SlurmProfile
@@ -141,7 +142,7 @@ class QueuedStages:
 
 
 def queued_stages(stages: Sequence[Stage], profile: SlurmProfile) -> list[QueuedStages]:
-    """The stages that are not done, and those that need one of these, whose inputs may change with it.
+    """The stages that are not done, and those that need one of them, because their inputs may change.
 
     Raises:
         ConfigError: a stage's processes cannot share its batch.
@@ -169,7 +170,7 @@ def queued_stages(stages: Sequence[Stage], profile: SlurmProfile) -> list[Queued
 
 def _queue_other(verb: str) -> Callable[[SlurmProfile, Sequence[str]], list[Submitted]]:
     if verb not in JOB_VERBS:
-        raise ConfigError(f"{verb} is no verb of moce; expected one of {', '.join(sorted(JOB_VERBS))}.")
+        raise ConfigError(f"{verb} is not a verb of moce; expected one of {', '.join(sorted(JOB_VERBS))}.")
 
     def queue(profile: SlurmProfile, words: Sequence[str]) -> list[Submitted]:
         if verb in TUNING and profile.min_nodes:

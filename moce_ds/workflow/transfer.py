@@ -1,7 +1,7 @@
-"""`moce transfer`: every model on every task by every method and seed, each measurement a stage.
+"""`moce transfer`: measures every model on every task by every method and seed. Each measurement is a stage.
 
-OUT/results.json holds the record of each measurement, written as soon as it is made; OUT/experts the exported experts;
-OUT/finetune the runs of fine-tuning. Several commands on one OUT share the measurements.
+OUT/results.json holds the record of each measurement as soon as it is done, OUT/experts the exported experts, and
+OUT/finetune the runs of fine-tuning. Several commands with the same OUT share the measurements.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ Cells = dict[tuple[str, str], list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """A model on a task: the images, and the encoder that the model gives the task."""
+    """A model and a task: the images, and the encoder of the model for the task."""
 
     subject: Subject
     task: Task
@@ -55,22 +55,22 @@ class Pairing:
 
     @property
     def name(self) -> str:
-        """As lines of progress have it."""
+        """The name in progress messages."""
         return f"{self.task.name} {self.subject.name}"
 
     @property
     def encoder(self) -> Path:
-        """Its place: the run itself, where that is dense or routes by token."""
+        """The path of the encoder; the run itself if it is dense or routes by token."""
         exported = self.out / "experts" / self.subject.slug / self.task.name
         return exported if self.subject.has_routes else self.subject.run
 
     def expert(self, device: torch.device) -> Expert:
-        """What is exported as its encoder."""
+        """The expert that is exported as the encoder."""
         return Expert(self.subject, self.task, self.splits.train, self.encoder, device)
 
 
 class OpenEncoder:
-    """The encoder of a pairing, kept until that of another one is asked for."""
+    """Keeps the encoder of one pairing open until another one is requested."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,7 +86,7 @@ class OpenEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One number: a method with a seed (None: nothing is random in it). Its record is one of results.json."""
+    """One measurement: a method and a seed (None for a deterministic method). Its record is in results.json."""
 
     pairing: Pairing
     method: str
@@ -100,7 +100,7 @@ class Measurement:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What its record is known by."""
+        """The key of its record."""
         task, model = self.pairing.task.name, self.pairing.subject.name
         return {"verb": self.method, "task": task, "model": model, "seed": self.seed}
 
@@ -117,19 +117,19 @@ class Measurement:
         return Stage(name, self, lock, self.made_from, self.measure)
 
     def made_from(self) -> MadeFrom:
-        """A digest of all that decides the number, and the encoder by its `identity`."""
+        """A digest of all that determines the result; the encoder enters by its `identity`."""
         identity = self.opened.of(self.pairing).identity
         return MadeFrom({"made_from": self._digest(identity), "model_sha256": identity})
 
     def _digest(self, model: str) -> str:
-        """SHA-256 of everything that decides the number; `model`: a checksum of the encoder."""
+        """SHA-256 of all that determines the result; `model` is a checksum of the encoder."""
         splits, metric = self.pairing.splits, self.pairing.task.config.metric
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
         parts = [model, to_tree(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def read(self) -> StageRecord | None:
-        """As `RecordFile`. An earlier version knew an encoder by its weights alone."""
+        """As `RecordFile`. An earlier version identified an encoder by its weights alone."""
         encoder = self.opened.of(self.pairing)
         by = {self._digest(encoder.identity), self._digest(encoder.fingerprint)}
         for record in read_results(self.path):
@@ -139,12 +139,12 @@ class Measurement:
         return None
 
     def write(self, record: StageRecord) -> None:
-        """As `RecordFile`; there is no record of what is not measured yet."""
+        """As `RecordFile`; writes only finished measurements."""
         if record.state == "done":
             add_record(self.path, {**record.measures, **self.key, **record.made_from})
 
     def measure(self) -> dict[str, Any]:
-        """The number, and all that belongs into its record. Raises MoceError as the method."""
+        """Measure; returns the content of its record. Raises MoceError if the method does."""
         pairing, opened = self.pairing, self.opened
         task, subject, metric = pairing.task, pairing.subject, pairing.task.config.metric
         if self.method == "finetune":
@@ -159,12 +159,12 @@ class Measurement:
 def run_campaign(
     subjects: Sequence[Subject], tasks: Sequence[Task], methods: Sequence[str], seeds: Sequence[int], out: Path
 ) -> list[dict[str, Any]]:
-    """Measure what is missing; returns the records of this campaign, in the order of tasks and models.
+    """Make the missing measurements; returns the records of this campaign, in the order of tasks and models.
 
     Raises:
-        ConfigError: a method is not known, or no model can be measured by any.
-        MoceError: as select, export and the methods; what was measured before is kept.
-        SystemExit: a signal stopped it.
+        ConfigError: a method is unknown, or no method applies to any model.
+        MoceError: selection, export or a method failed; earlier measurements are kept.
+        SystemExit: a signal stopped the campaign.
     """
     if unknown := sorted(set(methods) - set(METHODS)):
         raise ConfigError(f"--methods: {', '.join(unknown)} is not known; expected some of {', '.join(METHODS)}.")
@@ -177,20 +177,20 @@ def run_campaign(
             check_metric(task, images)
         pairs = zip(tasks, splits, strict=True)
         pairings = [Pairing(subject, task, images, out) for task, images in pairs for subject in subjects]
-        # First the experts of all tasks: what cannot be exported is refused before anything is measured.
+        # First export the experts of all tasks, so that errors of export appear before any measurement.
         _export_all([pairing for pairing in pairings if pairing.subject.has_routes], out, device)
         return _measure_all(pairings, methods, seeds, out, device)
 
 
 def _warn_untunable(subjects: Sequence[Subject], methods: Sequence[str]) -> None:
-    """Name the models that cannot be fine-tuned. Raises ConfigError where that leaves nothing to measure."""
+    """Warn of models that cannot be fine-tuned. Raises ConfigError if nothing is left to measure."""
     if "finetune" not in methods or not (by_token := [subject for subject in subjects if subject.by_token]):
         return
     runs = ", ".join(str(subject.run) for subject in by_token)
     fault = f"--methods: {runs} routes by token, so there is no dense ViT to fine-tune"
     if len(by_token) == len(subjects) and set(methods) == {"finetune"}:
         raise ConfigError(f"{fault}: name another method, or other runs.")
-    warn(f"{fault}: its places in that table stay empty.")
+    warn(f"{fault}: its cells in that table stay empty.")
 
 
 def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) -> None:
@@ -199,7 +199,7 @@ def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) ->
     of_stage = {pairing.name: pairing for pairing in pairings}
 
     def report(stage: Stage) -> None:
-        """Print the votes of an expert, and keep them."""
+        """Print and store the votes of an expert."""
         pairing = of_stage[stage.name]
         votes = pairing.expert(device).votes()
         route = "-".join(map(str, votes["route"]))
@@ -227,7 +227,7 @@ def _measure_all(
     records: dict[str, dict[str, Any]] = {}
 
     def report(stage: Stage, was_done: bool) -> None:
-        """Print a number, and collect its record while its encoder is open."""
+        """Print a result, and collect its record while its encoder is open."""
         record = stage.records.read()
         assert record is not None, "it is done"
         records[stage.name] = record.measures
@@ -240,14 +240,14 @@ def _measure_all(
 
 
 class _Reporting(Progress):
-    """Prints what a stage has measured."""
+    """Prints the measurements of a stage."""
 
     def __init__(self, workflow: Workflow, report: Callable[[Stage, bool], None]) -> None:
         super().__init__(workflow)
         self._report = report
 
     def started(self, stage: Stage) -> None:
-        """Nothing: what it does it prints itself."""
+        """Prints nothing: the stage prints its own messages."""
 
     def skipped(self, stage: Stage) -> None:
         self._report(stage, True)
@@ -257,7 +257,7 @@ class _Reporting(Progress):
 
 
 def _run(workflow: Workflow, progress: Progress) -> None:
-    """Run stages up to the first that fails. Raises what it raises; SystemExit where they are stopped."""
+    """Run stages until one fails. Raises the error of that stage, or SystemExit after a request to stop."""
     outcome = run_stages(workflow.stages, progress)
     for failure in outcome.failures:
         if failure.error:
@@ -268,9 +268,9 @@ def _run(workflow: Workflow, progress: Progress) -> None:
 
 
 def campaign_tables(records: Sequence[dict[str, Any]], models: Sequence[str]) -> list[Table]:
-    """A table for each method: a row for each task, in the order of `records`, and their mean, a column for each model.
+    """A table for each method: a row for each task, in the order of `records`, a row of means, a column for each model.
 
-    Percent; ± is the sample standard deviation over seeds, where there are several. What was not measured is "-".
+    In percent; ± is the sample standard deviation over seeds, if there are several. A missing value is "-".
     """
     tasks = {record["task"]: _METRICS[record["metric"]] for record in records}
     tables = []
@@ -293,7 +293,7 @@ def _table(method: str, tasks: dict[str, str], models: Sequence[str], cells: Cel
     texts = {place: _figure(values) for place, values in cells.items()}
     for model in models:
         width = max((len(text) for (_, name), text in texts.items() if name == model), default=len(_NONE))
-        # A long name is folded, a figure is not.
+        # Wrap long names, but never a number.
         table.add_column(model, justify="right", overflow="fold", min_width=width)
     for task, metric in tasks.items():
         table.add_row(task, metric, *(texts.get((task, model), _NONE) for model in models))
@@ -308,5 +308,5 @@ def _figure(values: Sequence[float]) -> str:
 
 
 def _mean(by_task: Sequence[Sequence[float]]) -> str:
-    """Over tasks; of some of them alone it would not compare."""
+    """The mean over tasks; "-" unless all tasks have values, as it would not be comparable."""
     return f"{statistics.fmean(map(statistics.fmean, by_task)):.1f}" if all(by_task) else _NONE

@@ -1,4 +1,4 @@
-"""The models that the transfer protocol compares: runs, their names, and the encoder that each gives a task."""
+"""The models that the transfer protocol compares: runs, their names, and the encoder of each for a task."""
 
 import logging
 import shutil
@@ -31,7 +31,7 @@ _ORDER = [family.title for family in FAMILIES]
 
 @dataclass(frozen=True)
 class Subject:
-    """A run, and the name it has in tables."""
+    """A run, and its name in tables."""
 
     name: str
     run: Path
@@ -39,12 +39,12 @@ class Subject:
 
     @property
     def has_routes(self) -> bool:
-        """Whether a task selects one of its experts, so that its encoder is not the run itself."""
+        """Whether a task selects one of its experts; else its encoder is the run itself."""
         return bool(self.checkpoint.experts) and not self.by_token
 
     @property
     def by_token(self) -> bool:
-        """Whether every token chooses its experts, so that there is no route, and no dense ViT to cut out."""
+        """Whether every token chooses its experts; then there are no routes and no dense ViT to export."""
         family = _family(self.checkpoint)
         return family.has_experts and not family.routes_by_cluster
 
@@ -54,12 +54,12 @@ class Subject:
 
     @property
     def slug(self) -> str:
-        """The name as a folder."""
+        """The name as the name of a folder."""
         return "".join(c if c.isalnum() else "-" for c in self.name)
 
 
 def find_subjects(places: list[Path]) -> list[Subject]:
-    """The runs that `places` are, or hold: dense ones first, each named by its settings.
+    """The runs at or in `places`, dense ones first, each named by its settings.
 
     Raises:
         ArtefactError: a place is neither a run nor a folder of runs.
@@ -88,9 +88,9 @@ def _family(checkpoint: Checkpoint) -> Family:
 
 @dataclass(frozen=True)
 class Expert:
-    """The encoder that a run with experts gives a task: the expert of its training images, exported to a folder.
+    """The encoder of a run with experts for a task: the expert selected by the training images, exported to a folder.
 
-    It is its own record: `provenance.json` says what it is made from, and how it was selected.
+    The export is its own record: `provenance.json` says what it was made from and how it was selected.
     """
 
     subject: Subject
@@ -100,7 +100,7 @@ class Expert:
     device: torch.device
 
     def stage(self, name: str) -> Stage:
-        """Selecting and exporting it, as a stage."""
+        """Selection and export as a stage."""
         return Stage(
             name,
             records=self,
@@ -117,7 +117,7 @@ class Expert:
         return MadeFrom(parts)
 
     def read(self) -> StageRecord | None:
-        """As `RecordFile`; a damaged export counts as none."""
+        """As `RecordFile`; a damaged export counts as missing."""
         if not self.path.exists():
             return None
         try:
@@ -126,16 +126,16 @@ class Expert:
             return None
 
     def write(self, record: StageRecord) -> None:
-        """As `RecordFile`; the export writes its provenance itself."""
+        """As `RecordFile`; does nothing, because the export writes its own provenance."""
 
     def votes(self) -> dict[str, Any]:
-        """How it was selected. Raises ArtefactError."""
+        """The votes that selected it. Raises ArtefactError."""
         return dict(read_json(self.path / PROVENANCE, "an exported expert", "moce transfer")["votes"])
 
     def _export(self) -> dict[str, Any]:
-        """Select and export it. Raises MoceError as `moce select` and `moce export`."""
+        """Select and export the expert. Raises MoceError if `moce select` or `moce export` does."""
         checkpoint, clusters = run_clusters(self.subject.run)
-        if self.path.exists():  # of an earlier step of the run, or of other images, or damaged
+        if self.path.exists():  # from an earlier step or other images, or damaged
             self._warn_damaged()
             shutil.rmtree(self.path)
         selection = select_route(self.subject.run, self.images, self.task.config.knn, self.device)

@@ -1,6 +1,6 @@
-"""The tasks of the transfer protocol: where their images are, what they are judged by, how each method is set.
+"""The tasks of the transfer protocol: their images, their metrics, and the settings of each method.
 
-A stage of fine-tuning is `moce finetune` in processes of its own, since it trains.
+Fine-tuning runs `moce finetune` in a separate process, because it trains.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from moce_ds.storage.files import read_json
 _logger = logging.getLogger(__name__)
 
 TASK_FILES = Path(__file__).with_name("configs") / "tasks"
-"""The tasks that are known by name. They are installed with the package."""
+"""The folder of the tasks known by name; it is installed with the package."""
 
 
 @settings
 class FinetuneWords:
-    """The words of `moce finetune`, and how they are chosen."""
+    """Words of `moce finetune`, and choices among them."""
 
     words: list[str] = option([], "settings of moce finetune, as key=value")
     choices: list[list[str]] = option([], "lists of further settings; the best on the validation split is used")
     validation_share: OpenShare = option(
-        0.2, "training images that choose the weights, where there is no split for validation"
+        0.2, "share of the training images that choose the weights, if there is no validation split"
     )
 
 
@@ -44,8 +44,8 @@ class TaskSettings:
     """A task of `moce transfer`."""
 
     data: Path = option(help="folder with train, test and perhaps val: shard sets, or folders of images by class")
-    dataset: str | None = option(None, "public data set that is written there while it is missing (moce dataset)")
-    source: Path | None = option(None, "where that data set lies, as it is distributed")
+    dataset: str | None = option(None, "public data set that moce dataset writes there if it is missing")
+    source: Path | None = option(None, "folder of that data set, as it is distributed")
     metric: Metric = option("top1", "top1, mean_per_class or map11 (images with several labels)")
     knn: KnnSettings = dataclasses.field(default_factory=KnnSettings)
     probe: ProbeSettings = dataclasses.field(default_factory=ProbeSettings)
@@ -54,7 +54,7 @@ class TaskSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task by name; `val` is None where it has no split for validation."""
+    """A task by name; `val` is None if it has no validation split."""
 
     name: str
     config: TaskSettings
@@ -64,14 +64,14 @@ class Task:
 
 
 def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
-    """The task behind a word of `--tasks`: the name of a known task (`TASK_FILES`), or a YAML file.
+    """The task for a word of `--tasks`: the name of a known task (`TASK_FILES`), or a YAML file.
 
     Args:
         overrides: a YAML file whose settings win.
-        data: a folder with a folder of each task's name, in the place of `data` in the settings.
+        data: a folder with a folder for each task, used instead of `data` in the settings.
 
     Raises:
-        ConfigError: there is no such task, its settings have faults, or its images are not there.
+        ConfigError: there is no such task, its settings have faults, or its images are missing.
     """
     path = _task_file(word)
     layers = file_layers(path, TaskSettings)
@@ -88,7 +88,7 @@ def read_task(word: str, overrides: Path | None, data: Path | None) -> Task:
             raise ConfigError(f"Task {path.stem}: {places[split]} {what}: {_how_to_write(config)}")
     val = places["val"] if places["val"].is_dir() else None
     if val is None and config.finetune.choices:
-        raise ConfigError(f"Task {path.stem}: finetune.choices need {places['val']}, images to choose by.")
+        raise ConfigError(f"Task {path.stem}: finetune.choices need validation images in {places['val']}.")
     return Task(path.stem, config, places["train"], val, places["test"])
 
 
@@ -106,12 +106,12 @@ def _task_file(word: str) -> Path:
 
 
 def known_tasks() -> dict[str, Path]:
-    """The files of the tasks that `--tasks` knows by name."""
+    """The files of the tasks known by name."""
     return {path.stem: path for path in sorted(TASK_FILES.glob("*.yaml"))}
 
 
 def check_metric(task: Task, splits: Splits) -> None:
-    """Raise ConfigError where the task's labels do not allow its metric."""
+    """Raise ConfigError if the task's labels do not allow its metric."""
     several = splits.train.targets is not None
     if several != (task.config.metric == "map11"):
         kind, allowed = ("several labels", "map11") if several else ("one label", "top1 or mean_per_class")
@@ -132,12 +132,12 @@ def _write_missing(name: str, config: TaskSettings) -> None:
 def _how_to_write(config: TaskSettings) -> str:
     if config.dataset is None:
         return "expected a shard set (`moce shards`) or a folder of images by class; --data says where tasks are."
-    unpacked = f" ({config.source} is not there)" if config.source else ""
+    unpacked = f" ({config.source} does not exist)" if config.source else ""
     return f"write it with `moce dataset {config.dataset} UNPACKED {config.data}`, or set source{unpacked}."
 
 
 def read_tasks(words: Sequence[str], overrides: Path | None, data: Path | None) -> list[Task]:
-    """All tasks, each once. Raises ConfigError as `read_task`."""
+    """All tasks, each once. Raises ConfigError if `read_task` does, or for a duplicate."""
     tasks = [read_task(word, overrides, data) for word in words]
     names = [task.name for task in tasks]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -146,13 +146,13 @@ def read_tasks(words: Sequence[str], overrides: Path | None, data: Path | None) 
 
 
 def finetuned(encoder: Path, task: Task, seed: int, out: Path) -> dict[str, Any]:
-    """Fine-tune an encoder on a task, with the best of its choices; returns the record of the test split.
+    """Fine-tune an encoder on a task with the best of the choices; returns the record of the test split.
 
-    A choice is judged by the validation split alone. Fine-tuning that was stopped resumes.
+    Only the validation split decides between choices. Stopped fine-tuning resumes.
 
     Raises:
-        ArtefactError: the process failed; the message has the end of its log.
-        KeyboardInterrupt: it was stopped.
+        ArtefactError: the process failed; the message contains the end of its log.
+        KeyboardInterrupt: the process was stopped.
     """
     metric = task.config.metric
     words = [*task.config.finetune.words, f"data.metric={metric}", f"run.seed={seed}"]
@@ -171,7 +171,7 @@ def finetuned(encoder: Path, task: Task, seed: int, out: Path) -> dict[str, Any]
 def _finetune_once(
     encoder: Path, train: Path, val: Path | float | None, test: Path | None, words: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """The record of one `moce finetune`, which is run unless it is done."""
+    """Run one `moce finetune` unless it is done; returns its record."""
     result, log = out / "result.json", out / "log.txt"
     command: list[object] = ["finetune", encoder, "--train", train, "--test", test]
     command += ["--val", val] if val is not None else []
@@ -184,6 +184,6 @@ def _finetune_once(
         if status or not result.exists():
             lines = log_tail(log).splitlines()
             message = "\n  ".join(line.removeprefix("Error: ") for line in lines)
-            raise ArtefactError(f"moce finetune ended with status {status} (all of it in {log}):\n  {message}")
+            raise ArtefactError(f"moce finetune ended with status {status} (full log: {log}):\n  {message}")
     record: dict[str, Any] = read_json(result, "the result of fine-tuning", "moce finetune")[0]
     return record

@@ -56,10 +56,10 @@ def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
 @click.argument("runs", type=PATH, nargs=-1, required=True)
 @click.option("--tasks", required=True, help="Names of known tasks, or YAML files: digits,my_task.yaml.")
 @click.option("--config", type=PATH, help="A YAML file whose settings override those of every task.")
-@click.option("--data", type=PATH, help="A folder with a folder for each task (default: data of its settings).")
+@click.option("--data", type=PATH, help="A folder with a folder for each task (default: data in its settings).")
 @click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")
 @click.option("--seeds", default="0", show_default=True, help="Random seeds of probe and finetune, such as 0,1,2.")
-@click.option("--out", type=PATH, help="Folder of everything (default: transfer in the first of RUNS).")
+@click.option("--out", type=PATH, help="Output folder (default: transfer in the first of RUNS).")
 def transfer(
     runs: tuple[Path, ...],
     tasks: str,
@@ -141,7 +141,7 @@ def slurm(words: Sequence[str]) -> None:
 
 
 def _check_verb(verb: str) -> None:
-    """Refuse a word that is no verb before processes or jobs are started for it. Raises ConfigError."""
+    """Raise ConfigError if a word is not a verb, before processes or jobs are started."""
     command = click.get_current_context().find_root().command
     verbs = sorted(command.commands) if isinstance(command, click.Group) else []
     if verb not in verbs:

@@ -246,7 +246,7 @@ def test_without_a_declared_type_yaml_1_2_says_what_text_means(tmp_path: Path) -
         ("source=", "source: got ''; expected a path, and . for the current folder."),
         ("sieve.cover=", "sieve.cover: got ''; expected a path"),
         ("source=$NOT_SET/x", "source: got '$NOT_SET/x'; the environment variable NOT_SET is not set; write $$ for"),
-        ("source=~no-such-user/x", "source: got '~no-such-user/x'; no home folder is known for ~no-such-user"),
+        ("source=~no-such-user/x", "source: got '~no-such-user/x'; the home folder of ~no-such-user is unknown"),
         ("sieve.round=3", "sieve.round: no such setting. Did you mean sieve.rounds?"),
         ("sieve.window=[1]", "sieve.window.1: required, and not given."),
         ("sieve.kind=medium", "sieve.kind: got 'medium'; Input should be 'fine' or 'coarse'"),
@@ -320,7 +320,7 @@ LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'lol'] * 9)}]
         ("source: !!bool perhaps", "is not valid YAML"),
         ("source: &own [*own]", "source.0 contains itself"),
         ("source: s\n? [a, b]\n: 3", "line 2: a key is not plain text"),
-        ("source: s\n<<: 3", "line 2: << merges what is no mapping"),
+        ("source: s\n<<: 3", "line 2: << merges a value that is not a mapping"),
         ("1: 2\nsource: s", "1: no such setting."),
     ],
 )

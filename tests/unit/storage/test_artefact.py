@@ -63,7 +63,7 @@ def test_what_was_made_from_what(artefacts: dict[str, Path]) -> None:
 
 
 def test_what_is_no_artefact_is_refused_with_what_would_be_one(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"is nothing that moce writes\. Known .*: shard set \(shards\.json\), "):
+    with pytest.raises(ArtefactError, match=r"was not written by moce\. Artefacts .*: shard set \(shards\.json\), "):
         recognised(tmp_path, KINDS)
     with pytest.raises(ArtefactError, match="gone not found"):
         recognised(tmp_path / "gone", KINDS)

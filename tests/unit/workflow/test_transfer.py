@@ -187,7 +187,7 @@ def test_tokens_that_choose_their_experts(runs: Path, task: Path, tiny_config: C
     message = refused("transfer", runs / "c_token", "--tasks", task, "--methods", "finetune")
     assert "c_token routes by token, so there is no dense ViT to fine-tune: name another method" in message
     said = run_here("transfer", runs / "c_token", "--tasks", task, "--methods", "knn,finetune")
-    assert said.status == 0 and said.err.count("its places in that table stay empty") == 1, said
+    assert said.status == 0 and said.err.count("its cells in that table stay empty") == 1, said
     assert "[1/1] kinds TokenMoE knn" in said.out
 
 
@@ -284,7 +284,7 @@ def test_fine_tuning_that_fails_tells_the_end_of_its_log(runs: Path, task: Path,
     (tmp_path / "over.yaml").write_text("finetune: {words: [no.such=1]}")
     words = ("--tasks", task, "--methods", "finetune", "--config", tmp_path / "over.yaml")
     message = refused("transfer", runs, *words)
-    assert re.search(r"moce finetune ended with status [12] \(all of it in .*log\.txt\):\n  ", message)
+    assert re.search(r"moce finetune ended with status [12] \(full log: .*log\.txt\):\n  ", message)
 
 
 def test_means_and_spread_by_hand() -> None:
