@@ -82,7 +82,7 @@ class RecordFile(Protocol):
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a stage in new processes, each of which calls `perform`.
+    """How to start a stage in new processes; each process calls `perform`.
 
     Attributes:
         log: for a stage of one process, the file that receives its output instead of the terminal.
