@@ -79,6 +79,7 @@ def export_requested(
     if not checkpoint.experts:
         yield out, export_dense(checkpoint, out, format, replace)
         return
+    run = checkpoint.folder  # fixed to one step, even if the run is still training
     checkpoint, clusters = run_clusters(run)
     if request.all:
         yield from _export_all(checkpoint, clusters, out, format)

@@ -31,7 +31,7 @@ _ORDER = [family.title for family in FAMILIES]
 
 @dataclass(frozen=True)
 class Subject:
-    """A run, and its name in tables."""
+    """A run, its name in tables, and the checkpoint that is compared, even if the run is still training."""
 
     name: str
     run: Path
@@ -49,8 +49,10 @@ class Subject:
         return family.has_experts and not family.routes_by_cluster
 
     def open(self, encoder: Path, device: torch.device) -> Encoder:
-        """The model of an encoder: an exported expert, or the run itself. Raises ArtefactError."""
-        return token_encoder(self.checkpoint, device) if self.by_token else open_encoder(encoder, device)
+        """The model of an encoder: an exported expert, or the run's checkpoint. Raises ArtefactError."""
+        if self.by_token:
+            return token_encoder(self.checkpoint, device)
+        return open_encoder(encoder if self.has_routes else self.checkpoint.folder, device)
 
     @property
     def slug(self) -> str:
@@ -112,7 +114,7 @@ class Expert:
 
     def made_from(self) -> MadeFrom:
         """The checkpoint, the clusters of the run, and the images. Raises ArtefactError."""
-        checkpoint, clusters = run_clusters(self.subject.run)
+        checkpoint, clusters = run_clusters(self.subject.checkpoint.folder)
         parts = {"step": checkpoint.step, "clusters_hash": clusters.hash, "task_images": self.images.fingerprint}
         return MadeFrom(parts)
 
@@ -134,11 +136,11 @@ class Expert:
 
     def _export(self) -> dict[str, Any]:
         """Select and export the expert. Raises MoceError if `moce select` or `moce export` does."""
-        checkpoint, clusters = run_clusters(self.subject.run)
+        checkpoint, clusters = run_clusters(self.subject.checkpoint.folder)
         if self.path.exists():  # from an earlier step or other images, or damaged
             self._warn_damaged()
             shutil.rmtree(self.path)
-        selection = select_route(self.subject.run, self.images, self.task.config.knn, self.device)
+        selection = select_route(checkpoint.folder, self.images, self.task.config.knn, self.device)
         provenance = {**self.made_from().parts, "votes": selection.record(self.task.name)}
         export_route(checkpoint, clusters, choose_selected(checkpoint, selection), self.path, provenance)
         return {}

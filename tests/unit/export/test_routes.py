@@ -4,16 +4,19 @@ Axes: L expert layers, M clusters, E experts.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from moce_ds.checkpoint.format import Checkpoint, find
+from moce_ds.checkpoint.format import Checkpoint, find, publish, step_folder
 from moce_ds.checkpoint.parameters import load_weights_strict
 from moce_ds.errors import ConfigError
+from moce_ds.export import request
 from moce_ds.export.routes import choose_all, choose_average, choose_expert, routes_of
 from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
@@ -167,3 +170,26 @@ def test_an_expert_s_damaged_file_is_named_and_nothing_written(tiny_moce_run: Ma
     assert f"{file} is damaged" in refused("export", run, tmp_path / "exports" / "out", "--cluster", 0)
     assert "is damaged" in refused("export", run, tmp_path / "exports" / "all", "--all")
     assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_an_export_reads_one_checkpoint_of_a_run_that_still_trains(
+    tiny_moce_run: MakeRun, tiny_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = tiny_moce_run(), request.opened_images
+
+    def save_another_step(path: Path) -> Any:
+        first = find(run)
+        shutil.copytree(first.folder, run / "draft")
+        routing = first.manifest["routing"]
+        routing |= {"expert_ML": [[(expert + 1) % 4 for expert in route] for route in routing["expert_ML"]]}
+        publish(run / "draft", step_folder(run, 10), {**first.manifest, "step": 10, "routing": routing})
+        return opened(path)
+
+    def exported(out: Path) -> Any:
+        assert run_here("export", run, out, "--data", tiny_images).status == 0
+        provenance = json.loads((out / "provenance.json").read_text())
+        return provenance["step"], provenance["route"], provenance["votes"]
+
+    expected = exported(tmp_path / "alone")
+    monkeypatch.setattr(request, "opened_images", save_another_step)
+    assert exported(tmp_path / "meanwhile") == expected and find(run).step == 10

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from moce_ds.checkpoint.format import step_folder, write_checkpoint
+from moce_ds.checkpoint.format import find, publish, step_folder, write_checkpoint
 from moce_ds.config.settings import to_tree
 from moce_ds.models.build import build_model
 from moce_ds.models.encoders import TokenExperts
@@ -22,6 +22,7 @@ from moce_ds.models.moce import MakeLayer
 from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.workflow import transfer
 from moce_ds.workflow.transfer import campaign_tables
 from moce_ds.workflow.transfer_tasks import TASK_FILES
 from tests.examples.images import contents
@@ -143,6 +144,25 @@ def test_what_was_made_otherwise_is_made_again(runs: Path, task: Path, tmp_path:
     said = run_here("transfer", runs, "--tasks", task, "--config", other)
     assert said.status == 0 and "(was done)" not in said.out
     assert json.loads(expert.read_text())["votes"]["n_images"] == before["votes"]["n_images"] - 1
+
+
+def test_a_campaign_exports_the_checkpoint_that_it_found(
+    tiny_moce_run: MakeRun, task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, opened = tiny_moce_run(), transfer.opened_task
+    first = find(run)
+
+    def save_another_step(*places: Any) -> Any:
+        shutil.copytree(first.folder, run / "draft")
+        publish(run / "draft", step_folder(run, first.step + 1), {**first.manifest, "step": first.step + 1})
+        return opened(*places)
+
+    monkeypatch.setattr(transfer, "opened_task", save_another_step)
+    said = run_here("transfer", run, "--tasks", task, "--methods", "knn")
+    assert said.status == 0 and find(run).step == first.step + 1, said
+    provenance = json.loads((run / "transfer/experts/MoCE/kinds/provenance.json").read_text())
+    (vote,) = records(run / "transfer", "select")
+    assert provenance["step"] == first.step and vote["model_sha256"] == first.identity
 
 
 def test_a_run_that_was_trained_further_is_measured_again(
