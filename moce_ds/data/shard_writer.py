@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from moce_ds.data.shards import (
     key_of,
     shard_name,
 )
-from moce_ds.data.sources.image_folder import SourceFile, examined, list_files
+from moce_ds.data.sources.image_folder import SourceFile, examined, list_files, listing_digest
 from moce_ds.data.sources.listing import Listing
 from moce_ds.errors import DataError
 from moce_ds.storage.artefact import MadeFrom
@@ -139,12 +138,9 @@ def _write(
 
 def _plan(files: Sequence[SourceFile], config: ShardSettings) -> dict[str, Any]:
     """Everything that determines what is written."""
-    listing = sha256()
-    for file in files:
-        listing.update(json.dumps(file).encode() + b"\n")
     return {
         "files": len(files),
-        "listing_sha256": listing.hexdigest(),  # of paths and sizes
+        "listing_sha256": listing_digest(files),
         "images_per_shard": config.images_per_shard,
         "max_pixels": config.max_pixels,
     }

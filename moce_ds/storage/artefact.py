@@ -128,10 +128,13 @@ class MadeFrom:
         parts: plain data that JSON can hold.
         settings: the settings class of each part that is a tree of settings. Records of earlier versions are completed
             with the defaults of newer settings.
+        digests: parts that map names to digests. A digest that is None in the record of an earlier version is unknown
+            and counts as the same.
     """
 
     parts: dict[str, Any]
     settings: Mapping[str, type[Any]] = field(default_factory=dict)
+    digests: Sequence[str] = ()
 
     def compare(self, recorded: Mapping[str, Any] | None) -> Comparison:
         """Compare with a record (None: there is no record). Other keys of the record are ignored."""
@@ -141,6 +144,10 @@ class MadeFrom:
         for name, kind in self.settings.items():
             if isinstance(old.get(name, {}), dict):
                 old[name] = completed(old.get(name, {}), kind)
+        for name in self.digests:
+            if isinstance(old.get(name), dict):
+                now = self.parts[name]
+                old[name] = {key: now.get(key) if known is None else known for key, known in old[name].items()}
         return Comparison(differences(old, json.loads(json.dumps(self.parts))))  # as JSON returns it: no tuples
 
 

@@ -31,7 +31,7 @@ from moce_ds.storage.artefact import MadeFrom
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.workflow.runner import Failure, Progress, StageError, run_stages, states_table
-from moce_ds.workflow.stage import Launch, Stage, StageFile, Workflow, digest, perform, run_commands
+from moce_ds.workflow.stage import Launch, Stage, StageFile, Workflow, input_digest, perform, run_commands
 from moce_ds.workflow.study_grid import TaskName, check_there
 
 _logger = logging.getLogger(__name__)
@@ -215,8 +215,9 @@ def _stage(pipeline: PipelineSettings, draft: _Draft, config: Any, needs: list[s
     commands = [arguments(command) for command in draft.commands]
 
     def made_from() -> MadeFrom:
-        read = {str(place): digest(place) for place in draft.reads}
-        return MadeFrom({"commands": commands, "settings": to_tree(config), "read": read}, {"settings": type(config)})
+        read = {str(place): input_digest(place) for place in draft.reads}
+        parts = {"commands": commands, "settings": to_tree(config), "read": read}
+        return MadeFrom(parts, {"settings": type(config)}, digests=["read"])
 
     def work() -> dict[str, Any]:
         run_commands(commands)

@@ -22,6 +22,7 @@ from moce_ds.cli.verbs import run_verb
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.sources.image_folder import list_files, listing_digest
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
@@ -189,6 +190,12 @@ def digest(place: Path) -> str | None:
     """SHA-256 of a file, or of the file that is written last into a folder; None if neither exists."""
     found = [place] if place.is_file() else sorted(path for name in _LAST_FILES for path in place.glob(name))
     return sha256_of(found[-1]) if found else None
+
+
+def input_digest(place: Path) -> str | None:
+    """`digest`, or that of the listing of a folder of images. Raises DataError if the folder cannot be listed."""
+    known = digest(place)
+    return listing_digest(list_files(place)) if known is None and place.is_dir() else known
 
 
 def perform(stage: Stage) -> None:

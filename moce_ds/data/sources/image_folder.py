@@ -4,12 +4,14 @@ No single entry can end a listing: an inaccessible one has the size `ODD`, and `
 """
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
 import stat
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
+from hashlib import sha256
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -47,6 +49,14 @@ def list_files(source: Path) -> list[SourceFile]:
         DataError: `source` is not a folder, or cannot be listed.
     """
     return sorted(_walk(source))
+
+
+def listing_digest(files: Sequence[SourceFile]) -> str:
+    """SHA-256 of paths and sizes, by which a folder of images is recognised: none of its files is read."""
+    listing = sha256()
+    for file in files:
+        listing.update(json.dumps(file).encode() + b"\n")
+    return listing.hexdigest()
 
 
 def list_folder(folder: Path) -> dict[str, int]:

@@ -187,6 +187,21 @@ def test_a_setting_that_an_earlier_version_did_not_have_had_its_default(make: Ma
     assert not of(make("words.shards=[max_pixels=1000]"), "shards").is_done(), "and not what is asked for now"
 
 
+def test_other_images_in_a_folder_are_another_input(make: Make, tmp_path: Path, task: Path) -> None:
+    heldout = shutil.copytree(task / "train", tmp_path / "heldout")
+    pipeline = make(tasks={"digits": str(task)}, heldout=str(heldout))
+    for name, images in (("export", task / "train"), ("evaluation", heldout)):
+        stage = dataclasses.replace(of(pipeline, name), outputs=[])
+        finish(stage)
+        assert stage.is_done()
+        image = next(path for path in images.rglob("*") if path.is_file())
+        image.write_bytes(image.read_bytes() + b" ")
+        assert not stage.is_done()
+        before = stage.made_from().parts
+        stage.records.write(StageRecord(before | {"read": before["read"] | {str(images): None}}, "done"))
+        assert stage.is_done(), "an earlier version did not list the images"
+
+
 def test_a_stage_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:
     shards, path = of(make(), "shards"), tmp_path / "pipeline.yaml"
     command = ("pipeline", path, "--stage", "shards")
