@@ -214,6 +214,8 @@ class CellFile:
 def measures(cell: Cell, work: Work) -> dict[str, float]:
     """The measurements of a finished cell, in SI units; docs/studies.md defines them.
 
+    A loss that was not finite in the whole last tenth of the records is left out.
+
     Args:
         work: the work of the cell's model.
 
@@ -225,8 +227,9 @@ def measures(cell: Cell, work: Work) -> dict[str, float]:
         raise ArtefactError(f"{cell.run / METRICS} holds no record: delete {cell.folder} and run the cell again.")
     last, warm = records[-max(1, len(records) // 10) :], records[len(records) // 5 :]
     count = work.parameters
+    finite = {key: [r[key] for r in last if r[key] is not None] for key in ("reconstruction", "loss")}
     found: dict[str, float] = {
-        **{key: statistics.fmean(r[key] for r in last if r[key] is not None) for key in ("reconstruction", "loss")},
+        **{key: statistics.fmean(values) for key, values in finite.items() if values},
         "images_per_second": statistics.median(record["images_per_second"] for record in warm),
         "peak_memory": max(record["peak_memory"] for record in records),
         "active_parameters": count.active,

@@ -255,6 +255,15 @@ def test_measures_of_a_run(make: Make) -> None:
     }
 
 
+def test_a_loss_that_is_not_finite_at_the_end_is_left_out(make: Make) -> None:
+    (cell,) = cells_of(make())
+    cell.run.mkdir(parents=True)
+    record = {"step": 1, "loss": None, "reconstruction": 0.5, "images_per_second": 1.0, "peak_memory": 1000}
+    (cell.run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    found = measures(cell, Work.of(cell.config()))
+    assert "loss" not in found and found["reconstruction"] == 0.5
+
+
 def test_exchange_in_half_precision_of_two_experts_computed_twice(make: Make) -> None:
     words = ["experts.layers=[1,3]", "experts.k=2", "engine.precision=bf16", "engine.checkpoint_activations=true"]
     (cell,) = cells_of(make(set=[*make().set, *words]))
