@@ -239,7 +239,7 @@ def _check(record: dict[str, Any], path: Path, number: int) -> None:
 
 
 def accuracy_table(records: list[dict[str, Any]]) -> Table:
-    """Table of task by model: selected route, k-NN and linear-probe accuracy (top-1)."""
+    """Table of task by model: selected route, k-NN and linear-probe accuracy (top-1, or mAP of several labels)."""
     table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
     for column in ("task", "model", "route", "share", "k-NN", "linear probe"):
         table.add_column(column, justify="left" if column in ("task", "model", "route") else "right")
@@ -260,9 +260,13 @@ def accuracy_table(records: list[dict[str, Any]]) -> Table:
             shown,
             "-".join(map(str, route["route"])) if route else "",
             f"{route['share']:.1%}" if route else "",
-            *(f"{score['top1']:.1%}" if score else "" for score in scores),
+            *(_percent(score) if score else "" for score in scores),
         )
     return table
+
+
+def _percent(record: dict[str, Any]) -> str:
+    return f"{record['map11']:.1%} mAP" if "map11" in record else f"{record['top1']:.1%}"
 
 
 def _selected(records: list[dict[str, Any]], task: str, model: str, newest: bool) -> dict[str, Any] | None:

@@ -201,3 +201,8 @@ def test_accuracy_table() -> None:
     assert ["birds", "expert", "2-3", "75.0%", "75.0%"] in rows  # no k-NN was run
     assert ["fish", "expert", "25.0%"] in rows  # nothing was selected for it
     assert accuracy_table([]).row_count == 0
+
+
+def test_accuracy_table_of_several_labels() -> None:
+    record = {"verb": "knn", "task": "voc", "model": "expert", "map11": 0.5, "n_train": 8, "n_test": 2}
+    assert ["voc", "expert", "50.0%", "mAP"] in printed(accuracy_table([record]))
