@@ -135,6 +135,7 @@ def _write(path: Path, block: bytes, size: int) -> None:
     with open(path, "wb", buffering=0) as file:
         for _ in range(size // len(block)):
             file.write(block)
+        file.write(block[: size % len(block)])
         os.fsync(file.fileno())
 
 
