@@ -30,6 +30,7 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
+from moce_ds.storage.files import writes_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -151,14 +152,14 @@ def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
 
 
 def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Runtime) -> None:
-    for step, faults in damaged.items():
-        aside = set_aside(run, step) if runtime.is_main else None
-        listed = "\n".join(f"  {fault}" for fault in faults)
-        runtime.warn(
-            f"the checkpoint of step {step} is damaged; resuming from step {good}, the newest valid one:\n"
-            f"{listed}\n  It is kept as {aside}."
-        )
-    runtime.barrier()
+    with runtime.raise_on_all_ranks(), writes_to(run):
+        for step, faults in damaged.items():
+            aside = set_aside(run, step) if runtime.is_main else None
+            listed = "\n".join(f"  {fault}" for fault in faults)
+            runtime.warn(
+                f"the checkpoint of step {step} is damaged; resuming from step {good}, the newest valid one:\n"
+                f"{listed}\n  It is kept as {aside}."
+            )
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:

@@ -129,8 +129,9 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
     runtime.barrier()  # no rank adds a block before all have listed them
     with runtime.raise_on_all_ranks():
         _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
-    if runtime.is_main:
-        writer.finish()
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main:
+            writer.finish()
 
 
 def _keep_encoder(encoder: Encoder, folder: Path) -> None:

@@ -8,10 +8,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from harness import run_distributed
 from jobs import interrupted
 from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
+from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.config.words import read_settings
@@ -43,6 +45,7 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         note("nothing", lambda: _fail_on(runtime, None))
         note("rank 1", lambda: _fail_on(runtime, 1))
         note("disk of rank 1", lambda: _disk_of_rank_1(runtime))
+        note("damaged checkpoint", lambda: _set_aside(folder / "lost", {1: ["it is damaged"]}, 0, runtime))
         words = tiny_settings(shards, folder / "run", "experts.ep_size=2", clusters=clusters)
         config = read_settings(PretrainSettings, words)
         with interrupted(folder / "run", 2 if runtime.is_main else None):
@@ -67,6 +70,12 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         note("image of rank 1", lambda: write_features(encoder, ShardSet.open(damaged), features, settings, runtime))
         other = FeatureSettings(block_rows=HALF + 1)
         note("features begun", lambda: write_features(encoder, ShardSet.open(damaged), features, other, runtime))
+
+        diverged = open_encoder(clusters / "encoder", runtime.device)
+        with torch.no_grad():
+            next(diverged.model.parameters()).fill_(float("nan"))
+        features = folder / "diverged"
+        note("features of NaN", lambda: write_features(diverged, ShardSet.open(shards), features, settings, runtime))
     return faults
 
 
@@ -120,8 +129,10 @@ def test_all_is_well(faults: list[Faults]) -> None:
         ("disk of rank 1", f" Status {LOST_PEER}."),
         ("plan of rank 1", "Step 2: the ranks disagree on where images go. Rank(s) 1 differ from the rest"),
         ("plan of rank 1, with locality off", "Step 2: the ranks disagree on where images go. Rank(s) 1 differ"),
+        ("damaged checkpoint", "lost cannot be written"),
         ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),
         ("image of rank 1", f"image {HALF + 5} "),
+        ("features of NaN", "The features of image 0 are NaN or beyond float16"),
         ("features begun", f"block_rows: {HALF} there, {HALF + 1} now"),
     ],
 )
