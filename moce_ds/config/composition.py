@@ -201,7 +201,7 @@ def _suggestion(known: Fields, key: str) -> str:
 
 
 def _near(known: Fields, key: str) -> Iterator[str]:
-    """Suggestions, likeliest first: a similar name, a name with the same end (lr), words in a help text."""
+    """Suggestions, likeliest first: a similar name, a name with the same end (lr), words in a help text, a group."""
     group, _, last = key.rpartition(".")
     inside = [name for name in known if name.rpartition(".")[0] == group] if group else []
     for names in (inside, list(known)):
@@ -212,3 +212,5 @@ def _near(known: Fields, key: str) -> Iterator[str]:
     yield from difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     phrase = last.replace("_", " ")
     yield from [name for name, field in known.items() if len(last) > 3 and phrase in field.metadata.get("help", "")]
+    groups = {name.partition(".")[0] for name in known if "." in name}
+    yield from difflib.get_close_matches(key, groups, n=1, cutoff=0.7)

@@ -41,7 +41,10 @@ def batch_arithmetic(optim: OptimSettings, world_size: int, ep_size: int = 1) ->
             f"optim.accumulation {optim.accumulation} = {world_size * optim.accumulation}."
         )
     if world_size % ep_size:
-        raise ConfigError(f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}.")
+        raise ConfigError(
+            f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}. Start {ep_size} or a "
+            f"multiple of it, as with `moce launch local --nproc {ep_size} ...`, or set experts.ep_size=1."
+        )
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
 

@@ -172,6 +172,8 @@ class Trainer:
         if written == runtime.world_size or not self.engine.was_step_applied():
             self.checkpoints.finish()
         self._stopping = stopping > 0
+        if self._stopping and self.step < self.schedule.steps:
+            runtime.say(f"Stopping after step {self.step}: writing a checkpoint. A second Ctrl-C stops without one.")
         return dict(zip(own, sums, strict=True))
 
     def _record(

@@ -234,6 +234,7 @@ def test_without_a_declared_type_yaml_1_2_says_what_text_means(tmp_path: Path) -
     [
         ("sieve.mseh=0.5", "sieve.mseh: no such setting. Did you mean sieve.mesh?"),
         ("round=3", "round: no such setting. Did you mean sieve.rounds?"),
+        ("seive.mash=1", "seive: no such setting. Did you mean sieve?"),
         ("zzz=1", "zzz: no such setting. Known settings: source, sieve.mesh, sieve.rounds,"),
         ("sieve.rounds=many", "sieve.rounds: got 'many'; expected a whole number, such as 16."),
         ("sieve.rounds=2.5", "sieve.rounds: got '2.5'; expected a whole number, such as 16."),
