@@ -42,8 +42,8 @@ def batch_arithmetic(optim: OptimSettings, world_size: int, ep_size: int = 1) ->
         )
     if world_size % ep_size:
         raise ConfigError(
-            f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}. Start {ep_size} or a "
-            f"multiple of it, as with `moce launch local --nproc {ep_size} ...`, or set experts.ep_size=1."
+            f"experts.ep_size: got {ep_size}; it must divide the number of processes, {world_size}. Start {ep_size} "
+            f"or a multiple of it, as with `moce launch local --nproc {ep_size} ...`, or set experts.ep_size=1."
         )
     return BatchArithmetic(optim.batch_size, world_size, optim.accumulation)
 
