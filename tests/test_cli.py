@@ -174,9 +174,9 @@ def test_every_fault_is_listed() -> None:
         ("shards {images} {file}/set", "{file} is a file; expected a folder for {file}/set"),
         (
             "finetune {encoder} --train {shards} --test {shards} --out {out} optim.batch_size=100000",
-            "optim.batch_size: 100000 images in a step, of 60 to learn from: expected 60 at most",
+            "optim.batch_size: 100000 images in a step exceed the 60 training images: expected 60 at most",
         ),
-        ("report {none}", "{none} is no run folder: expected config.yaml"),
+        ("report {none}", "{none} is not a run folder: expected config.yaml"),
         ("inspect {none}", "{none} not found."),
         (
             "inspect {full}",

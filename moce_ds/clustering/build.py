@@ -46,7 +46,7 @@ def build_clusters(
     """Cluster the images of a features folder; existing clusters are read instead.
 
     Args:
-        features: what `moce features` wrote, with its encoder.
+        features: the folder that `moce features` wrote, with its encoder.
         out: the clusters folder, written atomically.
         labels_N: only for the report: index into `classes` per image, negative without a label.
         device: device of Sinkhorn; faiss detects GPUs itself.
@@ -54,7 +54,7 @@ def build_clusters(
     Raises:
         ConfigError: more clusters than images, or faiss is missing.
         DataError: the features are all alike.
-        ArtefactError: the features are unfinished, damaged or of another encoder; or `out` holds something else, or
+        ArtefactError: the features are unfinished, damaged or of another encoder; or `out` holds other files, or
             cannot be written.
     """
     feature_set = FeatureSet.open(features)
@@ -227,10 +227,9 @@ def _label(feature_set: FeatureSet, clusters: Clusters) -> tuple[Clusters, np.nd
 
 
 def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -> np.ndarray:
-    """The cosine that the least typical images of each cluster stay below, float32 [M].
+    """The cosine below which the least typical images of each cluster are, float32 [M].
 
-    With Weibull's quantile, a further image of the cluster stays below it with probability `LOW`, also in small
-    clusters.
+    With Weibull's quantile, a new image of the cluster is below it with probability `LOW`, even in small clusters.
     """
     of_cluster = np.split(cosine_N[np.argsort(ids_N, kind="stable")], np.cumsum(sizes_M)[:-1])
     lows = [np.quantile(part, LOW, method="weibull") if len(part) else 1.0 for part in of_cluster]
@@ -240,12 +239,12 @@ def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -
 def _check_same(out: Path, made_from: MadeFrom) -> None:
     """Raise ArtefactError unless `out` holds the requested clusters."""
     if not Clusters.recognises(out):
-        raise ArtefactError(f"{out} exists and holds no clusters: choose another folder.")
+        raise ArtefactError(f"{out} exists and does not hold clusters: choose another folder.")
     made_from.compare(Clusters.open(out).provenance).refuse_different(f"{out} holds clusters")
 
 
 def _merged(embeddings_MD: torch.Tensor) -> int:
-    """Number of clusters with another one at almost the same place."""
+    """Number of clusters that almost coincide with another one."""
     cosine_MM = (embeddings_MD @ embeddings_MD.T).fill_diagonal_(-1)
     return int((cosine_MM.max(dim=1).values > _MERGED).sum())
 
@@ -263,7 +262,7 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
         # Soft sizes stay balanced if Q spreads one group over several clusters, and re-estimating C from that Q moves
         # them together. The assignment of an image to one of them is then arbitrary.
         faults.append(
-            f"{merged} of {config.num_clusters} clusters have another one at almost the same place "
+            f"{merged} of {config.num_clusters} clusters almost coincide with another one "
             f"(cosine above {_MERGED}): how images divide between them is arbitrary. Lower eps, rounds or num_clusters."
         )
     for fault in faults:

@@ -72,7 +72,7 @@ class Clusters:
         mean_D: float32, subtracted from features before they are normalised.
         sizes_M: int64, images of the shard set in each cluster (hard assignment).
         cosine_M: float32, mean cosine of a cluster's images to its centroid; 0 for an empty cluster.
-        low_cosine_M: float32, the cosine that the least typical 5% of a cluster's images stay below; 1 for an empty
+        low_cosine_M: float32, the cosine below which the least typical 5% of a cluster's images are; 1 for an empty
             cluster. None if an earlier version wrote the clusters.
         eps: weight of the entropy, in the units of a cosine.
         method: "sinkhorn" or "kmeans".
@@ -81,7 +81,7 @@ class Clusters:
         encoder_input: input format of the encoder (size, mean, std, interpolation, crop).
         provenance: settings, features and the final state of the solver.
         files: checksums of the folder's files after loading; None if an earlier version wrote it.
-        folder: where they are, after loading.
+        folder: their folder, after loading.
     """
 
     kind: ClassVar[str] = "clusters"
@@ -172,7 +172,7 @@ class Clusters:
         clusters._check(folder / TENSORS)
         if clusters.hash != stated:
             raise ArtefactError(
-                f"{folder}: clusters.json and clusters.safetensors are not of the same clusters: write them again with "
+                f"{folder}: clusters.json and clusters.safetensors belong to different clusters: write them again with "
                 f"`{MADE_BY}`."
             )
         check_file(folder, TENSORS, clusters.files, _AGAIN)
@@ -198,7 +198,7 @@ class Clusters:
         }
 
     def verify(self) -> Findings:
-        """Everything in the folder that is not as it was written; reads all of it. Raises ArtefactError."""
+        """All differences from what was written; reads all files. Raises ArtefactError."""
         folder = self.folder
         assert folder is not None, "clusters that were opened have a folder"
         found = document_findings(folder / RECORD, RECORD) + file_findings(folder, self.files, [TENSORS, IDS])
@@ -251,7 +251,7 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
         )
     ids_N = load_array(folder / IDS, np.int32, (count,), _AGAIN)
     m = clusters.num_clusters
-    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last: ids of no cluster
+    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last entry counts invalid ids
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
         raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
     check_file(folder, IDS, clusters.files, _AGAIN)

@@ -2,7 +2,7 @@
 
         features/
           block-000000.npy   float16 [block_rows, D], images 0 ...; the last block is shorter
-          encoder/           the encoder that computed them, put there by the writer
+          encoder/           the encoder that computed them
           features.json      written last, with the checksums of blocks, encoder and itself: marks a complete folder
           begun.json         the same without checksums, while the features are incomplete
 
@@ -66,7 +66,7 @@ def fingerprint(state: Mapping[str, np.ndarray]) -> str:
 
 
 def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
-    """Refuse a features or clusters folder whose encoder is not the one that it was made with.
+    """Raise ArtefactError if the encoder in a features or clusters folder is not the one it was made with.
 
     Each file is read once, without loading the weights, if `files` has their checksum.
 
@@ -89,7 +89,7 @@ def check_encoder(folder: Path, expected: str, files: Files | None) -> None:
 
 
 def check_fingerprint(folder: Path, expected: str) -> None:
-    """Refuse a features or clusters folder whose encoder has other weights; loads them.
+    """Raise ArtefactError if the encoder in a features or clusters folder has other weights; loads them.
 
     Raises:
         ArtefactError: the weights are missing or damaged, or their fingerprint is not `expected`.
@@ -142,7 +142,7 @@ class FeatureWriter:
             "block_rows": block_rows,
             "identity": asdict(identity),
         }
-        self._description = json.loads(json.dumps(description))  # as it will be read back: without tuples
+        self._description = json.loads(json.dumps(description))  # as JSON returns it: no tuples
         recorded = [path / name for name in (RECORD, BEGUN) if (path / name).is_file()]
         if recorded:
             found = read_checked(recorded[0], dict[str, Any], "a record of features", "moce features")
@@ -208,7 +208,7 @@ class FeatureWriter:
         return -(-self.count // self.block_rows)
 
     def _refuse_unknown(self) -> None:
-        """Blocks without a record may belong to other images or another encoder."""
+        """Raise ArtefactError for blocks without a record, which may belong to other images or another encoder."""
         names = sorted(entry.name for entry in self.path.glob("*") if not entry.name.startswith("."))
         if names:
             raise ArtefactError(
@@ -303,7 +303,7 @@ class FeatureSet:
         }
 
     def verify(self) -> Findings:
-        """Everything that is not as it was written, by checksum; reads all of it. Raises ArtefactError."""
+        """All differences from the recorded checksums; reads all files. Raises ArtefactError."""
         names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
         differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
         found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])

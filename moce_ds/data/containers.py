@@ -38,7 +38,7 @@ _COMMON_JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)
 
 
 def jpeg_orientation(data: bytes) -> int | None:
-    """EXIF orientation of a JPEG, 1 if it has none; None if its header or its EXIF has a fault, or its coding is
+    """EXIF orientation of a JPEG, 1 if it has none; None if its header or EXIF is faulty, or its coding is
     unusual."""
     exif: list[int | None] = []
     position = 2

@@ -46,7 +46,7 @@ DECODER_FAULTS = (
     OSError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError,
     EOFError, MemoryError, struct.error, zlib.error,
 )  # fmt: skip
-"""Errors that Pillow's decoders were seen to raise on damaged files; they have no common base class."""
+"""Errors that Pillow's decoders raise on damaged files; they have no common base class."""
 
 # EXIF orientation -> transposition that makes the image upright. Pillow's own exif_transpose also rewrites the EXIF,
 # and fails if another part of it is damaged.
@@ -79,7 +79,7 @@ class Accepted(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """Why a file is not stored: one of the reasons above, and details."""
+    """The reason why a file is not stored, and details."""
 
     reason: str
     detail: str
@@ -92,7 +92,7 @@ def suffixes() -> frozenset[str]:
 
 
 def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
-    """Decode the image at `path`. Raises DataError where the machine fails, which says nothing about the image."""
+    """Decode the image at `path`. Raises DataError for a fault of the machine instead of the image."""
     try:
         with _opened(path) as file, pixel_limit(max_pixels):
             return _decide(file)
@@ -111,7 +111,7 @@ def decoded(data: bytes, size: tuple[int, int], name: str, strictly: bool = Fals
     """An image that was accepted with this `size` (width, height), upright and RGB.
 
     Args:
-        strictly: check for missing pixels, as before accepting an image; earlier versions did not.
+        strictly: check for missing pixels, as for new images; earlier versions did not.
 
     Raises:
         DataError: it has another size, or is not a complete image; the message begins with `name`.
@@ -283,7 +283,7 @@ def _is_plain(image: Image.Image, data: bytes, png: Png | None) -> bool:
 def open_image(file: BinaryIO) -> Image.Image:
     """Open an image of an accepted format, undecoded, with the orientation that DALI sees.
 
-    Of a PNG, only the chunks that its pixels depend on are read: text and profiles may have any size.
+    Reads only those chunks of a PNG that its pixels depend on: text and profiles may have any size.
 
     Raises:
         PIL.UnidentifiedImageError: it has none of the accepted formats.

@@ -1,6 +1,6 @@
 """The DALI pipeline: image files in, normalised crops out. The only file that imports DALI.
 
-One pipeline serves CPU and GPU. Our own callback feeds it, so sampler and transform determine the order of reading, the
+One pipeline serves CPU and GPU. Our callback feeds it, so sampler and transform determine the order of reading, the
 crops and the flips, and a run resumes exactly at any batch.
 
 Axes: B images, H, W pixels.
@@ -102,10 +102,10 @@ class _Source:
         )
 
     def read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
-        """The bytes of an image, or of the next one that is as it was written and can be decoded.
+        """The bytes of an image, or of the next intact one.
 
         Raises:
-            DataError: there is none.
+            DataError: no image is intact.
         """
         fault = ""
         for offset in range(self.replacements + 1):
@@ -261,7 +261,7 @@ class Loader:
         return pipeline
 
     def _find_undecodable(self, index: int, error: RuntimeError) -> frozenset[int]:
-        """Images of the batches in flight at `index` that fail on their own; raises `error` if there are none."""
+        """Images of the batches in flight at `index` that fail alone; raises `error` if there are none."""
         ahead = [self._read_list(batch) for batch in range(index, min(index + _PREFETCH + 1, self._last))]
         ids, places = np.unique(np.concatenate([wanted.ids for wanted in ahead]), return_index=True)
         suspects = ReadList(ids, np.concatenate([wanted.epochs for wanted in ahead])[places])
@@ -273,7 +273,7 @@ class Loader:
         return undecodable
 
     def _undecodable_of(self, suspects: ReadList) -> frozenset[int]:
-        """The suspects, or their replacements, that fail on their own, found by halving: a pipeline is slow to build,
+        """The suspects, or their replacements, that fail alone, found by halving: a pipeline is slow to build,
         and few images fail."""
         source = self._source(lambda _: suspects, 0, 1)
         if self._runs(source):
@@ -284,7 +284,7 @@ class Loader:
         return self._undecodable_of(suspects[:middle]) | self._undecodable_of(suspects[middle:])
 
     def _runs(self, source: _Source) -> bool:
-        """Whether a pipeline of its own decodes a source's first batch."""
+        """Whether a new pipeline decodes the first batch of a source."""
         try:
             self._started(source).run()
         except RuntimeError:

@@ -23,7 +23,7 @@ class ReadList:
     epochs: NDArray[np.int64]
 
     def __getitem__(self, places: slice) -> "ReadList":
-        """The images at some places."""
+        """The images at some positions."""
         return ReadList(self.ids[places], self.epochs[places])
 
     def part(self, rank: int, world_size: int) -> "ReadList":

@@ -64,7 +64,7 @@ class ShardSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ShardReport:
-    """What was written, or existed before (`already_complete`). `rejected` counts files by reason (rejected.jsonl)."""
+    """The counts of a new or existing (`already_complete`) set; `rejected` counts files by reason (rejected.jsonl)."""
 
     path: Path
     count: int
@@ -78,7 +78,7 @@ class ShardReport:
 
 @dataclasses.dataclass
 class _Record:
-    """What a shard adds to the set, stored in a file until the set is complete. Without images there is no shard."""
+    """The contribution of a shard to the set, stored in a file until the set is complete. No images, no shard."""
 
     next_file: int  # the first file of the source that is not processed yet
     shard: ShardFile | None = None
@@ -95,7 +95,7 @@ def write_shards(source: Path, out: Path, config: ShardSettings, listing: Listin
 
     Raises:
         ArtefactError: `out` cannot be written to, or another process is writing it.
-        DataError: no image can be decoded; `out` is inside `source`, holds other files, or was begun with other files
+        DataError: no image can be decoded; `out` is inside `source`, holds other files, or was started with other files
             or settings; or a worker process died.
     """
     source, out = Path(source).absolute(), Path(out).absolute()

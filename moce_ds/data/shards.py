@@ -100,7 +100,7 @@ class ShardSet:
 
     Attributes:
         path: its folder.
-        named: its name in messages: the folder as given, or the source of a temporary set.
+        named: its name in messages: the given folder, or the source of a temporary set.
         count: N.
         classes: names, in the order of the labels.
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
@@ -225,12 +225,12 @@ class ShardSet:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """The folder of images and what decided how they were written. Raises ArtefactError."""
+        """The source folder and all that determined the content of the set. Raises ArtefactError."""
         manifest = Manifest.read(self.path)
         return {"source": manifest.source, **manifest.made_from}
 
     def describe(self) -> Rows:
-        """Images, their sizes and classes, and what was rejected. Raises ArtefactError."""
+        """Number of images, sizes, classes and rejected files. Raises ArtefactError."""
         sizes, rejected = self.samples, Manifest.read(self.path).rejected
         size = mebibytes(shard.bytes for shard in self.shards)
         return {
@@ -243,7 +243,7 @@ class ShardSet:
         }
 
     def verify(self) -> Findings:
-        """Everything that is not as it was written; reads all of it."""
+        """All differences from what was written; reads all files."""
         tables = [SAMPLES, SOURCES, REJECTED, *([] if self.targets is None else [TARGETS])]
         found = document_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
         return found + Findings(self._shard_faults())

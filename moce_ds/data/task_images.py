@@ -25,7 +25,7 @@ _SKIPPED_SHOWN = 3
 
 @contextmanager
 def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[ShardSet]:
-    """Open a shard set; a folder of images, or what `datasets` saved to disk, becomes a temporary one.
+    """Open a shard set; a folder of images or a saved data set becomes a temporary one.
 
     Args:
         path: the source; messages name it, even if a temporary set is read.

@@ -1,1 +1,1 @@
-"""What features are worth: k-NN, linear probe, reconstruction error."""
+"""Quality of features and models: k-NN, linear probe, reconstruction error."""

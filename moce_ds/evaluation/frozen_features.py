@@ -51,7 +51,7 @@ def measure_frozen(
 
 
 def check_labels(splits: Splits) -> None:
-    """Refuse labels that no classifier can be evaluated on, before any image is encoded. Raises DataError."""
+    """Raise DataError if no classifier can be evaluated on the labels, before any image is encoded."""
     train = torch.from_numpy(labels_of(splits.train, splits.train))
     for name, images in (("test", splits.test), ("validation", splits.val)):
         if images is not None:

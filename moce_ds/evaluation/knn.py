@@ -66,7 +66,7 @@ def positions(train_labels: Tensor, *others: Tensor) -> list[Tensor]:
 def check_split(
     train_ND: Tensor, train_labels: Tensor, test_ND: Tensor, test_labels: Tensor, test: str = "test"
 ) -> None:
-    """Refuse features and labels that no classifier can be evaluated on; `test` names the second split in errors.
+    """Check that a classifier can be evaluated on features and labels; `test` names the second split in errors.
 
     Raises:
         DataError: an empty split, labels that do not match the features, unequal widths, non-finite values, fewer than
@@ -102,7 +102,7 @@ def check_split(
 
 
 def check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:
-    """Refuse a single class, and a class of the split `test` without a training image. Raises DataError."""
+    """Raise DataError for a single class, or a class of the split `test` without a training image."""
     known = set(train_labels_N.tolist())
     if len(known) < 2:
         raise DataError("The training split holds a single class; accuracy needs at least two.")

@@ -99,7 +99,7 @@ def _fit_best(
     metric: Metric,
     config: ProbeSettings,
 ) -> tuple[Fit, dict[str, Any]]:
-    """The classifier of the best strength, fitted on all images, and how it was chosen, as plain data.
+    """The classifier of the best strength, fitted on all images, and the record of the choice, as plain data.
 
     Args:
         held_N: the images that choose the strength.

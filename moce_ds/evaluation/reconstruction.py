@@ -1,7 +1,7 @@
 """Reconstruction error of a run on held-out images: on the selected route, on each image's own route, and of a dense
 twin.
 
-`own` is what the experts are capable of, `selected` what one deployed ViT achieves. A random table
+`own` is the error with all experts, `selected` that of one deployed ViT. A random table
 (experts.gate=random) shows the effect of capacity alone (docs/method.md, "Gates").
 
 Axes: B images, N patches, M clusters, L expert layers, K experts per image.
@@ -43,7 +43,7 @@ _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models c
 class Reconstructions:
     """Mean squared errors on hidden patches, normalised per patch; `dense` is None without a twin.
 
-    `known_by` distinguishes the record from those of other models and images.
+    `known_by` distinguishes this record from records of other models and images.
     """
 
     selected: float
@@ -98,7 +98,7 @@ class HeldOut:
 def evaluate_run(
     run: Path, held_out: ShardSet, dense: Path | None, config: EncodeSettings, device: torch.device
 ) -> Reconstructions:
-    """Measure a run with experts. Raises ArtefactError if `run` or `dense` is something else."""
+    """Measure a run with experts. Raises ArtefactError if `run` has none, or `dense` is not a dense run."""
     checkpoint, clusters = run_clusters(run)
     model = load_whole(checkpoint, clusters).to(device)
     assert isinstance(model, Moce)

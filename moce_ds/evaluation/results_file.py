@@ -25,7 +25,7 @@ from moce_ds.storage.locks import locked
 from moce_ds.text import counted, in_line
 
 RESULTS = "results.json"
-"""The name of the file where a verb or a workflow chooses it."""
+"""The default name of the file."""
 
 WRITTEN_BY = "moce knn, moce probe or moce select"
 _WHAT = "a list of results"
@@ -86,7 +86,7 @@ class ResultsFile:
 
     @classmethod
     def open(cls, path: Path, /) -> "ResultsFile":
-        """The file, or the one in a folder; it is read when it is asked for something."""
+        """The file, or the one in a folder; it is read on use."""
         return cls(path / RESULTS if path.is_dir() else path)
 
     @property
@@ -96,7 +96,7 @@ class ResultsFile:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """For each measurement a SHA-256 of all that decides it; None in a record of an earlier version."""
+        """For each measurement a SHA-256 of all that determines it; None in a record of an earlier version."""
         return {_shown_name(record): record.get("made_from") for record in self.records}
 
     def describe(self) -> Rows:
@@ -104,7 +104,7 @@ class ResultsFile:
         return {_shown_name(record): _shown_value(record) for record in self.records}
 
     def verify(self) -> Findings:
-        """What cannot be verified. Raises ArtefactError: a record is not what was written."""
+        """The parts that cannot be verified. Raises ArtefactError if a record differs from what was written."""
         older = sum(not has_checksum(record) for record in _stored(self.path))
         name = f"{self.path.name}, {counted(older, 'record')} of it"
         return Findings(unverified=[written_before(name)] if older else [])
@@ -134,7 +134,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def check_results(path: Path | None) -> None:
-    """Refuse, before anything is measured, a results file that cannot take a record. Raises ArtefactError."""
+    """Raise ArtefactError if a results file cannot take a record, before anything is measured."""
     if path is not None:
         check_writable(path)
         read_results(path)
@@ -145,7 +145,7 @@ def add_record(path: Path | None, record: dict[str, Any]) -> None:
     None.
 
     Raises:
-        ArtefactError: the file holds something else, or cannot be written; or another process does not release it.
+        ArtefactError: the file is not a results file, cannot be written, or is not released by another process.
     """
     if path is None:
         return
@@ -165,12 +165,12 @@ class Identified(Protocol):
 
     @property
     def identity(self) -> str:
-        """What identifies it: a checksum of its content."""
+        """A checksum of its content."""
 
 
 def known_by(model: Identified, *decisive: Any) -> dict[str, str]:
-    """Checksums that distinguish a record from others of the same names: of the model, and of everything that
-    determines its numbers (the model, and `decisive`: plain data)."""
+    """Checksums that distinguish a record from others with the same names: of the model, and of all that determines
+    its numbers (the model, and the plain data `decisive`)."""
     made_from = hashlib.sha256(json.dumps([model.identity, *decisive]).encode()).hexdigest()
     return {"model_sha256": model.identity, "made_from": made_from}
 
@@ -201,7 +201,7 @@ def _named(record: dict[str, Any], by: str, ambiguous: bool) -> dict[str, Any]:
 
 
 def _subject(record: dict[str, Any]) -> tuple[Any, ...]:
-    """What must be one model: that of a task. Checksums of encoders cannot be compared with those of checkpoints."""
+    """A key whose records must be of one model. Checksums of encoders and of checkpoints are not comparable."""
     measures = "encoder" if record["verb"] in _OF_ENCODERS else record["verb"]
     return measures, record["task"], record.get("model")
 
@@ -221,7 +221,7 @@ def _is_older(stored: dict[str, Any], record: dict[str, Any]) -> bool:
 
 
 def _stored(path: Path) -> list[dict[str, Any]]:
-    """The records as they are in the file, validated."""
+    """The validated records of the file."""
     if not path.exists():
         return []
     records = read_json(path, _WHAT, WRITTEN_BY)

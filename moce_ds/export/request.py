@@ -1,4 +1,4 @@
-"""The options of `moce export`, and carrying them out."""
+"""The options of `moce export`, and their execution."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,9 +61,9 @@ def export_requested(
     task: str | None,
     replace: bool = False,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write the requested exports; yields every folder with its provenance.
+    """Write the requested exports; yields each folder with its provenance.
 
-    With `--all` the folders appear in `out` together, once the last one is complete.
+    With `--all` the folders appear in `out` together, after the last one is complete.
 
     Args:
         task: the name of the task of `request.data`.
@@ -100,7 +100,7 @@ def _export_all(
 
 
 def _check_choice(choice: str | None, checkpoint: Checkpoint, run: Path) -> None:
-    """Refuse an option that does not match the run. Raises ConfigError."""
+    """Raise ConfigError if an option does not match the run."""
     if not checkpoint.experts:
         if choice:
             raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")

@@ -20,7 +20,7 @@ class SelectedExperts:
     Attributes:
         layers: per expert layer its experts, each with the clusters that choose it; the shares of a layer sum to 1. One
             expert per layer is a route; several are averaged.
-        clusters: share of every cluster that chooses any of them.
+        clusters: share of every cluster that chooses one of these experts.
         average: how experts are averaged; None for a route.
     """
 

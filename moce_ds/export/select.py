@@ -1,6 +1,6 @@
 """Selects the route for a task: its images vote through their clusters (docs/method.md, "Deployment").
 
-The vote also says how typical the images are of pre-training.
+The vote also measures how typical the images are of pre-training.
 
 Axes: N images, M clusters, L expert layers.
 """
@@ -80,7 +80,7 @@ class Typicality:
 
     @classmethod
     def of(cls, ids_N: NDArray[np.int64], cosine_N: NDArray[np.float32], clusters: Clusters) -> "Typicality":
-        """Computed from the cluster of every image and its cosine to the centroid."""
+        """Compute it from the cluster of every image and its cosine to the centroid."""
         low_M = clusters.low_cosine_M
         low_share = None if low_M is None else float((cosine_N < low_M[ids_N]).mean())
         return cls(low_share, float(cosine_N.mean()), float(clusters.cosine_M[ids_N].mean()))

@@ -1,5 +1,5 @@
-"""What `moce select` shows of a selection: a report for the terminal, and a picture of images of the task beside images
-that trained the chosen expert.
+"""The output of `moce select`: a report for the terminal, and a picture of images of the task and of images that
+trained the chosen expert.
 
 Axes: N images of the training set, M clusters.
 """
@@ -88,7 +88,7 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
     """Write a PNG: images of the task on the left, training images of the winning route on the right, drawn by the
     votes.
 
-    The same selection gives the same picture. Returns why training images are missing; None if they are present.
+    The same selection gives the same picture. Returns the reason if training images are missing, else None.
 
     Raises:
         ArtefactError: `path` cannot be written.
@@ -115,8 +115,8 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
 
 
 def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
-    """Raises ArtefactError or DataError if the run's shards are missing or different, or hold no image of the clusters
-    with votes."""
+    """Training images of the clusters with votes. Raises ArtefactError or DataError if the run's shards are missing or
+    different, or hold no such image."""
     shards = ShardSet.open(recorded_path(str(checkpoint.entry("config", "data", "shards"))))
     ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
     if not (drawn := draw_by_votes(ids_N, votes)):

@@ -39,7 +39,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class _Source:
-    """What is exported: experts of a checkpoint, or a dense model; `label` names it in errors."""
+    """The model to export: experts of a checkpoint, or a dense model; `label` names it in errors."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
@@ -89,7 +89,7 @@ def export_route(
 
 
 def _facts_about_experts(selected: SelectedExperts, mixture: Mixture) -> dict[str, Any]:
-    """What `provenance.json` says about the experts, and for which images the export is exact."""
+    """The entries of `provenance.json` about the experts, and the images for which the export is exact."""
     clusters = {str(cluster): share for cluster, share in selected.clusters.items()}
     if selected.average:
         return {
@@ -117,7 +117,7 @@ def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, repla
 
 
 def check_free(out: Path, replace: bool) -> None:
-    """Refuse to overwrite anything except, on request, an earlier export.
+    """Check that `out` does not exist or, with `replace`, holds an earlier export.
 
     Raises:
         ConfigError: `out` exists and must not be replaced.
@@ -214,8 +214,8 @@ def _compared(output: Tensor, expected: Tensor, what: str) -> dict[str, float]:
 
 
 def _loaded_back(format: Format, folder: Path, source: _Source, trial: Trial, expected: Tensor) -> dict[str, Any]:
-    """The library that loaded the written files and the difference of its output, or why none did. Raises
-    ArtefactError."""
+    """The library that loaded the written files and the difference of its output, or the reason why none did.
+    Raises ArtefactError."""
     if format.library is None or format.run is None:
         return {"library": None, "reason": f"{format.name} cannot be installed as a package"}
     if not installed(format.library):

@@ -53,7 +53,7 @@ def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> 
         raise ArtefactError(
             f"{path} not found: expected an encoder folder, the run of a dense MAE, or a .pth file of the public MAE."
         )
-    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one alone: an incomplete export
+    if any((path / name).exists() for name in (WEIGHTS, CONFIG)):  # one of them alone is an incomplete export
         return load_encoder(path, device)
     encoder = dense_encoder(find(path))
     encoder.model.to(device)
@@ -90,8 +90,8 @@ def encode(
 def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
     """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar.
 
-    The last few results are cached by encoder and images, so that a process that measures several things on the same
-    features, as the demo does, computes them once.
+    Caches the last few results by encoder and images, so that several measurements in one process, as in the demo,
+    compute the features once.
     """
     key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
     if key in _cached_features:

@@ -133,11 +133,11 @@ def public_encoder(path: Path, heads: int | None = None) -> Encoder:
 
     Args:
         path: `.pth`, `.pt` or `.safetensors`; nothing in it is executed.
-        heads: attention heads, if the size of the encoder is none that the public MAE trains.
+        heads: attention heads, if the size of the encoder is not one of the public MAE's.
 
     Raises:
-        ArtefactError: the file cannot be read, holds no plain ViT by the names of the public MAE, or its number of
-            heads is unknown; the message has what was found and expected.
+        ArtefactError: the file cannot be read, does not hold a plain ViT with the names of the public MAE, or its
+            number of heads is unknown; the message lists what was found and expected.
     """
     named = f"{_READER}: {path}"
     tensors = read_file(path, _READER)
@@ -158,7 +158,7 @@ def _input(size: int) -> ImageInput:
 
 
 def _taken_for(shape: ViTShape, input: ImageInput) -> str:
-    """A text with what the file does not contain."""
+    """Describe the assumptions about what the file does not contain."""
     return (
         f"a ViT of the public MAE: width {shape.width}, {shape.depth} blocks, {shape.heads} heads; images of "
         f"{input.size} px with ImageNet's mean and standard deviation, centre crop {input.center_crop}"

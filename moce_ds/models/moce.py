@@ -102,7 +102,7 @@ class Moce(MaskedAutoencoder):
         """A function that runs the blocks, for `encode` and `reconstruct`, with all images on one route with given
         weights.
 
-        It requires all experts of the route in one process; exports are checked against it.
+        Requires all experts of the route in one process. Exports are compared with it.
         """
         slots = default_placement(1, self.experts.num_experts)[0]
 
@@ -147,7 +147,7 @@ _GATES = {"cluster": _cluster_gate, "random": _random_gate, "path": _path_gate}
 
 
 def make_gate(experts: ExpertShape, embeddings_MC: Tensor) -> Gate:
-    """The gate of experts that are chosen by cluster."""
+    """The gate of a model that routes by cluster."""
     return _GATES[experts.gate](experts, embeddings_MC)
 
 

@@ -257,7 +257,7 @@ class ModelGroups:
                 f"experts.clusters: required for model.arch={arch}; write the clusters with `moce cluster`"
             )
         if experts.k > experts.num:
-            raise ValueError(f"experts.k: {experts.k} experts an image of experts.num {experts.num}")
+            raise ValueError(f"experts.k={experts.k} exceeds experts.num={experts.num}")
         if experts.shared_expert and (experts.combine != "prob" or not self.family.routes_by_cluster):
             raise ValueError(
                 "experts.shared_expert: needs experts.combine=prob and a gate by cluster, since its weight is 1 - p"

@@ -67,11 +67,11 @@ class DecoderShape:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """How many experts, in which blocks (counted from 0), and how the gate works.
+    """The number of experts, their blocks (counted from 0), and the kind of gate.
 
     Attributes:
         num_experts, layers: E, and the blocks with experts.
-        gate: what manifests call the gate (`config/families.py`): "cluster", "random" (a fixed table, the control
+        gate: the name of the gate in manifests (`config/families.py`): "cluster", "random" (a fixed table, the control
             experiment), "token" (TokenMoE) or "path" (SDR).
         k: experts an image is sent to.
         temperature: divides the gate's logits.
@@ -80,8 +80,8 @@ class ExpertShape:
         init_scale: standard deviation of the gate's first logits.
         combine: "prob" or "straight_through".
         shared: whether each layer has a shared expert too.
-        seed: of the random table.
-        stages, common_units: of SDR: digits of a path, and hidden units of an MLP that all paths have.
+        seed: random seed of the random table.
+        stages, common_units: for SDR: the digits of a path, and the hidden units of an MLP that all paths share.
     """
 
     num_experts: int
@@ -111,9 +111,9 @@ class LossWeights:
     None: the loss is computed for the metrics but not part of the sum.
 
     Attributes:
-        imbalance, balance: of MoCE's gate.
-        token_balance: of TokenMoE's importance and load losses.
-        distillation: of SDR's distance from the teacher's tokens.
+        imbalance, balance: weights for MoCE's gate.
+        token_balance: weight of TokenMoE's importance and load losses.
+        distillation: weight of SDR's distance from the teacher's tokens.
     """
 
     imbalance: float | None = None

@@ -56,7 +56,7 @@ class TokenMoeAutoencoder(MaskedAutoencoder):
 class TokenExperts(nn.Module):
     """The expert layer in one process and without DeepSpeed, for evaluation: the K most probable experts of each token.
 
-    Where no token is dropped, it computes what DeepSpeed's layer computes.
+    If no token is dropped, the result is that of DeepSpeed's layer.
     With K = 1 the output of the expert is multiplied by its probability; with K = 2 by its share of the two.
     """
 

@@ -1,7 +1,7 @@
 """Vision transformers by size, and the folder of a trained encoder.
 
 An encoder folder (`encoder_folder.py`) holds `model.safetensors` (timm's parameter names), `config.json` (the shape,
-the arguments for timm, and the input format) and `provenance.json` (where it comes from). `moce features`, `knn`,
+the arguments for timm, and the input format) and `provenance.json` (its origin). `moce features`, `knn`,
 `probe` and the clusters read it; `moce export` writes it.
 
 Axes: B images, N patches, T tokens (patches and cls), D width.
@@ -75,7 +75,7 @@ class Encoder:
     Attributes:
         model: timm's VisionTransformer in evaluation mode.
         input: size and normalisation of its images.
-        provenance: where it comes from, as plain data.
+        provenance: its origin, as plain data.
     """
 
     model: VisionTransformer
@@ -115,7 +115,7 @@ def save_encoder(
 ) -> None:
     """Write the three files of an encoder folder into an existing `folder` (the caller makes that atomic).
 
-    Files that exist already belong to the encoder, and get a checksum too.
+    Existing files in `folder` are part of the encoder and get checksums too.
     """
     save_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
     write_json(folder / PROVENANCE, provenance)
@@ -151,7 +151,7 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
     config, provenance, weights = EncoderRecord.read(folder), read_provenance(folder), folder / WEIGHTS
     if not weights.exists():
         raise ArtefactError(f"{weights} is missing: {folder} is an incomplete export: export it again.")
-    with torch.device("meta"):  # allocates no memory for sizes that the file may not have
+    with torch.device("meta"):  # allocates no memory
         model = timm_vit(config.shape)
     with reads_from(weights, "export it again."):
         checksum = sha256_of(weights)

@@ -34,7 +34,7 @@ _VALUES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *((PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
 ]
 
-# Errors that torch's reader was seen to raise on damaged files; they have no common base class.
+# Errors that torch's reader raises on damaged files; they have no common base class.
 _READER_FAULTS = (
     pickle.UnpicklingError, struct.error, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     AssertionError, ArithmeticError, MemoryError, OSError,
@@ -126,7 +126,7 @@ def as_float32(state: Mapping[str, Tensor], named: str) -> dict[str, Tensor]:
 
 
 def _unfit(tensor: Tensor) -> str | None:
-    """Why a tensor cannot be a weight of a model; None if it can."""
+    """The reason why a tensor cannot be a weight of a model, or None."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
         return f"is {tensor.dtype}, {tensor.layout}, {tensor.device}; expected plain floating point numbers"
     if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -149,7 +149,7 @@ def read_torch_file(path: Path, named: str) -> Any:
         with torch.serialization.safe_globals(_VALUES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except _READER_FAULTS as error:
-        # Errors of the system have a number. EINVAL is torch's search in a file that was cut short.
+        # Errors of the system have an errno. EINVAL is from torch's seek in a truncated file.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise refused(ArtefactError, f"{named} cannot be read", error) from None
         # Drop torch's advice around the reason, which is to execute the file's code.

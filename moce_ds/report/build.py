@@ -1,7 +1,7 @@
 """`moce report`: one self-contained HTML page about a run, a folder of runs, or a study (a grid of runs).
 
 This module writes the chapters about all runs: results on tasks, and the training of the runs side by side. A section
-without its files is left out.
+without data is omitted.
 """
 
 import re
@@ -41,7 +41,7 @@ _CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
         "mean squared error",
         "log",
         "Squared error on masked patches, each patch normalised: lower is better, and about 1 is what guessing a "
-        "patch's mean gives. Every run counts its own steps from 0. Circles, where there are any: held-out images.",
+        "patch's mean gives. Every run counts its steps from 0. Circles: held-out images.",
     ),
     ("images_per_second", "Throughput", "images a second", "from zero", "Images a second over all processes."),
     (
@@ -106,7 +106,7 @@ def read_runs(folder: Path) -> RunGroup:
         runs = [run for run in found if not run.is_tuning]
     if not runs:
         raise ArtefactError(
-            f"{folder} is no run folder: expected {CONFIG} in it or in its sub-folders, as `moce pretrain` writes it."
+            f"{folder} is not a run folder: expected {CONFIG} of `moce pretrain` in it or in its sub-folders."
         )
     runs.sort(key=lambda run: (run.family.has_experts, _natural(run.name)))
     return RunGroup(folder, runs, ResultsFile.open(folder / RESULTS).records)
@@ -194,7 +194,7 @@ def _routes(records: Sequence[dict[str, Any]]) -> Table:
         ["task", "selected route", "next routes", "main clusters", "votes", "images"],
         rows,
         "A route names the expert of each expert layer, in order. Each image of the task votes for the route of the "
-        "cluster that it falls in; “votes” is the winner's share. A model called “expert” above is this route.",
+        "cluster that it belongs to; “votes” is the winner's share. A model called “expert” above is this route.",
         names=4,
     )
 

@@ -38,7 +38,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image inside the page: a data URI, its size in pixels, and what it shows in words."""
+    """An image inside the page: a data URI, its size in pixels, and a description of its content."""
 
     uri: str
     width: int
@@ -66,7 +66,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """Parts of a chapter: those present are shown in this order; a `listing` is folded away."""
+    """Parts of a chapter: non-empty parts are shown in this order; a `listing` is collapsed."""
 
     title: str
     text: str = ""
@@ -101,7 +101,7 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
 
 
 def _shown(value: Any) -> Any:
-    """What the page shows of a value, before it is escaped for HTML."""
+    """The text of a value on the page, before it is escaped for HTML."""
     return printable(value) if isinstance(value, str) else value
 
 

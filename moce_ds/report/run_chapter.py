@@ -26,7 +26,7 @@ from moce_ds.report.plots import Floats, Line
 
 _CLUSTER_CARDS = 24
 _EXPERT_CARDS = 64  # over all layers
-_MOST_CLASSES = 60  # more rows than this are a texture, not a table
+_MOST_CLASSES = 60  # more rows would not be readable
 _ROUTES_NAMED = 8
 _PICTURE_SIDE = 1400  # pixels
 _IMAGES_PER_CARD = 8
@@ -80,7 +80,7 @@ def run_chapter(run: RunFolder) -> Chapter:
 
 
 def _open_images(run: RunFolder) -> tuple[Images | None, str]:
-    """The run's images, or why they cannot be shown: the shard set may have been deleted since."""
+    """The run's images, or the reason why they cannot be shown, such as a deleted shard set."""
     if run.clusters is None or run.shards is None:
         return None, ""
     try:
@@ -94,7 +94,7 @@ def _open_images(run: RunFolder) -> tuple[Images | None, str]:
 def _experts(run: RunFolder) -> Iterator[Section]:
     exhibits = []
     for key, caption in (
-        ("imbalance", "0 while the gates prefer no expert, 1 − E for every expert layer once they are certain."),
+        ("imbalance", "0 if the gates prefer no expert, 1 − E for every expert layer if they are certain."),
         ("balance", "Squared coefficient of variation of the experts' load, summed over layers: 0 is an equal load."),
     ):
         steps_S, values_S = run.series(key)
@@ -107,13 +107,13 @@ def _experts(run: RunFolder) -> Iterator[Section]:
         for i, layer in enumerate(layers)
     ]
     if confidence:
-        caption = "Mean probability that the gate gives to the expert it chooses; 1/E is undecided, 100% certain."
+        caption = "Mean probability of the chosen expert; 1/E means undecided, 100% certain."
         exhibits.append(Exhibit(plots.curves(confidence, "Gate confidence", "probability", "percent"), caption))
     for layer in layers:
         steps_S, load_SE = run.series("layers", layer, "load")
         _, live_S = run.series("layers", layer, "live")
         caption = (
-            f"Share of images that each expert of block {layer} is given; white dashes mark equal shares. "
+            f"Share of images of each expert of block {layer}; white dashes mark equal shares. "
             f"Live at the end: {live_S[-1]:.0f} of {load_SE.shape[1]} experts."
         )
         exhibits.append(Exhibit(plots.expert_load(steps_S, load_SE, f"Expert load, block {layer}"), caption))
@@ -155,8 +155,9 @@ def _gates(run: RunFolder, images: Images | None) -> Iterator[Section]:
     exhibits = [
         Exhibit(
             plots.heatmap(probs_ME[order], rows, f"Gate of block {layer}"),
-            f"How likely the gate of block {layer} sends a cluster (row, with its commonest class) to an expert. "
-            "Rows are sorted by route, then by confidence, alike for all blocks, so that equal routes form bands.",
+            f"Probability of each expert for a cluster (row, with its most frequent class) in block {layer}. "
+            "Rows are sorted by route, then by confidence; the order is the same for all blocks."
+            " Equal routes form bands.",
         )
         for layer, probs_ME in zip(table.layers, table.probs_LME, strict=True)
     ]
@@ -189,7 +190,7 @@ def _groups(table: RoutingTable, images: Images) -> Iterator[Section]:
             title = f"{what.capitalize()} in block {layer}"
             plot = plots.heatmap(share_GE[order], [names[group] for group in order], title)
             exhibits.append(
-                Exhibit(plot, f"Share of the images of each row that the experts of block {layer} are given.")
+                Exhibit(plot, f"Share of the images of each row that the experts of block {layer} receive.")
             )
         yield Section(f"Routing of {what}", exhibits=exhibits)
 
@@ -207,7 +208,7 @@ def _cluster_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]
         )
         for cluster in choose_clusters(run.clusters.sizes_M, routes, _CLUSTER_CARDS)
     ]
-    text = "Images drawn at random from each cluster, with its size, its commonest class and its route"
+    text = "Images drawn at random from each cluster, with its size, its most frequent class and its route"
     text += f"; {len(cards)} of {m} clusters, the largest of each route first." if len(cards) < m else "."
     yield Section("Images by cluster", text, cards=cards)
 
@@ -224,9 +225,7 @@ def _expert_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]:
             for expert in sorted(busiest.tolist())
             if used_E[expert]
         ]
-        text = (
-            f"Images drawn at random from all that an expert is given; {(used_E > 0).sum()} of {len(used_E)} get any."
-        )
+        text = f"Random images of each expert; {(used_E > 0).sum()} of {len(used_E)} experts receive images."
         yield Section(f"Images by expert, block {layer}", text, cards=cards)
 
 
@@ -239,7 +238,7 @@ def _reconstruction(run: RunFolder) -> Iterator[Section]:
     step = int(run.reconstruction.stem.removeprefix("step-"))
     caption = (
         f"From left to right: input, masked input, and the input with its hidden patches filled in, at step {step:,}. "
-        "Filled patches are shown at the true patch's mean and contrast, which the model does not predict."
+        "Filled patches have the true patch's mean and contrast, which the model does not predict."
     )
     yield Section("Reconstructions", exhibits=[Exhibit(shown, caption, scale)])
 

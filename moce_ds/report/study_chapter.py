@@ -23,7 +23,7 @@ THROUGHPUT, MEMORY = "images_per_second", "peak_memory"
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown: divided by `per`, which gives it in `unit`, with a number of decimals."""
+    """How to show a measure: divided by `per` to convert it to `unit`, with a number of decimals."""
 
     title: str
     unit: str
@@ -49,15 +49,15 @@ _MEASURES = {
     ),
     MEMORY: Measure(
         "Peak memory", "GiB", 2**30, 2, True,
-        "Of the process with the most: its tensors on a GPU; on a CPU all that it holds, libraries included.",
+        "Maximum over processes: tensors on a GPU; on a CPU all memory of the process, including libraries.",
     ),
     "active_parameters": Measure(
-        "Active parameters", "million", 1e6, 2, True, "Of the one path an image takes; what is deployed, and a decoder."
+        "Active parameters", "million", 1e6, 2, True, "On the path of one image: the deployed encoder and the decoder."
     ),
     "stored_parameters": Measure("Stored parameters", "million", 1e6, 2, True, "Of all experts together."),
     "exchange_bytes": Measure(
         "Exchange", "MiB a step", 2**20, 2, True,
-        "Bytes of images that change process in a step, in all expert layers, there and back, forward and backward.",
+        "Bytes that processes exchange in a step, in all expert layers, there and back, forward and backward.",
     ),
 }  # fmt: skip
 
@@ -69,7 +69,12 @@ def measure_of(name: str) -> Measure:
         return Measure(f"Probe, {task}", "top-1, %", 0.01, 1, False, "Test accuracy of a linear classifier.")
     if name.startswith("held out"):
         return Measure(
-            f"Error {name}", "mean squared error", 1, 4, False, "On hidden patches of images that no training has seen."
+            f"Error {name}",
+            "mean squared error",
+            1,
+            4,
+            False,
+            "On hidden patches of images that were not in training.",
         )
     return _MEASURES.get(name, Measure(name, "", 1, 4, False, ""))
 
@@ -81,7 +86,7 @@ def study_chapters(study: StudyFolder) -> list[Chapter]:
 
 
 def study_summary(study: StudyFolder) -> str:
-    """The progress of the study, and what it varies."""
+    """The progress of the study, and the keys that it varies."""
     done = sum(cell.state == "done" for cell in study.cells)
     varied = {key: list({str(cell.at.get(key)): None for cell in study.cells}) for key in study.keys}
     grid = " · ".join(f"{key}: {', '.join(values)}" for key, values in varied.items())
@@ -99,7 +104,7 @@ def write_csv(study: StudyFolder, path: Path) -> None:
     with (
         writes_to(path),
         atomic_file(path) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,  # of names without UTF-8
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,  # names may not be UTF-8
     ):
         lines = csv.DictWriter(file, [*columns, *study.measures], restval="", extrasaction="ignore")
         lines.writeheader()
@@ -194,7 +199,7 @@ def _scaling(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
     exhibits = [
         Exhibit(
             error_bars(rate, "Throughput", "processes", "images a second", from_zero=True, ideal=ideal),
-            "Images a second over all processes; dashed: as many times that of the fewest processes.",
+            "Images a second over all processes; dashed: in proportion to the number of processes.",
         ),
         Exhibit(
             error_bars(efficiency, "Efficiency", "processes", "% of ideal", from_zero=True),
@@ -205,7 +210,7 @@ def _scaling(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
     table = Table(
         ["scaling", "processes", "batch", "seeds", "images/s", "ideal", "efficiency"],
         rows,
-        "Strong scaling keeps the images of a step, weak scaling those of a step and process.",
+        "Strong scaling keeps the images per step, weak scaling the images per step and process.",
     )
     text = "Processes that share the cores of one machine cannot scale beyond them."
     yield Chapter("Scaling", "scaling", [Section("", text, [table], exhibits)])
@@ -233,7 +238,7 @@ def _table(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
             cells.append(Cell("–" if both is None else measure.text(both[0], both[1] if several else None)))
         rows.append(cells)
     header = [*keys, "seeds", *(f"{m.title}{', ' + m.unit if m.unit else ''}" for m in units)]
-    caption = "Mean ± sample standard deviation over seeds. Every cell by itself is in study.csv beside this page."
+    caption = "Mean ± sample standard deviation over seeds. study.csv beside this page lists every cell."
     yield Chapter("All numbers", "numbers", [Section("", tables=[Table(header, rows, caption, names=len(keys))])])
 
 

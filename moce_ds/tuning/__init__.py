@@ -1,1 +1,1 @@
-"""Tuning a trained encoder on a task: the task of the trainer that all share, and the labelled tasks."""
+"""Tuning a trained encoder on a labelled task: classification, detection or segmentation."""

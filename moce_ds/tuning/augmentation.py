@@ -45,7 +45,7 @@ def training_transform(input: ImageInput, config: AugmentSettings) -> Transform:
 
 
 def centre_transform(input: ImageInput) -> Transform:
-    """The centre crop that the encoder was made for."""
+    """The centre crop of the encoder's input format."""
     transform: Transform = create_transform(
         input.size, crop_pct=input.center_crop, interpolation="bicubic", mean=input.mean, std=input.std
     )
@@ -67,7 +67,7 @@ class Mixing:
 
     @property
     def in_pairs(self) -> bool:
-        """Whether images are mixed at all, so that a batch must be even."""
+        """Whether images are mixed, which requires an even number of images per batch."""
         return self._mix is not None
 
     def __call__(
@@ -91,5 +91,5 @@ def seed_item(seed: int, epoch: int, item: int, use: int = 0) -> None:
     """
     bits = int(hashed(AUGMENT, seed, epoch, item, use)[()])
     random.seed(bits)
-    np.random.seed(bits % 2**32)  # the generator that timm's mixup draws from
+    np.random.seed(bits % 2**32)  # timm's mixup draws from this generator
     torch.manual_seed(bits >> 1)

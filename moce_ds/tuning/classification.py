@@ -50,7 +50,7 @@ from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 HEAD = "head.safetensors"
 """The head's file beside the tuned encoder."""
 
-_HEAD_STD = 2e-5  # of MAE's fine-tuning: the first predictions are all alike
+_HEAD_STD = 2e-5  # from MAE's fine-tuning: the first predictions are almost equal
 _TEST_BATCH = 64  # images
 
 
@@ -121,7 +121,7 @@ def make_splits(train: ShardSet, val: ShardSet | float | None, test: ShardSet, s
         alone = train.classes[int((counts_K == 1).argmax())]
         raise DataError(
             f"{train.named}: class {in_line(alone)} has a single image, which cannot both train and validate: add "
-            "images of it, or give validation images of their own with --val DATA."
+            "images of it, or give separate validation images with --val DATA."
         )
     held_N = held_out(whole.labels, val, seed)
     return Splits(train.classes, whole.part(~held_N), whole.part(held_N), tested)
@@ -162,7 +162,7 @@ class Classification:
         metric = data.metric or default_metric(splits.train.labels)
         if (metric == "map11") != splits.multi_label:
             labels = "several labels" if splits.multi_label else "one label"
-            raise ConfigError(f"data.metric: {metric} is no measure of images with {labels} each: leave it out.")
+            raise ConfigError(f"data.metric: {metric} does not apply to images with {labels} each: leave it out.")
         self.criterion: str | None = metric if splits.val else None
         self.count = splits.train.count
         self.fingerprint = sha256((splits.fingerprint + encoder.fingerprint).encode()).hexdigest()
@@ -171,7 +171,7 @@ class Classification:
         self._shape = dataclasses.replace(encoder.shape, image_size=size)
         if size % encoder.shape.patch_size:
             raise ConfigError(
-                f"data.image_size: {size} is no multiple of the encoder's patch, {encoder.shape.patch_size}."
+                f"data.image_size: {size} is not a multiple of the encoder's patch size {encoder.shape.patch_size}."
             )
         self._transform = training_transform(self._input, augment)
         self._mix = Mixing(augment, run.seed)
@@ -201,7 +201,7 @@ class Classification:
         return parameter_groups(self.model, self.model, self._optim)
 
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Batch:
-        """Training images, augmented and mixed, with their targets. Raises DataError where one cannot be read."""
+        """Training images, augmented and mixed, with their targets. Raises DataError if one cannot be read."""
         train, seed = self._splits.train, self._run.seed
         images = []
         for item, epoch in zip(ids_B.tolist(), epochs_B.tolist(), strict=True):
@@ -244,8 +244,8 @@ class Classification:
         """Measures of the test split; writes the encoder folder `tuned` with the head.
 
         Raises:
-            DataError, ArtefactError: on every process alike.
-            DivergedError: the predictions are not finite, although all weights are.
+            DataError, ArtefactError: on all processes.
+            DivergedError: the predictions are not finite, although the weights are.
         """
         split = self._splits.test
         scores_NK = self._scores(model, split, runtime)
@@ -298,10 +298,10 @@ class Classification:
 def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | None:
     """Run, or resume, fine-tuning; a collective.
 
-    Returns a record for results.json without the names of task and model, or None where the run was stopped.
+    Returns a record for results.json without the names of task and model, or None if the run was stopped.
 
     Raises:
-        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
+        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on all processes.
     """
     with runtime.raise_on_all_ranks():
         encoder = open_encoder(config.data.encoder, torch.device("cpu"))
@@ -335,7 +335,7 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
 
 @contextmanager
 def opened_splits(data: FinetuneDataSettings, seed: int, runtime: Runtime) -> Iterator[Splits]:
-    """The splits that the settings name, open for the length of the block. Raises DataError, ArtefactError."""
+    """Open the splits of the settings for the length of the block. Raises DataError, ArtefactError."""
     with ExitStack() as stack:
 
         def opened(path: Path) -> ShardSet:

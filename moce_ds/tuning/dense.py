@@ -1,4 +1,4 @@
-"""What detection and segmentation share: an encoder as backbone, the check of the data, and the weights of a run."""
+"""The common part of detection and segmentation: an encoder as backbone, the check of the data, and the weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +25,7 @@ from moce_ds.tuning.settings import TuneOptimSettings
 
 
 class DenseModel(Protocol):
-    """A model around a pyramid."""
+    """A model that contains a feature pyramid."""
 
     backbone: SimpleFeaturePyramid
 
@@ -47,7 +47,7 @@ DataT = TypeVar("DataT", bound=DenseData)
 
 
 def build(folder: Path, seed: int, engine: EngineSettings, make: Callable[[Encoder], M]) -> tuple[Encoder, M]:
-    """An encoder on the host, and the model that `make` puts around it: the same weights on every process."""
+    """An encoder on the host, and the model that `make` builds from it, with the same weights on all processes."""
     encoder = open_encoder(folder, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashed(INIT, seed)[()] >> np.uint64(1)))
@@ -57,10 +57,10 @@ def build(folder: Path, seed: int, engine: EngineSettings, make: Callable[[Encod
 
 
 class DenseTask(ABC, Generic[DataT]):
-    """What the tasks (`moce_ds.tuning.labelled_task.LabelledTask`) of detection and segmentation share.
+    """The common part of the tasks (`moce_ds.tuning.labelled_task.LabelledTask`) of detection and segmentation.
 
     Attributes:
-        model: around a pyramid.
+        model: the model, which contains a pyramid.
         train: the training split.
         val, test: the splits for measuring, if there are any.
         workers: processes that prepare images.
@@ -86,10 +86,10 @@ class DenseTask(ABC, Generic[DataT]):
     def check_data(self, runtime: Runtime) -> None:
         """Check all headers, then read every image of all splits once, before the first step; a collective.
 
-        The processes and their workers share the images. A run with a checkpoint has passed the check.
+        The processes and their workers share the images. A run with a checkpoint has already passed the check.
 
         Raises:
-            DataError: on every process alike.
+            DataError: on all processes.
         """
         if runtime.max([float(bool(steps_of(self._out)))])[0]:
             return
@@ -129,7 +129,7 @@ class DenseTask(ABC, Generic[DataT]):
         return self.measured(model, self.val, runtime)
 
     def finish(self, model: nn.Module, runtime: Runtime) -> Measures:
-        """Measures of the test split; leaves the weights in the run's folder. A collective."""
+        """Measures of the test split; writes the weights to the run's folder. A collective."""
         final = self.test if self.test is not None else self.val
         assert final is not None  # DenseSettings checks it
         found = self.measured(model, final, runtime)
@@ -146,7 +146,7 @@ def evaluation(precision: str, runtime: Runtime) -> Iterator[None]:
 
 
 def keep_weights(model: nn.Module, folder: Path, runtime: Runtime) -> None:
-    """Write the model's weights to `folder`; a collective. Raises ArtefactError on every process alike."""
+    """Write the model's weights to `folder`; a collective. Raises ArtefactError on all processes."""
     path = folder / WEIGHTS
     with runtime.raise_on_all_ranks(), writes_to(path):
         if runtime.is_main:

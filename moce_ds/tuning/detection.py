@@ -1,4 +1,4 @@
-"""`moce detect`: objects, their boxes and masks, learnt from a set in COCO's format.
+"""`moce detect`: trains a detector of objects with boxes and masks on a set in COCO's format.
 
 The model is Mask R-CNN on the simple feature pyramid: torchvision's detector with the heads of ViTDet.
 
@@ -53,7 +53,7 @@ class DetectionTask(DenseTask[CocoSet]):
     """Mask R-CNN around an encoder, for `tune`; see `moce_ds.tuning.labelled_task.LabelledTask`.
 
     Raises:
-        ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
+        ArtefactError, ConfigError, DataError: the encoder, the settings or a set is invalid.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DetectionTask(DenseTask[CocoSet]):
         train = CocoSet.open(data.train, data.images, data.max_pixels)
         self._numbers = train.with_objects
         if not self._numbers:
-            raise DataError(f"{data.train} has no annotation to learn from; expected one at least that is no crowd.")
+            raise DataError(f"{data.train} has no annotation to learn from; expected at least one that is not a crowd.")
         val, test = (open_like(train, path, data.eval_images or data.images) for path in (data.val, data.test))
         self._jitter = Jitter(self._side, data.scale, "longer", run.seed, data.flip)
         classes = len(train.categories)
@@ -102,7 +102,7 @@ class DetectionTask(DenseTask[CocoSet]):
         return torch.stack(list(model(images, targets).values())).sum()
 
     def check_data(self, runtime: Runtime) -> None:
-        """Warn of objects that are left out, then read every image; a collective. Raises DataError."""
+        """Warn of skipped objects, then read every image; a collective. Raises DataError."""
         for data in (self.train, self.val, self.test):
             if data is not None and data.warning:
                 runtime.warn(data.warning)
@@ -132,7 +132,7 @@ class DetectionTask(DenseTask[CocoSet]):
 
 
 def _without_pixels(train: CocoSet) -> str:
-    """The images that are left out because none of their objects has pixels, for the fingerprint.
+    """The images that are skipped because none of their objects has pixels, for the fingerprint.
 
     Earlier versions trained on these images, so their runs can resume only if there are none: otherwise the images of
     each step would differ.
@@ -157,7 +157,7 @@ def open_like(train: CocoSet, path: Path | None, folder: Path) -> CocoSet | None
             "the same, ids and names."
         )
     if not other.with_objects:
-        raise DataError(f"{path} has no annotation to measure by; expected one at least that is no crowd.")
+        raise DataError(f"{path} has no annotation to evaluate on; expected at least one that is not a crowd.")
     return other
 
 
@@ -185,12 +185,12 @@ def build_detector(encoder: Encoder, config: DetectorSettings, classes: int) -> 
     """Mask R-CNN with ViTDet's heads for `classes` classes; label 0 of the model is the background.
 
     Raises:
-        ConfigError: image size, window and patches do not go together, or the patch size is no power of two.
+        ConfigError: image size, window and patches do not match, or the patch size is not a power of two.
     """
     if encoder.shape.patch_size & (encoder.shape.patch_size - 1):
         raise ConfigError(
-            f"The encoder's patches are of {encoder.shape.patch_size} pixels; torchvision's detectors need maps whose "
-            "stride is a power of two, so patches of 8, 16 or 32."
+            f"The encoder's patches have {encoder.shape.patch_size} pixels; torchvision's detectors need maps whose "
+            "stride is a power of two: patches of 8, 16 or 32."
         )
     backbone = SimpleFeaturePyramid(encoder, config, extra="max_pool")
     width = config.channels
@@ -223,7 +223,7 @@ def training_example(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Image number `number` on a canvas, and the objects that the detector must find: boxes, labels from 1, masks.
 
-    Objects outside the view are left out; boxes enclose the visible part of the masks. Raises DataError.
+    Objects outside the view are omitted; boxes enclose the visible part of the masks. Raises DataError.
     """
     masks_NHW, labels, boxes = [], [], []
     for thing in data.to_learn(number):

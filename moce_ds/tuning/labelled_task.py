@@ -1,4 +1,4 @@
-"""A labelled task, as tuning sees it, and what all tasks use: batches from worker processes, and AdamW's groups.
+"""The interface of a labelled task, and functions for all tasks: batches from worker processes, and AdamW's groups.
 
 Classification, detection and segmentation are such tasks.
 
@@ -33,8 +33,8 @@ class LabelledTask(Protocol):
     """A model and the data to tune it on. Every process holds one, made from the same settings and seed.
 
     Attributes:
-        model: on the host, its weights the same on every process. Parameters with `requires_grad=False` are not saved
-            in checkpoints: they must follow from the settings alone.
+        model: on the host, with the same weights on all processes. Parameters with `requires_grad=False` are not saved
+            in checkpoints: they must depend only on the settings.
         count: training items, numbered from 0.
         fingerprint: of the data and the first weights; a resumed run must have the same.
         criterion: the measure of `validate` whose largest value chooses the weights; None without a validation split.
@@ -52,8 +52,8 @@ class LabelledTask(Protocol):
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Any:
         """The training items `ids_B`, read in the epochs `epochs_B`, ready for `loss`, on the host.
 
-        Called in worker processes: a function of the ids, the epochs and the seed alone (`augmentation.seed_item`), so
-        that a run can be resumed. A named tuple of tensors, or lists and dictionaries of tensors, travels well.
+        Called in worker processes. Depends only on ids, epochs and the seed (`augmentation.seed_item`), so that a run can
+        be resumed. Returns a named tuple, lists or dictionaries of tensors.
 
         Raises:
             DataError: an item cannot be read.
@@ -85,7 +85,7 @@ class LabelledTask(Protocol):
 
 
 def feed(task: LabelledTask, sampler: ShuffledSampler, indices: range, workers: int, runtime: Runtime) -> Iterator[Any]:
-    """This process's part of the global batches `indices`, on the host. Raises what `task.batch` does."""
+    """This process's part of the global batches `indices`, on the host. Raises the errors of `task.batch`."""
 
     def make(index: int) -> Any:
         part = sampler.batch(index).part(runtime.rank, runtime.world_size)
@@ -98,15 +98,15 @@ def prepared(make: Callable[[int], Any], indices: range, workers: int, device: t
     """`make(index)` for each index in order, by `workers` processes (0: by this one), for use on `device`.
 
     Raises (while iterating):
-        MoceError: what `make` raised.
-        MachineError: a process died, or there is too little memory for what it makes.
+        MoceError: `make` raised it.
+        MachineError: a process died, or there is too little shared memory for its results.
     """
     loader = DataLoader(
         _Made(make),
         batch_size=None,
         sampler=indices,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # the workers inherit what is in memory already
+        multiprocessing_context="fork" if workers else None,  # the workers inherit data in memory
         pin_memory=device.type == "cuda",
     )
     for item in _unless_one_dies(loader):
@@ -131,7 +131,7 @@ def _unless_one_dies(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 class _Made(Dataset[Any]):
-    """`make(index)` of each index. Errors are values: an error raised in a worker would arrive with a traceback."""
+    """`make(index)` of each index. Returns errors as values, because an error raised in a worker adds a traceback."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._make = make
@@ -154,7 +154,7 @@ class _Made(Dataset[Any]):
 def _share(made: Any) -> None:
     """Move tensors to shared memory.
 
-    The worker would do that in a thread, where a /dev/shm that is too small ends all answers without an error.
+    Otherwise the worker does it in a thread, which ends without an error if /dev/shm is too small.
     """
     if isinstance(made, Tensor):
         made.share_memory_()
@@ -171,8 +171,8 @@ def parameter_groups(model: nn.Module, vit: VisionTransformer, optim: TuneOptimS
     With N blocks, block b (from 0) has `layer_decay ** (N - b)` of the learning rate (`lr_scale`), embeddings
     `layer_decay ** (N + 1)`, all else the full rate. Weight decay is on matrices only, not on tokens and positions.
 
-    timm's own groups put the final norm with the last block, and leave the last block at the full rate where the ViT
-    has no head, as in a detector; here the rates are those of BEiT, MAE and ViTDet in both cases.
+    timm's groups put the final norm with the last block, and leave the last block at the full rate if the ViT has no
+    head, as in a detector. Here the rates are those of BEiT, MAE and ViTDet in both cases.
     """
     inside = {id(parameter): name for name, parameter in vit.named_parameters()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -197,7 +197,7 @@ def _distance(name: str, depth: int) -> int:
 
 
 def tuned_execution(vit: VisionTransformer, engine: EngineSettings) -> VisionTransformer:
-    """Set how the blocks of a ViT run while it is tuned, and return it; changes speed and memory, never the result."""
+    """Configure how the blocks of a ViT run during tuning, and return it; affects only speed and memory."""
     vit.set_grad_checkpointing(engine.checkpoint_activations)
     if engine.compile:
         for block in vit.blocks:

@@ -1,9 +1,9 @@
 """Maps of several scales from a plain ViT: the simple feature pyramid of ViTDet (Li et al., 2022).
 
-Only the last block's tokens are used: they are brought to four scales by transposed convolutions and pooling. As in
-ViTDet there is no cls token, and position embeddings are resized to the grid of the larger image. Unlike there the
-tokens pass the encoder's final norm, as they did before MAE's decoder: the scale before it depends on the pre-training
-(a deviation of 5 was seen where an untrained encoder has 2).
+Transposed convolutions and pooling convert the last block's tokens to four scales. As in ViTDet there is no cls token,
+and position embeddings are resized to the grid of the larger image. Unlike in ViTDet the tokens pass the encoder's
+final norm, as before MAE's decoder, because their scale before it depends on the pre-training (a standard deviation of
+5 was measured; an untrained encoder has 2).
 
 Axes: B images, H x W tokens of the grid, T = H W, D width, C channels of a map, N windows.
 """
@@ -27,7 +27,7 @@ from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E40
 
 GLOBAL_BLOCKS = 4
 
-_FINEST = 4  # pixels: the stride of the finest map, where the patches allow it
+_FINEST = 4  # pixels: the stride of the finest map, if the patches allow it
 
 
 class Normalise(nn.Module):
@@ -54,7 +54,7 @@ class WindowedViT(nn.Module):
         config: size of the image, window, and stochastic depth.
 
     Raises:
-        ConfigError: the window does not divide the grid, or the encoder has a norm for the mean of its tokens only.
+        ConfigError: the window does not divide the grid, or the encoder has only a norm for the mean of its tokens.
     """
 
     def __init__(self, encoder: Encoder, config: BackboneSettings) -> None:
@@ -102,7 +102,7 @@ class ImageDropPath(DropPath):
 
     def __init__(self, drop_prob: float, windows: int) -> None:
         super().__init__(drop_prob)
-        self.windows = windows  # N, those of an image lie together
+        self.windows = windows  # N; the windows of an image are consecutive
 
     def forward(self, x_NTD: Tensor) -> Tensor:
         kept_B11 = super().forward(x_NTD.new_ones(len(x_NTD) // self.windows, 1, 1))
@@ -143,13 +143,13 @@ def from_windows(windows_NTD: Tensor, window: int, side: int) -> Tensor:
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """An encoder's maps at four scales, each half as fine as the one before: strides 4, 8, 16, 32 for patches of 16.
+    """An encoder's maps at four scales, each with half the previous resolution: strides 4, 8, 16, 32 for patches of 16.
 
     With another patch size, the finest map has the stride patch / 2^n that is nearest to 4 pixels.
 
     Attributes:
         strides: of the maps, pixels (not whole for patches of 14).
-        out_channels: channels of every map, the name that torchvision's detectors look for.
+        out_channels: channels of every map; torchvision's detectors require this name.
 
     Args:
         extra: `max_pool` adds a fifth, coarser map that Mask R-CNN proposes large objects on.

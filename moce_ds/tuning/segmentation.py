@@ -1,4 +1,4 @@
-"""`moce segment`: a class for every pixel, learnt from a set in ADE20K's format.
+"""`moce segment`: trains a model that predicts the class of every pixel, on a set in ADE20K's format.
 
 The model is UperNet on the simple feature pyramid, with transformers' head.
 
@@ -44,7 +44,7 @@ class SegmentationTask(DenseTask[Ade20kSet]):
     """UperNet around an encoder, for `tune`; see `moce_ds.tuning.labelled_task.LabelledTask`.
 
     Raises:
-        ArtefactError, ConfigError, DataError: encoder, settings or a set are refused.
+        ArtefactError, ConfigError, DataError: the encoder, the settings or a set is invalid.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Segmenter(nn.Module):
     The head's BatchNorm layers become LayerNorm, as in the pyramid: they would need many images in every process.
 
     Raises:
-        ConfigError: image size, window and patches do not go together.
+        ConfigError: image size, window and patches do not match.
     """
 
     def __init__(self, encoder: Encoder, config: SegmenterSettings, classes: int) -> None:
@@ -155,7 +155,7 @@ class Segmenter(nn.Module):
 
 
 def pixel_loss(logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
-    """Mean cross-entropy of the pixels that have a class; 0 where none has."""
+    """Mean cross-entropy of the pixels with a class; 0 if there are none."""
     total = F.cross_entropy(logits_BKHW.float(), labels_BHW.long(), ignore_index=IGNORED, reduction="sum")
     return total / (labels_BHW != IGNORED).sum().clamp(min=1)
 
@@ -184,7 +184,7 @@ def starts(length: int, side: int) -> list[int]:
 
 
 def confusion(predicted_HW: Tensor, labels_HW: Tensor, classes: int) -> Tensor:
-    """Pixels by true class (rows) and predicted class, [K, K] int64; pixels without a class are left out."""
+    """Pixels by true class (rows) and predicted class, [K, K] int64, without pixels that have no class."""
     counted = labels_HW != IGNORED
     pairs = labels_HW[counted].long() * classes + predicted_HW[counted].long()
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)

@@ -1,7 +1,7 @@
-"""The settings that every tuning verb has (`TuneSettings`), and those of `moce finetune`, `detect` and `segment`.
+"""The common settings of tuning verbs (`TuneSettings`), and those of `moce finetune`, `detect` and `segment`.
 
 As in pre-training, everything but `engine` and `run` defines the experiment, except for keys marked `may_change`. This
-module needs none of the packages that the verbs need, so `--help` answers at once.
+module imports no package of the verbs, so `--help` answers at once.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class FinetuneDataSettings(TuneDataSettings):
 
     def __post_init__(self) -> None:
         if self.val is not None and self.val_share is not None:
-            raise ValueError("data.val_share: there are validation images (data.val) already; expected one of the two")
+            raise ValueError("data.val_share: data.val is given too; expected one of the two")
 
 
 @settings
@@ -141,7 +141,7 @@ class DenseSettings(TuneSettings):
 
     def __post_init__(self) -> None:
         if self.data.val is None and self.data.test is None:
-            raise ValueError("data.val, data.test: give one of them at least, to measure what has been learnt")
+            raise ValueError("data.val, data.test: give at least one of them, to evaluate the model")
 
 
 @settings

@@ -31,10 +31,10 @@ from moce_ds.tuning.state import TuneState
 def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Measures | None:
     """Run, or resume, tuning until its last step or until asked to stop; a collective.
 
-    Returns the final measures, or None where the run was stopped: the same command resumes it.
+    Returns the final measures, or None if the run was stopped; the same command resumes it.
 
     Raises:
-        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
+        ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on all processes.
     """
     run, batches = config.run, batch_arithmetic(config.optim, runtime.world_size)
     requested = RequestedRun(config)
@@ -46,8 +46,8 @@ def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Meas
         return dict(read_result(run.out)["measures"])
     if batches.global_batch > labelled.count:
         raise ConfigError(
-            f"optim.batch_size: {batches.global_batch} images in a step, of {labelled.count} to learn from: expected "
-            f"{labelled.count} at most."
+            f"optim.batch_size: {batches.global_batch} images in a step exceed the {labelled.count} training images: "
+            f"expected {labelled.count} at most."
         )
     schedule = make_schedule(config.optim, labelled.count)
     with RunLease.claimed(run.out, runtime) as lease:
@@ -66,13 +66,13 @@ def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Meas
 
 
 class TuneTask(TrainingTask):
-    """A labelled task for the trainer, with what tuning adds: a running average of the weights, and validation.
+    """A labelled task for the trainer, with a running average of the weights, and validation.
 
     Args:
         labelled: model, data and measures; the model is on its device, and DeepSpeed has not wrapped it yet.
         optim: the decay of the average, and how often a validation is due.
         workers: processes that prepare images.
-        seed: of the order of items, and of dropped paths.
+        seed: random seed of the order of items, and of dropped paths.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TuneTask(TrainingTask):
     def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
         """The loss of the labelled task, under the name "loss"."""
         seed = hashed(FORWARD, self._seed, step, part, self._runtime.rank)
-        torch.manual_seed(int(seed[()] >> np.uint64(1)))  # of dropped paths: the same after resuming
+        torch.manual_seed(int(seed[()] >> np.uint64(1)))  # for dropped paths: the same after resuming
         return {"loss": self._labelled.loss(engine, batch)}
 
     def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
@@ -117,12 +117,12 @@ class TuneTask(TrainingTask):
 
     @torch.no_grad()
     def validate_if_due(self, step: int) -> Measures:
-        """Validate every so many steps and at the end, and keep the weights if they are the best so far."""
+        """Validate at regular steps and at the end, and keep the weights if they are the best so far."""
         criterion = self._labelled.criterion
         if criterion is None or (step % self._validate_every and step != self._schedule.steps):
             return {}
         found = self._labelled.validate(self._state.model.eval(), self._runtime)
-        self._labelled.model.train()  # the same as the evaluated one where there is no average
+        self._labelled.model.train()  # without an average this is also the evaluated model
         self._state.keep_best(step, found, criterion)
         listed = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
         self._runtime.say(f"step {step}: validation: {listed}")
@@ -138,10 +138,10 @@ class TuneTask(TrainingTask):
 
     @torch.no_grad()
     def finish(self, lease: RunLease) -> Measures:
-        """The final measures, with the best weights where a validation has chosen; written last of all.
+        """The final measures, of the best weights if there was a validation; writes them last.
 
         Raises:
-            DataError, ArtefactError, SupersededError, DivergedError: on every process alike.
+            DataError, ArtefactError, SupersededError, DivergedError: on all processes.
         """
         steps = self._schedule.steps
         self._state.use_best()

@@ -1,8 +1,8 @@
 """Images with boxes and masks in COCO's format: a folder of images and one JSON file of annotations.
 
-Everything visible in the JSON is checked when the set is opened, so that faults appear before training and not hours
-into it. Faults that cannot be repaired are refused and named. Objects without pixels are skipped with a warning if
-there are few: most sets, including COCO itself, have some. Many of them mean that a converter went wrong.
+Everything visible in the JSON is checked when the set is opened, so that faults appear before training. Faults that
+cannot be repaired are refused and named. Objects without pixels are skipped with a warning if there are few: most sets,
+including COCO itself, have some. Many of them indicate a fault of the converter.
 
 Axes: H x W pixels of an image.
 """
@@ -297,7 +297,7 @@ def _check_object(path: Path, thing: CocoObject, image: CocoImage | None, catego
 
 
 def _emptiness(thing: CocoObject, image: CocoImage) -> str | None:
-    """Why a checked object has nothing to learn from; None if it has."""
+    """Why a checked object contributes nothing to training; None if it does."""
     x, y, width, height = thing.bbox
     if not width or not height:
         return f"a box of {width:g} x {height:g} pixels"

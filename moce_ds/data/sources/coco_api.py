@@ -29,7 +29,7 @@ _LARGEST_SHIFT = 60  # bits of a run in a packed RLE; a longer one would take ve
 
 
 def segmentation_fault(shape: Any, height: int, width: int, slack: float) -> str | None:
-    """What is wrong with the segmentation of an object on an image of this size, without unpacking it; None: nothing.
+    """The fault of an object's segmentation on an image of this size, or None; does not unpack it.
 
     The time is proportional to its length. pycocotools fails on most faults, but takes some for boxes and some for
     masks of another size. Corners far outside of the image exhaust the memory or end the process.
@@ -92,7 +92,7 @@ def _are_finite(numbers: list[float]) -> bool:
 
 
 def _outline_fault(polygons: list[list[float]], height: int, width: int, slack: float) -> str | None:
-    """What is wrong with the position or the size of polygons."""
+    """The fault of the position or size of polygons, or None."""
     for points in polygons:
         for name, ends, length in (("x", points[0::2], width), ("y", points[1::2], height)):
             for end in (min(ends), max(ends)):

@@ -40,12 +40,12 @@ def write_demo_images(out: Path, size: int = 32, crops: int = CROPS_PER_PHOTO) -
     picture, is for testing and not in `pretrain`. A complete folder stays unchanged.
 
     Raises:
-        DataError: a package is missing, or `out` holds something else or images of another size.
+        DataError: a package is missing, or `out` holds other files or images of another size.
     """
     out = Path(out)
     if out.exists():
         if not (out / _RECORD).is_file():
-            raise DataError(f"{out} exists and holds no demo images: choose another folder, or delete it.")
+            raise DataError(f"{out} exists and does not hold demo images: choose another folder, or delete it.")
         recorded = read_json(out / _RECORD, "demo images", "make demo")
         MadeFrom({"size": size}).compare(recorded).refuse_different(f"{out} holds demo images", DataError)
         return

@@ -1,6 +1,6 @@
-"""The files of a folder of images: lists them, and examines each one in a pool of processes.
+"""Lists the files of a folder of images, and examines each one in a pool of processes.
 
-No single entry can end a listing: an inaccessible one has the size `ODD`, and `why_odd` explains it.
+No single entry ends a listing: an inaccessible entry has the size `ODD`, and `why_odd` returns the reason.
 """
 
 import errno
@@ -41,7 +41,7 @@ class SourceFile(NamedTuple):
 
 
 def list_files(source: Path) -> list[SourceFile]:
-    """Everything below `source` except folders, sorted by path; links are followed.
+    """All entries below `source` except folders, sorted by path; links are followed.
 
     A folder that cannot be listed, or that a link leads back to, is an entry of size `ODD`.
 
@@ -101,7 +101,7 @@ def examined(
             f"{in_line(batches[number][-1].path)}: perhaps for lack of memory. Rerun the same command to "
             "resume, with fewer `workers=` if it happens again."
         )
-        fault.status = LOST_PEER  # as for a worker that prepares batches (host/machine.py)
+        fault.status = LOST_PEER  # the same as for workers that prepare batches (host/machine.py)
         raise fault from None
     finally:
         for process, connection in team:
@@ -111,7 +111,7 @@ def examined(
 
 
 def unwanted(path: str) -> Rejected | None:
-    """Why a file is skipped for its name alone; None if it is not."""
+    """The reason to skip a file because of its name; None to keep it."""
     parts = path.split("/")
     if any(part.startswith(".") for part in parts):
         return Rejected(NOT_AN_IMAGE, "hidden file, or in a hidden folder")
@@ -121,7 +121,7 @@ def unwanted(path: str) -> Rejected | None:
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path listed by a data set cannot be that of a file below its folder.
+    """Whether a path listed by a data set leads out of its folder.
 
     Links in the folder may lead anywhere: data sets are often kept as links.
     """
@@ -132,7 +132,7 @@ def leads_out(path: str) -> bool:
 
 
 def why_odd(path: Path) -> Rejected:
-    """Why an entry has the size `ODD`. Raises DataError where the machine fails, which says nothing about it."""
+    """The reason why an entry has the size `ODD`. Raises DataError for a fault of the machine."""
     try:
         if stat.S_ISDIR(path.stat().st_mode):
             os.scandir(path).close()
@@ -163,7 +163,7 @@ def _walk(source: Path) -> Iterator[SourceFile]:
         path, ancestors = waiting.pop()
         try:
             entries = _entries(f"{source}/{path}")
-        except OSError as error:  # not permitted, gone meanwhile, or too deep for the system
+        except OSError as error:  # forbidden, deleted, or too deep for the system
             _raise_if_machine_failed(error, f"{source}/{path}")
             entries = []
             yield SourceFile(path, ODD)
@@ -206,7 +206,7 @@ def _size(entry: "os.DirEntry[str]") -> int:
 
 
 def _raise_if_machine_failed(error: OSError, path: Path | str) -> None:
-    """Raise DataError where an entry that cannot be looked at is no odd one, but the machine fails."""
+    """Raise DataError if an entry is inaccessible because of a fault of the machine."""
     if machine_failed(error):
         raise refused(DataError, f"{in_line(path)} cannot be read", error, Path(path)) from None
 

@@ -14,7 +14,7 @@ from moce_ds.storage.files import read_json, writes_to
 _WRITTEN_BY = "datasets' save_to_disk"
 _SPLITS = "dataset_dict.json"
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels")
-"""Names of the column that counts where there are several of a kind."""
+"""Preferred column names if several columns have the same type."""
 _KINDS = ("string", "large_string", "bool")
 """Value types that can be classes, besides integers."""
 

@@ -151,9 +151,9 @@ def _card(model: DenseModel, architecture: str) -> str:
             "---",
             f"# {architecture}: an expert of a MoCE",
             "",
-            "A dense vision transformer taken out of a masked autoencoder with cluster-conditional experts (MoCE),",
-            "pre-trained by self-supervision; not fine-tuned for any task. `provenance.json` says where it comes from",
-            "and how far its output is from that of the model that was trained.",
+            "A dense vision transformer extracted from a masked autoencoder with cluster-conditional experts (MoCE),",
+            "pre-trained by self-supervision; not fine-tuned for any task. `provenance.json` records its origin",
+            "and the difference of its output from that of the trained model.",
             "",
             f"- size: {sizes}",
             *lines,
@@ -165,7 +165,7 @@ def _card(model: DenseModel, architecture: str) -> str:
             f'model = {architecture}.from_pretrained("THIS_FOLDER"{pooling})',
             "```",
             "",
-            "Trained with images of your own choosing: its licence and its biases are those of that data.",
+            "Its licence and its biases are those of the training images.",
             "",
         ]
     )
@@ -203,7 +203,5 @@ def _loaded(cls: Any, folder: Path, **arguments: Any) -> Any:
     logging.disable_progress_bar()
     model, report = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, **arguments)
     if any(report.values()):
-        raise ArtefactError(
-            f"transformers reads {cls.__name__} differently from what was written: {report}. Please report it."
-        )
+        raise ArtefactError(f"transformers does not read {cls.__name__} as it was written: {report}. Please report it.")
     return model.eval()

@@ -1,6 +1,6 @@
 """The export formats, by the names of `--format` and `--part`.
 
-A format says how the dense model is written for one library, and how that library loads and runs it again.
+A format defines how the dense model is written for one library, and how that library loads and runs it.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Format:
         part: "encoder", or "full": the decoder too.
         write: writes the model's files into a folder.
         library: the package that loads them again; None if it is not available as a package.
-        run: the output of `library` for a trial, from the folder; compared with `output` of the trained model.
+        run: returns the output of `library` for a trial, from the folder; it is compared with `output` of the model.
         needs: packages required for writing.
     """
 

@@ -122,7 +122,7 @@ def test_the_same_again_is_left_alone_and_another_is_refused(
     other = write_features(tmp_path / "other", load_digits().data, encoder=2.0)
     with pytest.raises(ArtefactError, match=r"features\.encoder_fingerprint: '\w{64}' there, '\w{64}' now"):
         build_clusters(other, built, CONFIG)
-    with pytest.raises(ArtefactError, match="exists and holds no clusters"):
+    with pytest.raises(ArtefactError, match="exists and does not hold clusters"):
         build_clusters(features, other, CONFIG)
 
 
@@ -147,7 +147,7 @@ def test_merged_clusters_are_said_loudly(tmp_path: Path, capsys: pytest.CaptureF
     features_ND = centres_MD[group_N] + 0.05 * generator.normal(size=(800, 16))
     path = write_features(tmp_path / "features", features_ND)
     clusters, _ = build_clusters(path, tmp_path / "merged", replace(CONFIG, eps=0.1, rounds=3))
-    assert "have another one at almost the same place" in capsys.readouterr().err
+    assert "almost coincide with another one" in capsys.readouterr().err
     cosine_MM = clusters.embeddings_MD @ clusters.embeddings_MD.T - 2 * np.eye(16)
     assert clusters.provenance["solver"]["merged_clusters"] == (cosine_MM.max(axis=1) > 0.99).sum() > 1
     assert clusters.provenance["solver"]["converged"], "the soft sizes alone do not show it"
@@ -239,7 +239,7 @@ def truncate(folder: Path) -> None:
         (edit_tensor("cosine_M", lambda t: t / 2), r"clusters\.safetensors is damaged or was exchanged"),
         (edit_tensor("duals_M", None), "it lacks duals_M"),
         (edit_tensor("duals_M", lambda t: t[:-1]), r"duals_M has shape \(15,\), expected \(16,\)"),
-        (edit_tensor("duals_M", lambda t: t + 1), "are not of the same clusters"),
+        (edit_tensor("duals_M", lambda t: t + 1), "belong to different clusters"),
         (edit_tensor("low_cosine_M", lambda t: t[:-1]), r"low_cosine_M has shape \(15,\), expected \(16,\)"),
         (edit_tensor("mean_D", lambda t: t * np.nan), "mean_D holds values that are not finite"),
         (edit_tensor("embeddings_MD", lambda t: t[0]), r"embeddings_MD has shape \(64,\), expected 2 axes"),

@@ -197,9 +197,9 @@ def test_results_of_several_labels_an_image(study: Path, tmp_path: Path) -> None
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    with pytest.raises(ArtefactError, match="is no run folder"):
+    with pytest.raises(ArtefactError, match="is not a run folder"):
         build_report(tmp_path)
-    with pytest.raises(ArtefactError, match="is no run folder"):
+    with pytest.raises(ArtefactError, match="is not a run folder"):
         build_report(tmp_path / "missing")
 
 

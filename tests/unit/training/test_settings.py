@@ -51,7 +51,7 @@ PATHS = ["model.arch=sdr", "experts.clusters=none", "experts.num=4", "sdr.stages
         ([*MOCE, "experts.layers=[2, 1]"], "experts.layers: [2, 1]; expected different blocks in rising order"),
         ([*MOCE, "experts.layers=[1, 1]"], "experts.layers: [1, 1]; expected different blocks in rising order"),
         ([*MOCE, "experts.layers=[]"], "experts.layers: []; expected different blocks"),
-        ([*MOCE, "experts.num=1", "experts.k=2"], "experts.k: 2 experts an image of experts.num 1"),
+        ([*MOCE, "experts.num=1", "experts.k=2"], "experts.k=2 exceeds experts.num=1"),
         ([*MOCE, "experts.shared_expert=true"], "experts.shared_expert: needs experts.combine=prob and a gate"),
         ([*TOKEN, "experts.shared_expert=true", "experts.combine=prob"], "experts.shared_expert: needs"),
         ([*MOCE, "experts.k=3"], "experts.k: got 3; Input should be 1 or 2"),

@@ -58,7 +58,7 @@ def test_another_image_size_fits_the_positions(make: Make, photo_pixels: Tensor)
     task = make("data.image_size=32")
     assert task.model.pos_embed.shape == (1, 1 + 64, 16)
     assert batch_of(task, 0, 1).images_BCHW.shape == (2, 3, 32, 32)
-    with pytest.raises(ConfigError, match=r"data.image_size: 30 is no multiple of the encoder's patch, 4"):
+    with pytest.raises(ConfigError, match=r"data.image_size: 30 is not a multiple of the encoder's patch size 4"):
         make("data.image_size=30")
 
 
@@ -98,7 +98,7 @@ def test_mixed_labels_share_what_counts(make: Make) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("data.metric=map11",), "data.metric: map11 is no measure of images with one label"),
+        (("data.metric=map11",), "data.metric: map11 does not apply to images with one label"),
         (("optim.batch_size=15",), "optim.batch_size: 15 gives a process an odd number of images"),
     ],
 )

