@@ -52,7 +52,7 @@ class LabelledTask(Protocol):
     def batch(self, ids_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Any:
         """The training items `ids_B`, read in the epochs `epochs_B`, ready for `loss`, on the host.
 
-        Called in worker processes. Depends only on ids, epochs and the seed (`augmentation.seed_item`), so that a run can
+        Called in worker processes. Depends only on ids, epochs and seed (`augmentation.seed_item`), so that a run can
         be resumed. Returns a named tuple, lists or dictionaries of tensors.
 
         Raises:
