@@ -112,7 +112,7 @@ def lacking(state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"), [(swapped, "differs from the trained"), (lacking, "reads ViTModel differently")]
+    ("spoil", "told"), [(swapped, "differs from the trained"), (lacking, "does not read ViTModel as it was written")]
 )
 def test_what_the_library_reads_otherwise_is_not_written(
     tiny_moce_run: MakeRun, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], None], told: str

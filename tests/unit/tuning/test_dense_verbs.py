@@ -29,7 +29,7 @@ def detect(tmp_path: Path, encoder: Path, *words: object) -> str:
 
 
 def test_something_must_be_measured(tmp_path: Path, tiny_encoder: Path) -> None:
-    assert "data.val, data.test: give one of them" in detect(tmp_path, tiny_encoder)
+    assert "data.val, data.test: give at least one of them" in detect(tmp_path, tiny_encoder)
 
 
 def test_splits_have_the_same_categories(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -49,7 +49,7 @@ def test_there_must_be_something_to_learn_from(tmp_path: Path, tiny_encoder: Pat
 @pytest.mark.parametrize(
     ("annotations", "told"),
     [
-        ([], "has no annotation to measure by"),
+        ([], "has no annotation to evaluate on"),
         ([{k: v for k, v in OBJECTS[0].items() if k != "segmentation"}], "annotation 1: segmentation is missing"),
     ],
 )
@@ -153,7 +153,9 @@ def test_larger_images_are_refused_with_the_setting_that_allows_them(tmp_path: P
 
 def test_a_run_is_no_file_and_a_step_no_more_than_the_set(tmp_path: Path, tiny_encoder: Path) -> None:
     path, _ = write_coco(tmp_path / "coco")
-    assert "optim.batch_size: 64 images in a step, of 2 to learn from" in detect(tmp_path, tiny_encoder, "--val", path)
+    assert "optim.batch_size: 64 images in a step exceed the 2 training images" in detect(
+        tmp_path, tiny_encoder, "--val", path
+    )
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").write_text("")
     assert f"run.out: {tmp_path / 'run'} is a file" in detect(tmp_path, tiny_encoder, "--val", path)

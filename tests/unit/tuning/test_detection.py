@@ -134,5 +134,5 @@ def test_nothing_found_and_nothing_to_find(tmp_path: Path, tiny_encoder: Path) -
 def test_patches_that_are_no_power_of_two_are_refused() -> None:
     shape = ViTShape(56, 14, 32, 2, 2)
     encoder = Encoder(timm_vit(shape), shape, ImageInput(56), {})
-    with pytest.raises(ConfigError, match="patches are of 14 pixels"):
+    with pytest.raises(ConfigError, match="patches have 14 pixels"):
         build_detector(encoder, SMALL, classes=2)
