@@ -87,4 +87,4 @@ def test_refusals(cluster: Cluster, data: TinyData, tmp_path: Path, profile: lis
 
 def test_an_unknown_verb_is_refused(cluster: Cluster) -> None:
     status, output = moce("launch", "slurm", "nodes=2", "train")
-    assert status == 1 and "is not a verb of moce. Did you mean pretrain?" in output
+    assert status == 1 and "'train' is not a verb of moce. Did you mean pretrain?" in output
