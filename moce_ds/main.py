@@ -1,12 +1,12 @@
-"""The `moce` command: the verbs of single stages (cli/), and those that run other verbs (workflow/)."""
+"""The `moce` command: the verbs of single stages (verbs/), and those that run other verbs (workflow/)."""
 
 import click
 
 from moce_ds import __version__
-from moce_ds.cli.config import config
-from moce_ds.cli.verbs import STAGE_VERBS
 from moce_ds.console import run_command, set_log_level
 from moce_ds.host import threads
+from moce_ds.verbs.config import config
+from moce_ds.verbs.table import STAGE_VERBS
 from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
 
 

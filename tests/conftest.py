@@ -24,8 +24,9 @@ from moce_ds.console import configure_logging
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
+from moce_ds.encoders.features import write_features
+from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.models.build import build_model
-from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit

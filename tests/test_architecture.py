@@ -15,15 +15,16 @@ LAYERS = (
     {"config"},
     {"console", "storage"},
     {"distributed"},
-    {"data", "clustering", "moe", "launch"},
-    {"checkpoint"},
+    {"data", "clustering", "moe"},
     {"models"},
-    {"training", "export", "api"},
+    {"checkpoint"},
+    {"encoders"},
+    {"training", "selection", "api"},
     {"__init__"},  # lazily: the Python API
-    {"evaluation", "planning"},
+    {"export", "evaluation", "forecast"},
     {"artefacts"},
     {"tuning", "bench", "report"},
-    {"cli"},
+    {"verbs", "launch"},
     {"workflow"},
     {"main"},
     {"__main__"},
@@ -33,7 +34,7 @@ BARRED = {
     "evaluation": {"training"},  # what a person who only uses an encoder needs
     "artefacts": {"moe", "models", "training"},  # reads files only
     "report": {"moe", "models", "training"},
-    "launch": {"data", "clustering", "moe"},
+    "launch": {"data", "clustering", "moe", "models", "checkpoint", "encoders", "training", "verbs"},
 }
 """Imports that the layers would allow and that are not wanted, not even inside a function."""
 
@@ -57,16 +58,18 @@ DOORS: dict[str, tuple[str, ...]] = {
     "datasets": ("moce_ds.data.sources.saved_dataset",),
     "safetensors.torch.save_file": ("moce_ds.storage.files",),  # which gives files the usual mode
     "safetensors.numpy.save_file": ("moce_ds.storage.files",),
-    "pickle": ("moce_ds.models.warm_start",),  # for the class of the error that torch.load raises
+    "pickle": ("moce_ds.checkpoint.weight_files",),  # for the class of the error that torch.load raises
 }
 
 # What importing any module of a package must not bring along, however indirectly.
 NEVER_REACH: dict[str, tuple[str, ...]] = {
+    "moce_ds.encoders": ("moce_ds.training", "deepspeed"),
+    "moce_ds.selection": ("moce_ds.training", "deepspeed"),
     "moce_ds.export": ("moce_ds.training", "deepspeed"),
     "moce_ds.evaluation": ("moce_ds.training", "deepspeed"),
-    "moce_ds.planning": ("deepspeed", "nvidia", "faiss"),
-    "moce_ds.artefacts": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
-    "moce_ds.report": ("moce_ds.training", "moce_ds.models", "deepspeed", "nvidia", "faiss"),
+    "moce_ds.forecast": ("deepspeed", "nvidia", "faiss"),
+    "moce_ds.artefacts": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
+    "moce_ds.report": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
     # What `moce VERB --help` imports: an answer at once needs no torch.
     **dict.fromkeys(
         (
@@ -76,6 +79,7 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
             "moce_ds.evaluation.settings",
             "moce_ds.clustering.settings",
             "moce_ds.models.settings",
+            "moce_ds.encoders.settings",
             "moce_ds.data.sources.public.datasets",
             "moce_ds.workflow.study_grid",
             "moce_ds.workflow.pipeline",
@@ -90,8 +94,8 @@ WITHOUT_PROCESS_GROUP = (
     "moce_ds.data.sampler",
     "moce_ds.clustering.sinkhorn",
     "moce_ds.export.write",
-    "moce_ds.planning.work",
-    "moce_ds.planning.prediction",
+    "moce_ds.forecast.work",
+    "moce_ds.forecast.prediction",
 )
 
 
@@ -218,14 +222,14 @@ def test_every_module_is_looked_at() -> None:
 
 # Rule, module of the product, lines added to it, and what the rule must say.
 BREACHES: list[tuple[Rule, str, str, str]] = [
-    (layers, "moce_ds.cli.bench", "from moce_ds.workflow.study import f", "imports moce_ds.workflow.study"),
+    (layers, "moce_ds.verbs.bench", "from moce_ds.workflow.study import f", "imports moce_ds.workflow.study"),
     (layers, "moce_ds.distributed.runtime", "def f():\n    import moce_ds.data.shards", "imports moce_ds.data.shards"),
     (layers, "moce_ds.data.sampler", "from moce_ds import clustering", "imports moce_ds.clustering"),
     (layers, "moce_ds.moe.plan", "from ..models import mae", "imports moce_ds.models"),
     (layers, "moce_ds.models.mae", "import moce_ds.training.engine", "imports moce_ds.training.engine"),
     (layers, "moce_ds.training.pretrain", "from moce_ds.main import moce", "imports moce_ds.main"),
-    (layers, "moce_ds.training.pretrain", "import moce_ds.planning.work", "imports moce_ds.planning.work"),
-    (layers, "moce_ds.planning.work", "from moce_ds.bench import layer", "imports moce_ds.bench"),
+    (layers, "moce_ds.training.pretrain", "import moce_ds.forecast.work", "imports moce_ds.forecast.work"),
+    (layers, "moce_ds.forecast.work", "from moce_ds.bench import layer", "imports moce_ds.bench"),
     (layers, "moce_ds.evaluation.knn", "from moce_ds.training import engine", "imports moce_ds.training"),
     (layers, "moce_ds.report.plots", "import moce_ds.models.vit", "imports moce_ds.models.vit"),
     (layers, "moce_ds", "import moce_ds.main", "imports moce_ds.main"),
@@ -238,7 +242,7 @@ BREACHES: list[tuple[Rule, str, str, str]] = [
     (process_groups, "moce_ds.moe.plan", "import torch.distributed as d", "uses torch.distributed"),
     (process_groups, "moce_ds.data.sampler", "torch.distributed.barrier()", "uses torch.distributed"),
     (process_groups, "moce_ds.clustering.sinkhorn", "from torch import distributed", "uses torch.distributed"),
-    (process_groups, "moce_ds.planning.work", "import torch.distributed", "uses torch.distributed"),
+    (process_groups, "moce_ds.forecast.work", "import torch.distributed", "uses torch.distributed"),
     (process_groups, "moce_ds.export.write", "from torch.distributed import ReduceOp", "uses torch.distributed"),
     (catch_alls, "moce_ds.storage.files", "try: pass\nexcept: pass", "catches everything"),
     (catch_alls, "moce_ds.storage.files", "try: pass\nexcept (OSError, Exception): pass", "catches everything"),
@@ -268,10 +272,10 @@ def test_a_breach_is_found(rule: Rule, module: str, added: str, told: str) -> No
 @pytest.mark.parametrize(
     ("module", "added", "told"),
     [
-        ("moce_ds.models.encoders", "import moce_ds.moe.layer", "moce_ds.export.write reaches deepspeed"),
+        ("moce_ds.encoders.from_checkpoint", "import moce_ds.moe.layer", "moce_ds.export.write reaches deepspeed"),
         ("moce_ds.moe.reference", "import moce_ds.training", "moce_ds.export.write reaches moce_ds.training"),
         ("moce_ds.data.shards", "import moce_ds.data.loader", "moce_ds.report.build reaches nvidia.dali"),
-        ("moce_ds.training.settings", "import deepspeed", "moce_ds.planning.prediction reaches deepspeed"),
+        ("moce_ds.training.settings", "import deepspeed", "moce_ds.forecast.prediction reaches deepspeed"),
         ("moce_ds.clustering", "import faiss", "moce_ds.artefacts.inspection reaches faiss"),
         (
             "moce_ds.main",
@@ -286,5 +290,9 @@ def test_a_detour_is_found(module: str, added: str, told: str) -> None:
 
 def test_lazy_imports_are_no_reach() -> None:
     """A function may import what its module must not load."""
-    lazy = {**REAL, "moce_ds.models.encoders": REAL["moce_ds.models.encoders"] + "\ndef f():\n    import deepspeed\n"}
+    lazy = {
+        **REAL,
+        "moce_ds.encoders.from_checkpoint": REAL["moce_ds.encoders.from_checkpoint"]
+        + "\ndef f():\n    import deepspeed\n",
+    }
     assert list(reach(lazy)) == []

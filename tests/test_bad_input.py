@@ -20,7 +20,8 @@ from moce_ds.checkpoint.format import WEIGHTS, find
 from moce_ds.config.settings import to_yaml
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
-from moce_ds.models.encode import FeatureSettings, write_features
+from moce_ds.encoders.features import write_features
+from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.alone import ALONE

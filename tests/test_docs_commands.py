@@ -8,10 +8,10 @@ from typing import Any
 import click
 import pytest
 
-from moce_ds.cli.config import KINDS
-from moce_ds.cli.options import Verb
 from moce_ds.config.settings import keys
 from moce_ds.main import moce
+from moce_ds.verbs.config import KINDS
+from moce_ds.verbs.options import Verb
 from tests.test_docs import DOCUMENTS, ROOT
 
 

@@ -22,8 +22,8 @@ from moce_ds.clustering.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import read_results
-from moce_ds.export.select import clusters_encoder, run_clusters
 from moce_ds.models.vit import load_encoder, save_encoder
+from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
 from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.storage.files import copy_tree
 from moce_ds.storage.metrics_file import read_metrics

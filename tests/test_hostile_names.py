@@ -31,8 +31,9 @@ from moce_ds.checkpoint.run_folder import TUNED
 from moce_ds.config.settings import load
 from moce_ds.config.values import arguments
 from moce_ds.data.shards import ShardSet
+from moce_ds.encoders.features import write_features
+from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.main import main
-from moce_ds.models.encode import FeatureSettings, write_features
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.classification import Classification, make_splits
 from moce_ds.tuning.settings import FinetuneSettings

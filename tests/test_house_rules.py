@@ -96,9 +96,9 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
     verb = "from moce_ds.training.run import start\ndef pretrain(): start()"
     run = "from moce_ds.training.loop import Loop\ndef start(): Loop().fit()"
     loop = "class Loop:\n    def fit(self): self.engine.step()"
-    tree = {"moce_ds/cli/stages.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
+    tree = {"moce_ds/verbs/stages.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
     assert levels_to_a_step(tree).places == [
-        "moce_ds.cli.stages:pretrain",
+        "moce_ds.verbs.stages:pretrain",
         "moce_ds.training.run:start",
         "moce_ds.training.loop:Loop.fit",
     ]
@@ -108,7 +108,7 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
 
 def test_the_real_way_begins_at_the_verb_and_ends_in_training() -> None:
     chain = today("levels_to_a_step").places
-    assert chain[:2] == ["moce_ds.cli.stages:pretrain", "moce_ds.training.pretrain:pretrain"]
+    assert chain[:2] == ["moce_ds.verbs.stages:pretrain", "moce_ds.training.pretrain:pretrain"]
     assert chain[-1].startswith("moce_ds.training.")
 
 

@@ -17,7 +17,9 @@ from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
-from moce_ds.models.encode import EncodeSettings, encode_all, open_encoder
+from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.open import open_encoder
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.storage.checksums import with_checksum
 from moce_ds.storage.metrics_file import read_metrics
 from tests.examples.moce_command import TINY, Said, refused, run_alone, run_here

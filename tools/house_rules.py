@@ -40,8 +40,8 @@ MOST_LINES = 450
 LONG, TOO_LONG = 40, 80
 """Lines of a function: more than LONG are counted, more than TOO_LONG are refused."""
 
-VERB = re.compile(r"moce_ds\.cli(\.\w+)?:pretrain")
-"""The function of the verb `moce pretrain`; the command was one module once."""
+VERB = re.compile(r"moce_ds\.(cli|verbs)(\.\w+)?:pretrain")
+"""The function of the verb `moce pretrain`; earlier commits have it in `cli`."""
 
 ODD_WORDS = re.compile(
     r"\b(anew|told|untold|spoken|borne|hence|lest|whither|hither|thereby|therein|thereof|whereupon|beforehand|"
@@ -301,7 +301,7 @@ def _places(found: Iterator[str] | Sequence[str]) -> Measure:
 
 RULES = (
     Rule(f"files of more than {MOST_LINES} lines", long_files, 0),
-    Rule("lines of a module, median (aim: 150 to 300)", median_lines, 166, least=True),
+    Rule("lines of a module, median (aim: 150 to 300)", median_lines, 150, least=True),
     Rule(f"functions of more than {LONG} lines", long_functions, 4),
     Rule(f"functions of more than {TOO_LONG} lines", too_long_functions, 0),
     Rule("signatures with the settings of a whole run", whole_settings, 5),

@@ -21,6 +21,8 @@ from moce_ds.clustering.clusters import Clusters
 from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
+from moce_ds.forecast.devices import Device
+from moce_ds.forecast.work import Flops, Machines, Work, block_flops
 from moce_ds.models.mae import make_block
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
@@ -28,8 +30,6 @@ from moce_ds.models.settings import ExpertSettings
 from moce_ds.models.shapes import DecoderShape, LossWeights, ViTShape
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
-from moce_ds.planning.devices import Device
-from moce_ds.planning.work import Flops, Machines, Work, block_flops
 from moce_ds.training.engine import parameter_groups, set_lr, start_engine
 from moce_ds.training.inputs import ClusteredData
 from moce_ds.training.model import build_for_training, tune_execution

@@ -25,9 +25,9 @@ from moce_ds.checkpoint.format import (
     step_folder,
     steps_of,
 )
-from moce_ds.checkpoint.parameters import expert_key, load_weights_strict, local_expert, with_plain_gate
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
+from moce_ds.models.parameters import expert_key, load_weights_strict, local_expert, with_plain_gate
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.storage.files import writes_to

@@ -29,9 +29,9 @@ import numpy as np
 from safetensors import safe_open
 from xxhash import xxh3_128
 
-from moce_ds.checkpoint.parameters import place_of
 from moce_ds.checkpoint.records import check_manifest
 from moce_ds.errors import ArtefactError
+from moce_ds.models.parameters import place_of
 from moce_ds.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.encoder_folder import ModelShape

@@ -9,11 +9,12 @@ from torch import Tensor
 from moce_ds.console import warn
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import Splits, labels_of
+from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.knn import check_classes, knn_accuracy
 from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
 from moce_ds.evaluation.probe import MAX_ITERATIONS, linear_probe
 from moce_ds.evaluation.settings import KnnSettings, ProbeSettings
-from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import Encoder
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}

@@ -18,23 +18,25 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
-from moce_ds.checkpoint.parameters import load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
+from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.results_file import known_by
-from moce_ds.export.select import clusters_encoder, count_votes, run_clusters
 from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.parameters import load_weights_strict
 from moce_ds.moe.experts import ExpertLayer
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
+from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
+from moce_ds.selection.vote import count_votes
 
 _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared
 

@@ -1,1 +1,1 @@
-"""From a run to the dense ViT of one route: selection, export, verification."""
+"""The dense ViT of chosen experts: written, compared with the trained model, and converted to formats."""

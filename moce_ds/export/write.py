@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
-from moce_ds.checkpoint.parameters import is_cluster_gate, load_weights_strict
 from moce_ds.clustering.clusters import Clusters
+from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, decoder_state, encoder_state
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
 from moce_ds.export.formats.weights import DenseModel
 from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
-from moce_ds.export.routes import ClusterShares, SelectedExperts
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.encoders import DENSE, Mixture, Share, as_encoder, decoder_state, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.moce import make_gate
-from moce_ds.models.vit import check_state
+from moce_ds.models.parameters import is_cluster_gate, load_weights_strict
+from moce_ds.models.vit import Encoder, check_state
+from moce_ds.selection.routes import ClusterShares, SelectedExperts
 from moce_ds.storage.drafts import restore
 from moce_ds.storage.encoder_folder import PROVENANCE, replace_provenance
 from moce_ds.storage.files import atomic_folder, check_writable, write_json, writes_to
@@ -193,7 +193,8 @@ def _mixture(selected: SelectedExperts, probs_LME: Tensor | None) -> Mixture:
 def _dense_output(state: dict[str, Tensor], spec: ModelSpec, trial: Trial, output: Output) -> Tensor:
     """The output of the dense model in memory: timm's ViT, or the masked autoencoder if the decoder is exported too."""
     if output == "tokens":
-        return as_encoder(state, spec, {}, "the export").model.forward_features(trial.images_BCHW)
+        encoder = Encoder.from_state(state, spec.shape, spec.input, {}, "the export")
+        return encoder.model.forward_features(trial.images_BCHW)
     with torch.device("meta"):  # without a second copy
         mae = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
     check_state(mae, state, "the export")

@@ -1,1 +1,1 @@
-"""The masked autoencoders, dense and with experts, and their encoders."""
+"""The masked autoencoders, dense and with experts, and the names of their parameters."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.parameters import expert_key, is_replaced
 from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.models.mae import Block, MaskedAutoencoder, ModelOutput, RunBlock, make_mlp
+from moce_ds.models.parameters import expert_key, is_replaced
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.parameters import expert_key, is_replaced
 from moce_ds.models.mae import Block, Masking, Mlp, ModelOutput, random_masking, visible_tokens
 from moce_ds.models.moce import ExpertShape, Moce, Routing
+from moce_ds.models.parameters import expert_key, is_replaced
 from moce_ds.models.vit import Encoder, ViTShape
 from moce_ds.moe.plan import LayerPlan
 

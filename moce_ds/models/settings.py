@@ -112,21 +112,6 @@ class SdrSettings:
     )
 
 
-@settings
-class EncodeSettings:
-    """Running images through an encoder."""
-
-    batch_size: Positive = option(256, "images per batch and process")
-    threads: Positive = option(2, "decoding threads per process")
-
-
-@settings
-class FeatureSettings(EncodeSettings):
-    """Writing the features of a shard set."""
-
-    block_rows: Positive = option(4096, "images per file of features; a kill loses at most one file")
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelGroups:
     """The groups of settings that describe one model, and values derived from them.

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.parameters import check_fit
 from moce_ds.clustering import feature_store as store
 from moce_ds.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.models.parameters import check_fit
 from moce_ds.models.shapes import ViTShape
 from moce_ds.storage.drafts import restore
 from moce_ds.storage.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
@@ -82,6 +82,21 @@ class Encoder:
     shape: ViTShape
     input: ImageInput
     provenance: dict[str, Any]
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Tensor], shape: ViTShape, input: ImageInput, provenance: Any, source: str
+    ) -> "Encoder":
+        """An encoder with these tensors themselves as weights, on the host.
+
+        Raises:
+            ArtefactError: they do not fit the shape; lists every difference, and names `source`.
+        """
+        with torch.device("meta"):  # allocates no memory
+            model = timm_vit(shape)
+        check_state(model, state, source)
+        model.load_state_dict(dict(state), assign=True)
+        return cls(model.eval(), shape, input, provenance)
 
     @property
     def fingerprint(self) -> str:
@@ -151,18 +166,16 @@ def load_encoder(folder: Path, device: torch.device | None = None) -> Encoder:
     config, provenance, weights = EncoderRecord.read(folder), read_provenance(folder), folder / WEIGHTS
     if not weights.exists():
         raise ArtefactError(f"{weights} is missing: {folder} is an incomplete export: export it again.")
-    with torch.device("meta"):  # allocates no memory
-        model = timm_vit(config.shape)
     with reads_from(weights, "export it again."):
         checksum = sha256_of(weights)
     state = load_tensors(weights, "export it again.")
-    check_state(model, state, str(weights))
+    encoder = Encoder.from_state(state, config.shape, config.input, provenance, str(weights))
     if checksum != config.sha256:
         raise ArtefactError(
             f"{weights} is damaged or exchanged: its checksum is not the one in {folder / CONFIG}: export it again."
         )
-    model.load_state_dict(state, assign=True)
-    return Encoder(model.float().eval().to(device or "cpu"), config.shape, config.input, provenance)
+    encoder.model.float().to(device or "cpu")
+    return encoder
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

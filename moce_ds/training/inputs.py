@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
@@ -26,14 +25,14 @@ from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.encoders import as_encoder
 from moce_ds.models.mae import sincos_positions
+from moce_ds.models.parameters import is_decoder
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.models.warm_start import read_weights
 from moce_ds.moe.placement import local_order
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
+from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import DataSettings, PretrainRunSettings
 
 LEAD = 8
@@ -193,7 +192,7 @@ def read_teacher(spec: ModelSpec, run: PretrainRunSettings) -> Encoder:
     weights = read_weights(source, run.replace_positions)
     state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
     state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
-    return as_encoder(state, spec, {"init_from": str(source)}, str(source))
+    return Encoder.from_state(state, spec.shape, spec.input, {"init_from": str(source)}, str(source))
 
 
 def keep_teacher(encoder: Encoder, run: Path, runtime: Runtime) -> Teacher:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
-from moce_ds.checkpoint.parameters import (
+from moce_ds.clustering.clusters import Clusters
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.models.build import ModelSpec, build_model
+from moce_ds.models.mae import MaskedAutoencoder
+from moce_ds.models.moce import Moce
+from moce_ds.models.parameters import (
     has_experts,
     is_cluster_gate,
     is_decoder,
@@ -22,19 +28,13 @@ from moce_ds.checkpoint.parameters import (
     lacks_decoder,
     load_weights_strict,
 )
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.mae import MaskedAutoencoder
-from moce_ds.models.moce import Moce
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
-from moce_ds.models.warm_start import read_weights
 from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement, held_experts, placement_by_traffic
 from moce_ds.moe.token_layer import TokenMoE
+from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import EngineSettings, ExpertSettings, PretrainRunSettings
 
 

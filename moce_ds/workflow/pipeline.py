@@ -22,11 +22,11 @@ from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.data.shards import MANIFEST, ShardSet
+from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.models.settings import EncodeSettings, FeatureSettings
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings

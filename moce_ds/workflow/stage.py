@@ -18,7 +18,6 @@ import click
 
 from moce_ds.artefacts.pipeline_folder import PipelineStageRecord
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.cli.verbs import run_verb
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
@@ -31,6 +30,7 @@ from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import sha256_of
 from moce_ds.storage.locks import held, is_held
 from moce_ds.text import counted, in_line
+from moce_ds.verbs.table import run_verb
 
 _logger = logging.getLogger(__name__)
 

@@ -11,13 +11,14 @@ import torch
 from moce_ds.checkpoint.format import Checkpoint, find, steps_of
 from moce_ds.config.families import FAMILIES, Family, family_by_gate
 from moce_ds.data.shards import ShardSet
+from moce_ds.encoders.from_checkpoint import token_encoder
+from moce_ds.encoders.open import open_encoder
 from moce_ds.errors import ArtefactError
-from moce_ds.export.routes import choose_selected
-from moce_ds.export.select import run_clusters, select_route
 from moce_ds.export.write import export_route
-from moce_ds.models.encode import open_encoder
-from moce_ds.models.encoders import token_encoder
 from moce_ds.models.vit import Encoder, load_encoder
+from moce_ds.selection.routes import choose_selected
+from moce_ds.selection.run_clusters import run_clusters
+from moce_ds.selection.vote import select_route
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import PROVENANCE
 from moce_ds.storage.files import read_json

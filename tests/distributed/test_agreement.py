@@ -20,8 +20,10 @@ from moce_ds.config.words import read_settings
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.encoders.features import write_features
+from moce_ds.encoders.open import open_encoder
+from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.errors import LOST_PEER, DataError, MoceError
-from moce_ds.models.encode import FeatureSettings, open_encoder, write_features
 from moce_ds.training import inputs
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings

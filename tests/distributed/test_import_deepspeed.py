@@ -28,11 +28,11 @@ from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load
 from moce_ds.errors import ArtefactError, ConfigError, MoceError
-from moce_ds.export.routes import choose_cluster
-from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.layer import ClusterMoE
+from moce_ds.selection.routes import choose_cluster
+from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.storage.checksums import Findings
 from moce_ds.storage.files import copy_tree, read_json
 from moce_ds.training.import_deepspeed import import_native

@@ -15,7 +15,8 @@ from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.models.encode import FeatureSettings, write_features
+from moce_ds.encoders.features import write_features
+from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.models.vit import Encoder, ViTShape, timm_vit
 from moce_ds.storage.metrics_file import read_metrics
 

@@ -32,10 +32,10 @@ CLUSTERS = 128
 EXPORT = """
 import json, sys
 from pathlib import Path
-from moce_ds.export.routes import choose_average, choose_cluster
+from moce_ds.selection.routes import choose_average, choose_cluster
 from moce_ds.export.write import export_route
 from moce_ds.export.formats.registry import find_format
-from moce_ds.export.select import run_clusters
+from moce_ds.selection.vote import run_clusters
 
 def memory(key):
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))

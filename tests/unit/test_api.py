@@ -14,13 +14,14 @@ import moce_ds
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
+from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.export.formats.registry import find_format
-from moce_ds.export.routes import choose_cluster
-from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
-from moce_ds.models.encode import EncodeSettings, encode_all
 from moce_ds.models.vit import load_encoder
+from moce_ds.selection.routes import choose_cluster
+from moce_ds.selection.run_clusters import run_clusters
 
 MakeRun = Callable[..., Path]
 

@@ -10,11 +10,11 @@ import click
 import pytest
 import yaml
 
-from moce_ds.cli.config import ARCH_NEEDS, KINDS, starter_text
-from moce_ds.cli.options import Verb
 from moce_ds.config.settings import keys, load, plain_default
 from moce_ds.main import moce
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.verbs.config import ARCH_NEEDS, KINDS, starter_text
+from moce_ds.verbs.options import Verb
 from tests.examples.moce_command import refused, run_here
 
 REQUIRED: dict[str, list[str]] = {

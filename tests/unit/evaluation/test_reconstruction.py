@@ -15,13 +15,14 @@ from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
 from moce_ds.data.shards import ShardSet
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.reconstruction import Reconstructions, evaluate_run, load_whole, run_routes
-from moce_ds.export.select import run_clusters, select_route
 from moce_ds.main import moce
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.encode import EncodeSettings
 from moce_ds.models.moce import upcycle
+from moce_ds.selection.run_clusters import run_clusters
+from moce_ds.selection.vote import select_route
 
 CPU = torch.device("cpu")
 

@@ -18,23 +18,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
-from moce_ds.checkpoint.parameters import is_decoder, load_weights_strict
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
+from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, dense_encoder, encoder_state
+from moce_ds.encoders.open import open_encoder
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
-from moce_ds.export.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
-from moce_ds.export.select import Selection, run_clusters
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.encode import open_encoder
-from moce_ds.models.encoders import DENSE, Mixture, Share, dense_encoder, encoder_state
 from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.parameters import is_decoder, load_weights_strict
 from moce_ds.models.vit import load_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.selection.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
+from moce_ds.selection.run_clusters import run_clusters
+from moce_ds.selection.vote import Selection
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_here
 

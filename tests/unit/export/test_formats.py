@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import find, step_folder, write_checkpoint
-from moce_ds.checkpoint.parameters import is_decoder
 from moce_ds.config.settings import to_tree
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
 from moce_ds.export.formats import registry
 from moce_ds.export.formats.registry import FORMATS, NAMES, Format, find_format
-from moce_ds.export.routes import choose_cluster
-from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models.mae import MaskedAutoencoder
+from moce_ds.models.parameters import is_decoder
 from moce_ds.models.vit import load_encoder
+from moce_ds.selection.routes import choose_cluster
+from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_here
 

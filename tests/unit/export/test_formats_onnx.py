@@ -15,13 +15,12 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.export.formats import onnx_file
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.formats.weights import DenseModel
-from moce_ds.export.routes import choose_cluster
-from moce_ds.export.select import run_clusters
 from moce_ds.export.write import export_route
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.encoders import as_encoder
 from moce_ds.models.mae import DecoderShape
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
+from moce_ds.selection.routes import choose_cluster
+from moce_ds.selection.run_clusters import run_clusters
 
 SHAPES = {
     "base": ViTShape(32, 8, 48, 2, 4),
@@ -41,7 +40,7 @@ def written(shape: ViTShape, folder: Path) -> Encoder:
     }
     spec = ModelSpec(shape, DecoderShape(16, 1, 2), 0.75, ImageInput(shape.image_size), None)
     onnx_file.write(folder, DenseModel(state, spec, {}))
-    return as_encoder(state, spec, {}, "the test")
+    return Encoder.from_state(state, spec.shape, spec.input, {}, "the test")
 
 
 def opened(folder: Path) -> onnxruntime.InferenceSession:

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from moce_ds.checkpoint.format import find
 from moce_ds.data.transform import ImageInput
+from moce_ds.encoders.from_checkpoint import Share, encoder_state
+from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.request import Request, export_requested
-from moce_ds.export.select import run_clusters
 from moce_ds.models.build import ModelSpec
-from moce_ds.models.encode import EncodeSettings
-from moce_ds.models.encoders import Share, encoder_state
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing
 from moce_ds.models.sdr import Sdr, Teacher, part_units, path_shape
@@ -29,6 +28,7 @@ from moce_ds.moe.gate import PathGate, route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.training.inputs import check_paths, read_teacher
 from moce_ds.training.settings import PretrainSettings
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moce_ds.checkpoint.weight_files import read_torch_file
 from moce_ds.config.yaml_text import read_yaml_text
 from moce_ds.data.image_file import MAX_PIXELS, examine, read_rgb, upright_size
 from moce_ds.data.sources.ade20k import read_mask
@@ -16,7 +17,6 @@ from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.image_folder import SourceFile, examined
 from moce_ds.data.sources.public import readers
 from moce_ds.errors import LOST_PEER, MoceError
-from moce_ds.models.warm_start import read_torch_file
 from moce_ds.storage.checksums import FileRecord, check_file, file_findings
 from moce_ds.storage.files import read_json
 

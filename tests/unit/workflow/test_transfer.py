@@ -16,8 +16,8 @@ from torch import nn
 
 from moce_ds.checkpoint.format import find, publish, step_folder, write_checkpoint
 from moce_ds.config.settings import to_tree
+from moce_ds.encoders.from_checkpoint import TokenExperts
 from moce_ds.models.build import build_model
-from moce_ds.models.encoders import TokenExperts
 from moce_ds.models.moce import MakeLayer
 from moce_ds.models.vit import Encoder
 from moce_ds.moe.reference import ReferenceMoE

@@ -1,1 +1,0 @@
-"""The `moce` command: one module per group of verbs."""

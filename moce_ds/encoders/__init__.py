@@ -1,0 +1,1 @@
+"""Encoders from weights on disk, and the features that they compute."""

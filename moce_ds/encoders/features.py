@@ -1,0 +1,136 @@
+"""Features of images: in memory for a task, on disk for a pre-training set.
+
+Axes: N images, D width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Never
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moce_ds.clustering.feature_store import ENCODER, FeatureWriter, Identity
+from moce_ds.console import progress_bar
+from moce_ds.data.loader import Loader
+from moce_ds.data.sampler import SequentialSampler
+from moce_ds.data.shards import ShardSet
+from moce_ds.data.transform import CenterCrop
+from moce_ds.distributed.runtime import Runtime
+from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
+from moce_ds.errors import ArtefactError
+from moce_ds.models.vit import Encoder, load_encoder, save_encoder
+from moce_ds.storage.files import atomic_folder, writes_to
+from moce_ds.text import shortened
+
+_CACHE_SIZE = 4
+_cached_features: dict[tuple[str, str, str], Tensor] = {}
+
+
+def encode(
+    encoder: Encoder, shards: ShardSet, ids: range, config: EncodeSettings, device: torch.device
+) -> Iterator[Tensor]:
+    """Features of the images `ids`, in order, batch by batch, [<= batch_size, D] float32 on the host.
+
+    A damaged image is an error here, not replaced, because a feature must belong to its image.
+
+    Raises:
+        DataError: an image is damaged.
+    """
+    sampler = SequentialSampler(ids.start, ids.stop, config.batch_size)
+    loader = Loader(
+        shards,
+        sampler.batch,
+        CenterCrop(encoder.input.center_crop),
+        encoder.input,
+        first=0,
+        last=sampler.num_batches,
+        batch_size=config.batch_size,
+        threads=config.threads,
+        device=device,
+        replace_damaged=False,
+    )
+    for batch in loader:
+        yield encoder.features(batch.images_BCHW).cpu()
+
+
+def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
+    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar.
+
+    Caches the last few results by encoder and images, so that several measurements in one process, as in the demo,
+    compute the features once.
+    """
+    key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
+    if key in _cached_features:
+        return _cached_features[key]
+    while len(_cached_features) >= _CACHE_SIZE:
+        _cached_features.pop(next(iter(_cached_features)))
+    with _bar(shards.count, f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}", visible=True) as bar:
+        parts = []
+        for part_ND in encode(encoder, shards, range(shards.count), config, device):
+            parts.append(part_ND)
+            bar.update(len(part_ND))
+    _cached_features[key] = torch.cat(parts)
+    return _cached_features[key]
+
+
+def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
+    """Write the features of a shard set. The processes share the blocks; existing blocks are kept.
+
+    Raises:
+        ArtefactError: `out` holds features of other images or of another encoder.
+        DataError: an image is damaged, or a feature is not finite.
+    """
+    identity = Identity(
+        shards_fingerprint=shards.fingerprint,
+        encoder_fingerprint=encoder.fingerprint,
+        encoder_input=encoder.input.to_tree(),
+    )
+    writer = None
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main:  # rank 0 creates the folder before the others open it
+            writer = FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
+            _keep_encoder(encoder, out / ENCODER)
+    writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
+    missing = writer.missing_blocks()
+    runtime.barrier()  # no rank adds a block before all have listed them
+    with runtime.raise_on_all_ranks():
+        _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main:
+            writer.finish()
+
+
+def _keep_encoder(encoder: Encoder, folder: Path) -> None:
+    """Write the encoder beside its features. Raises ArtefactError if another one is there."""
+    if not folder.exists():
+        with writes_to(folder), atomic_folder(folder) as draft:
+            save_encoder(draft, encoder.model.state_dict(), encoder.shape, encoder.input, encoder.provenance)
+    elif load_encoder(folder).identity != encoder.identity:
+        raise ArtefactError(
+            f"{folder} differs from the given encoder, and the features beside it may come from either of them: "
+            f"choose another folder, or delete {folder.parent} and write the features again."
+        )
+
+
+def _write_blocks(
+    encoder: Encoder,
+    shards: ShardSet,
+    writer: FeatureWriter,
+    blocks: list[int],
+    config: EncodeSettings,
+    runtime: Runtime,
+) -> None:
+    with _bar(sum(len(writer.block_ids(k)) for k in blocks), "features", visible=runtime.is_main) as bar:
+        for k in blocks:
+            parts = []
+            for part_ND in encode(encoder, shards, writer.block_ids(k), config, runtime.device):
+                parts.append(part_ND.numpy())
+                bar.update(len(part_ND))
+            writer.write_block(k, np.concatenate(parts))
+
+
+def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":
+    return progress_bar(total=total, desc=what, unit="img", disable=not visible, delay=2, dynamic_ncols=True)

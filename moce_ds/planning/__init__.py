@@ -1,1 +1,0 @@
-"""Predictions from settings alone: parameters, FLOPs, network traffic, memory, time."""

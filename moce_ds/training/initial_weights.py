@@ -1,0 +1,72 @@
+"""Initial weights of a run: our checkpoints and encoder folders, safetensors files, and `.pth` of the public MAE."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moce_ds.checkpoint.format import WEIGHTS, find
+from moce_ds.checkpoint.weight_files import as_float32, read_file, read_safetensors, weight_fault
+from moce_ds.errors import ArtefactError
+from moce_ds.models.mae import sincos_positions
+from moce_ds.models.parameters import CLASSIFIER, POSITIONS
+from moce_ds.models.vit import ViTShape
+from moce_ds.storage import encoder_folder
+
+# Fixed tables, which are recomputed, and the classifier of a fine-tuned model, which pre-training does not use.
+_NOT_NEEDED = (*POSITIONS, *CLASSIFIER)
+_INIT = "run.init_from"
+
+
+def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tensor]:
+    """Weights by the names of the public MAE (which are ours), without fixed tables and classifier.
+
+    Args:
+        path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file. The latter
+            is read with `weights_only=True`, so that nothing in it is executed.
+        replace_positions: accept weights with learned positions, and drop the positions.
+
+    Raises:
+        ArtefactError: `path` is missing or holds something else; or its positions are learned and would be lost.
+    """
+    if path.is_dir():
+        encoder = path / encoder_folder.WEIGHTS
+        if (path / encoder_folder.CONFIG).exists() and not encoder.exists():
+            raise ArtefactError(f"run.init_from: {encoder} is missing: the export is incomplete: export it again.")
+        state = read_safetensors(encoder, _INIT) if encoder.exists() else find(path).load(WEIGHTS)
+    else:
+        state = read_file(path, _INIT)
+    kept = {name: tensor for name, tensor in state.items() if name not in _NOT_NEEDED}
+    weights = as_float32(kept, f"run.init_from: {path}")
+    if not replace_positions:
+        _refuse_learned_positions(state, path)
+    return weights
+
+
+def _refuse_learned_positions(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raise ArtefactError if a position table is not the fixed one that a run computes."""
+    for name in POSITIONS:
+        if name in state and (difference := _from_sincos(state[name])) is not None:
+            raise ArtefactError(
+                f"run.init_from: {path} has learned positions: {name} differs from the sine-cosine table by up to "
+                f"{difference:.2g}. The positions of a run are that table, so the learned ones would be lost, and the "
+                "model would compute something else. Start from an MAE, whose positions are fixed, or set "
+                "run.replace_positions=true to start without them."
+            )
+
+
+def _from_sincos(table: Tensor) -> float | None:
+    """Largest difference between a position table, [1, N + 1, D], and the sine-cosine table of its size.
+
+    None if they are equal up to the precision of the file.
+    """
+    if table.ndim != 3 or weight_fault(table) or table.shape[-1] % 4:
+        return math.inf
+    side = math.isqrt(max(0, table.shape[1] - 1))
+    if (1, side * side + 1) != tuple(table.shape[:2]):
+        return math.inf
+    grid = ViTShape(image_size=side, patch_size=1, width=table.shape[-1], depth=1, heads=1)
+    difference = float((table.float() - sincos_positions(grid, grid.width)).abs().max())
+    return None if difference <= max(1e-4, 2 * torch.finfo(table.dtype).eps) else difference
