@@ -13,9 +13,9 @@ from moce_ds.config.families import family_by_gate
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ConfigError
-from moce_ds.export import routes as choosing
 from moce_ds.export.formats.registry import Format
 from moce_ds.export.write import ROUTE, check_free, export_dense, export_route
+from moce_ds.selection import routes as choosing
 from moce_ds.selection.routes import AVERAGES, SelectedExperts
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.selection.vote import Selection, select_route
