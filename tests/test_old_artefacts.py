@@ -4,6 +4,7 @@
 are unpacked into, which is the working directory of each test.
 """
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_run_resumes_with_the_losses_that_it_had(old: Path, run: str) -> None:
 
 
 def test_a_tuning_run_resumes_with_the_result_that_it_had(old: Path) -> None:
-    expected = Path("tuning/result.json").read_text()
+    expected, weights = json.loads(Path("tuning/result.json").read_text()), tuned_weights()
     *_, before, last = steps_of(Path("tuning"))
     shutil.rmtree(step_folder(Path("tuning"), last))
     shutil.rmtree("tuning/tuned")
@@ -96,7 +97,20 @@ def test_a_tuning_run_resumes_with_the_result_that_it_had(old: Path) -> None:
     command = ["finetune", "pipeline/experts/digits", *splits, "--val", "0.25", "--out", "tuning", "tuning/config.yaml"]
     said = run_alone(*command)
     assert said.status == 0 and f"after step {before}" in said.out + said.err, said
-    assert Path("tuning/result.json").read_text() == expected
+    found = json.loads(Path("tuning/result.json").read_text())
+    for name, measure in expected.pop("measures").items():
+        assert found["measures"][name] == pytest.approx(measure, rel=1e-5), name
+    # Processors differ in the last bits of the weights, so their checksums are not compared.
+    assert {key: found[key] for key in ("step", "steps")} == {key: expected[key] for key in ("step", "steps")}
+    for name, tensor in tuned_weights().items():
+        np.testing.assert_allclose(tensor, weights.pop(name), rtol=1e-4, atol=1e-6, err_msg=name)
+    assert not weights
+
+
+def tuned_weights() -> dict[str, np.ndarray]:
+    """The weights that the tuning run has written, by file and name."""
+    files = Path("tuning/tuned").glob("*.safetensors")
+    return {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def test_select_chooses_the_route_that_it_chose(old: Path) -> None:
