@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from moce_ds.distributed.exchange import combine_all
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
 from moce_ds.errors import MoceError
@@ -81,17 +84,22 @@ class Runtime:
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sum over all processes, in float64 on the host. Every process gets the same result."""
-        total = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+        return self.sum_and_max(values, [])[0]
 
     def max(self, values: list[float]) -> list[float]:
         """Element-wise maximum over all processes, in float64 on the host. Every process gets the same result."""
-        largest = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.tolist()
+        return self.sum_and_max([], values)[1]
+
+    def sum_and_max(self, summed: list[float], largest: list[float]) -> tuple[list[float], list[float]]:
+        """The element-wise sums of some values, and the maxima of others, in one exchange; as `sum` and `max`."""
+        own = torch.tensor([*summed, *largest], dtype=torch.float64)
+        n = len(summed)
+
+        def combine(a: Tensor, b: Tensor) -> Tensor:
+            return torch.cat([a[:n] + b[:n], torch.maximum(a[n:], b[n:])])
+
+        total = combine_all(own, combine, self.rank, self.world_size) if self.world_size > 1 else own
+        return total[:n].tolist(), total[n:].tolist()
 
     @property
     def peak_memory(self) -> int:
@@ -114,19 +122,26 @@ class Runtime:
         fault: MoceError | None = None
         try:
             yield
-        except MoceError as error:
-            fault = error
-        except (OSError, MemoryError, RuntimeError) as error:
-            fault = machine_fault(error)
+        except (MoceError, OSError, MemoryError, RuntimeError) as error:
+            fault = fault_of(error)
             if fault is None:
                 raise
         status = int(self.max([float(fault.status if fault else 0)])[0])
         if status:
-            texts = self.texts(f"{type(fault).__name__}\n{fault}" if fault else "")
-            name, _, message = next(text for text in texts if text).partition("\n")
-            agreed = MoceError.named(name)(message)
-            agreed.status, agreed.every_process = status, False  # every rank raises it
-            raise agreed from None
+            self.raise_fault(fault, status)
+
+    def raise_fault(self, fault: MoceError | None, status: int) -> NoReturn:
+        """Raise the error of the first rank that failed, on every rank; a collective.
+
+        Args:
+            fault: this rank's own error.
+            status: the largest exit status of the errors of all ranks.
+        """
+        texts = self.texts(f"{type(fault).__name__}\n{fault}" if fault else "")
+        name, _, message = next(text for text in texts if text).partition("\n")
+        agreed = MoceError.named(name)(message)
+        agreed.status, agreed.every_process = status, False  # every rank raises it
+        raise agreed from None
 
     def texts(self, text: str) -> list[str]:
         """The texts of all processes, by rank.
@@ -150,6 +165,11 @@ class Runtime:
         dist.all_gather(gathered, padded)
         received = zip(gathered, sizes, strict=True)
         return [bytes(data[: int(size)].numpy()).decode("utf-8", "surrogatepass") for data, size in received]
+
+
+def fault_of(error: MoceError | OSError | MemoryError | RuntimeError) -> MoceError | None:
+    """The error that all ranks can be told: itself, or the machine error that it stands for; None for a bug."""
+    return error if isinstance(error, MoceError) else machine_fault(error)
 
 
 def lone_device() -> torch.device:

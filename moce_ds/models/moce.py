@@ -6,6 +6,7 @@ per image.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,9 +18,18 @@ from moce_ds.models.parameters import expert_key, is_replaced
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import LayerPlan, Plan, plan_layer
+from moce_ds.moe.plan import LayerPlan, plan_layer
 
 MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
+
+
+class HasLayers(Protocol):
+    """A plan of all expert layers, or one that is made when a layer first asks for it."""
+
+    @property
+    def layers(self) -> Sequence[LayerPlan]:
+        """One plan for each expert layer, its tensors on the device of the model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,14 @@ class Routing:
 
     Attributes:
         clusters_B: cluster of each image, int64.
-        plan: the plan of the expert layers.
+        plan: the plan of the expert layers; the forward pass first reads it in the first of them, when the blocks below
+            it are already running on the device.
         noise_LME: gate noise of this step, or None.
         imbalance_share: share of the weight of the imbalance loss in this step, 0-1.
     """
 
     clusters_B: Tensor
-    plan: Plan
+    plan: HasLayers
     noise_LME: Tensor | None
     imbalance_share: float = 1.0
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.moe.plan import LayerPlan, on_device
+from moce_ds.distributed.device_copy import on_device
+from moce_ds.moe.plan import LayerPlan
 
 Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
 

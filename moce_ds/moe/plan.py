@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.distributed.device_copy import on_device
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -52,14 +54,6 @@ class LayerPlan:
             gather_S=on_device(self.gather_S, device),
             scatter_S=on_device(self.scatter_S, device),
         )
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on `device`, through pinned memory for a GPU.
-
-    From pageable memory, CUDA may make the host wait for all earlier work before the copy.
-    """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: int, ep_size: int) -> LayerPlan:

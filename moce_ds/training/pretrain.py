@@ -20,11 +20,12 @@ from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.config.settings import to_tree
 from moce_ds.data.loader import Batch, Loader
 from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.distributed.device_copy import on_device
 from moce_ds.distributed.randomness import GATE_NOISE, hashed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.host.threads import keep
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
-from moce_ds.models.moce import Moce, Routing
+from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
 from moce_ds.text import counted
 from moce_ds.training.engine import Engine, SkippedSteps, parameter_groups, start_engine
@@ -36,6 +37,7 @@ from moce_ds.training.router import Router, RouteStatistics, StepTable
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
 from moce_ds.training.settings import ExpertSettings, PretrainSettings
+from moce_ds.training.step_agreement import Agree
 from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
 
@@ -137,7 +139,6 @@ class PretrainTask(TrainingTask):
         self._statistics: RouteStatistics | None = None
         self._loader: Loader | None = None
         self._table: StepTable | None = None
-        self._routing: Routing | None = None
         self._moved_parts: list[float] = []
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -166,32 +167,31 @@ class PretrainTask(TrainingTask):
         )
         return iter(self._loader)
 
-    def prepare(self, step: int, part: int) -> int:
-        """Plan the routes of a micro-batch; returns the digest of the plan."""
-        if part == 0:
-            self._begin_step(step)
-        if self._router is None or self._table is None:
-            return 0
-        # The plan uses the requested ids, which all processes know, also if an intact image replaces a damaged one.
-        ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
-        share = self._schedule.imbalance_share(step)
-        self._routing = self._router.route(self._table, ids_G, share)
-        plan = self._routing.plan
-        self._moved_parts.append(float(np.mean([layer.moved / len(layer.image_N) for layer in plan.layers])))
-        return plan.digest
-
-    def _begin_step(self, step: int) -> None:
+    def prepare(self, step: int, part: int) -> None:
+        """Seed torch, and look up the route table of the step."""
+        if part:
+            return
         # Only the token gate draws from torch's generator; seeded by the step, its noise does not depend on resuming.
         torch.manual_seed(int(hashed(GATE_NOISE, self._seed, step, self._runtime.rank)[()] >> np.uint64(1)))
         self._moved_parts = []
         self._table = self._router.table(step) if self._router else None
 
-    def losses(self, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
+    def losses(self, engine: Engine, batch: Batch, step: int, part: int, agree: Agree) -> dict[str, Tensor]:
         """The named losses of the model, for masks that depend only on seed, epoch and image."""
         noise_BN = mask_noise(self._seed, batch.ids_B, batch.epochs_B, self._num_patches)
-        inputs: list[Any] = [batch.images_BCHW, noise_BN.to(self._runtime.device, non_blocking=True)]
-        inputs += [further for further in (self._routing, self._teacher) if further is not None]
+        inputs: list[Any] = [batch.images_BCHW, on_device(noise_BN, self._runtime.device)]
+        routing = None
+        if self._router is not None and self._table is not None:
+            # The plan uses the requested ids, which all processes know, also if an intact image replaces a damaged one.
+            ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
+            routing = self._router.route(self._table, ids_G, self._schedule.imbalance_share(step), agree)
+            inputs.append(routing)
+        if self._teacher is not None:
+            inputs.append(self._teacher)
         losses: dict[str, Tensor] = engine(*inputs).losses
+        if routing is not None:
+            shares = [layer.moved / len(layer.image_N) for layer in routing.plan.layers]
+            self._moved_parts.append(float(np.mean(shares)))
         return losses
 
     def sums(self) -> dict[str, float]:
@@ -200,13 +200,21 @@ class PretrainTask(TrainingTask):
         shares = self._batches.accumulation * self._runtime.world_size
         return {"moved": sum(self._moved_parts) / shares, "images_replaced": float(len(self._loader.replaced))}
 
-    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
-        """Begin the route table of the next step; it is copied to the host while this step is recorded.
-
-        Raises DivergedError, on every process, if a run ends with useless weights.
-        """
-        if self._router is not None and not last:
+    def after_update(self, step: int) -> None:
+        """Begin the route table of the next step, and assign images to ranks by a new table, if due."""
+        if self._router is not None and step < self._schedule.steps:
             self._router.prepare(step)
+        if isinstance(self._sampler, LocalSampler) and step % _NEW_ORDER_EVERY == 0:
+            assert self._router is not None
+            table = self._router.prepare(None).expert_MLK[:, :, 0]
+            self._sampler.use(table, step * self._batches.accumulation)
+
+    def needs_weights(self, step: int) -> bool:
+        """Whether pictures are drawn."""
+        return self._pictures.due(step)
+
+    def after_step(self, step: int, skips: SkippedSteps) -> None:
+        """Raise DivergedError, on every process, if a run ends with useless weights."""
         if step == self._schedule.steps:
             with self._runtime.raise_on_all_ranks():  # processes hold different experts
                 skips.check_end(step, self._pictures.model)
@@ -230,11 +238,7 @@ class PretrainTask(TrainingTask):
             )
 
     def after_record(self, step: int, logger: MetricLogger, *, last: bool) -> None:
-        """Assign images to ranks by a new table, and draw pictures, if due."""
-        if isinstance(self._sampler, LocalSampler) and step % _NEW_ORDER_EVERY == 0:
-            assert self._router is not None
-            table = self._router.prepare(None).expert_MLK[:, :, 0]
-            self._sampler.use(table, step * self._batches.accumulation)
+        """Draw pictures, if due."""
         if self._pictures.due(step) or last:
             self._pictures.draw(self._router, step, logger)
 

@@ -3,7 +3,9 @@
 Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.distributed.device_copy import HostCopy, on_device
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.settings import ExpertSettings
 from moce_ds.moe.gate import gate_noise, live_experts, route_table
-from moce_ds.moe.plan import make_plan, on_device
+from moce_ds.moe.plan import LayerPlan, Plan, make_plan
+from moce_ds.training.step_agreement import Agree, without_agreement
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,37 @@ class StepTable:
     step: int | None
     noise_LME: Tensor | None
     probs_LME: Tensor
-    _host_MLK: Tensor
-    _arrived: "torch.cuda.Event | None"
+    _arriving_MLK: HostCopy
 
     @property
     def expert_MLK(self) -> NDArray[np.int64]:
         """The experts of every cluster in every layer, on the host."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._host_MLK.numpy()
+        return self._arriving_MLK.wait().numpy()
+
+
+class PendingPlan:
+    """The plan of a micro-batch, made when an expert layer first asks for it.
+
+    Until then the host gives the device the blocks below that layer, and the route table arrives.
+
+    Args:
+        make: makes the plan on the host.
+        agree: called with the digest of the plan before it is used.
+    """
+
+    def __init__(self, make: Callable[[], Plan], agree: Agree, device: torch.device) -> None:
+        self._make, self._agree, self._device = make, agree, device
+
+    @cached_property
+    def _plan(self) -> Plan:
+        plan = self._make()
+        self._agree(plan.digest)
+        return plan.to(self._device)
+
+    @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The plans of all expert layers."""
+        return self._plan.layers
 
 
 class Router:
@@ -76,15 +102,7 @@ class Router:
         model = self.model
         probs_LME = model.gate(noise_LME)
         expert_MLK = route_table(model.gate, probs_LME, model.share_M, model.experts.k, self.experts.balance)
-        arrived = None
-        if expert_MLK.is_cuda:
-            host = torch.empty(expert_MLK.shape, dtype=torch.int64, pin_memory=True)
-            host.copy_(expert_MLK, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        else:
-            host = expert_MLK.contiguous()
-        table = StepTable(step, noise_LME, probs_LME, host, arrived)
+        table = StepTable(step, noise_LME, probs_LME, HostCopy(expert_MLK.contiguous()))
         if step is not None:
             self._prepared = table
         return table
@@ -95,13 +113,22 @@ class Router:
             return self._prepared
         return self.prepare(step)
 
-    def route(self, table: StepTable, ids_G: NDArray[np.int64], imbalance_share: float = 1.0) -> Routing:
-        """Plan the micro-batch of the images `ids_G`, rank after rank; the same call on every rank."""
+    def route(
+        self, table: StepTable, ids_G: NDArray[np.int64], imbalance_share: float = 1.0, agree: Agree = without_agreement
+    ) -> Routing:
+        """The routes of the micro-batch of the images `ids_G`, rank after rank; the same call on every rank.
+
+        `agree` is called with the digest of their plan, in the first expert layer.
+        """
         clusters_WB = self.ids_N[ids_G].astype(np.int64).reshape(self.runtime.world_size, -1)
-        plan = make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
         clusters_B = torch.from_numpy(clusters_WB[self.runtime.rank].copy())
+
+        def plan() -> Plan:
+            return make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
+
         device = self.runtime.device
-        return Routing(on_device(clusters_B, device), plan.to(device), table.noise_LME, imbalance_share)
+        pending = PendingPlan(plan, agree, device)
+        return Routing(on_device(clusters_B, device), pending, table.noise_LME, imbalance_share)
 
     def record(self, step: int) -> dict[str, Any]:
         """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""

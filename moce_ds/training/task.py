@@ -12,6 +12,7 @@ from torch import Tensor
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.training.engine import Engine, SkippedSteps
 from moce_ds.training.metric_logger import MetricLogger
+from moce_ds.training.step_agreement import Agree
 
 
 class TrainingTask(ABC):
@@ -37,26 +38,34 @@ class TrainingTask(ABC):
             DataError: an item cannot be read.
         """
 
-    def prepare(self, step: int, part: int) -> int:
-        """Prepare the micro-batch `part` of a step before it is read.
-
-        Returns a digest that must be the same on all processes; 0: nothing is to be compared. Not a collective.
-        """
-        return 0
+    def prepare(self, step: int, part: int) -> None:  # noqa: B027
+        """Prepare the micro-batch `part` of a step before it is read. Not a collective."""
 
     @abstractmethod
-    def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
+    def losses(self, engine: Engine, batch: Any, step: int, part: int, agree: Agree) -> dict[str, Tensor]:
         """The named losses of a micro-batch, each 0-d: "loss" is differentiated, the others are logged.
 
-        `engine` is the model under DeepSpeed, in training mode.
+        `engine` is the model under DeepSpeed, in training mode. If its forward pass contains collectives, `agree` must
+        be called before the first of them, with a digest of what the ranks must have in common; the later it is called,
+        the more work the device has meanwhile.
         """
 
     def sums(self) -> dict[str, float]:
         """This process's part of further figures of the step, which are summed over processes."""
         return {}
 
-    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:  # noqa: B027
-        """Follow a step, which `skips` has counted; `last`: this process takes no other. A collective."""
+    def after_update(self, step: int) -> None:  # noqa: B027
+        """Follow the update of a step, which a GPU may still be computing. Not a collective."""
+
+    def needs_weights(self, step: int) -> bool:
+        """Whether something of the task needs the weights of this step, so that the next one waits for it."""
+        return False
+
+    def after_step(self, step: int, skips: SkippedSteps) -> None:  # noqa: B027
+        """Follow a step that is complete on all processes, and that `skips` has counted. A collective.
+
+        Called where `needs_weights` says so, where the step is recorded or saved, and at the end.
+        """
 
     def validate_if_due(self, step: int) -> dict[str, float]:
         """Measures on the validation split; empty where no validation is due. A collective."""

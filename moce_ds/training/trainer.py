@@ -2,23 +2,21 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.distributed.runtime import Runtime, StopRequest
+from moce_ds.distributed.runtime import StopRequest
 from moce_ds.errors import MoceError
 from moce_ds.training.engine import Engine, SkippedSteps, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.schedule import BatchArithmetic, Schedule
+from moce_ds.training.step_agreement import StepAgreement, StepTotals
 from moce_ds.training.task import TrainingTask
-
-Batch = TypeVar("Batch")
 
 
 class Progress(NamedTuple):
@@ -64,6 +62,7 @@ class Trainer:
         self.step = 0
         self.skips = SkippedSteps(run, self.runtime)
         self._stopping = False
+        self._meter = Meter()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint; a collective. Raises ArtefactError if it does not fit the model."""
@@ -86,53 +85,111 @@ class Trainer:
             self.checkpoints,
             MetricLogger(self.lease, self.step, steps, self.batches.global_batch, self.runtime) as logger,
         ):
-            self._meter = Meter()
+            self._meter, self._logger = Meter(), logger
+            self._agreement = StepAgreement(self.runtime, lambda: self._flags(stop))
             batches = task.batches(self.step)
             while not self.last:
                 self.runtime.set_status(f"step {self.step + 1}")
                 set_lr(self.engine, self.schedule.lr(self.step))
-                losses, waited = self.train_step(batches)
+                self.train_step(batches)
                 self.step += 1
-                sums = self._reduce(losses | task.sums(), stop)
-                self.skips.count(self.step, self.engine.was_step_applied())
-                self._meter.step(self.batches.global_batch, waited)
-                logger.step()
-                task.after_step(self.step, self.skips, last=self.last)
-                validation = task.validate_if_due(self.step)
-                if self.step % self.run.log_every == 0 or self.last or validation:
-                    logger.metrics(self._record(losses, sums, validation))
-                task.after_record(self.step, logger, last=self.last)
-                if self._save_due:
-                    self.save(logger)
+                task.after_update(self.step)
+                if self._completes_now:
+                    self._complete_step(logger)
             self.checkpoints.finish()
         if self.step < steps:
             self.runtime.say(f"Stopped after step {self.step} as asked. Rerun the same command to resume.")
         return Progress(self.step, steps)
 
-    def train_step(self, batches: Iterator[Any]) -> tuple[dict[str, float], float]:
-        """Compute and apply one update.
+    def train_step(self, batches: Iterator[Any]) -> None:
+        """Give the device one update to compute.
 
-        Returns this process's part of each named loss, which add up to means over processes, and the seconds that it
-        waited for its own data.
+        Meanwhile the ranks agree on this step and on the totals of the step before; those of this one follow later.
         """
         parts: list[dict[str, Tensor]] = []
-        waited = 0.0
+        self._agreement.begin(self.step + 1)
+        first, waited = None, 0.0
         for part in range(self.batches.accumulation):
-            digest = self.task.prepare(self.step, part)
-            batch, seconds = next_batch_checked(self.runtime, batches, digest, self.step)
-            waited += seconds
-            losses = self.task.losses(self.engine, batch, self.step, part)
+            self.task.prepare(self.step, part)
+            began = time.perf_counter()
+            batch = self._read(batches, first)
+            first, waited = batch if part == 0 else first, waited + time.perf_counter() - began
+            losses = self.task.losses(self.engine, batch, self.step, part, self._agree)
+            self._agree()
             self.engine.backward(losses["loss"])
             if part == self.batches.accumulation - 1:  # the update, which changes what a checkpoint copies
                 self.checkpoints.wait_for_staging()
             self.engine.step()
             parts.append({name: loss.detach() for name, loss in losses.items()})
-        return self._own_share(parts), waited
+        self._meter.step(self.batches.global_batch, waited)
+        shares = self.batches.accumulation * self.runtime.world_size
+        further, applied = self.task.sums(), self.engine.was_step_applied()
+        self._agreement.submit(StepTotals(self.step + 1, parts, shares, further, applied))
+
+    def _read(self, batches: Iterator[Any], first: Any) -> Any:
+        """The next micro-batch of this process; `first` is the first one of this step, None for that itself.
+
+        If it cannot be read, every rank raises: at once for the first one, whose images the others have not begun to
+        exchange. A later one is replaced by the first, so that no rank waits for this one, and the next agreement
+        raises: the step is neither recorded nor saved.
+        """
+        try:
+            return next(batches)
+        except (MoceError, OSError, MemoryError, RuntimeError) as error:
+            self._agreement.fail(error)
+            if first is None:
+                self._agree()
+            return first
+
+    def _agree(self, digest: int = 0) -> None:
+        """Reach the agreement of this step, once, and act on it; a collective.
+
+        Raises SupersededError, ArtefactError, DataError, DivergedError on every process alike.
+        """
+        agreed = self._agreement.reach(digest)
+        if agreed is None:
+            return
+        if agreed.flags["superseded"]:
+            raise self.lease.error(self.step)
+        if agreed.flags["written"] == self.runtime.world_size or (agreed.totals and not agreed.totals.applied):
+            self.checkpoints.finish()
+        if agreed.flags["stopping"] and not self._stopping:
+            self._stopping = True
+            if agreed.step < self.schedule.steps:
+                self.runtime.say(
+                    f"Stopping after step {agreed.step}: writing a checkpoint. A second Ctrl-C stops without one."
+                )
+        if agreed.totals is not None:
+            self.skips.count(agreed.totals.step, agreed.totals.applied)
+            self._logger.step()
+            self._completed = agreed
+
+    def _flags(self, stop: StopRequest) -> dict[str, bool]:
+        """What this process asks of all, or has done, at the moment."""
+        superseded = self.runtime.is_main and self.lease.superseded
+        return {"stopping": stop.wanted, "superseded": superseded, "written": self.checkpoints.written}
 
     @property
     def last(self) -> bool:
         """Whether no other step is to be taken."""
         return self.step >= self.schedule.steps or self._stopping
+
+    @property
+    def _completes_now(self) -> bool:
+        """Whether something needs the step just taken, complete, before the next one begins."""
+        every = (self.run.log_every, self.run.checkpoint_every)
+        return self.last or any(self.step % n == 0 for n in every) or self.task.needs_weights(self.step)
+
+    def _complete_step(self, logger: MetricLogger) -> None:
+        """Wait for the step just taken; then validate, record and save what is due. A collective."""
+        self._agree()
+        self.task.after_step(self.step, self.skips)
+        validation = self.task.validate_if_due(self.step)
+        if self.step % self.run.log_every == 0 or self.last or validation:
+            logger.metrics(self._record(validation))
+        self.task.after_record(self.step, logger, last=self.last)
+        if self._save_due:
+            self.save(logger)
 
     def save(self, logger: MetricLogger) -> None:
         """Start the checkpoint of this step; its manifest also names the last line of metrics.jsonl. A collective."""
@@ -152,62 +209,13 @@ class Trainer:
         """Whether a checkpoint of this step is to be written; none of steps without an update, but the last."""
         return self.last or (self.step % self.run.checkpoint_every == 0 and not self.skips.in_a_row)
 
-    def _own_share(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """The losses of the micro-batches as this process's part of means: the step's one wait for the device."""
-        stacked = torch.stack([torch.stack(list(losses.values())) for losses in parts])
-        totals = stacked.double().sum(dim=0).tolist()
-        shares = self.batches.accumulation * self.runtime.world_size
-        return {name: total / shares for name, total in zip(parts[0], totals, strict=True)}
-
-    def _reduce(self, own: dict[str, float], stop: StopRequest) -> dict[str, float]:
-        """Sum the figures of a step over processes, together with what all must act on at the same step.
-
-        Raises SupersededError, ArtefactError on every process alike.
-        """
-        runtime = self.runtime
-        flags = [stop.wanted, runtime.is_main and self.lease.superseded, self.checkpoints.written]
-        *sums, stopping, superseded, written = runtime.sum([*own.values(), *map(float, flags)])
-        if superseded:
-            raise self.lease.error(self.step)
-        if written == runtime.world_size or not self.engine.was_step_applied():
-            self.checkpoints.finish()
-        self._stopping = stopping > 0
-        if self._stopping and self.step < self.schedule.steps:
-            runtime.say(f"Stopping after step {self.step}: writing a checkpoint. A second Ctrl-C stops without one.")
-        return dict(zip(own, sums, strict=True))
-
-    def _record(
-        self, losses: Mapping[str, float], sums: Mapping[str, float], validation: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """One line of metrics.jsonl for the step just taken; a collective."""
+    def _record(self, validation: Mapping[str, float]) -> dict[str, Any]:
+        """One line of metrics.jsonl for the step just taken, which is complete; a collective."""
+        assert self._completed.totals is not None and self._completed.totals.step == self.step
+        sums = self._completed.sums
         epoch = self.step * self.batches.global_batch / self.task.count
         lr, norm = self.schedule.lr(self.step - 1), float(self.engine.get_global_grad_norm())
-        means = {name: sums[name] for name in losses}
+        means = {name: sums[name] for name in self._completed.totals.losses}
         record = measures(self.lease, self.step, epoch, means.pop("loss"), lr, norm, self._meter, self.runtime)
         record |= means | self.task.record(self.step, sums) | {"skipped": self.skips.total}
         return record | ({"validation": validation} if validation else {})
-
-
-def next_batch_checked(runtime: Runtime, stream: Iterator[Batch], digest: int, step: int) -> tuple[Batch, float]:
-    """The next batch, once all ranks have the same plan, and the seconds that this rank waited for it.
-
-    If any rank fails, every rank raises.
-
-    Raises:
-        DataError: a rank cannot read its batch.
-        MoceError: the ranks have different plans; names the step and the ranks.
-    """
-    began = time.perf_counter()
-    with runtime.raise_on_all_ranks():
-        batch = next(stream)
-        waited = time.perf_counter() - began
-    largest, negative_smallest = runtime.max([float(digest), float(-digest)])
-    if largest != -negative_smallest:
-        digests = runtime.texts(f"{digest:012x}")
-        usual = max(digests, key=digests.count)  # rank 0's if there is no majority; the same on all ranks
-        others = [rank for rank, text in enumerate(digests) if text != usual]
-        raise MoceError(
-            f"Step {step}: the ranks disagree on where images go. Rank(s) {', '.join(map(str, others))} differ "
-            f"from the rest ({', '.join(digests)}): do all processes have the same shards, clusters and code?"
-        )
-    return batch, waited

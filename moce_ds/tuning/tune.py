@@ -21,6 +21,7 @@ from moce_ds.storage.checksums import FileRecord
 from moce_ds.training.engine import Engine, SkippedSteps, start_engine
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
+from moce_ds.training.step_agreement import Agree
 from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Trainer
 from moce_ds.tuning.labelled_task import LabelledTask, Measures, feed
@@ -103,13 +104,17 @@ class TuneTask(TrainingTask):
         indices = range(first_step * parts, self._schedule.steps * parts)
         return feed(self._labelled, sampler, indices, self._workers, self._runtime)
 
-    def losses(self, engine: Engine, batch: Any, step: int, part: int) -> dict[str, Tensor]:
+    def losses(self, engine: Engine, batch: Any, step: int, part: int, agree: Agree) -> dict[str, Tensor]:
         """The loss of the labelled task, under the name "loss"."""
         seed = hashed(FORWARD, self._seed, step, part, self._runtime.rank)
         torch.manual_seed(int(seed[()] >> np.uint64(1)))  # for dropped paths: the same after resuming
         return {"loss": self._labelled.loss(engine, batch)}
 
-    def after_step(self, step: int, skips: SkippedSteps, *, last: bool) -> None:
+    def needs_weights(self, step: int) -> bool:
+        """Always: the running average follows every update, unless it was skipped."""
+        return True
+
+    def after_step(self, step: int, skips: SkippedSteps) -> None:
         """Update the running average. Raises DivergedError if a run ends with useless weights."""
         self._state.update(step - skips.total, applied=not skips.in_a_row)
         if step == self._schedule.steps:

@@ -129,8 +129,8 @@ def test_all_is_well(faults: list[Faults]) -> None:
     [
         ("rank 1", "only rank 1 knows"),
         ("disk of rank 1", f" Status {LOST_PEER}."),
-        ("plan of rank 1", "Step 2: the ranks disagree on where images go. Rank(s) 1 differ from the rest"),
-        ("plan of rank 1, with locality off", "Step 2: the ranks disagree on where images go. Rank(s) 1 differ"),
+        ("plan of rank 1", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ from the rest"),
+        ("plan of rank 1, with locality off", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ"),
         ("damaged checkpoint", "lost cannot be written"),
         ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),
         ("image of rank 1", f"image {HALF + 5} "),

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from moce_ds.distributed.device_copy import on_device
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.experts import Execute, run_grouped, run_one_by_one
 from moce_ds.moe.gate import ClusterGate, combine_weights, gate_losses
 from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan, on_device
+from moce_ds.moe.plan import make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 

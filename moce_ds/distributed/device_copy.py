@@ -1,0 +1,35 @@
+"""Copies between the host and the device that let neither wait for the other."""
+
+import torch
+from torch import Tensor
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device`, through pinned memory for a GPU.
+
+    From pageable memory, CUDA may make the host wait for all earlier work before the copy.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class HostCopy:
+    """A device tensor on its way to the host: the copy begins at once, and only `wait` waits for it.
+
+    On a CPU it is the tensor itself, so whatever changes that in place changes this.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        else:
+            self._host = tensor
+
+    def wait(self) -> Tensor:
+        """The tensor on the host, once it has arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
