@@ -4,7 +4,6 @@ Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,25 +21,31 @@ from moce_ds.moe.plan import LayerPlan, Plan, make_plan
 from moce_ds.training.step_agreement import Agree, without_agreement
 
 
-@dataclass(frozen=True)
 class StepTable:
-    """The route table of one step on its way to the host; `expert_MLK` waits for it to arrive.
+    """The route table of one step. Its probabilities are on their way to the host, which chooses the experts.
 
-    Attributes:
+    Args:
         step: whose noise led to it; None for the table without noise.
         noise_LME: that noise, on the device.
         probs_LME: the probabilities, on the device.
+        choose: the experts of every cluster, [M, L, K] int64, from probabilities on the host.
     """
 
-    step: int | None
-    noise_LME: Tensor | None
-    probs_LME: Tensor
-    _arriving_MLK: HostCopy
+    def __init__(
+        self, step: int | None, noise_LME: Tensor | None, probs_LME: Tensor, choose: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.step, self.noise_LME, self.probs_LME = step, noise_LME, probs_LME
+        self._arriving_LME, self._choose = HostCopy(probs_LME), choose
 
-    @property
+    @cached_property
+    def host_probs_LME(self) -> Tensor:
+        """The probabilities on the host, once they have arrived."""
+        return self._arriving_LME.wait()
+
+    @cached_property
     def expert_MLK(self) -> NDArray[np.int64]:
         """The experts of every cluster in every layer, on the host."""
-        return self._arriving_MLK.wait().numpy()
+        return self._choose(self.host_probs_LME).contiguous().numpy()
 
 
 class PendingPlan:
@@ -90,22 +95,24 @@ class Router:
         self.model, self.ids_N, self.slot_LE, self.runtime = model, ids_N, slot_LE, runtime
         self.experts, self.seed = experts, seed
         self.shape_LME = (len(model.experts.layers), len(model.share_M), model.experts.num_experts)
+        self._share_M = model.share_M.cpu()
         self._prepared: StepTable | None = None
 
     @torch.no_grad()
     def prepare(self, step: int | None) -> StepTable:
-        """Start on the table of a step (None: without noise): on a GPU its copy to the host does not wait."""
+        """Start on the table of a step (None: without noise): on a GPU, neither it nor its copy waits."""
         noise_LME = None
         if step is not None and self.experts.gate_noise > 0:
             noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
             noise_LME = on_device(noise_LME, self.runtime.device)
-        model = self.model
-        probs_LME = model.gate(noise_LME)
-        expert_MLK = route_table(model.gate, probs_LME, model.share_M, model.experts.k, self.experts.balance)
-        table = StepTable(step, noise_LME, probs_LME, HostCopy(expert_MLK.contiguous()))
+        table = StepTable(step, noise_LME, self.model.gate(noise_LME), self._choose)
         if step is not None:
             self._prepared = table
         return table
+
+    @torch.no_grad()
+    def _choose(self, probs_LME: Tensor) -> Tensor:
+        return route_table(self.model.gate, probs_LME, self._share_M, self.model.experts.k, self.experts.balance)
 
     def table(self, step: int) -> StepTable:
         """The table of a step, prepared already or now."""
@@ -138,8 +145,8 @@ class Router:
             "layers": list(self.model.experts.layers),
             "experts": self.shape_LME[2],
             "expert_ML": table.expert_MLK[:, :, 0].tolist(),
-            "probs_LME": table.probs_LME.cpu().double().numpy().round(6).tolist(),
-            "cluster_share_M": self.model.share_M.cpu().double().numpy().round(8).tolist(),
+            "probs_LME": table.host_probs_LME.double().numpy().round(6).tolist(),
+            "cluster_share_M": self._share_M.double().numpy().round(8).tolist(),
         }
 
 
@@ -156,7 +163,7 @@ class RouteStatistics:
         `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed since last asked."""
         router, E = self.router, self.router.shape_LME[2]
         plain = router.prepare(None)
-        confidence_L = (plain.probs_LME.amax(dim=-1) @ router.model.share_M).tolist()
+        confidence_L = (plain.host_probs_LME.amax(dim=-1) @ router.model.share_M.cpu()).tolist()
         live = live_experts(plain.expert_MLK)
         churn_L = (plain.expert_MLK[:, :, 0] != self._last_MLK[:, :, 0]).mean(axis=0)
         self._last_MLK = plain.expert_MLK.copy()

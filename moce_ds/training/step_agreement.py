@@ -94,6 +94,11 @@ class StepAgreement:
             raise error
         self._fault = self._fault or fault
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank has noted a fault, which the next exchange raises."""
+        return self._fault is not None
+
     def submit(self, totals: StepTotals) -> None:
         """Add the figures of the step whose work the device has been given; the next exchange reads them."""
         self._totals, self._open = totals, True

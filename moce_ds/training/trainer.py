@@ -133,13 +133,14 @@ class Trainer:
         exchange. A later one is replaced by the first, so that no rank waits for this one, and the next agreement
         raises: the step is neither recorded nor saved.
         """
-        try:
-            return next(batches)
-        except (MoceError, OSError, MemoryError, RuntimeError) as error:
-            self._agreement.fail(error)
-            if first is None:
-                self._agree()
-            return first
+        if not self._agreement.failed:
+            try:
+                return next(batches)
+            except (MoceError, OSError, MemoryError, RuntimeError) as error:
+                self._agreement.fail(error)
+        if first is None:
+            self._agree()
+        return first
 
     def _agree(self, digest: int = 0) -> None:
         """Reach the agreement of this step, once, and act on it; a collective.

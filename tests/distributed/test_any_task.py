@@ -15,10 +15,12 @@ from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.errors import DataError
 from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine, start_engine
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.settings import EngineSettings, OptimSettings
+from moce_ds.training.step_agreement import Agree
 from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
 
@@ -28,15 +30,18 @@ class Line(TrainingTask):
 
     count = 16
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 1, unreadable: int | None = None) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(1, 1)
+        self.parts, self.unreadable = parts, unreadable
 
     def batches(self, first_step: int) -> Iterator[Tensor]:
-        for step in range(first_step, 4):
-            yield torch.linspace(-1, 1, 8)[:, None] + 0.1 * step
+        for index in range(first_step * self.parts, 4 * self.parts):
+            if index == self.unreadable:
+                raise DataError(f"batch {index} cannot be read")
+            yield torch.linspace(-1, 1, 8)[:, None] + 0.1 * (index // self.parts)
 
-    def losses(self, engine: Engine, batch: Tensor, step: int, part: int) -> dict[str, Tensor]:
+    def losses(self, engine: Engine, batch: Tensor, step: int, part: int, agree: Agree) -> dict[str, Tensor]:
         fit = (engine(batch) - 2 * batch).square().mean()
         size = self.model.weight.square().sum()
         return {"loss": fit + 0.1 * size, "fit": fit, "size": size}
@@ -51,14 +56,12 @@ class Line(TrainingTask):
         return {"routing": None}
 
 
-def fit(run: Path, runtime: Runtime, steps: int) -> Progress:
+def fit(run: Path, runtime: Runtime, steps: int, task: Line | None = None, log_every: int = 1) -> Progress:
     """Fit a line for so many steps of four."""
-    task, settings, optim = (
-        Line(),
-        RunSettings(out=run, log_every=1),
-        OptimSettings(batch_size=8, epochs=2, base_lr=3.2),
-    )
-    batches, schedule = BatchArithmetic(8, 1, 1), Schedule(0.1, 0.1, steps, 0, 0)
+    task = task or Line()
+    settings = RunSettings(out=run, log_every=log_every)
+    batches, schedule = BatchArithmetic(8, task.parts, runtime.world_size), Schedule(0.1, 0.1, steps, 0, 0)
+    optim = OptimSettings(batch_size=batches.global_batch, epochs=2, base_lr=3.2)
     lease = RunLease.claim(run, runtime)
     resume_from = latest_valid_checkpoint(run, runtime)
     groups = [{"params": list(task.model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
@@ -86,3 +89,27 @@ def test_any_task_is_trained_logged_under_its_own_names_and_resumed(tmp_path: Pa
     assert whole[-1]["fit"] < whole[0]["fit"]
     manifest = Checkpoint.open(step_folder(tmp_path / "halves", 4)).manifest
     assert (manifest["made"], manifest["images_read"], manifest["attempt"]) == ("here", 32, 2)
+
+
+def fit_with_an_unreadable_batch(folder: Path) -> list[str]:
+    """The errors that this rank sees if rank 1 alone cannot read a batch: the first or second one of step 2 or 4."""
+    seen = []
+    with started() as runtime:
+        for unreadable in (2, 3, 7):
+            task = Line(parts=2, unreadable=unreadable if runtime.rank == 1 else None)
+            try:
+                fit(folder / str(unreadable), runtime, 4, task, log_every=100)
+            except DataError as error:
+                seen.append(str(error))
+    return seen
+
+
+def test_a_batch_that_one_rank_cannot_read_ends_all_before_its_step_is_recorded(tmp_path: Path) -> None:
+    seen = run_distributed(fit_with_an_unreadable_batch, 2, tmp_path)
+    assert seen == [[f"batch {index} cannot be read" for index in (2, 3, 7)]] * 2
+    assert not list(tmp_path.glob("*/checkpoints/step-*"))
+    assert [(run.parent.name, run.read_text()) for run in sorted(tmp_path.glob("*/metrics.jsonl"))] == [
+        ("2", ""),
+        ("3", ""),
+        ("7", ""),
+    ]
