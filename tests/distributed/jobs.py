@@ -22,6 +22,7 @@ from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine
 from moce_ds.training.pretrain import PretrainTask, pretrain
 from moce_ds.training.settings import PretrainSettings
+from moce_ds.training.step_agreement import Agree
 
 
 def send_myself(number: int) -> None:
@@ -97,10 +98,12 @@ def faulty(fault: NotFinite) -> Iterator[None]:
     hooks = []
     right = PretrainTask.losses
 
-    def wrong(self: PretrainTask, engine: Engine, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
+    def wrong(
+        self: PretrainTask, engine: Engine, batch: Batch, step: int, part: int, agree: Agree
+    ) -> dict[str, Tensor]:
         while hooks:
             hooks.pop().remove()
-        losses = right(self, engine, batch, step, part)
+        losses = right(self, engine, batch, step, part, agree)
         if step in fault.steps and dist.get_rank() == fault.rank:
             if not fault.expert:
                 return {name: loss * float("nan") for name, loss in losses.items()}
