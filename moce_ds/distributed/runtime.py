@@ -168,7 +168,7 @@ class Runtime:
 
 
 def fault_of(error: MoceError | OSError | MemoryError | RuntimeError) -> MoceError | None:
-    """The error that all ranks can be told: itself, or the machine error that it stands for; None for a bug."""
+    """The error to raise on all ranks: itself, or the machine error that it stands for; None for a bug."""
     return error if isinstance(error, MoceError) else machine_fault(error)
 
 
