@@ -29,6 +29,15 @@ def test_help_names_every_verb() -> None:
     assert all(re.search(rf"^ +{verb} ", told.out, re.MULTILINE) for verb in moce.commands)
 
 
+@pytest.mark.parametrize("words", [[], ["config"], ["launch"]], ids=" ".join)
+def test_no_summary_is_cut(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    told = run_here(*words, "--help")
+    summaries = told.out.partition("Commands:\n")[2].splitlines()
+    assert summaries and not [line for line in summaries if line.endswith("...")]
+    assert not [line for line in summaries if len(line.split()) < 3], "a summary has a second line"
+
+
 @pytest.mark.parametrize("verb", sorted(moce.commands))
 def test_help_lists_every_setting(verb: str) -> None:
     told = run_here(verb, "--help")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.table import Table
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
@@ -37,7 +38,9 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
 from moce_ds.selection.vote import count_votes
+from moce_ds.text import shortened
 
+_NAME = 60  # characters shown of a task's name
 _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared
 
 
@@ -59,6 +62,20 @@ class Reconstructions:
         """Plain data for results.json."""
         measured = {key: value for key, value in vars(self).items() if key != "known_by"} | {"route": list(self.route)}
         return {"verb": "evaluate", "task": task, "model": model, **measured, **self.known_by}
+
+    def table(self, task: str) -> Table:
+        """The errors for a terminal, with their ratios to the dense twin or, without one, to the own routes."""
+        title = f"{shortened(task, _NAME)}: reconstruction of {self.n_images:,} held-out images"
+        base, base_name = (self.own, "own routes") if self.dense is None else (self.dense, "dense twin")
+        table = Table(title=title, title_justify="left")
+        table.add_column("model")
+        table.add_column("error on hidden patches", justify="right")
+        table.add_column(f"ratio to {base_name}", justify="right")
+        named = {"dense twin": self.dense, "selected route": self.selected, "own routes": self.own}
+        for name, error in named.items():
+            if error is not None:
+                table.add_row(name, f"{error:.5f}", f"{error / base:.4f}")
+        return table
 
 
 Loss = Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]

@@ -13,8 +13,9 @@ from moce_ds.config.families import family_by_gate
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ConfigError
-from moce_ds.export.formats.registry import Format
-from moce_ds.export.write import ROUTE, check_free, export_dense, export_route
+from moce_ds.export.earlier import ROUTE, check_free, refuse_other_routes
+from moce_ds.export.formats.registry import TIMM, Format
+from moce_ds.export.write import export_dense, export_route
 from moce_ds.selection import routes as choosing
 from moce_ds.selection.routes import AVERAGES, SelectedExperts
 from moce_ds.selection.run_clusters import run_clusters
@@ -52,51 +53,63 @@ class Request:
         return next(iter(choosing or options), None)
 
 
-def export_requested(
-    run: Path,
-    out: Path,
-    request: Request,
-    format: Format,
-    config: EncodeSettings,
-    device: torch.device,
-    task: str | None,
-    replace: bool = False,
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write the requested exports; yields each folder with its provenance.
+@dataclass(frozen=True)
+class Target:
+    """Where and how exports are written.
 
-    With `--all` the folders appear in `out` together, after the last one is complete.
+    Attributes:
+        out: the folder.
+        format: what is written into it.
+        replace: replace an earlier export of another request.
+    """
+
+    out: Path
+    format: Format = TIMM
+    replace: bool = False
+
+
+def export_requested(
+    run: Path, request: Request, target: Target, config: EncodeSettings, device: torch.device, task: str | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Write the requested exports that do not exist yet; yields each folder with its provenance.
+
+    With `--all` the folders appear in `target.out` together, after the last one is complete.
 
     Args:
+        config: how the images of `request.data` are encoded, on `device`.
         task: the name of the task of `request.data`.
-        replace: replace an earlier export.
 
     Raises:
-        ConfigError: the options do not match the run, or `out` exists.
-        ArtefactError: the run is damaged, or `out` cannot be written.
+        ConfigError: the options do not match the run, or `target.out` holds something else.
+        ArtefactError: the run is damaged, or `target.out` cannot be written.
     """
-    choice, checkpoint = request.choice, find(run)
-    check_free(out, replace)
+    choice, checkpoint, out = request.choice, find(run), target.out
+    check_free(out, target.replace)
     _check_choice(choice, checkpoint, run)
     if not checkpoint.experts:
-        yield out, export_dense(checkpoint, out, format, replace)
+        yield out, export_dense(checkpoint, out, target.format, target.replace)
         return
     run = checkpoint.folder  # fixed to one step, even if the run is still training
     checkpoint, clusters = run_clusters(run)
     if request.all:
-        yield from _export_all(checkpoint, clusters, out, format)
+        yield from _export_all(checkpoint, clusters, target)
         return
     selection = _selection(run, request.data, config, device)
     votes = {"votes": selection.record(task or "")} if selection else {}
     selected = _selected_experts(checkpoint, request, selection)
-    yield out, export_route(checkpoint, clusters, selected, out, votes, format, replace)
+    yield out, export_route(checkpoint, clusters, selected, out, votes, target.format, target.replace)
 
 
-def _export_all(
-    checkpoint: Checkpoint, clusters: Clusters, out: Path, format: Format
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _export_all(checkpoint: Checkpoint, clusters: Clusters, target: Target) -> Iterator[tuple[Path, dict[str, Any]]]:
+    out, format = target.out, target.format
+    routes = {f"{ROUTE}{choosing.route_label(one.experts or ())}": one for one in choosing.choose_all(checkpoint)}
+    if out.exists() and not target.replace:
+        refuse_other_routes(out, set(routes))
+        for name, selected in routes.items():
+            yield out / name, export_route(checkpoint, clusters, selected, out / name, {}, format)
+        return
     with writes_to(out), atomic_folder(out) as draft:
-        for selected in choosing.choose_all(checkpoint):
-            name = f"{ROUTE}{choosing.route_label(selected.experts or ())}"
+        for name, selected in routes.items():
             yield out / name, export_route(checkpoint, clusters, selected, draft / name, {}, format)
 
 

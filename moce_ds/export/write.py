@@ -17,6 +17,7 @@ from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, decoder_state, encoder_state
 from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.export.earlier import earlier_export
 from moce_ds.export.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
 from moce_ds.export.formats.weights import DenseModel
 from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
@@ -26,12 +27,8 @@ from moce_ds.models.moce import make_gate
 from moce_ds.models.parameters import is_cluster_gate, load_weights_strict
 from moce_ds.models.vit import Encoder, check_state
 from moce_ds.selection.routes import ClusterShares, SelectedExperts
-from moce_ds.storage.drafts import restore
 from moce_ds.storage.encoder_folder import PROVENANCE, replace_provenance
-from moce_ds.storage.files import atomic_folder, check_writable, write_json, writes_to
-
-ROUTE = "route-"
-"""Prefix of the folder names that `--all` writes."""
+from moce_ds.storage.files import atomic_folder, write_json, writes_to
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, between the export and the trained model."""
@@ -57,16 +54,16 @@ def export_route(
     format: Format = TIMM,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Write the dense ViT of the selected experts; returns its provenance.
+    """Write the dense ViT of the selected experts, unless `out` holds it; returns its provenance.
 
     The folded gate value is that of the cluster, or the mean over the clusters that choose an expert.
 
     Args:
-        out: the folder; must not exist, unless `replace` is set and it holds an earlier export.
+        out: the folder; must not exist, unless it holds the same export, or any export and `replace` is set.
         extra: further entries of `provenance.json`, such as the votes.
 
     Raises:
-        ConfigError: `out` exists, or the run's routes are not dense ViTs.
+        ConfigError: `out` holds something else, or the run's routes are not dense ViTs.
         ArtefactError: the output of the export differs from the trained model; nothing is written.
     """
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
@@ -84,8 +81,7 @@ def export_route(
         **_facts_about_experts(selected, mixture),
         **extra,
     }
-    check_free(out, replace)
-    return _export(_Source(checkpoint, spec, clusters, mixture, selected.label), out, facts, format)
+    return _export(_Source(checkpoint, spec, clusters, mixture, selected.label), out, facts, format, replace)
 
 
 def _facts_about_experts(selected: SelectedExperts, mixture: Mixture) -> dict[str, Any]:
@@ -109,40 +105,18 @@ def _facts_about_experts(selected: SelectedExperts, mixture: Mixture) -> dict[st
 
 
 def export_dense(checkpoint: Checkpoint, out: Path, format: Format = TIMM, replace: bool = False) -> dict[str, Any]:
-    """Write the dense ViT of a dense run; returns its provenance. Raises ConfigError and ArtefactError as
-    `export_route`."""
+    """Write the dense ViT of a dense run; as `export_route`."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
-    check_free(out, replace)
-    return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format)
+    return _export(_Source(checkpoint, spec, None, DENSE, "the dense model"), out, {"route": None}, format, replace)
 
 
-def check_free(out: Path, replace: bool) -> None:
-    """Check that `out` does not exist or, with `replace`, holds an earlier export.
-
-    Raises:
-        ConfigError: `out` exists and must not be replaced.
-        ArtefactError: `out` cannot be written.
-    """
-    check_writable(out)
-    restore(out)
-    if out.exists() and not (replace and (_is_export(out) or _holds_all(out))):
-        raise ConfigError(f"{out} exists: export into another folder, or remove it (--replace: an earlier export).")
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / PROVENANCE).is_file()
-
-
-def _holds_all(folder: Path) -> bool:
-    """Whether `--all` wrote a folder: it contains routes of a run, and nothing else."""
-    entries = list(folder.iterdir()) if folder.is_dir() else []
-    return bool(entries) and all(path.name.startswith(ROUTE) and _is_export(path) for path in entries)
-
-
-def _export(source: _Source, out: Path, facts: dict[str, Any], format: Format) -> dict[str, Any]:
+def _export(source: _Source, out: Path, facts: dict[str, Any], format: Format, replace: bool) -> dict[str, Any]:
     checkpoint, spec, dense = source.checkpoint, source.spec, source.spec.dense
-    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step, **facts}
-    provenance |= {"format": format.name, "part": format.part}
+    made_from = {"step": checkpoint.step, "checkpoint_sha256": checkpoint.identity, **facts}
+    made_from |= {"format": format.name, "part": format.part}
+    if earlier := earlier_export(out, made_from, replace):
+        return earlier
+    provenance: dict[str, Any] = {"checkpoint": str(checkpoint.folder), **made_from}
     trial = Trial.of(dense)
     before: Output = "patches" if format.part == "full" else "tokens"
     model, run_block = reference_model(checkpoint, spec, source.clusters, source.mixture)

@@ -122,10 +122,11 @@ def show_settings(kind: str, words: Sequence[str]) -> None:
 @_kind
 @click.argument("words", nargs=-1, metavar="[FILE.yaml] [key=value ...]")
 def new_file(kind: str, words: Sequence[str]) -> None:
-    """Write FILE with every setting of KIND, its help and its default; print it if no FILE is given.
+    """Write FILE with every setting of KIND, its help and its default.
 
-    Settings given as key=value are written with their values: pretrain model.arch=moce gives a file for a model with
-    experts. Required settings that are not given are marked REQUIRED. An existing FILE is never replaced.
+    Without FILE the text is printed. Settings given as key=value are written with their values: pretrain
+    model.arch=moce gives a file for a model with experts. Required settings that are not given are marked REQUIRED. An
+    existing FILE is never replaced.
     """
     files = [word for word in words if "=" not in word]
     if len(files) > 1:

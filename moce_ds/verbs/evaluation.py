@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from moce_ds.config.words import read_settings
 from moce_ds.console import say, show
 from moce_ds.text import in_line
 from moce_ds.verbs.options import PATH, Verb, heads_option, words
+
+if TYPE_CHECKING:
+    from moce_ds.export.request import Target
 
 _logger = logging.getLogger(__name__)
 
@@ -34,17 +37,16 @@ def select(
     results: Path | None,
     top: int,
     picture: Path | None,
-    out: Path | None,
-    format: str,
-    part: str,
-    replace: bool,
     words: Sequence[str],
+    **export: Any,
 ) -> None:
-    """Find the route through the experts of RUN that serves a task's images best, and report how typical they are."""
+    """Find the route through the experts of RUN that serves a task's images best.
+
+    Also reports how typical the images are of the training data.
+    """
     from moce_ds.data.task_images import opened_images
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.results_file import add_record, known_by
-    from moce_ds.export.formats.registry import find_format
     from moce_ds.export.request import summary
     from moce_ds.export.write import export_route
     from moce_ds.selection.routes import choose_selected, routes_of
@@ -52,8 +54,8 @@ def select(
     from moce_ds.selection.selection_report import selection_report, write_picture
     from moce_ds.selection.vote import select_route
 
-    config, target, name = read_settings(EncodeSettings, words), find_format(format, part), task or task_of(data)
-    _check_outputs(out, replace, picture, results)
+    config, target, name = read_settings(EncodeSettings, words), _target(**export), task or task_of(data)
+    _check_outputs(target, picture, results)
     checkpoint, clusters = run_clusters(run)
     run = checkpoint.folder  # fixed to one step, even if the run is still training
     with opened_images(data) as images:
@@ -64,19 +66,29 @@ def select(
             say(f"{picture}: written. {note or ''}".rstrip())
     record = selection.record(name)
     add_record(results, record | known_by(checkpoint, fingerprint))
-    if out:
-        experts = choose_selected(checkpoint, selection)
-        say(summary(out, export_route(checkpoint, clusters, experts, out, {"votes": record}, target, replace)))
+    if target:
+        experts, extra = choose_selected(checkpoint, selection), {"votes": record}
+        provenance = export_route(checkpoint, clusters, experts, target.out, extra, target.format, target.replace)
+        say(summary(target.out, provenance))
 
 
-def _check_outputs(out: Path | None, replace: bool, picture: Path | None, results: Path | None) -> None:
+def _target(out: Path | None, format: str, part: str, replace: bool) -> "Target | None":
+    """Where and how `--export` writes; None without this option. Raises ConfigError if there is no such format."""
+    from moce_ds.export.formats.registry import find_format
+    from moce_ds.export.request import Target
+
+    found = find_format(format, part)
+    return Target(out, found, replace) if out else None
+
+
+def _check_outputs(target: "Target | None", picture: Path | None, results: Path | None) -> None:
     """Check that the outputs can be written, before any image is read. Raises ConfigError and ArtefactError."""
     from moce_ds.evaluation.results_file import check_results
-    from moce_ds.export.write import check_free
+    from moce_ds.export.earlier import check_free
     from moce_ds.storage.files import PICTURE_MARK, check_output
 
-    if out:
-        check_free(out, replace)
+    if target:
+        check_free(target.out, target.replace)
     if picture:
         check_output(picture, "a picture", PICTURE_MARK)
     check_results(results)
@@ -103,15 +115,17 @@ def _check_outputs(out: Path | None, replace: bool, picture: Path | None, result
 @click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
 @words()
 def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
-    """Write experts of RUN as a dense ViT to OUT; the encoder of a dense RUN needs no choice (docs/export.md)."""
+    """Write experts of RUN as a dense ViT to OUT.
+
+    The encoder of a dense RUN needs no choice of experts. docs/export.md describes the options and formats.
+    """
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, export_requested, summary
+    from moce_ds.export.request import Request, Target, export_requested, summary
 
-    config, target = read_settings(EncodeSettings, words), find_format(format, part)
+    config, target = read_settings(EncodeSettings, words), Target(out, find_format(format, part), replace)
     task = task_of(request["data"]) if request["data"] else None
-    wanted = Request(**request)
-    for folder, provenance in export_requested(run, out, wanted, target, config, _device(), task, replace):
+    for folder, provenance in export_requested(run, Request(**request), target, config, _device(), task):
         say(summary(folder, provenance))
 
 
@@ -134,14 +148,20 @@ def _accuracy_options(function: Any) -> Any:
 @click.command(cls=Verb, settings="moce_ds.evaluation.settings:KnnSettings")
 @_accuracy_options
 def knn(**options: Any) -> None:
-    """Accuracy of a weighted k-nearest-neighbour vote on ENCODER's features; --val images vote too."""
+    """Measure the accuracy of a weighted k-nearest-neighbour vote on ENCODER's features.
+
+    The images of --val vote too.
+    """
     _accuracy("knn", **options)
 
 
 @click.command(cls=Verb, settings="moce_ds.evaluation.settings:ProbeSettings")
 @_accuracy_options
 def probe(**options: Any) -> None:
-    """Accuracy of a linear classifier on ENCODER's features, with a strength chosen on validation images."""
+    """Measure the accuracy of a linear classifier on ENCODER's features.
+
+    Its regularisation strength is chosen on validation images.
+    """
     _accuracy("probe", **options)
 
 
@@ -190,7 +210,10 @@ def _accuracy(
 def evaluate(
     run: Path, data: Path, dense: Path | None, task: str | None, results: Path | None, words: Sequence[str]
 ) -> None:
-    """Reconstruction error of RUN on held-out images: selected route, each image's own route, dense twin."""
+    """Measure the reconstruction error of RUN on held-out images.
+
+    Compares the selected route, each image's own route, and with --dense a dense MAE.
+    """
     from moce_ds.data.task_images import opened_images
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.reconstruction import evaluate_run
@@ -200,12 +223,9 @@ def evaluate(
     check_results(results)
     with opened_images(data) as images:
         errors = evaluate_run(run, images, dense, config, _device())
-    named = {"dense twin": errors.dense, "selected route": errors.selected, "own routes": errors.own}
-    base = errors.dense or errors.own
-    for name, error in named.items():
-        if error is not None:
-            say(f"{name:<15} {error:.5f}  x {error / base:.4f}")
-    add_record(results, errors.record(task or task_of(data), run.name))
+    name = task or task_of(data)
+    show(errors.table(name))
+    add_record(results, errors.record(name, run.name))
 
 
 def task_of(data: Path) -> str:

@@ -23,9 +23,10 @@ from moce_ds.verbs.options import PATH, Verb, force_option, heads_option, words
 @click.argument("out", type=PATH)
 @words()
 def shards(source: Path, out: Path, words: Sequence[str]) -> None:
-    """Turn a folder of images SOURCE into tar shards OUT; the folder of an image is its class.
+    """Turn a folder of images SOURCE into tar shards OUT.
 
-    Rerun the same command to resume. Files that are not complete images are listed in OUT/rejected.jsonl.
+    The folder of an image is its class. Rerun the same command to resume. Files that are not complete images are listed
+    in OUT/rejected.jsonl.
     """
     from moce_ds.data.shard_writer import ShardSettings, write_shards
     from moce_ds.data.shards import ShardSet
@@ -46,9 +47,10 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
 @click.argument("out", type=PATH)
 @words()
 def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
-    """Turn the public data set NAME, unpacked in SOURCE, into shard sets OUT/train, OUT/val and OUT/test.
+    """Turn the public data set NAME, unpacked in SOURCE, into shard sets in OUT.
 
-    Names: aircraft, caltech101, cars, cifar10, cifar100, dtd, flowers102, food101, pets, sun397, voc2007.
+    The shard sets are OUT/train, OUT/val and OUT/test. Names: aircraft, caltech101, cars, cifar10, cifar100, dtd,
+    flowers102, food101, pets, sun397, voc2007.
     """
     from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
 
@@ -112,7 +114,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
 def plan(
     words: Sequence[str], nodes: list[int], gpus: int, device: str, assume: Sequence[str], measure: bool, **options: Any
 ) -> None:
-    """Predict a run on other machines: time of a step and its parts, memory, days, GPU-hours.
+    """Predict the time, memory and GPU-hours of a run on other machines.
 
     Use `--nodes 1,2,4` to compare. With --device this, the plan uses short measurements of the blocks, memory and links
     of this machine; --measure then trains some steps and prints the error of the prediction. docs/planning.md describes
@@ -198,7 +200,10 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
 @click.argument("folder", type=PATH)
 @click.option("--out", type=PATH, help="File of the page (default: FOLDER/report.html).")
 def report(folder: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page about a run, a folder of runs with their results.json, or a study."""
+    """Write one self-contained HTML page about a run, a folder of runs, or a study.
+
+    The page of a folder also shows its results.json.
+    """
     from moce_ds.report.build import build_report
 
     say(str(build_report(folder, out)))
@@ -208,7 +213,10 @@ def report(folder: Path, out: Path | None) -> None:
 @click.argument("path", type=PATH)
 @click.option("--verify", is_flag=True, help="Read all files and compare checksums.")
 def inspect(path: Path, verify: bool) -> None:
-    """Describe PATH: shards, features, clusters, run, checkpoint, encoder, export, results, study or pipeline."""
+    """Describe what moce wrote to PATH, and verify its checksums.
+
+    PATH holds shards, features, clusters, a run, a checkpoint, an encoder, an export, results, a study or a pipeline.
+    """
     from moce_ds.artefacts.inspection import describe, findings
 
     checked = findings(path) if verify else None

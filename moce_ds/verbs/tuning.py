@@ -37,10 +37,11 @@ def finetune(
     results: Path | None,
     words: Sequence[str],
 ) -> None:
-    """Train ENCODER and a linear head on a task's labels; OUT/tuned is the tuned encoder with its head.
+    """Train ENCODER and a linear head on a task's labels.
 
-    Runs in one process, or with `moce launch local --nproc N finetune ...`. Rerun the same command to resume. With
-    --val the run keeps the best weights by validation, otherwise the last ones.
+    OUT/tuned is the tuned encoder with its head. Runs in one process, or with `moce launch local --nproc N finetune
+    ...`. Rerun the same command to resume. With --val the run keeps the best weights by validation, otherwise the last
+    ones.
     """
     from moce_ds.checkpoint.run_folder import TUNED
     from moce_ds.distributed.runtime import started
@@ -83,10 +84,10 @@ def _scores(record: dict[str, Any]) -> str:
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @words()
 def detect(words: Sequence[str], **paths: Path | None) -> None:
-    """Train Mask R-CNN with ENCODER as backbone on a set in COCO's format, and measure the average precision.
+    """Train Mask R-CNN with ENCODER as backbone on a set in COCO's format.
 
-    Runs in one process, under torchrun, or with `moce launch local --nproc N detect ...`. Rerun the same command to
-    resume.
+    Measures the average precision. Runs in one process, under torchrun, or with `moce launch local --nproc N detect
+    ...`. Rerun the same command to resume.
     """
     from moce_ds.tuning.detection import DetectionTask
     from moce_ds.tuning.settings import DetectSettings
@@ -102,10 +103,10 @@ def detect(words: Sequence[str], **paths: Path | None) -> None:
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")
 @words()
 def segment(words: Sequence[str], **paths: Path | None) -> None:
-    """Train UperNet with ENCODER as backbone on a set in ADE20K's format, and measure the mean intersection over union.
+    """Train UperNet with ENCODER as backbone on a set in ADE20K's format.
 
-    Runs in one process, under torchrun, or with `moce launch local --nproc N segment ...`. Rerun the same command to
-    resume.
+    Measures the mean intersection over union. Runs in one process, under torchrun, or with `moce launch local --nproc N
+    segment ...`. Rerun the same command to resume.
     """
     from moce_ds.tuning.segmentation import SegmentationTask
     from moce_ds.tuning.settings import SegmentSettings

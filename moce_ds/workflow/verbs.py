@@ -69,10 +69,11 @@ def transfer(
     seeds: str,
     out: Path | None,
 ) -> None:
-    """Compare RUNS (or folders of runs) on tasks: select and export an expert, tune on validation images, train, test.
+    """Compare RUNS (or folders of runs) on tasks: choose experts, tune, train and test.
 
-    Prints a table for each method at the end and keeps every number in OUT/results.json. Rerun the same command to
-    resume, or with more tasks, methods or seeds to add what is missing.
+    For each run and task it selects and exports an expert, tunes on validation images, trains and tests. Prints a table
+    for each method at the end and keeps every number in OUT/results.json. Rerun the same command to resume, or with
+    more tasks, methods or seeds to add what is missing.
     """
     from moce_ds.workflow.transfer import campaign_tables, run_campaign
     from moce_ds.workflow.transfer_models import find_subjects

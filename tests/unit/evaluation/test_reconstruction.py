@@ -4,6 +4,7 @@ Axes: M clusters, L expert layers, E experts.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,8 +120,11 @@ def test_the_verb_prints_ratios_and_adds_a_record(
     ]
     ran = CliRunner().invoke(moce, ["evaluate", *words, "--results", str(tmp_path / "results.json")])
     assert ran.exit_code == 0, ran.output
-    names = [line[:15].strip() for line in ran.stdout.splitlines()]
-    assert names == ["dense twin", "selected route", "own routes"] and "x 1.0000" in ran.stdout.splitlines()[0]
+    title, *lines = ran.stdout.splitlines()
+    assert title.strip() == "mine: reconstruction of 60 held-out images"
+    heading, *rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines if line[0] in "┃│"]
+    assert heading == ["model", "error on hidden patches", "ratio to dense twin"]
+    assert [row[0] for row in rows] == ["dense twin", "selected route", "own routes"] and rows[0][2] == "1.0000"
     (record,) = json.loads((tmp_path / "results.json").read_text())
     assert record["verb"] == "evaluate" and record["task"] == "mine" and record["n_images"] == 60
     assert {"selected", "own", "dense", "route"} <= set(record)

@@ -196,6 +196,42 @@ def test_an_earlier_export_is_replaced_if_asked(tiny_moce_run: Callable[..., Pat
     assert said["votes"] == json.loads((out / "provenance.json").read_text())["votes"] == "new"
 
 
+def files_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "words", [["--cluster", 0], ["--all"], ["--average", "uniform"], ["--cluster", 1, "--format", "hf-vit"]], ids=str
+)
+def test_the_same_export_is_kept(tiny_moce_run: Callable[..., Path], tmp_path: Path, words: list[object]) -> None:
+    run, out = tiny_moce_run(), tmp_path / "out"
+    first = run_here("export", run, out, *words)
+    written = files_of(out)
+    again = run_here("export", run, out, *words)
+    assert (again.status, again.out) == (0, first.out), again
+    assert "this export is complete; nothing was written" in again.err and files_of(out) == written
+    changed = next(path for path in out.rglob("*.safetensors"))
+    changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+    assert re.search(r"exists: .*\(--replace.*\n  .*model.safetensors: ", refused("export", run, out, *words))
+    assert run_here("export", run, out, *words, "--replace").status == 0 and files_of(out) != written
+
+
+def test_another_export_is_refused(tiny_moce_run: Callable[..., Path], tmp_path: Path) -> None:
+    run, out = tiny_moce_run(), tmp_path / "out"
+    assert run_here("export", run, out, "--cluster", 0).status == 0
+    written = files_of(out)
+    for words, difference in (
+        (["--cluster", 1], "clusters.1: None there, 1.0 now"),
+        (["--cluster", 0, "--format", "hf-vit"], "format: 'timm' there, 'hf-vit' now"),
+        (["--all"], ""),
+    ):
+        told = refused("export", run, out, *words)
+        assert f"{out} exists: export into another folder" in told and difference in told
+    other = tiny_moce_run("run.seed=9", f"run.out={tmp_path / 'other'}")
+    assert "checkpoint_sha256: " in refused("export", other, out, "--cluster", 0)
+    assert files_of(out) == written
+
+
 def test_routes_and_clusters_that_are_not_there(tiny_moce_run: Callable[..., Path]) -> None:
     checkpoint, _ = run_clusters(tiny_moce_run())
     for cluster in (-1, 6):

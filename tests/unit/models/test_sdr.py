@@ -18,7 +18,7 @@ from moce_ds.encoders.from_checkpoint import Share, encoder_state
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import find_format
-from moce_ds.export.request import Request, export_requested
+from moce_ds.export.request import Request, Target, export_requested
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing
@@ -151,7 +151,7 @@ def test_a_path_is_exported_as_a_dense_vit(
     for name, part in (("timm", "encoder"), ("timm", "full"), ("hf-vit", "encoder")):
         out = tmp_path / f"{name}-{part}"
         ((_, said),) = export_requested(
-            run, out, Request(cluster=4), find_format(name, part), EncodeSettings(), torch.device("cpu"), None
+            run, Request(cluster=4), Target(out, find_format(name, part)), EncodeSettings(), torch.device("cpu")
         )
         assert said["route"] == [1, 1, 1] and said["max_difference"] < 1e-6
     encoder = load_encoder(tmp_path / "timm-encoder")
@@ -166,10 +166,10 @@ def test_a_path_is_exported_as_a_dense_vit(
 
 
 def test_groups_are_not_averaged(tiny_moce_run: Callable[..., Path], tiny_mae_run: Path, tmp_path: Path) -> None:
-    run, timm = tiny_moce_run(*WORDS, f"run.init_from={tiny_mae_run}"), find_format("timm")
+    run = tiny_moce_run(*WORDS, f"run.init_from={tiny_mae_run}")
     asked = Request(average="uniform")
     with pytest.raises(ConfigError, match=r"--average: .* is an SDR"):
-        list(export_requested(run, tmp_path / "out", asked, timm, EncodeSettings(), torch.device("cpu"), None))
+        list(export_requested(run, asked, Target(tmp_path / "out"), EncodeSettings(), torch.device("cpu")))
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,7 @@ import torch
 from moce_ds.clustering.clusters import Clusters
 from moce_ds.encoders.open import open_encoder
 from moce_ds.errors import MoceError
-from moce_ds.export.write import check_free
+from moce_ds.export.earlier import check_free
 from moce_ds.storage import drafts
 from moce_ds.storage.drafts import clear_leftovers, restore, scratch_folder
 from moce_ds.storage.files import atomic_file, atomic_folder, save_tensors
