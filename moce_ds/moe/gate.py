@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.distributed.randomness import GATE_NOISE, ROUTE, hashed
-
-_BALANCE_EPS = 0.1
-_BALANCE_ITERATIONS = 200
+from moce_ds.moe.balance import balanced_scores, highest
 
 
 class ClusterGate(nn.Module):
@@ -136,7 +134,7 @@ def route_table(gate: Gate, probs_LME: Tensor, share_M: Tensor, k: int, balance:
     """The K experts of every cluster, [M, L, K] int64, by `experts.balance` ("sinkhorn" or "loss"); paths are fixed.
 
     Args:
-        probs_LME: the output of `gate`.
+        probs_LME: the output of `gate`, best on the host already, as `share_M`: "sinkhorn" is computed there.
     """
     if balance == "sinkhorn" and not isinstance(gate, PathGate):
         return balanced_experts(probs_LME, share_M, k)
@@ -149,20 +147,17 @@ def chosen_experts(probs_LME: Tensor, k: int) -> Tensor:
 
 
 def balanced_experts(probs_LME: Tensor, share_M: Tensor, k: int) -> Tensor:
-    """Experts such that each receives an equal share of the *images*, [M, L, K] int64.
+    """Experts such that each receives an equal share of the *images*, [M, L, K] int64, on the host.
 
     Sinkhorn-Knopp on log P: row sums are the clusters' shares of the data, column sums 1/E. An expert is chosen by log
     P / eps + g, where g are the duals of the columns (as in the balancing of the clusters). A cluster is never split,
     so the hard loads are as equal as the sizes of the clusters allow.
+
+    The host computes it in float64 (`moce_ds.moe.balance`): it waits for probabilities and shares of a GPU.
     """
-    scores_LME = probs_LME.detach().double().clamp_min(1e-30).log() / _BALANCE_EPS
-    duals_L1E = torch.zeros_like(scores_LME[:, :1])
-    share_M1 = share_M.double()[:, None]
-    target = 1 / scores_LME.shape[-1]
-    for _ in range(_BALANCE_ITERATIONS):
-        load_L1E = (share_M1 * torch.softmax(scores_LME + duals_L1E, dim=-1)).sum(dim=1, keepdim=True)
-        duals_L1E = duals_L1E + (target / load_L1E.clamp_min(1e-30)).log()
-    return (scores_LME + duals_L1E).topk(k, dim=-1).indices.permute(1, 0, 2)
+    host_LME, host_M = probs_LME.detach().cpu().numpy(), share_M.cpu().numpy()
+    chosen_LMK = np.stack([highest(balanced_scores(probs_ME, host_M), k) for probs_ME in host_LME])
+    return torch.from_numpy(chosen_LMK).permute(1, 0, 2)
 
 
 @dataclass(frozen=True)
