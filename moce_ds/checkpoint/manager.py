@@ -2,8 +2,8 @@
 
 A save has three parts. `start` gathers what this process writes. A thread copies it to host buffers during the forward
 and backward pass of the next step; only the update waits for that (`wait_for_staging`). Other threads write the copies
-into a draft. The loss reduction carries a flag by which all processes learn that everyone has written its part. Then
-`finish` renames the draft.
+into a draft. The agreement of each step carries a flag by which all processes learn that everyone has written its part.
+Then `finish` renames the draft.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The rank of a process, its process group, and how the ranks agree to stop.
+"""The rank of a process, its process group and its small collectives, and requests to stop.
 
 A process reads its rank from the variables that torchrun, `launchers/` and SLURM set (RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, MASTER_PORT). Without them it runs alone.
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce_ds.distributed.exchange import combine_all
+from moce_ds.distributed.host_reduce import combine_all
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
 from moce_ds.errors import MoceError
@@ -34,7 +34,7 @@ from moce_ds.text import counted, encoded
 
 _logger = logging.getLogger(__name__)
 
-_PEER_TIMEOUT = timedelta(minutes=10)
+_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _MAX_TEXT_BYTES = 2**30
 # DeepSpeed requires an address even for a single process; the in-process store needs no port.
 _NO_ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -231,7 +231,7 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
     else:
         meeting = Rendezvous.here(place)
         store = meeting.group_store(peer_timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_PEER_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_COLLECTIVE_TIMEOUT)
         watch = Watch(rank, world_size, local_rank, peer_timeout, meeting)
     try:
         with watch or nullcontext():
@@ -246,7 +246,7 @@ def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
 
 
 class StopRequest:
-    """Records that a signal asked for a stop, and whether time is up. The training loop checks it between steps.
+    """Records that a signal asked for a stop, and whether time is up. The ranks agree on it once per step.
 
     A second Ctrl-C ends the process at once. SIGHUP, sent when a terminal closes, asks for a stop too, unless it is
     ignored, as under nohup.

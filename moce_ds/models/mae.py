@@ -6,6 +6,7 @@ Axes: B images, N patches, V visible patches, T tokens (visible patches and cls)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ class ModelOutput:
 
 class MaskedAutoencoder(nn.Module):
     """Encoder on the visible patches, decoder on all patches, mean squared error on the hidden ones."""
+
+    forward_communicates: ClassVar[bool] = False
+    """Whether the forward pass contains collectives that it does not announce to the trainer."""
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor

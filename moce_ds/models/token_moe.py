@@ -17,6 +17,8 @@ from moce_ds.models.vit import ViTShape
 class TokenMoeAutoencoder(MaskedAutoencoder):
     """A MaskedAutoencoder whose blocks in `layers` have `make_layer(make_mlp)` as MLP: tokens -> (tokens, losses)."""
 
+    forward_communicates = True
+
     def __init__(
         self,
         shape: ViTShape,

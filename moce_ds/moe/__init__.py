@@ -1,1 +1,1 @@
-"""The cluster-conditional expert layer: gate, plan, placement, experts, layer."""
+"""Layers of experts: routed by cluster (gate, plan, placement, experts, layer), and by token (token_layer)."""

@@ -48,7 +48,7 @@ def placed_model(
     resume_from: Checkpoint | None,
     runtime: Runtime,
 ) -> tuple[MaskedAutoencoder, NDArray[np.int64]]:
-    """The model with its experts in their places, slot_LE; a new run's has its first weights.
+    """The model with its experts in their places, slot_LE; for a new run with its initial weights.
 
     Raises:
         ArtefactError: the first weights cannot be read, or do not fit.
@@ -75,7 +75,7 @@ def placed_model(
 def build_for_training(
     spec: ModelSpec, clusters: Clusters | None, ep_size: int, seed: int, loss_weights: LossWeights = NO_WEIGHTS
 ) -> MaskedAutoencoder:
-    """The model with its first weights' random start: the same on every process, experts aside."""
+    """The model with random weights: the same on every process, experts aside."""
     torch.manual_seed(seed)
 
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:

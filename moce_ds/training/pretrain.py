@@ -65,7 +65,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
             spec, config.loss_weights, experts, config.engine, run, inputs.clusters, resume_from, runtime
         )
         encoder = read_teacher(spec, run) if config.wants_teacher else None
-        requested.write_settings(lease, runtime)  # nothing is left that can be refused
+        requested.write_settings(lease, runtime)  # settings and inputs are checked
         keep_clusters(config.routing_clusters, run.out, runtime)
         teacher = keep_teacher(encoder, run.out, runtime) if encoder else None
         groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
@@ -188,6 +188,8 @@ class PretrainTask(TrainingTask):
             inputs.append(routing)
         if self._teacher is not None:
             inputs.append(self._teacher)
+        if self._pictures.model.forward_communicates:
+            agree(0)  # a rank without images would leave the others waiting for it in a layer
         losses: dict[str, Tensor] = engine(*inputs).losses
         if routing is not None:
             shares = [layer.moved / len(layer.image_N) for layer in routing.plan.layers]

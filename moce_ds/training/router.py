@@ -25,7 +25,7 @@ class StepTable:
     """The route table of one step. Its probabilities are on their way to the host, which chooses the experts.
 
     Args:
-        step: whose noise led to it; None for the table without noise.
+        step: the step whose gate noise it contains; None: without noise.
         noise_LME: that noise, on the device.
         probs_LME: the probabilities, on the device.
         choose: the experts of every cluster, [M, L, K] int64, from probabilities on the host.

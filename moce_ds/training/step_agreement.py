@@ -1,9 +1,14 @@
-"""The one agreement of all ranks per step, in the middle of the forward pass of the step after.
+"""What all ranks agree on in every step: that they can compute it, and the figures of the step before.
 
 Each rank alone knows whether it can read its images, how it routes them, its part of the losses, and whether it is
-asked to stop. All of this crosses the network in one small exchange on the host. It takes place after the forward pass
-has given the device work, and it carries the totals of the step before, which have arrived by then: the device waits
-for nothing. Where a step is recorded or saved, the exchange follows it at once.
+asked to stop. One small exchange on the host carries all of it:
+
+    step n, ordinary   begin - forward pass on the device - reach: figures of step n - 1 - backward, update - submit
+    step n, recorded   the same - reach again, at once: figures of step n - record, validate, save
+
+A model with experts reaches the agreement in its first expert layer, a dense one after its forward pass. By then the
+device has work, and the figures of the step before have arrived or are next to arrive. Where `reach` follows `submit`
+at once, the host waits for the device to finish the step.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,7 +64,7 @@ class Agreed:
 
     Attributes:
         step: the step, counted from 1, that it took place in.
-        totals: the step that the sums are of, which is one that was not agreed on before; None if there is none.
+        totals: of the latest step whose figures were submitted, if no earlier agreement read them.
         sums: its figures by name, summed over processes.
         flags: for each flag the number of processes that have raised it.
     """
@@ -100,11 +105,13 @@ class StepAgreement:
         return self._fault is not None
 
     def submit(self, totals: StepTotals) -> None:
-        """Add the figures of the step whose work the device has been given; the next exchange reads them."""
+        """Add the figures of the step whose work the device has been given.
+
+        They allow another `reach`, which reads them, at once or in the next step."""
         self._totals, self._open = totals, True
 
     def reach(self, digest: int = 0) -> Agreed | None:
-        """Exchange with all ranks, unless this step has done so already; a collective.
+        """Exchange with all ranks; a collective. Does nothing if this step has done so and nothing was submitted since.
 
         Args:
             digest: of what the ranks must have in common, below 2^53; 0: nothing is to be compared.

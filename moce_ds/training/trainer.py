@@ -102,10 +102,7 @@ class Trainer:
         return Progress(self.step, steps)
 
     def train_step(self, batches: Iterator[Any]) -> None:
-        """Give the device one update to compute.
-
-        Meanwhile the ranks agree on this step and on the totals of the step before; those of this one follow later.
-        """
+        """Give the device one update to compute, and reach the agreement of this step (see `StepAgreement`)."""
         parts: list[dict[str, Tensor]] = []
         self._agreement.begin(self.step + 1)
         first, waited = None, 0.0
@@ -129,9 +126,9 @@ class Trainer:
     def _read(self, batches: Iterator[Any], first: Any) -> Any:
         """The next micro-batch of this process; `first` is the first one of this step, None for that itself.
 
-        If it cannot be read, every rank raises: at once for the first one, whose images the others have not begun to
-        exchange. A later one is replaced by the first, so that no rank waits for this one, and the next agreement
-        raises: the step is neither recorded nor saved.
+        If it cannot be read, every rank raises: at once for the first one, since no rank begins a collective of the
+        model before the agreement. A later one is replaced by the first, so that no rank waits for this one, and the
+        next agreement raises: the step is neither recorded nor saved.
         """
         if not self._agreement.failed:
             try:
@@ -143,7 +140,7 @@ class Trainer:
         return first
 
     def _agree(self, digest: int = 0) -> None:
-        """Reach the agreement of this step, once, and act on it; a collective.
+        """Reach the agreement, if this step still has to, and act on it; a collective.
 
         Raises SupersededError, ArtefactError, DataError, DivergedError on every process alike.
         """

@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -17,6 +17,7 @@ from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
 from moce_ds.config.words import read_settings
+from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
@@ -25,7 +26,7 @@ from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.training import inputs
-from moce_ds.training.pretrain import pretrain
+from moce_ds.training.pretrain import PretrainTask, pretrain
 from moce_ds.training.settings import PretrainSettings
 
 HALF = IMAGES // 2
@@ -66,6 +67,12 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
             with patch.object(inputs, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
                 note(name, lambda config=config: pretrain(config, runtime))
 
+        for arch in ("moce", "token_moe"):
+            words = tiny_settings(shards, folder / arch, "experts.ep_size=2", f"model.arch={arch}", clusters=clusters)
+            config = read_settings(PretrainSettings, words)
+            with patch.object(PretrainTask, "batches", _unreadable if runtime.rank == 1 else PretrainTask.batches):
+                note(f"first images of rank 1, {arch}", lambda config=config: pretrain(config, runtime))
+
         encoder = open_encoder(clusters / "encoder", runtime.device)
         settings = FeatureSettings(block_rows=HALF)  # one block a rank
         features = folder / "features"
@@ -87,6 +94,12 @@ def _one_cluster_off(folder: Path, fingerprint: str, count: int) -> np.ndarray:
     image = ShuffledSampler(count, 16, seed=0).batch(2).ids[5]
     ids_N[image] = (ids_N[image] + 1) % CLUSTERS
     return ids_N
+
+
+def _unreadable(task: PretrainTask, first_step: int) -> Iterator[Batch]:
+    """A loader that cannot read its first batch."""
+    raise DataError("the first images cannot be read")
+    yield
 
 
 def _fail_on(runtime: Runtime, rank: int | None) -> None:
@@ -131,6 +144,8 @@ def test_all_is_well(faults: list[Faults]) -> None:
         ("disk of rank 1", f" Status {LOST_PEER}."),
         ("plan of rank 1", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ from the rest"),
         ("plan of rank 1, with locality off", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ"),
+        ("first images of rank 1, moce", "the first images cannot be read"),
+        ("first images of rank 1, token_moe", "the first images cannot be read"),
         ("damaged checkpoint", "lost cannot be written"),
         ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),
         ("image of rank 1", f"image {HALF + 5} "),

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 
-from moce_ds.distributed.exchange import combine_all
+from moce_ds.distributed.host_reduce import combine_all
 from moce_ds.distributed.runtime import started
 
 RANKS = (2, 3, 5, 6, 8)
