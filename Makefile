@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # DALI and faiss for a CPU, or for the CUDA version that the driver reports.
-CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: \([0-9]*\).*/\1/p')
-EXTRA ?= $(if $(CUDA),$(if $(filter 12,$(CUDA)),cu12,cu13),cpu)
+# Drivers of series 610 call it "CUDA UMD Version", earlier ones "CUDA Version".
+EXTRA ?= $(shell nvidia-smi 2>/dev/null | awk -F 'CUDA (UMD )?Version: *' \
+	'NF > 1 {cuda = int($$2)} END {print (cuda >= 13 ? "cu13" : cuda == 12 ? "cu12" : "cpu")}')
 DEMO ?=
 TESTS ?= tests
 JOBS ?= logical
@@ -21,6 +22,7 @@ install: $(VENV)/.installed  ## create .venv and install (EXTRA=cpu|cu13|cu12)
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): some minutes and gigabytes, mostly downloads."
+	@$(if $(filter cu12,$(EXTRA)),echo "CUDA 12 also needs torch and torchvision for it (README.md, Install).")
 	@# editable_mode=compat: `import moce_ds` also finds the package from beside a clone called moce_ds.
 	$(BIN)/python -m pip install --config-settings editable_mode=compat --editable ".[$(EXTRA),demo,dev]"
 	touch $@

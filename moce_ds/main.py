@@ -4,7 +4,7 @@ import click
 
 from moce_ds import __version__
 from moce_ds.console import run_command, set_log_level
-from moce_ds.host import threads
+from moce_ds.host import gpus, threads
 from moce_ds.verbs.config import config
 from moce_ds.verbs.table import STAGE_VERBS
 from moce_ds.workflow.verbs import VERBS as WORKFLOW_VERBS
@@ -29,8 +29,9 @@ def moce(verbose: bool, quiet: bool) -> None:
     `pipeline` runs all stages. `plan` predicts time and memory of a run on other machines. `study` runs and compares a
     grid of runs.
 
-    Results go to standard output, everything else to standard error.
+    Results go to standard output, everything else to standard error. MOCE_DEVICE=cpu in the environment hides all GPUs.
     """
+    gpus.apply_choice()
     if verbose and quiet:
         raise click.UsageError("--verbose and --quiet exclude each other.")
     if verbose or quiet:

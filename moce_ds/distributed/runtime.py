@@ -26,11 +26,11 @@ from moce_ds.distributed.host_reduce import combine_all
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
 from moce_ds.errors import MoceError
-from moce_ds.host import threads
+from moce_ds.host import gpus, threads
 from moce_ds.host.interrupts import obeyed
 from moce_ds.host.machine import machine_fault
-from moce_ds.host.place import ALONE, Place, PlaceError
-from moce_ds.text import counted, encoded
+from moce_ds.host.place import ALONE, Place
+from moce_ds.text import encoded
 
 _logger = logging.getLogger(__name__)
 
@@ -173,9 +173,20 @@ def fault_of(error: MoceError | OSError | MemoryError | RuntimeError) -> MoceErr
 
 
 def lone_device() -> torch.device:
-    """The device of a process without a group: the GPU if there is one. Logs once how many threads are used."""
+    """The device of a process without a group: the GPU if there is one. Logs once how many threads are used.
+
+    Raises:
+        GpuError: this machine has GPUs that torch cannot use, and they are not hidden.
+    """
     _log_threads()
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return _device(0)
+
+
+def _device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", gpus.index_of(local_rank, torch.cuda.device_count()))
+    gpus.check_none_unused(torch.__version__, torch.version.cuda)
+    return torch.device("cpu")
 
 
 @cache
@@ -192,39 +203,42 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
 
     Raises:
         ConfigError: the variables that give this process its rank are missing or invalid.
+        GpuError: there are fewer GPUs than processes on this machine, or torch cannot use its GPUs.
         LostPeerError: the port is taken, or not all processes joined.
     """
     place = Place.here()
-    variables = ALONE | (_NO_ADDRESS if place.world_size == 1 else interfaces(os.environ))
-    with _default_environment(variables), _joined(place, peer_timeout) as runtime:
+    device = _device(place.local_rank)
+    missing = ALONE | (_NO_ADDRESS if place.world_size == 1 else interfaces(os.environ))
+    variables = {name: value for name, value in missing.items() if name not in os.environ}
+    if device.type == "cuda":  # DeepSpeed computes on cuda:LOCAL_RANK
+        variables["LOCAL_RANK"] = str(device.index)
+    with _environment(variables), _joined(place, device, peer_timeout) as runtime:
         yield runtime
 
 
 @contextmanager
-def _default_environment(values: dict[str, str]) -> Iterator[None]:
-    """Set missing environment variables for the length of the block; processes started later must not see them."""
-    added = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(added)
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for the length of the block; processes started later must not see them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
-def _joined(place: Place, peer_timeout: float) -> Iterator[Runtime]:
+def _joined(place: Place, device: torch.device, peer_timeout: float) -> Iterator[Runtime]:
     rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise PlaceError(
-                f"LOCAL_RANK is {local_rank} and this machine has {counted(torch.cuda.device_count(), 'GPU')}: start "
-                "at most one process per GPU, or make more of them visible (CUDA_VISIBLE_DEVICES)."
-            )
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "gloo"
     watch = None
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

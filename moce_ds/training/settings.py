@@ -63,6 +63,7 @@ class EngineSettings:
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed partitions: 1: optimizer state; 2: also gradients")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the dense blocks")
+    device: Literal["auto", "cpu"] = option("auto", "auto: a GPU for each process, if there are any; cpu: none is used")
 
 
 @settings

@@ -5,14 +5,17 @@ packages.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moce_ds.config import settings as configuration
+from moce_ds.config.composition import Layer
 from moce_ds.config.values import expanded
 from moce_ds.errors import ConfigError
+from moce_ds.host import gpus
 
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
 FORCED = "--force"
@@ -50,6 +53,19 @@ class Verb(click.Command):
         cls = getattr(__import__(module, fromlist=[name]), name)
         heading = "Settings (key=default; docs/settings.md describes how values are read):"
         formatter.write(f"\n{heading}\n{configuration.help_text(cls)}\n")
+
+
+def checked_settings(cls: type[configuration.T], layers: Sequence[Layer]) -> configuration.T:
+    """The settings of a run from their layers. If they contain `engine.device=cpu`, all GPUs are hidden first, because
+    the check of a model's size imports torch, and torch then finds the GPUs.
+
+    Raises:
+        ConfigError: a key or value is not allowed.
+    """
+    engines = [layer.tree["engine"] for layer in layers if isinstance(layer.tree.get("engine"), dict)]
+    devices = [engine["device"] for engine in engines if "device" in engine]
+    gpus.apply_choice(str(devices[-1]) if devices else "auto")
+    return configuration.from_layers(cls, layers)
 
 
 def words(required: bool = False) -> Any:

@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from moce_ds.config.printing import explained
-from moce_ds.config.settings import from_layers, to_tree
+from moce_ds.config.settings import to_tree
 from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.console import say, show
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.host.place import Place
 from moce_ds.text import counted
 from moce_ds.verbs.bench import Numbers
-from moce_ds.verbs.options import PATH, Verb, force_option, heads_option, words
+from moce_ds.verbs.options import PATH, Verb, checked_settings, force_option, heads_option, words
 
 
 @click.command(cls=Verb, settings="moce_ds.data.shard_writer:ShardSettings")
@@ -78,7 +78,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     from moce_ds.training.settings import PretrainSettings
 
     layers = settings_layers(PretrainSettings, words)
-    config = from_layers(PretrainSettings, layers)
+    config = checked_settings(PretrainSettings, layers)
     if processes and not dry_run:
         raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
     from moce_ds.forecast.preflight import check_memory, plan_table
@@ -120,13 +120,14 @@ def plan(
     of this machine; --measure then trains some steps and prints the error of the prediction. docs/planning.md describes
     the model, its assumptions and errors.
     """
+    from moce_ds.training.settings import PretrainSettings
+
+    config = checked_settings(PretrainSettings, settings_layers(PretrainSettings, words))
     from moce_ds.forecast import prediction
     from moce_ds.forecast.devices import THIS, assuming, find_device
     from moce_ds.forecast.work import Machines, Work
     from moce_ds.storage.files import check_output, write_json, writes_to
-    from moce_ds.training.settings import PretrainSettings
 
-    config = read_settings(PretrainSettings, words)
     if options["json_file"] is not None:
         check_output(options["json_file"], "a plan", b'"device": {')
     work, moved, measured = Work.of(config), options["moved"], None

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from moce_ds.config.settings import T
 from moce_ds.config.values import is_number
-from moce_ds.config.words import read_settings
+from moce_ds.config.words import settings_layers
 from moce_ds.config.yaml_text import Plain
 from moce_ds.console import say
 from moce_ds.errors import STOPPED
 from moce_ds.text import in_line
-from moce_ds.verbs.options import PATH, Verb, words
+from moce_ds.verbs.options import PATH, Verb, checked_settings, words
 
 
 @click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
@@ -43,17 +44,18 @@ def finetune(
     ...`. Rerun the same command to resume. With --val the run keeps the best weights by validation, otherwise the last
     ones.
     """
-    from moce_ds.checkpoint.run_folder import TUNED
-    from moce_ds.distributed.runtime import started
-    from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.tuning.classification import finetune as run
     from moce_ds.tuning.settings import FinetuneSettings
-    from moce_ds.verbs.evaluation import task_of
 
     named: dict[str, Path | str] = {"run.out": out, "data.encoder": encoder, "data.train": train, "data.test": test}
     if val is not None:  # a folder may have the name 1
         named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
-    config = read_settings(FinetuneSettings, words, named)
+    config = checked_settings(FinetuneSettings, settings_layers(FinetuneSettings, words, named))
+    from moce_ds.checkpoint.run_folder import TUNED
+    from moce_ds.distributed.runtime import started
+    from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.tuning.classification import finetune as run
+    from moce_ds.verbs.evaluation import task_of
+
     check_results(results)
     with started(config.run.peer_timeout) as runtime:
         record = run(config, runtime)
@@ -89,10 +91,12 @@ def detect(words: Sequence[str], **paths: Path | None) -> None:
     Measures the average precision. Runs in one process, under torchrun, or with `moce launch local --nproc N detect
     ...`. Rerun the same command to resume.
     """
-    from moce_ds.tuning.detection import DetectionTask
     from moce_ds.tuning.settings import DetectSettings
 
-    _tune(DetectSettings, DetectionTask, paths, words)
+    config = _settings(DetectSettings, paths, words)
+    from moce_ds.tuning.detection import DetectionTask
+
+    _tune(config, DetectionTask)
 
 
 @click.command(cls=Verb, settings="moce_ds.tuning.settings:SegmentSettings")
@@ -108,20 +112,26 @@ def segment(words: Sequence[str], **paths: Path | None) -> None:
     Measures the mean intersection over union. Runs in one process, under torchrun, or with `moce launch local --nproc N
     segment ...`. Rerun the same command to resume.
     """
-    from moce_ds.tuning.segmentation import SegmentationTask
     from moce_ds.tuning.settings import SegmentSettings
 
-    _tune(SegmentSettings, SegmentationTask, paths, words)
+    config = _settings(SegmentSettings, paths, words)
+    from moce_ds.tuning.segmentation import SegmentationTask
+
+    _tune(config, SegmentationTask)
 
 
-def _tune(cls: Any, make: Callable[..., Any], paths: dict[str, Path | None], words: Sequence[str]) -> None:
-    """Read the settings from the paths and words of a verb, then run it."""
+def _settings(cls: type[T], paths: dict[str, Path | None], words: Sequence[str]) -> T:
+    """The settings from the paths and words of a verb."""
+    keys = {"out": "run.out"}
+    named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}
+    return checked_settings(cls, settings_layers(cls, words, named))
+
+
+def _tune(config: Any, make: Callable[..., Any]) -> None:
+    """Run the task that `make` makes."""
     from moce_ds.distributed.runtime import started
     from moce_ds.tuning.tune import tune
 
-    keys = {"out": "run.out"}
-    named = {keys.get(name, f"data.{name}"): path for name, path in paths.items() if path}
-    config = read_settings(cls, words, named)
     with started(config.run.peer_timeout) as runtime:
         with runtime.raise_on_all_ranks():
             task = make(config.data, config.model, config.optim, config.engine, config.run)

@@ -17,7 +17,7 @@ LONG = "optim.epochs=5000"
 def test_a_run_of_two_nodes_and_four_processes(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
     run = tmp_path / "run"
     size = ("nodes=2", "tasks_per_node=2", "gpus_per_node=2", "minutes=5", "env.MOCE_TEST=$HOME", "setup=[date]")
-    job = submit(cluster, *size, "pretrain", *tiny_settings(data.shards, run))
+    job = submit(cluster, *size, "env.MOCE_DEVICE=cpu", "pretrain", *tiny_settings(data.shards, run))
     job.wait_for("COMPLETED")
     assert len(losses(run)) == STEPS and "= 4 processes x 1 parts x 4" in job.told()
     launch = run / "launches/0001"
@@ -26,6 +26,13 @@ def test_a_run_of_two_nodes_and_four_processes(cluster: Cluster, data: TinyData,
     assert len(record["commit"]) == 40 and record["packages"]["submitit"]
     assert yaml.safe_load((launch / "config.yaml").read_text()) == yaml.safe_load((run / "config.yaml").read_text())
     assert json.loads((launch / "jobs.json").read_text()) == [job.number]
+
+
+def test_gpus_that_torch_cannot_use_are_an_error(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
+    """The GPUs of the cluster are not real, so torch sees none of them on any machine."""
+    job = submit(cluster, "gpus_per_node=2", "minutes=5", "pretrain", *tiny_settings(data.shards, tmp_path / "run"))
+    job.wait_for("FAILED")
+    assert job.told().count("PyTorch sees no GPU, but ") == 1, job.told()  # by one of its two processes
 
 
 def test_a_verb_that_runs_alone(

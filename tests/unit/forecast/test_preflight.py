@@ -74,4 +74,5 @@ def test_a_rank_without_a_gpu_is_named_first(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert "LOCAL_RANK is 3 and this machine has 1 GPU:" in refused("pretrain", TINY, "data.shards=s", "run.out=r")
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    assert "LOCAL_RANK is 3 and this process sees 1 GPU:" in refused("pretrain", TINY, "data.shards=s", "run.out=r")
