@@ -83,22 +83,25 @@ def local_order(
     default order is kept if it is as good. A pure function, the same on every rank.
     """
     held = slot_LE.shape[1] // ep_size
-    part = len(clusters_G) // world_size
     place_ML = np.take_along_axis(slot_LE, expert_ML.T, axis=1).T // held
     # Images with experts at the same places are of one kind, whatever their cluster.
-    place_UL, kind_G = np.unique(place_ML[clusters_G], axis=0, return_inverse=True)
-    kind_G = kind_G.reshape(-1)
+    present_M = np.flatnonzero(np.bincount(clusters_G, minlength=len(expert_ML)))
+    place_UL, kinds = np.unique(place_ML[present_M], axis=0, return_inverse=True)
+    kind_M = np.zeros(len(expert_ML), dtype=np.min_scalar_type(len(expert_ML)))  # 16 bits are sorted in linear time
+    kind_M[present_M] = kinds.reshape(-1)
+    kind_G = kind_M[clusters_G]
     gain_UP = (place_UL[:, :, None] == np.arange(ep_size)).sum(axis=1)
-    plain_G = np.repeat(np.arange(world_size) % ep_size, part)
     home_G = _homes(kind_G, gain_UP)
-    if gain_UP[kind_G, home_G].sum() <= gain_UP[kind_G, plain_G].sum():
+    by_rank = (world_size // ep_size, ep_size, -1)  # rank r is at place r % ep_size of its group
+    plain = gain_UP[kind_G.reshape(by_rank), np.arange(ep_size)[:, None]].sum()
+    if gain_UP[kind_G, home_G].sum() <= plain:
         return np.arange(len(clusters_G))
     # The ranks of a place hold copies of the same experts: they share its images, each in the order of the batch.
-    of_place = [np.flatnonzero(home_G == place) for place in range(ep_size)]
-    return np.concatenate([of_place[rank % ep_size][rank // ep_size * part :][:part] for rank in range(world_size)])
+    of_place = np.argsort(home_G, kind="stable").reshape(ep_size, world_size // ep_size, -1)
+    return of_place.swapaxes(0, 1).reshape(-1)
 
 
-def _homes(kind_G: NDArray[np.int64], gain_UP: NDArray[np.int64]) -> NDArray[np.int64]:
+def _homes(kind_G: NDArray[np.unsignedinteger], gain_UP: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
     """A place for every image, with equal numbers per place, such that the total gain is large.
 
     The kind with the most to lose chooses first; losses are recomputed when a place is full (Vogel's approximation of

@@ -7,9 +7,8 @@ Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
 from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.clustering.feature_store import check_encoder
 from moce_ds.data.loader import Loader
-from moce_ds.data.sampler import ReadList, ShuffledSampler
+from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
@@ -30,13 +29,9 @@ from moce_ds.models.parameters import is_decoder
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.moe.placement import local_order
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import DataSettings, PretrainRunSettings
-
-LEAD = 8
-"""Batches between a new table and the first batch that it orders: more than the loader ever reads ahead."""
 
 
 @dataclass(frozen=True)
@@ -116,48 +111,6 @@ def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed
         clustered = ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count))
     crop = RandomCrop(seed, data.crop_scale, flip=data.flip)
     return Inputs(images, crop, spec.input, data.threads, clustered, named)
-
-
-@dataclass
-class LocalSampler:
-    """Assigns the images of each global batch to the ranks that hold their experts (`local_order`).
-
-    The global batches are those of `sampler`. The loader reads ahead, so a batch is ordered by the route table of a few
-    steps before: slightly more images move between ranks, and the result is the same. All ranks change to a new table
-    at the same batch.
-
-    Attributes:
-        tables: (first batch, expert_ML) in rising order; a batch uses the last table that begins at or before it.
-    """
-
-    sampler: ShuffledSampler
-    ids_N: NDArray[np.int32]
-    slot_LE: NDArray[np.int64]
-    world_size: int
-    ep_size: int
-    tables: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
-
-    def batch(self, index: int) -> ReadList:
-        """The micro-batch with this index, [G], rank after rank."""
-        plain = self.sampler.batch(index)
-        expert_ML = [table for first, table in self.tables if first <= index][-1]
-        clusters_G = self.ids_N[plain.ids].astype(np.int64)
-        order_G = local_order(clusters_G, expert_ML, self.slot_LE, self.world_size, self.ep_size)
-        return ReadList(plain.ids[order_G], plain.epochs[order_G])
-
-    def use(self, expert_ML: NDArray[np.int64], next_batch: int) -> None:
-        """Use another table, from `LEAD` batches after `next_batch`; tables that no later batch uses are dropped."""
-        current = [i for i, (first, _) in enumerate(self.tables) if first <= next_batch]
-        self.tables = [*self.tables[current[-1] if current else 0 :], (next_batch + LEAD, expert_ML)]
-
-    def to_tree(self) -> list[dict[str, Any]]:
-        """The tables as plain data for a checkpoint."""
-        return [{"first": first, "expert_ML": table.tolist()} for first, table in self.tables]
-
-    @staticmethod
-    def tables_from_tree(tree: list[dict[str, Any]]) -> list[tuple[int, NDArray[np.int64]]]:
-        """The inverse of `to_tree`."""
-        return [(item["first"], np.array(item["expert_ML"], dtype=np.int64)) for item in tree]
 
 
 def check_paths(experts: ExpertShape, clusters: int) -> None:

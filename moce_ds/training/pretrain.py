@@ -29,7 +29,8 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
 from moce_ds.text import counted
 from moce_ds.training.engine import Engine, SkippedSteps, parameter_groups, start_engine
-from moce_ds.training.inputs import Inputs, LocalSampler, keep_clusters, keep_teacher, open_inputs, read_teacher
+from moce_ds.training.inputs import Inputs, keep_clusters, keep_teacher, open_inputs, read_teacher
+from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.model import placed_model
 from moce_ds.training.pictures import RunPictures
