@@ -26,7 +26,7 @@ from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shards import SAMPLE, ShardFile, ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.errors import DataError
-from moce_ds.training.inputs import LEAD
+from moce_ds.training.local_sampler import LEAD
 from tests.unit.data.test_loader import copy, flip_byte, make_undecodable
 
 __all__ = ["copy"]  # a fixture
