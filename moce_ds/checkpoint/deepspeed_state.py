@@ -186,7 +186,9 @@ def _make_moments(engine: DeepSpeedEngine, step: float) -> None:
     for group in adam.param_groups:
         for flat in group["params"]:
             zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
-            adam.state[flat] = {"step": torch.tensor(step), **zeros}
+            # As torch does: AdamW's fused kernel counts on the device.
+            counter = torch.tensor(step, device=flat.device if group["fused"] else "cpu")
+            adam.state[flat] = {"step": counter, **zeros}
 
 
 def _link_moments(engine: DeepSpeedEngine) -> None:

@@ -2,13 +2,18 @@
 
 DeepSpeed provides process groups, ZeRO 1/2, mixed precision, accumulation, clipping, and the reduction of expert and
 shared gradients. It (0.19.8) reduces the gradient's norm over all processes before it updates anything; a norm that is
-not finite skips the update on every process, so weights and moments stay as they were.
+not finite skips the update on every process, so weights and moments stay as they were. On a GPU the same happens
+without a wait of the host (`WaitlessOptimizer`).
 """
 
 from typing import Any, TypeAlias
 
 import deepspeed
-from torch import nn
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import step_folder, steps_of
 from moce_ds.checkpoint.settings import RunSettings
@@ -36,7 +41,34 @@ def deepspeed_config(optim: OptimSettings, engine: EngineSettings, batches: Batc
         # the exported expert are exactly those of training.
         "torch_autocast": {"enabled": engine.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device twice a micro-batch
     }
+
+
+def waitless_config(config: dict[str, Any], elements: int, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for an engine whose optimizer becomes a WaitlessOptimizer.
+
+    Args:
+        config: that of `deepspeed_config`.
+        elements: of all parameters of this process that learn.
+    """
+    adam = config["optimizer"]["params"] | {"fused": True}
+    zero = {"compute_grad_norm": False, "reduce_bucket_size": bucket_size(elements, world_size)}
+    return config | {
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": config["zero_optimization"] | zero,
+    }
+
+
+def bucket_size(elements: int, world_size: int) -> int:
+    """Elements of the buffer in which DeepSpeed collects gradients for one all-reduce.
+
+    The whole gradient if it is small. Otherwise Megatron-LM's rule: 40 million elements, more from 41 processes on,
+    since the latency of an all-reduce grows with them. DeepSpeed's own default is the upper limit: 500 million elements
+    (2 GB, and as much again for the gradients that are reduced in bf16), whatever the size of the model.
+    """
+    return min(elements, max(40_000_000, 1_000_000 * world_size), 500_000_000)
 
 
 def parameter_groups(model: nn.Module, optim: PretrainOptimSettings, gate_lr_scale: float) -> list[dict[str, Any]]:
@@ -62,25 +94,107 @@ def parameter_groups(model: nn.Module, optim: PretrainOptimSettings, gate_lr_sca
     return groups
 
 
+class WaitlessOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's optimizer of ZeRO 1 or 2 with its check of the gradient on the device: no step waits for the host.
+
+    DeepSpeed (0.19.8) reads the gradient's norm on the host before it updates anything: the host waits for the whole
+    backward pass, and then the device for the host. Here the norm, the factor that clips, and the verdict stay on the
+    device. AdamW's fused kernel takes them as tensors and leaves weights, moments and its count of updates as they were
+    if the verdict is "not finite": the interface that torch.amp.GradScaler uses.
+
+    DeepSpeed builds its optimizer itself, from `waitless_config`; `take_over` makes it one of these.
+
+    Attributes:
+        max_norm: the gradient is scaled down to this norm if its own is larger; 0: never.
+        applied: whether the last step changed the weights; bool, shape [], on the device, the same on every process.
+    """
+
+    max_norm: float
+    applied: Tensor
+
+    @classmethod
+    def take_over(cls, optimizer: DeepSpeedZeroOptimizer, max_norm: float) -> None:
+        """Make the optimizer of an engine a waitless one.
+
+        Raises:
+            TypeError: it is not the optimizer that `waitless_config` asks for.
+        """
+        adam = optimizer.optimizer
+        if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.compute_grad_norm or optimizer.clip_grad:
+            raise TypeError(f"{type(optimizer).__name__} does not leave norm and clipping to WaitlessOptimizer")
+        if not getattr(adam, "_step_supports_amp_scaling", False):
+            raise TypeError(f"{type(adam).__name__} cannot skip an update on the device; expected fused AdamW")
+        optimizer.__class__ = cls
+        optimizer.max_norm = max_norm
+
+    def step(self, closure: None = None) -> None:
+        """Update the weights, unless the gradient is not finite on any process; a collective.
+
+        The norm that the engine reports afterwards is a tensor on the device, infinite if the step was skipped.
+        """
+        norm = self._norm()
+        self.applied = norm.isfinite()
+        adam = self.optimizer
+        adam.found_inf = (~self.applied).float()
+        if self.max_norm:
+            adam.grad_scale = ((norm + 1e-6) / self.max_norm).clamp(min=1.0)  # DeepSpeed's rule
+        super().step(closure)
+        self._global_grad_norm = norm.masked_fill(~self.applied, float("inf"))
+
+    def _norm(self) -> Tensor:
+        """Norm of the averaged gradient of all parameters, experts of all processes included; fp32, shape []."""
+        # Every element of the gradient is in the partition of exactly one process; padding is zero.
+        mine = [gradient for group in self.averaged_gradients.values() for gradient in group]
+        total = torch.nn.utils.get_total_norm(mine).square()
+        dist.all_reduce(total)
+        return total.sqrt()
+
+
 def start_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
     optim: OptimSettings,
     engine: EngineSettings,
     batches: BatchArithmetic,
+    waitless: bool | None = None,
 ) -> Engine:
     """Wrap a model, which is moved to the process's device; its experts find their process groups.
 
-    `groups` are AdamW's, each with its `lr_scale`.
+    Args:
+        groups: AdamW's, each with its `lr_scale`.
+        waitless: whether the gradient is checked on the device (`WaitlessOptimizer`); None: on a GPU. On a CPU nothing
+            would be gained, and DeepSpeed's own check keeps the results of earlier versions bit for bit.
     """
     quiet_deepspeed()
-    started, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=groups,
-        config=deepspeed_config(optim, engine, batches),
-        dist_init_required=False,
-    )
+    allow_tf32(engine.tf32)
+    if waitless is None:
+        waitless = get_accelerator().device_name() == "cuda"
+    config = deepspeed_config(optim, engine, batches)
+    if waitless:
+        elements = sum(parameter.numel() for group in groups for parameter in group["params"])
+        config = waitless_config(config, elements, batches.world_size)
+    started, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config, dist_init_required=False)
+    if waitless:
+        WaitlessOptimizer.take_over(started.optimizer, optim.clip)
     return started
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs compute products and convolutions of fp32 tensors in TF32 (10 bits of mantissa), in this process.
+
+    PyTorch's own default is TF32 for convolutions and not for matrix products.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def applied(engine: Engine) -> Tensor | bool:
+    """Whether the last step changed the weights, the same on every process; False if its gradient was not finite.
+
+    A waitless engine gives a bool tensor of shape [] on its device, to be copied to the host with the losses.
+    """
+    optimizer = engine.optimizer
+    return optimizer.applied if isinstance(optimizer, WaitlessOptimizer) else engine.was_step_applied()
 
 
 def set_lr(engine: Engine, lr: float) -> None:

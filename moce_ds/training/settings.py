@@ -60,6 +60,7 @@ class PretrainOptimSettings(OptimSettings):
 @settings
 class EngineSettings:
     precision: Literal["fp32", "bf16"] = option("bf16", "bf16: autocast, weights stay fp32")
+    tf32: bool = option(False, "GPUs compute what is left in fp32 as TF32: faster, 10 bits of mantissa")
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed partitions: 1: optimizer state; 2: also gradients")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
     compile: bool = option(False, "torch.compile the dense blocks")

@@ -159,8 +159,8 @@ def test_what_a_resumed_run_may_change() -> None:
     allowed = every - forbidden_changes(every, PretrainSettings)
     assert allowed == {
         "experts.ep_size", "experts.loader_locality", "experts.execution", "data.threads", "optim.accumulation",
-        "engine.precision", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile", "engine.device",
-        "run.out", "run.init_from", "run.replace_positions",
+        "engine.precision", "engine.tf32", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile",
+        "engine.device", "run.out", "run.init_from", "run.replace_positions",
             "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
             "run.async_checkpoint", "run.keep_every", "run.max_hours", "run.max_skipped", "run.peer_timeout",
     }  # fmt: skip
