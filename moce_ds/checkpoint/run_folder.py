@@ -35,6 +35,8 @@ from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
+from moce_ds.data.sampler import number_of_steps
+from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.storage.artefact import Rows, is_marked
 from moce_ds.storage.checksums import (
@@ -162,6 +164,31 @@ class RunFolder:
                 return Checkpoint.open(step_folder(self.path, step)).made_from
         return {"config": self.config}
 
+    @cached_property
+    def length(self) -> int | None:
+        """Steps of the whole run; None if it is tuned, or if its images can no longer be counted."""
+        epochs, batch = (_dig(self.config, ("optim", key)) for key in ("epochs", "batch_size"))
+        images = None if self.is_tuning else self._images()
+        return number_of_steps(epochs, images, batch) if epochs and batch and images else None
+
+    @property
+    def steps_done(self) -> str:
+        """The steps done of all, and whether some are missing; empty if the length is unknown."""
+        done = max([*steps_of(self.path), *(record["step"] for record in self.metrics[-1:])], default=0)
+        if self.length is None:
+            return ""
+        return f"{done:,} of {self.length:,}" + (", unfinished" if done < self.length else "")
+
+    def _images(self) -> int | None:
+        """Images that the run is trained on: those of its clusters, or of its shard set if that is still the same."""
+        if self.clusters:
+            return int(self.clusters.sizes_M.sum())
+        with suppress(MoceError):
+            shards = ShardSet.open(self.shards) if self.shards else None
+            if shards and self.made_from.get("shards_fingerprint") in (None, shards.fingerprint):
+                return shards.count
+        return None
+
     def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Steps, float64 [S], and the values under nested `keys` of the metrics, float64 [S] or [S, ...].
 
@@ -178,11 +205,13 @@ class RunFolder:
         if self.is_tuning:
             rows = {name: str(value) for name, value in self.config["data"].items() if isinstance(value, str)}
             rows |= self._last_record()
-            if measures := _result_measures(self.path):
-                rows["result"] = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+            measures = _result_measures(self.path)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+            rows["result"] = shown or "none, unfinished"
         else:
             self.routing, self.clusters  # noqa: B018 (both must be readable)
-            rows = {"arch": self.arch, "shards": str(self.shards)} | self._last_record()
+            rows = {"arch": self.arch, "shards": str(self.shards)}
+            rows |= ({"steps": self.steps_done} if self.steps_done else {}) | self._last_record()
         steps = steps_of(self.path)
         rows["checkpoints"] = ", ".join(map(str, steps)) or "none"
         if steps and not self.is_tuning:

@@ -1,12 +1,16 @@
 """The DALI pipeline: image files in, normalised crops out. The only file that imports DALI.
 
 One pipeline serves CPU and GPU. Our callback feeds it, so sampler and transform determine the order of reading, the
-crops and the flips, and a run resumes exactly at any batch.
+crops and the flips, and a run resumes exactly at any batch. Reader threads read files ahead (`read_ahead`), one loading
+thread schedules DALI and waits for it, and the training thread takes finished batches.
 
 Axes: B images, H, W pixels.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_ds.data.image_file import as_png
+from moce_ds.data.read_ahead import FILES_AHEAD, READERS, FileBatch, IntactReader, in_background, read_ahead
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, Windows
@@ -31,8 +35,10 @@ except ImportError as error:
 
 # Replacement images tried for a bad one before the whole shard set counts as damaged.
 _REPLACEMENTS = 100
-# Batches that DALI prefetches.
-_PREFETCH = 2
+# Batches that DALI decodes while one is taken, and finished batches that wait to be taken.
+_PREFETCH = _FINISHED = 2
+BATCHES_AHEAD = _FINISHED + _PREFETCH - 1 + FILES_AHEAD
+"""Batches, after those taken, that may have been listed: finished, in DALI, or being read."""
 # A shard with at least this many bad images, and more than this share of those read from it, is damaged as a whole.
 _ALTERED_COUNT, _ALTERED_SHARE = 3, 0.1
 
@@ -67,89 +73,14 @@ class Batch:
     wanted_B: NDArray[np.int64]
 
 
-class _Source:
-    """DALI's callback: the files of batch `first + iteration`, with their windows."""
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        read_list: Callable[[int], ReadList],
-        first: int,
-        last: int,
-        crop: Crop,
-        replacements: int,
-        refusals: dict[int, int],
-    ) -> None:
-        self.shards, self.read_list, self.first, self.last = shards, read_list, first, last
-        self.crop, self.replacements = crop, min(replacements, shards.count - 1)
-        self.refusals = refusals
-
-    def __call__(self, iteration: int) -> tuple[list[NDArray[Any]], ...]:
-        index = self.first + iteration
-        if index >= self.last:
-            raise StopIteration
-        wanted = self.read_list(index)
-        files, ids = zip(*(self.read_intact(int(i)) for i in wanted.ids), strict=True)
-        ids_B = np.array(ids, dtype=np.int64)
-        rows = self.shards.samples[ids_B]
-        windows = self.crop.windows(ids_B, wanted.epochs, rows["height"], rows["width"])
-        return (
-            list(files),
-            list(windows.start_B2),
-            list(windows.shape_B2),
-            list(windows.mirror_B),
-            list(np.stack([ids_B, wanted.epochs, wanted.ids], axis=1)),
-        )
-
-    def read_intact(self, wanted: int) -> tuple[NDArray[np.uint8], int]:
-        """The bytes of an image, or of the next intact one.
-
-        Raises:
-            DataError: no image is intact.
-        """
-        fault = ""
-        for offset in range(self.replacements + 1):
-            image_id = (wanted + offset) % self.shards.count
-            data = self.shards.read(image_id)
-            if not self.shards.is_intact(image_id, data):
-                fault = fault or self._altered(wanted)
-                continue
-            try:
-                return np.frombuffer(self._decodable(image_id, data), dtype=np.uint8), image_id
-            except DataError as error:
-                fault = fault or str(error)
-        raise DataError(fault)
-
-    def _decodable(self, image_id: int, data: bytes) -> bytes:
-        """`data`, or a PNG of Pillow's reading if DALI refused it. Raises DataError if neither can decode it."""
-        refused = self.refusals.get(image_id, 0)
-        if not refused:
-            return data
-        image = self.shards.decode(image_id, strictly=True)
-        if refused == 1:
-            return as_png(image)
-        raise DataError(
-            f"{self.shards.path}: image {image_id} ({self.shards.source(image_id)}) is decoded by Pillow but not by "
-            "DALI. Remove this image from the source, write the set again with `moce shards`, and report the "
-            "image."
-        )
-
-    def _altered(self, wanted: int) -> str:
-        after = f" and the {self.replacements} after it are" if self.replacements else " is"
-        return (
-            f"{self.shards.path}: image {wanted} ({self.shards.source(wanted)}){after} not as written, or cannot be "
-            "decoded; check the set with `moce inspect --verify`, and write it again with `moce shards`."
-        )
-
-
 @pipeline_def(enable_conditionals=False)
-def _pipeline(source: _Source, input: ImageInput, on_gpu: bool) -> tuple[Any, ...]:
-    files, start, shape, mirror, numbers = fn.external_source(
+def _pipeline(source: Callable[[int], tuple[Any, ...]], input: ImageInput, on_gpu: bool) -> Any:
+    files, start, shape, mirror = fn.external_source(
         source=source,
-        num_outputs=5,
+        num_outputs=4,
         batch=True,
-        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
-        ndim=[1, 1, 1, 0, 1],
+        dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
+        ndim=[1, 1, 1, 0],
     )
     # An unreadable header must fail here: in the decoder it ends the process with a segmentation fault if many other
     # images are being decoded (seen in DALI 2.4.0, in batches of 64). Adding zeros makes the decoder wait for this.
@@ -166,7 +97,7 @@ def _pipeline(source: _Source, input: ImageInput, on_gpu: bool) -> tuple[Any, ..
         output_type=types.RGB,
     )
     images = fn.resize(images, size=[input.size, input.size], interp_type=types.INTERP_CUBIC, antialias=True)
-    images = fn.crop_mirror_normalize(
+    return fn.crop_mirror_normalize(
         images,
         mirror=mirror,
         dtype=types.FLOAT,
@@ -174,7 +105,79 @@ def _pipeline(source: _Source, input: ImageInput, on_gpu: bool) -> tuple[Any, ..
         mean=[255 * m for m in input.mean],
         std=[255 * s for s in input.std],
     )
-    return images, numbers
+
+
+class _Feed:
+    """DALI's callback: the next files and their windows. DALI calls it in `schedule_run`."""
+
+    def __init__(self, files: Iterator[FileBatch], shards: ShardSet, crop: Crop) -> None:
+        self._files, self._shards, self._crop = files, shards, crop
+        self._scheduled: deque[FileBatch] = deque()
+        self._fault: DataError | None = None
+
+    def __call__(self, iteration: int) -> tuple[Any, ...]:
+        try:
+            read = next(self._files)
+        except DataError as fault:
+            self._fault = fault  # raised after the batches before it
+            raise StopIteration from None
+        self._scheduled.append(read)
+        rows = self._shards.samples[read.ids_B]
+        windows = self._crop.windows(read.ids_B, read.epochs_B, rows["height"], rows["width"])
+        return read.files, windows.start_B2, windows.shape_B2, windows.mirror_B
+
+    def next_decoded(self) -> FileBatch:
+        """The batch that DALI decodes first. Raises DataError: its files could not be read."""
+        if not self._scheduled and self._fault is not None:
+            raise self._fault
+        return self._scheduled.popleft()
+
+
+class _Decoder:
+    """A running pipeline. It decodes the batches of a feed in order, up to `_PREFETCH` ahead."""
+
+    def __init__(self, feed: _Feed, input: ImageInput, batch_size: int, threads: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._feed = feed
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._pipeline = _pipeline(
+            source=feed,
+            input=input,
+            on_gpu=on_gpu,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device.index if on_gpu else None,
+            prefetch_queue_depth=_PREFETCH,
+        )
+        self._pipeline.build()
+
+    def decode(self) -> tuple[FileBatch, Any]:
+        """The next batch and its images, in a buffer of DALI.
+
+        Raises:
+            DataError: its files cannot be read.
+            RuntimeError: DALI cannot decode an image of this batch or of the next ones; the pipeline is broken.
+        """
+        self._pipeline.schedule_run()
+        read = self._feed.next_decoded()
+        (images,) = self._pipeline.share_outputs()
+        return read, images
+
+    def take(self, images: Any) -> Tensor:
+        """The images in memory that DALI does not write to again.
+
+        On a CPU this is DALI's buffer itself: its executor leaves it to the tensor. On a GPU it is a copy, because
+        DALI does not wait for kernels of other streams that read its buffer. The copy runs on a stream of this thread,
+        which waits for it before DALI can use the buffer again.
+        """
+        if self._stream is None:
+            images_BCHW = torch.from_dlpack(images.as_tensor())
+        else:
+            with torch.cuda.stream(self._stream):
+                images_BCHW = torch.from_dlpack(images.as_tensor()).clone()
+            self._stream.synchronize()
+        self._pipeline.release_outputs()
+        return images_BCHW
 
 
 class Loader:
@@ -182,7 +185,8 @@ class Loader:
 
     Args:
         shards: the images.
-        read_list: batch index -> the images that this process reads; a pure function.
+        read_list: batch index -> the images that this process reads; a pure function. A background thread calls it for
+            at most `BATCHES_AHEAD` batches that have not been taken.
         crop: windows of the images.
         input: size and normalisation.
         batch_size: the longest batch.
@@ -190,9 +194,15 @@ class Loader:
         device: device of the images; decoding happens there too.
         replace_damaged: read the next image instead of a damaged one; otherwise a damaged image is an error.
 
-    Raises (while iterating):
-        DataError: a shard was altered, or cannot be read. Single bad images are replaced and counted in `replaced` (id
-            -> times).
+    A background thread reads and decodes ahead. Iterating takes finished batches, and may stop at any time: closing the
+    iterator ends the threads.
+
+    Attributes:
+        replaced: damaged image -> times that it was replaced in the batches taken so far.
+        refused: image -> times that DALI refused its data, in batches read so far.
+
+    Raises (while iterating, at the batch concerned):
+        DataError: a shard was altered, or cannot be read. Single bad images are replaced.
     """
 
     def __init__(
@@ -211,82 +221,78 @@ class Loader:
     ) -> None:
         self.shards = shards
         self.replaced: dict[int, int] = {}
+        self.refused: dict[int, int] = {}
         self._read_from_shard = np.zeros(len(shards.shards), dtype=np.int64)
         self._bad_in_shard = np.zeros(len(shards.shards), dtype=np.int64)
         self._read_list, self._crop, self._input = read_list, crop, input
         self._first, self._last = first, last
         self._batch_size, self._threads, self._device = batch_size, threads, device
-        self._replacements = _REPLACEMENTS if replace_damaged else 0
-        self._refusals: dict[int, int] = {}  # image id -> times that DALI refused its data
+        self._reader = IntactReader(shards, _REPLACEMENTS if replace_damaged else 0, self.refused)
 
     def __len__(self) -> int:
         return self._last - self._first
 
     def __iter__(self) -> Iterator[Batch]:
+        with (
+            ThreadPoolExecutor(READERS, "moce-read") as readers,
+            closing(in_background(self._batches(readers), _FINISHED, lambda: _use(self._device))) as batches,
+        ):
+            for batch in batches:
+                self._count_replaced(batch.ids_B, batch.wanted_B)
+                if self._device.type == "cuda":  # allocated on the loading thread's stream, read on this one
+                    batch.images_BCHW.record_stream(torch.cuda.current_stream(self._device))
+                yield batch
+
+    def _batches(self, readers: ThreadPoolExecutor) -> Generator[Batch]:
+        """All batches; runs in the loading thread."""
         index = self._first
-        pipeline = self._started(self._source(self._read_list, index, self._last))
+        files = read_ahead(self._reader, self._read_list, index, self._last, readers)
+        decoder = self._decoder(files)
         while index < self._last:
             try:
-                images, numbers = pipeline.run()
+                read, images = decoder.decode()
             except RuntimeError as error:
                 # A pipeline that failed to decode cannot be used again. The stream is a pure function of the index, so
                 # a new pipeline continues here, with Pillow's reading of the image that DALI refused.
-                for image_id in self._find_undecodable(index, error):
-                    self._refusals[image_id] = self._refusals.get(image_id, 0) + 1
-                pipeline = self._started(self._source(self._read_list, index, self._last))
+                files.close()
+                for image_id in self._find_undecodable(index, error, readers):
+                    self.refused[image_id] = self.refused.get(image_id, 0) + 1
+                files = read_ahead(self._reader, self._read_list, index, self._last, readers)
+                decoder = self._decoder(files)
                 continue
             index += 1
-            numbers_B3 = np.asarray(numbers.as_tensor())
-            ids_B, epochs_B, wanted_B = (numbers_B3[:, k].copy() for k in range(3))
-            self._count_replaced(ids_B, wanted_B)
-            # the pipeline reuses its buffers, so copy them
-            yield Batch(torch.from_dlpack(images.as_tensor()).clone(), ids_B, epochs_B, wanted_B)
+            yield Batch(decoder.take(images), read.ids_B, read.epochs_B, read.wanted_B)
 
-    def _source(self, read_list: Callable[[int], ReadList], first: int, last: int) -> _Source:
-        return _Source(self.shards, read_list, first, last, self._crop, self._replacements, self._refusals)
+    def _decoder(self, files: Iterator[FileBatch]) -> _Decoder:
+        feed = _Feed(files, self.shards, self._crop)
+        return _Decoder(feed, self._input, self._batch_size, self._threads, self._device)
 
-    def _started(self, source: _Source) -> Any:
-        """A pipeline fed by `source`."""
-        on_gpu = self._device.type == "cuda"
-        pipeline = _pipeline(
-            source=source,
-            input=self._input,
-            on_gpu=on_gpu,
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=self._device.index if on_gpu else None,
-            prefetch_queue_depth=_PREFETCH,
-        )
-        pipeline.build()
-        return pipeline
-
-    def _find_undecodable(self, index: int, error: RuntimeError) -> frozenset[int]:
+    def _find_undecodable(self, index: int, error: RuntimeError, readers: ThreadPoolExecutor) -> frozenset[int]:
         """Images of the batches in flight at `index` that fail alone; raises `error` if there are none."""
         ahead = [self._read_list(batch) for batch in range(index, min(index + _PREFETCH + 1, self._last))]
         ids, places = np.unique(np.concatenate([wanted.ids for wanted in ahead]), return_index=True)
         suspects = ReadList(ids, np.concatenate([wanted.epochs for wanted in ahead])[places])
         size = self._batch_size
         parts = (suspects[first : first + size] for first in range(0, len(ids), size))
-        undecodable = frozenset[int]().union(*map(self._undecodable_of, parts))
+        undecodable = frozenset[int]().union(*(self._undecodable_of(part, readers) for part in parts))
         if not undecodable:
             raise error
         return undecodable
 
-    def _undecodable_of(self, suspects: ReadList) -> frozenset[int]:
+    def _undecodable_of(self, suspects: ReadList, readers: ThreadPoolExecutor) -> frozenset[int]:
         """The suspects, or their replacements, that fail alone, found by halving: a pipeline is slow to build,
         and few images fail."""
-        source = self._source(lambda _: suspects, 0, 1)
-        if self._runs(source):
+        if self._decodes(suspects, readers):
             return frozenset()
         if len(suspects.ids) == 1:
-            return frozenset({source.read_intact(int(suspects.ids[0]))[1]})
+            return frozenset({self._reader.read(int(suspects.ids[0]))[1]})
         middle = len(suspects.ids) // 2
-        return self._undecodable_of(suspects[:middle]) | self._undecodable_of(suspects[middle:])
+        return self._undecodable_of(suspects[:middle], readers) | self._undecodable_of(suspects[middle:], readers)
 
-    def _runs(self, source: _Source) -> bool:
-        """Whether a new pipeline decodes the first batch of a source."""
+    def _decodes(self, images: ReadList, readers: ThreadPoolExecutor) -> bool:
+        """Whether a new pipeline decodes these images."""
         try:
-            self._started(source).run()
+            self._decoder(read_ahead(self._reader, lambda _: images, 0, 1, readers)).decode()
         except RuntimeError:
             return False
         return True
@@ -315,3 +321,9 @@ class Loader:
             f"image {i} ({self.shards.source(i)}) in {names[int(self.shards.samples['shard'][i])].name}"
             for i in sorted(self.replaced)
         ]
+
+
+def _use(device: torch.device) -> None:
+    """Make `device` the current one of this thread; a new thread has device 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -6,6 +6,7 @@ epoch, no batch is short, and nothing is dropped or repeated at the end of an ep
 Axes: G global batch, B one rank's part of it.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_ds.distributed.randomness import SHUFFLE, hashed
+
+
+def number_of_steps(epochs: float, images: int, batch_size: int) -> int:
+    """Global batches of a run: the last one completes the last epoch."""
+    return max(1, math.ceil(epochs * images / batch_size))
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ class ShardSet:
         row = self._row(image_id)
         shard = self.shards[row["shard"]]
         try:
-            data = os.pread(_opened(self.path, shard).fileno(), int(row["size"]), int(row["offset"]))
+            file = _opened(self.path, shard)  # held while it is read: another thread may drop it from the cache
+            data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
         except OSError as error:
             message = f"{self.path / shard.name} can no longer be read ({error.strerror}). {_restore(self.path)}"
             fault = DataError(message)

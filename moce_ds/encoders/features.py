@@ -3,19 +3,20 @@
 Axes: N images, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Never
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from moce_ds.clustering.feature_store import ENCODER, FeatureWriter, Identity
 from moce_ds.console import progress_bar
 from moce_ds.data.loader import Loader
-from moce_ds.data.sampler import SequentialSampler
+from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.distributed.runtime import Runtime
@@ -30,23 +31,28 @@ _cached_features: dict[tuple[str, str, str], Tensor] = {}
 
 
 def encode(
-    encoder: Encoder, shards: ShardSet, ids: range, config: EncodeSettings, device: torch.device
+    encoder: Encoder, shards: ShardSet, blocks: Sequence[range], config: EncodeSettings, device: torch.device
 ) -> Iterator[Tensor]:
-    """Features of the images `ids`, in order, batch by batch, [<= batch_size, D] float32 on the host.
+    """Features of blocks of images, in order, batch by batch, [<= batch_size, D] float32 on the host.
+
+    No batch contains images of two blocks, so the features of a block do not depend on the others. One loader reads
+    them all.
 
     A damaged image is an error here, not replaced, because a feature must belong to its image.
 
     Raises:
-        DataError: an image is damaged.
+        DataError: an image is damaged; the features of all batches before it have been returned.
     """
-    sampler = SequentialSampler(ids.start, ids.stop, config.batch_size)
+    batches = [
+        ids[first : first + config.batch_size] for ids in blocks for first in range(0, len(ids), config.batch_size)
+    ]
     loader = Loader(
         shards,
-        sampler.batch,
+        lambda index: _read_list(batches[index]),
         CenterCrop(encoder.input.center_crop),
         encoder.input,
         first=0,
-        last=sampler.num_batches,
+        last=len(batches),
         batch_size=config.batch_size,
         threads=config.threads,
         device=device,
@@ -54,6 +60,11 @@ def encode(
     )
     for batch in loader:
         yield encoder.features(batch.images_BCHW).cpu()
+
+
+def _read_list(ids: range) -> ReadList:
+    ids_B = np.array(ids, dtype=np.int64)
+    return ReadList(ids_B, np.zeros_like(ids_B))
 
 
 def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
@@ -69,7 +80,7 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
         _cached_features.pop(next(iter(_cached_features)))
     with _bar(shards.count, f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}", visible=True) as bar:
         parts = []
-        for part_ND in encode(encoder, shards, range(shards.count), config, device):
+        for part_ND in encode(encoder, shards, [range(shards.count)], config, device):
             parts.append(part_ND)
             bar.update(len(part_ND))
     _cached_features[key] = torch.cat(parts)
@@ -124,11 +135,12 @@ def _write_blocks(
     runtime: Runtime,
 ) -> None:
     with _bar(sum(len(writer.block_ids(k)) for k in blocks), "features", visible=runtime.is_main) as bar:
+        features = encode(encoder, shards, [writer.block_ids(k) for k in blocks], config, runtime.device)
         for k in blocks:
-            parts = []
-            for part_ND in encode(encoder, shards, writer.block_ids(k), config, runtime.device):
-                parts.append(part_ND.numpy())
-                bar.update(len(part_ND))
+            parts: list[NDArray[np.float32]] = []
+            while sum(map(len, parts)) < len(writer.block_ids(k)):
+                parts.append(next(features).numpy())
+                bar.update(len(parts[-1]))
             writer.write_block(k, np.concatenate(parts))
 
 

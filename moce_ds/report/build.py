@@ -41,7 +41,7 @@ _CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
         "mean squared error",
         "log",
         "Squared error on masked patches, each patch normalised: lower is better, and about 1 is what guessing a "
-        "patch's mean gives. Every run counts its steps from 0. Circles: held-out images.",
+        "patch's mean gives. Every run counts its steps from 0.",
     ),
     ("images_per_second", "Throughput", "images a second", "from zero", "Images a second over all processes."),
     (
@@ -121,7 +121,9 @@ def _summary(group: RunGroup) -> str:
     parts = []
     for run in group.runs:
         text = f"{run.name}: {run.family.title if run.family.has_experts else 'dense MAE'}"
-        if run.metrics:
+        if run.steps_done:
+            text += f", step {run.steps_done}"
+        elif run.metrics:
             text += f", {run.metrics[-1]['step']:,} steps"
         if run.routing:
             blocks = " and ".join(str(layer) for layer in run.routing.layers)
@@ -203,11 +205,6 @@ def _training(runs: Sequence[RunFolder]) -> Iterator[Chapter]:
     exhibits = []
     for key, title, unit, scale, caption in _CURVES:
         lines = [Line(run.name, *run.series(key), plots.colour(i)) for i, run in enumerate(runs)]
-        if key == "reconstruction":
-            lines += [
-                Line(f"{run.name}, held out", *run.series("eval_reconstruction"), plots.colour(i), marker=True)
-                for i, run in enumerate(runs)
-            ]
         if drawn := [line for line in lines if len(line.values_S)]:
             exhibits.append(Exhibit(plots.curves(drawn, title, unit, scale), caption))
     if exhibits:

@@ -69,13 +69,12 @@ Scale = Literal["linear", "from zero", "log", "percent"]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: name, steps [S] and values [S]; `marker` shows points instead of a line."""
+    """One curve: name, steps [S] and values [S]."""
 
     name: str
     steps_S: Floats
     values_S: Floats
     colour: str
-    marker: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,9 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
     """Curves over the training step; the `log` axis is used if values span more than a factor of 2."""
     figure, axes = panel(title)
     for line in lines:
-        name = plottable(line.name)
-        if line.marker:
-            axes.plot(line.steps_S, line.values_S, "o", ms=4, mfc="white", color=line.colour, label=name)
-        else:
-            axes.plot(*_thin(line.steps_S, line.values_S), lw=1.6, color=line.colour, label=name)
+        point = "o" if len(line.steps_S) == 1 else None  # a line needs two
+        steps_S, values_S = _thin(line.steps_S, line.values_S)
+        axes.plot(steps_S, values_S, lw=1.6, marker=point, color=line.colour, label=plottable(line.name))
     values = np.concatenate([line.values_S for line in lines])
     if scale == "log" and values.min() > 0 and values.max() > 2 * values.min():
         axes.set_yscale("log")
@@ -129,7 +126,11 @@ def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
     thinned = [_thin(steps_S, load_SE[:, expert], points) for expert in range(n_experts)]
     bands = np.stack([values for _, values in thinned])
     colours = [colour(expert) for expert in range(n_experts)]
-    axes.stackplot(thinned[0][0], bands, colors=colours, edgecolor="white", linewidth=0.6)
+    thinned_S = thinned[0][0]
+    if len(thinned_S) == 1:  # a band needs two steps
+        thinned_S, bands = np.add(thinned_S, [-0.5, 0.5]), np.repeat(bands, 2, axis=1)
+        axes.set_xticks(steps_S)
+    axes.stackplot(thinned_S, bands, colors=colours, edgecolor="white", linewidth=0.6)
     for edge in range(1, n_experts):
         axes.axhline(edge / n_experts, color="white", lw=0.8, ls=(0, (4, 4)))
     right_of_axes = axes.get_yaxis_transform()
@@ -137,7 +138,8 @@ def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
         if height > 0.03:
             axes.text(1.02, top - height / 2, f"expert {expert}", transform=right_of_axes, va="center", fontsize=9)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlabel="step", ylabel="share of images", ylim=(0, 1), xlim=(thinned[0][0].min(), thinned[0][0].max()))
+    axes.set(xlabel="step", ylabel="share of images", ylim=(0, 1))
+    axes.margins(x=0)
     axes.grid(False)
     last = ", ".join(f"expert {expert} {share:.0%}" for expert, share in enumerate(load_SE[-1]))
     return svg(figure, f"{title} over the training step, stacked. At the end: {last}.")

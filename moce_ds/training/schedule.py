@@ -6,6 +6,7 @@ Nothing here is saved or restored.
 import math
 from dataclasses import dataclass
 
+from moce_ds.data.sampler import number_of_steps
 from moce_ds.errors import ConfigError
 from moce_ds.training.settings import OptimSettings
 
@@ -78,7 +79,7 @@ class Schedule:
 
 def make_schedule(optim: OptimSettings, num_images: int, imbalance_start: float = 0.0) -> Schedule:
     """The schedule of a run over `num_images`; `imbalance_start`: share of the run, for pre-training with experts."""
-    steps = max(1, math.ceil(optim.epochs * num_images / optim.batch_size))
+    steps = number_of_steps(optim.epochs, num_images, optim.batch_size)
     return Schedule(
         peak_lr=optim.base_lr * optim.batch_size / 256,
         min_lr=optim.min_lr,

@@ -77,8 +77,6 @@ def write_metrics(path: Path, steps: int, experts: bool) -> None:
                 "data_wait": abs(random.normal(0.04, 0.02)),
                 "grad_norm": 1.0,
             }
-            if step % 40 == 0:
-                record["eval_reconstruction"] = 0.44 + (start - 0.42) * np.exp(-5 * done)
             if experts:
                 record["imbalance"] = -2 * (E - 1) * done**2
                 record["balance"] = 0.4 * (1 - done) + 0.05

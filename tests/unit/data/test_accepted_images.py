@@ -123,7 +123,7 @@ def test_dali_and_pillow_read_the_same(written: ShardSet) -> None:
         replace_damaged=False,
     )
     read = [image for batch in batches for image in 255 * batch.images_BCHW.numpy()]
-    assert batches._refusals == {}
+    assert batches.refused == {}
     for number, pixels in enumerate(read):
         image = written.decode(number)
         row = written.samples[number]

@@ -13,17 +13,20 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 from PIL import Image
 
 from moce_ds.checkpoint.records import RoutingTable
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.report import run_chapter
 from moce_ds.report.build import build_report, read_runs
 from moce_ds.report.plots import Line, curves
+from tests.examples.moce_command import run_here
 from tests.examples.study_folder import make_study
 
 SECTIONS = (
@@ -245,6 +248,34 @@ def test_values_that_are_not_finite_are_left_out(study: Path) -> None:
     assert run.series("reconstruction")[0][-1] == 400
     assert run.series("data_wait")[0][-1] == 401
     build_report(study / "mae")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_with_one_record(study: Path) -> None:
+    for run in ("mae", "moce"):
+        first, *_ = (study / run / "metrics.jsonl").read_text().splitlines()
+        (study / run / "metrics.jsonl").write_text(first + "\n")
+    shown = Page(build_report(study))
+    pictures = {image["alt"].partition(" over")[0]: image["src"] for image in shown.images if "svg" in image["src"]}
+    drawn = base64.b64decode(pictures["Expert load, block 3"].partition(",")[2]).decode()
+    areas = re.findall(r'<g id="FillBetweenPolyCollection_\d+">\s*<defs>\s*<path id="\w+" d="([^"]*)"', drawn)
+    assert len(areas) > 1
+    for area in areas:
+        across = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", area)]
+        assert max(across) - min(across) > 50, "a band without width cannot be seen"
+
+
+def test_an_unfinished_run_says_so(study: Path) -> None:
+    config = study / "moce" / "config.yaml"
+    images, done = RunFolder.open(study / "moce").clusters.sizes_M.sum(), 180  # type: ignore[union-attr]
+    for missing, told in ((0, "step 180 of 180, "), (2, "step 180 of 182, unfinished, ")):
+        settings = yaml.safe_load(config.read_text())
+        settings["optim"] = {"batch_size": 16, "epochs": (16 * (done + missing) - 8) / int(images)}
+        config.write_text(yaml.safe_dump(settings))
+        build_report(study)
+        assert f"moce: MoCE, {told}4 experts" in (study / "report.html").read_text()
+        (row,) = [line for line in run_here("inspect", study / "moce").out.splitlines() if " steps " in line]
+        assert ("unfinished" in row) == bool(missing) and f"180 of {180 + missing}" in row
 
 
 def test_long_runs_are_thinned() -> None:
