@@ -173,9 +173,11 @@ class _Decoder:
         if self._stream is None:
             images_BCHW = torch.from_dlpack(images.as_tensor())
         else:
+            copied = torch.cuda.Event(blocking=True)
             with torch.cuda.stream(self._stream):
                 images_BCHW = torch.from_dlpack(images.as_tensor()).clone()
-            self._stream.synchronize()
+                copied.record(self._stream)
+            copied.synchronize()
         self._pipeline.release_outputs()
         return images_BCHW
 
