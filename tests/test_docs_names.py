@@ -10,7 +10,7 @@ import pytest
 
 from moce_ds.config.settings import keys
 from moce_ds.old_names import new_name
-from moce_ds.verbs.config import KINDS
+from moce_ds.stage_verbs.config import KINDS
 from tests.test_docs import DOCUMENTS, ROOT
 
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md"]
@@ -75,7 +75,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         "`python tests/none.py FOLDER`",
         "`moce_ds.training.none`",
         "`moce_ds.data.shards.NoSet`",
-        "`forecast.work.image_flops`",
+        "`forecast.step_cost.image_flops`",
         "`moce_ds.training.loop`",
         "`optim.epoch=3`",
         "`python -m tools.none`",

@@ -50,7 +50,7 @@ BREACHES = [
     ("kind_tests", ROUTER, "def f(spec):\n    match spec.arch:\n        case 'mae': pass", "moce_ds.training.router:"),
     ("package_circles", "moce_ds/text.py", "def f():\n    import moce_ds.console", "moce_ds.console <-> moce_ds"),
     ("package_circles", "moce_ds/text.py", "from launchers import local", "launchers <-> "),
-    ("module_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.layer", "moce_ds.moe.plan"),
+    ("module_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.deepspeed_layer", "moce_ds.moe.plan"),
     ("step_closure", "moce_ds/text.py", "import moce_ds.export.write", "moce_ds.export.write"),
     ("undocumented", ROUTER, "def shown(): pass", "moce_ds.training.router:shown"),
     ("undocumented", ROUTER, "class Shown:\n  def f(self): pass", "moce_ds.training.router:Shown.f"),
@@ -74,7 +74,7 @@ ALLOWED = [
     ("whole_settings", "tests/test_docs.py", "def f(config: PretrainSettings): pass"),
     ("kind_tests", "moce_ds/models/build.py", "def f(c): return c.arch == 'mae'"),
     ("kind_tests", ROUTER, "def f(c): return c.gate == c.arch"),
-    ("package_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.layer"),
+    ("package_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.deepspeed_layer"),
     ("undocumented", ROUTER, "def _hidden(): pass\nclass M(nn.Module):\n  'Doc.'\n  def forward(self): pass"),
     ("step_closure", "moce_ds/text.py", "def f():\n    import moce_ds.export.write"),
 ]
@@ -96,9 +96,9 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
     verb = "from moce_ds.training.run import start\ndef pretrain(): start()"
     run = "from moce_ds.training.loop import Loop\ndef start(): Loop().fit()"
     loop = "class Loop:\n    def fit(self): self.engine.step()"
-    tree = {"moce_ds/verbs/stages.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
+    tree = {"moce_ds/stage_verbs/stages.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
     assert levels_to_a_step(tree).places == [
-        "moce_ds.verbs.stages:pretrain",
+        "moce_ds.stage_verbs.stages:pretrain",
         "moce_ds.training.run:start",
         "moce_ds.training.loop:Loop.fit",
     ]
@@ -108,7 +108,7 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
 
 def test_the_real_way_begins_at_the_verb_and_ends_in_training() -> None:
     chain = today("levels_to_a_step").places
-    assert chain[:2] == ["moce_ds.verbs.stages:pretrain", "moce_ds.training.pretrain:pretrain"]
+    assert chain[:2] == ["moce_ds.stage_verbs.stages:pretrain", "moce_ds.training.pretrain:pretrain"]
     assert chain[-1].startswith("moce_ds.training.")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.workflow.demo import CONFIGS, pipeline_words
 from moce_ds.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.workflow.transfer_tasks import TASK_FILES, read_task
@@ -48,7 +48,7 @@ def test_tasks_and_demo_are_found_in_the_wheel(wheel: Path, tmp_path: Path) -> N
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "work").mkdir()
     code = """
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.workflow.demo import CONFIGS, pipeline_words
 from moce_ds.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.workflow.transfer_tasks import known_tasks

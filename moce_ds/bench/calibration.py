@@ -22,7 +22,7 @@ from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import Device
-from moce_ds.forecast.work import Flops, Machines, Work, block_flops
+from moce_ds.forecast.step_cost import Flops, Machines, Work, block_flops
 from moce_ds.models.mae import make_block
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
@@ -32,7 +32,7 @@ from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.training.engine import parameter_groups, set_lr, start_engine
 from moce_ds.training.inputs import ClusteredData
-from moce_ds.training.model import build_for_training, tune_execution
+from moce_ds.training.placed_model import build_for_training, tune_execution
 from moce_ds.training.router import Router
 from moce_ds.training.schedule import batch_arithmetic
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.experts import choose_execution
-from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.deepspeed_layer import ClusterMoE
+from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
+from moce_ds.moe.expert_layer import choose_execution
 from moce_ds.moe.placement import default_placement, local_order
 from moce_ds.moe.plan import make_plan
-from moce_ds.moe.token_layer import TokenMoE
 
 TOKENS = 50
 """T: ViT-B/16 at 224 px keeps 49 of 196 patches, plus cls."""
@@ -137,7 +137,7 @@ class _RoutedGate(TopKGate):
 
 def stock(problem: Problem, capacity: float) -> Case:
     """DeepSpeed's stock layer routed by cluster; with `capacity` 0 nothing is dropped and all experts are padded."""
-    layer = TokenMoE(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size, capacity=capacity)
+    layer = TokenMoeLayer(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size, capacity=capacity)
     old = layer.deepspeed_moe.gate
     gate = _RoutedGate(problem.D, problem.E, 1, capacity or 1.0, capacity or 1.0, 4, None, old.drop_tokens, False)
     experts_S = torch.from_numpy(problem.experts_WB[problem.runtime.rank]).repeat_interleave(TOKENS)
@@ -149,11 +149,11 @@ def stock(problem: Problem, capacity: float) -> Case:
 
 def token(problem: Problem) -> Case:
     """TokenMoE with an untrained token gate, without dropping."""
-    layer = TokenMoE(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size)
+    layer = TokenMoeLayer(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size)
     return _stock_case(layer, problem, 0.0, None)
 
 
-def _stock_case(layer: TokenMoE, problem: Problem, capacity: float, counts_E: Tensor | None) -> Case:
+def _stock_case(layer: TokenMoeLayer, problem: Problem, capacity: float, counts_E: Tensor | None) -> Case:
     layer.set_deepspeed_parallelism()
     _on_device(layer, problem)
     S = problem.B * TOKENS

@@ -25,7 +25,7 @@ from moce_ds.models.build import ModelSpec
 from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
-from moce_ds.training.model import build_for_training
+from moce_ds.training.placed_model import build_for_training
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import EngineSettings, PretrainOptimSettings, PretrainRunSettings
 

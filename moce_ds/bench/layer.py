@@ -31,8 +31,8 @@ from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
+from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import chosen_experts
-from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to

@@ -28,8 +28,8 @@ from moce_ds.checkpoint.format import (
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError
 from moce_ds.models.parameters import expert_key, load_weights_strict, local_expert, with_plain_gate
-from moce_ds.moe.layer import ClusterMoE
-from moce_ds.moe.token_layer import TokenMoE
+from moce_ds.moe.deepspeed_layer import ClusterMoE
+from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
 from moce_ds.storage.files import writes_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +42,7 @@ def global_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue
         if (expert := local_expert(name)) is not None:
             layer = model.get_submodule(f"blocks.{expert.block}.mlp")
-            assert isinstance(layer, ClusterMoE | TokenMoE)
+            assert isinstance(layer, ClusterMoE | TokenMoeLayer)
             name = expert_key(expert.block, layer.expert_ids[expert.number], expert.rest)
         yield with_plain_gate(name), parameter
 
@@ -104,7 +104,7 @@ def _files_to_write(model: nn.Module, state: Mapping[str, Tensor], runtime: Runt
     for name, parameter in global_parameters(model):
         is_expert = not getattr(parameter, "allreduce", True)
         held[is_expert] |= {f"{part}/{file_of(name)}" for part in (WEIGHTS, OPTIMIZER)}
-    ep_size = next((m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoE)), 1)
+    ep_size = next((m.ep_size for m in model.modules() if isinstance(m, ClusterMoE | TokenMoeLayer)), 1)
     replica, replicas = runtime.rank // ep_size, runtime.world_size // ep_size
     return {*sorted(held[False])[runtime.rank :: runtime.world_size], *sorted(held[True])[replica::replicas]}
 

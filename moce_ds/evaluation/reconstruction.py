@@ -32,7 +32,7 @@ from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.parameters import load_weights_strict
-from moce_ds.moe.experts import ExpertLayer
+from moce_ds.moe.expert_layer import ExpertLayer
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan

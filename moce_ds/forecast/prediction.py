@@ -15,7 +15,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import Device
 from moce_ds.forecast.preflight import gibibytes, remedies
-from moce_ds.forecast.work import Machines, Memory, Traffic, Work
+from moce_ds.forecast.step_cost import Machines, Memory, Traffic, Work
 from moce_ds.training.schedule import batch_arithmetic, make_schedule
 from moce_ds.training.settings import OptimSettings
 

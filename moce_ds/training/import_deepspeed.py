@@ -31,12 +31,12 @@ from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.parameters import expert_key, load_weights_strict, native_expert, with_plain_gate
 from moce_ds.models.shapes import ExpertShape
-from moce_ds.moe.layer import NUMBER
+from moce_ds.moe.deepspeed_layer import NUMBER
 from moce_ds.moe.placement import default_placement
 from moce_ds.storage.checksums import records_of, write_checked
 from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.inputs import ClusteredData
-from moce_ds.training.model import build_for_training
+from moce_ds.training.placed_model import build_for_training
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
 

@@ -32,8 +32,8 @@ from moce_ds.training.engine import Engine, SkippedSteps, parameter_groups, star
 from moce_ds.training.inputs import Inputs, keep_clusters, keep_teacher, open_inputs, read_teacher
 from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
-from moce_ds.training.model import placed_model
 from moce_ds.training.pictures import RunPictures
+from moce_ds.training.placed_model import placed_model
 from moce_ds.training.router import Router, RouteStatistics, StepTable
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule

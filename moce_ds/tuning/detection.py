@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import supply_torchvision_operators
-from moce_ds.data.canvas import Jitter, View, draw_image, draw_mask
+from moce_ds.data.scale_jitter import Jitter, View, draw_image, draw_mask
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, pack
 from moce_ds.distributed.runtime import Runtime

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.compat import repair_torchvision
-from moce_ds.data.canvas import Jitter, draw_image, draw_mask
+from moce_ds.data.scale_jitter import Jitter, draw_image, draw_mask
 from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet, Colour, Palettes
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from moce_ds.artefacts.pipeline_folder import PIPELINE, StagesRecord
 from moce_ds.clustering.settings import ClusterSettings
+from moce_ds.config.command_line import read_settings
 from moce_ds.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
 from moce_ds.config.values import arguments
-from moce_ds.config.words import read_settings
 from moce_ds.console import say
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.data.shards import MANIFEST, ShardSet

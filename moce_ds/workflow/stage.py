@@ -25,12 +25,12 @@ from moce_ds.data.sources.image_folder import list_files, listing_digest
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.stage_verbs.table import run_verb
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import sha256_of
 from moce_ds.storage.locks import held, is_held
 from moce_ds.text import counted, in_line
-from moce_ds.verbs.table import run_verb
 
 _logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from moce_ds.config.settings import from_tree, to_tree
 from moce_ds.console import run_main, say
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.evaluation.results_file import RESULTS, read_results
-from moce_ds.forecast.work import Work
+from moce_ds.forecast.step_cost import Work
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.stage_verbs.table import run_verb
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.metrics_file import METRICS, read_metrics
-from moce_ds.verbs.table import run_verb
 from moce_ds.workflow.runner import Failure, Progress, duration, run_stages, states_table
 from moce_ds.workflow.stage import Launch, Stage, StageRecord, Workflow, perform
 from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, Field
 
 from moce_ds.artefacts.study_folder import CELLS, LAUNCH_KEYS, RUN, CellRecord
+from moce_ds.config.command_line import read_settings
 from moce_ds.config.settings import KeysOf, Positive, option, settings, word
 from moce_ds.config.values import arguments
-from moce_ds.config.words import read_settings
 from moce_ds.errors import ConfigError, MoceError
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from moce_ds.checkpoint.run_folder import LAUNCHES
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import Submitted, begin_launch, record_jobs, refuse_second, submit
+from moce_ds.stage_verbs.options import FORCED
+from moce_ds.stage_verbs.table import STAGE_VERBS
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import OptimSettings, PretrainSettings
-from moce_ds.verbs.options import FORCED
-from moce_ds.verbs.table import STAGE_VERBS
 from moce_ds.workflow.pipeline import PipelineSettings, check_folders, keep_stages, pipeline_workflow
 from moce_ds.workflow.stage import Stage, Workflow
 from moce_ds.workflow.study import checked_cells, keep_record, study_workflow

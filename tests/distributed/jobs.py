@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.data.loader import Batch
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.errors import MoceError

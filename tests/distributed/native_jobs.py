@@ -22,7 +22,7 @@ from moce_ds.storage.files import write_json
 from moce_ds.training.engine import deepspeed_config, parameter_groups, set_lr, start_engine
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.inputs import open_inputs
-from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
+from moce_ds.training.placed_model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.router import Router
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings

@@ -16,7 +16,7 @@ from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
 from moce_ds.clustering.clusters import load_ids
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import started
+from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import ClusterGate, combine_weights
-from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import held_experts, local_order
 from moce_ds.moe.plan import Plan, make_plan
 from moce_ds.moe.reference import ReferenceMoE

@@ -30,7 +30,7 @@ from moce_ds.config.settings import load
 from moce_ds.errors import ArtefactError, ConfigError, MoceError
 from moce_ds.export.write import export_route
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.layer import ClusterMoE
+from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.storage.checksums import Findings

@@ -11,7 +11,7 @@ from moce_ds.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import started
 from moce_ds.encoders.from_checkpoint import TokenExperts
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.token_layer import TokenMoE
+from moce_ds.moe.deepspeed_token_layer import TokenMoE
 
 WIDTH, EXPERTS = 16, 5
 

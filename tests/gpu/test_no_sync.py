@@ -12,9 +12,9 @@ from torch import nn
 
 from moce_ds.distributed.device_copy import on_device
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.experts import Execute, run_grouped, run_one_by_one
+from moce_ds.moe.deepspeed_layer import ClusterMoE
+from moce_ds.moe.expert_layer import Execute, run_grouped, run_one_by_one
 from moce_ds.moe.gate import ClusterGate, combine_weights, gate_losses
-from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 

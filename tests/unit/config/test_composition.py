@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from moce_ds.config.command_line import read_settings, settings_layers
 from moce_ds.config.composition import Layer, file_layers
 from moce_ds.config.printing import explained, origin_of
 from moce_ds.config.settings import from_layers, load, option, partial_tree, settings, to_tree, words_layer
-from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.errors import ConfigError
 
 

@@ -21,7 +21,7 @@ from moce_ds.config.settings import to_yaml
 from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import DEVICES, assuming, find_device
 from moce_ds.forecast.prediction import Prediction, advice, predict
-from moce_ds.forecast.work import Machines, Traffic, Work
+from moce_ds.forecast.step_cost import Machines, Traffic, Work
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.sdr import Sdr, Teacher

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.errors import ConfigError
 from moce_ds.forecast import preflight
 from moce_ds.forecast.preflight import FORCE
-from moce_ds.forecast.work import Work
+from moce_ds.forecast.step_cost import Work
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import TINY, refused
 

@@ -19,7 +19,7 @@ from moce_ds.models.parameters import (
     place_of,
     with_plain_gate,
 )
-from moce_ds.moe.layer import NATIVE_EXPERTS
+from moce_ds.moe.deepspeed_layer import NATIVE_EXPERTS
 
 NATIVE = f"blocks.9.mlp.{NATIVE_EXPERTS}1.fc1.weight"
 """As the layer of experts writes it for DeepSpeed."""

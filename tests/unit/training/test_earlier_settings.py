@@ -15,9 +15,9 @@ import yaml
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.config import families
+from moce_ds.config.command_line import read_settings, settings_layers
 from moce_ds.config.printing import origin_of
 from moce_ds.config.settings import completed, differences, from_tree, keys, load, to_tree
-from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.errors import ConfigError
 from moce_ds.models.build import VARIANTS
 from moce_ds.report.build import read_runs

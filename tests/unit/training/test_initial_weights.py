@@ -23,7 +23,7 @@ from moce_ds.models.parameters import has_experts, is_decoder, lacks_decoder
 from moce_ds.models.vit import save_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.training.initial_weights import read_weights
-from moce_ds.training.model import build_for_training, first_weights, place_experts, take_weights
+from moce_ds.training.placed_model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.settings import PretrainSettings
 
 Make = Callable[..., PretrainSettings]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.config.settings import load
-from moce_ds.data.canvas import View, draw_image
+from moce_ds.data.scale_jitter import View, draw_image
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput

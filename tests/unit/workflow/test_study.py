@@ -16,7 +16,7 @@ import yaml
 from moce_ds.artefacts.study_folder import CellRecord, StudyFolder, StudyRecord, series
 from moce_ds.config.settings import load, to_yaml
 from moce_ds.errors import ConfigError
-from moce_ds.forecast.work import Work
+from moce_ds.forecast.step_cost import Work
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.report.build import build_report
 from moce_ds.report.study_chapter import scalings
@@ -204,7 +204,7 @@ def test_a_killed_process_lets_go_of_its_cell(make: Make) -> None:
     (cell,) = cells_of(make())
     code = f"""
 import pathlib, time
-from moce_ds.forecast.work import Work
+from moce_ds.forecast.step_cost import Work
 from moce_ds.storage.locks import held
 with held(pathlib.Path({str(cell.lock)!r})):
     print("held", flush=True)

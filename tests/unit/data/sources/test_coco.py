@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_ds.data.canvas import View
+from moce_ds.data.scale_jitter import View
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
 from moce_ds.errors import DataError

@@ -29,11 +29,11 @@ from moce_ds.models.parameters import (
     load_weights_strict,
 )
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
-from moce_ds.moe.experts import choose_execution, run_grouped, run_one_by_one
+from moce_ds.moe.deepspeed_layer import ClusterMoE
+from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
+from moce_ds.moe.expert_layer import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
-from moce_ds.moe.layer import ClusterMoE
 from moce_ds.moe.placement import default_placement, held_experts, placement_by_traffic
-from moce_ds.moe.token_layer import TokenMoE
 from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import EngineSettings, ExpertSettings, PretrainRunSettings
 
@@ -81,15 +81,15 @@ def build_for_training(
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         assert spec.experts is not None, "a dense model has no layer of experts"
         if not spec.family.routes_by_cluster:
-            return TokenMoE(make_expert, spec.shape.width, num_experts, ep_size, spec.experts.k)
+            return TokenMoeLayer(make_expert, spec.shape.width, num_experts, ep_size, spec.experts.k)
         return ClusterMoE(make_expert, num_experts, ep_size, shared)
 
     return build_model(spec, clusters, make_layer, loss_weights)
 
 
-def expert_layers(model: MaskedAutoencoder) -> dict[int, ClusterMoE | TokenMoE]:
+def expert_layers(model: MaskedAutoencoder) -> dict[int, ClusterMoE | TokenMoeLayer]:
     """The layers of experts by block."""
-    return {b: block.mlp for b, block in enumerate(model.blocks) if isinstance(block.mlp, ClusterMoE | TokenMoE)}
+    return {b: block.mlp for b, block in enumerate(model.blocks) if isinstance(block.mlp, ClusterMoE | TokenMoeLayer)}
 
 
 def tune_execution(model: MaskedAutoencoder, execution: str, engine: EngineSettings, device: torch.device) -> None:

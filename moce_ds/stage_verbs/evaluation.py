@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moce_ds.config.words import read_settings
+from moce_ds.config.command_line import read_settings
 from moce_ds.console import say, show
+from moce_ds.stage_verbs.options import PATH, Verb, heads_option, words
 from moce_ds.text import in_line
-from moce_ds.verbs.options import PATH, Verb, heads_option, words
 
 if TYPE_CHECKING:
     from moce_ds.export.request import Target

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from moce_ds.data.canvas import Jitter, View, draw_image, draw_mask
+from moce_ds.data.scale_jitter import Jitter, View, draw_image, draw_mask
 
 SIDE = 24
 GREY = (0.5, 0.5, 0.5)

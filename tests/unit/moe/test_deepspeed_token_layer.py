@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.special import ndtr
 
-from moce_ds.moe.token_layer import TokenMoE, importance_loss, load_loss
+from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer, importance_loss, load_loss
 
 
 def variation(loads: list[float]) -> float:
@@ -73,7 +73,7 @@ def test_the_gradient_of_load_is_the_derivative_of_the_formula(k: int) -> None:
 
 def test_the_gate_computes_in_float32_under_autocast() -> None:
     torch.manual_seed(4)
-    gate = TokenMoE(lambda: torch.nn.Linear(16, 16), 16, 4, 1).deepspeed_moe.gate.eval()
+    gate = TokenMoeLayer(lambda: torch.nn.Linear(16, 16), 16, 4, 1).deepspeed_moe.gate.eval()
     x_SD = torch.randn(64, 16)
     expected = gate(x_SD)
     with torch.autocast("cpu", torch.bfloat16):

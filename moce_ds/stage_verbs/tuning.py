@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
+from moce_ds.config.command_line import settings_layers
 from moce_ds.config.settings import T
 from moce_ds.config.values import is_number
-from moce_ds.config.words import settings_layers
 from moce_ds.config.yaml_text import Plain
 from moce_ds.console import say
 from moce_ds.errors import STOPPED
+from moce_ds.stage_verbs.options import PATH, Verb, checked_settings, words
 from moce_ds.text import in_line
-from moce_ds.verbs.options import PATH, Verb, checked_settings, words
 
 
 @click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
@@ -53,8 +53,8 @@ def finetune(
     from moce_ds.checkpoint.run_folder import TUNED
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.stage_verbs.evaluation import task_of
     from moce_ds.tuning.classification import finetune as run
-    from moce_ds.verbs.evaluation import task_of
 
     check_results(results)
     with started(config.run.peer_timeout) as runtime:

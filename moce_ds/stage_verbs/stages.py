@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
+from moce_ds.config.command_line import read_settings, settings_layers
 from moce_ds.config.printing import explained
 from moce_ds.config.settings import to_tree
-from moce_ds.config.words import read_settings, settings_layers
 from moce_ds.console import say, show
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.host.place import Place
+from moce_ds.stage_verbs.bench import Numbers
+from moce_ds.stage_verbs.options import PATH, Verb, checked_settings, force_option, heads_option, words
 from moce_ds.text import counted
-from moce_ds.verbs.bench import Numbers
-from moce_ds.verbs.options import PATH, Verb, checked_settings, force_option, heads_option, words
 
 
 @click.command(cls=Verb, settings="moce_ds.data.shard_writer:ShardSettings")
@@ -82,7 +82,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     if processes and not dry_run:
         raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
     from moce_ds.forecast.preflight import check_memory, plan_table
-    from moce_ds.forecast.work import Work
+    from moce_ds.forecast.step_cost import Work
 
     work = Work.of(config)
     if dry_run:
@@ -125,7 +125,7 @@ def plan(
     config = checked_settings(PretrainSettings, settings_layers(PretrainSettings, words))
     from moce_ds.forecast import prediction
     from moce_ds.forecast.devices import THIS, assuming, find_device
-    from moce_ds.forecast.work import Machines, Work
+    from moce_ds.forecast.step_cost import Machines, Work
     from moce_ds.storage.files import check_output, write_json, writes_to
 
     if options["json_file"] is not None:

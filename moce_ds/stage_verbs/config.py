@@ -11,7 +11,7 @@ import click
 
 from moce_ds.console import say
 from moce_ds.errors import ConfigError
-from moce_ds.verbs.options import PATH, SETTINGS
+from moce_ds.stage_verbs.options import PATH, SETTINGS
 
 _ENCODE = "moce_ds.encoders.settings:EncodeSettings"
 
@@ -108,9 +108,9 @@ def show_settings(kind: str, words: Sequence[str]) -> None:
 
     The output is a YAML file, which can be saved and read again.
     """
+    from moce_ds.config.command_line import settings_layers
     from moce_ds.config.printing import explained
     from moce_ds.config.settings import partial_tree
-    from moce_ds.config.words import settings_layers
 
     cls = KINDS[kind].load()
     layers = settings_layers(cls, words)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from moce_ds.moe.experts import ExpertLayer
+from moce_ds.moe.expert_layer import ExpertLayer
 
 NATIVE_EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 """Prefix of a layer's experts in DeepSpeed's own checkpoints; its writer fails on any other name."""

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moce_ds.console import show
 from moce_ds.errors import ConfigError
-from moce_ds.verbs.options import PATH
+from moce_ds.stage_verbs.options import PATH
 
 
 class Numbers(click.ParamType):

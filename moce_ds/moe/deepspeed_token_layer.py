@@ -11,7 +11,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate, top1gating, top2gating
 from torch import Tensor, nn
 
-from moce_ds.moe.layer import expert_group
+from moce_ds.moe.deepspeed_layer import expert_group
 
 
 class TokenGate(TopKGate):
@@ -83,7 +83,7 @@ def _squared_variation(x_E: Tensor) -> Tensor:
     return x_E.var(unbiased=False) / x_E.mean().square()
 
 
-class TokenMoE(MoE):
+class TokenMoeLayer(MoE):
     """A stock DeepSpeed MoE layer with `TokenGate`; capacity 0 drops nothing (and pads all experts to the largest
     load).
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from moce_ds.config.values import arguments
-from moce_ds.verbs import bench, evaluation, stages, tuning
+from moce_ds.stage_verbs import bench, evaluation, stages, tuning
 
 STAGE_VERBS: dict[str, click.Command] = {
     str(verb.name): verb for verb in (*stages.VERBS, *evaluation.VERBS, *tuning.VERBS, bench.bench)
