@@ -39,21 +39,34 @@ class StepTotals:
             the figures of the step.
         shares: micro-batches of all processes.
         further: figures that the host knows already; they are summed.
-        applied: whether the step updated the weights, the same on all processes.
+        applied: whether the step updated the weights, the same on all processes; as a tensor if only the device knows.
     """
 
     def __init__(
-        self, step: int, parts: list[dict[str, Tensor]], shares: int, further: Mapping[str, float], applied: bool
+        self,
+        step: int,
+        parts: list[dict[str, Tensor]],
+        shares: int,
+        further: Mapping[str, float],
+        applied: Tensor | bool,
     ) -> None:
-        self.step, self.applied = step, applied
+        self.step = step
         self.losses = list(parts[0])
         self._shares, self._further = shares, further
-        stacked = torch.stack([torch.stack(list(losses.values())) for losses in parts])
-        self._arriving = HostCopy(stacked.double().sum(dim=0))
+        sums = torch.stack([torch.stack(list(losses.values())) for losses in parts]).double().sum(dim=0)
+        self._applied = applied if isinstance(applied, bool) else None
+        self._arriving = HostCopy(sums if isinstance(applied, bool) else torch.cat([sums, applied.double()[None]]))
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step updated the weights; known once the figures are read."""
+        if self._applied is None:
+            self._applied = self._arriving.wait()[-1].item() != 0
+        return self._applied
 
     def read(self) -> dict[str, float]:
         """The figures by name, once the device has computed them."""
-        totals = self._arriving.wait().tolist()
+        totals = self._arriving.wait()[: len(self.losses)].tolist()
         means = {name: total / self._shares for name, total in zip(self.losses, totals, strict=True)}
         return means | dict(self._further)
 

@@ -12,7 +12,7 @@ from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.distributed.runtime import StopRequest
 from moce_ds.errors import MoceError
-from moce_ds.training.engine import Engine, SkippedSteps, set_lr
+from moce_ds.training.engine import Engine, SkippedSteps, applied, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.step_agreement import StepAgreement, StepTotals
@@ -120,8 +120,8 @@ class Trainer:
             parts.append({name: loss.detach() for name, loss in losses.items()})
         self._meter.step(self.batches.global_batch, waited)
         shares = self.batches.accumulation * self.runtime.world_size
-        further, applied = self.task.sums(), self.engine.was_step_applied()
-        self._agreement.submit(StepTotals(self.step + 1, parts, shares, further, applied))
+        totals = StepTotals(self.step + 1, parts, shares, self.task.sums(), applied(self.engine))
+        self._agreement.submit(totals)
 
     def _read(self, batches: Iterator[Any], first: Any) -> Any:
         """The next micro-batch of this process; `first` is the first one of this step, None for that itself.

@@ -53,3 +53,11 @@ def test_a_bug_is_raised_where_it_happens() -> None:
     agreement = StepAgreement(ALONE, dict)
     with pytest.raises(RuntimeError, match="a bug"):
         agreement.fail(RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_the_device_may_know_alone_whether_a_step_was_applied(applied: bool) -> None:
+    parts = [{"loss": torch.tensor(1.0)}]
+    known, on_device = (StepTotals(1, parts, 1, {}, verdict) for verdict in (applied, torch.tensor(applied)))
+    assert known.applied is on_device.applied is applied
+    assert known.read() == on_device.read() == {"loss": 1.0}
