@@ -1,5 +1,7 @@
 """Copies between the host and the device that let neither wait for the other."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,13 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     From pageable memory, CUDA may make the host wait for all earlier work before the copy.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Host tensors of one dtype on `device`, by a single copy: the results are views of one buffer."""
+    packed = on_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class HostCopy:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.distributed.device_copy import on_device
 from moce_ds.moe.plan import LayerPlan
 
-Execute = Callable[[nn.ModuleList, Tensor, list[int]], Tensor]
+Execute = Callable[[nn.ModuleList, Tensor, LayerPlan], Tensor]
+"""Runs the experts of a process on their rows, which are sorted by expert: [S, T, D] -> [S, T, D]."""
 
 
 class Mlp(Protocol):
@@ -61,9 +61,9 @@ class ExpertLayer(nn.Module):
     def _through_experts(self, x_NTD: Tensor, plan: LayerPlan) -> Tensor:
         """Send rows, sorted by the rank of their expert, to the experts and back: [N, T, D] -> [N, T, D]."""
         if self.group is None:  # all experts are local, and the rows are sorted by expert
-            return self.execute(self.experts, x_NTD, plan.counts)
+            return self.execute(self.experts, x_NTD, plan)
         x_STD = reorder(all_to_all(x_NTD, plan.send_R, plan.receive_R, self.group), plan.gather_S, plan.scatter_S)
-        y_STD = reorder(self.execute(self.experts, x_STD, plan.counts), plan.scatter_S, plan.gather_S)
+        y_STD = reorder(self.execute(self.experts, x_STD, plan), plan.scatter_S, plan.gather_S)
         return all_to_all(y_STD, plan.receive_R, plan.send_R, self.group)
 
 
@@ -132,16 +132,16 @@ class _AddBias(torch.autograd.Function):
         return grad_RH, torch.stack(sums).to(ctx.dtype), None, None
 
 
-def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
+def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
     """Run every expert on its own rows, even on none. [S, T, D] -> [S, T, D].
 
     The gradient hooks of every expert must fire on every rank, or DeepSpeed's gradient buckets get out of step.
     """
-    parts = x_STD.split(counts)
+    parts = x_STD.split(plan.counts)
     return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
 
 
-def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Tensor:
+def run_grouped(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
     """All experts in two grouped matrix products (`F.grouped_mm`), [S, T, D] -> [S, T, D].
 
     The weights of the experts remain separate parameters and are stacked here: one copy per step, cheap compared with
@@ -149,8 +149,8 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, counts: list[int]) -> Ten
     """
     S, T, D = x_STD.shape
     dtype = x_STD.dtype
-    rows = [count * T for count in counts]  # known on the host
-    rows_E = on_device(torch.tensor(rows), x_STD.device)
+    rows = [count * T for count in plan.counts]  # on the host, and on the device:
+    rows_E = plan.counts_E * T
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:

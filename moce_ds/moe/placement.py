@@ -115,11 +115,13 @@ def _homes(kind_G: NDArray[np.unsignedinteger], gain_UP: NDArray[np.int64]) -> N
         kinds = np.array(list(waiting))
         open_UP = np.where(room_P > 0, gain_UP[kinds], -1)
         best_two = np.sort(open_UP, axis=1)[:, -2:]
+        weighted_UP = open_UP * (len(kind_G) + 1)
         for choosing in np.argsort(best_two[:, 0] - best_two[:, -1], kind="stable"):
             # The best place with room; among equals, the one with most room.
-            place = int(np.lexsort((-room_P, -open_UP[choosing]))[0])
+            place = int((weighted_UP[choosing] + room_P).argmax())
             kind = int(kinds[choosing])
-            taken, left = np.split(waiting.pop(kind), [room_P[place]])
+            images = waiting.pop(kind)
+            taken, left = images[: room_P[place]], images[room_P[place] :]
             home_G[taken] = place
             room_P[place] -= len(taken)
             if len(left):

@@ -8,15 +8,16 @@ Axes: L expert layers, W ranks, B images per rank, K experts per image, N = B K 
 expert-parallel group, S rows received, M clusters, E experts.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_64
 
-from moce_ds.distributed.device_copy import on_device
+from moce_ds.distributed.device_copy import together_on_device
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class LayerPlan:
         send_R, receive_R: rows sent to and received from each rank of the group; plain integers.
         gather_S: received rows arrive sorted by (source rank, slot); these indices sort them by slot.
         scatter_S: the inverse of `gather_S`.
-        counts: rows of each local expert, in the order of `gather_S`.
+        counts: rows of each local expert, in the order of `gather_S`; plain integers.
+        counts_E: the same as a tensor.
         moved: rows of this rank that are computed on another one.
     """
 
@@ -42,18 +44,12 @@ class LayerPlan:
     gather_S: Tensor
     scatter_S: Tensor
     counts: list[int]
+    counts_E: Tensor
     moved: int
 
-    def to(self, device: torch.device) -> "LayerPlan":
-        """The same plan with its index tensors on `device`."""
-        return replace(
-            self,
-            experts_BK=on_device(self.experts_BK, device),
-            image_N=on_device(self.image_N, device),
-            restore_N=on_device(self.restore_N, device),
-            gather_S=on_device(self.gather_S, device),
-            scatter_S=on_device(self.scatter_S, device),
-        )
+
+_INDICES = ("experts_BK", "image_N", "restore_N", "gather_S", "scatter_S", "counts_E")
+"""The tensors of a LayerPlan."""
 
 
 def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: int, ep_size: int) -> LayerPlan:
@@ -76,6 +72,7 @@ def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: 
     slot_S = np.repeat(np.tile(np.arange(held), ep_size), arriving.ravel())
     gather_S = np.argsort(slot_S, kind="stable")
     send_R = counts_RE[place].reshape(ep_size, held).sum(axis=1)
+    counts_E = arriving.sum(axis=0)
     K = experts_WBK.shape[2]
     return LayerPlan(
         experts_BK=torch.from_numpy(experts_WBK[rank].copy()),
@@ -85,21 +82,34 @@ def plan_layer(experts_WBK: NDArray[np.int64], slot_E: NDArray[np.int64], rank: 
         receive_R=arriving.sum(axis=1).tolist(),
         gather_S=torch.from_numpy(gather_S),
         scatter_S=torch.from_numpy(_inverse(gather_S)),
-        counts=arriving.sum(axis=0).tolist(),
+        counts=counts_E.tolist(),
+        counts_E=torch.from_numpy(counts_E),
         moved=len(order_N) - int(send_R[place]),
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of all expert layers for one micro-batch, and a digest (48 bits) that all ranks must agree on."""
+    """The plans of all expert layers for one micro-batch.
 
+    Attributes:
+        clusters_B: cluster of each of the rank's images, int64.
+        layers: one plan for each expert layer.
+        digest: 48 bits that all ranks must agree on.
+    """
+
+    clusters_B: Tensor
     layers: tuple[LayerPlan, ...]
     digest: int
 
     def to(self, device: torch.device) -> "Plan":
-        """The same plan with its index tensors on `device`."""
-        return Plan(tuple(layer.to(device) for layer in self.layers), self.digest)
+        """The same plan with its tensors on `device`, by a single copy."""
+        tensors = [getattr(layer, name) for layer in self.layers for name in _INDICES]
+        clusters_B, *indices = together_on_device([self.clusters_B, *tensors], device)
+        there = iter(indices)
+        moved: list[dict[str, Any]] = [{name: next(there) for name in _INDICES} for _ in self.layers]
+        layers = tuple(replace(layer, **own) for layer, own in zip(self.layers, moved, strict=True))
+        return Plan(clusters_B, layers, self.digest)
 
 
 def make_plan(
@@ -117,13 +127,15 @@ def make_plan(
         slot_LE: slots of the experts of every layer; the same on every rank.
         rank, ep_size: as in `plan_layer`.
     """
+    first, place = rank - rank % ep_size, rank % ep_size
+    group_RB = clusters_WB[first : first + ep_size]  # no other rank sends to this one, or receives from it
     layers = tuple(
-        plan_layer(expert_MLK[clusters_WB, layer], slot_E, rank, ep_size) for layer, slot_E in enumerate(slot_LE)
+        plan_layer(expert_MLK[group_RB, layer], slot_E, place, ep_size) for layer, slot_E in enumerate(slot_LE)
     )
-    digest = hashlib.blake2b(digest_size=6)
+    digest = xxh3_64()
     for part in (clusters_WB, expert_MLK, slot_LE):
-        digest.update(np.ascontiguousarray(part).tobytes())
-    return Plan(layers, int.from_bytes(digest.digest(), "big"))
+        digest.update(np.ascontiguousarray(part).data)
+    return Plan(torch.from_numpy(clusters_WB[rank].copy()), layers, digest.intdigest() >> 16)
 
 
 def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from moce_ds.moe.placement import default_placement, held_experts
 from moce_ds.moe.plan import LayerPlan, make_plan, plan_layer
@@ -71,6 +73,7 @@ def test_every_row_is_computed_once_by_its_expert_and_comes_back_to_its_place(ca
     answers = []
     for rank, plan in enumerate(plans):
         assert len(received[rank]) == sum(plan.receive_R) == sum(plan.counts) and len(plan.counts) == case.held
+        assert plan.counts_E.tolist() == plan.counts
         here = held_experts(case.slot_E, rank % case.ep, case.ep)
         sorted_rows = [received[rank][i] for i in plan.gather_S.tolist()]
         results = list(zip(sorted_rows, np.repeat(here, plan.counts).tolist(), strict=True))
@@ -122,11 +125,34 @@ def test_a_plan_looks_every_layer_up_in_the_table(case: tuple[int, int], batch: 
     slot_LE = random.permuted(np.tile(np.arange(4), (3, 1)), axis=1)
     plans = [make_plan(clusters_WB, expert_MLK, slot_LE, rank, ep) for rank in range(world)]
     for rank, plan in enumerate(plans):
-        assert len(plan.layers) == 3
+        assert len(plan.layers) == 3 and plan.clusters_B.tolist() == clusters_WB[rank].tolist()
         for layer, planned in enumerate(plan.layers):
             alone = plan_layer(expert_MLK[clusters_WB, layer], slot_LE[layer], rank, ep)
-            assert planned.send_R == alone.send_R and planned.image_N.tolist() == alone.image_N.tolist()
+            assert_equal(planned, alone)
             assert planned.experts_BK.tolist() == [expert_MLK[c, layer].tolist() for c in clusters_WB[rank]]
+
+
+def assert_equal(plan: LayerPlan, other: LayerPlan) -> None:
+    for name, value in vars(plan).items():
+        expected = getattr(other, name)
+        if isinstance(value, Tensor):
+            assert value.dtype == torch.int64 and torch.equal(value, expected), name
+        else:
+            assert value == expected, name
+
+
+def test_a_plan_goes_to_a_device_in_one_copy() -> None:
+    """All its tensors are parts of one buffer, and as they were."""
+    random = np.random.default_rng(0)
+    clusters_WB, expert_MLK = random.integers(0, 6, (4, 5)), random.integers(0, 4, (6, 3, 2))
+    plan = make_plan(clusters_WB, expert_MLK, default_placement(3, 4), 1, 2)
+    there = plan.to(torch.device("cpu"))
+    assert torch.equal(there.clusters_B, plan.clusters_B) and there.digest == plan.digest
+    for layer, planned in zip(there.layers, plan.layers, strict=True):
+        assert_equal(layer, planned)
+    tensors = [value for part in (there, *there.layers) for value in vars(part).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 1 + 3 * 6
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 
 def test_the_digest_is_that_of_clusters_table_and_places() -> None:
