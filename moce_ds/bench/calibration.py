@@ -3,7 +3,7 @@
 The device consists of the speed of single blocks, a memory copy and collectives; the step is not used for it. All are
 timed in turns, so that other load on the machine affects them equally.
 
-Axes: B images of a micro-batch of a process, T tokens, D width, M clusters, W processes.
+Axes: B images of a micro-batch of a process, T tokens, D width.
 """
 
 import os
@@ -11,34 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from moce_ds.bench.timing import in_processes, interleaved
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.bench.training_step import TrainingStep
 from moce_ds.config import settings as configuration
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import Device
 from moce_ds.forecast.step_cost import Flops, Machines, Work, block_flops
 from moce_ds.models.mae import make_block
-from moce_ds.models.moce import Moce
-from moce_ds.models.sdr import Teacher
 from moce_ds.models.settings import ExpertSettings
 from moce_ds.models.shapes import DecoderShape, LossWeights, ViTShape
-from moce_ds.models.vit import Encoder, timm_vit
-from moce_ds.moe.placement import default_placement
-from moce_ds.training.engine import parameter_groups, set_lr, start_engine
-from moce_ds.training.inputs import ClusteredData
-from moce_ds.training.placed_model import build_for_training, tune_execution
-from moce_ds.training.router import Router
 from moce_ds.training.schedule import batch_arithmetic
 
 _COPIED = 2**28  # bytes; larger than the caches
 _LARGEST = 2**26  # maximum bytes of a measured collective
-_CLUSTERS, _IMAGES = 64, 4096
 _ROUNDS = 9
 _IN_A_ROW = 4  # passes of a block timed together, so that its caches are as warm as in a model
 
@@ -79,7 +69,7 @@ def _calibrate(
     sizes = _Sizes.of(work, runtime.world_size)
     cases = _parts(sizes, runtime)
     if measure:
-        cases["step"] = training_step(work, experts, loss_weights, runtime)
+        cases["step"] = TrainingStep(work, experts, loss_weights, runtime)
     medians = interleaved(cases, _ROUNDS, runtime.barrier)
     seconds = dict(zip(medians, runtime.max(list(medians.values())), strict=True))
     device = _device(sizes, seconds, runtime)
@@ -202,62 +192,3 @@ def _memory(runtime: Runtime) -> float:
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)
     return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / runtime.world_size)
-
-
-def training_step(
-    work: Work, experts: ExpertSettings, loss_weights: LossWeights, runtime: Runtime
-) -> Callable[[], None]:
-    """An optimizer step as in training, without loading: random images, spread evenly over clusters."""
-    batches, spec = batch_arithmetic(work.optim, runtime.world_size, work.ep_size), work.spec
-    data = _random_clusters(spec.shape.width) if spec.family.routes_by_cluster else None
-    model = build_for_training(spec, data.clusters if data else None, work.ep_size, 0, loss_weights)
-    tune_execution(model, experts.execution, work.engine, runtime.device)
-    groups = parameter_groups(model, work.optim, experts.gate_lr_scale)
-    engine = start_engine(model, groups, work.optim, work.engine, batches)
-    set_lr(engine, 1e-4)
-    router = None
-    if data is not None and spec.experts is not None:
-        assert isinstance(model, Moce)
-        slots = default_placement(len(spec.experts.layers), spec.experts.num_experts)
-        router = Router(model, data.ids_N, slots, experts, 0, runtime)
-    shape = spec.shape
-    side, patches = shape.image_size, shape.num_patches
-    vit = timm_vit(shape).to(runtime.device) if work.teacher else None
-    teachers = [Teacher(Encoder(vit, shape, spec.input, {}))] if vit else []
-    images_BCHW = torch.randn(batches.micro, 3, side, side, device=runtime.device)
-    noise_BN = torch.rand(batches.micro, patches, device=runtime.device)
-    ids_G = np.arange(batches.micro_global) % _IMAGES
-
-    def step() -> None:
-        table = router.prepare(0) if router else None
-        for _ in range(batches.accumulation):
-            inputs: list[Any] = [images_BCHW, noise_BN]
-            if router and table:
-                inputs += [router.route(table, ids_G), *teachers]
-            engine.backward(engine(*inputs).loss)
-            engine.step()
-
-    return step
-
-
-def _random_clusters(width: int) -> ClusteredData:
-    """Clusters of equal size in random directions, and the cluster of each image."""
-    random, D = np.random.default_rng(0), width
-    embeddings_MD = random.standard_normal((_CLUSTERS, D)).astype(np.float32)
-    embeddings_MD /= np.linalg.norm(embeddings_MD, axis=1, keepdims=True)
-    nothing_M = np.zeros(_CLUSTERS, np.float32)
-    clusters = Clusters(
-        embeddings_MD=embeddings_MD,
-        duals_M=nothing_M,
-        mean_D=np.zeros(D, np.float32),
-        sizes_M=np.full(_CLUSTERS, _IMAGES // _CLUSTERS),
-        cosine_M=nothing_M,
-        eps=1.0,
-        method="kmeans",
-        shards_fingerprint="",
-        encoder_fingerprint="",
-        encoder_input={},
-        provenance={},
-    )
-    ids_N = random.permutation(np.arange(_IMAGES) % _CLUSTERS).astype(np.int32)
-    return ClusteredData(clusters, ids_N)

@@ -147,6 +147,29 @@ def stock(problem: Problem, capacity: float) -> Case:
     return _stock_case(layer, problem, capacity, torch.bincount(experts_S, minlength=problem.E))
 
 
+class _StockGate(TopKGate):
+    """DeepSpeed's own gate by token, with its loss in the form of `TokenGate`'s two."""
+
+    def forward(
+        self, input: Tensor, used_token: Tensor | None = None, sparse_routes: bool = False, use_tutel: bool = False
+    ) -> Any:
+        """Stock top-1 dispatch; the second loss is 0."""
+        loss, *dispatch = super().forward(input, used_token, sparse_routes, use_tutel)
+        return torch.stack([loss, torch.zeros_like(loss)]), *dispatch
+
+
+def stock_layer(
+    make_expert: Callable[[], nn.Module], width: int, num_experts: int, ep_size: int, capacity: float
+) -> TokenMoeLayer:
+    """DeepSpeed's stock layer with its own gate by token, for a whole model; `capacity` as in `stock`."""
+    layer = TokenMoeLayer(make_expert, width, num_experts, ep_size, capacity=capacity)
+    old = layer.deepspeed_moe.gate
+    layer.deepspeed_moe.gate = _StockGate(
+        width, num_experts, 1, capacity or 1.0, capacity or 1.0, 4, None, old.drop_tokens, False
+    )
+    return layer
+
+
 def token(problem: Problem) -> Case:
     """TokenMoE with an untrained token gate, without dropping."""
     layer = TokenMoeLayer(lambda: make_mlp(problem.D, 4), problem.D, problem.E, problem.ep_size)

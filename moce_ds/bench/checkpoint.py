@@ -20,7 +20,7 @@ from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.data.transform import ImageInput
-from moce_ds.distributed.runtime import Runtime, started
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.settings import ModelSettings
 from moce_ds.storage.drafts import scratch_folder
@@ -32,7 +32,7 @@ from moce_ds.training.settings import EngineSettings, PretrainOptimSettings, Pre
 _BLOCK = 4 * 2**20  # bytes per write
 
 
-def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any]]:
+def bench_checkpoint(model: ModelSettings, folder: Path, repeats: int, runtime: Runtime) -> list[dict[str, Any]]:
     """Rows (name, gigabytes, seconds, GB per second, ratio) of a raw write and read, a save, a load, and the time lost
     in training.
 
@@ -40,12 +40,12 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
     relative to the save.
 
     Args:
-        vit: encoder by timm's name; `vit_base_patch16_224` with the default decoder makes 1.3 GB.
+        model: sizes of a dense MAE; the default makes 1.3 GB.
         folder: on the disk to measure; everything written there is removed again.
     """
-    with scratch_folder(folder) as scratch, started() as runtime:
+    with scratch_folder(folder) as scratch:
         run = PretrainRunSettings(out=scratch / "run", keep_checkpoints=1)
-        bench = _Rounds(_dense_spec(vit), run.out, runtime)
+        bench = _Rounds(_dense_spec(model), run.out, runtime)
         with CheckpointManager(bench.engine, run, RunLease.claim(run.out, runtime), runtime) as saver:
             for turn in range(repeats + 1):  # the first warms up
                 bench.round(saver, 2 * turn + 1)
@@ -64,9 +64,7 @@ def bench_checkpoint(vit: str, folder: Path, repeats: int) -> list[dict[str, Any
     return [*rows, *waits]
 
 
-def _dense_spec(vit: str) -> ModelSpec:
-    """A dense MAE with this encoder and the default decoder."""
-    model = ModelSettings(vit=vit)
+def _dense_spec(model: ModelSettings) -> ModelSpec:
     shape = model.vit_shape(None)
     return ModelSpec(shape, model.decoder, model.mask_ratio, ImageInput(shape.image_size), None)
 

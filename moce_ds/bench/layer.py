@@ -20,11 +20,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from moce_ds.bench import cases
 from moce_ds.bench.cases import Case, Problem
-from moce_ds.bench.timing import in_processes, interleaved, keep_freed_memory
+from moce_ds.bench.timing import in_processes, interleaved, keep_freed_memory, memory_and_waits
 from moce_ds.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
@@ -42,9 +41,6 @@ Row = dict[str, Any]
 ROUTINGS = ("uniform", "skewed")
 
 _CLUSTERS = 64  # of a training step
-
-# Operations that make the host wait for the device.
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 ALONE: Mapping[str, Callable[[Problem], Case]] = {
     "ours, replicated": cases.ours,
@@ -112,7 +108,7 @@ def bench_layer(
         slowest = runtime.max(list(seconds.values()))
         sent = runtime.sum([float(case.sent) for case in built.values()])
         for (name, case), slowest_seconds, all_sent in zip(built.items(), slowest, sent, strict=True):
-            peak, waits = _memory_and_waits(case.run, runtime.device)
+            peak, waits = memory_and_waits(case.run, runtime.device)
             yield {
                 "name": name,
                 "mode": f"ep {runtime.world_size}" if runtime.world_size > 1 else "1 process",
@@ -127,23 +123,6 @@ def bench_layer(
                 "host_waits": waits,
                 "peak_mb": peak / 2**20,
             }
-
-
-def _memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Peak bytes allocated during one call, and how often the host waited for the device."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    with profile(activities=activities, profile_memory=True) as profiled:
-        run()
-    events = profiled.events()
-    waits = sum(event.name in _WAITS for event in events)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() - before, waits
-    changes = [(event.time_range.start, event.self_cpu_memory_usage) for event in events]
-    held = np.cumsum([change for _, change in sorted(changes)])
-    return int(held.max(initial=0)), waits
 
 
 def plot_rows(rows: Sequence[Row], path: Path) -> None:

@@ -1,4 +1,7 @@
-"""How measurements run: in turns, so that other load on the machine affects all cases equally, and in new processes."""
+"""How measurements run: in turns, so that other load on the machine affects all cases equally, and in new processes.
+
+Times are compared between cases of one run. Memory and waits for the device are counted by the profiler.
+"""
 
 import ctypes
 import json
@@ -6,12 +9,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.autograd.profiler_util import EventList
 from torch.multiprocessing import spawn
+from torch.profiler import ProfilerActivity, profile
 
 from moce_ds.console import progress_bar
 from moce_ds.distributed.rendezvous import host_on_loopback
@@ -20,6 +26,10 @@ from moce_ds.host.place import SECRET, is_first, new_secret
 from moce_ds.storage.drafts import scratch_folder
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+# Calls of CUDA that make the host wait for the device, and operations of torch that contain one.
+_WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+_WAITING_OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero")
 
 
 def interleaved(
@@ -48,6 +58,35 @@ def interleaved(
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Peak bytes allocated during one call, and how often the host waits for the device.
+
+    On a CPU, where nothing waits, the operations count that would wait on a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+
+    def events_of(call: Callable[[], object]) -> EventList:
+        with profile(activities=activities, profile_memory=not on_gpu) as profiled:
+            call()
+        return profiled.events()
+
+    if on_gpu:
+        unprofiled = _count(events_of(lambda: None), _WAITING_CALLS)  # the profiler itself waits
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        waits = _count(events_of(run), _WAITING_CALLS) - unprofiled
+        return torch.cuda.max_memory_allocated() - before, waits
+    events = events_of(run)
+    changes = [(event.time_range.start, event.self_cpu_memory_usage) for event in events]
+    held = np.cumsum([change for _, change in sorted(changes)])
+    return int(held.max(initial=0)), _count(events, _WAITING_OPERATIONS)
+
+
+def _count(events: EventList, names: Collection[str]) -> int:
+    return sum(event.name in names for event in events)
 
 
 def in_processes(work: Callable[..., Any], count: int, *arguments: Any) -> Any:

@@ -137,6 +137,69 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
     _show(bench_load(images, threads, repeats, lone_device()), json_file)
 
 
+@bench.command("peers")
+@click.option(
+    "--sizes",
+    default="demo,vit-small",
+    show_default=True,
+    help="demo (32 px, width 96, B 128), vit-small (ViT-S/16, 224 px, B 16), or both.",
+)
+@click.option("--images", type=PATH, help="A folder of JPEG files for vit-small; by default they are made.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="DataLoader workers of the loop, and decoding threads of ours (default: one per core).",
+)
+@click.option("--quick", is_flag=True, help="One turn of each program.")
+@_repeats(3)
+@_json_option
+def peers(
+    sizes: str, images: Path | None, workers: int | None, quick: bool, repeats: int, json_file: Path | None
+) -> None:
+    """Images per second of `moce pretrain`, dense and MoCE, relative to a plain PyTorch loop with the same model.
+
+    The loop follows the recipe of the public MAE: torchvision transforms, DataLoader, AdamW. Every program runs whole,
+    in a new process, in turns with the others. A full run takes some minutes.
+    """
+    from moce_ds.bench.peers import SIZES, bench_peers
+    from moce_ds.host.threads import allowed_cpus
+
+    chosen = [name.strip() for name in sizes.split(",")]
+    if unknown := sorted(set(chosen) - set(SIZES)):
+        raise ConfigError(f"--sizes: got {unknown[0]!r}; expected {', '.join(SIZES)}.")
+    rows = bench_peers([SIZES[name] for name in chosen], images, workers or allowed_cpus(), 1 if quick else repeats)
+    _show(rows, json_file)
+
+
+@bench.command("gpu")
+@click.option("--models", default="base,large", show_default=True, help="base (ViT-B/16), large (ViT-L/16), or both.")
+@click.option("--batch", default=256, show_default=True, type=click.IntRange(1), help="Images per GPU, B.")
+@click.option("--experts", default=8, show_default=True, type=click.IntRange(2), help="Experts per layer, E.")
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1), help="DALI's decoding threads.")
+@click.option("--folder", type=PATH, default=".", show_default=True, help="A folder on the disk for checkpoints.")
+@_repeats(7)
+@_json_option
+def gpu(
+    models: str, batch: int, experts: int, threads: int, folder: Path, repeats: int, json_file: Path | None
+) -> None:
+    """Everything about the GPUs of this machine: expert layer, optimizer step, loading, checkpoint pause.
+
+    Compares the dense MAE with MoCE, DeepSpeed's stock layer and TokenMoE at 224 px in bf16. With several GPUs also
+    with expert parallelism over all of them. Takes about ten minutes.
+    """
+    import torch
+
+    from moce_ds.bench.gpu import MODELS, GpuSizes, bench_gpu
+
+    chosen = [name.strip() for name in models.split(",")]
+    if unknown := sorted(set(chosen) - set(MODELS)):
+        raise ConfigError(f"--models: got {unknown[0]!r}; expected {', '.join(MODELS)}.")
+    if not torch.cuda.is_available():
+        raise ConfigError("moce bench gpu needs a GPU: torch sees no CUDA device on this machine.")
+    sizes = GpuSizes(tuple(MODELS[name] for name in chosen), batch, experts, threads, repeats)
+    _show(bench_gpu(sizes, torch.cuda.device_count(), folder), json_file)
+
+
 @bench.command("checkpoint")
 @click.option("--vit", default="vit_base_patch16_224", show_default=True, help="Encoder, by timm's name.")
 @click.option("--folder", type=PATH, default=".", show_default=True, help="A folder on the disk to measure.")
@@ -145,8 +208,12 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
 def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> None:
     """Time to save and load the state of a dense run, compared with the raw disk speed, and the pause in training."""
     from moce_ds.bench.checkpoint import bench_checkpoint
+    from moce_ds.distributed.runtime import started
+    from moce_ds.models.settings import ModelSettings
 
-    _show(bench_checkpoint(vit, folder, repeats), json_file)
+    with started() as runtime:
+        rows = bench_checkpoint(ModelSettings(vit=vit), folder, repeats, runtime)
+    _show(rows, json_file)
 
 
 def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
