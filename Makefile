@@ -12,7 +12,7 @@ JOBS ?= logical
 CLUSTERS ?= 2
 KILLS ?= 200
 
-.PHONY: help install demo test test-slurm soak check bench clean
+.PHONY: help install demo test test-gpu test-slurm soak check bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -36,6 +36,9 @@ test: install  ## all tests (TESTS=tests/unit for some), one worker per core (JO
 
 test-slurm: install  ## tests on real SLURM clusters of four nodes on this machine (Debian, as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm -n $(patsubst 1,0,$(CLUSTERS)) --dist worksteal tests/slurm
+
+test-gpu: install  ## tests that need a GPU, or two; elsewhere they are skipped with the reason
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
 
 soak: install  ## kill a run KILLS=200 times at random; its result must equal that of an uninterrupted run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
