@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 from pydantic_core import ArgsKwargs
 
+from moce_ds.config.faults import expectation
 from moce_ds.config.values import NULLS, Misread, expanded
 from moce_ds.config.yaml_text import Plain, Section, read_yaml_text
 from moce_ds.errors import ConfigError
@@ -179,10 +180,9 @@ def _describe(known: Fields, key: str, fault: Any) -> str:
         return f"{', '.join(_required(known, key))}: required, and not given."
     if fault["type"] == "dataclass_type" and key:
         return f"{key}: got {_short.repr(given)}; it is a group of settings, such as {key}.NAME=VALUE."
-    message = fault["msg"].removeprefix("Value error, ")
     # The message of a fault of a group names its keys; the input would be the whole group.
     whole = not key or isinstance(given, ArgsKwargs) or (isinstance(given, dict) and key not in known)
-    return f"{key + ': ' if key else ''}{'' if whole else f'got {_short.repr(given)}; '}{message}"
+    return f"{key + ': ' if key else ''}{'' if whole else f'got {_short.repr(given)}; '}{expectation(fault)}."
 
 
 def _required(known: Fields, key: str) -> list[str]:

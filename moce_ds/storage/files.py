@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
+from moce_ds.config.faults import expectation
 from moce_ds.errors import ArtefactError, MoceError
 from moce_ds.host.machine import refused, system_error
 from moce_ds.storage.drafts import draft_of, put_in_place, restore
@@ -270,7 +271,7 @@ def valid_record(kind: type[T], content: Any, source: str, what: str, made_by: s
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors())
+        faults = (f"{'.'.join(map(str, fault['loc'])) or 'content'}: {expectation(fault)}" for fault in error.errors())
         raise ArtefactError(
             f"{source} is damaged ({'; '.join(faults)}): write {what} again with `{made_by}`."
         ) from None

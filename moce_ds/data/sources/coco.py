@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
+from moce_ds.config.faults import expectation
 from moce_ds.data.image_file import MAX_PIXELS, MAX_SIDE, read_rgb, upright_size
 from moce_ds.data.sources.coco_api import has_pixels, polygons_of, segmentation_fault, unpack
 from moce_ds.data.sources.image_folder import ODD, leads_out, list_folder
@@ -213,8 +214,8 @@ def _read(path: Path) -> _Content:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise DataError(
-            f"{path}: {where}{_id_at(content, fault['loc'])}: {fault['msg']} ({error.error_count()} faults); expected "
-            "COCO's format."
+            f"{path}: {where}{_id_at(content, fault['loc'])}: {expectation(fault)} ({error.error_count()} faults); the "
+            "file is not in COCO's format."
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}): expected COCO's instances.") from None

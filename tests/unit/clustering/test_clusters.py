@@ -158,7 +158,7 @@ def test_impossible_settings_and_features_are_refused_before_anything_is_written
 ) -> None:
     with pytest.raises(ConfigError, match="num_clusters=1798 is more than the 1797 images"):
         build_clusters(features, tmp_path / "out", replace(CONFIG, num_clusters=1798))
-    with pytest.raises(ConfigError, match=r"eps: got -1(.0)?; Input should be greater than 0"):
+    with pytest.raises(ConfigError, match=r"eps: got -1(.0)?; expected a number greater than 0"):
         config.load(ClusterSettings, overrides=["eps=-1"])
     alike = write_features(tmp_path / "alike", np.full((30, 4), 1 / 3))
     with pytest.raises(DataError, match=r"All features in .* are alike"):
@@ -234,7 +234,7 @@ def truncate(folder: Path) -> None:
         ),
         (edit_json(version=2), "'moce clusters' version 2; this program reads format 'moce clusters' version 1"),
         (edit_json(format="moce features"), "says format 'moce features'"),
-        (edit_json(encoder_fingerprint="absent"), "encoder_fingerprint: Field required"),
+        (edit_json(encoder_fingerprint="absent"), "encoder_fingerprint: is missing"),
         (edit_json(eps=0.5), r"clusters\.json is damaged or was edited"),
         (edit_tensor("cosine_M", lambda t: t / 2), r"clusters\.safetensors is damaged or was exchanged"),
         (edit_tensor("duals_M", None), "it lacks duals_M"),

@@ -212,9 +212,9 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         (
             "results.json",
             '[{"verb": "knn", "task": "digits"}]',
-            r"record 0, is damaged \(model: Field required; top1: ",
+            r"record 0, is damaged \(model: is missing; top1: ",
         ),
-        ("results.json", '{"digits": 1}', "should be a valid list"),
+        ("results.json", '{"digits": 1}', "expected a list"),
         ("results.json", "[{", "damaged"),
         ("mae/config.yaml", "model: [", "not valid YAML"),
         ("mae/config.yaml", "", "holds no settings"),

@@ -58,7 +58,7 @@ def test_a_record_is_what_it_should_be(tmp_path: Path) -> None:
         ({**GOOD, "version": 2}, ["says format 'barrel' version 2; this program reads format 'barrel' version 1"]),
         ({}, ["says format None version None"]),
         ({**GOOD, "litres": "many", "wine": None, "staves": [1]}, ["litres: ", "wine: ", "staves.0: "]),
-        ({key: GOOD[key] for key in ("format", "version", "wine")}, ["litres: Field required; staves: Field required"]),
+        ({key: GOOD[key] for key in ("format", "version", "wine")}, ["litres: is missing; staves: is missing"]),
         ([GOOD], ["content: "]),
         (None, ["content: "]),
         ("x" * 10, ["content: "]),

@@ -153,7 +153,7 @@ def test_what_had_no_effect_is_left_out(notices: Callable[[], list[str]]) -> Non
     ("words", "message"),
     [
         (["model.arch=sdr", "sdr.stages=1", "experts.stages=2"], "experts.stages is the earlier name of sdr.stages"),
-        (["model.arch=sdr", "experts.gate=token"], "experts.gate: got 'token'; Input should be 'cluster' or 'random'"),
+        (["model.arch=sdr", "experts.gate=token"], "experts.gate: got 'token'; expected 'cluster' or 'random'"),
         (["model.arch=moce", "experts.gate=path", "experts.stages=no"], "sdr.stages: got 'no'; expected"),
         (["experts.stage=2"], "experts.stage: no such setting."),
     ],

@@ -110,7 +110,7 @@ def test_settings_that_do_not_fit_are_refused(make: Make, words: tuple[str, ...]
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("data.val_share=5", "data.val_share: got 5(.0)?; Input should be less than 1"),
+        ("data.val_share=5", "data.val_share: got 5(.0)?; expected a number less than 1"),
         ("data.val_share=0.1 & data.val=x", "expected one of the two"),
         ("augment.rand_augment=random", "augment.rand_augment"),
         ("augment.crop_scale=[1, 0.5]", r"augment.crop_scale: \[1.0, 0.5\]; expected \[low, high\]"),

@@ -112,7 +112,7 @@ def test_what_there_is_no_work_for_is_no_stage(make: Make, tiny_shards: Path) ->
         ({"images": None}, "images, shards: give one of them"),
         ({"words": {"mae": ["run.out=here"]}}, "words.mae: the pipeline sets run.out"),
         ({"words": {"moce": ["run.init_from=x", "data.shards=y"]}}, "words.moce: .*sets data.shards, run.init_from"),
-        ({"words": {"cluster": []}}, "words.cluster: got 'cluster'; Input should be 'shards', 'mae',"),
+        ({"words": {"cluster": []}}, "words.cluster: got 'cluster'; expected 'shards', 'mae',"),
         ({"resources": {"report": {}}}, "resources.report: got 'report'"),
         ({"tasks": {"../digits": "x"}}, "tasks.../digits: got '../digits'"),
         ({"words": {}}, "moce: model.arch is mae; expected moce"),

@@ -92,7 +92,7 @@ def test_words_replace_what_the_file_says(make: Make) -> None:
         ({"grid": {"run.out": ["here"]}}, "run.out: cell out=here cannot choose it"),
         ({"grid": {"processes": [0]}}, "processes: got 0 in cell processes=0; expected a number from 1 on"),
         ({"grid": {"nodes": ["two"]}}, "nodes: got 'two'"),
-        ({"grid": {"run.seed": []}}, "grid.run.seed: .*at least 1 item"),
+        ({"grid": {"run.seed": []}}, "grid.run.seed: .*expected at least 1 of them, not 0"),
         ({"task": {}}, "task: no such setting. Did you mean tasks"),
     ],
 )
