@@ -1,5 +1,9 @@
 """moce_ds: masked autoencoders with a mixture of cluster-conditional experts, trained with DeepSpeed."""
 
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
 from typing import TYPE_CHECKING, Any
 
 from moce_ds import old_names
@@ -11,6 +15,19 @@ __version__ = "0.1.0"
 __all__ = ["Clusters", "__version__", "load_expert"]
 
 old_names.install()
+
+
+class _BeforeDeepSpeed(importlib.abc.MetaPathFinder):
+    """DeepSpeed chooses its device when it is imported, whichever module comes first; `compat` chooses before it."""
+
+    def find_spec(self, fullname: str, *place: object) -> importlib.machinery.ModuleSpec | None:
+        """Find nothing: the next finder does."""
+        if fullname == "deepspeed":
+            importlib.import_module("moce_ds.compat")
+        return None
+
+
+sys.meta_path.insert(0, _BeforeDeepSpeed())
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,8 @@
 """Work-arounds for third-party packages, each with its reason and when it can be removed."""
 
+import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    # DeepSpeed warns at import if it has to detect a CPU-only machine itself.
+    # DeepSpeed prints a warning if it has to detect a CPU-only machine itself, and would take the GPU of a Mac.
+    # `moce_ds/__init__.py` imports this module before it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # The library object must outlive the operators that it defines.
@@ -137,7 +140,10 @@ def quiet_deepspeed() -> None:
 
     compiler.compile = lambda: lambda function: function  # only Muon uses it in DeepSpeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The first access looks at all operators. On a GPU without the CUDA toolkit each prints that it cannot be compiled.
+    with contextlib.redirect_stdout(io.StringIO()):
+        operators = deepspeed.ops.__compatible_ops__
+    operators["deepspeed_shm_comm"] = False
     logger.setLevel(logging.ERROR)
     # Raised inside DeepSpeed on every process, about a name that torch 2.13 renamed.
     warnings.filterwarnings("ignore", message=".*_tensor` is deprecated", category=FutureWarning)

@@ -1,6 +1,9 @@
-"""torchvision's operators as `compat` writes them in torch, against plain loops."""
+"""DeepSpeed imported in silence; torchvision's operators as `compat` writes them in torch, against plain loops."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,3 +115,18 @@ def test_gradients_reach_the_map_where_the_region_is() -> None:
 
 def test_no_regions() -> None:
     assert compat.roi_align(torch.zeros(1, 3, 8, 8), torch.zeros(0, 5), 1.0, 7, 7, 2, False).shape == (0, 3, 7, 7)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed says nothing where there is a GPU")
+@pytest.mark.parametrize("module", ["moce_ds.training.pretrain", "moce_ds.checkpoint.manager", "moce_ds.moe.layer"])
+def test_deepspeed_is_imported_in_silence(module: str) -> None:
+    """Whichever module needs it first."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    started = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import {module}, deepspeed"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
