@@ -63,7 +63,7 @@ class EngineSettings:
     tf32: bool = option(False, "GPUs compute what is left in fp32 as TF32: faster, 10 bits of mantissa")
     zero_stage: Literal[1, 2] = option(1, "what DeepSpeed partitions: 1: optimizer state; 2: also gradients")
     checkpoint_activations: bool = option(False, "recompute blocks in the backward pass instead of storing activations")
-    compile: bool = option(False, "torch.compile the dense blocks")
+    compile: bool = option(False, "torch.compile the dense blocks; on a CPU this needs a C++ compiler")
     device: Literal["auto", "cpu"] = option("auto", "auto: a GPU for each process, if there are any; cpu: none is used")
 
 
