@@ -51,7 +51,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.bench",
     ),
     "scipy": ("moce_ds.moe.placement", "moce_ds.data.sources.public.readers"),
-    "nvidia": ("moce_ds.data.loader",),
+    "nvidia": ("moce_ds.data.loader", "moce_ds.bench.load"),
     "pycocotools": ("moce_ds.data.sources.coco_api",),
     "faiss": ("moce_ds.clustering.build",),
     "submitit": ("moce_ds.launch",),

@@ -126,11 +126,11 @@ def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | N
 
 @bench.command("load")
 @click.option("--images", default=256, show_default=True, help="Images of 500x375 pixels.")
-@click.option("--threads", default=1, show_default=True, help="DALI's decoding threads.")
+@click.option("--threads", default=1, show_default=True, help="Decoding threads, or worker processes.")
 @_repeats(5)
 @_json_option
 def load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
-    """Images per second of the DALI pipeline, compared with PIL and torchvision."""
+    """Images per second of our loader, of DALI's file reader, and of a PyTorch DataLoader; wait for slow storage."""
     from moce_ds.bench.load import bench_load
     from moce_ds.distributed.runtime import lone_device
 
