@@ -194,7 +194,7 @@ def _step_makers(
 
         return make_layer
 
-    step = partial(_step, sizes, model, ep_size, runtime)
+    step = partial(make_step, sizes, model, ep_size, runtime)
     return {
         "dense MAE": partial(step, "mae"),
         "MoCE": partial(step, "moce"),
@@ -204,10 +204,10 @@ def _step_makers(
     }
 
 
-def _step(
+def make_step(
     sizes: GpuSizes, model: GpuModel, ep_size: int, runtime: Runtime, arch: Arch, make_layer: MakeLayer | None = None
 ) -> TrainingStep:
-    """One of the steps, with the default settings of training."""
+    """A step of a kind of model with the default settings of training, in bf16 on a GPU and float32 on a CPU."""
     settings = replace(model.settings, arch=arch)
     experts, shape = ExpertSettings(num=sizes.experts, ep_size=ep_size), settings.vit_shape(None)
     groups = ModelGroups(settings, experts, TokenMoeSettings(), SdrSettings(), shape)
