@@ -49,11 +49,12 @@ hypothesis_settings.load_profile("patient")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several workers share the tests, a file is one worker's, and so are the runs that several files compare."""
+    """Where several workers share the tests, a file is one worker's, and so are the runs that several files use."""
+    runs = {"one_process": "runs", "two_processes": "runs", "fake_gpu": "fake_gpu"}
     if hasattr(config, "workerinput"):
         for item in items:
-            shared = {"one_process", "two_processes"}.intersection(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("runs" if shared else item.path.stem))
+            shared = [runs[name] for name in getattr(item, "fixturenames", ()) if name in runs]
+            item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
 
 
 @pytest.fixture(scope="session")
