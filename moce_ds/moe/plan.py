@@ -93,23 +93,20 @@ class Plan:
     """The plans of all expert layers for one micro-batch.
 
     Attributes:
-        clusters_B: cluster of each of the rank's images, int64.
         layers: one plan for each expert layer.
         digest: 48 bits that all ranks must agree on.
     """
 
-    clusters_B: Tensor
     layers: tuple[LayerPlan, ...]
     digest: int
 
     def to(self, device: torch.device) -> "Plan":
         """The same plan with its tensors on `device`, by a single copy."""
         tensors = [getattr(layer, name) for layer in self.layers for name in _INDICES]
-        clusters_B, *indices = together_on_device([self.clusters_B, *tensors], device)
-        there = iter(indices)
+        there = iter(together_on_device(tensors, device))
         moved: list[dict[str, Any]] = [{name: next(there) for name in _INDICES} for _ in self.layers]
         layers = tuple(replace(layer, **own) for layer, own in zip(self.layers, moved, strict=True))
-        return Plan(clusters_B, layers, self.digest)
+        return Plan(layers, self.digest)
 
 
 def make_plan(
@@ -135,7 +132,7 @@ def make_plan(
     digest = xxh3_64()
     for part in (clusters_WB, expert_MLK, slot_LE):
         digest.update(np.ascontiguousarray(part).data)
-    return Plan(torch.from_numpy(clusters_WB[rank].copy()), layers, digest.intdigest() >> 16)
+    return Plan(layers, digest.intdigest() >> 16)
 
 
 def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -125,7 +125,7 @@ def test_a_plan_looks_every_layer_up_in_the_table(case: tuple[int, int], batch: 
     slot_LE = random.permuted(np.tile(np.arange(4), (3, 1)), axis=1)
     plans = [make_plan(clusters_WB, expert_MLK, slot_LE, rank, ep) for rank in range(world)]
     for rank, plan in enumerate(plans):
-        assert len(plan.layers) == 3 and plan.clusters_B.tolist() == clusters_WB[rank].tolist()
+        assert len(plan.layers) == 3
         for layer, planned in enumerate(plan.layers):
             alone = plan_layer(expert_MLK[clusters_WB, layer], slot_LE[layer], rank, ep)
             assert_equal(planned, alone)
@@ -147,7 +147,7 @@ def test_a_plan_goes_to_a_device_in_one_copy() -> None:
     clusters_WB, expert_MLK = random.integers(0, 6, (4, 5)), random.integers(0, 4, (6, 3, 2))
     plan = make_plan(clusters_WB, expert_MLK, default_placement(3, 4), 1, 2)
     there = plan.to(torch.device("cpu"))
-    assert torch.equal(there.clusters_B, plan.clusters_B) and there.digest == plan.digest
+    assert there.digest == plan.digest
     for layer, planned in zip(there.layers, plan.layers, strict=True):
         assert_equal(layer, planned)
     tensors = [value for part in (there, *there.layers) for value in vars(part).values() if isinstance(value, Tensor)]
