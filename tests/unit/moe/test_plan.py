@@ -150,8 +150,8 @@ def test_a_plan_goes_to_a_device_in_one_copy() -> None:
     assert there.digest == plan.digest
     for layer, planned in zip(there.layers, plan.layers, strict=True):
         assert_equal(layer, planned)
-    tensors = [value for part in (there, *there.layers) for value in vars(part).values() if isinstance(value, Tensor)]
-    assert len(tensors) == 1 + 3 * 6
+    tensors = [value for part in there.layers for value in vars(part).values() if isinstance(value, Tensor)]
+    assert len(tensors) == 3 * 6
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
 
 
