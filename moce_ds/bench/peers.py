@@ -86,8 +86,8 @@ DEMO = PeerSize(
     crop_scale=(0.5, 1.0),
     flip=False,
     batch=128,
-    warmup=20,
-    steps=60,
+    warmup=10,
+    steps=40,
     log_every=10,
 )
 VIT_SMALL = PeerSize(
@@ -96,12 +96,12 @@ VIT_SMALL = PeerSize(
     experts={"num": 8},
     image_size=224,
     picture=(500, 375),
-    images=128,
+    images=64,
     crop_scale=(0.2, 1.0),
     flip=True,
     batch=16,
-    warmup=2,
-    steps=6,
+    warmup=1,
+    steps=3,
     log_every=1,
 )
 SIZES = {"demo": DEMO, "vit-small": VIT_SMALL}
