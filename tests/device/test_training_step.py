@@ -22,6 +22,9 @@ TO_DEVICE = {"mae": 1, "moce": 4, "moce_ep8": 4, "sdr": 4, "token_moe": 5}
 COLLECTIVES = {"mae": 5, "moce": 9, "moce_ep8": 17, "sdr": 8, "token_moe": 19}
 """Of the device: gradients, their norm, updated weights, and eight exchanges of images."""
 
+BUSY = 10
+"""Operators that keep the device busy while the host waits: the layers before the first experts of SDR are as many."""
+
 B, T, D = 8, 5, 64
 EXPERT_LAYERS = 2
 
@@ -29,18 +32,18 @@ EXPERT_LAYERS = 2
 @pytest.mark.parametrize("model", OURS)
 def test_no_wait_leaves_the_device_idle(found: Found, model: str) -> None:
     """Else the device has run all that it was given when the host goes on."""
-    assert [wait for wait in found.step(model, "waits") if not wait["ahead"]] == []
+    assert [wait for wait in found.step(model, "waits") if wait["ahead"] < BUSY] == []
 
 
 @pytest.mark.parametrize("model", OURS)
 def test_the_host_waits_once_for_the_step_before(found: Found, model: str) -> None:
     """For its losses, and for the routes that follow its update, while the device runs the first blocks of this one."""
     [wait] = found.step(model, "waits")
-    assert wait["why"] == "Event.synchronize" and wait["ahead"] > 0
+    assert wait["why"] == "Event.synchronize" and wait["ahead"] >= BUSY
 
 
 def test_token_moe_waits_in_its_layers(found: Found) -> None:
-    """Six times in each, and once in the agreement, which comes first: nothing has been given to the device then."""
+    """Six times in each, and once in the agreement, which comes first: the device has only masks then."""
     layers = found.step("token_moe", "waits", ["forward"])
     assert len(layers) <= 6 * EXPERT_LAYERS and all("sharded_moe" in wait["where"] for wait in layers), layers
     assert len(found.step("token_moe", "waits", ("", "prepare", "backward", "step"))) <= 1
