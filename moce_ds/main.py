@@ -1,12 +1,12 @@
-"""The `moce` command: the verbs of single stages (stage_verbs/), and those that run other verbs (workflow/)."""
+"""The `moce` command: the verbs of single stages (stages/), and those that run other verbs (workflow/)."""
 
 import click
 
 from moce_ds import __version__
-from moce_ds.console import run_command, set_log_level
 from moce_ds.host import gpus, threads
-from moce_ds.stage_verbs.config import config
-from moce_ds.stage_verbs.table import STAGE_VERBS
+from moce_ds.program import run_command, set_log_level
+from moce_ds.stages.config import config
+from moce_ds.stages.table import STAGE_VERBS
 from moce_ds.workflow.workflow_verbs import VERBS as WORKFLOW_VERBS
 
 

@@ -11,7 +11,7 @@ import pytest
 from moce_ds import __version__
 from moce_ds.config import settings as configuration
 from moce_ds.main import moce
-from moce_ds.stage_verbs.options import Verb
+from moce_ds.stages.options import Verb
 from tests.examples.moce_command import TINY, Said, refused, run_here
 
 

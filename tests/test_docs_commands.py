@@ -10,8 +10,8 @@ import pytest
 
 from moce_ds.config.settings import keys
 from moce_ds.main import moce
-from moce_ds.stage_verbs.config import KINDS
-from moce_ds.stage_verbs.options import Verb
+from moce_ds.stages.config import KINDS
+from moce_ds.stages.options import Verb
 from tests.test_docs import DOCUMENTS, ROOT
 
 

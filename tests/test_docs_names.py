@@ -10,7 +10,7 @@ import pytest
 
 from moce_ds.config.settings import keys
 from moce_ds.old_names import new_name
-from moce_ds.stage_verbs.config import KINDS
+from moce_ds.stages.config import KINDS
 from tests.test_docs import DOCUMENTS, ROOT
 
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md"]

@@ -17,8 +17,8 @@ import torch
 from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.checkpoint.run_folder import RunFolder, read_result
-from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.feature_store import FeatureSet, check_encoder
+from moce_ds.data.clusters import Clusters, load_ids
+from moce_ds.data.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import read_results

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from moce_ds.checkpoint.format import find, steps_of
-from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.clusters import Clusters, load_ids
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.open import open_encoder

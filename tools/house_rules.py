@@ -16,7 +16,7 @@ from typing import NamedTuple
 import click
 from rich.table import Table
 
-from moce_ds.console import run_command, say_error, show
+from moce_ds.program import run_command, say_error, show
 from tools.source_tree import (
     Function,
     Sources,
@@ -40,7 +40,7 @@ MOST_LINES = 450
 LONG, TOO_LONG = 40, 80
 """Lines of a function: more than LONG are counted, more than TOO_LONG are refused."""
 
-VERB = re.compile(r"moce_ds\.(cli|stage_verbs)(\.\w+)?:pretrain")
+VERB = re.compile(r"moce_ds\.(cli|stages)(\.\w+)?:pretrain")
 """The function of the verb `moce pretrain`; earlier commits have it in `cli`."""
 
 ODD_WORDS = re.compile(

@@ -7,7 +7,7 @@ import click
 
 from moce_ds.checkpoint.format import find
 from moce_ds.config import settings as configuration
-from moce_ds.console import run_command, say
+from moce_ds.program import run_command, say
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.settings import PretrainSettings
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.clusters import Clusters
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile

@@ -22,7 +22,6 @@ from moce_ds.bench.plain_mae import PlainRun
 from moce_ds.clustering.build import build_clusters
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.config.settings import from_tree, word
-from moce_ds.console import progress_bar
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.image_folder import list_files
@@ -34,6 +33,7 @@ from moce_ds.errors import DataError, MoceError
 from moce_ds.models.settings import ModelSettings
 from moce_ds.models.shapes import ViTShape
 from moce_ds.models.vit import load_encoder, save_encoder, timm_vit
+from moce_ds.program import progress_bar
 from moce_ds.storage.drafts import scratch_folder
 
 _CLUSTERS = 32

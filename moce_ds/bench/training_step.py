@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.forecast.step_cost import Work
 from moce_ds.models.build import build_model

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import MANIFEST, Checkpoint, find, step_folder, steps_of
 from moce_ds.checkpoint.records import RoutingTable, read_routing_record
-from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.families import Family, family_of_tree, translate_tree
 from moce_ds.config.settings import read_yaml
 from moce_ds.config.values import recorded_path
+from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.sampler import number_of_steps
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, MoceError

@@ -1,1 +1,1 @@
-"""From features of images to clusters: k-means, balanced assignment, and the artefact that labels new images."""
+"""From features of images to clusters: k-means, balanced assignment, and how well clusters separate."""

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from moce_ds.clustering.clusters import LOW, Clusters, load_ids, normalised, save_ids
-from moce_ds.clustering.feature_store import ENCODER, FeatureSet, check_encoder
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.config.settings import to_tree
-from moce_ds.console import progress_bar
+from moce_ds.data.clusters import LOW, Clusters, load_ids, normalised, save_ids
+from moce_ds.data.feature_store import ENCODER, FeatureSet, check_encoder
 from moce_ds.errors import ArtefactError, ConfigError, DataError
+from moce_ds.program import progress_bar
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 

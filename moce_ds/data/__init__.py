@@ -1,1 +1,1 @@
-"""Tar shards of images, the order in which they are read, and the DALI pipeline that decodes them."""
+"""Images, their features and their clusters on disk; the order in which images are read; and the loader."""

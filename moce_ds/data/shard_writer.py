@@ -21,7 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 from moce_ds.config.settings import Positive, option, settings
-from moce_ds.console import progress_bar
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
     FORMAT_VERSION,
@@ -44,6 +43,7 @@ from moce_ds.data.shards import (
 from moce_ds.data.sources.image_folder import SourceFile, examined, list_files, listing_digest
 from moce_ds.data.sources.listing import Listing
 from moce_ds.errors import DataError
+from moce_ds.program import progress_bar
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.checksums import FileRecord, write_checked
 from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to

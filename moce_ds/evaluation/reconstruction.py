@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet

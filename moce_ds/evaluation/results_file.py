@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 from rich.table import Table
 
-from moce_ds.console import warn
+from moce_ds.program import warn
 from moce_ds.storage.artefact import Rows, is_marked, some_of
 from moce_ds.storage.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
 from moce_ds.storage.files import check_writable, read_json, valid_record, write_json, writes_to

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import Mixture, Share, decoder_state, merged_expert
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder, RunBlock, nothing_masked, random_masking, run_plainly

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.families import family_by_gate
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.errors import ConfigError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, decoder_state, encoder_state
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.earlier import earlier_export

@@ -26,11 +26,11 @@ from pathlib import Path
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from moce_ds.console import configure_logging, run_main, say_error
 from moce_ds.errors import LOST_PEER, STOPPED
 from moce_ds.host.interrupts import kept_signals, wait_for
 from moce_ds.host.machine import MachineError, refused
 from moce_ds.host.place import SECRET
+from moce_ds.program import configure_logging, run_main, say_error
 
 _logger = logging.getLogger("moce_ds.launch.slurm_job")  # also if this module runs as a program
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from moce_ds.config.settings import Positive, option, settings
-from moce_ds.console import LOG
 from moce_ds.host.threads import CHOSEN
+from moce_ds.program import LOG
 from moce_ds.text import counted, script_fault
 
 Number = Annotated[int, Field(strict=True)]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.families import Family, family_by_gate
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, MakeLayer, Moce, upcycle

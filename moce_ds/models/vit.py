@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce_ds.clustering import feature_store as store
 from moce_ds.compat import repair_torchvision
+from moce_ds.data import feature_store as store
 from moce_ds.data.transform import ImageInput
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.parameters import check_fit

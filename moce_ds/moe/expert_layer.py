@@ -1,6 +1,6 @@
 """The expert layer without DeepSpeed: send images to experts by a plan, compute, return them, combine.
 
-This module contains all tensor operations; `ClusterMoE` in `layer.py` adds the process groups.
+This module contains all tensor operations; `ClusterMoE` in `deepspeed_layer.py` adds the process groups.
 
 Axes: B images of a rank, K experts per image, N = B K rows sent, S rows received and computed on this rank, T tokens, D
 width, H hidden width, E local experts; ... the axes of one image (tokens and width).

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.clustering.clusters import load_ids
 from moce_ds.config.values import recorded_path
+from moce_ds.data.clusters import load_ids
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.selection.routes import choose_selected, route_label

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moce_ds.clustering.clusters import LOW, Clusters
+from moce_ds.data.clusters import LOW, Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings

@@ -23,8 +23,8 @@ from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
 from moce_ds.checkpoint.weight_files import read_torch_file
-from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config import settings as configuration
+from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import MaskedAutoencoder

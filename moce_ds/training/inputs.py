@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
-from moce_ds.clustering.clusters import Clusters, load_ids
-from moce_ds.clustering.feature_store import check_encoder
+from moce_ds.data.clusters import Clusters, load_ids
+from moce_ds.data.feature_store import check_encoder
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.build import ModelSpec, build_model

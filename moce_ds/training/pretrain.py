@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_64
 
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, verify_checkpoint
 from moce_ds.checkpoint.format import Checkpoint, steps_of
@@ -185,7 +186,10 @@ class PretrainTask(TrainingTask):
         if self._router is not None and self._table is not None:
             # The plan uses the requested ids, which all processes know, also if an intact image replaces a damaged one.
             ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
-            routing = self._router.route(self._table, ids_G, self._schedule.imbalance_share(step), agree)
+            share = self._schedule.imbalance_share(step)
+            routing = self._router.route(
+                self._table, ids_G, share, lambda digest: agree(self._digest_of_step(digest, step))
+            )
             inputs.append(routing)
         if self._teacher is not None:
             inputs.append(self._teacher)
@@ -196,6 +200,19 @@ class PretrainTask(TrainingTask):
             shares = [layer.moved / len(layer.image_N) for layer in routing.plan.layers]
             self._moved_parts.append(float(np.mean(shares)))
         return losses
+
+    def _digest_of_step(self, digest: int, step: int) -> int:
+        """The digest of all plans of a step, from that of its first one: the ranks agree once, on all of them.
+
+        The other plans follow from the same table and from the clusters of their images.
+        """
+        assert self._router is not None
+        sampler = self._sampler.sampler if isinstance(self._sampler, LocalSampler) else self._sampler
+        state = xxh3_64(digest.to_bytes(8, "big"))
+        first = step * self._batches.accumulation
+        for index in range(first + 1, first + self._batches.accumulation):
+            state.update(self._router.ids_N[sampler.batch(index).ids].data)
+        return state.intdigest() >> 16  # a float64 holds it exactly
 
     def sums(self) -> dict[str, float]:
         """The share of rows that moved between processes, and the number of replaced images."""

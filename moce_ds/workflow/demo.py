@@ -15,8 +15,8 @@ from pathlib import Path
 
 from moce_ds.config.settings import word
 from moce_ds.config.values import arguments, expanded
-from moce_ds.console import run_main, say, show
 from moce_ds.host import threads
+from moce_ds.program import run_main, say, show
 from moce_ds.workflow.pipeline import run_pipeline
 
 CONFIGS = Path(__file__).with_name("configs") / "demo"
@@ -60,8 +60,8 @@ def pipeline_words(out: Path, short: bool) -> list[str]:
 
 def _summary(out: Path) -> int:
     """Print the table of accuracies, and how well the clusters separate the domains; returns 0."""
-    from moce_ds.clustering.clusters import Clusters, load_ids
     from moce_ds.clustering.quality import cluster_report
+    from moce_ds.data.clusters import Clusters, load_ids
     from moce_ds.data.shards import ShardSet
     from moce_ds.evaluation.results_file import RESULTS, accuracy_table, read_results
 

@@ -19,7 +19,6 @@ from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.config.command_line import read_settings
 from moce_ds.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
 from moce_ds.config.values import arguments
-from moce_ds.console import say
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.data.shards import MANIFEST, ShardSet
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
@@ -27,6 +26,7 @@ from moce_ds.errors import ConfigError, MoceError
 from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
+from moce_ds.program import say
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import PretrainSettings

@@ -18,14 +18,14 @@ import click
 
 from moce_ds.artefacts.pipeline_folder import PipelineStageRecord
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.clusters import Clusters
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.image_folder import list_files, listing_digest
 from moce_ds.errors import ConfigError
 from moce_ds.host.place import Place
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.stage_verbs.table import run_verb
+from moce_ds.stages.table import run_verb
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.encoder_folder import EncoderFolder
 from moce_ds.storage.files import sha256_of

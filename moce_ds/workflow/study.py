@@ -17,14 +17,14 @@ from rich.table import Table
 
 from moce_ds.artefacts.study_folder import CELL, STUDY, CellRecord, StudyRecord
 from moce_ds.config.settings import from_tree, to_tree
-from moce_ds.console import run_main, say
 from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.evaluation.results_file import RESULTS, read_results
 from moce_ds.forecast.step_cost import Work
 from moce_ds.host.place import Place
 from moce_ds.launch.local import run_processes
 from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.stage_verbs.table import run_verb
+from moce_ds.program import run_main, say
+from moce_ds.stages.table import run_verb
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.metrics_file import METRICS, read_metrics
 from moce_ds.workflow.runner import Failure, Progress, duration, run_stages, states_table

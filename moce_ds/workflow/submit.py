@@ -8,12 +8,12 @@ from typing import Any
 
 from moce_ds.checkpoint.run_folder import LAUNCHES
 from moce_ds.config.command_line import read_settings
-from moce_ds.console import say
 from moce_ds.errors import ConfigError
 from moce_ds.launch.slurm_profile import SlurmProfile
 from moce_ds.launch.slurm_queue import Submitted, begin_launch, record_jobs, refuse_second, submit
-from moce_ds.stage_verbs.options import FORCED
-from moce_ds.stage_verbs.table import STAGE_VERBS
+from moce_ds.program import say
+from moce_ds.stages.options import FORCED
+from moce_ds.stages.table import STAGE_VERBS
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import OptimSettings, PretrainSettings
 from moce_ds.workflow.pipeline import PipelineSettings, check_folders, keep_stages, pipeline_workflow

@@ -18,7 +18,6 @@ import torch
 from rich.table import Table
 
 from moce_ds.config.settings import to_tree
-from moce_ds.console import say, warn
 from moce_ds.data.task_images import Splits, opened_task
 from moce_ds.distributed.runtime import lone_device
 from moce_ds.errors import ConfigError
@@ -26,6 +25,7 @@ from moce_ds.evaluation.frozen_features import measure_frozen
 from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
 from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, known_by, read_results
 from moce_ds.models.vit import Encoder
+from moce_ds.program import say, warn
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.workflow.runner import Progress, run_stages
 from moce_ds.workflow.stage import Stage, StageRecord, Workflow

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from moce_ds.config.command_line import is_config_word, read_settings
-from moce_ds.console import show
 from moce_ds.errors import ConfigError
-from moce_ds.stage_verbs.options import PATH, Verb, force_option, words
+from moce_ds.program import show
+from moce_ds.stages.options import PATH, Verb, force_option, words
 
 
 @click.command(cls=Verb, settings="moce_ds.workflow.study_grid:StudySettings")

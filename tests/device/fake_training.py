@@ -18,8 +18,8 @@ from torch import nn
 
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ReadList
 from moce_ds.distributed.runtime import Runtime

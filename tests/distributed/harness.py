@@ -78,7 +78,7 @@ def _place(rank: int, world_size: int) -> dict[str, str]:
 def _rank_main(
     fn: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path, sender: Connection
 ) -> None:
-    from moce_ds.console import configure_logging
+    from moce_ds.program import configure_logging
 
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

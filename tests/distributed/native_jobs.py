@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load, to_yaml
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise

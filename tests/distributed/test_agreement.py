@@ -3,6 +3,7 @@
 import errno
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,8 +16,8 @@ from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
 from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
-from moce_ds.clustering.clusters import load_ids
 from moce_ds.config.command_line import read_settings
+from moce_ds.data.clusters import load_ids
 from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
@@ -58,13 +59,15 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
         runtime.barrier()
         note("expert of rank 1", lambda: pretrain(config, runtime))
 
-        for name, other in (
-            ("plan of rank 1", []),
-            ("plan of rank 1, with locality off", ["experts.loader_locality=false"]),
+        for name, image, other in (
+            ("plan of rank 1", 5, []),
+            ("plan of rank 1, with locality off", 5, ["experts.loader_locality=false"]),
+            ("second plan of rank 1", 13, ["optim.accumulation=2"]),
         ):
             words = tiny_settings(shards, folder / name, "experts.ep_size=2", *other, clusters=clusters)
             config = read_settings(PretrainSettings, words)
-            with patch.object(inputs, "load_ids", _one_cluster_off if runtime.rank == 1 else load_ids):
+            off = partial(_one_cluster_off, image)
+            with patch.object(inputs, "load_ids", off if runtime.rank == 1 else load_ids):
                 note(name, lambda config=config: pretrain(config, runtime))
 
         for arch in ("moce", "token_moe"):
@@ -88,10 +91,10 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
     return faults
 
 
-def _one_cluster_off(folder: Path, fingerprint: str, count: int) -> np.ndarray:
-    """The clusters' ids, but for one image, which is read in the third step for the first time."""
+def _one_cluster_off(place: int, folder: Path, fingerprint: str, count: int) -> np.ndarray:
+    """The clusters' ids, but for one image, the one with this place in the third step, where it is read first."""
     ids_N = np.array(load_ids(folder, fingerprint, count))
-    image = ShuffledSampler(count, 16, seed=0).batch(2).ids[5]
+    image = ShuffledSampler(count, 16, seed=0).batch(2).ids[place]
     ids_N[image] = (ids_N[image] + 1) % CLUSTERS
     return ids_N
 
@@ -146,6 +149,7 @@ def test_all_is_well(faults: list[Faults]) -> None:
         ("plan of rank 1, with locality off", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ"),
         ("first images of rank 1, moce", "the first images cannot be read"),
         ("first images of rank 1, token_moe", "the first images cannot be read"),
+        ("second plan of rank 1", "Step 3: the ranks disagree on where images go. Rank(s) 1 differ from the rest"),
         ("damaged checkpoint", "lost cannot be written"),
         ("expert of rank 1", "block-01-expert-002.safetensors is damaged: its checksum"),
         ("image of rank 1", f"image {HALF + 5} "),

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import load
+from moce_ds.data.clusters import Clusters
 from moce_ds.errors import ArtefactError, ConfigError, MoceError
 from moce_ds.export.write import export_route
 from moce_ds.models.mae import make_mlp

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.run_folder import RESULT, result_text
-from moce_ds.clustering.clusters import Clusters, load_ids
 from moce_ds.config.settings import load, to_tree
+from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.listing import Listed, Listing

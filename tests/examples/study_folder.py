@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits, load_sample_images
 
-from moce_ds.clustering.clusters import Clusters, normalised, save_ids
+from moce_ds.data.clusters import Clusters, normalised, save_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, file_of, publish, step_folder, write_files
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import DecoderShape

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import moce_ds
-from moce_ds.clustering.clusters import load_ids
-from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.clusters import load_ids
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings

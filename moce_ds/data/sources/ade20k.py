@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_ds.console import warn
 from moce_ds.data.containers import GRAY, PALETTE, Png
 from moce_ds.data.image_file import (
     DECODER_FAULTS,
@@ -38,6 +37,7 @@ from moce_ds.data.image_file import (
 )
 from moce_ds.data.sources.image_folder import ODD, list_folder, why_odd
 from moce_ds.errors import DataError
+from moce_ds.program import warn
 from moce_ds.text import in_line, listed, part_of
 
 IGNORED = 255

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_ds.console import progress_bar
 from moce_ds.errors import DataError
+from moce_ds.program import progress_bar
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
 

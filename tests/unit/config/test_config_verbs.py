@@ -12,8 +12,8 @@ import yaml
 
 from moce_ds.config.settings import keys, load, plain_default
 from moce_ds.main import moce
-from moce_ds.stage_verbs.config import ARCH_NEEDS, KINDS, starter_text
-from moce_ds.stage_verbs.options import Verb
+from moce_ds.stages.config import ARCH_NEEDS, KINDS, starter_text
+from moce_ds.stages.options import Verb
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_here
 

@@ -23,7 +23,7 @@ def test_a_process_alone_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) 
 
 
 TWICE = """
-from moce_ds.console import run_main
+from moce_ds.program import run_main
 from moce_ds.distributed.runtime import lone_device
 from moce_ds.host import threads
 threads.apply_choice()

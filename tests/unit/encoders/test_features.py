@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moce_ds.clustering.feature_store import FeatureSet
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.read_ahead import READERS
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode, write_features

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
+from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, dense_encoder, encoder_state
 from moce_ds.encoders.open import open_encoder
 from moce_ds.errors import ArtefactError, ConfigError

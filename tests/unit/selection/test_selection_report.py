@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from moce_ds.checkpoint.format import find
-from moce_ds.clustering.clusters import load_ids
+from moce_ds.data.clusters import load_ids
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.vit import load_encoder
 from moce_ds.selection.selection_report import draw_by_votes, selection_report, write_picture

@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from moce_ds.clustering.build import ClusterSettings, build_clusters
-from moce_ds.clustering.clusters import Clusters, load_ids
+from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.selection.vote import Typicality
 from tests.unit.clustering.test_clusters import write_features
 

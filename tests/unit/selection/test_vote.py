@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moce_ds.clustering.clusters import load_ids
+from moce_ds.data.clusters import load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.settings import EncodeSettings

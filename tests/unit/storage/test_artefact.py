@@ -10,10 +10,10 @@ from moce_ds.artefacts.pipeline_folder import PipelineFolder
 from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.clustering.clusters import Clusters
-from moce_ds.clustering.feature_store import FeatureSet
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.config.settings import to_tree
+from moce_ds.data.clusters import Clusters
+from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.evaluation.results_file import ResultsFile

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moce_ds.clustering.clusters import Clusters
+from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.open import open_encoder
 from moce_ds.errors import MoceError
 from moce_ds.export.earlier import check_free

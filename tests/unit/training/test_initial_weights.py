@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
-from moce_ds.clustering.clusters import Clusters
 from moce_ds.config.settings import to_tree
+from moce_ds.data.clusters import Clusters
 from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.parameters import has_experts, is_decoder, lacks_decoder

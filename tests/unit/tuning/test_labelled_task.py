@@ -22,7 +22,7 @@ OPTIM = TuneOptimSettings(layer_decay=0.5, weight_decay=0.1)
 TOGETHER = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
 LARGE = """
 import torch
-from moce_ds.console import run_main
+from moce_ds.program import run_main
 from moce_ds.tuning.labelled_task import prepared
 
 def make(index):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from moce_ds.console import configure_logging
 from moce_ds.errors import LOST_PEER, STOPPED, DataError
+from moce_ds.program import configure_logging
 from moce_ds.storage.artefact import MadeFrom
 from moce_ds.storage.locks import held
 from moce_ds.workflow.runner import Outcome, Progress, StageError, run_stages

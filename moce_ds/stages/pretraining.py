@@ -10,11 +10,11 @@ import click
 from moce_ds.config.command_line import read_settings, settings_layers
 from moce_ds.config.printing import explained
 from moce_ds.config.settings import to_tree
-from moce_ds.console import say, show
 from moce_ds.errors import STOPPED, ConfigError
 from moce_ds.host.place import Place
-from moce_ds.stage_verbs.bench import Numbers
-from moce_ds.stage_verbs.options import PATH, Verb, checked_settings, force_option, heads_option, words
+from moce_ds.program import say, show
+from moce_ds.stages.bench import Numbers
+from moce_ds.stages.options import PATH, Verb, checked_settings, force_option, heads_option, words
 from moce_ds.text import counted
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moce_ds.config.command_line import read_settings
-from moce_ds.console import say, show
-from moce_ds.stage_verbs.options import PATH, Verb, heads_option, words
+from moce_ds.program import say, show
+from moce_ds.stages.options import PATH, Verb, heads_option, words
 from moce_ds.text import in_line
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from moce_ds.console import LOG, configure_logging, progress_bar, run_main, say, set_log_level, warn
 from moce_ds.errors import ConfigError, DataError
+from moce_ds.program import LOG, configure_logging, progress_bar, run_main, say, set_log_level, warn
 from tests.examples.moce_command import run_here
 
 logger = logging.getLogger("moce_ds.data.example")
@@ -103,7 +103,7 @@ def test_the_level_is_that_of_the_environment(capsys: Capture, monkeypatch: pyte
 
 def test_child_processes_inherit_the_level() -> None:
     report = (
-        "from moce_ds.console import run_main\nimport logging\n"
+        "from moce_ds.program import run_main\nimport logging\n"
         "run_main(lambda: logging.getLogger('moce_ds').info('progress'))"
     )
     child = [sys.executable, "-c", report]

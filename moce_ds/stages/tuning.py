@@ -11,9 +11,9 @@ from moce_ds.config.command_line import settings_layers
 from moce_ds.config.settings import T
 from moce_ds.config.values import is_number
 from moce_ds.config.yaml_text import Plain
-from moce_ds.console import say
 from moce_ds.errors import STOPPED
-from moce_ds.stage_verbs.options import PATH, Verb, checked_settings, words
+from moce_ds.program import say
+from moce_ds.stages.options import PATH, Verb, checked_settings, words
 from moce_ds.text import in_line
 
 
@@ -53,7 +53,7 @@ def finetune(
     from moce_ds.checkpoint.run_folder import TUNED
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
-    from moce_ds.stage_verbs.evaluation import task_of
+    from moce_ds.stages.evaluation import task_of
     from moce_ds.tuning.classification import finetune as run
 
     check_results(results)

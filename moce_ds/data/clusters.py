@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from moce_ds.clustering.feature_store import ENCODER, check_fingerprint
+from moce_ds.data.feature_store import ENCODER, check_fingerprint
 from moce_ds.errors import ArtefactError, DataError
 from moce_ds.storage.artefact import Rows, is_marked
 from moce_ds.storage.checksums import (

@@ -6,10 +6,10 @@ from typing import Any
 import click
 
 from moce_ds.config.values import arguments
-from moce_ds.stage_verbs import bench, evaluation, stages, tuning
+from moce_ds.stages import bench, evaluation, pretraining, tuning
 
 STAGE_VERBS: dict[str, click.Command] = {
-    str(verb.name): verb for verb in (*stages.VERBS, *evaluation.VERBS, *tuning.VERBS, bench.bench)
+    str(verb.name): verb for verb in (*pretraining.VERBS, *evaluation.VERBS, *tuning.VERBS, bench.bench)
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import click
 from rich.table import Table
 
-from moce_ds.console import show
 from moce_ds.errors import ConfigError
-from moce_ds.stage_verbs.options import PATH
+from moce_ds.program import show
+from moce_ds.stages.options import PATH
 
 
 class Numbers(click.ParamType):

@@ -12,12 +12,12 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
-from moce_ds.clustering import feature_store as store
 from moce_ds.clustering.build import ClusterSettings, build_clusters
-from moce_ds.clustering.clusters import Clusters, load_ids, normalised
-from moce_ds.clustering.feature_store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
 from moce_ds.clustering.quality import cluster_report, report_table
 from moce_ds.config import settings as config
+from moce_ds.data import feature_store as store
+from moce_ds.data.clusters import Clusters, load_ids, normalised
+from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
 from moce_ds.errors import ArtefactError, ConfigError, DataError
 from moce_ds.storage.checksums import FileRecord
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from moce_ds.console import say
 from moce_ds.errors import ConfigError
-from moce_ds.stage_verbs.options import PATH, SETTINGS
+from moce_ds.program import say
+from moce_ds.stages.options import PATH, SETTINGS
 
 _ENCODE = "moce_ds.encoders.settings:EncodeSettings"
 

@@ -1,1 +1,0 @@
-"""The verbs of the `moce` command that run one stage: one module per group."""
