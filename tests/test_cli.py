@@ -29,7 +29,7 @@ def test_help_names_every_verb() -> None:
     assert all(re.search(rf"^ +{verb} ", told.out, re.MULTILINE) for verb in moce.commands)
 
 
-@pytest.mark.parametrize("words", [[], ["config"], ["launch"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["bench"], ["config"], ["launch"]], ids=" ".join)
 def test_no_summary_is_cut(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     told = run_here(*words, "--help")

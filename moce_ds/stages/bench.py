@@ -89,7 +89,7 @@ def layer(
     repeats: int,
     json_file: Path | None,
 ) -> None:
-    """Time of an expert layer relative to the dense MLP of the same active size, forward and backward.
+    """Time of an expert layer relative to a dense MLP of the same active size.
 
     With several sizes (--batch 64,128) the first is used while other options vary.
     """
@@ -115,7 +115,10 @@ def layer(
 @_repeats(15)
 @_json_option
 def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | None) -> None:
-    """Time of a training step of MoCE (2 of 12 blocks with experts) relative to the dense MAE."""
+    """Time of a training step of MoCE relative to the dense MAE.
+
+    Two of the 12 blocks have experts.
+    """
     from moce_ds.bench.layer import bench_step
     from moce_ds.distributed.runtime import lone_device
 
@@ -130,7 +133,10 @@ def step(batch: int, experts: int, width: int, repeats: int, json_file: Path | N
 @_repeats(5)
 @_json_option
 def load(images: int, threads: int, repeats: int, json_file: Path | None) -> None:
-    """Images per second of our loader, of DALI's file reader, and of a PyTorch DataLoader; wait for slow storage."""
+    """Images per second of our loader, DALI's reader and a DataLoader.
+
+    Also the time that training waits for slow storage.
+    """
     from moce_ds.bench.load import bench_load
     from moce_ds.distributed.runtime import lone_device
 
@@ -156,7 +162,7 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
 def peers(
     sizes: str, images: Path | None, workers: int | None, quick: bool, repeats: int, json_file: Path | None
 ) -> None:
-    """Images per second of `moce pretrain`, dense and MoCE, relative to a plain PyTorch loop with the same model.
+    """Images per second of `moce pretrain` relative to a plain PyTorch loop.
 
     The loop follows the recipe of the public MAE: torchvision transforms, DataLoader, AdamW. Every program runs whole,
     in a new process, in turns with the others. A full run takes some minutes.
@@ -182,7 +188,7 @@ def peers(
 def gpu(
     models: str, batch: int, experts: int, threads: int, folder: Path, repeats: int, json_file: Path | None
 ) -> None:
-    """Everything about the GPUs of this machine: expert layer, optimizer step, loading, checkpoint pause.
+    """Expert layer, step, loading and checkpoints on the GPUs of this machine.
 
     Compares the dense MAE with MoCE, DeepSpeed's stock layer and TokenMoE at 224 px in bf16. With several GPUs also
     with expert parallelism over all of them. Takes about ten minutes.
@@ -206,7 +212,10 @@ def gpu(
 @_repeats(5)
 @_json_option
 def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> None:
-    """Time to save and load the state of a dense run, compared with the raw disk speed, and the pause in training."""
+    """Time to save and load a checkpoint, compared with the raw disk.
+
+    Also the pause that a save makes in training.
+    """
     from moce_ds.bench.checkpoint import bench_checkpoint
     from moce_ds.distributed.runtime import started
     from moce_ds.models.settings import ModelSettings
