@@ -76,8 +76,8 @@ class ModelOutput:
 class MaskedAutoencoder(nn.Module):
     """Encoder on the visible patches, decoder on all patches, mean squared error on the hidden ones."""
 
-    forward_communicates: ClassVar[bool] = False
-    """Whether the forward pass contains collectives that it does not announce to the trainer."""
+    agrees_before_forward: ClassVar[bool] = False
+    """Whether the ranks must agree on a step before the forward pass, which contains collectives without a plan."""
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor

@@ -17,7 +17,7 @@ from moce_ds.models.vit import ViTShape
 class TokenMoeAutoencoder(MaskedAutoencoder):
     """A MaskedAutoencoder whose blocks in `layers` have `make_layer(make_mlp)` as MLP: tokens -> (tokens, losses)."""
 
-    forward_communicates = True
+    agrees_before_forward = True
 
     def __init__(
         self,

@@ -193,7 +193,7 @@ class PretrainTask(TrainingTask):
             inputs.append(routing)
         if self._teacher is not None:
             inputs.append(self._teacher)
-        if self._pictures.model.forward_communicates:
+        if self._pictures.model.agrees_before_forward:
             agree(0)  # a rank without images would leave the others waiting for it in a layer
         losses: dict[str, Tensor] = engine(*inputs).losses
         if routing is not None:

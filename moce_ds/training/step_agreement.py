@@ -6,9 +6,10 @@ asked to stop. One small exchange on the host carries all of it:
     step n, ordinary   begin - forward pass on the device - reach: figures of step n - 1 - backward, update - submit
     step n, recorded   the same - reach again, at once: figures of step n - record, validate, save
 
-A model with experts reaches the agreement in its first expert layer, a dense one after its forward pass. By then the
-device has work, and the figures of the step before have arrived or are next to arrive. Where `reach` follows `submit`
-at once, the host waits for the device to finish the step.
+A model that is routed by cluster reaches the agreement in its first expert layer, a dense one after its forward pass.
+By then the device has work, and the figures of the step before have arrived or are next to arrive. TokenMoE reaches it
+before its forward pass, whose collectives it does not announce. Where `reach` follows `submit` at once, the host waits
+for the device to finish the step.
 """
 
 from collections.abc import Callable, Mapping
