@@ -245,8 +245,8 @@ def test_export_by_cluster_and_by_route(chain: Chain, tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(chain: Chain, tmp_path: Path) -> None:
     before = (chain / "expert" / "model.safetensors").read_bytes()
-    assert f"{chain / 'expert'} exists" in refused("export", chain / "moce", chain / "expert", "--cluster", 0)
-    assert f"{chain / 'dense'} exists" in refused("export", chain / "mae", chain / "dense")
+    assert f"{chain / 'expert'} exists" in refused("export", chain / "moce", chain / "expert", "--average", "uniform")
+    assert f"{chain / 'dense'} exists" in refused("export", chain / "mae", chain / "dense", "--format", "hf-vit")
     message = refused("cluster", chain / "features", chain / "clusters", "num_clusters=3")
     assert "num_clusters: 5 there, 3 now" in message
     assert (chain / "expert" / "model.safetensors").read_bytes() == before

@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,16 +130,21 @@ class _Photos(Dataset[Tensor]):
     """Images as torchvision's transforms prepare them, from files or from their bytes."""
 
     def __init__(self, files: list[Path] | list[bytes]) -> None:
+        self._files = files
+
+    @cached_property
+    def _steps(self) -> Callable[[Image.Image], Tensor]:
+        """Made where it is first used: a worker process must repair torchvision before it unpickles any of it."""
         repair_torchvision()
         from torchvision import transforms
 
-        self._files = files
-        self._steps = transforms.Compose([
+        steps: Callable[[Image.Image], Tensor] = transforms.Compose([
             transforms.RandomResizedCrop(_INPUT.size, _SCALE, _RATIO, transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(_INPUT.mean, _INPUT.std),
         ])  # fmt: skip
+        return steps
 
     def __len__(self) -> int:
         return len(self._files)
@@ -146,8 +152,7 @@ class _Photos(Dataset[Tensor]):
     def __getitem__(self, number: int) -> Tensor:
         file = self._files[number]
         image = Image.open(file if isinstance(file, Path) else io.BytesIO(file))
-        prepared: Tensor = self._steps(image.convert("RGB"))
-        return prepared
+        return self._steps(image.convert("RGB"))
 
 
 @pipeline_def(enable_conditionals=False)

@@ -11,7 +11,7 @@ from moce_ds.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import started
 from moce_ds.encoders.from_checkpoint import TokenExperts
 from moce_ds.models.mae import make_mlp
-from moce_ds.moe.deepspeed_token_layer import TokenMoE
+from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
 
 WIDTH, EXPERTS = 16, 5
 
@@ -27,7 +27,7 @@ def largest_differences() -> list[tuple[float, float]]:
 def largest_difference(k: int) -> tuple[float, float]:
     torch.manual_seed(k)
     make_expert: Callable[[], torch.nn.Module] = partial(make_mlp, WIDTH, 4.0)
-    layer = TokenMoE(make_expert, WIDTH, EXPERTS, 1, k)
+    layer = TokenMoeLayer(make_expert, WIDTH, EXPERTS, 1, k)
     layer.set_deepspeed_parallelism()
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -58,10 +58,10 @@ def test_verbose_shows_time_rank_level_and_module(capsys: Capture, monkeypatch: 
     log_at_all_levels()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(maxsplit=1)[1] for line in lines] == [
-        "[rank 3] DEBUG test_console: details",
-        "[rank 3] INFO test_console: progress",
-        "[rank 3] WARNING test_console: odd",
-        "[rank 3] ERROR test_console: lost",
+        "[rank 3] DEBUG test_program: details",
+        "[rank 3] INFO test_program: progress",
+        "[rank 3] WARNING test_program: odd",
+        "[rank 3] ERROR test_program: lost",
     ]
     assert all(len(line.split()[0].split(":")) == 3 for line in lines)
 

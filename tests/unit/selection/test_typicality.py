@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits, load_sample_images
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.selection.vote import Typicality
-from tests.unit.clustering.test_clusters import write_features
+from tests.unit.data.test_clusters import write_features
 
 SIDE = 8
 Images = dict[str, np.ndarray]
