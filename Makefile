@@ -28,7 +28,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	touch $@
 
 demo: install  ## the whole pipeline on real images, in minutes (DEMO=--short: fewer epochs)
-	$(BIN)/python -m moce_ds.workflow.demo $(DEMO)
+	$(BIN)/python -m moce_ds.cli.workflow.demo $(DEMO)
 
 test: install  ## all tests (TESTS=tests/unit for some), one worker per core (JOBS=1: in one process)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slurm" -n $(patsubst 1,0,$(JOBS)) --maxprocesses 8 --dist loadgroup \

@@ -6,7 +6,7 @@ import importlib.machinery
 import sys
 from typing import TYPE_CHECKING, Any
 
-from moce_ds import old_names
+from moce_ds import moved_modules
 
 if TYPE_CHECKING:
     from moce_ds.api import Clusters, load_expert
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Clusters", "__version__", "load_expert"]
 
-old_names.install()
+moved_modules.install()
 
 
 class _BeforeDeepSpeed(importlib.abc.MetaPathFinder):
-    """DeepSpeed chooses its device when it is imported, whichever module comes first; `compat` chooses before it."""
+    """DeepSpeed chooses its device when it is imported; `common.compat` chooses before it, whoever imports it first."""
 
     def find_spec(self, fullname: str, *place: object) -> importlib.machinery.ModuleSpec | None:
         """Find nothing: the next finder does."""
         if fullname == "deepspeed":
-            importlib.import_module("moce_ds.compat")
+            importlib.import_module("moce_ds.common.compat")
         return None
 
 

@@ -2,14 +2,14 @@
 
 import signal
 
-from moce_ds.host.interrupts import leave, obeyed
+from moce_ds.common.host.interrupts import leave, obeyed
 
 
 def main() -> None:
     """Entry point."""
     for number in obeyed():
         signal.signal(number, leave)
-    from moce_ds.main import main as run
+    from moce_ds.cli.main import main as run
 
     run()
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
-from moce_ds.config.settings import load, to_tree
+from moce_ds.common.config.settings import load, to_tree
+from moce_ds.common.host.program import configure_logging
+from moce_ds.common.storage.checksums import write_checked
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -31,8 +33,6 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.program import configure_logging
-from moce_ds.storage.checksums import write_checked
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.alone import ALONE

@@ -6,14 +6,26 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tools.source_tree import Sources, imports, is_in, last_name, modules, parse, product, reached, read_tree
+from tools.source_tree import (
+    GROUPS,
+    Sources,
+    imports,
+    is_in,
+    last_name,
+    modules,
+    parse,
+    part,
+    product,
+    reached,
+    read_tree,
+)
 
-# The parts of the package in layers: a part may import itself and the parts of the lines before its own.
+# The parts of the package in layers (`tools.source_tree.part`): a part may import itself and the parts of the lines
+# before its own.
 LAYERS = (
-    {"errors", "text", "compat", "old_names", "__version__"},
-    {"host"},
-    {"config"},
-    {"program", "storage"},
+    {"common.errors", "common.text", "common.compat", "common.validation", "moved_modules", "__version__"},
+    {"common.host"},
+    {"common.config", "common.storage"},
     {"distributed"},
     {"data", "moe"},
     {"models"},
@@ -22,19 +34,19 @@ LAYERS = (
     {"clustering", "training", "selection", "api"},
     {"__init__"},  # lazily: the Python API
     {"export", "evaluation", "forecast"},
-    {"artefacts"},
+    {"inspection"},
     {"tuning", "bench", "report"},
-    {"stages", "launch"},
-    {"workflow"},
-    {"main"},
+    {"cli.stages", "cli.launch"},
+    {"cli.workflow"},
+    {"cli.main"},
     {"__main__"},
 )
-LAYER = {part: number for number, parts in enumerate(LAYERS) for part in parts}
+LAYER = {name: number for number, parts in enumerate(LAYERS) for name in parts}
 BARRED = {
     "evaluation": {"training"},  # what a person who only uses an encoder needs
-    "artefacts": {"moe", "models", "training"},  # reads files only
+    "inspection": {"moe", "models", "training"},  # reads files only
     "report": {"moe", "models", "training"},
-    "launch": {"data", "clustering", "moe", "models", "checkpoint", "encoders", "training", "stages"},
+    "cli.launch": {"data", "clustering", "moe", "models", "checkpoint", "encoders", "training", "cli.stages"},
 }
 """Imports that the layers would allow and that are not wanted, not even inside a function."""
 
@@ -47,17 +59,17 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.training.engine",
         "moce_ds.checkpoint.deepspeed_state",
         "moce_ds.checkpoint.manager",
-        "moce_ds.compat",
+        "moce_ds.common.compat",
         "moce_ds.bench",
     ),
     "scipy": ("moce_ds.moe.placement", "moce_ds.data.sources.public.readers"),
     "nvidia": ("moce_ds.data.loader", "moce_ds.bench.load"),
     "pycocotools": ("moce_ds.data.sources.coco_api",),
     "faiss": ("moce_ds.clustering.build",),
-    "submitit": ("moce_ds.launch",),
+    "submitit": ("moce_ds.cli.launch",),
     "datasets": ("moce_ds.data.sources.saved_dataset",),
-    "safetensors.torch.save_file": ("moce_ds.storage.files",),  # which gives files the usual mode
-    "safetensors.numpy.save_file": ("moce_ds.storage.files",),
+    "safetensors.torch.save_file": ("moce_ds.common.storage.files",),  # which gives files the usual mode
+    "safetensors.numpy.save_file": ("moce_ds.common.storage.files",),
     "pickle": ("moce_ds.checkpoint.weight_files",),  # for the class of the error that torch.load raises
 }
 
@@ -68,12 +80,12 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
     "moce_ds.export": ("moce_ds.training", "deepspeed"),
     "moce_ds.evaluation": ("moce_ds.training", "deepspeed"),
     "moce_ds.forecast": ("deepspeed", "nvidia", "faiss"),
-    "moce_ds.artefacts": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
+    "moce_ds.inspection": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
     "moce_ds.report": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
     # What `moce VERB --help` imports: an answer at once needs no torch.
     **dict.fromkeys(
         (
-            "moce_ds.main",
+            "moce_ds.cli.main",
             "moce_ds.training.settings",
             "moce_ds.tuning.settings",
             "moce_ds.evaluation.settings",
@@ -81,9 +93,9 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
             "moce_ds.models.settings",
             "moce_ds.encoders.settings",
             "moce_ds.data.sources.public.datasets",
-            "moce_ds.workflow.study_grid",
-            "moce_ds.workflow.pipeline",
-            "moce_ds.launch.slurm_profile",
+            "moce_ds.cli.workflow.study_grid",
+            "moce_ds.cli.workflow.pipeline",
+            "moce_ds.cli.launch.slurm_profile",
         ),
         ("torch", "timm", "sklearn"),
     ),
@@ -104,11 +116,11 @@ def layers(sources: Sources) -> Iterator[str]:
     for module, text in product(sources).items():
         if not is_in(module, "moce_ds"):
             continue
-        part = module.split(".")[1] if "." in module else "__init__"
+        own = part(module)
         for name in imports(module, text):
-            imported = name.split(".")[1] if name.startswith("moce_ds.") else part
-            above = imported != part and LAYER[imported] >= LAYER[part]
-            if is_in(name, "launchers") or above or imported in BARRED.get(part, ()):
+            imported = part(name) if name.startswith("moce_ds.") else own
+            above = imported not in (own, *GROUPS) and LAYER[imported] >= LAYER[own]
+            if is_in(name, "launchers") or above or imported in BARRED.get(own, ()):
                 yield f"{module} imports {name}"
 
 
@@ -124,7 +136,7 @@ def doors(sources: Sources) -> Iterator[str]:
 def reach(sources: Sources) -> Iterator[str]:
     """Some packages must load without others, whatever lies in between."""
     loads = {
-        module: {part for name in (module, *imports(module, text, at_import_only=True)) for part in with_packages(name)}
+        module: {one for name in (module, *imports(module, text, at_import_only=True)) for one in with_packages(name)}
         for module, text in product(sources).items()
     }
     for package, forbidden in NEVER_REACH.items():
@@ -183,8 +195,8 @@ def outputs(sources: Sources) -> Iterator[str]:
                 prints = f"{last_name(node.value)}.{node.attr}" in attributes
             else:
                 prints = isinstance(node, ast.Call) and last_name(node.func) in _PRINTERS
-            if prints and module != "moce_ds.program":
-                yield f"{module}:{node.lineno} prints past moce_ds.program"
+            if prints and module != "moce_ds.common.host.program":
+                yield f"{module}:{node.lineno} prints past moce_ds.common.host.program"
 
 
 def repairs(sources: Sources) -> Iterator[str]:
@@ -215,38 +227,44 @@ def test_the_source_keeps(rule: Rule) -> None:
 
 
 def test_every_module_is_looked_at() -> None:
-    assert {"moce_ds.main", "moce_ds.moe.plan", "moce_ds.training.pretrain", "moce_ds.launch.local"} <= set(REAL)
+    some = {"moce_ds.cli.main", "moce_ds.moe.plan", "moce_ds.training.pretrain", "moce_ds.cli.launch.local"}
+    assert some <= set(REAL)
     named = {*WITHOUT_PROCESS_GROUP, *(door for allowed in DOORS.values() for door in allowed if "." in door)}
     assert named <= set(REAL), "a rule names a module that is gone"
 
 
 # Rule, module of the product, lines added to it, and what the rule must say.
 BREACHES: list[tuple[Rule, str, str, str]] = [
-    (layers, "moce_ds.stages.bench", "from moce_ds.workflow.study import f", "imports moce_ds.workflow.study"),
+    (
+        layers,
+        "moce_ds.cli.stages.bench",
+        "from moce_ds.cli.workflow.study import f",
+        "imports moce_ds.cli.workflow.study",
+    ),
     (layers, "moce_ds.distributed.runtime", "def f():\n    import moce_ds.data.shards", "imports moce_ds.data.shards"),
     (layers, "moce_ds.data.sampler", "from moce_ds import clustering", "imports moce_ds.clustering"),
     (layers, "moce_ds.moe.plan", "from ..models import mae", "imports moce_ds.models"),
     (layers, "moce_ds.models.mae", "import moce_ds.training.engine", "imports moce_ds.training.engine"),
-    (layers, "moce_ds.training.pretrain", "from moce_ds.main import moce", "imports moce_ds.main"),
+    (layers, "moce_ds.training.pretrain", "from moce_ds.cli.main import moce", "imports moce_ds.cli.main"),
     (layers, "moce_ds.training.pretrain", "import moce_ds.forecast.step_cost", "imports moce_ds.forecast.step_cost"),
     (layers, "moce_ds.forecast.step_cost", "from moce_ds.bench import layer", "imports moce_ds.bench"),
     (layers, "moce_ds.evaluation.knn", "from moce_ds.training import engine", "imports moce_ds.training"),
     (layers, "moce_ds.report.plots", "import moce_ds.models.vit", "imports moce_ds.models.vit"),
-    (layers, "moce_ds", "import moce_ds.main", "imports moce_ds.main"),
+    (layers, "moce_ds", "import moce_ds.cli.main", "imports moce_ds.cli.main"),
     (doors, "moce_ds.training.trainer", "import deepspeed.comm", "imports deepspeed"),
-    (doors, "moce_ds.launch.local", "from deepspeed import comm", "imports deepspeed"),
+    (doors, "moce_ds.cli.launch.local", "from deepspeed import comm", "imports deepspeed"),
     (doors, "moce_ds.data.shards", "from nvidia.dali import fn", "imports nvidia"),
     (doors, "moce_ds.clustering.sinkhorn", "def f():\n    import faiss", "imports faiss"),
-    (doors, "moce_ds.main", "importlib.import_module('submitit')", "imports submitit"),
+    (doors, "moce_ds.cli.main", "importlib.import_module('submitit')", "imports submitit"),
     (doors, "moce_ds.checkpoint.format", "import pickle", "imports pickle"),
     (process_groups, "moce_ds.moe.plan", "import torch.distributed as d", "uses torch.distributed"),
     (process_groups, "moce_ds.data.sampler", "torch.distributed.barrier()", "uses torch.distributed"),
     (process_groups, "moce_ds.clustering.sinkhorn", "from torch import distributed", "uses torch.distributed"),
     (process_groups, "moce_ds.forecast.step_cost", "import torch.distributed", "uses torch.distributed"),
     (process_groups, "moce_ds.export.write", "from torch.distributed import ReduceOp", "uses torch.distributed"),
-    (catch_alls, "moce_ds.storage.files", "try: pass\nexcept: pass", "catches everything"),
-    (catch_alls, "moce_ds.storage.files", "try: pass\nexcept (OSError, Exception): pass", "catches everything"),
-    (catch_alls, "moce_ds.launch.local", "try: pass\nexcept BaseException as e: pass", "catches everything"),
+    (catch_alls, "moce_ds.common.storage.files", "try: pass\nexcept: pass", "catches everything"),
+    (catch_alls, "moce_ds.common.storage.files", "try: pass\nexcept (OSError, Exception): pass", "catches everything"),
+    (catch_alls, "moce_ds.cli.launch.local", "try: pass\nexcept BaseException as e: pass", "catches everything"),
     (object_collectives, "moce_ds.distributed.runtime", "dist.all_gather_object([], 1)", "uses all_gather_object"),
     (
         object_collectives,
@@ -255,11 +273,11 @@ BREACHES: list[tuple[Rule, str, str, str]] = [
         "recv_object_list",
     ),
     (repairs, "moce_ds.evaluation.knn", "from timm.optim import Lars", "imports timm before it repairs torchvision"),
-    (outputs, "moce_ds.main", "click.echo('x')", "prints past moce_ds.program"),
-    (outputs, "moce_ds.workflow.demo", "print('x')", "prints past moce_ds.program"),
-    (outputs, "moce_ds.launch.local", "sys.stderr.write('x')", "prints past moce_ds.program"),
-    (outputs, "moce_ds.data.shards", "for x in tqdm(range(3)): pass", "prints past moce_ds.program"),
-    (outputs, "moce_ds.workflow.demo", "Console(width=100).print('x')", "prints past moce_ds.program"),
+    (outputs, "moce_ds.cli.main", "click.echo('x')", "prints past moce_ds.common.host.program"),
+    (outputs, "moce_ds.cli.workflow.demo", "print('x')", "prints past moce_ds.common.host.program"),
+    (outputs, "moce_ds.cli.launch.local", "sys.stderr.write('x')", "prints past moce_ds.common.host.program"),
+    (outputs, "moce_ds.data.shards", "for x in tqdm(range(3)): pass", "prints past moce_ds.common.host.program"),
+    (outputs, "moce_ds.cli.workflow.demo", "Console(width=100).print('x')", "prints past moce_ds.common.host.program"),
 ]
 
 
@@ -280,11 +298,11 @@ def test_a_breach_is_found(rule: Rule, module: str, added: str, told: str) -> No
         ("moce_ds.moe.reference", "import moce_ds.training", "moce_ds.export.write reaches moce_ds.training"),
         ("moce_ds.data.shards", "import moce_ds.data.loader", "moce_ds.report.build reaches nvidia.dali"),
         ("moce_ds.training.settings", "import deepspeed", "moce_ds.forecast.prediction reaches deepspeed"),
-        ("moce_ds.data", "import faiss", "moce_ds.artefacts.inspection reaches faiss"),
+        ("moce_ds.data", "import faiss", "moce_ds.inspection.inspection reaches faiss"),
         (
-            "moce_ds.main",
-            "from moce_ds.workflow.study import run_study",
-            "moce_ds.main reaches timm",
+            "moce_ds.cli.main",
+            "from moce_ds.cli.workflow.study import run_study",
+            "moce_ds.cli.main reaches timm",
         ),
     ],
 )

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from moce_ds.checkpoint.format import WEIGHTS, find
-from moce_ds.config.settings import to_yaml
+from moce_ds.common.config.settings import to_yaml
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import write_features

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from moce_ds import __version__
-from moce_ds.config import settings as configuration
-from moce_ds.main import moce
-from moce_ds.stages.options import Verb
+from moce_ds.cli.main import moce
+from moce_ds.cli.stages.options import Verb
+from moce_ds.common.config import settings as configuration
 from tests.examples.moce_command import TINY, Said, refused, run_here
 
 
@@ -61,7 +61,7 @@ import sys
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 import click
-from moce_ds.main import moce
+from moce_ds.cli.main import moce
 
 def ask(command, words):
     for name, inner in getattr(command, "commands", {}).items():
@@ -79,7 +79,7 @@ ask(moce, [])
 
 def said_without(packages: Sequence[str], *words: object) -> Said:
     """Run `moce ...` where some packages cannot be imported."""
-    code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.main import main\nmain()"
+    code = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\nfrom moce_ds.cli.main import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
     return Said(done.returncode, done.stdout, done.stderr)
 

@@ -10,19 +10,19 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-import moce_ds.workflow
+import moce_ds.cli.workflow
+from moce_ds.cli.launch.slurm_profile import SlurmProfile
+from moce_ds.cli.main import moce
+from moce_ds.cli.workflow.pipeline import PipelineSettings, check_batches, stages_of
+from moce_ds.cli.workflow.study_grid import StudySettings, cells_of, check_settings
+from moce_ds.cli.workflow.transfer_tasks import TaskSettings
 from moce_ds.clustering.build import ClusterSettings
-from moce_ds.config.settings import from_tree, load, to_tree, to_yaml
+from moce_ds.common.config.settings import from_tree, load, to_tree, to_yaml
 from moce_ds.data.sources.public.datasets import NAMES
-from moce_ds.launch.slurm_profile import SlurmProfile
-from moce_ds.main import moce
 from moce_ds.training.settings import PretrainSettings
-from moce_ds.workflow.pipeline import PipelineSettings, check_batches, stages_of
-from moce_ds.workflow.study_grid import StudySettings, cells_of, check_settings
-from moce_ds.workflow.transfer_tasks import TaskSettings
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-INSTALLED = Path(moce_ds.workflow.__file__).parent / "configs"
+INSTALLED = Path(moce_ds.cli.workflow.__file__).parent / "configs"
 ALL = sorted({path.resolve() for folder in (CONFIGS, INSTALLED) for path in folder.rglob("*.y*ml")})
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
@@ -92,7 +92,7 @@ def plan(path: Path, processes: int) -> dict[str, str]:
 @pytest.mark.parametrize("path", PRETRAIN, ids=name)
 def test_config_can_be_planned(path: Path) -> None:
     config = load(PretrainSettings, path)
-    processes = config.experts.ep_size if config.family.has_experts else 2
+    processes = config.experts.ep_size if config.model_kind.has_experts else 2
     rows = plan(path, processes)
     assert rows["batch"].startswith(f"{config.optim.batch_size} = {processes} processes x ")
     sizes = re.match(r"total ([\d.]+) ([KM]), active ([\d.]+) ([KM])", rows["parameters"])
@@ -100,7 +100,7 @@ def test_config_can_be_planned(path: Path) -> None:
     total, active = (
         float(size) * {"K": 1e3, "M": 1e6}[unit] for size, unit in (sizes.groups()[:2], sizes.groups()[2:])
     )
-    if config.family.has_experts:
+    if config.model_kind.has_experts:
         assert total > active
         assert rows["experts"].startswith(f"{config.experts.num} in each of blocks")
         assert f"rank {processes - 1}: " in rows["experts"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moce_ds.storage.checksums import CHECKSUM
+from moce_ds.common.storage.checksums import CHECKSUM
 from tests.examples.dense_sets import write_ade, write_coco
 from tests.examples.moce_command import TINY, refused
 from tests.examples.public_folders import cifar10

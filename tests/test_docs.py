@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from moce_ds.common.storage.files import read_json
 from moce_ds.data.sources.demo_images import write_demo_images
-from moce_ds.storage.files import read_json
 from tests.examples.moce_command import Said, run_here
 
 ROOT = Path(__file__).parent.parent

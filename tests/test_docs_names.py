@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from moce_ds.config.settings import keys
-from moce_ds.old_names import new_name
-from moce_ds.stages.config import KINDS
+from moce_ds.cli.stages.config import KINDS
+from moce_ds.common.config.settings import keys
+from moce_ds.moved_modules import new_name
 from tests.test_docs import DOCUMENTS, ROOT
 
 PAGES = [*DOCUMENTS, ROOT / "CHANGELOG.md"]

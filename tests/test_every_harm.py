@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
 from moce_ds.checkpoint.run_folder import RunFolder, read_result
+from moce_ds.common.errors import MoceError
+from moce_ds.common.storage.checksums import CHECKSUM, Findings, write_checked
+from moce_ds.common.storage.files import copy_tree
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import FeatureSet, check_encoder
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import MoceError
 from moce_ds.evaluation.results_file import read_results
+from moce_ds.inspection import inspection
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
-from moce_ds.storage.checksums import CHECKSUM, Findings, write_checked
-from moce_ds.storage.files import copy_tree
-from moce_ds.storage.metrics_file import read_metrics
 from tests.examples.artefacts import KINDS, STEPS
 from tests.examples.moce_command import run_here
 

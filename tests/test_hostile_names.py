@@ -26,14 +26,14 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
-from moce_ds import text
 from moce_ds.checkpoint.run_folder import TUNED
-from moce_ds.config.settings import load
-from moce_ds.config.values import arguments
+from moce_ds.cli.main import main
+from moce_ds.common import text
+from moce_ds.common.config.settings import load
+from moce_ds.common.config.values import arguments
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import write_features
 from moce_ds.encoders.settings import FeatureSettings
-from moce_ds.main import main
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.classification import Classification, make_splits
 from moce_ds.tuning.settings import FinetuneSettings

@@ -48,10 +48,15 @@ BREACHES = [
     ("kind_tests", ROUTER, "def f(c): return c.experts.gate == 'cluster'", "moce_ds.training.router:"),
     ("kind_tests", ROUTER, "def f(arch): return arch not in ('mae', 'sdr')", "moce_ds.training.router:"),
     ("kind_tests", ROUTER, "def f(spec):\n    match spec.arch:\n        case 'mae': pass", "moce_ds.training.router:"),
-    ("package_circles", "moce_ds/text.py", "def f():\n    import moce_ds.program", "moce_ds.program <-> moce_ds"),
-    ("package_circles", "moce_ds/text.py", "from launchers import local", "launchers <-> "),
+    (
+        "package_circles",
+        "moce_ds/common/text.py",
+        "def f():\n    import moce_ds.common.host.program",
+        "moce_ds.common.host <-> moce_ds.common.text",
+    ),
+    ("package_circles", "moce_ds/common/text.py", "from launchers import local", "launchers <-> "),
     ("module_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.deepspeed_layer", "moce_ds.moe.plan"),
-    ("step_closure", "moce_ds/text.py", "import moce_ds.export.write", "moce_ds.export.write"),
+    ("step_closure", "moce_ds/common/text.py", "import moce_ds.export.write", "moce_ds.export.write"),
     ("undocumented", ROUTER, "def shown(): pass", "moce_ds.training.router:shown"),
     ("undocumented", ROUTER, "class Shown:\n  def f(self): pass", "moce_ds.training.router:Shown.f"),
     ("odd_words", "docs/method.md", "It is made anew.", "anew"),
@@ -76,7 +81,7 @@ ALLOWED = [
     ("kind_tests", ROUTER, "def f(c): return c.gate == c.arch"),
     ("package_circles", "moce_ds/moe/plan.py", "import moce_ds.moe.deepspeed_layer"),
     ("undocumented", ROUTER, "def _hidden(): pass\nclass M(nn.Module):\n  'Doc.'\n  def forward(self): pass"),
-    ("step_closure", "moce_ds/text.py", "def f():\n    import moce_ds.export.write"),
+    ("step_closure", "moce_ds/common/text.py", "def f():\n    import moce_ds.export.write"),
 ]
 
 
@@ -96,9 +101,9 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
     verb = "from moce_ds.training.run import start\ndef pretrain(): start()"
     run = "from moce_ds.training.loop import Loop\ndef start(): Loop().fit()"
     loop = "class Loop:\n    def fit(self): self.engine.step()"
-    tree = {"moce_ds/stages/pretraining.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
+    tree = {"moce_ds/cli/stages/pretraining.py": verb, "moce_ds/training/run.py": run, "moce_ds/training/loop.py": loop}
     assert levels_to_a_step(tree).places == [
-        "moce_ds.stages.pretraining:pretrain",
+        "moce_ds.cli.stages.pretraining:pretrain",
         "moce_ds.training.run:start",
         "moce_ds.training.loop:Loop.fit",
     ]
@@ -108,7 +113,7 @@ def test_the_way_to_a_training_step_grows_with_a_level() -> None:
 
 def test_the_real_way_begins_at_the_verb_and_ends_in_training() -> None:
     chain = today("levels_to_a_step").places
-    assert chain[:2] == ["moce_ds.stages.pretraining:pretrain", "moce_ds.training.pretrain:pretrain"]
+    assert chain[:2] == ["moce_ds.cli.stages.pretraining:pretrain", "moce_ds.training.pretrain:pretrain"]
     assert chain[-1].startswith("moce_ds.training.")
 
 

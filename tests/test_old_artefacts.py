@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from moce_ds import Clusters, load_expert
 from moce_ds.checkpoint.format import step_folder, steps_of
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.evaluation.results_file import read_results
-from moce_ds.storage.metrics_file import read_metrics
 from tests.examples.moce_command import run_alone, run_here
 
 ARCHIVES = sorted((Path(__file__).parent / "fixtures" / "old").glob("*.tar.xz"))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from moce_ds.config.command_line import read_settings
-from moce_ds.workflow.demo import CONFIGS, pipeline_words
-from moce_ds.workflow.pipeline import PipelineSettings, stages_of
-from moce_ds.workflow.transfer_tasks import TASK_FILES, read_task
+from moce_ds.cli.workflow.demo import CONFIGS, pipeline_words
+from moce_ds.cli.workflow.pipeline import PipelineSettings, stages_of
+from moce_ds.cli.workflow.transfer_tasks import TASK_FILES, read_task
+from moce_ds.common.config.command_line import read_settings
 
 ROOT = Path(__file__).parent.parent
 DATA = ("*.yaml", "*.html")
@@ -48,10 +48,10 @@ def test_tasks_and_demo_are_found_in_the_wheel(wheel: Path, tmp_path: Path) -> N
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "work").mkdir()
     code = """
-from moce_ds.config.command_line import read_settings
-from moce_ds.workflow.demo import CONFIGS, pipeline_words
-from moce_ds.workflow.pipeline import PipelineSettings, stages_of
-from moce_ds.workflow.transfer_tasks import known_tasks
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.cli.workflow.demo import CONFIGS, pipeline_words
+from moce_ds.cli.workflow.pipeline import PipelineSettings, stages_of
+from moce_ds.cli.workflow.transfer_tasks import known_tasks
 from pathlib import Path
 pipeline = read_settings(PipelineSettings, pipeline_words(Path("o"), short=True))
 print(CONFIGS.parent, len(known_tasks()), len(stages_of(pipeline)))
@@ -64,7 +64,7 @@ print(CONFIGS.parent, len(known_tasks()), len(stages_of(pipeline)))
         text=True,
         timeout=300,
     )
-    assert done.stdout.split() == [f"{tmp_path}/site/moce_ds/workflow/configs", "13", "7"], done.stderr
+    assert done.stdout.split() == [f"{tmp_path}/site/moce_ds/cli/workflow/configs", "13", "7"], done.stderr
 
 
 def test_the_demo_has_its_settings_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

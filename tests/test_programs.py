@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from moce_ds.artefacts import study_folder
+from moce_ds.common.errors import LOST_PEER
 from moce_ds.data.sources import demo_images
-from moce_ds.errors import LOST_PEER
+from moce_ds.inspection import study_folder
 from moce_ds.training import import_deepspeed as native
 
 DOORS = {
-    "moce_ds.workflow.study": (study_folder.StudyRecord, "read"),
-    "moce_ds.workflow.demo": (demo_images, "write_demo_images"),
-    "moce_ds.launch.slurm_job": (SlurmJobEnvironment, "__init__"),
+    "moce_ds.cli.workflow.study": (study_folder.StudyRecord, "read"),
+    "moce_ds.cli.workflow.demo": (demo_images, "write_demo_images"),
+    "moce_ds.cli.launch.slurm_job": (SlurmJobEnvironment, "__init__"),
     "tools.import_deepspeed": (native, "import_native"),
 }
 GIVEN = {
-    "moce_ds.workflow.study": ["{}", "num=2"],
-    "moce_ds.workflow.demo": ["--out", "{}"],
-    "moce_ds.launch.slurm_job": ["{}", "1", "5", "3"],
+    "moce_ds.cli.workflow.study": ["{}", "num=2"],
+    "moce_ds.cli.workflow.demo": ["--out", "{}"],
+    "moce_ds.cli.launch.slurm_job": ["{}", "1", "5", "3"],
     "tools.import_deepspeed": ["{}", "{}/out", "--config", "{}/config.yaml"],
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moce_ds.config.settings import to_yaml
+from moce_ds.common.config.settings import to_yaml
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.dense_sets import write_ade, write_coco
 from tests.examples.disk import Disk

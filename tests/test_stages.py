@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from moce_ds.checkpoint.format import find, steps_of
+from moce_ds.common.storage.checksums import with_checksum
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.storage.checksums import with_checksum
-from moce_ds.storage.metrics_file import read_metrics
 from tests.examples.moce_command import TINY, Said, refused, run_alone, run_here
 
 STEPS = 8  # 2 epochs of 60 images, 16 at a time

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import click
 from rich.table import Table
 
-from moce_ds.program import run_command, say_error, show
+from moce_ds.common.host.program import run_command, say_error, show
 from tools.source_tree import (
     Function,
     Sources,
@@ -27,6 +27,7 @@ from tools.source_tree import (
     last_name,
     modules,
     parse,
+    part,
     product,
     reached,
     read_commit,
@@ -40,8 +41,8 @@ MOST_LINES = 450
 LONG, TOO_LONG = 40, 80
 """Lines of a function: more than LONG are counted, more than TOO_LONG are refused."""
 
-VERB = re.compile(r"moce_ds\.(cli|stages)(\.\w+)?:pretrain")
-"""The function of the verb `moce pretrain`; earlier commits have it in `cli`."""
+VERB = re.compile(r"moce_ds\.(cli|stages)(\.\w+){0,2}:pretrain")
+"""The function of the verb `moce pretrain`, in `cli/stages`, and where earlier commits have it."""
 
 ODD_WORDS = re.compile(
     r"\b(anew|told|untold|spoken|borne|hence|lest|whither|hither|thereby|therein|thereof|whereupon|beforehand|"
@@ -236,7 +237,7 @@ def package_circles(tree: Tree) -> Measure:
 
 
 def _part(module: str) -> str:
-    return ".".join(module.split(".")[: 2 if is_in(module, "moce_ds") else 1])
+    return f"moce_ds.{part(module)}" if is_in(module, "moce_ds") else module.split(".")[0]
 
 
 def module_circles(tree: Tree) -> Measure:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from moce_ds.cli.stages.options import PATH
+from moce_ds.common.host.program import run_command, say
 from moce_ds.data.sources.miniature import Material, write_miniature
-from moce_ds.program import run_command, say
-from moce_ds.stages.options import PATH
 
 
 @click.command(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})

@@ -56,6 +56,16 @@ def is_in(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
+GROUPS = ("cli", "common")
+"""Folders of the package whose folders and modules are parts of their own."""
+
+
+def part(module: str) -> str:
+    """The part of `moce_ds` that a module is in: "data", "common.storage"; "__init__" for the package itself."""
+    names = module.split(".")[1:] or ["__init__"]
+    return ".".join(names[: 2 if names[0] in GROUPS else 1])
+
+
 parse = cache(ast.parse)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from moce_ds.program import run_command, say
+from moce_ds.common.host.program import run_command, say
 
 STEPS = 3
 MODEL = {

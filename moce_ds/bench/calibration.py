@@ -17,9 +17,9 @@ from torch import nn
 
 from moce_ds.bench.timing import in_processes, interleaved
 from moce_ds.bench.training_step import TrainingStep
-from moce_ds.config import settings as configuration
+from moce_ds.common.config import settings as configuration
+from moce_ds.common.errors import ConfigError
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import Device
 from moce_ds.forecast.step_cost import Flops, Machines, Work, block_flops
 from moce_ds.models.mae import make_block

@@ -19,11 +19,11 @@ from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.settings import ModelSettings
-from moce_ds.storage.drafts import scratch_folder
 from moce_ds.training.engine import parameter_groups, start_engine
 from moce_ds.training.placed_model import build_for_training
 from moce_ds.training.schedule import batch_arithmetic

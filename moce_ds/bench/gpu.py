@@ -25,7 +25,7 @@ from moce_ds.bench.layer import bench_layer
 from moce_ds.bench.load import bench_load
 from moce_ds.bench.timing import in_processes, interleaved, memory_and_waits
 from moce_ds.bench.training_step import TrainingStep
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.forecast.step_cost import Work

@@ -24,7 +24,8 @@ from torch import nn
 from moce_ds.bench import cases
 from moce_ds.bench.cases import Case, Problem
 from moce_ds.bench.timing import in_processes, interleaved, keep_freed_memory, memory_and_waits
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
+from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.moce import ExpertShape, Moce, Routing
@@ -34,7 +35,6 @@ from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
-from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
 
 Row = dict[str, Any]
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moce_ds.bench.timing import interleaved
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList, SequentialSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
-from moce_ds.storage.drafts import scratch_folder
 
 # Width and height of a typical ImageNet file, and of one that is decoded at once.
 _PHOTO, _SMALL = (500, 375), (100, 75)

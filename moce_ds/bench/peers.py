@@ -21,7 +21,10 @@ from moce_ds.bench.pictures import write_pictures
 from moce_ds.bench.plain_mae import PlainRun
 from moce_ds.clustering.build import build_clusters
 from moce_ds.clustering.settings import ClusterSettings
-from moce_ds.config.settings import from_tree, word
+from moce_ds.common.config.settings import from_tree, word
+from moce_ds.common.errors import DataError, MoceError
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.image_folder import list_files
@@ -29,12 +32,9 @@ from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime, lone_device
 from moce_ds.encoders.features import write_features
 from moce_ds.encoders.settings import FeatureSettings
-from moce_ds.errors import DataError, MoceError
 from moce_ds.models.settings import ModelSettings
 from moce_ds.models.shapes import ViTShape
 from moce_ds.models.vit import load_encoder, save_encoder, timm_vit
-from moce_ds.program import progress_bar
-from moce_ds.storage.drafts import scratch_folder
 
 _CLUSTERS = 32
 _BESIDE = ViTShape(32, 16, 32, 1, 2)  # the random encoder that clusters the images: its size does not matter

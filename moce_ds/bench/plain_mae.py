@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.tensorboard import SummaryWriter
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import MoceError
+from moce_ds.common.host.program import run_main
+from moce_ds.common.storage.files import valid_record
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD
-from moce_ds.errors import MoceError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.shapes import DecoderShape, ViTShape
-from moce_ds.program import run_main
-from moce_ds.storage.files import valid_record
 
 _BASE_LR, _WEIGHT_DECAY, _BETAS, _WARMUP = 1.5e-4, 0.05, (0.9, 0.95), 0.05
 

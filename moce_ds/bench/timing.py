@@ -19,11 +19,11 @@ from torch.autograd.profiler_util import EventList
 from torch.multiprocessing import spawn
 from torch.profiler import ProfilerActivity, profile
 
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.host.rank import SECRET, is_first, new_secret
+from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.distributed.rendezvous import host_on_loopback
 from moce_ds.distributed.runtime import started
-from moce_ds.host.place import SECRET, is_first, new_secret
-from moce_ds.program import progress_bar
-from moce_ds.storage.drafts import scratch_folder
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 

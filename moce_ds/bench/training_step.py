@@ -49,7 +49,7 @@ class TrainingStep:
         make_layer: MakeLayer | None = None,
     ) -> None:
         self._batches, spec = batch_arithmetic(work.optim, runtime.world_size, work.ep_size), work.spec
-        data = _random_clusters(spec.shape.width) if spec.family.routes_by_cluster else None
+        data = _random_clusters(spec.shape.width) if spec.model_kind.routes_by_cluster else None
         clusters = data.clusters if data else None
         if make_layer is None:
             model = build_for_training(spec, clusters, work.ep_size, 0, loss_weights)

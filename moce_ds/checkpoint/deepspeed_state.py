@@ -25,12 +25,12 @@ from moce_ds.checkpoint.format import (
     step_folder,
     steps_of,
 )
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.files import writes_to
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError
 from moce_ds.models.parameters import expert_key, load_weights_strict, local_expert, with_plain_gate
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
-from moce_ds.storage.files import writes_to
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

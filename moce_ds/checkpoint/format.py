@@ -30,12 +30,12 @@ from safetensors import safe_open
 from xxhash import xxh3_128
 
 from moce_ds.checkpoint.records import check_manifest
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes
+from moce_ds.common.storage.checksums import Findings
+from moce_ds.common.storage.encoder_folder import ModelShape
+from moce_ds.common.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
 from moce_ds.models.parameters import place_of
-from moce_ds.storage.artefact import Rows, is_marked, mebibytes
-from moce_ds.storage.checksums import Findings
-from moce_ds.storage.encoder_folder import ModelShape
-from moce_ds.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
 
 if TYPE_CHECKING:  # verbs without torch read records with this module
     from torch import Tensor

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG
+from moce_ds.common.errors import ArtefactError, MoceError
+from moce_ds.common.host.machine import refused
+from moce_ds.common.storage.checksums import FileRecord, with_checksum, write_checked
+from moce_ds.common.storage.files import read_json, sync, writes_to
+from moce_ds.common.storage.metrics_file import METRICS
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.host.machine import refused
-from moce_ds.storage.checksums import FileRecord, with_checksum, write_checked
-from moce_ds.storage.files import read_json, sync, writes_to
-from moce_ds.storage.metrics_file import METRICS
 
 
 class SupersededError(MoceError):

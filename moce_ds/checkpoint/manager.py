@@ -24,9 +24,9 @@ from moce_ds.checkpoint.format import prune, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.run_folder import ROUTING
 from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.common.errors import MoceError
+from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import MoceError
-from moce_ds.storage.checksums import with_checksum
 
 
 class CheckpointManager:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moce_ds.errors import ArtefactError
-from moce_ds.storage.checksums import check_document, read_checked
-from moce_ds.storage.files import read_json, valid_record
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.checksums import check_document, read_checked
+from moce_ds.common.storage.files import read_json, valid_record
 
 _Count = Annotated[int, Field(ge=0)]
 _Table = list[list[_Count]]

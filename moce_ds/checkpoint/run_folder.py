@@ -31,15 +31,12 @@ from numpy.typing import NDArray
 
 from moce_ds.checkpoint.format import MANIFEST, Checkpoint, find, step_folder, steps_of
 from moce_ds.checkpoint.records import RoutingTable, read_routing_record
-from moce_ds.config.families import Family, family_of_tree, translate_tree
-from moce_ds.config.settings import read_yaml
-from moce_ds.config.values import recorded_path
-from moce_ds.data.clusters import Clusters, load_ids
-from moce_ds.data.sampler import number_of_steps
-from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError, MoceError
-from moce_ds.storage.artefact import Rows, is_marked
-from moce_ds.storage.checksums import (
+from moce_ds.common.config.model_kinds import ModelKind, model_kind_of_tree, translate_tree
+from moce_ds.common.config.settings import read_yaml
+from moce_ds.common.config.values import recorded_path
+from moce_ds.common.errors import ArtefactError, MoceError
+from moce_ds.common.storage.artefact import Rows, is_marked
+from moce_ds.common.storage.checksums import (
     CHECKSUM,
     FileRecord,
     Files,
@@ -54,9 +51,12 @@ from moce_ds.storage.checksums import (
     with_checksum,
     written_before,
 )
-from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
-from moce_ds.storage.files import valid_record
-from moce_ds.storage.metrics_file import METRICS, read_metrics, verify_metrics
+from moce_ds.common.storage.encoder_folder import WEIGHTS, EncoderFolder
+from moce_ds.common.storage.files import valid_record
+from moce_ds.common.storage.metrics_file import METRICS, read_metrics, verify_metrics
+from moce_ds.data.clusters import Clusters, load_ids
+from moce_ds.data.sampler import number_of_steps
+from moce_ds.data.shards import ShardSet
 
 CONFIG = "config.yaml"
 ROUTING = "routing.json"
@@ -120,9 +120,9 @@ class RunFolder:
         return str(self.config.get("model", {}).get("arch", "mae"))
 
     @property
-    def family(self) -> Family:
+    def model_kind(self) -> ModelKind:
         """The kind of model that is pre-trained."""
-        return family_of_tree(self.config)
+        return model_kind_of_tree(self.config)
 
     @property
     def shards(self) -> Path | None:
@@ -328,7 +328,7 @@ def _verified_clusters(run: Path, expected: str | None) -> Findings:
 def _wants_teacher(newest: dict[str, Any]) -> bool:
     """Whether a run with this manifest learns from a teacher."""
     config = translate_tree(newest.get("config", {}))
-    return family_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))
+    return model_kind_of_tree(config).distils and bool((config.get("sdr") or {}).get("distillation_weight"))
 
 
 def result_text(run: Path, record: dict[str, Any]) -> str:

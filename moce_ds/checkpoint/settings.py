@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moce_ds.config.settings import Positive, PositiveFloat, Seed, option, settings
+from moce_ds.common.config.settings import Positive, PositiveFloat, Seed, option, settings
 
 
 @settings

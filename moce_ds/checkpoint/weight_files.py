@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.errors import ArtefactError
-from moce_ds.host.machine import refused
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.host.machine import refused
+from moce_ds.common.storage.files import load_tensors
 from moce_ds.models.parameters import cut
-from moce_ds.storage.files import load_tensors
 
 # Classes in the `args` of a training script besides tensors and plain values: namespaces, and paths, which become pure
 # paths. Python 3.13 has another name for the module.

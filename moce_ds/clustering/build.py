@@ -18,13 +18,13 @@ import torch
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ArtefactError, ConfigError, DataError
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 from moce_ds.data.clusters import LOW, Clusters, load_ids, normalised, save_ids
 from moce_ds.data.feature_store import ENCODER, FeatureSet, check_encoder
-from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.program import progress_bar
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 
 _logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from moce_ds.config.settings import Positive, PositiveFloat, option, settings
+from moce_ds.common.config.settings import Positive, PositiveFloat, option, settings
 
 
 @settings

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 
 Blocks = Callable[[], Iterable[torch.Tensor]]
 """Starts a pass over this process's points: blocks [N, D] of L2-normalised features."""

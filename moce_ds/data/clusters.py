@@ -18,10 +18,9 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from moce_ds.data.feature_store import ENCODER, check_fingerprint
-from moce_ds.errors import ArtefactError, DataError
-from moce_ds.storage.artefact import Rows, is_marked
-from moce_ds.storage.checksums import (
+from moce_ds.common.errors import ArtefactError, DataError
+from moce_ds.common.storage.artefact import Rows, is_marked
+from moce_ds.common.storage.checksums import (
     Files,
     Findings,
     check_file,
@@ -32,9 +31,10 @@ from moce_ds.storage.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.storage.drafts import restore
-from moce_ds.storage.encoder_folder import EncoderFolder
-from moce_ds.storage.files import atomic_file, load_array, reads_from, save_array, save_tensors
+from moce_ds.common.storage.drafts import restore
+from moce_ds.common.storage.encoder_folder import EncoderFolder
+from moce_ds.common.storage.files import atomic_file, load_array, reads_from, save_array, save_tensors
+from moce_ds.data.feature_store import ENCODER, check_fingerprint
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"

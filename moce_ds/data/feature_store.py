@@ -20,9 +20,10 @@ import numpy as np
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from moce_ds.errors import ArtefactError, DataError
-from moce_ds.storage.artefact import MadeFrom, Rows, is_marked
-from moce_ds.storage.checksums import (
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.errors import ArtefactError, DataError
+from moce_ds.common.storage.artefact import Rows, is_marked
+from moce_ds.common.storage.checksums import (
     Files,
     Findings,
     check_file,
@@ -33,8 +34,8 @@ from moce_ds.storage.checksums import (
     records_of,
     write_checked,
 )
-from moce_ds.storage.encoder_folder import WEIGHTS, EncoderFolder
-from moce_ds.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
+from moce_ds.common.storage.encoder_folder import WEIGHTS, EncoderFolder
+from moce_ds.common.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
 
 FORMAT, VERSION = "moce features", 1
 RECORD, BEGUN = "features.json", "begun.json"

@@ -22,9 +22,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.machine import machine_failed, refused
 from moce_ds.data.containers import GRAY, PNG_SIGNATURE, RGB, Png, jpeg_orientation, known_orientation
-from moce_ds.errors import DataError
-from moce_ds.host.machine import machine_failed, refused
 
 EMPTY = "empty"
 NOT_AN_IMAGE = "not an image"

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.data.read_ahead import FILES_AHEAD, READERS, FileBatch, IntactReader, in_background, read_ahead
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, Windows
-from moce_ds.errors import ConfigError, DataError
 
 try:
     from nvidia.dali import fn, pipeline_def, types

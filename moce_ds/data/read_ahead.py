@@ -16,10 +16,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.image_file import as_png
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import DataError
 
 T = TypeVar("T")
 

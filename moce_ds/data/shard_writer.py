@@ -20,7 +20,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from moce_ds.config.settings import Positive, option, settings
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.config.settings import Positive, option, settings
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.checksums import FileRecord, write_checked
+from moce_ds.common.storage.files import (
+    atomic_file,
+    read_json,
+    read_record,
+    save_array,
+    sha256_of,
+    write_json,
+    writes_to,
+)
+from moce_ds.common.storage.locks import LOCK, alone_in
+from moce_ds.common.text import in_line, listed
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.shards import (
     FORMAT_VERSION,
@@ -42,13 +57,6 @@ from moce_ds.data.shards import (
 )
 from moce_ds.data.sources.image_folder import SourceFile, examined, list_files, listing_digest
 from moce_ds.data.sources.listing import Listing
-from moce_ds.errors import DataError
-from moce_ds.program import progress_bar
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.checksums import FileRecord, write_checked
-from moce_ds.storage.files import atomic_file, read_json, read_record, save_array, sha256_of, write_json, writes_to
-from moce_ds.storage.locks import LOCK, alone_in
-from moce_ds.text import in_line, listed
 
 
 @settings

@@ -19,14 +19,21 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from PIL import Image
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.machine import status_of
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes, some_of
+from moce_ds.common.storage.checksums import (
+    Files,
+    Findings,
+    check_document,
+    check_file,
+    document_findings,
+    file_findings,
+)
+from moce_ds.common.storage.files import load_array, read_json, read_record, reads_from, sha256_of
+from moce_ds.common.text import counted
 from moce_ds.data.image_file import decoded
-from moce_ds.errors import DataError
-from moce_ds.host.machine import status_of
-from moce_ds.program import progress_bar
-from moce_ds.storage.artefact import Rows, is_marked, mebibytes, some_of
-from moce_ds.storage.checksums import Files, Findings, check_document, check_file, document_findings, file_findings
-from moce_ds.storage.files import load_array, read_json, read_record, reads_from, sha256_of
-from moce_ds.text import counted
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.program import warn
+from moce_ds.common.storage.drafts import scratch_folder
+from moce_ds.common.text import in_line, listed, part_of, printable
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, PROGRESS, REJECTED, SAMPLES, Manifest, ShardSet
 from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
-from moce_ds.errors import DataError
-from moce_ds.program import warn
-from moce_ds.storage.drafts import scratch_folder
-from moce_ds.text import in_line, listed, part_of, printable
 
 _SKIPPED_SHOWN = 3
 

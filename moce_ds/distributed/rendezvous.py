@@ -20,9 +20,9 @@ from ipaddress import ip_address
 
 from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 
-from moce_ds.errors import LostPeerError
-from moce_ds.host.place import SECRET, Place, PlaceError
-from moce_ds.text import encoded, printable
+from moce_ds.common.errors import LostPeerError
+from moce_ds.common.host.rank import SECRET, ProcessRank, RankError
+from moce_ds.common.text import encoded, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -54,12 +54,12 @@ def host_on_loopback(port: int = 0, host: str = _LOOPBACK) -> TCPStore:
     return TCPStore(str(address[0]), port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-def _check_host(place: Place) -> None:
+def _check_host(place: ProcessRank) -> None:
     try:
         socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, socket.gaierror) else "not a host name"
-        raise PlaceError(
+        raise RankError(
             f"MASTER_ADDR is {place.host!r}, which has no address here ({reason}): set it to the name or address "
             "of the machine of rank 0."
         ) from None
@@ -144,13 +144,13 @@ class Rendezvous:
         name: prefix of the keys; a later rendezvous at the same store has another one.
     """
 
-    place: Place
+    place: ProcessRank
     hosted: bool
     sealer: Sealer
     name: str
 
     @classmethod
-    def here(cls, place: Place) -> "Rendezvous":
+    def here(cls, place: ProcessRank) -> "Rendezvous":
         """The rendezvous of the process with that rank."""
         environment = os.environ
         sealer = Sealer(environment.get(SECRET, "").encode())
@@ -229,7 +229,7 @@ class Rendezvous:
                     f"Rank {rank} of an earlier start has met at {self._address} already, with as many processes: "
                     "torchrun has changed the number of nodes and changed it back. It must start all processes again."
                 )
-            raise PlaceError(f"Two processes have RANK {rank} at {self._address}: give each of them its own.")
+            raise RankError(f"Two processes have RANK {rank} at {self._address}: give each of them its own.")
         with suppress(DistStoreError):
             store.wait([str(other) for other in everyone], timedelta(seconds=min(silence, patience)))
             return

@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moce_ds.common.errors import MoceError
+from moce_ds.common.host import gpus, threads
+from moce_ds.common.host.interrupts import obeyed
+from moce_ds.common.host.machine import machine_fault
+from moce_ds.common.host.rank import ALONE, ProcessRank
+from moce_ds.common.text import encoded
 from moce_ds.distributed.host_reduce import combine_all
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
 from moce_ds.distributed.watchdog import Watch
-from moce_ds.errors import MoceError
-from moce_ds.host import gpus, threads
-from moce_ds.host.interrupts import obeyed
-from moce_ds.host.machine import machine_fault
-from moce_ds.host.place import ALONE, Place
-from moce_ds.text import encoded
 
 _logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
         GpuError: there are fewer GPUs than processes on this machine, or torch cannot use its GPUs.
         LostPeerError: the port is taken, or not all processes joined.
     """
-    place = Place.here()
+    place = ProcessRank.here()
     device = _device(place.local_rank)
     missing = ALONE | (_NO_ADDRESS if place.world_size == 1 else interfaces(os.environ))
     variables = {name: value for name, value in missing.items() if name not in os.environ}
@@ -232,7 +232,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(place: Place, device: torch.device, peer_timeout: float) -> Iterator[Runtime]:
+def _joined(place: ProcessRank, device: torch.device, peer_timeout: float) -> Iterator[Runtime]:
     rank, world_size, local_rank = place.rank, place.world_size, place.local_rank
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"

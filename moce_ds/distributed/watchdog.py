@@ -16,10 +16,10 @@ from types import TracebackType
 
 from torch.distributed import DistError
 
+from moce_ds.common.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
+from moce_ds.common.host.machine import machine_fault
+from moce_ds.common.host.program import say_error
 from moce_ds.distributed.rendezvous import Rendezvous
-from moce_ds.errors import LOST_PEER, STOPPED, LostPeerError, MoceError
-from moce_ds.host.machine import machine_fault
-from moce_ds.program import say_error
 
 _BEAT_SECONDS = 1.0
 _BROKEN_BEATS = 5  # after a broken connection, this many missed heartbeats identify the rank that broke it

@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.files import atomic_folder, writes_to
+from moce_ds.common.text import shortened
 from moce_ds.data.feature_store import ENCODER, FeatureWriter, Identity
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
@@ -20,11 +24,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
-from moce_ds.errors import ArtefactError
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.program import progress_bar
-from moce_ds.storage.files import atomic_folder, writes_to
-from moce_ds.text import shortened
 
 _CACHE_SIZE = 4
 _cached_features: dict[tuple[str, str, str], Tensor] = {}

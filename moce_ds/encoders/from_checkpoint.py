@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
-from moce_ds.config.families import TOKEN_MOE
-from moce_ds.errors import ArtefactError
+from moce_ds.common.config.model_kinds import TOKEN_MOE
+from moce_ds.common.errors import ArtefactError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import make_mlp, sincos_positions
 from moce_ds.models.parameters import expert_key, is_cluster_gate, is_decoder
@@ -92,7 +92,7 @@ def token_encoder(checkpoint: Checkpoint, device: torch.device) -> Encoder:
     """The encoder of a run with model.arch=token_moe. Raises ArtefactError if its weights do not fit."""
     spec = ModelSpec.from_tree(checkpoint.entry("model"))
     experts, width = spec.experts, spec.shape.width
-    assert experts is not None and spec.family is TOKEN_MOE, "checked by the caller"
+    assert experts is not None and spec.model_kind is TOKEN_MOE, "checked by the caller"
     model = timm_vit(spec.shape)
     for block in experts.layers:
         model.blocks[block].mlp = TokenExperts(

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 
 from moce_ds.checkpoint.format import find
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.drafts import restore
+from moce_ds.common.storage.encoder_folder import CONFIG, WEIGHTS
 from moce_ds.encoders.from_checkpoint import dense_encoder
 from moce_ds.encoders.public_mae import public_encoder
-from moce_ds.errors import ArtefactError
 from moce_ds.models.vit import Encoder, load_encoder
-from moce_ds.storage.drafts import restore
-from moce_ds.storage.encoder_folder import CONFIG, WEIGHTS
 
 
 def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:

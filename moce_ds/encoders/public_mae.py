@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from moce_ds.checkpoint.weight_files import as_float32, read_file
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.files import sha256_of
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ArtefactError
 from moce_ds.models.parameters import CLASSIFIER, encoder_block, is_decoder
 from moce_ds.models.vit import Encoder, ViTShape
-from moce_ds.storage.files import sha256_of
 
 _READER = "ENCODER"
 _SIZES = {(768, 12): 12, (1024, 24): 16, (1280, 32): 16}

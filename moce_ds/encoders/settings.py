@@ -1,6 +1,6 @@
 """Settings of running images through an encoder."""
 
-from moce_ds.config.settings import Positive, option, settings
+from moce_ds.common.config.settings import Positive, option, settings
 
 
 @settings

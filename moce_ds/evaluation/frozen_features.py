@@ -6,6 +6,7 @@ Axes: N images of a split, D features.
 import torch
 from torch import Tensor
 
+from moce_ds.common.host.program import warn
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import Splits, labels_of
 from moce_ds.encoders.features import encode_all
@@ -15,7 +16,6 @@ from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
 from moce_ds.evaluation.probe import MAX_ITERATIONS, linear_probe
 from moce_ds.evaluation.settings import KnnSettings, ProbeSettings
 from moce_ds.models.vit import Encoder
-from moce_ds.program import warn
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Settings class of each verb."""

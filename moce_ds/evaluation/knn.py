@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation.metrics import MultiLabelScore, Score, judge
 from moce_ds.evaluation.settings import KnnSettings
 

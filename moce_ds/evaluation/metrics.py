@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation.settings import Metric
 
 DISPLAY_NAMES: dict[str, str] = {"top1": "top-1", "mean_per_class": "mean per class", "map11": "11-point mAP"}

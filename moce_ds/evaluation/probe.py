@@ -23,8 +23,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.compat import repair_torchvision
-from moce_ds.errors import DataError
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation.knn import check_split, positions
 from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score, default_metric, figure, judge
 from moce_ds.evaluation.settings import LarsSettings, ProbeSettings

@@ -19,6 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.text import shortened
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
@@ -26,7 +28,6 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.results_file import known_by
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
@@ -38,7 +39,6 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.plan import make_plan
 from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
 from moce_ds.selection.vote import count_votes
-from moce_ds.text import shortened
 
 _NAME = 60  # characters shown of a task's name
 _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared

@@ -17,12 +17,19 @@ from typing import Any, ClassVar, Protocol
 
 from rich.table import Table
 
-from moce_ds.program import warn
-from moce_ds.storage.artefact import Rows, is_marked, some_of
-from moce_ds.storage.checksums import CHECKSUM, Findings, check_document, has_checksum, with_checksum, written_before
-from moce_ds.storage.files import check_writable, read_json, valid_record, write_json, writes_to
-from moce_ds.storage.locks import locked
-from moce_ds.text import counted, in_line
+from moce_ds.common.host.program import warn
+from moce_ds.common.storage.artefact import Rows, is_marked, some_of
+from moce_ds.common.storage.checksums import (
+    CHECKSUM,
+    Findings,
+    check_document,
+    has_checksum,
+    with_checksum,
+    written_before,
+)
+from moce_ds.common.storage.files import check_writable, read_json, valid_record, write_json, writes_to
+from moce_ds.common.storage.locks import locked
+from moce_ds.common.text import counted, in_line
 
 RESULTS = "results.json"
 """The default name of the file."""

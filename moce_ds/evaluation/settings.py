@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from moce_ds.config.settings import NonNegative, OpenShare, PositiveFloat, Seed, option, settings
+from moce_ds.common.config.settings import NonNegative, OpenShare, PositiveFloat, Seed, option, settings
 from moce_ds.encoders.settings import EncodeSettings
 
 Metric = Literal["top1", "mean_per_class", "map11"]

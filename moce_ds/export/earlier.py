@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moce_ds.errors import ConfigError
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.drafts import restore
-from moce_ds.storage.encoder_folder import PROVENANCE, EncoderFolder, ExportFolder
-from moce_ds.storage.files import check_writable
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.drafts import restore
+from moce_ds.common.storage.encoder_folder import PROVENANCE, EncoderFolder, ExportFolder
+from moce_ds.common.storage.files import check_writable
 
 ROUTE = "route-"
 """Prefix of the folder names that `--all` writes."""

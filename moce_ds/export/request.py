@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from moce_ds.checkpoint.format import Checkpoint, find
-from moce_ds.config.families import family_by_gate
+from moce_ds.common.config.model_kinds import model_kind_by_gate
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.files import atomic_folder, writes_to
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.errors import ConfigError
 from moce_ds.export.earlier import ROUTE, check_free, refuse_other_routes
 from moce_ds.export.formats.registry import TIMM, Format
 from moce_ds.export.write import export_dense, export_route
@@ -20,7 +21,6 @@ from moce_ds.selection import routes as choosing
 from moce_ds.selection.routes import AVERAGES, SelectedExperts
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.selection.vote import Selection, select_route
-from moce_ds.storage.files import atomic_folder, writes_to
 
 AUTO = "auto"
 _OPTIONS = "--data, --cluster, --route, --expert, --all, --average"
@@ -120,7 +120,7 @@ def _check_choice(choice: str | None, checkpoint: Checkpoint, run: Path) -> None
             raise ConfigError(f"{choice}: {run} is a dense run, which has one encoder and no routes.")
     elif not choice:
         raise ConfigError(f"{run} has experts: choose a route with one of {_OPTIONS}.")
-    elif choice == "--average" and family_by_gate(checkpoint.entry("model", "experts", "gate")).splits_mlp:
+    elif choice == "--average" and model_kind_by_gate(checkpoint.entry("model", "experts", "gate")).splits_mlp:
         raise ConfigError(f"--average: {run} is an SDR, whose groups of hidden units cannot be averaged.")
 
 

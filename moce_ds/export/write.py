@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint
+from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.encoder_folder import PROVENANCE, replace_provenance
+from moce_ds.common.storage.files import atomic_folder, write_json, writes_to
 from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, decoder_state, encoder_state
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.earlier import earlier_export
 from moce_ds.export.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
 from moce_ds.export.formats.weights import DenseModel
@@ -27,8 +29,6 @@ from moce_ds.models.moce import make_gate
 from moce_ds.models.parameters import is_cluster_gate, load_weights_strict
 from moce_ds.models.vit import Encoder, check_state
 from moce_ds.selection.routes import ClusterShares, SelectedExperts
-from moce_ds.storage.encoder_folder import PROVENANCE, replace_provenance
-from moce_ds.storage.files import atomic_folder, write_json, writes_to
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest output, between the export and the trained model."""

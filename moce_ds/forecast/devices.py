@@ -11,11 +11,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moce_ds.config import settings as configuration
-from moce_ds.config.composition import Layer
-from moce_ds.config.settings import option, settings
-from moce_ds.config.values import expanded
-from moce_ds.errors import ConfigError
+from moce_ds.common.config import settings as configuration
+from moce_ds.common.config.composition import Layer
+from moce_ds.common.config.settings import option, settings
+from moce_ds.common.config.values import expanded
+from moce_ds.common.errors import ConfigError
 
 Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]

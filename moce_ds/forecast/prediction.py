@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ConfigError
 from moce_ds.forecast.devices import Device
 from moce_ds.forecast.preflight import gibibytes, remedies
 from moce_ds.forecast.step_cost import Machines, Memory, Traffic, Work

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.host.machine import control_groups
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ConfigError
 from moce_ds.forecast.step_cost import Work
-from moce_ds.host.machine import control_groups
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.training.schedule import batch_arithmetic, make_schedule
 from moce_ds.training.settings import OptimSettings

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from moce_ds.errors import ConfigError
+from moce_ds.common.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.parameters import is_decoder
@@ -229,10 +229,9 @@ class Work:
         Raises:
             ConfigError: the gate routes tokens; its traffic depends on their content.
         """
-        if self.spec.family.has_experts and not self.spec.family.routes_by_cluster:
-            raise ConfigError(
-                f"model.arch: the traffic of {self.spec.family.arch} depends on the images, so it cannot be planned."
-            )
+        kind = self.spec.model_kind
+        if kind.has_experts and not kind.routes_by_cluster:
+            raise ConfigError(f"model.arch: the traffic of {kind.arch} depends on the images, so it cannot be planned.")
         layers = len(self._layers)
         if not layers or self.ep_size == 1:
             return Traffic(0, 0, 0)

@@ -1,7 +1,7 @@
 """The specification of a model, as stored in a checkpoint's manifest, and the construction of the model from it.
 
 `VARIANTS` is the registry of the kinds of model: for each value of `model.arch` its class, and its relation to a dense
-masked autoencoder. `config/families.py` has the parts that need no torch.
+masked autoencoder. `common/config/model_kinds.py` has the parts that need no torch.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.config.families import Family, family_by_gate
+from moce_ds.common.config.model_kinds import ModelKind, model_kind_by_gate
+from moce_ds.common.storage.files import valid_record
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
@@ -20,7 +21,6 @@ from moce_ds.models.sdr import Sdr, join_units, part_units, path_shape
 from moce_ds.models.shapes import NO_WEIGHTS, LossWeights
 from moce_ds.models.token_moe import TokenMoeAutoencoder
 from moce_ds.models.vit import ViTShape
-from moce_ds.storage.files import valid_record
 
 State = dict[str, Tensor]
 
@@ -40,14 +40,14 @@ class ModelSpec:
         return asdict(self)
 
     @property
-    def family(self) -> Family:
+    def model_kind(self) -> ModelKind:
         """The kind of model."""
-        return family_by_gate(self.experts.gate if self.experts else None)
+        return model_kind_by_gate(self.experts.gate if self.experts else None)
 
     @property
     def variant(self) -> "Variant":
         """The construction of this kind of model, and its relation to a dense one."""
-        return VARIANTS[self.family.arch]
+        return VARIANTS[self.model_kind.arch]
 
     @property
     def dense(self) -> "ModelSpec":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
 from moce_ds.distributed.randomness import MASK, uniform
 from moce_ds.models.shapes import DecoderShape
 from moce_ds.models.vit import ViTShape

@@ -12,7 +12,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
 
 if TYPE_CHECKING:  # verbs without torch read checkpoints with this module
     from torch import Tensor, nn

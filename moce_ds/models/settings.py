@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from moce_ds.config.families import MOCE, SDR, TOKEN_MOE, Family, family_of_settings
-from moce_ds.config.settings import NonNegative, OpenShare, Positive, PositiveFloat, Share, option, settings
+from moce_ds.common.config.model_kinds import MOCE, SDR, TOKEN_MOE, ModelKind, model_kind_of_settings
+from moce_ds.common.config.settings import NonNegative, OpenShare, Positive, PositiveFloat, Share, option, settings
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 
 
@@ -127,9 +127,9 @@ class ModelGroups:
     shape: ViTShape
 
     @property
-    def family(self) -> Family:
+    def model_kind(self) -> ModelKind:
         """The kind of model."""
-        return family_of_settings(self.model.arch, self.experts.gate)
+        return model_kind_of_settings(self.model.arch, self.experts.gate)
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class ModelGroups:
         That is 9 and 11 of 12 (docs/method.md, "Gates").
         """
         depth = self.shape.depth
-        if not self.family.has_experts:
+        if not self.model_kind.has_experts:
             return ()
         if self.experts.layers is not None:
             return tuple(self.experts.layers)
@@ -154,7 +154,7 @@ class ModelGroups:
     @property
     def wants_teacher(self) -> bool:
         """Whether the model is distilled from the initial dense MAE."""
-        return self.family.distils and self.sdr.distillation_weight > 0
+        return self.model_kind.distils and self.sdr.distillation_weight > 0
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -167,17 +167,17 @@ class ModelGroups:
             TOKEN_MOE.gate: LossWeights(token_balance=self.token_moe.balance_weight),
             SDR.gate: LossWeights(distillation=self.sdr.distillation_weight),
         }
-        return weights.get(self.family.gate, NO_WEIGHTS)
+        return weights.get(self.model_kind.gate, NO_WEIGHTS)
 
     def expert_shape(self, seed: int) -> ExpertShape | None:
         """The shape of the experts; None for a dense model. `seed`: random seed of the random table."""
-        experts, family = self.experts, self.family
-        if family.gate is None:
+        experts, model_kind = self.experts, self.model_kind
+        if model_kind.gate is None:
             return None
         return ExpertShape(
             num_experts=experts.num,
             layers=self.expert_layers,
-            gate=family.gate,
+            gate=model_kind.gate,
             k=experts.k,
             temperature=experts.gate_temperature,
             tied=experts.gate_sharing == "tied",
@@ -198,7 +198,7 @@ class ModelGroups:
         """
         self._check_sizes()
         self._check_unused()
-        if self.family.has_experts:
+        if self.model_kind.has_experts:
             self._check_experts()
         if self.model.arch == "sdr":
             self._check_paths(init_from)
@@ -237,13 +237,13 @@ class ModelGroups:
 
     def _check_experts(self) -> None:
         experts, depth, arch = self.experts, self.shape.depth, self.model.arch
-        if self.family.routes_by_cluster and experts.clusters is None:
+        if self.model_kind.routes_by_cluster and experts.clusters is None:
             raise ValueError(
                 f"experts.clusters: required for model.arch={arch}; write the clusters with `moce cluster`"
             )
         if experts.k > experts.num:
             raise ValueError(f"experts.k={experts.k} exceeds experts.num={experts.num}")
-        if experts.shared_expert and (experts.combine != "prob" or not self.family.routes_by_cluster):
+        if experts.shared_expert and (experts.combine != "prob" or not self.model_kind.routes_by_cluster):
             raise ValueError(
                 "experts.shared_expert: needs experts.combine=prob and a gate by cluster, since its weight is 1 - p"
             )

@@ -71,8 +71,8 @@ class ExpertShape:
 
     Attributes:
         num_experts, layers: E, and the blocks with experts.
-        gate: the name of the gate in manifests (`config/families.py`): "cluster", "random" (a fixed table, the control
-            experiment), "token" (TokenMoE) or "path" (SDR).
+        gate: the name of the gate in manifests (`common/config/model_kinds.py`): "cluster", "random" (a fixed table,
+            the control experiment), "token" (TokenMoE) or "path" (SDR).
         k: experts an image is sent to.
         temperature: divides the gate's logits.
         tied: one gate for all layers.

@@ -19,15 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.drafts import restore
+from moce_ds.common.storage.encoder_folder import (
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    read_config,
+    read_provenance,
+    write_config,
+)
+from moce_ds.common.storage.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 from moce_ds.data import feature_store as store
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.parameters import check_fit
 from moce_ds.models.shapes import ViTShape
-from moce_ds.storage.drafts import restore
-from moce_ds.storage.encoder_folder import CONFIG, PROVENANCE, WEIGHTS, read_config, read_provenance, write_config
-from moce_ds.storage.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
 
 repair_torchvision()
 import timm  # noqa: E402  (needs the repair)

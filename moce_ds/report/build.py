@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_ds.artefacts.study_folder import StudyFolder
 from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.files import check_output
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile
+from moce_ds.inspection.study_folder import StudyFolder
 from moce_ds.report import plots
 from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
 from moce_ds.report.plots import Line, Scale
 from moce_ds.report.run_chapter import route_name, run_chapter
 from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
-from moce_ds.storage.files import check_output
 
 # Columns of the result table: heading, verb and key of the record.
 _MEASURES = (
@@ -108,7 +108,7 @@ def read_runs(folder: Path) -> RunGroup:
         raise ArtefactError(
             f"{folder} is not a run folder: expected {CONFIG} of `moce pretrain` in it or in its sub-folders."
         )
-    runs.sort(key=lambda run: (run.family.has_experts, _natural(run.name)))
+    runs.sort(key=lambda run: (run.model_kind.has_experts, _natural(run.name)))
     return RunGroup(folder, runs, ResultsFile.open(folder / RESULTS).records)
 
 
@@ -120,7 +120,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _summary(group: RunGroup) -> str:
     parts = []
     for run in group.runs:
-        text = f"{run.name}: {run.family.title if run.family.has_experts else 'dense MAE'}"
+        text = f"{run.name}: {run.model_kind.title if run.model_kind.has_experts else 'dense MAE'}"
         if run.steps_done:
             text += f", step {run.steps_done}"
         elif run.metrics:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from moce_ds.storage.files import atomic_file, writes_to
-from moce_ds.text import printable
+from moce_ds.common.storage.files import atomic_file, writes_to
+from moce_ds.common.text import printable
 
 PAGE_MARK = b"<title>MoCE report: "
 """Text near the beginning of every page."""

@@ -29,8 +29,8 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
+from moce_ds.common.text import plottable
 from moce_ds.report.page import Picture, data_uri
-from moce_ds.text import plottable
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8A8A8A")
 _INK, _FAINT = "#2b2f36", "#c9ced6"

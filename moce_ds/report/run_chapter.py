@@ -17,9 +17,9 @@ from PIL import Image
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.quality import cluster_report
+from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError, DataError
 from moce_ds.report import plots
 from moce_ds.report.page import Card, Chapter, Exhibit, Section, picture
 from moce_ds.report.plots import Floats, Line

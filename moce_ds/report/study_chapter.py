@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from moce_ds.artefacts.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
+from moce_ds.common.storage.files import atomic_file, writes_to
+from moce_ds.common.text import counted
+from moce_ds.inspection.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
 from moce_ds.report import plots
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table
 from moce_ds.report.plots import Series, error_bars
-from moce_ds.storage.files import atomic_file, writes_to
-from moce_ds.text import counted
 
 THROUGHPUT, MEMORY = "images_per_second", "peak_memory"
 

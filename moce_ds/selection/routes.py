@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.errors import ConfigError
+from moce_ds.common.errors import ConfigError
 from moce_ds.selection.vote import Selection
 
 AVERAGES = ("uniform", "weighted")

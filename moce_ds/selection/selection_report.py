@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.config.values import recorded_path
+from moce_ds.common.config.values import recorded_path
+from moce_ds.common.errors import ArtefactError, DataError
+from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
+from moce_ds.common.text import in_line, shortened
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError, DataError
 from moce_ds.selection.routes import choose_selected, route_label
 from moce_ds.selection.run_clusters import clusters_folder
 from moce_ds.selection.vote import Selection
-from moce_ds.storage.files import PICTURE_TEXT, atomic_file, writes_to
-from moce_ds.text import in_line, shortened
 
 _CLUSTERS = 10
 _NAME = 60  # characters

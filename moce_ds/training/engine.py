@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.format import step_folder, steps_of
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
+from moce_ds.common.errors import MoceError
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import MoceError
 from moce_ds.models.parameters import TOKENS, is_gate
 from moce_ds.training.schedule import BatchArithmetic
 from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainOptimSettings, PretrainRunSettings

@@ -23,18 +23,18 @@ from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
 from moce_ds.checkpoint.weight_files import read_torch_file
-from moce_ds.config import settings as configuration
+from moce_ds.common.config import settings as configuration
+from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.checksums import records_of, write_checked
+from moce_ds.common.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
 from moce_ds.models.parameters import expert_key, load_weights_strict, native_expert, with_plain_gate
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.moe.deepspeed_layer import NUMBER
 from moce_ds.moe.placement import default_placement
-from moce_ds.storage.checksums import records_of, write_checked
-from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.inputs import ClusteredData
 from moce_ds.training.placed_model import build_for_training
 from moce_ds.training.router import Router

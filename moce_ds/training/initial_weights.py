@@ -9,11 +9,11 @@ from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, find
 from moce_ds.checkpoint.weight_files import as_float32, read_file, read_safetensors, weight_fault
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage import encoder_folder
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.parameters import CLASSIFIER, POSITIONS
 from moce_ds.models.vit import ViTShape
-from moce_ds.storage import encoder_folder
 
 # Fixed tables, which are recomputed, and the classifier of a fine-tuned model, which pre-training does not use.
 _NOT_NEEDED = (*POSITIONS, *CLASSIFIER)

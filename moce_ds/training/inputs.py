@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import check_encoder
 from moce_ds.data.loader import Loader
@@ -22,14 +24,12 @@ from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.parameters import is_decoder
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
-from moce_ds.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import DataSettings, PretrainRunSettings
 

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.common.host.machine import reason
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.files import sync, writes_to
+from moce_ds.common.storage.metrics_file import METRICS, checked, last_check
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.host.machine import reason
-from moce_ds.program import progress_bar
-from moce_ds.storage.files import sync, writes_to
-from moce_ds.storage.metrics_file import METRICS, checked, last_check
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

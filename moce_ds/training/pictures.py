@@ -15,13 +15,13 @@ from torch import Tensor
 
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.run_folder import RECONSTRUCTIONS, picture_path
+from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, mask_noise, patchify, unpatchify
-from moce_ds.storage.checksums import FileRecord
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.router import Router
 

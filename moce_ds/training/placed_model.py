@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.moce import Moce
@@ -80,7 +80,7 @@ def build_for_training(
 
     def make_layer(make_expert: Callable[[], nn.Module], num_experts: int, shared: bool) -> nn.Module:
         assert spec.experts is not None, "a dense model has no layer of experts"
-        if not spec.family.routes_by_cluster:
+        if not spec.model_kind.routes_by_cluster:
             return TokenMoeLayer(make_expert, spec.shape.width, num_experts, ep_size, spec.experts.k)
         return ClusterMoE(make_expert, num_experts, ep_size, shared)
 

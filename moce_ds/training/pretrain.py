@@ -18,17 +18,17 @@ from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, verify_c
 from moce_ds.checkpoint.format import Checkpoint, steps_of
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.host.threads import keep
+from moce_ds.common.text import counted
 from moce_ds.data.loader import Batch, Loader
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.device_copy import on_device
 from moce_ds.distributed.randomness import GATE_NOISE, hashed
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.host.threads import keep
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce
 from moce_ds.models.sdr import Teacher
-from moce_ds.text import counted
 from moce_ds.training.engine import Engine, SkippedSteps, parameter_groups, start_engine
 from moce_ds.training.inputs import Inputs, keep_clusters, keep_teacher, open_inputs, read_teacher
 from moce_ds.training.local_sampler import LocalSampler

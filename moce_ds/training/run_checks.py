@@ -10,14 +10,14 @@ from typing import Any
 from moce_ds.checkpoint import format as checkpoint_files
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG, LAUNCHES
-from moce_ds.config import settings as configuration
-from moce_ds.config.families import translate_tree
-from moce_ds.config.values import recorded_path
+from moce_ds.common.config import settings as configuration
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.config.model_kinds import translate_tree
+from moce_ds.common.config.values import recorded_path
+from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.checksums import FileRecord
+from moce_ds.common.text import is_utf8
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError, ConfigError
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.checksums import FileRecord
-from moce_ds.text import is_utf8
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 
 

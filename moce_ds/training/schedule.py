@@ -6,8 +6,8 @@ Nothing here is saved or restored.
 import math
 from dataclasses import dataclass
 
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.sampler import number_of_steps
-from moce_ds.errors import ConfigError
 from moce_ds.training.settings import OptimSettings
 
 

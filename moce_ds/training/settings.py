@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.families import Family, translate_tree
-from moce_ds.config.settings import Beta, CropShare, NonNegative, Positive, from_tree, keys, option, settings
-from moce_ds.config.settings import PositiveFloat as Deviation
-from moce_ds.config.yaml_text import read_yaml_text
+from moce_ds.common.config.model_kinds import ModelKind, translate_tree
+from moce_ds.common.config.settings import Beta, CropShare, NonNegative, Positive, from_tree, keys, option, settings
+from moce_ds.common.config.settings import PositiveFloat as Deviation
+from moce_ds.common.config.yaml_text import read_yaml_text
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD, ImageInput
-from moce_ds.errors import ConfigError
 from moce_ds.models.settings import ExpertSettings, ModelGroups, ModelSettings, SdrSettings, TokenMoeSettings
 from moce_ds.models.shapes import LossWeights, ViTShape
 
@@ -105,9 +105,9 @@ class PretrainSettings:
         return ModelGroups(self.model, self.experts, self.token_moe, self.sdr, self.vit_shape)
 
     @property
-    def family(self) -> Family:
+    def model_kind(self) -> ModelKind:
         """The kind of model."""
-        return self.groups.family
+        return self.groups.model_kind
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
@@ -130,12 +130,12 @@ class PretrainSettings:
     @property
     def ep_size(self) -> int:
         """Expert-parallel group size; 1 for a dense model."""
-        return self.experts.ep_size if self.family.has_experts else 1
+        return self.experts.ep_size if self.model_kind.has_experts else 1
 
     @property
     def routing_clusters(self) -> Path | None:
         """The folder of the clusters that route the images; None: nothing is routed by cluster."""
-        return self.experts.clusters if self.family.routes_by_cluster else None
+        return self.experts.clusters if self.model_kind.routes_by_cluster else None
 
     @property
     def loss_weights(self) -> LossWeights:

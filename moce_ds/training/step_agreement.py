@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moce_ds.common.errors import MoceError
 from moce_ds.distributed.device_copy import HostCopy
 from moce_ds.distributed.runtime import Runtime, fault_of
-from moce_ds.errors import MoceError
 
 Agree = Callable[[int], None]
 """Agrees with the other ranks that a step is the same on all of them and can be computed; takes a digest (0: nothing is

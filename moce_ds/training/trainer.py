@@ -10,8 +10,8 @@ from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.common.errors import MoceError
 from moce_ds.distributed.runtime import StopRequest
-from moce_ds.errors import MoceError
 from moce_ds.training.engine import Engine, SkippedSteps, applied, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.schedule import BatchArithmetic, Schedule

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.randomness import AUGMENT, hashed
 from moce_ds.tuning.settings import AugmentSettings

@@ -22,19 +22,19 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.checkpoint.run_folder import TUNED, read_result
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.compat import repair_torchvision
-from moce_ds.config.settings import to_tree
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.storage.files import atomic_folder, save_tensors, writes_to
+from moce_ds.common.text import encoded, in_line
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import labels_of, opened_images
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.open import open_encoder
-from moce_ds.errors import ConfigError, DataError
 from moce_ds.evaluation.metrics import default_metric, judge
 from moce_ds.evaluation.probe import held_out
 from moce_ds.evaluation.results_file import known_by
 from moce_ds.models.vit import Encoder, save_encoder
-from moce_ds.storage.files import atomic_folder, save_tensors, writes_to
-from moce_ds.text import encoded, in_line
 from moce_ds.training.engine import DivergedError
 from moce_ds.training.schedule import batch_arithmetic
 from moce_ds.training.settings import EngineSettings

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from moce_ds.checkpoint.format import steps_of
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.encoder_folder import WEIGHTS
+from moce_ds.common.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.distributed.randomness import INIT, hashed
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.open import open_encoder
 from moce_ds.models.vit import Encoder
-from moce_ds.program import progress_bar
-from moce_ds.storage.encoder_folder import WEIGHTS
-from moce_ds.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.labelled_task import Measures, parameter_groups, prepared, tuned_execution
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.compat import supply_torchvision_operators
+from moce_ds.common.compat import supply_torchvision_operators
+from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.storage.files import sha256_of
 from moce_ds.data.scale_jitter import Jitter, View, draw_image, draw_mask
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, pack
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError, DataError
 from moce_ds.models.vit import Encoder
-from moce_ds.storage.files import sha256_of
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.dense import DenseTask, build, evaluation
 from moce_ds.tuning.labelled_task import Measures, prepared

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import MoceError
+from moce_ds.common.host.machine import machine_fault
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import MoceError
-from moce_ds.host.machine import machine_fault
 from moce_ds.models.parameters import encoder_block, is_embedding
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.settings import TuneOptimSettings

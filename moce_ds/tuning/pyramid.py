@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moce_ds.compat import repair_torchvision
-from moce_ds.errors import ConfigError
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.tuning.settings import BackboneSettings
 

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.scale_jitter import Jitter, draw_image, draw_mask
 from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet, Colour, Palettes
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder
 from moce_ds.training.settings import EngineSettings
 from moce_ds.tuning.dense import DenseTask, build, evaluation

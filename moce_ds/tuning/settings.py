@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.config.settings import (
+from moce_ds.common.config.settings import (
     Beta,
     CropShare,
     NonNegative,

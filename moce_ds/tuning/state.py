@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.parameters import check_fit
 from moce_ds.tuning.labelled_task import Measures

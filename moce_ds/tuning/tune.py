@@ -12,12 +12,12 @@ from moce_ds.checkpoint.format import STATE, Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.run_folder import RESULT, read_result, result_text
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.randomness import FORWARD, hashed
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ConfigError
-from moce_ds.storage.checksums import FileRecord
 from moce_ds.training.engine import Engine, SkippedSteps, start_engine
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule

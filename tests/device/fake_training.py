@@ -18,7 +18,7 @@ from torch import nn
 
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ReadList

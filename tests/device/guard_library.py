@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moce_ds.storage.locks import held
+from moce_ds.common.storage.locks import held
 
 _SOURCE = Path(__file__).parent / "cuda_guard.cpp"
 _TORCH = Path(torch.__file__).parent

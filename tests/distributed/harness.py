@@ -44,8 +44,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, seconds
         WorldError: names the rank that failed first, with its traceback, or says that time was up.
     """
     # Here, since the new processes import this module too.
+    from moce_ds.common.host.rank import SECRET, new_secret
     from moce_ds.distributed.rendezvous import host_on_loopback
-    from moce_ds.host.place import SECRET, new_secret
 
     context = multiprocessing.get_context("forkserver")
     store = host_on_loopback()  # joined by all: no port is guessed
@@ -78,7 +78,7 @@ def _place(rank: int, world_size: int) -> dict[str, str]:
 def _rank_main(
     fn: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: Path, sender: Connection
 ) -> None:
-    from moce_ds.program import configure_logging
+    from moce_ds.common.host.program import configure_logging
 
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce_ds.config.command_line import read_settings
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import MoceError
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.loader import Batch
 from moce_ds.distributed.runtime import Runtime, started
-from moce_ds.errors import MoceError
-from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine
 from moce_ds.training.pretrain import PretrainTask, pretrain
 from moce_ds.training.settings import PretrainSettings

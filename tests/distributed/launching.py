@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.storage.metrics_file import read_metrics
 
 SECONDS = 300
 """The limit on a hang; a start takes about 5 s on an idle machine. It is less than the 600 s after which the process

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
-from moce_ds.config.settings import load, to_yaml
+from moce_ds.common.config.settings import load, to_yaml
+from moce_ds.common.storage.files import write_json
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce
 from moce_ds.moe.placement import default_placement
-from moce_ds.storage.files import write_json
 from moce_ds.training.engine import deepspeed_config, parameter_groups, set_lr, start_engine
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.inputs import open_inputs

@@ -10,15 +10,15 @@ import os
 import sys
 import time
 
-from moce_ds.errors import STOPPED, DataError, MoceError
+from moce_ds.common.errors import STOPPED, DataError, MoceError
 
 
 def rank_main(role: str) -> int:
     """What one rank does; returns its exit status, as the command line would."""
     if role == "sleep":
         time.sleep(600)
+    from moce_ds.common.host.machine import machine_fault
     from moce_ds.distributed.runtime import started  # here, since it takes seconds that a sleeper need not wait for
-    from moce_ds.host.machine import machine_fault
 
     disk = OSError(errno.EIO, os.strerror(errno.EIO), "shards/0.tar")
     try:
@@ -51,6 +51,6 @@ def rank_main(role: str) -> int:
 if __name__ == "__main__":
     if "RANK" in os.environ:
         sys.exit(rank_main(sys.argv[1]))
-    from moce_ds.launch.local import run_processes
+    from moce_ds.cli.launch.local import run_processes
 
     sys.exit(run_processes([sys.executable, *sys.argv], nproc=3, max_restarts=int(sys.argv[2])))

@@ -16,7 +16,8 @@ from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
 from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
-from moce_ds.config.command_line import read_settings
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import LOST_PEER, DataError, MoceError
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.loader import Batch
 from moce_ds.data.sampler import ShuffledSampler
@@ -25,7 +26,6 @@ from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.encoders.features import write_features
 from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.settings import FeatureSettings
-from moce_ds.errors import LOST_PEER, DataError, MoceError
 from moce_ds.training import inputs
 from moce_ds.training.pretrain import PretrainTask, pretrain
 from moce_ds.training.settings import PretrainSettings

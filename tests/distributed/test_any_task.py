@@ -14,9 +14,9 @@ from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.common.errors import DataError
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.distributed.runtime import Runtime, started
-from moce_ds.errors import DataError
-from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import Engine, start_engine
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.settings import EngineSettings, OptimSettings

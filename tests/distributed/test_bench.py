@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from moce_ds.bench.gpu import GpuModel, GpuSizes, bench_gpu
 from moce_ds.bench.peers import PeerSize, bench_peers
-from moce_ds.errors import DataError
-from moce_ds.main import moce
+from moce_ds.cli.main import moce
+from moce_ds.common.errors import DataError
 from moce_ds.models.settings import ModelSettings
 
 

@@ -5,7 +5,7 @@ import sys
 
 from harness import run_distributed
 
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
 
 
 def imported_with_muon() -> list[str]:

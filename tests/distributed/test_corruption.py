@@ -17,8 +17,8 @@ from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
 from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
+from moce_ds.common.errors import ArtefactError
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.errors import ArtefactError
 from tests.examples.moce_command import refused, run_here
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

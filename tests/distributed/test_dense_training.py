@@ -8,13 +8,13 @@ import torch
 from harness import run_distributed
 from safetensors.torch import load_file
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.storage.files import read_json
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.sources.miniature import Material, write_miniature
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
-from moce_ds.storage.files import read_json
-from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.tuning.tune import tune
 
 MODEL = ["model.image_size=32", "model.channels=16", "optim.batch_size=4", "optim.epochs=1", "optim.validate_every=1"]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from harness import run_distributed
 from torch import Tensor, nn
 
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import started
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import ClusterGate, combine_weights

@@ -21,15 +21,15 @@ from safetensors import safe_open
 from tiny_run import alter_images, comparable, losses, numbers
 from tune_jobs import CLASSES, COUNTS, Tune, Tuned, run_tunings, write_task
 
-from moce_ds.artefacts.inspection import describe, findings
 from moce_ds.checkpoint.format import OPTIMIZER, STATE, WEIGHTS, Checkpoint, find, step_folder, steps_of
+from moce_ds.common.errors import STOPPED, ArtefactError
+from moce_ds.common.storage.checksums import Findings
+from moce_ds.common.storage.files import read_json
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import STOPPED, ArtefactError
+from moce_ds.inspection.inspection import describe, findings
 from moce_ds.models.vit import load_encoder
-from moce_ds.storage.checksums import Findings
-from moce_ds.storage.files import read_json
-from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.tuning.augmentation import centre_transform
 
 STEPS = 12

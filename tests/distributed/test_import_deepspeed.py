@@ -23,18 +23,18 @@ from safetensors.torch import load_file
 from tiny_run import CLUSTERS, EXPERT_LAYERS, TinyData, tiny_settings
 from torch import Tensor
 
-from moce_ds.artefacts import inspection
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ArtefactError, ConfigError, MoceError
+from moce_ds.common.storage.checksums import Findings
+from moce_ds.common.storage.files import copy_tree, read_json
 from moce_ds.data.clusters import Clusters
-from moce_ds.errors import ArtefactError, ConfigError, MoceError
 from moce_ds.export.write import export_route
+from moce_ds.inspection import inspection
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters
-from moce_ds.storage.checksums import Findings
-from moce_ds.storage.files import copy_tree, read_json
 from moce_ds.training.import_deepspeed import import_native
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings

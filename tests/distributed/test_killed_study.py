@@ -13,14 +13,14 @@ import yaml
 from launching import SECONDS, launched, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, tiny_settings, write_images
 
-from moce_ds.artefacts.study_folder import CellRecord
 from moce_ds.checkpoint.format import steps_of
-from moce_ds.config.settings import load
+from moce_ds.cli.workflow.study_grid import Cell, StudySettings, cells_of
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import STOPPED
+from moce_ds.common.storage.locks import is_held
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.errors import STOPPED
-from moce_ds.storage.locks import is_held
-from moce_ds.storage.metrics_file import read_metrics
-from moce_ds.workflow.study_grid import Cell, StudySettings, cells_of
+from moce_ds.inspection.study_folder import CellRecord
 from tests.examples.moce_command import run_here
 
 STUDY = (sys.executable, "-m", "moce_ds", "study")

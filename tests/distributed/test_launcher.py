@@ -14,10 +14,10 @@ from launching import PATIENT, SECONDS, launched, local, ranks_of, run_to_end, s
 from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 
 from moce_ds.checkpoint.format import find, steps_of
+from moce_ds.cli.main import moce
+from moce_ds.common.errors import LOST_PEER, STOPPED, ConfigError
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import LOST_PEER, STOPPED, ConfigError
-from moce_ds.main import moce
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moce_ds")
 
@@ -68,7 +68,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 """
     two = f"run_processes({[sys.executable, '-c', waiting]}, 2)"
-    code = f"import sys; from moce_ds.launch.local import run_processes; sys.exit({two})"
+    code = f"import sys; from moce_ds.cli.launch.local import run_processes; sys.exit({two})"
     with launched(sys.executable, "-c", code) as launcher:
         wait_until(lambda: said.exists() and said.read_text() == "waiting," * 2)
         launcher.send_signal(number)

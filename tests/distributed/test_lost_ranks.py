@@ -10,8 +10,8 @@ import pytest
 from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
-from moce_ds.errors import LOST_PEER, STOPPED
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.errors import LOST_PEER, STOPPED
+from moce_ds.common.storage.metrics_file import read_metrics
 
 RANKS_SCRIPT = (sys.executable, Path(__file__).with_name("ranks.py"))
 

@@ -12,10 +12,10 @@ from tiny_pipeline import write_pipeline
 from tiny_run import STEPS, TinyData, write_images
 
 from moce_ds.checkpoint.format import steps_of
-from moce_ds.errors import STOPPED
-from moce_ds.storage.locks import is_held
-from moce_ds.storage.metrics_file import read_metrics
-from moce_ds.workflow.stage import Stage, StageRecord
+from moce_ds.cli.workflow.stage import Stage, StageRecord
+from moce_ds.common.errors import STOPPED
+from moce_ds.common.storage.locks import is_held
+from moce_ds.common.storage.metrics_file import read_metrics
 
 PIPELINE = (sys.executable, "-m", "moce_ds", "pipeline")
 

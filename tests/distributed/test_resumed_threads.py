@@ -9,8 +9,8 @@ from launching import SECONDS, launched, run_to_end, wait_for_step
 from tiny_run import TinyData, assert_same, losses, tiny_settings
 
 from moce_ds.checkpoint.format import find
-from moce_ds.errors import STOPPED
-from moce_ds.host.threads import allowed_cpus
+from moce_ds.common.errors import STOPPED
+from moce_ds.common.host.threads import allowed_cpus
 
 pytestmark = pytest.mark.skipif(allowed_cpus() < 2, reason="needs two CPUs")
 

@@ -12,10 +12,10 @@ from harness import run_distributed
 from jobs import Job, NotFinite, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, final_state, losses, tiny_settings
 
-from moce_ds.artefacts.inspection import describe
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.storage.metrics_file import read_metrics
+from moce_ds.inspection.inspection import describe
 
 BAD = 3  # the step (from 1) without an update in the runs that are compared
 RUNS = {

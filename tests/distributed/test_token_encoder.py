@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from harness import run_distributed
 
-from moce_ds.compat import quiet_deepspeed
+from moce_ds.common.compat import quiet_deepspeed
 from moce_ds.distributed.runtime import started
 from moce_ds.encoders.from_checkpoint import TokenExperts
 from moce_ds.models.mae import make_mlp

@@ -13,10 +13,10 @@ from jobs import Told
 from tiny_run import EXPERT_LAYERS, STEPS, TOLERANCE, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.checkpoint.format import Checkpoint, find, step_folder, steps_of
-from moce_ds.config.command_line import read_settings
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ConfigError
-from moce_ds.storage.metrics_file import read_metrics
 from moce_ds.training.engine import deepspeed_config
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.schedule import batch_arithmetic

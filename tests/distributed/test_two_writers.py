@@ -10,7 +10,7 @@ from launching import SECONDS, launched, local, ranks_of, send, wait_for_step, w
 from tiny_run import TinyData, tiny_settings
 
 from moce_ds.checkpoint.format import Checkpoint, step_folder, steps_of
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.storage.metrics_file import read_metrics
 
 STEPS = 90  # so many that the second is still at it when the first wakes up
 

@@ -13,8 +13,8 @@ from jobs import Job, Told, run_jobs
 from tiny_run import EXPERT_LAYERS, STEPS, TinyData, assert_same, final_state, losses, tiny_settings
 
 from moce_ds.checkpoint.format import find
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.encoders.open import open_encoder
-from moce_ds.storage.metrics_file import read_metrics
 
 VARIANTS = {
     "plain": [],

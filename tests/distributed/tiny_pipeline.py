@@ -5,9 +5,9 @@ from pathlib import Path
 import yaml
 from tiny_run import EXPERT_LAYERS
 
-from moce_ds.config.settings import load
-from moce_ds.workflow.pipeline import PipelineSettings, stages_of
-from moce_ds.workflow.stage import Stage
+from moce_ds.cli.workflow.pipeline import PipelineSettings, stages_of
+from moce_ds.cli.workflow.stage import Stage
+from moce_ds.common.config.settings import load
 
 TINY = Path(__file__).with_name("tiny.yaml")
 

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, find
 from moce_ds.clustering.build import ClusterSettings, build_clusters
+from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
@@ -18,7 +19,6 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.features import write_features
 from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.models.vit import Encoder, ViTShape, timm_vit
-from moce_ds.storage.metrics_file import read_metrics
 
 IMAGES = 90  # no multiple of the batch, so that a batch straddles two epochs
 STEPS = 12

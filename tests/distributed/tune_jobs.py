@@ -15,13 +15,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from moce_ds.config.command_line import read_settings
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import MoceError
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.data.transform import ImageInput
 from moce_ds.distributed.runtime import Runtime, started
-from moce_ds.errors import MoceError
 from moce_ds.models.vit import ViTShape, save_encoder, timm_vit
 from moce_ds.tuning.classification import Classification, finetune
 from moce_ds.tuning.settings import FinetuneSettings

@@ -12,7 +12,14 @@ from safetensors.torch import save_file
 from moce_ds.checkpoint.format import grouped, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.run_folder import RESULT, result_text
-from moce_ds.config.settings import load, to_tree
+from moce_ds.cli.workflow.pipeline import keep_stages
+from moce_ds.cli.workflow.stage import Stage, StageFile, StageRecord
+from moce_ds.cli.workflow.study import cell_stage, keep_record
+from moce_ds.cli.workflow.study_grid import StudySettings, cells_of
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.config.settings import load, to_tree
+from moce_ds.common.storage.checksums import FileRecord, write_checked
+from moce_ds.common.storage.files import atomic_folder
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -25,19 +32,12 @@ from moce_ds.models.moce import Moce
 from moce_ds.models.vit import load_encoder, save_encoder
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.checksums import FileRecord, write_checked
-from moce_ds.storage.files import atomic_folder
 from moce_ds.training.inputs import keep_clusters
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.router import Router
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import AnySettings, PretrainSettings
 from moce_ds.tuning.settings import FinetuneSettings
-from moce_ds.workflow.pipeline import keep_stages
-from moce_ds.workflow.stage import Stage, StageFile, StageRecord
-from moce_ds.workflow.study import cell_stage, keep_record
-from moce_ds.workflow.study_grid import StudySettings, cells_of
 from tests.examples.alone import ALONE
 from tests.examples.moce_command import TINY, run_here
 

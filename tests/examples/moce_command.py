@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from harness import run_distributed
 
-from moce_ds.main import main
+from moce_ds.cli.main import main
 
 TINY = Path(__file__).parents[1] / "distributed" / "tiny.yaml"
 """Settings of a pre-training run that takes a second."""

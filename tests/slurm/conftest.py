@@ -15,7 +15,7 @@ from cluster_packages import missing
 from submitted import Tally, run_alone
 from tiny_run import TinyData, write_data
 
-from moce_ds.storage.locks import held
+from moce_ds.common.storage.locks import held
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

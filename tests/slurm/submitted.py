@@ -9,7 +9,7 @@ from cluster import Cluster
 from launching import local
 from tiny_run import TinyData, tiny_settings
 
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.storage.metrics_file import read_metrics
 from tests.examples.moce_command import run_here
 
 SECONDS = 400

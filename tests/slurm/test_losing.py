@@ -14,7 +14,7 @@ from cluster import Cluster
 from submitted import SECONDS, Submitted, Tally, experts, missing_steps, moce, repeated_steps, resumed_after, submit
 from tiny_run import TinyData, assert_same_state, losses, tiny_settings
 
-from moce_ds.artefacts.study_folder import StudyFolder
+from moce_ds.inspection.study_folder import StudyFolder
 
 PAIR = ("nodes=2", "minutes=30")
 EVERY = 10  # steps from checkpoint to checkpoint

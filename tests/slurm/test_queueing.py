@@ -9,7 +9,7 @@ from cluster import Cluster
 from submitted import SECONDS, experts, moce, submit
 from tiny_run import STEPS, TinyData, losses, tiny_settings
 
-from moce_ds.artefacts.study_folder import StudyFolder
+from moce_ds.inspection.study_folder import StudyFolder
 
 LONG = "optim.epochs=5000"
 

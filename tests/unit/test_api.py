@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 import moce_ds
+from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.errors import ArtefactError, DataError
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.write import export_route
 from moce_ds.models.vit import load_encoder

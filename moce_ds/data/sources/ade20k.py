@@ -19,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.program import warn
+from moce_ds.common.text import in_line, listed, part_of
 from moce_ds.data.containers import GRAY, PALETTE, Png
 from moce_ds.data.image_file import (
     DECODER_FAULTS,
@@ -36,9 +39,6 @@ from moce_ds.data.image_file import (
     upright_size,
 )
 from moce_ds.data.sources.image_folder import ODD, list_folder, why_odd
-from moce_ds.errors import DataError
-from moce_ds.program import warn
-from moce_ds.text import in_line, listed, part_of
 
 IGNORED = 255
 """The label of ignored pixels."""

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
-from moce_ds.config.faults import expectation
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.machine import machine_failed, refused
+from moce_ds.common.storage.files import reads_from
+from moce_ds.common.text import listed, part_of
+from moce_ds.common.validation import expectation
 from moce_ds.data.image_file import MAX_PIXELS, MAX_SIDE, read_rgb, upright_size
 from moce_ds.data.sources.coco_api import has_pixels, polygons_of, segmentation_fault, unpack
 from moce_ds.data.sources.image_folder import ODD, leads_out, list_folder
-from moce_ds.errors import DataError
-from moce_ds.host.machine import machine_failed, refused
-from moce_ds.storage.files import reads_from
-from moce_ds.text import listed, part_of
 
 _SLACK = 2.0
 """Pixels by which a box or a corner may leave its image; such rounding errors are clipped."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.errors import ConfigError
+from moce_ds.common.errors import ConfigError
 
 try:
     from pycocotools import mask as masks

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_ds.errors import DataError
-from moce_ds.program import progress_bar
-from moce_ds.storage.artefact import MadeFrom
-from moce_ds.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
+from moce_ds.common.config.made_from import MadeFrom
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.program import progress_bar
+from moce_ds.common.storage.files import atomic_folder, copy_tree, read_json, write_json, writes_to
 
 _TEST_SHARE = 0.2
 CROPS_PER_PHOTO = 1000

@@ -17,11 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from moce_ds.common.errors import LOST_PEER, DataError, MoceError
+from moce_ds.common.host.machine import machine_failed, refused
+from moce_ds.common.text import in_line
 from moce_ds.data import image_file
 from moce_ds.data.image_file import EMPTY, NOT_A_FILE, NOT_AN_IMAGE, UNREADABLE, Accepted, Rejected, examine
-from moce_ds.errors import LOST_PEER, DataError, MoceError
-from moce_ds.host.machine import machine_failed, refused
-from moce_ds.text import in_line
 
 ODD = -1
 """The size of an entry that is not a regular file or is not accessible."""
@@ -101,7 +101,7 @@ def examined(
             f"{in_line(batches[number][-1].path)}: perhaps for lack of memory. Rerun the same command to "
             "resume, with fewer `workers=` if it happens again."
         )
-        fault.status = LOST_PEER  # the same as for workers that prepare batches (host/machine.py)
+        fault.status = LOST_PEER  # the same as for workers that prepare batches (`common/host/machine.py`)
         raise fault from None
     finally:
         for process, connection in team:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.machine import machine_failed, refused
+from moce_ds.common.text import in_line
 from moce_ds.data.sources.image_folder import SourceFile
-from moce_ds.errors import DataError
-from moce_ds.host.machine import machine_failed, refused
-from moce_ds.text import in_line
 
 
 class Listed(NamedTuple):

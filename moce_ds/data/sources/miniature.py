@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.storage.files import atomic_folder, write_json, writes_to
 from moce_ds.data.sources.coco_api import area_of, box_of, pack
 from moce_ds.data.sources.demo_images import package_folder
-from moce_ds.errors import DataError
-from moce_ds.storage.files import atomic_folder, write_json, writes_to
 
 _KINDS = ("animals", "food", "household", "plants", "vehicles")
 _VALIDATION = 5  # every fifth cut-out is for validation only

@@ -5,11 +5,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.host.machine import machine_failed, refused
+from moce_ds.common.host.program import progress_bar, warn
+from moce_ds.common.storage.files import read_json, writes_to
 from moce_ds.data.sources.listing import Listed, Listing
-from moce_ds.errors import ConfigError, DataError
-from moce_ds.host.machine import machine_failed, refused
-from moce_ds.program import progress_bar, warn
-from moce_ds.storage.files import read_json, writes_to
 
 _WRITTEN_BY = "datasets' save_to_disk"
 _SPLITS = "dataset_dict.json"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.files import save_tensors, write_json
 from moce_ds.export.formats.weights import DenseModel, renamed
 from moce_ds.export.reference_model import Trial
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import NORM_EPS
-from moce_ds.storage.files import save_tensors, write_json
 
 _BLOCK = (
     (".norm1.", ".layernorm_before."),

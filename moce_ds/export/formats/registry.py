@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moce_ds.errors import ConfigError
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.encoder_folder import write_export_record
 from moce_ds.export.formats import huggingface, weights
 from moce_ds.export.formats.weights import DenseModel
 from moce_ds.export.reference_model import Output, Trial
 from moce_ds.models.build import ModelSpec
-from moce_ds.storage.encoder_folder import write_export_record
 
 EXTRA = "moce-ds[formats]"
 """The extra with the packages for all formats except timm's."""

@@ -24,7 +24,7 @@ from moce_ds.checkpoint.format import (
     write_checkpoint,
     write_files,
 )
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:

@@ -17,10 +17,10 @@ from moce_ds.checkpoint.format import WEIGHTS, find, grouped, step_folder, steps
 from moce_ds.checkpoint.lease import METRICS, RunLease, SupersededError
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.errors import LOST_PEER, ArtefactError
-from moce_ds.storage.checksums import with_checksum
-from moce_ds.storage.files import writes_to
-from moce_ds.storage.metrics_file import read_metrics
+from moce_ds.common.errors import LOST_PEER, ArtefactError
+from moce_ds.common.storage.checksums import with_checksum
+from moce_ds.common.storage.files import writes_to
+from moce_ds.common.storage.metrics_file import read_metrics
 from tests.examples.alone import ALONE
 
 WEIGHT = {"cls_token": torch.ones(3)}

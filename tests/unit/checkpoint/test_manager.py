@@ -14,8 +14,8 @@ from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.common.host.machine import MachineError
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.host.machine import MachineError
 
 ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 FILE = f"{WEIGHTS}/shared.safetensors"

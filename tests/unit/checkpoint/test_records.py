@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moce_ds.checkpoint.format import FORMAT, Checkpoint, _digest, step_folder
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
 from tests.examples.moce_command import run_here
 
 

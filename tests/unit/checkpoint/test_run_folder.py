@@ -9,8 +9,8 @@ import pytest
 
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
-from moce_ds.errors import ArtefactError
-from moce_ds.storage.metrics_file import METRICS
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.metrics_file import METRICS
 from tests.examples.artefacts import STEPS
 
 

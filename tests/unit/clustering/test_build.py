@@ -9,7 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from moce_ds.clustering.build import kmeans
-from moce_ds.errors import ConfigError, DataError
+from moce_ds.common.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moce_ds.clustering.build import kmeans
 from moce_ds.clustering.sinkhorn import balance, soft_assignment, soft_centroids, solve_duals
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 
 EXACT = {"tolerance": 1e-10, "max_iterations": 20_000}
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.image_file import MAX_SIDE, pixel_limit, read_rgb
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
-from moce_ds.errors import DataError
 from tests.examples.images import crop, photo, png_chunk, png_of, rejections
 
 SIDE = 40

@@ -14,12 +14,12 @@ from sklearn.datasets import load_digits
 
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.quality import cluster_report, report_table
-from moce_ds.config import settings as config
+from moce_ds.common.config import settings as config
+from moce_ds.common.errors import ArtefactError, ConfigError, DataError
+from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.data import feature_store as store
 from moce_ds.data.clusters import Clusters, load_ids, normalised
 from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
-from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.storage.checksums import FileRecord
 
 CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
 CLASSES = [f"{'round' if digit in (0, 6, 8, 9) else 'other'}/{digit}" for digit in range(10)]

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity
-from moce_ds.errors import ArtefactError, DataError
 
 IDENTITY = Identity(
     shards_fingerprint="shards-a",

@@ -17,13 +17,13 @@ import torch
 from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.storage.checksums import records_of, write_checked
 from moce_ds.data.loader import Batch, Crop, Loader
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, SAMPLES, ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput, RandomCrop, Windows
-from moce_ds.errors import DataError
-from moce_ds.storage.checksums import records_of, write_checked
 from tests.examples.images import png_of
 
 CPU = torch.device("cpu")

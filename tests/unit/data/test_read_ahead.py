@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.loader import BATCHES_AHEAD, Loader
 from moce_ds.data.read_ahead import FILES_AHEAD, READERS, IntactReader, in_background, read_ahead
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shards import SAMPLE, ShardFile, ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
-from moce_ds.errors import DataError
 from moce_ds.training.local_sampler import LEAD
 from tests.unit.data.test_loader import copy, flip_byte, make_undecodable
 

@@ -22,13 +22,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ArtefactError, ConfigError, DataError
+from moce_ds.common.storage.checksums import with_checksum
+from moce_ds.common.storage.files import sha256_of
+from moce_ds.common.storage.locks import alone_in
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
-from moce_ds.errors import ArtefactError, ConfigError, DataError
-from moce_ds.storage.checksums import with_checksum
-from moce_ds.storage.files import sha256_of
-from moce_ds.storage.locks import alone_in
 from tests.examples.images import contents, crop, many_photos, photo, rejections, save
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)

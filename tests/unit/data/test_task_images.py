@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import opened_images
-from moce_ds.errors import DataError
 from moce_ds.evaluation import probe
 from moce_ds.tuning.classification import make_splits
 from tests.examples.moce_command import refused, run_here

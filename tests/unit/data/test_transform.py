@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
-from moce_ds.compat import repair_torchvision
+from moce_ds.common.compat import repair_torchvision
 from moce_ds.data.transform import CenterCrop, ImageInput, RandomCrop, Windows
 
 repair_torchvision()

@@ -11,6 +11,9 @@ from typing import cast
 import pytest
 from torch.distributed import TCPStore
 
+from moce_ds.common.errors import LostPeerError
+from moce_ds.common.host.machine import MachineError, machine_fault
+from moce_ds.common.host.rank import SECRET, ProcessRank, new_secret
 from moce_ds.distributed import rendezvous
 from moce_ds.distributed.rendezvous import (
     LONGEST_TEXT,
@@ -22,9 +25,6 @@ from moce_ds.distributed.rendezvous import (
     on_loopback,
 )
 from moce_ds.distributed.watchdog import Watch, _parsed
-from moce_ds.errors import LostPeerError
-from moce_ds.host.machine import MachineError, machine_fault
-from moce_ds.host.place import SECRET, Place, new_secret
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_runs_with_other_secrets_do_not_meet(monkeypatch: pytest.MonkeyPatch) ->
     names = []
     for secret in ("one", "two", "one"):
         monkeypatch.setenv(SECRET, secret)
-        meeting = Rendezvous.here(Place(0, 2, 0, "127.0.0.1", 1))
+        meeting = Rendezvous.here(ProcessRank(0, 2, 0, "127.0.0.1", 1))
         names.append(meeting.name.split("/")[0])  # what follows counts the meetings of a process
         assert secret not in meeting.name and not meeting.hosted
     assert names[0] == names[2] != names[1]
@@ -135,7 +135,9 @@ def test_torchrun_with_another_number_of_nodes_meets_at_its_old_store(
         monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
     monkeypatch.setattr(rendezvous, "_sessions", itertools.repeat(0))  # each of them is the first of its process
     for world_size in (1, 2):
-        starts = [Rendezvous.here(Place(rank, world_size, 0, "127.0.0.1", store.port)) for rank in range(world_size)]
+        starts = [
+            Rendezvous.here(ProcessRank(rank, world_size, 0, "127.0.0.1", store.port)) for rank in range(world_size)
+        ]
         with ThreadPoolExecutor(2) as pool:
             stores = list(pool.map(lambda meeting: meeting.group_store(10), starts))
         stores[0].set("key", str(world_size))

@@ -23,9 +23,9 @@ def test_a_process_alone_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) 
 
 
 TWICE = """
-from moce_ds.program import run_main
+from moce_ds.common.host.program import run_main
 from moce_ds.distributed.runtime import lone_device
-from moce_ds.host import threads
+from moce_ds.common.host import threads
 threads.apply_choice()
 run_main(lambda: (lone_device(), lone_device()))
 """

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.read_ahead import READERS
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode, write_features
 from moce_ds.encoders.settings import FeatureSettings
-from moce_ds.errors import DataError
 from moce_ds.models.vit import load_encoder
 from tests.examples.alone import ALONE
 from tests.unit.data.test_loader import copy, flip_byte

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput
 from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.public_mae import _shape, public_encoder
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder
 from moce_ds.tuning.classification import Classification, make_splits

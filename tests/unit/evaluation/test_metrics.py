@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation.metrics import (
     MultiLabelScore,
     Score,

@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation import knn, probe
 from moce_ds.evaluation.knn import knn_accuracy
 from moce_ds.evaluation.probe import Fits, linear_probe, logistic_fits, ridge_fits, stratified_mask

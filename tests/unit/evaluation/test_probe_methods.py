@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from moce_ds.config.settings import load
-from moce_ds.errors import ConfigError, DataError
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.evaluation.knn import knn_accuracy
 from moce_ds.evaluation.metrics import MultiLabelScore
 from moce_ds.evaluation.probe import lars_fits, linear_probe, ridge_fits

@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
+from moce_ds.cli.main import moce
+from moce_ds.common.errors import ArtefactError
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.errors import ArtefactError
 from moce_ds.evaluation.reconstruction import Reconstructions, evaluate_run, load_whole, run_routes
-from moce_ds.main import moce
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.moce import upcycle
 from moce_ds.selection.run_clusters import run_clusters

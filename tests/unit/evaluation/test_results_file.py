@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.locks import locked
 from moce_ds.evaluation.metrics import MultiLabelScore, Score, accuracy_record
 from moce_ds.evaluation.results_file import accuracy_table, add_record, disambiguated, read_results
 from moce_ds.selection.vote import count_votes
-from moce_ds.storage.locks import locked
 from tests.examples.moce_command import run_here
 
 

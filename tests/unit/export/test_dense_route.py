@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find, publish, step_folder, write_checkpoint
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, dense_encoder, encoder_state
 from moce_ds.encoders.open import open_encoder
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
 from moce_ds.export.write import export_dense, export_route
 from moce_ds.models.build import ModelSpec, build_model

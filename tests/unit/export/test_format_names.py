@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from moce_ds.common.storage.files import read_json
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.write import export_route
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters
-from moce_ds.storage.files import read_json
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "state_dicts"
 KEYS = {"detectron2": "model", "mmdet": "model", "mmseg": "state_dict", "mmpretrain": "state_dict"}

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moce_ds.checkpoint.format import find, step_folder, write_checkpoint
-from moce_ds.config.settings import to_tree
-from moce_ds.errors import ArtefactError, ConfigError
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.export import write as export
 from moce_ds.export.formats import registry
 from moce_ds.export.formats.registry import FORMATS, NAMES, Format, find_format

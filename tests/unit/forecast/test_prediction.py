@@ -16,9 +16,9 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moce_ds.config.families import SDR
-from moce_ds.config.settings import to_yaml
-from moce_ds.errors import ConfigError
+from moce_ds.common.config.model_kinds import SDR
+from moce_ds.common.config.settings import to_yaml
+from moce_ds.common.errors import ConfigError
 from moce_ds.forecast.devices import DEVICES, assuming, find_device
 from moce_ds.forecast.prediction import Prediction, advice, predict
 from moce_ds.forecast.step_cost import Machines, Traffic, Work
@@ -53,7 +53,7 @@ def step_of(config: PretrainSettings) -> Callable[[], None]:
         return lambda: dense(images, noise).loss.backward()
     layers = len(spec.experts.layers)
     clusters = torch.randn(M, 4), torch.full((M,), 1 / M)
-    kind = Sdr if spec.family is SDR else Moce
+    kind = Sdr if spec.model_kind is SDR else Moce
     model = kind(spec.shape, spec.decoder, spec.mask_ratio, spec.experts, *clusters, ReferenceMoE)
     model.checkpoint_activations = config.engine.checkpoint_activations
     clusters_WB = np.arange(IMAGES)[None]
@@ -90,7 +90,7 @@ def test_flops_are_those_that_pytorch_counts(tiny_config: Make, words: tuple[str
         step()
     counted = IMAGES * Work.of(config).image_flops.step
     # An expert layer's weighted sum and its gate are products too, and left out.
-    assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.family.has_experts else 0)
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.01 if config.model_kind.has_experts else 0)
 
 
 def test_parameters_of_paths_are_those_of_the_model(tiny_config: Make) -> None:

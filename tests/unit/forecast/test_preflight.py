@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from moce_ds.config.command_line import read_settings
-from moce_ds.errors import ConfigError
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import ConfigError
 from moce_ds.forecast import preflight
 from moce_ds.forecast.preflight import FORCE
 from moce_ds.forecast.step_cost import Work

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import find
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.transform import ImageInput
 from moce_ds.encoders.from_checkpoint import Share, encoder_state
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.export.formats.registry import find_format
 from moce_ds.export.request import Request, Target, export_requested
 from moce_ds.models.build import ModelSpec

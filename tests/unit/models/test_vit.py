@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, mask_noise, random_masking, visible_tokens
 from moce_ds.models.parameters import is_decoder
 from moce_ds.models.vit import Encoder, ViTShape, fingerprint, load_encoder, save_encoder, shape_of, timm_vit
-from moce_ds.storage.checksums import with_checksum
 
 NAME = "vit_tiny_patch16_224"
 TINY = ViTShape(16, 4, 16, 3, 2)

@@ -21,8 +21,8 @@ from PIL import Image
 
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.shards import ShardSet
-from moce_ds.errors import ArtefactError, ConfigError
 from moce_ds.report import run_chapter
 from moce_ds.report.build import build_report, read_runs
 from moce_ds.report.plots import Line, curves

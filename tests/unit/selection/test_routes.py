@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from moce_ds.checkpoint.format import Checkpoint, find, publish, step_folder
-from moce_ds.errors import ConfigError
+from moce_ds.common.errors import ConfigError
 from moce_ds.export import request
 from moce_ds.export.write import export_route
 from moce_ds.models.build import ModelSpec, build_model

@@ -14,16 +14,16 @@ import yaml
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.checkpoint.run_folder import RunFolder
-from moce_ds.config import families
-from moce_ds.config.command_line import read_settings, settings_layers
-from moce_ds.config.printing import origin_of
-from moce_ds.config.settings import completed, differences, from_tree, keys, load, to_tree
-from moce_ds.errors import ConfigError
+from moce_ds.cli.workflow.study_grid import StudySettings, cells_of
+from moce_ds.common.config import model_kinds
+from moce_ds.common.config.command_line import read_settings, settings_layers
+from moce_ds.common.config.printing import origin_of
+from moce_ds.common.config.settings import completed, differences, from_tree, keys, load, to_tree
+from moce_ds.common.errors import ConfigError
 from moce_ds.models.build import VARIANTS
 from moce_ds.report.build import read_runs
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.settings import PretrainSettings, settings_of_run
-from moce_ds.workflow.study_grid import StudySettings, cells_of
 from tests.examples.moce_command import run_here
 
 EARLIER = Path(__file__).parents[2] / "fixtures" / "earlier_settings"
@@ -50,7 +50,7 @@ def now(kind: str, *words: str) -> PretrainSettings:
 @pytest.fixture
 def notices(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """The notices logged so far. What other tests have logged is forgotten."""
-    families._notice.cache_clear()
+    model_kinds._notice.cache_clear()
     caplog.set_level(logging.INFO, "moce_ds")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -137,10 +137,10 @@ def test_the_origin_of_a_moved_setting_is_its_own_line(tmp_path: Path) -> None:
 
 def test_every_kind_of_model_is_registered() -> None:
     archs = next(field.type for key, field in keys(PretrainSettings) if key == "model.arch").__args__
-    assert set(archs) == set(VARIANTS) == {family.arch for family in families.FAMILIES} == set(NOW)
+    assert set(archs) == set(VARIANTS) == {kind.arch for kind in model_kinds.MODEL_KINDS} == set(NOW)
     for kind in NOW:
         config = now(kind)
-        assert config.family is config.model_spec.family and config.family.arch == kind
+        assert config.model_kind is config.model_spec.model_kind and config.model_kind.arch == kind
 
 
 def test_what_had_no_effect_is_left_out(notices: Callable[[], list[str]]) -> None:
@@ -188,7 +188,7 @@ def test_the_report_and_inspect_name_the_kind(tmp_path: Path) -> None:
     for kind in NOW:
         (tmp_path / kind).mkdir()
         shutil.copy(EARLIER / f"{kind}.yaml", tmp_path / kind / "config.yaml")
-    runs = {run.name: run.family.title for run in read_runs(tmp_path).runs}
+    runs = {run.name: run.model_kind.title for run in read_runs(tmp_path).runs}
     assert runs == {"mae": "MAE", "moce": "MoCE", "sdr": "SDR", "token_moe": "TokenMoE"} and next(iter(runs)) == "mae"
     said = run_here("inspect", tmp_path / "sdr")
     assert said.status == 0 and "sdr" in said.out

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
 from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
-from moce_ds.config.settings import to_tree
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ArtefactError
 from moce_ds.data.clusters import Clusters
-from moce_ds.errors import ArtefactError
 from moce_ds.models.mae import MaskedAutoencoder, sincos_positions
 from moce_ds.models.parameters import has_experts, is_decoder, lacks_decoder
 from moce_ds.models.vit import save_encoder, timm_vit
@@ -39,7 +39,7 @@ def warm_start(
 ) -> str:
     """Give one rank's model its first weights, as training does; returns the sentence that says which."""
     weights, said = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
-    if config.family.routes_by_cluster:
+    if config.model_kind.routes_by_cluster:
         place_experts(model, default_placement(2, config.experts.num) if slots is None else slots, rank)
     take_weights(model, weights, config.run.init_from)
     return said

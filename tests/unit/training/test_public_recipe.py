@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder
 from moce_ds.models.vit import ViTShape
 from moce_ds.training.engine import parameter_groups

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.config.settings import differences, keys, load, to_tree, to_yaml
-from moce_ds.errors import ConfigError
+from moce_ds.common.config.settings import differences, keys, load, to_tree, to_yaml
+from moce_ds.common.errors import ConfigError
 from moce_ds.models.moce import ExpertShape
 from moce_ds.models.vit import ViTShape
 from moce_ds.training.run_checks import RequestedRun

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moce_ds.errors import DataError
+from moce_ds.common.errors import DataError
 from moce_ds.training.step_agreement import StepAgreement, StepTotals
 from tests.examples.alone import ALONE
 

@@ -10,8 +10,8 @@ import pytest
 
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.settings import RunSettings
-from moce_ds.errors import ArtefactError
-from moce_ds.storage.metrics_file import METRICS
+from moce_ds.common.errors import ArtefactError
+from moce_ds.common.storage.metrics_file import METRICS
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.trainer import Trainer

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.listing import Listed, Listing
-from moce_ds.errors import ConfigError, DataError
 from moce_ds.models.vit import load_encoder
 from moce_ds.tuning.classification import Batch, Classification, make_splits
 from moce_ds.tuning.settings import FinetuneSettings

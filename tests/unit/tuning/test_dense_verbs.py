@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from moce_ds.checkpoint.format import step_folder
-from moce_ds.config.settings import load
-from moce_ds.errors import DataError
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import DataError
 from moce_ds.tuning.segmentation import SegmentationTask
 from moce_ds.tuning.settings import SegmentSettings
 from tests.examples.alone import ALONE

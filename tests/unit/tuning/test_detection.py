@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moce_ds.config.settings import load
+from moce_ds.common.config.settings import load
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.storage.files import sha256_of
 from moce_ds.data.scale_jitter import View, draw_image
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, unpack
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
-from moce_ds.storage.files import sha256_of
 from moce_ds.tuning.detection import DetectionTask, build_detector, results, training_example, whole_view
 from moce_ds.tuning.settings import DetectorSettings, DetectSettings
 from tests.examples.dense_sets import OBJECTS, write_coco

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from moce_ds.errors import LOST_PEER, DataError, MoceError
-from moce_ds.host.machine import MachineError, machine_fault
+from moce_ds.common.errors import LOST_PEER, DataError, MoceError
+from moce_ds.common.host.machine import MachineError, machine_fault
 from moce_ds.models.vit import ViTShape, timm_vit
 from moce_ds.tuning.labelled_task import parameter_groups, prepared
 from moce_ds.tuning.settings import TuneOptimSettings
@@ -22,7 +22,7 @@ OPTIM = TuneOptimSettings(layer_decay=0.5, weight_decay=0.1)
 TOGETHER = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
 LARGE = """
 import torch
-from moce_ds.program import run_main
+from moce_ds.common.host.program import run_main
 from moce_ds.tuning.labelled_task import prepared
 
 def make(index):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.transform import ImageInput
-from moce_ds.errors import ConfigError
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 from moce_ds.tuning.pyramid import SimpleFeaturePyramid, WindowedViT, from_windows, to_windows
 from moce_ds.tuning.settings import BackboneSettings

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moce_ds.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError
 from moce_ds.tuning.state import TuneState
 from tests.examples.alone import ALONE
 

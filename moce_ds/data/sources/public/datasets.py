@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from moce_ds.config.settings import option, settings
+from moce_ds.common.config.settings import option, settings
+from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.data.shard_writer import ShardReport, ShardSettings, write_shards
 from moce_ds.data.sources.image_folder import leads_out
 from moce_ds.data.sources.listing import Listed, Listing
 from moce_ds.data.sources.public import readers
 from moce_ds.data.sources.public.readers import DatasetSplits
-from moce_ds.errors import ConfigError, DataError
-from moce_ds.storage.drafts import scratch_folder
 
 READERS: dict[str, Callable[[Path, int], DatasetSplits]] = {
     "aircraft": readers.aircraft,

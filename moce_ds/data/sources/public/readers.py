@@ -18,11 +18,11 @@ from pydantic import TypeAdapter, ValidationError
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.host.machine import machine_failed, refused
+from moce_ds.common.storage.files import reads_from
 from moce_ds.data.sources.image_folder import ODD, list_files, unwanted
 from moce_ds.data.sources.listing import Listed
-from moce_ds.errors import DataError
-from moce_ds.host.machine import machine_failed, refused
-from moce_ds.storage.files import reads_from
 
 SPLITS = ("train", "val", "test")
 

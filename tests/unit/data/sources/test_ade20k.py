@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.containers import Png
 from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet, Palettes, read_mask
-from moce_ds.errors import DataError
 from tests.examples.dense_sets import write_ade
 from tests.examples.images import png_chunk, png_of
 

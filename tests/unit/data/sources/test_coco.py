@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.scale_jitter import View
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.coco_api import average_precision, box_of, has_pixels, pack, segmentation_fault
-from moce_ds.errors import DataError
 from moce_ds.tuning.detection import training_example
 from tests.examples.dense_sets import CATEGORIES, OBJECTS, write_coco
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.sources.demo_images import write_demo_images
-from moce_ds.errors import DataError
 from tests.examples.images import contents
 
 

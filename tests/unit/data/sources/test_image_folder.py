@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.image_file import MAX_PIXELS, Accepted, Rejected
 from moce_ds.data.sources import image_folder
 from moce_ds.data.sources.ade20k import Ade20kSet
 from moce_ds.data.sources.image_folder import ODD, list_files, list_folder, why_odd
-from moce_ds.errors import DataError
 from tests.examples.dense_sets import write_ade
 from tests.examples.images import crop, save
 from tests.examples.moce_command import run_here

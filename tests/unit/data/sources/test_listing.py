@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moce_ds.common.errors import DataError
+from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.listing import Listed, Listing
-from moce_ds.errors import DataError
-from moce_ds.storage.checksums import with_checksum
 from tests.examples.images import contents, crop, save
 
 ONE = ShardSettings(workers=1)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.sources.ade20k import Ade20kSet
 from moce_ds.data.sources.coco import CocoSet
 from moce_ds.data.sources.miniature import Cut, Material, write_miniature
-from moce_ds.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.public.datasets import NAMES, DatasetSettings, write_dataset
-from moce_ds.errors import DataError
 from tests.examples.images import contents
 from tests.examples.moce_command import refused, run_here
 from tests.examples.public_folders import MINIATURES, text

@@ -8,10 +8,10 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 
+from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.sources.saved_dataset import _class_names
 from moce_ds.data.task_images import opened_images
-from moce_ds.errors import ConfigError, DataError
 from tests.examples.images import crop
 from tests.examples.moce_command import refused
 

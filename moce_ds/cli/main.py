@@ -1,0 +1,48 @@
+"""The `moce` command: the verbs of single stages (stages/), and those that run other verbs (workflow/)."""
+
+import click
+
+from moce_ds import __version__
+from moce_ds.cli.stages.config import config
+from moce_ds.cli.stages.table import STAGE_VERBS
+from moce_ds.cli.workflow.workflow_verbs import VERBS as WORKFLOW_VERBS
+from moce_ds.common.host import gpus, threads
+from moce_ds.common.host.program import run_command, set_log_level
+
+
+@click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moce")
+@click.option("-v", "--verbose", is_flag=True, help="Log debug output, with time, rank and module.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only results, warnings and errors.")
+def moce(verbose: bool, quiet: bool) -> None:
+    """Masked autoencoders with a mixture of cluster-conditional experts.
+
+    \b
+    The stages, in order:
+      shards    images -> tar shards            select    the expert for a task
+      pretrain  a dense MAE (arch=mae)          export    that expert as a dense ViT
+      features  its features of every image     knn       accuracy without training
+      cluster   features -> clusters            probe     accuracy of a linear classifier
+      pretrain  the experts (arch=moce)         finetune  train encoder and classifier
+                                                report    one HTML page of a run
+
+    `pipeline` runs all stages. `plan` predicts time and memory of a run on other machines. `study` runs and compares a
+    grid of runs.
+
+    Results go to standard output, everything else to standard error. MOCE_DEVICE=cpu in the environment hides all GPUs.
+    """
+    gpus.apply_choice()
+    if verbose and quiet:
+        raise click.UsageError("--verbose and --quiet exclude each other.")
+    if verbose or quiet:
+        set_log_level("debug" if verbose else "warning")
+
+
+for verb in (*STAGE_VERBS.values(), *WORKFLOW_VERBS, config):
+    moce.add_command(verb)
+
+
+def main() -> None:
+    """Entry point."""
+    threads.apply_choice()
+    run_command(moce, "moce")
