@@ -10,7 +10,7 @@ import pytest
 
 from moce_ds import __version__
 from moce_ds.cli.main import moce
-from moce_ds.cli.stages.options import Verb
+from moce_ds.cli.options import Verb
 from moce_ds.common.config import settings as configuration
 from tests.examples.moce_command import TINY, Said, refused, run_here
 

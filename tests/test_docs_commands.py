@@ -8,9 +8,9 @@ from typing import Any
 import click
 import pytest
 
+from moce_ds.cli.config_verbs import KINDS
 from moce_ds.cli.main import moce
-from moce_ds.cli.stages.config import KINDS
-from moce_ds.cli.stages.options import Verb
+from moce_ds.cli.options import Verb
 from moce_ds.common.config.settings import keys
 from tests.test_docs import DOCUMENTS, ROOT
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_ds.cli.stages.config import KINDS
+from moce_ds.cli.config_verbs import KINDS
 from moce_ds.common.config.settings import keys
 from moce_ds.moved_modules import new_name
 from tests.test_docs import DOCUMENTS, ROOT

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from moce_ds.cli.stages.options import PATH
+from moce_ds.cli.options import PATH
 from moce_ds.common.host.program import run_command, say
 from moce_ds.data.sources.miniature import Material, write_miniature
 

@@ -3,8 +3,8 @@
 import click
 
 from moce_ds import __version__
-from moce_ds.cli.stages.config import config
-from moce_ds.cli.stages.table import STAGE_VERBS
+from moce_ds.cli.config_verbs import config
+from moce_ds.cli.stages.registry import STAGE_VERBS
 from moce_ds.cli.workflow.workflow_verbs import VERBS as WORKFLOW_VERBS
 from moce_ds.common.host import gpus, threads
 from moce_ds.common.host.program import run_command, set_log_level

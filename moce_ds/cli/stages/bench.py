@@ -8,7 +8,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from moce_ds.cli.stages.options import PATH
+from moce_ds.cli.options import PATH
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import show
 
@@ -245,3 +245,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return "" if value is None else str(value)
+
+
+VERBS = (bench,)

@@ -1,4 +1,4 @@
-"""The verbs about a task: select, export, knn, probe, evaluate."""
+"""The verbs that measure encoders and runs without training: knn, probe, evaluate."""
 
 import logging
 from collections.abc import Sequence
@@ -7,126 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moce_ds.cli.stages.options import PATH, Verb, heads_option, words
+from moce_ds.cli.options import PATH, Verb, heads_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
 from moce_ds.common.text import in_line
 
 if TYPE_CHECKING:
-    from moce_ds.export.request import Target
+    pass
 
 _logger = logging.getLogger(__name__)
-
-
-@click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")
-@click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="Images of the task: shards, a folder, or a saved data set.")
-@click.option("--task", default=None, help="Name of the task in results (default: from --data).")
-@click.option("--results", type=PATH, help="A results.json to add the record to.")
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Number of routes in the table.")
-@click.option("--picture", type=PATH, help="Write a PNG: images of the task and of the expert.")
-@click.option("--export", "out", type=PATH, help="Also export the winning route to this folder.")
-@click.option("--format", default="timm", show_default=True, help="Format of the export, as in moce export.")
-@click.option("--part", default="encoder", show_default=True, help="Part to export: encoder, or full.")
-@click.option("--replace", is_flag=True, help="Replace an earlier export.")
-@words()
-def select(
-    run: Path,
-    data: Path,
-    task: str | None,
-    results: Path | None,
-    top: int,
-    picture: Path | None,
-    words: Sequence[str],
-    **export: Any,
-) -> None:
-    """Find the route through the experts of RUN that serves a task's images best.
-
-    Also reports how typical the images are of the training data.
-    """
-    from moce_ds.data.task_images import opened_images
-    from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.evaluation.results_file import add_record, known_by
-    from moce_ds.export.request import summary
-    from moce_ds.export.write import export_route
-    from moce_ds.selection.routes import choose_selected, routes_of
-    from moce_ds.selection.run_clusters import run_clusters
-    from moce_ds.selection.selection_report import selection_report, write_picture
-    from moce_ds.selection.vote import select_route
-
-    config, target, name = read_settings(EncodeSettings, words), _target(**export), task or task_of(data)
-    _check_outputs(target, picture, results)
-    checkpoint, clusters = run_clusters(run)
-    run = checkpoint.folder  # fixed to one step, even if the run is still training
-    with opened_images(data) as images:
-        selection, fingerprint = select_route(run, images, config, _device()), images.fingerprint
-        show(selection_report(selection, name, routes_of(checkpoint), top))
-        if picture:
-            note = write_picture(picture, images, name, selection, checkpoint)
-            say(f"{picture}: written. {note or ''}".rstrip())
-    record = selection.record(name)
-    add_record(results, record | known_by(checkpoint, fingerprint))
-    if target:
-        experts, extra = choose_selected(checkpoint, selection), {"votes": record}
-        provenance = export_route(checkpoint, clusters, experts, target.out, extra, target.format, target.replace)
-        say(summary(target.out, provenance))
-
-
-def _target(out: Path | None, format: str, part: str, replace: bool) -> "Target | None":
-    """Where and how `--export` writes; None without this option. Raises ConfigError if there is no such format."""
-    from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Target
-
-    found = find_format(format, part)
-    return Target(out, found, replace) if out else None
-
-
-def _check_outputs(target: "Target | None", picture: Path | None, results: Path | None) -> None:
-    """Check that the outputs can be written, before any image is read. Raises ConfigError and ArtefactError."""
-    from moce_ds.common.storage.files import PICTURE_MARK, check_output
-    from moce_ds.evaluation.results_file import check_results
-    from moce_ds.export.earlier import check_free
-
-    if target:
-        check_free(target.out, target.replace)
-    if picture:
-        check_output(picture, "a picture", PICTURE_MARK)
-    check_results(results)
-
-
-@click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")
-@click.argument("run", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--data", type=PATH, help="Images of a task (a shard set or a folder), whose votes choose the route.")
-@click.option("--cluster", type=int, help="Export the route of one cluster.")
-@click.option("--route", help="Export these experts, one per layer: 3,5; or auto: choose by --data.")
-@click.option("--expert", type=int, help="Export the most frequent route through this expert of the last expert layer.")
-@click.option("--all", is_flag=True, help="Export every route in use, each to a folder in OUT.")
-@click.option("--average", help="Export the average of all experts: uniform, or weighted by --data or training images.")
-@click.option(
-    "--format",
-    default="timm",
-    show_default=True,
-    help="timm, hf-vit, hf-vitmae, onnx, detectron2, mmdet, mmseg or mmpretrain.",
-)
-@click.option(
-    "--part", default="encoder", show_default=True, help="encoder, or full: with the decoder (timm, hf-vitmae)."
-)
-@click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
-@words()
-def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
-    """Write experts of RUN as a dense ViT to OUT.
-
-    The encoder of a dense RUN needs no choice of experts. docs/export.md describes the options and formats.
-    """
-    from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, Target, export_requested, summary
-
-    config, target = read_settings(EncodeSettings, words), Target(out, find_format(format, part), replace)
-    task = task_of(request["data"]) if request["data"] else None
-    for folder, provenance in export_requested(run, Request(**request), target, config, _device(), task):
-        say(summary(folder, provenance))
 
 
 def _accuracy_options(function: Any) -> Any:
@@ -179,13 +68,14 @@ def _accuracy(
 ) -> None:
     from moce_ds.common.config.settings import to_tree
     from moce_ds.data.task_images import opened_task
+    from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.open import open_encoder
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
     from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
     from moce_ds.evaluation.results_file import add_record, check_results, known_by
 
-    config, device = read_settings(SETTINGS[verb], words), _device()
+    config, device = read_settings(SETTINGS[verb], words), lone_device()
     check_results(results)
     opened = open_encoder(encoder, device, heads)
     if encoder.is_file():
@@ -215,6 +105,7 @@ def evaluate(
     Compares the selected route, each image's own route, and with --dense a dense MAE.
     """
     from moce_ds.data.task_images import opened_images
+    from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.reconstruction import evaluate_run
     from moce_ds.evaluation.results_file import add_record, check_results
@@ -222,21 +113,10 @@ def evaluate(
     config = read_settings(EncodeSettings, words)
     check_results(results)
     with opened_images(data) as images:
-        errors = evaluate_run(run, images, dense, config, _device())
+        errors = evaluate_run(run, images, dense, config, lone_device())
     name = task or task_of(data)
     show(errors.table(name))
     add_record(results, errors.record(name, run.name))
 
 
-def task_of(data: Path) -> str:
-    """The name of the task of a folder: digits for both `digits/train` and `digits`."""
-    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
-
-
-def _device() -> Any:
-    from moce_ds.distributed.runtime import lone_device
-
-    return lone_device()
-
-
-VERBS = (select, export, knn, probe, evaluate)
+VERBS = (knn, probe, evaluate)

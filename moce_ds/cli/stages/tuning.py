@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.stages.options import PATH, Verb, checked_settings, words
+from moce_ds.cli.options import PATH, Verb, checked_settings, words
 from moce_ds.common.config.command_line import settings_layers
 from moce_ds.common.config.settings import T
 from moce_ds.common.config.values import is_number
@@ -51,7 +51,7 @@ def finetune(
         named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
     config = checked_settings(FinetuneSettings, settings_layers(FinetuneSettings, words, named))
     from moce_ds.checkpoint.run_folder import TUNED
-    from moce_ds.cli.stages.evaluation import task_of
+    from moce_ds.cli.options import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.tuning.classification import finetune as run

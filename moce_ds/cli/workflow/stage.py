@@ -18,7 +18,7 @@ import click
 
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.cli.launch.slurm_profile import SlurmProfile
-from moce_ds.cli.stages.table import run_verb
+from moce_ds.cli.stages.registry import run_verb
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.rank import ProcessRank

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from moce_ds.cli.launch.local import run_processes
 from moce_ds.cli.launch.slurm_profile import SlurmProfile
-from moce_ds.cli.stages.table import run_verb
+from moce_ds.cli.stages.registry import run_verb
 from moce_ds.cli.workflow.runner import Failure, Progress, duration, run_stages, states_table
 from moce_ds.cli.workflow.stage import Launch, Stage, StageRecord, Workflow, perform
 from moce_ds.cli.workflow.study_grid import Cell, StudySettings, cells_of, check_places, check_settings

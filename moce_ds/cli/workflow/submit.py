@@ -9,8 +9,8 @@ from typing import Any
 from moce_ds.checkpoint.run_folder import LAUNCHES
 from moce_ds.cli.launch.slurm_profile import SlurmProfile
 from moce_ds.cli.launch.slurm_queue import Submitted, begin_launch, record_jobs, refuse_second, submit
-from moce_ds.cli.stages.options import FORCED
-from moce_ds.cli.stages.table import STAGE_VERBS
+from moce_ds.cli.options import FORCED
+from moce_ds.cli.stages.registry import STAGE_VERBS
 from moce_ds.cli.workflow.pipeline import PipelineSettings, check_folders, keep_stages, pipeline_workflow
 from moce_ds.cli.workflow.stage import Stage, Workflow
 from moce_ds.cli.workflow.study import checked_cells, keep_record, study_workflow

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.stages.options import PATH, Verb, force_option, words
+from moce_ds.cli.options import PATH, Verb, force_option, words
 from moce_ds.common.config.command_line import is_config_word, read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import show

@@ -27,11 +27,6 @@ class Comparison:
     differences: dict[str, tuple[Any, Any]] | None
 
     @property
-    def absent(self) -> bool:
-        """Whether there is no record."""
-        return self.differences is None
-
-    @property
     def same(self) -> bool:
         """Whether there is a record without differences."""
         return self.differences == {}

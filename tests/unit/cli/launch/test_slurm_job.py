@@ -19,7 +19,7 @@ from moce_ds.common.errors import LOST_PEER
 from moce_ds.common.host.rank import SECRET
 
 LOST, STOPPED = 77, 76
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 RANK = (
     "import signal, sys; from moce_ds.cli.launch.slurm_job import Rank; "
     "Rank(tuple(sys.argv[1:]), (), 3, signal.SIGUSR2)()"

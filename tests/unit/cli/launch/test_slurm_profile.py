@@ -14,7 +14,7 @@ from moce_ds.common.errors import ConfigError
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_here
 
-DOCS = Path(__file__).parents[3] / "docs/slurm.md"
+DOCS = Path(__file__).parents[4] / "docs/slurm.md"
 
 
 def profile(*words: str) -> SlurmProfile:

@@ -21,7 +21,7 @@ from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.open import open_encoder
 from moce_ds.export.earlier import check_free
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 # Replace the folder "barrel", and be killed before the n-th change of the file system from when the draft is whole.
 KILLED = """

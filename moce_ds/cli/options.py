@@ -1,4 +1,4 @@
-"""Shared parts of the verbs: the type of paths, the trailing settings, and common options.
+"""Shared parts of the verbs: the type of paths, the trailing settings, common options, and the name of a task.
 
 A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
 packages.
@@ -91,3 +91,8 @@ def force_option() -> Any:
 
     what = "Start pre-training even if this machine has too little memory."
     return click.option(FORCED, is_flag=True, expose_value=False, callback=remember, help=what)
+
+
+def task_of(data: Path) -> str:
+    """The name of the task of a folder: digits for both `digits/train` and `digits`."""
+    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name

@@ -1,16 +1,15 @@
-"""The verbs of single stages, and a function that runs one of them in this process, for workflows."""
+"""All verbs of single stages, and a function that runs one of them in this process, for workflows."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from moce_ds.cli.stages import bench, evaluation, pretraining, tuning
+from moce_ds.cli.stages import bench, data, evaluation, pretraining, reports, selection, tuning
 from moce_ds.common.config.values import arguments
 
-STAGE_VERBS: dict[str, click.Command] = {
-    str(verb.name): verb for verb in (*pretraining.VERBS, *evaluation.VERBS, *tuning.VERBS, bench.bench)
-}
+_MODULES = (data, pretraining, selection, evaluation, tuning, reports, bench)
+STAGE_VERBS: dict[str, click.Command] = {str(verb.name): verb for module in _MODULES for verb in module.VERBS}
 
 
 def run_verb(words: Iterable[Any]) -> None:

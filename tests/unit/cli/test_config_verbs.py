@@ -10,9 +10,9 @@ import click
 import pytest
 import yaml
 
+from moce_ds.cli.config_verbs import ARCH_NEEDS, KINDS, starter_text
 from moce_ds.cli.main import moce
-from moce_ds.cli.stages.config import ARCH_NEEDS, KINDS, starter_text
-from moce_ds.cli.stages.options import Verb
+from moce_ds.cli.options import Verb
 from moce_ds.common.config.settings import keys, load, plain_default
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_here

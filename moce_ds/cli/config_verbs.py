@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.stages.options import PATH, SETTINGS
+from moce_ds.cli.options import PATH, SETTINGS
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say
 
