@@ -33,6 +33,10 @@ _FOLDERS: dict[str, tuple[str, str]] = {
 
 MOVED: dict[str, str] = {
     **{f"{old}.{name}": f"{new}.{name}" for new, (old, names) in _FOLDERS.items() for name in names.split()},
+    "moce_ds.training.task": "moce_ds.training.training_task",
+    "moce_ds.training.import_deepspeed": "moce_ds.training.import_deepspeed_checkpoint",
+    "moce_ds.export.earlier": "moce_ds.export.existing_export",
+    "moce_ds.moe.plan": "moce_ds.moe.routing_plan",
     "launchers.cell": "moce_ds.cli.workflow.study",
     "launchers.grid": "moce_ds.cli.workflow.study_grid",
     "launchers.launch": "moce_ds.cli.workflow.submit",
@@ -117,7 +121,7 @@ MOVED: dict[str, str] = {
     "moce_ds.training.loop": "moce_ds.training.pretrain",
     "moce_ds.training.metrics": "moce_ds.training.metric_logger",
     "moce_ds.training.model": "moce_ds.training.placed_model",
-    "moce_ds.training.native": "moce_ds.training.import_deepspeed",
+    "moce_ds.training.native": "moce_ds.training.import_deepspeed_checkpoint",
     "moce_ds.training.saver": "moce_ds.checkpoint.manager",
     "moce_ds.training.skipping": "moce_ds.training.engine",
     "moce_ds.transfer": "moce_ds.export",

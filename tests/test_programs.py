@@ -12,7 +12,7 @@ from submitit.slurm.slurm import SlurmJobEnvironment
 from moce_ds.common.errors import LOST_PEER
 from moce_ds.data.sources import demo_images
 from moce_ds.inspection import study_folder
-from moce_ds.training import import_deepspeed as native
+from moce_ds.training import import_deepspeed_checkpoint as native
 
 DOORS = {
     "moce_ds.cli.workflow.study": (study_folder.StudyRecord, "read"),

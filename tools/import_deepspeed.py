@@ -8,7 +8,7 @@ import click
 from moce_ds.checkpoint.format import find
 from moce_ds.common.config import settings as configuration
 from moce_ds.common.host.program import run_command, say
-from moce_ds.training.import_deepspeed import import_native
+from moce_ds.training.import_deepspeed_checkpoint import import_native
 from moce_ds.training.settings import PretrainSettings
 
 PATH = click.Path(path_type=Path)

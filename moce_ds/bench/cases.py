@@ -22,7 +22,7 @@ from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
 from moce_ds.moe.expert_layer import choose_execution
 from moce_ds.moe.placement import default_placement, local_order
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 
 TOKENS = 50
 """T: ViT-B/16 at 224 px keeps 49 of 196 patches, plus cls."""

@@ -34,7 +34,7 @@ from moce_ds.models.vit import ViTShape
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import chosen_experts
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 
 Row = dict[str, Any]
 

@@ -4,7 +4,7 @@ twin.
 `own` is the error with all experts, `selected` that of one deployed ViT. A random table
 (experts.gate=random) shows the effect of capacity alone (docs/method.md, "Gates").
 
-Axes: B images, N patches, M clusters, L expert layers, K experts per image.
+Axes: B images of a batch, N held-out images or patches, M clusters, L expert layers, K experts per image.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import SequentialSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
-from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.results_file import known_by
 from moce_ds.models.build import ModelSpec, build_model
@@ -36,9 +35,7 @@ from moce_ds.models.parameters import load_weights_strict
 from moce_ds.moe.expert_layer import ExpertLayer
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
-from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
-from moce_ds.selection.vote import count_votes
+from moce_ds.moe.routing_plan import make_plan
 
 _NAME = 60  # characters shown of a task's name
 _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared
@@ -78,6 +75,24 @@ class Reconstructions:
         return table
 
 
+@dataclass(frozen=True)
+class RoutedImages:
+    """Held-out images of a task, the cluster of each, and the route that is deployed for the task."""
+
+    images: ShardSet
+    clusters_N: NDArray[np.int64]
+    route: tuple[int, ...]
+
+    def representative(self, expert_ML: NDArray[np.int64]) -> int:
+        """The cluster of this route that most of the images are in."""
+        count_M, on_route_M = (
+            np.bincount(self.clusters_N, minlength=len(expert_ML)),
+            (expert_ML == self.route).all(axis=1),
+        )
+        assert on_route_M.any(), "the route is one of a cluster"
+        return int(np.where(on_route_M, count_M, -1).argmax())
+
+
 Loss = Callable[[NDArray[np.int64], Tensor, Tensor], Tensor]
 """The loss of a batch of images, from their ids [B], pixels [B, C, H, W] and mask noise [B, N]."""
 
@@ -115,27 +130,31 @@ class HeldOut:
 
 
 def evaluate_run(
-    run: Path, held_out: ShardSet, dense: Path | None, config: EncodeSettings, device: torch.device
+    checkpoint: Checkpoint,
+    clusters: Clusters,
+    task: RoutedImages,
+    dense: Path | None,
+    config: EncodeSettings,
+    device: torch.device,
 ) -> Reconstructions:
-    """Measure a run with experts. Raises ArtefactError if `run` has none, or `dense` is not a dense run."""
-    checkpoint, clusters = run_clusters(run)
+    """Measure a checkpoint with experts on the route of a task and on each image's own route.
+
+    Raises:
+        ArtefactError: `dense` is not a dense run.
+    """
+    twin = None if dense is None else _dense_checkpoint(dense)
     model = load_whole(checkpoint, clusters).to(device)
     assert isinstance(model, Moce)
-    encoder = clusters_encoder(checkpoint, clusters, device)
-    ids_N = clusters.assign(encode_all(encoder, held_out, config, device).half().float().numpy())
     expert_MLK = run_routes(model, checkpoint)
-    selection = count_votes(ids_N, expert_MLK[:, :, 0])
-    # The most frequent cluster among the images that voted for the winning route represents it.
-    winner = next(c for c in selection.clusters if tuple(expert_MLK[c, :, 0]) == selection.route)
-    images = HeldOut(held_out, ModelSpec.from_tree(checkpoint.entry("model")).input, config, device)
-    twin = None if dense is None else _dense_checkpoint(dense)
+    selected_N = np.full_like(task.clusters_N, task.representative(expert_MLK[:, :, 0]))
+    images = HeldOut(task.images, ModelSpec.from_tree(checkpoint.entry("model")).input, config, device)
     return Reconstructions(
-        selected=images.mean_error(model, _routed_loss(model, expert_MLK, np.full_like(ids_N, winner))),
-        own=images.mean_error(model, _routed_loss(model, expert_MLK, ids_N)),
-        known_by=known_by(checkpoint, twin and twin.identity, held_out.fingerprint),
+        selected=images.mean_error(model, _routed_loss(model, expert_MLK, selected_N)),
+        own=images.mean_error(model, _routed_loss(model, expert_MLK, task.clusters_N)),
+        known_by=known_by(checkpoint, twin and twin.identity, task.images.fingerprint),
         dense=None if twin is None else _dense_error(twin, images),
-        route=selection.route,
-        n_images=held_out.count,
+        route=task.route,
+        n_images=task.images.count,
     )
 
 

@@ -18,7 +18,7 @@ from moce_ds.models.parameters import expert_key, is_replaced
 from moce_ds.models.shapes import NO_WEIGHTS, DecoderShape, ExpertShape, LossWeights, ViTShape
 from moce_ds.moe.gate import ClusterGate, Gate, PathGate, RandomGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import LayerPlan, plan_layer
+from moce_ds.moe.routing_plan import LayerPlan, plan_layer
 
 MakeLayer = Callable[[Callable[[], nn.Module], int, bool], nn.Module]
 

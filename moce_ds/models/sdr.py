@@ -22,7 +22,7 @@ from moce_ds.models.mae import Block, Masking, Mlp, ModelOutput, random_masking,
 from moce_ds.models.moce import ExpertShape, Moce, Routing
 from moce_ds.models.parameters import expert_key, is_replaced
 from moce_ds.models.vit import Encoder, ViTShape
-from moce_ds.moe.plan import LayerPlan
+from moce_ds.moe.routing_plan import LayerPlan
 
 FC1, FC2 = "fc1.weight", "fc2.weight"
 BIAS1, BIAS2 = "fc1.bias", "fc2.bias"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_ds.moe.plan import LayerPlan
+from moce_ds.moe.routing_plan import LayerPlan
 
 Execute = Callable[[nn.ModuleList, Tensor, LayerPlan], Tensor]
 """Runs the experts of a process on their rows, which are sorted by expert: [S, T, D] -> [S, T, D]."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moce_ds.moe.plan import LayerPlan
+from moce_ds.moe.routing_plan import LayerPlan
 
 
 class ReferenceMoE(nn.Module):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.data.clusters import LOW, Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
@@ -110,12 +111,23 @@ class Typicality:
 def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torch.device) -> Selection:
     """Label a task's images with the run's clusters and count the votes. Raises ArtefactError, DataError."""
     checkpoint, clusters = run_clusters(run)
-    encoder = clusters_encoder(checkpoint, clusters, device)
-    features_ND = encode_all(encoder, task, config, device)
-    # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
-    ids_N, cosine_N = clusters.assign_with_cosine(features_ND.half().float().numpy())
-    expert_ML = np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
+    ids_N, cosine_N = label_images(checkpoint, clusters, task, config, device)
+    expert_ML = recorded_routes(checkpoint)
     return replace(count_votes(ids_N, expert_ML), typicality=Typicality.of(ids_N, cosine_N, clusters))
+
+
+def label_images(
+    checkpoint: Checkpoint, clusters: Clusters, images: ShardSet, config: EncodeSettings, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The cluster of every image, and its cosine to the centroid. Raises ArtefactError, DataError."""
+    features_ND = encode_all(clusters_encoder(checkpoint, clusters, device), images, config, device)
+    # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
+    return clusters.assign_with_cosine(features_ND.half().float().numpy())
+
+
+def recorded_routes(checkpoint: Checkpoint) -> NDArray[np.int64]:
+    """The first expert of every cluster in every expert layer, [M, L], as the checkpoint records it."""
+    return np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
 
 
 def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selection:

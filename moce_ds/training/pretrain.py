@@ -40,8 +40,8 @@ from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
 from moce_ds.training.settings import ExpertSettings, PretrainSettings
 from moce_ds.training.step_agreement import Agree
-from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
+from moce_ds.training.training_task import TrainingTask
 
 _NEW_ORDER_EVERY = 32  # steps after which a new route table assigns images to ranks
 

@@ -17,7 +17,7 @@ from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.settings import ExpertSettings
 from moce_ds.moe.gate import gate_noise, live_experts, route_table
-from moce_ds.moe.plan import LayerPlan, Plan, make_plan
+from moce_ds.moe.routing_plan import LayerPlan, Plan, make_plan
 from moce_ds.training.step_agreement import Agree, without_agreement
 
 

@@ -16,7 +16,7 @@ from moce_ds.training.engine import Engine, SkippedSteps, applied, set_lr
 from moce_ds.training.metric_logger import Meter, MetricLogger, measures
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.step_agreement import StepAgreement, StepTotals
-from moce_ds.training.task import TrainingTask
+from moce_ds.training.training_task import TrainingTask
 
 
 class Progress(NamedTuple):

@@ -22,8 +22,8 @@ from moce_ds.training.engine import Engine, SkippedSteps, start_engine
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
 from moce_ds.training.step_agreement import Agree
-from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Trainer
+from moce_ds.training.training_task import TrainingTask
 from moce_ds.tuning.labelled_task import LabelledTask, Measures, feed
 from moce_ds.tuning.settings import TuneOptimSettings, TuneSettings
 from moce_ds.tuning.state import TuneState

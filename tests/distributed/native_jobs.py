@@ -20,7 +20,7 @@ from moce_ds.models.mae import MaskedAutoencoder, mask_noise
 from moce_ds.models.moce import Moce
 from moce_ds.moe.placement import default_placement
 from moce_ds.training.engine import deepspeed_config, parameter_groups, set_lr, start_engine
-from moce_ds.training.import_deepspeed import import_native
+from moce_ds.training.import_deepspeed_checkpoint import import_native
 from moce_ds.training.inputs import open_inputs
 from moce_ds.training.placed_model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.router import Router

@@ -21,8 +21,8 @@ from moce_ds.training.engine import Engine, start_engine
 from moce_ds.training.schedule import BatchArithmetic, Schedule
 from moce_ds.training.settings import EngineSettings, OptimSettings
 from moce_ds.training.step_agreement import Agree
-from moce_ds.training.task import TrainingTask
 from moce_ds.training.trainer import Progress, Trainer
+from moce_ds.training.training_task import TrainingTask
 
 
 class Line(TrainingTask):

@@ -22,8 +22,8 @@ from moce_ds.distributed.runtime import started
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.gate import ClusterGate, combine_weights
 from moce_ds.moe.placement import held_experts, local_order
-from moce_ds.moe.plan import Plan, make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import Plan, make_plan
 
 B, T, D, M, L, E, C = 6, 3, 8, 12, 2, 8, 5
 EP_SIZES = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}

@@ -35,7 +35,7 @@ from moce_ds.models.mae import make_mlp
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters
-from moce_ds.training.import_deepspeed import import_native
+from moce_ds.training.import_deepspeed_checkpoint import import_native
 from moce_ds.training.pretrain import pretrain
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.alone import ALONE

@@ -24,7 +24,7 @@ from moce_ds.models.parameters import is_expert
 from moce_ds.models.shapes import DecoderShape, ExpertShape, ViTShape
 from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.training.engine import Engine, WaitlessOptimizer, applied, parameter_groups, set_lr, start_engine
 from moce_ds.training.placed_model import place_experts
 from moce_ds.training.schedule import BatchArithmetic

@@ -15,7 +15,7 @@ import torch
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.moe.gate import balanced_experts
 from moce_ds.moe.placement import placement_by_traffic
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.training.local_sampler import LocalSampler
 
 N, B, EP = 1_281_167, 256, 8

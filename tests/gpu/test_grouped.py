@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.expert_layer import Execute, choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import LayerPlan, make_plan
+from moce_ds.moe.routing_plan import LayerPlan, make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 

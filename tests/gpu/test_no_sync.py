@@ -16,7 +16,7 @@ from moce_ds.moe.deepspeed_layer import ClusterMoE
 from moce_ds.moe.expert_layer import Execute, run_grouped, run_one_by_one
 from moce_ds.moe.gate import ClusterGate, combine_weights, gate_losses
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch sees no CUDA device")
 

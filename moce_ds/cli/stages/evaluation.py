@@ -107,13 +107,18 @@ def evaluate(
     from moce_ds.data.task_images import opened_images
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.evaluation.reconstruction import evaluate_run
+    from moce_ds.evaluation.reconstruction import RoutedImages, evaluate_run
     from moce_ds.evaluation.results_file import add_record, check_results
+    from moce_ds.selection.run_clusters import run_clusters
+    from moce_ds.selection.vote import count_votes, label_images, recorded_routes
 
-    config = read_settings(EncodeSettings, words)
+    config, device = read_settings(EncodeSettings, words), lone_device()
     check_results(results)
+    checkpoint, clusters = run_clusters(run)
     with opened_images(data) as images:
-        errors = evaluate_run(run, images, dense, config, lone_device())
+        clusters_N, _ = label_images(checkpoint, clusters, images, config, device)
+        task_images = RoutedImages(images, clusters_N, count_votes(clusters_N, recorded_routes(checkpoint)).route)
+        errors = evaluate_run(checkpoint, clusters, task_images, dense, config, device)
     name = task or task_of(data)
     show(errors.table(name))
     add_record(results, errors.record(name, run.name))

@@ -85,7 +85,7 @@ def _check_outputs(target: "Target | None", picture: Path | None, results: Path 
     """Check that the outputs can be written, before any image is read. Raises ConfigError and ArtefactError."""
     from moce_ds.common.storage.files import PICTURE_MARK, check_output
     from moce_ds.evaluation.results_file import check_results
-    from moce_ds.export.earlier import check_free
+    from moce_ds.export.existing_export import check_free
 
     if target:
         check_free(target.out, target.replace)

@@ -19,11 +19,11 @@ from moce_ds.cli.main import moce
 from moce_ds.common.errors import ArtefactError
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.evaluation.reconstruction import Reconstructions, evaluate_run, load_whole, run_routes
+from moce_ds.evaluation.reconstruction import Reconstructions, RoutedImages, evaluate_run, load_whole, run_routes
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.moce import upcycle
 from moce_ds.selection.run_clusters import run_clusters
-from moce_ds.selection.vote import select_route
+from moce_ds.selection.vote import count_votes, label_images, select_route
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,13 @@ def with_weights(run: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
 
 
 def evaluated(run: Path, shards: Path, dense: Path | None = None, batch_size: int = 16) -> Reconstructions:
-    return evaluate_run(run, ShardSet.open(shards), dense, EncodeSettings(batch_size=batch_size, threads=1), CPU)
+    checkpoint, clusters = run_clusters(run)
+    images, config = ShardSet.open(shards), EncodeSettings(batch_size=batch_size, threads=1)
+    clusters_N, _ = label_images(checkpoint, clusters, images, config, CPU)
+    # From the weights, which a test may have changed after they were recorded.
+    expert_MLK = run_routes(load_whole(checkpoint, clusters), checkpoint)  # type: ignore[arg-type]
+    task = RoutedImages(images, clusters_N, count_votes(clusters_N, expert_MLK[:, :, 0]).route)
+    return evaluate_run(checkpoint, clusters, task, dense, config, CPU)
 
 
 def test_images_on_their_own_routes_differ_from_the_selected_one(

@@ -31,8 +31,8 @@ from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.parameters import is_decoder, load_weights_strict
 from moce_ds.models.vit import load_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.selection.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.selection.vote import Selection

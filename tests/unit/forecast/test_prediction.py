@@ -27,8 +27,8 @@ from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.sdr import Sdr, Teacher
 from moce_ds.models.vit import Encoder, timm_vit
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.training.settings import PretrainSettings
 from tests.examples.moce_command import refused, run_alone, run_here
 

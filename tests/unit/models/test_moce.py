@@ -18,8 +18,8 @@ from moce_ds.models.shapes import LossWeights
 from moce_ds.models.vit import ViTShape
 from moce_ds.moe.gate import RandomGate, chosen_experts
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import make_plan
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 3, 2), DecoderShape(8, 1, 2)
 M, E, LAYERS = 5, 4, (0, 2)

@@ -26,8 +26,8 @@ from moce_ds.models.sdr import Sdr, Teacher, part_units, path_shape
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit
 from moce_ds.moe.gate import PathGate, route_table
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.training.inputs import check_paths, read_teacher
 from moce_ds.training.settings import PretrainSettings

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.expert_layer import Execute, ExpertLayer, choose_execution, run_grouped, run_one_by_one
-from moce_ds.moe.plan import LayerPlan, plan_layer
 from moce_ds.moe.reference import ReferenceMoE
+from moce_ds.moe.routing_plan import LayerPlan, plan_layer
 
 B, T, D, E = 7, 3, 16, 4
 

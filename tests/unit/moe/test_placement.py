@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moce_ds.moe.placement import default_placement, held_experts, local_order, placement_by_traffic
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 
 
 @dataclass(frozen=True)

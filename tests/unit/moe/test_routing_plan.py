@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moce_ds.moe.placement import default_placement, held_experts
-from moce_ds.moe.plan import LayerPlan, make_plan, plan_layer
+from moce_ds.moe.routing_plan import LayerPlan, make_plan, plan_layer
 
 WORLDS = [(world, ep) for world in (1, 2, 4) for ep in (1, 2, 4) if ep <= world]
 
