@@ -1,4 +1,4 @@
-"""The DALI pipeline: image files in, normalised crops out. The only file that imports DALI.
+"""The DALI pipeline: image files in, normalised crops out. Only this file and `bench/load.py` import DALI.
 
 One pipeline serves CPU and GPU. Our callback feeds it, so sampler and transform determine the order of reading, the
 crops and the flips, and a run resumes exactly at any batch. Reader threads read files ahead (`read_ahead`), one loading

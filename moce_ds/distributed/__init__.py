@@ -1,1 +1,1 @@
-"""What every process of a group needs: runtime, rendezvous, watchdog, agreement, randomness."""
+"""What every process of a group needs: runtime, rendezvous, watchdog, small exchanges, randomness."""

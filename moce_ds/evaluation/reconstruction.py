@@ -85,10 +85,8 @@ class RoutedImages:
 
     def representative(self, expert_ML: NDArray[np.int64]) -> int:
         """The cluster of this route that most of the images are in."""
-        count_M, on_route_M = (
-            np.bincount(self.clusters_N, minlength=len(expert_ML)),
-            (expert_ML == self.route).all(axis=1),
-        )
+        count_M = np.bincount(self.clusters_N, minlength=len(expert_ML))
+        on_route_M = (expert_ML == self.route).all(axis=1)
         assert on_route_M.any(), "the route is one of a cluster"
         return int(np.where(on_route_M, count_M, -1).argmax())
 

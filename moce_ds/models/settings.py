@@ -1,8 +1,7 @@
-"""The settings of a model: its sizes, its experts, one group per kind of model for its own options; and of its use.
+"""The settings of a model: its sizes, its experts, one group per kind of model for its own options.
 
 `ModelSettings`, `ExpertSettings`, `TokenMoeSettings` and `SdrSettings` are groups of `moce pretrain`. `ModelGroups`
-checks them together and computes the model's shapes. `EncodeSettings` and `FeatureSettings` are those of
-verbs that run images through an encoder. Importing this module needs neither torch nor timm.
+checks them together and computes the model's shapes. Importing this module needs neither torch nor timm.
 """
 
 import dataclasses

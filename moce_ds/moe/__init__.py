@@ -1,1 +1,1 @@
-"""Layers of experts: routed by cluster (gate, plan, placement, experts, layer), and by token (token_layer)."""
+"""Expert layers, routed by cluster (gate, routing plan, placement, expert layer) or by token (DeepSpeed's layer)."""

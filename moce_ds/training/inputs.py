@@ -3,7 +3,8 @@
 The teacher is the dense MAE that the second phase of SDR starts from. The run folder keeps copies of clusters and
 teacher.
 
-Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W B.
+Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W B,
+N images of the shard set.
 """
 
 from collections.abc import Callable

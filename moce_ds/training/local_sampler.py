@@ -1,6 +1,7 @@
 """Batches whose images are already on the ranks of their experts, as far as possible.
 
-Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W B.
+Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W B,
+N images of the shard set.
 """
 
 from dataclasses import dataclass, field

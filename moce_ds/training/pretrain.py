@@ -1,7 +1,7 @@
 """Pre-training: `pretrain` opens everything that a run needs, and `PretrainTask` is what the trainer trains on.
 
-Axes: B images of a micro-batch of this process, G those over all processes, C channels, H, W pixels, N patches,
-L expert layers, M clusters, E experts.
+Axes: B images of a micro-batch of this process, G those over all processes, C channels, H, W pixels, N patches
+(of `ids_N`: images of the shard set), L expert layers, M clusters, E experts.
 """
 
 from collections.abc import Iterator, Mapping

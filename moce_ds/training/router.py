@@ -1,6 +1,7 @@
 """The routes of a step: its route table, the plan of each micro-batch, and their statistics for the log.
 
-Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B.
+Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B,
+N images of the shard set.
 """
 
 from collections.abc import Callable
