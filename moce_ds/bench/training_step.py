@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from moce_ds.data.clusters import Clusters
+from moce_ds.distributed.device_copy import on_device
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.forecast.step_cost import Work
 from moce_ds.models.build import build_model
@@ -32,7 +33,7 @@ _CLUSTERS, _IMAGES = 64, 4096
 class TrainingStep:
     """A callable that takes one optimizer step; images are spread evenly over clusters.
 
-    As in training, the route table of the next step is begun right after the update, and losses are not read.
+    As in training, masks, routes and noise of the gate come from the host in every step; losses are not read.
 
     Args:
         work: the model, its optimizer and its engine.
@@ -62,20 +63,19 @@ class TrainingStep:
         self._router = _router(model, data, experts, runtime) if data else None
         self._ids_G = np.arange(self._batches.micro_global) % _IMAGES
         self._inputs = _inputs(work, self._batches.micro, runtime.device)
-        self._step = 0
+        self._device, self._step = runtime.device, 0
 
     def __call__(self) -> None:
         """Take one step."""
-        router = self._router
-        table = router.table(self._step) if router else None
         for _ in range(self._batches.accumulation):
             images_BCHW, noise_BN, *teachers = self._inputs
-            routing = [router.route(table, self._ids_G)] if router and table else []
-            self._engine.backward(self._engine(images_BCHW, noise_BN, *routing, *teachers).loss)
+            if self._router is None:
+                inputs = [images_BCHW, on_device(noise_BN, self._device)]
+            else:
+                inputs = [images_BCHW, *self._router.begin(self._step, self._ids_G, noise_BN)]
+            self._engine.backward(self._engine(*inputs, *teachers).loss)
             self._engine.step()
         self._step += 1
-        if router:
-            router.prepare(self._step)
 
 
 def _router(model: MaskedAutoencoder, data: ClusteredData, experts: ExpertSettings, runtime: Runtime) -> Router:
@@ -85,10 +85,10 @@ def _router(model: MaskedAutoencoder, data: ClusteredData, experts: ExpertSettin
 
 
 def _inputs(work: Work, micro: int, device: torch.device) -> list[Any]:
-    """Images, the noise of their masks, and the teacher of a model that has one."""
+    """Images, the noise of their masks on the host, and the teacher of a model that has one."""
     shape = work.spec.shape
     images_BCHW = torch.randn(micro, 3, shape.image_size, shape.image_size, device=device)
-    noise_BN = torch.rand(micro, shape.num_patches, device=device)
+    noise_BN = torch.rand(micro, shape.num_patches)
     vit = timm_vit(shape).to(device) if work.teacher else None
     return [images_BCHW, noise_BN, *([Teacher(Encoder(vit, shape, work.spec.input, {}))] if vit else [])]
 

@@ -15,10 +15,16 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Host tensors of one dtype on `device`, by a single copy: the results are views of one buffer."""
-    packed = on_device(torch.cat([tensor.reshape(-1) for tensor in tensors]), device)
-    parts = packed.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    """Host tensors on `device`, by a single copy: the results are views of one buffer.
+
+    The tensors of the widest dtype come first, so that all are aligned.
+
+    Raises:
+        RuntimeError: a tensor is not aligned.
+    """
+    packed = on_device(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors]), device)
+    parts = packed.split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class HostCopy:

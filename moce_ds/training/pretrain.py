@@ -35,7 +35,7 @@ from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.pictures import RunPictures
 from moce_ds.training.placed_model import placed_model
-from moce_ds.training.router import Router, RouteStatistics, StepTable
+from moce_ds.training.router import Router, RouteStatistics
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
 from moce_ds.training.settings import ExpertSettings, PretrainSettings
@@ -140,7 +140,6 @@ class PretrainTask(TrainingTask):
             self._sampler = LocalSampler(self._sampler, router.ids_N, router.slot_LE, world_size, ep_size)
         self._statistics: RouteStatistics | None = None
         self._loader: Loader | None = None
-        self._table: StepTable | None = None
         self._moved_parts: list[float] = []
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -170,27 +169,27 @@ class PretrainTask(TrainingTask):
         return iter(self._loader)
 
     def prepare(self, step: int, part: int) -> None:
-        """Seed torch, and look up the route table of the step."""
+        """Seed torch as a step begins."""
         if part:
             return
         # Only the token gate draws from torch's generator; seeded by the step, its noise does not depend on resuming.
         torch.manual_seed(int(hashed(GATE_NOISE, self._seed, step, self._runtime.rank)[()] >> np.uint64(1)))
         self._moved_parts = []
-        self._table = self._router.table(step) if self._router else None
 
     def losses(self, engine: Engine, batch: Batch, step: int, part: int, agree: Agree) -> dict[str, Tensor]:
         """The named losses of the model, for masks that depend only on seed, epoch and image."""
         noise_BN = mask_noise(self._seed, batch.ids_B, batch.epochs_B, self._num_patches)
-        inputs: list[Any] = [batch.images_BCHW, on_device(noise_BN, self._runtime.device)]
-        routing = None
-        if self._router is not None and self._table is not None:
+        inputs: list[Any]
+        if self._router is None:
+            routing, inputs = None, [batch.images_BCHW, on_device(noise_BN, self._runtime.device)]
+        else:
             # The plan uses the requested ids, which all processes know, also if an intact image replaces a damaged one.
             ids_G = self._sampler.batch(step * self._batches.accumulation + part).ids
             share = self._schedule.imbalance_share(step)
-            routing = self._router.route(
-                self._table, ids_G, share, lambda digest: agree(self._digest_of_step(digest, step))
+            noise_BN, routing = self._router.begin(
+                step, ids_G, noise_BN, share, lambda digest: agree(self._digest_of_step(digest, step))
             )
-            inputs.append(routing)
+            inputs = [batch.images_BCHW, noise_BN, routing]
         if self._teacher is not None:
             inputs.append(self._teacher)
         if self._pictures.model.agrees_before_forward:
@@ -221,9 +220,7 @@ class PretrainTask(TrainingTask):
         return {"moved": sum(self._moved_parts) / shares, "images_replaced": float(len(self._loader.replaced))}
 
     def after_update(self, step: int) -> None:
-        """Begin the route table of the next step, and assign images to ranks by a new table, if due."""
-        if self._router is not None and step < self._schedule.steps:
-            self._router.prepare(step)
+        """Assign images to ranks by a new table, if due."""
         if isinstance(self._sampler, LocalSampler) and step % _NEW_ORDER_EVERY == 0:
             assert self._router is not None
             table = self._router.prepare(None).expert_MLK[:, :, 0]
@@ -242,9 +239,9 @@ class PretrainTask(TrainingTask):
     def record(self, step: int, sums: Mapping[str, float]) -> dict[str, Any]:
         """Moved rows, replaced images, and the statistics of each expert layer for the last micro-batch."""
         own: dict[str, Any] = {}
-        if self._statistics is not None and self._table is not None:
+        if self._statistics is not None:
             ids_G = self._sampler.batch(step * self._batches.accumulation - 1).ids
-            layers = self._statistics.of_step(self._table, ids_G)
+            layers = self._statistics.of_step(ids_G)
             own = {"moved": round(sums["moved"], 5), "layers": layers}
             if step >= self._schedule.imbalance_steps:
                 self._warn_of_dead_experts(step, self._statistics)

@@ -1,7 +1,7 @@
 """The routes of a step: its route table, the plan of each micro-batch, and their statistics for the log.
 
 Axes: L expert layers, M clusters, E experts, K experts an image is sent to, W ranks, B images of a rank, G = W B,
-N images of the shard set.
+N images of the shard set or patches of an image.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_ds.distributed.device_copy import HostCopy, on_device
+from moce_ds.distributed.device_copy import HostCopy, on_device, together_on_device
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.settings import ExpertSettings
-from moce_ds.moe.gate import gate_noise, live_experts, route_table
+from moce_ds.moe.gate import FixedGate, gate_noise, live_experts, route_table
 from moce_ds.moe.routing_plan import LayerPlan, Plan, make_plan
 from moce_ds.training.step_agreement import Agree, without_agreement
 
@@ -26,16 +26,13 @@ class StepTable:
     """The route table of one step. Its probabilities are on their way to the host, which chooses the experts.
 
     Args:
-        step: the step whose gate noise it contains; None: without noise.
-        noise_LME: that noise, on the device.
+        noise_LME: the noise of the gate that it contains, on the device; None: without noise.
         probs_LME: the probabilities, on the device.
         choose: the experts of every cluster, [M, L, K] int64, from probabilities on the host.
     """
 
-    def __init__(
-        self, step: int | None, noise_LME: Tensor | None, probs_LME: Tensor, choose: Callable[[Tensor], Tensor]
-    ) -> None:
-        self.step, self.noise_LME, self.probs_LME = step, noise_LME, probs_LME
+    def __init__(self, noise_LME: Tensor | None, probs_LME: Tensor, choose: Callable[[Tensor], Tensor]) -> None:
+        self.noise_LME, self.probs_LME = noise_LME, probs_LME
         self._arriving_LME, self._choose = HostCopy(probs_LME), choose
 
     @cached_property
@@ -82,6 +79,9 @@ class Router:
         ids_N: cluster of every image of the shard set.
         slot_LE: where experts live (see `placement`).
         experts: settings; seed: of the gate noise.
+
+    Attributes:
+        table: that of the step that was last begun; None before the first.
     """
 
     def __init__(
@@ -97,46 +97,73 @@ class Router:
         self.experts, self.seed = experts, seed
         self.shape_LME = (len(model.experts.layers), len(model.share_M), model.experts.num_experts)
         self._share_M = model.share_M.cpu()
-        self._prepared: StepTable | None = None
+        self.table: StepTable | None = None
+        self._step: int | None = None
 
     @torch.no_grad()
-    def prepare(self, step: int | None) -> StepTable:
-        """Start on the table of a step (None: without noise): on a GPU, neither it nor its copy waits."""
-        noise_LME = None
-        if step is not None and self.experts.gate_noise > 0:
-            noise_LME = gate_noise(self.seed, step, self.shape_LME, self.experts.gate_noise)
-            noise_LME = on_device(noise_LME, self.runtime.device)
-        table = StepTable(step, noise_LME, self.model.gate(noise_LME), self._choose)
-        if step is not None:
-            self._prepared = table
-        return table
+    def prepare(self, noise_LME: Tensor | None) -> StepTable:
+        """Start on a table, with noise on the device or without: on a GPU, neither it nor its copy waits."""
+        return StepTable(noise_LME, self.model.gate(noise_LME), self._choose)
 
     @torch.no_grad()
     def _choose(self, probs_LME: Tensor) -> Tensor:
         return route_table(self.model.gate, probs_LME, self._share_M, self.model.experts.k, self.experts.balance)
 
-    def table(self, step: int) -> StepTable:
-        """The table of a step, prepared already or now."""
-        if self._prepared is not None and self._prepared.step == step:
-            return self._prepared
-        return self.prepare(step)
+    def begin(
+        self,
+        step: int,
+        ids_G: NDArray[np.int64],
+        noise_BN: Tensor,
+        imbalance_share: float = 1.0,
+        agree: Agree = without_agreement,
+    ) -> tuple[Tensor, Routing]:
+        """The routes of a micro-batch of a step, and the noise of its masks on the device; the same call on every rank.
 
-    def route(
-        self, table: StepTable, ids_G: NDArray[np.int64], imbalance_share: float = 1.0, agree: Agree = without_agreement
-    ) -> Routing:
-        """The routes of the micro-batch of the images `ids_G`, rank after rank; the same call on every rank.
+        All that the host knows as the micro-batch begins goes to the device in one copy: clusters, masks, and in the
+        first micro-batch of a step the noise of its gate, from which the device then computes the table.
 
-        `agree` is called with the digest of their plan, in the first expert layer.
+        Args:
+            ids_G: images, rank after rank.
+            noise_BN: the noise of this rank's masks, on the host.
+            agree: called with the digest of the plan, in the first expert layer.
         """
-        clusters_WB = self.ids_N[ids_G].astype(np.int64).reshape(self.runtime.world_size, -1)
-        clusters_B = torch.from_numpy(clusters_WB[self.runtime.rank].copy())
+        clusters_WB = self._clusters(ids_G)
+        known = [self._own(clusters_WB), noise_BN]
+        begins = step != self._step
+        if begins:
+            known += self._noise(step)
+        clusters_B, noise_BN, *noise = together_on_device(known, self.runtime.device)
+        if begins:
+            self.table, self._step = self.prepare(noise[0] if noise else None), step
+        assert self.table is not None
+        pending = self._pending(clusters_WB, self.table, agree)
+        return noise_BN, Routing(clusters_B, pending, self.table.noise_LME, imbalance_share)
 
+    def route(self, table: StepTable, ids_G: NDArray[np.int64]) -> Routing:
+        """The routes of images outside of training, as of pictures; the same call on every rank."""
+        clusters_WB = self._clusters(ids_G)
+        clusters_B = on_device(self._own(clusters_WB), self.runtime.device)
+        return Routing(clusters_B, self._pending(clusters_WB, table, without_agreement), table.noise_LME)
+
+    def _clusters(self, ids_G: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Clusters of images by rank, [W, B]."""
+        return self.ids_N[ids_G].astype(np.int64).reshape(self.runtime.world_size, -1)
+
+    def _own(self, clusters_WB: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(clusters_WB[self.runtime.rank].copy())
+
+    def _noise(self, step: int) -> list[Tensor]:
+        """The noise of the gate in a step, on the host; empty where the gate has none."""
+        scale = self.experts.gate_noise
+        if scale == 0 or isinstance(self.model.gate, FixedGate):
+            return []
+        return [gate_noise(self.seed, step, self.shape_LME, scale)]
+
+    def _pending(self, clusters_WB: NDArray[np.int64], table: StepTable, agree: Agree) -> PendingPlan:
         def plan() -> Plan:
             return make_plan(clusters_WB, table.expert_MLK, self.slot_LE, self.runtime.rank, self.experts.ep_size)
 
-        device = self.runtime.device
-        pending = PendingPlan(plan, agree, device)
-        return Routing(on_device(clusters_B, device), pending, table.noise_LME, imbalance_share)
+        return PendingPlan(plan, agree, self.runtime.device)
 
     def record(self, step: int) -> dict[str, Any]:
         """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""
@@ -159,16 +186,18 @@ class RouteStatistics:
         self._last_MLK = router.prepare(None).expert_MLK.copy()
         self._warned: set[tuple[int, int]] = set()
 
-    def of_step(self, table: StepTable, ids_G: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
-        """Per expert layer: `load` (share of the micro-batch, with the step's noise); and of the table without noise
-        `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed since last asked."""
+    def of_step(self, ids_G: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+        """Of the last step, per expert layer: `load` (share of the micro-batch, with the step's noise); and of the
+        table without noise `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed
+        since last asked."""
         router, E = self.router, self.router.shape_LME[2]
+        assert router.table is not None
         plain = router.prepare(None)
         confidence_L = (plain.host_probs_LME.amax(dim=-1) @ router.model.share_M.cpu()).tolist()
         live = live_experts(plain.expert_MLK)
         churn_L = (plain.expert_MLK[:, :, 0] != self._last_MLK[:, :, 0]).mean(axis=0)
         self._last_MLK = plain.expert_MLK.copy()
-        chosen_GLK = table.expert_MLK[router.ids_N[ids_G]]
+        chosen_GLK = router.table.expert_MLK[router.ids_N[ids_G]]
         found = {}
         for layer, block in enumerate(router.model.experts.layers):
             load_E = np.bincount(chosen_GLK[:, layer].ravel(), minlength=E) / chosen_GLK[:, layer].size

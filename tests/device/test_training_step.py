@@ -16,8 +16,9 @@ ROUTED = ("moce", "moce_ep8", "sdr")
 EVERY = (*OURS, "token_moe")
 """TokenMoE is DeepSpeed's own layer, which reads the loads of its experts from the device."""
 
-TO_DEVICE = {"mae": 1, "moce": 4, "moce_ep8": 4, "sdr": 4, "token_moe": 5}
-"""Copies: masks; clusters, plan, and the noise of the gate; the target is one, packed."""
+TO_DEVICE = {"mae": 1, "moce": 2, "moce_ep8": 2, "sdr": 2, "token_moe": 5}
+"""Copies: masks, clusters and the noise of the gate in one; and the plan, which follows from the table that this noise
+is a part of. The others of TokenMoE are made in DeepSpeed's layer."""
 
 COLLECTIVES = {"mae": 5, "moce": 9, "moce_ep8": 17, "sdr": 8, "token_moe": 19}
 """Of the device: gradients, their norm, updated weights, and eight exchanges of images."""
