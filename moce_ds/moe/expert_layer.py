@@ -3,7 +3,7 @@
 This module contains all tensor operations; `ClusterMoE` in `deepspeed_layer.py` adds the process groups.
 
 Axes: B images of a rank, K experts per image, N = B K rows sent, S rows received and computed on this rank, T tokens, D
-width, H hidden width, E local experts; ... the axes of one image (tokens and width).
+width, H hidden width, R = S T rows of tokens, E local experts; ... the axes of one image (tokens and width).
 """
 
 from collections.abc import Callable
@@ -132,36 +132,78 @@ class _AddBias(torch.autograd.Function):
         return grad_RH, torch.stack(sums).to(ctx.dtype), None, None
 
 
+class _LinearOneByOne(torch.autograd.Function):
+    """A linear layer of each expert on its rows, [R, D] -> [R, H], in one node of the graph.
+
+    Each product is written into its place among the rows: parts need not be joined, neither here nor in the backward
+    pass. Every weight gets a gradient, zeros if the expert has no rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows: list[int], *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x_RD, *weights)
+        ctx.rows = rows
+        y_RH = x_RD.new_empty(len(x_RD), len(biases[0]))
+        for x, y, weight_HD, bias_H in zip(x_RD.split(rows), y_RH.split(rows), weights, biases, strict=True):
+            torch.addmm(bias_H, x, weight_HD.t(), out=y)
+        return y_RH
+
+    @staticmethod
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, *weights = ctx.saved_tensors
+        grad_RD = torch.empty_like(x_RD)
+        of_parameters: list[Tensor] = []
+        parts = (rows.split(ctx.rows) for rows in (x_RD, grad_RD, grad_RH))
+        for x, grad_x, grad_y, weight_HD in zip(*parts, weights, strict=True):
+            torch.mm(grad_y, weight_HD, out=grad_x)
+            of_parameters += [grad_y.t() @ x, grad_y.sum(dim=0)]
+        return grad_RD, None, *of_parameters
+
+
 def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
     """Run every expert on its own rows, even on none. [S, T, D] -> [S, T, D].
 
     The gradient hooks of every expert must fire on every rank, or DeepSpeed's gradient buckets get out of step.
     """
-    parts = x_STD.split(plan.counts)
-    return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+    rows = [count * x_STD.shape[1] for count in plan.counts]
+
+    def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
+        parameters = [p.to(x_RD.dtype) for layer in layers for p in (layer.weight, layer.bias)]
+        y_RH: Tensor = _LinearOneByOne.apply(x_RD, rows, *parameters)
+        return y_RH
+
+    return _run_mlps(experts, x_STD, linear)
 
 
 def run_grouped(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
     """All experts in two grouped matrix products (`F.grouped_mm`), [S, T, D] -> [S, T, D].
 
     The weights of the experts remain separate parameters and are stacked here: one copy per step, cheap compared with
-    the products. `grouped_mm` ignores autocast, so this function casts.
+    the products.
     """
-    S, T, D = x_STD.shape
-    dtype = x_STD.dtype
+    T = x_STD.shape[1]
     rows = [count * T for count in plan.counts]  # on the host, and on the device:
     rows_E = plan.counts_E * T
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
-        weight_EDH = torch.stack([layer.weight for layer in layers]).to(dtype).transpose(1, 2)
+        weight_EDH = torch.stack([layer.weight for layer in layers]).to(x_STD.dtype).transpose(1, 2)
         y_RH = F.grouped_mm(x_RD, weight_EDH, offs=ends_E)
         biased_RH: Tensor = _AddBias.apply(y_RH, torch.stack([layer.bias for layer in layers]), rows_E, rows)
         return biased_RH
 
+    return _run_mlps(experts, x_STD, linear)
+
+
+def _run_mlps(experts: nn.ModuleList, x_STD: Tensor, linear: Callable[[Tensor, list[nn.Linear]], Tensor]) -> Tensor:
+    """The MLPs of the experts: `linear` applies one layer of each to its rows; one activation serves all rows.
+
+    `linear` casts the weights: autocast does not know the products it uses.
+    """
     mlps = [cast(Mlp, expert) for expert in experts]
-    hidden_RH = mlps[0].act(linear(x_STD.reshape(S * T, D), [mlp.fc1 for mlp in mlps]))
-    return linear(hidden_RH, [mlp.fc2 for mlp in mlps]).reshape(S, T, D)
+    hidden_RH = mlps[0].act(linear(x_STD.flatten(0, 1), [mlp.fc1 for mlp in mlps]))
+    return linear(hidden_RH, [mlp.fc2 for mlp in mlps]).view_as(x_STD)
 
 
 _ALIGNMENT = 8

@@ -5,6 +5,7 @@ Axes: W ranks, B images of a rank, G = W x B images of all, T tokens, D width, M
 K experts an image is sent to.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -61,7 +62,7 @@ Differences = dict[str, float]
 
 def make_expert() -> nn.Module:
     """An MLP; the model's own would import timm in every process."""
-    return nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(D, 2 * D), act=nn.GELU(), fc2=nn.Linear(2 * D, D)))
 
 
 def places(k: int) -> np.ndarray:

@@ -3,10 +3,13 @@
 Axes: B images, K experts an image is sent to, S rows, T tokens, D width, E experts.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.expert_layer import Execute, ExpertLayer, choose_execution, run_grouped, run_one_by_one
@@ -96,6 +99,19 @@ def test_grouped_products_equal_the_loop(counts: list[int], dtype: torch.dtype, 
         assert got.dtype == wanted.dtype == dtype and got.shape == wanted.shape
         if got.numel():
             assert (got - wanted).abs().max() <= tolerance * max(1.0, wanted.abs().max().item())
+
+
+def test_rows_of_experts_run_one_by_one_are_neither_copied_nor_joined() -> None:
+    experts = nn.ModuleList(make_expert() for _ in range(E))
+    x_STD = torch.randn(9, T, D, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        y_STD = run_one_by_one(experts, x_STD, sorted_rows([3, 0, 5, 1]))
+        y_STD.backward(torch.ones_like(y_STD))
+    calls = Counter(event.name for event in profiled.events())
+    assert calls["aten::addmm"] == 2 * E and calls["aten::mm"] == 4 * E
+    assert calls["aten::gelu"] == calls["aten::gelu_backward"] == 1
+    copies = ("aten::cat", "aten::stack", "aten::clone", "aten::contiguous", "aten::add_", "aten::index_select")
+    assert not [name for name in copies if calls[name]]
 
 
 def test_under_autocast_both_ways_give_bf16_from_fp32_weights() -> None:
