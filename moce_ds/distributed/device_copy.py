@@ -1,6 +1,7 @@
 """Copies between the host and the device that let neither wait for the other."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ def together_on_device(tensors: Sequence[Tensor], device: torch.device) -> list[
     Raises:
         RuntimeError: a tensor is not aligned.
     """
-    packed = on_device(torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors]), device)
+    by_dtype = groupby(tensors, lambda tensor: tensor.dtype)
+    flat = [torch.cat([tensor.reshape(-1) for tensor in group]) for _, group in by_dtype]
+    packed = on_device(torch.cat([part.view(torch.uint8) for part in flat]), device)
     parts = packed.split([tensor.nbytes for tensor in tensors])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

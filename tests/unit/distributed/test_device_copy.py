@@ -12,6 +12,7 @@ def test_tensors_of_different_types_share_one_buffer() -> None:
     sent = [
         torch.arange(6).reshape(3, 2).T,  # not contiguous
         torch.tensor(-7),
+        torch.tensor(3).expand(1),  # a stride of 0
         torch.empty(0, 4, dtype=torch.int64),
         torch.linspace(0, 1, 3),
         torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)),
