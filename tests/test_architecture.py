@@ -58,6 +58,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "moce_ds.moe.deepspeed_layer",
         "moce_ds.moe.deepspeed_token_layer",
         "moce_ds.training.engine",
+        "moce_ds.training.cpu_optimizer",
         "moce_ds.checkpoint.deepspeed_state",
         "moce_ds.checkpoint.manager",
         "moce_ds.common.compat",

@@ -23,8 +23,9 @@ from torch import nn
 
 from moce_ds.bench import cases
 from moce_ds.bench.cases import Case, Problem
-from moce_ds.bench.timing import in_processes, interleaved, keep_freed_memory, memory_and_waits
+from moce_ds.bench.timing import in_processes, interleaved, memory_and_waits
 from moce_ds.common.compat import quiet_deepspeed
+from moce_ds.common.host.allocator import keep_freed_memory
 from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder

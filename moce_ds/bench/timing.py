@@ -3,7 +3,6 @@
 Times are compared between cases of one run. Memory and waits for the device are counted by the profiler.
 """
 
-import ctypes
 import json
 import os
 import platform
@@ -19,13 +18,12 @@ from torch.autograd.profiler_util import EventList
 from torch.multiprocessing import spawn
 from torch.profiler import ProfilerActivity, profile
 
+from moce_ds.common.host.allocator import keep_freed_memory
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.host.rank import SECRET, is_first, new_secret
 from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.distributed.rendezvous import host_on_loopback
 from moce_ds.distributed.runtime import started
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 # Calls of CUDA that make the host wait for the device, and operations of torch that contain one.
 _WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -115,18 +113,6 @@ def _work(
         result = work(*arguments, runtime)
         if runtime.is_main:
             Path(file).write_text(json.dumps(result))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next allocation, like the caching allocator of a GPU.
-
-    By default it returns large blocks to the system. The page faults of allocating them again depend only on sizes and
-    can cost more than the measured products (seen: 150,000 in a step of 1.5 s). No effect without glibc.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def machine() -> dict[str, Any]:

@@ -19,12 +19,17 @@ from moce_ds.checkpoint.format import step_folder, steps_of
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.compat import quiet_deepspeed
 from moce_ds.common.errors import MoceError
+from moce_ds.common.host.allocator import keep_freed_memory
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.parameters import TOKENS, is_gate
+from moce_ds.training.cpu_optimizer import use_on_cpu
 from moce_ds.training.schedule import BatchArithmetic
 from moce_ds.training.settings import EngineSettings, OptimSettings, PretrainOptimSettings, PretrainRunSettings
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
+
+_BUCKET = 500_000_000
+"""DeepSpeed's own size of a bucket of gradients, in elements; it allocates one in every backward pass."""
 
 
 def deepspeed_config(optim: OptimSettings, engine: EngineSettings, batches: BatchArithmetic) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def bucket_size(elements: int, world_size: int) -> int:
     since the latency of an all-reduce grows with them. DeepSpeed's own default is the upper limit: 500 million elements
     (2 GB, and as much again for the gradients that are reduced in bf16), whatever the size of the model.
     """
-    return min(elements, max(40_000_000, 1_000_000 * world_size), 500_000_000)
+    return min(elements, max(40_000_000, 1_000_000 * world_size), _BUCKET)
 
 
 def parameter_groups(model: nn.Module, optim: PretrainOptimSettings, gate_lr_scale: float) -> list[dict[str, Any]]:
@@ -167,15 +172,21 @@ def start_engine(
     """
     quiet_deepspeed()
     allow_tf32(engine.tf32)
+    on_cpu = get_accelerator().device_name() == "cpu"
     if waitless is None:
-        waitless = get_accelerator().device_name() == "cuda"
+        waitless = not on_cpu
     config = deepspeed_config(optim, engine, batches)
+    elements = sum(parameter.numel() for group in groups for parameter in group["params"])
     if waitless:
-        elements = sum(parameter.numel() for group in groups for parameter in group["params"])
         config = waitless_config(config, elements, batches.world_size)
+    elif on_cpu:
+        keep_freed_memory()
+        config["zero_optimization"]["reduce_bucket_size"] = min(elements, _BUCKET)
     started, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config, dist_init_required=False)
     if waitless:
         WaitlessOptimizer.take_over(started.optimizer, optim.clip)
+    elif on_cpu:
+        use_on_cpu(started.optimizer)
     return started
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from moce_ds.training.cpu_optimizer import use_on_cpu
 from moce_ds.training.engine import WaitlessOptimizer, allow_tf32, bucket_size, deepspeed_config, waitless_config
 from moce_ds.training.schedule import BatchArithmetic
 from moce_ds.training.settings import EngineSettings, OptimSettings
@@ -62,3 +63,11 @@ def test_an_optimizer_of_another_kind_is_refused() -> None:
 
     with pytest.raises(TypeError, match="Other does not leave norm and clipping"):
         WaitlessOptimizer.take_over(Other(), 1.0)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_of_another_kind_is_refused_on_a_cpu() -> None:
+    class Other:
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+
+    with pytest.raises(TypeError, match="Other is not DeepSpeed's"):
+        use_on_cpu(Other())  # type: ignore[arg-type]
