@@ -28,7 +28,7 @@ def use_on_cpu(optimizer: DeepSpeedZeroOptimizer) -> None:
     optimizer.optimizer.__class__ = PartwiseAdamW
     if dist.get_world_size() == 1 and set(optimizer.ipg_buckets) == {torch.float32}:  # bf16 buckets round gradients
         optimizer.__class__ = LoneOptimizer
-        optimizer.reduce_bucket_size = 0  # of the bucket that it allocates in every backward pass
+        optimizer.reduce_bucket_size = 1  # of the bucket that it allocates in every backward pass; 0 would fail
 
 
 class LoneOptimizer(DeepSpeedZeroOptimizer):
