@@ -1,26 +1,30 @@
 """`moce plan --device this`: measures this machine as a device of a plan, and the planned step.
 
-The device consists of the speed of single blocks, a memory copy and collectives; the step is not used for it. All are
-timed in turns, so that other load on the machine affects them equally.
+The device consists of the speed of single blocks, a memory copy and collectives, and of its host
+(`host_calibration.py`); the step is not used for it. All but loading are timed in turns, so that other load on the
+machine affects them equally.
 
 Axes: B images of a micro-batch of a process, T tokens, D width.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from moce_ds.bench.host_calibration import Loading, host_cases, images_to_load, measured_host
 from moce_ds.bench.timing import in_processes, interleaved
 from moce_ds.bench.training_step import TrainingStep
 from moce_ds.common.config import settings as configuration
 from moce_ds.common.errors import ConfigError
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.forecast.devices import Device
+from moce_ds.forecast.host_work import HostWork
 from moce_ds.forecast.step_cost import Flops, Machines, Work, block_flops
 from moce_ds.models.mae import make_block
 from moce_ds.models.settings import ExpertSettings
@@ -42,7 +46,12 @@ class Calibration:
 
 
 def calibrate(
-    work: Work, experts: ExpertSettings, loss_weights: LossWeights, nodes: Sequence[int], gpus: int, measure: bool
+    host_work: HostWork,
+    experts: ExpertSettings,
+    loss_weights: LossWeights,
+    nodes: Sequence[int],
+    gpus: int,
+    measure: bool,
 ) -> Calibration:
     """Calibrate a device for the shapes of a run; with `measure`, also train some steps on random images.
 
@@ -51,28 +60,39 @@ def calibrate(
 
     Raises:
         ConfigError: this machine has fewer nodes or GPUs, or the settings do not fit that many processes.
+        DataError: an image of `data.shards` cannot be read.
     """
+    work = host_work.work
     if list(nodes) != [1]:
         raise ConfigError(f"--nodes: got {','.join(map(str, nodes))}; --device this is one machine: use --nodes 1.")
     if torch.cuda.is_available() and gpus > torch.cuda.device_count():
         raise ConfigError(f"--gpus: got {gpus}; this machine has {torch.cuda.device_count()}.")
     batch_arithmetic(work.optim, gpus, work.ep_size)
     work.exchange(Machines(1, gpus), None)  # refuses unplannable settings before processes start
-    measured = in_processes(_calibrate, gpus, work, experts, loss_weights, measure)
+    with images_to_load(host_work.data.shards) as shards:
+        measured = in_processes(_calibrate, gpus, host_work, shards, experts, loss_weights, measure)
     return Calibration(configuration.from_tree(Device, measured["device"], "calibration"), measured["step"])
 
 
 def _calibrate(
-    work: Work, experts: ExpertSettings, loss_weights: LossWeights, measure: bool, runtime: Runtime
+    host_work: HostWork,
+    shards: Path,
+    experts: ExpertSettings,
+    loss_weights: LossWeights,
+    measure: bool,
+    runtime: Runtime,
 ) -> dict[str, Any]:
     """Time everything in turn, all processes at once; the slowest process counts."""
+    work = host_work.work
     sizes = _Sizes.of(work, runtime.world_size)
-    cases = _parts(sizes, runtime)
+    loading = Loading.measure(host_work, shards, sizes.micro, runtime)
+    cases = _parts(sizes, runtime) | host_cases(host_work, sizes.micro, runtime)
     if measure:
         cases["step"] = TrainingStep(work, experts, loss_weights, runtime)
     medians = interleaved(cases, _ROUNDS, runtime.barrier)
     seconds = dict(zip(medians, runtime.max(list(medians.values())), strict=True))
-    device = _device(sizes, seconds, runtime)
+    host = measured_host(host_work, seconds, loading, sizes.micro, runtime)
+    device = replace(_device(sizes, seconds, runtime), asynchronous=runtime.device.type == "cuda", host=host)
     return {"device": configuration.to_tree(device), "step": seconds.get("step")}
 
 
@@ -116,7 +136,7 @@ def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
     shape, decoder, micro = sizes.shape, sizes.decoder, sizes.micro
     encoder_block = make_block(shape.width, shape.heads, shape.mlp_ratio)
     decoder_block = make_block(decoder.width, decoder.heads, 4.0)
-    return {
+    parts: dict[str, Callable[[], object]] = {
         "encoder": _block_pass(encoder_block, (micro, sizes.tokens, shape.width), sizes.bf16, runtime),
         "decoder": _block_pass(decoder_block, (micro, shape.num_patches + 1, decoder.width), sizes.bf16, runtime),
         "copy": _copy(runtime),
@@ -124,6 +144,9 @@ def _parts(sizes: _Sizes, runtime: Runtime) -> dict[str, Callable[[], object]]:
         "reduce": _all_reduce(sizes.reduced, runtime),
         "exchange": _all_to_all(sizes.exchanged, runtime),
     }
+    if runtime.device.type == "cuda":  # too little for a GPU, which waits for the host
+        parts["launch"] = _block_pass(encoder_block, (1, sizes.tokens, shape.width), sizes.bf16, runtime, times=1)
+    return parts
 
 
 def _device(sizes: _Sizes, seconds: Mapping[str, float], runtime: Runtime) -> Device:
@@ -157,13 +180,15 @@ def _device(sizes: _Sizes, seconds: Mapping[str, float], runtime: Runtime) -> De
     )
 
 
-def _block_pass(block: nn.Module, size_BTD: tuple[int, int, int], bf16: bool, runtime: Runtime) -> Callable[[], None]:
+def _block_pass(
+    block: nn.Module, size_BTD: tuple[int, int, int], bf16: bool, runtime: Runtime, times: int = _IN_A_ROW
+) -> Callable[[], None]:
     block.to(runtime.device)
     x_BTD = torch.randn(*size_BTD, device=runtime.device, requires_grad=True)
     grad_BTD = torch.randn_like(x_BTD)
 
     def run() -> None:
-        for _ in range(_IN_A_ROW):
+        for _ in range(times):
             block.zero_grad(set_to_none=True)
             x_BTD.grad = None
             with torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):

@@ -30,7 +30,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 
 # Width and height of a typical ImageNet file, and of one that is decoded at once.
-_PHOTO, _SMALL = (500, 375), (100, 75)
+PHOTO, _SMALL = (500, 375), (100, 75)
 _INPUT, _SMALL_INPUT = ImageInput(224), ImageInput(32)
 _BATCH = 64
 _SCALE, _RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -47,7 +47,7 @@ def bench_load(images: int, threads: int, repeats: int, device: torch.device) ->
     256 small images, if every read of a file takes 5 ms longer.
     """
     with scratch_folder() as scratch:
-        shards = _write_photos(scratch / "photos", images, _PHOTO)
+        shards = write_photos(scratch / "photos", images, PHOTO)
         files = sorted((scratch / "photos").iterdir())
         photos = _Photos([file.read_bytes() for file in files])
         workers = DataLoader(
@@ -57,10 +57,10 @@ def bench_load(images: int, threads: int, repeats: int, device: torch.device) ->
             _BASE: lambda: _take_all(photos[number] for number in range(images)),
             "PyTorch DataLoader": lambda: _take_all(batch.to(device, non_blocking=True) for batch in workers),
             "DALI's file reader": lambda: _read_with_dali(files, threads, device),
-            "moce_ds": lambda: _take_all(_loader(shards, _INPUT, _BATCH, threads, device)),
+            "moce_ds": lambda: _take_all(sequential_loader(shards, _INPUT, _BATCH, threads, device)),
         }
         seconds = interleaved(cases, repeats, warmup=1)
-        wait_ms = _wait_ms(_write_photos(scratch / "small", _STEP_IMAGES, _SMALL), threads, device)
+        wait_ms = _wait_ms(write_photos(scratch / "small", _STEP_IMAGES, _SMALL), threads, device)
     return [
         {
             "name": name,
@@ -80,7 +80,7 @@ def _take_all(items: Iterable[object]) -> None:
         pass
 
 
-def _loader(
+def sequential_loader(
     shards: ShardSet, input: ImageInput, batch_size: int, threads: int, device: torch.device, passes: int = 1
 ) -> Loader:
     """Every image once in each pass, in order."""
@@ -115,7 +115,7 @@ class _SlowShards(ShardSet):
 def _wait_ms(shards: ShardSet, threads: int, device: torch.device) -> float:
     """Median milliseconds that training waits for a batch from slow storage, if a step takes `_STEP` seconds."""
     slow = _SlowShards.open(shards.path)
-    batches = iter(_loader(slow, _SMALL_INPUT, _STEP_IMAGES, threads, device, passes=_STEPS + 1))
+    batches = iter(sequential_loader(slow, _SMALL_INPUT, _STEP_IMAGES, threads, device, passes=_STEPS + 1))
     next(batches)
     waits = []
     for _ in range(_STEPS):
@@ -198,7 +198,7 @@ def _read_with_dali(files: list[Path], threads: int, device: torch.device) -> No
             pipeline.schedule_run()
 
 
-def _write_photos(folder: Path, count: int, size: tuple[int, int]) -> ShardSet:
+def write_photos(folder: Path, count: int, size: tuple[int, int]) -> ShardSet:
     """JPEG files, and a shard set of them: windows of this width and height of scikit-learn's two photographs."""
     folder.mkdir()
     photographs = load_sample_images().images

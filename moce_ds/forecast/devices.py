@@ -1,8 +1,8 @@
-"""Assumptions of plans about a device and the links between devices.
+"""Assumptions of plans about a device, the links between devices, and the host that feeds a device.
 
-Peak rates come from data sheets. The achieved shares of them, the latencies and the overlap are assumptions that `moce
-plan --assume KEY=VALUE` replaces. A YAML file with the same keys describes a device that is not in the table. All rates
-are per GPU, in one direction, and in powers of ten.
+Peak rates come from data sheets. The achieved shares of them, the latencies, the overlap and all times of the host are
+assumptions that `moce plan --assume KEY=VALUE` replaces. A YAML file with the same keys describes a device that is not
+in the table. All rates are per GPU, in one direction, and in powers of ten.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from moce_ds.common.config import settings as configuration
 from moce_ds.common.config.composition import Layer
-from moce_ds.common.config.settings import option, settings
+from moce_ds.common.config.settings import Positive, option, settings
 from moce_ds.common.config.values import expanded
 from moce_ds.common.errors import ConfigError
 
@@ -21,6 +21,31 @@ Rate = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0)]
 Achieved = Annotated[float, Field(gt=0, le=1)]
 Hidden = Annotated[float, Field(ge=0, le=1)]
+
+
+@settings
+class Host:
+    """What one process does on the host, on one core where nothing else is stated (docs/planning.md, "The host").
+
+    The defaults up to `file` are CPU times of `tests/examples/host_work.py`. Storage and decoding are not measured.
+    """
+
+    launch: Seconds = option(15e-6, "seconds to launch one operator, Python and DeepSpeed included")
+    table_iteration: Seconds = option(8e-6, "seconds of an iteration that balances the route table of one layer")
+    table_entry: Seconds = option(0.3e-9, "the same, for each cluster and expert")
+    plan_layer: Seconds = option(40e-6, "seconds to plan one expert layer")
+    plan_image: Seconds = option(6e-9, "the same, for each image of the expert-parallel group")
+    plan_lookup: Seconds = option(6e-9, "seconds to look up the cluster of an image; each process does so for all")
+    mask: Seconds = option(7e-9, "seconds to draw the noise of one patch")
+    hop: Seconds = option(47e-6, "seconds for a small message between two hosts")
+    deal_image: Seconds = option(65e-9, "seconds to assign an image to a rank; each process does so for all")
+    deal_cluster: Seconds = option(0.3e-6, "the same, for each cluster and expert layer")
+    file: Seconds = option(48e-6, "seconds of Python to read a file and to draw its window")
+    latency: Seconds = option(1e-3, "seconds until the storage answers a read")
+    storage: Rate = option(1e9, "bandwidth of the storage for each GPU, bytes/s")
+    decode: Rate = option(5000.0, "images that a GPU decodes per second")
+    image_bytes: Rate = option(110e3, "bytes of an image, if data.shards does not exist")
+    clusters: Positive = option(256, "clusters, if experts.clusters does not exist")
 
 
 @settings
@@ -42,6 +67,8 @@ class Device:
     # With ZeRO 1 and 2, DeepSpeed reduces the gradients after or in line with the backward pass unless overlap_comm is
     # set (seen in 0.19.8). training/engine.py does not set it.
     overlap: Hidden = option(0.0, "share of the gradient reduction that overlaps the backward pass")
+    asynchronous: bool = option(True, "whether it computes while the host works; false: a CPU, which does both")
+    host: Host = dataclasses.field(default_factory=Host)
 
     def flops(self, precision: str) -> float:
         """FLOP/s that blocks achieve with `engine.precision`."""
@@ -90,7 +117,7 @@ def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise ConfigError(
             f"--device: got {name!r}; expected {', '.join(DEVICES)}, {THIS}, or a YAML file with "
-            f"{', '.join(field.name for field in dataclasses.fields(Device))}."
+            f"{', '.join(key for key, _ in configuration.keys(Device))}."
         )
     return configuration.load(Device, path, assumed, origin=ASSUMED)
 

@@ -6,6 +6,7 @@ Times are in seconds, sizes in bytes. Nothing is measured here and no process gr
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from rich.table import Table
@@ -14,6 +15,7 @@ from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError
 from moce_ds.data.shards import ShardSet
 from moce_ds.forecast.devices import Device
+from moce_ds.forecast.host_work import HostTimes, HostWork, host_warnings, milliseconds
 from moce_ds.forecast.preflight import gibibytes, remedies
 from moce_ds.forecast.step_cost import Machines, Memory, Traffic, Work
 from moce_ds.training.schedule import batch_arithmetic, make_schedule
@@ -40,6 +42,7 @@ class Prediction:
         exchange_inside, exchange_across: all-to-all of images with their experts, within and across nodes.
         reduction: communication of gradients and weights, minus the part hidden behind the backward pass.
         optimizer: memory traffic of the optimizer step.
+        host: work on the host, and the part of it that the device waits for.
         steps: of the whole run.
     """
 
@@ -51,13 +54,24 @@ class Prediction:
     exchange_across: float
     reduction: float
     optimizer: float
+    host: HostTimes
     memory: Memory
     steps: int
 
     @property
+    def busy(self) -> float:
+        """Seconds of a step in which the device works."""
+        return self.compute + self.exchange_inside + self.exchange_across + self.reduction + self.optimizer
+
+    @property
     def step(self) -> float:
         """Seconds of a step."""
-        return self.compute + self.exchange_inside + self.exchange_across + self.reduction + self.optimizer
+        return self.busy + self.host.exposed
+
+    @property
+    def trained(self) -> float:
+        """Seconds of a step that has its images and does not agree, as `moce plan --measure` takes it."""
+        return self.busy + self.host.work.exposed
 
     @property
     def images_per_second(self) -> float:
@@ -80,16 +94,19 @@ class Prediction:
         return self.step * self.steps * self.machines.world_size / 3600
 
 
-def predict(work: Work, machines: Machines, device: Device, steps: int, moved: float | None = None) -> Prediction:
+def predict(
+    host_work: HostWork, machines: Machines, device: Device, steps: int, moved: float | None = None
+) -> Prediction:
     """Predict a step, assuming equal loads of the experts.
 
     Args:
+        host_work: of the run, with the work of the device.
         moved: share of the rows that leave their rank (see `Work.exchange`).
 
     Raises:
         ConfigError: the batch or the experts cannot be divided among that many processes, or the gate routes tokens.
     """
-    world = machines.world_size
+    work, world = host_work.work, machines.world_size
     batches = batch_arithmetic(work.optim, world, work.ep_size)
     count = work.parameters
     sent = work.exchange(machines, moved)
@@ -100,6 +117,8 @@ def predict(work: Work, machines: Machines, device: Device, steps: int, moved: f
     compute += batches.accumulation * _SPARE * count.spare / bandwidth
     hidden = min(device.overlap * sum(gradients), _BACKWARD * compute)
     inside, across = _seconds(sent, device, device.exchange_share)
+    reduction = sum(gradients) + sum(weights) - hidden
+    optimizer = (_HELD * count.held + _OWNED * work.owned_parameters(world)) / bandwidth
     return Prediction(
         machines=machines,
         batch=batches.global_batch,
@@ -107,8 +126,9 @@ def predict(work: Work, machines: Machines, device: Device, steps: int, moved: f
         compute=compute,
         exchange_inside=inside,
         exchange_across=across,
-        reduction=sum(gradients) + sum(weights) - hidden,
-        optimizer=(_HELD * count.held + _OWNED * work.owned_parameters(world)) / bandwidth,
+        reduction=reduction,
+        optimizer=optimizer,
+        host=host_work.times(machines, device, compute + inside + across + reduction + optimizer),
         memory=work.memory(world),
         steps=steps,
     )
@@ -142,18 +162,27 @@ def steps_of_run(shards: Path, optim: OptimSettings, images: int | None) -> int:
 _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
     ("GPUs", lambda p: str(p.machines.world_size)),
     ("images a GPU at a time", lambda p: str(p.micro)),
-    ("compute", lambda p: _milliseconds(p.compute)),
-    ("exchange inside nodes", lambda p: _milliseconds(p.exchange_inside)),
-    ("exchange across nodes", lambda p: _milliseconds(p.exchange_across)),
-    ("reduction, not hidden", lambda p: _milliseconds(p.reduction)),
-    ("optimizer", lambda p: _milliseconds(p.optimizer)),
-    ("step", lambda p: _milliseconds(p.step)),
+    ("compute", lambda p: milliseconds(p.compute)),
+    ("exchange inside nodes", lambda p: milliseconds(p.exchange_inside)),
+    ("exchange across nodes", lambda p: milliseconds(p.exchange_across)),
+    ("reduction, not hidden", lambda p: milliseconds(p.reduction)),
+    ("optimizer", lambda p: milliseconds(p.optimizer)),
+    ("host, not hidden", lambda p: milliseconds(p.host.work.exposed)),
+    ("agreement, not hidden", lambda p: milliseconds(p.host.agreement.exposed)),
+    ("dealing, not hidden", lambda p: milliseconds(p.host.dealing.exposed)),
+    ("reading, not hidden", lambda p: milliseconds(p.host.reading.exposed)),
+    ("step", lambda p: milliseconds(p.step)),
+    ("on the host: work", lambda p: milliseconds(p.host.work.seconds)),
+    ("on the host: agreement", lambda p: milliseconds(p.host.agreement.seconds)),
+    ("on the host: dealing", lambda p: milliseconds(p.host.dealing.seconds)),
+    ("on the host: reading", lambda p: milliseconds(p.host.reading.seconds)),
     ("efficiency", lambda p: f"{p.efficiency:.0%}"),
     ("images/s", lambda p: f"{p.images_per_second:,.0f}"),
     ("memory a GPU", lambda p: gibibytes(p.memory.total)),
     ("run, days", lambda p: _rounded(p.days)),
     ("run, GPU-hours", lambda p: _rounded(p.gpu_hours)),
 )
+_LAST_OF_SECTION = ("reading, not hidden", "step", "on the host: reading")
 
 
 def prediction_table(arch: str, name: str, device: Device, predictions: Sequence[Prediction]) -> Table:
@@ -166,21 +195,26 @@ def prediction_table(arch: str, name: str, device: Device, predictions: Sequence
     for prediction in predictions:
         table.add_column(str(prediction.machines.nodes), justify="right")
     for row, text in _ROWS:
-        table.add_row(row, *(text(prediction) for prediction in predictions), end_section=row in ("optimizer", "step"))
+        table.add_row(row, *(text(prediction) for prediction in predictions), end_section=row in _LAST_OF_SECTION)
     fits = ["yes" if p.memory.total <= device.memory else "NO" for p in predictions]
     table.add_row(f"fits in {gibibytes(device.memory)}", *fits)
     return table
 
 
-def assumptions(work: Work, device: Device, moved: float | None) -> str:
+def assumptions(host_work: HostWork, device: Device, moved: float | None) -> str:
     """The assumptions of the predictions, in a few lines."""
+    work, host = host_work.work, device.host
+    size = host_work.image_bytes or host.image_bytes
     peak = device.bf16 if work.engine.precision == "bf16" else device.fp32
     lines = [
         f"Assumed: {device.compute_share:.0%} of {peak / 1e12:.3g} TFLOP/s {work.engine.precision}, "
         f"{device.bandwidth_share:.0%} of {device.bandwidth / 1e9:,.0f} GB/s of memory;",
         f"links {device.inside / 1e9:.3g} GB/s inside and {device.across / 1e9:.3g} GB/s across nodes, exchanges at "
         f"{device.exchange_share:.0%}, reductions at {device.reduce_share:.0%};",
-        f"{device.overlap:.0%} of the gradients' reduction hidden; even loads, and loaders that keep up.",
+        f"{device.overlap:.0%} of the gradients' reduction hidden; even loads.",
+        f"Host: {host_work.launches:,} operators at {host.launch * 1e6:.3g} us, {host.hop * 1e6:.3g} us a message; for "
+        f"each GPU {host.decode:,.0f} images/s decoded,",
+        f"files of {size / 1e3:,.3g} kB at {host.storage / 1e9:.3g} GB/s after {host.latency * 1e3:.3g} ms.",
     ]
     if work.ep_size > 1:
         if moved is None:
@@ -191,8 +225,11 @@ def assumptions(work: Work, device: Device, moved: float | None) -> str:
 
 
 def advice(work: Work, device: Device, predictions: Sequence[Prediction]) -> list[str]:
-    """For each number of nodes where memory does not suffice, one line with changes and the memory that they need."""
-    return [_advice(work, device.memory, p) for p in predictions if p.memory.total > device.memory]
+    """For each number of nodes one line where memory does not suffice, with changes and the memory that they need, and
+    one for each kind of work on the host that the device waits for."""
+    memory = [_advice(work, device.memory, p) for p in predictions if p.memory.total > device.memory]
+    waits = [(p.machines.nodes, text) for p in predictions for text in host_warnings(p.host, p.step)]
+    return memory + [fill(f"WARNING: --nodes {nodes}: {text}.", 100, subsequent_indent="  ") for nodes, text in waits]
 
 
 def _advice(work: Work, memory: float, prediction: Prediction) -> str:
@@ -205,21 +242,19 @@ def _advice(work: Work, memory: float, prediction: Prediction) -> str:
 
 
 def error_table(prediction: Prediction, measured: float) -> Table:
-    """The predicted and the measured step (`measured`, in seconds), and the error in percent of the latter."""
+    """The predicted and the measured step (`measured`, in seconds), and the error in percent of the latter.
+
+    The measured step loads nothing and agrees on nothing, so the prediction is `Prediction.trained`."""
     table = Table("step predicted", "step measured", "error", title="Prediction and measurement", title_justify="left")
-    table.add_row(_milliseconds(prediction.step), _milliseconds(measured), f"{prediction.step / measured - 1:+.1%}")
+    table.add_row(milliseconds(prediction.trained), milliseconds(measured), f"{prediction.trained / measured - 1:+.1%}")
     return table
 
 
 def to_record(device: Device, predictions: Sequence[Prediction], measured: float | None) -> dict[str, Any]:
     """All predictions as plain data: seconds, bytes and the settings of the device."""
-    derived = ("step", "images_per_second", "efficiency", "days", "gpu_hours")
+    derived = ("step", "trained", "images_per_second", "efficiency", "days", "gpu_hours")
     rows = [asdict(p) | {key: getattr(p, key) for key in derived} for p in predictions]
     return {"device": to_tree(device), "predictions": rows, "measured_step": measured}
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms"
 
 
 def _rounded(value: float) -> str:

@@ -70,9 +70,9 @@ def plan(
 ) -> None:
     """Predict the time, memory and GPU-hours of a run on other machines.
 
-    Use `--nodes 1,2,4` to compare. With --device this, the plan uses short measurements of the blocks, memory and links
-    of this machine; --measure then trains some steps and prints the error of the prediction. docs/planning.md describes
-    the model, its assumptions and errors.
+    Use `--nodes 1,2,4` to compare. With --device this, the plan uses short measurements of the blocks, memory, links,
+    host work and loading of this machine; --measure then trains some steps and prints the error of the prediction.
+    docs/planning.md describes the model, its assumptions and errors.
     """
     from moce_ds.training.settings import PretrainSettings
 
@@ -80,11 +80,12 @@ def plan(
     from moce_ds.common.storage.files import check_output, write_json, writes_to
     from moce_ds.forecast import prediction
     from moce_ds.forecast.devices import THIS, assuming, find_device
-    from moce_ds.forecast.step_cost import Machines, Work
+    from moce_ds.forecast.host_work import HostWork
+    from moce_ds.forecast.step_cost import Machines
 
     if options["json_file"] is not None:
         check_output(options["json_file"], "a plan", b'"device": {')
-    work, moved, measured = Work.of(config), options["moved"], None
+    work, moved, measured = HostWork.of(config), options["moved"], None
     steps = prediction.steps_of_run(config.data.shards, config.optim, options["images"])
     if device == THIS:
         from moce_ds.bench.calibration import calibrate
@@ -97,7 +98,7 @@ def plan(
         assumed = find_device(device, assume)
     predicted = [prediction.predict(work, Machines(count, gpus), assumed, steps, moved) for count in nodes]
     show(prediction.prediction_table(config.model.arch, device, assumed, predicted))
-    say(prediction.assumptions(work, assumed, moved), *prediction.advice(work, assumed, predicted))
+    say(prediction.assumptions(work, assumed, moved), *prediction.advice(work.work, assumed, predicted))
     if measured is not None:
         show(prediction.error_table(predicted[0], measured))
     if options["json_file"] is not None:

@@ -6,7 +6,7 @@ Axes: W ranks, B images a rank, M clusters, L expert layers, E experts, K expert
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from moce_ds.common.config.model_kinds import SDR
 from moce_ds.common.config.settings import to_yaml
 from moce_ds.common.errors import ConfigError
-from moce_ds.forecast.devices import DEVICES, assuming, find_device
+from moce_ds.forecast.devices import DEVICES, Host, assuming, find_device
+from moce_ds.forecast.host_work import HostWork
 from moce_ds.forecast.prediction import Prediction, advice, predict
 from moce_ds.forecast.step_cost import Machines, Traffic, Work
 from moce_ds.models.mae import MaskedAutoencoder
@@ -127,7 +128,7 @@ def test_activations_are_about_what_autograd_keeps(tiny_config: Make, words: tup
 
 def plan_of(config: PretrainSettings, nodes: int, gpus: int = 2, **assumed: float) -> Prediction:
     device = assuming(DEVICES["h100"], [f"{key}={value}" for key, value in assumed.items()])
-    return predict(Work.of(config), Machines(nodes, gpus), device, steps=100)
+    return predict(HostWork.of(config), Machines(nodes, gpus), device, steps=100)
 
 
 def test_twice_the_nodes_compute_half_as_long(tiny_config: Make) -> None:
@@ -229,7 +230,7 @@ def test_memory_goes_where_it_should(tiny_config: Make, less: tuple[str, ...], t
 
 def test_advice_names_what_would_fit(tiny_config: Make) -> None:
     config = tiny_config("optim.batch_size=512")
-    prediction = plan_of(config, 1)
+    prediction = plan_of(config, 1, **{"host.launch": 0, "host.decode": 1e9, "host.latency": 0, "host.file": 0})
     device = assuming(DEVICES["h100"], [f"memory={0.999 * prediction.memory.total}"])
     (line,) = advice(Work.of(config), device, [prediction])
     assert "do not fit" in line and "optim.accumulation=2: " in line and "engine.checkpoint_activations=true: " in line
@@ -262,6 +263,8 @@ BASE = CONFIGS / "vit_base_moce.yaml"
         ("--gpus 4 --images 9", "experts.ep_size: got 8; it must divide the number of processes, 4"),
         ("", "data.shards: data/imagenet does not exist yet, .* --images 1281167"),
         ("--images 9 --assume speed=1", "speed: no such setting"),
+        ("--images 9 --assume host.speed=1", "host.speed: no such setting"),
+        ("--images 9 --assume host.decode=0", "host.decode: got 0; .*greater than 0"),
         ("--images 9 model.arch=token_moe", "model.arch: .*it cannot be planned"),
         ("--images 9 --measure", "--measure: only this machine can be measured; got --device h100"),
         ("--images 9 --device this --nodes 1,2", "--nodes: got 1,2; --device this is one machine"),
@@ -291,7 +294,15 @@ def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:
         "exchange across nodes",
         "reduction",
         "optimizer",
+        "host, not hidden",
+        "agreement, not hidden",
+        "dealing, not hidden",
+        "reading, not hidden",
         "step",
+        "on the host: work",
+        "on the host: agreement",
+        "on the host: dealing",
+        "on the host: reading",
         "fits in",
     ):
         assert re.search(rf"│ {row}.*│.*│.*│.*│", said.out), row
@@ -300,7 +311,8 @@ def test_shipped_configs_can_be_planned(path: Path, tmp_path: Path) -> None:
     assert record["device"]["memory"] == 141e9 and record["measured_step"] is None
     for row in record["predictions"]:
         parts = ("compute", "exchange_inside", "exchange_across", "reduction", "optimizer")
-        assert row["step"] == pytest.approx(sum(row[part] for part in parts))
+        waits = sum(row["host"][term]["exposed"] for term in ("work", "agreement", "dealing", "reading"))
+        assert row["step"] == pytest.approx(sum(row[part] for part in parts) + waits)
     assert run_here("plan", path, "--images", 1000, "--json", file).status == 0
     file.write_text('{"mine": 1}')
     assert f"{file} exists and is not a plan of this program" in refused("plan", path, "--images", 1000, "--json", file)
@@ -322,4 +334,8 @@ def test_this_machine_is_planned_and_measured(tiny_config: Make, tmp_path: Path)
         record = json.loads(file.read_text())
         (prediction,) = record["predictions"]
         assert prediction["exchange_inside"] > 0 and prediction["reduction"] > 0
-        ratios.append(prediction["step"] / record["measured_step"])
+        host, times = record["device"]["host"], prediction["host"]
+        assert host["launch"] == 0 and not record["device"]["asynchronous"], "the CPU does what it launches"
+        assert all(host[name] != asdict(Host())[name] for name in ("table_entry", "plan_layer", "deal_image", "decode"))
+        assert min(times[term]["exposed"] for term in ("work", "agreement", "dealing", "reading")) > 0
+        ratios.append(prediction["trained"] / record["measured_step"])
