@@ -27,7 +27,8 @@ Hidden = Annotated[float, Field(ge=0, le=1)]
 class Host:
     """What one process does on the host, on one core where nothing else is stated (docs/planning.md, "The host").
 
-    The defaults up to `file` are CPU times of `tests/examples/host_work.py`. Storage and decoding are not measured.
+    The defaults up to `file` come from CPU times of `tests/examples/host_work.py`, and `hop` from messages over
+    loopback. Latency, bandwidth of the storage and decoding are not measured.
     """
 
     launch: Seconds = option(15e-6, "seconds to launch one operator, Python and DeepSpeed included")

@@ -230,12 +230,12 @@ def test_memory_goes_where_it_should(tiny_config: Make, less: tuple[str, ...], t
 
 def test_advice_names_what_would_fit(tiny_config: Make) -> None:
     config = tiny_config("optim.batch_size=512")
-    prediction = plan_of(config, 1, **{"host.launch": 0, "host.decode": 1e9, "host.latency": 0, "host.file": 0})
+    prediction = plan_of(config, 1)
     device = assuming(DEVICES["h100"], [f"memory={0.999 * prediction.memory.total}"])
-    (line,) = advice(Work.of(config), device, [prediction])
+    (line,) = (text for text in advice(Work.of(config), device, [prediction]) if "do not fit" in text)
     assert "do not fit" in line and "optim.accumulation=2: " in line and "engine.checkpoint_activations=true: " in line
     assert "optim.accumulation=4" not in line  # twice suffices
-    assert list(advice(Work.of(config), DEVICES["h100"], [prediction])) == []
+    assert not any("do not fit" in text for text in advice(Work.of(config), DEVICES["h100"], [prediction]))
 
 
 def test_a_device_can_be_described(tmp_path: Path) -> None:
