@@ -26,7 +26,7 @@ from moce_ds.forecast.devices import Host
 from moce_ds.forecast.host_work import HostWork, block_operators, rounds
 from moce_ds.moe.gate import balanced_experts
 from moce_ds.moe.placement import default_placement
-from moce_ds.moe.plan import make_plan
+from moce_ds.moe.routing_plan import make_plan
 from moce_ds.training.local_sampler import LocalSampler
 
 _DEVIATION = 3.0  # of a trained gate's logits, which need all iterations
@@ -72,7 +72,8 @@ class Loading:
             read = _seconds_each(len(batch.files) for batch in files)
         loader = sequential_loader(shards, input, size, threads, runtime.device, passes)
         load = _seconds_each(len(batch.ids_B) for batch in loader)
-        return cls(*runtime.max([read, load]), float(shards.samples["size"].mean()))
+        read, load = runtime.max([read, load])
+        return cls(read, load, float(shards.samples["size"].mean()))
 
 
 def _seconds_each(sizes: Iterator[int]) -> float:

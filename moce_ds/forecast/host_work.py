@@ -16,8 +16,9 @@ from moce_ds.data.read_ahead import READERS
 from moce_ds.data.shards import ShardSet
 from moce_ds.forecast.devices import Device, Host
 from moce_ds.forecast.step_cost import Machines, Work, block_flops
+from moce_ds.models.settings import ExpertSettings
 from moce_ds.training.schedule import batch_arithmetic
-from moce_ds.training.settings import DataSettings, PretrainSettings
+from moce_ds.training.settings import DataSettings
 
 _ITERATIONS = 200
 """Of balancing one layer's table: a trained gate needs all that `moe/balance.py` allows, a new one far fewer."""
@@ -86,21 +87,21 @@ class HostWork:
     dealt: bool
 
     @classmethod
-    def of(cls, config: PretrainSettings) -> "HostWork":
+    def of(cls, work: Work, data: DataSettings, experts: ExpertSettings) -> "HostWork":
         """The host's work in a run with these settings.
 
         Raises:
             ArtefactError: the shard set or the clusters exist and cannot be read.
         """
-        kind, folder, shards = config.model_kind, config.routing_clusters, config.data.shards
-        known = folder is not None and Clusters.recognises(folder)
+        kind, shards = work.spec.model_kind, data.shards
+        folder = experts.clusters if kind.routes_by_cluster else None
         return cls(
-            work=Work.of(config),
-            data=config.data,
-            clusters=len(Clusters.open(folder).sizes_M) if known and folder else None,
+            work=work,
+            data=data,
+            clusters=len(Clusters.open(folder).sizes_M) if folder and Clusters.recognises(folder) else None,
             image_bytes=float(ShardSet.open(shards).samples["size"].mean()) if ShardSet.recognises(shards) else None,
-            balanced=kind.routes_by_cluster and kind is not SDR and config.experts.balance == "sinkhorn",
-            dealt=kind.routes_by_cluster and config.ep_size > 1 and config.experts.loader_locality,
+            balanced=kind.routes_by_cluster and kind is not SDR and experts.balance == "sinkhorn",
+            dealt=kind.routes_by_cluster and work.ep_size > 1 and experts.loader_locality,
         )
 
     def times(self, machines: Machines, device: Device, busy: float) -> HostTimes:

@@ -20,6 +20,7 @@ from moce_ds.common.config.settings import load
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.runtime import started
 from moce_ds.forecast.host_work import HostWork
+from moce_ds.forecast.step_cost import Work
 from moce_ds.models.mae import mask_noise
 from moce_ds.moe.gate import balanced_experts
 from moce_ds.moe.placement import placement_by_traffic
@@ -101,7 +102,7 @@ def launch_times() -> None:
         for words in ("", "model.depth=8", "engine.precision=fp32", "optim.accumulation=2", experts,
                       f"{experts} experts.num=4", "model.arch=moce experts.layers=[1,2,3]"):  # fmt: skip
             config = load(PretrainSettings, None, [*TINY.split(), *words.split()])
-            host_work = HostWork.of(config)
+            host_work = HostWork.of(Work.of(config), config.data, config.experts)
             step = TrainingStep(host_work.work, config.experts, config.loss_weights, runtime)
             taken = milliseconds(lambda _: step(), STEPS, min)  # noqa: B023
             with Operators() as operators:

@@ -81,11 +81,11 @@ def plan(
     from moce_ds.forecast import prediction
     from moce_ds.forecast.devices import THIS, assuming, find_device
     from moce_ds.forecast.host_work import HostWork
-    from moce_ds.forecast.step_cost import Machines
+    from moce_ds.forecast.step_cost import Machines, Work
 
     if options["json_file"] is not None:
         check_output(options["json_file"], "a plan", b'"device": {')
-    work, moved, measured = HostWork.of(config), options["moved"], None
+    work, moved, measured = HostWork.of(Work.of(config), config.data, config.experts), options["moved"], None
     steps = prediction.steps_of_run(config.data.shards, config.optim, options["images"])
     if device == THIS:
         from moce_ds.bench.calibration import calibrate

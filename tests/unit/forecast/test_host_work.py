@@ -17,7 +17,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.forecast.devices import Device, Host, assuming, find_device
 from moce_ds.forecast.host_work import HostTimes, HostWork, block_operators, host_warnings, rounds
 from moce_ds.forecast.prediction import advice, predict
-from moce_ds.forecast.step_cost import Machines, block_flops
+from moce_ds.forecast.step_cost import Machines, Work, block_flops
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.training.settings import PretrainSettings
 
@@ -30,6 +30,10 @@ NOTHING = dict.fromkeys(
     ("launch", "table_iteration", "table_entry", "plan_layer", "plan_image", "plan_lookup", "mask", "hop", "deal_image",
      "deal_cluster", "file", "latency"), 0.0,
 )  # fmt: skip
+
+
+def host_work_of(config: PretrainSettings) -> HostWork:
+    return HostWork.of(Work.of(config), config.data, config.experts)
 
 
 def host_of(**seconds: float) -> Host:
@@ -47,7 +51,7 @@ def device_of(host: Host, **changes: Any) -> Device:
 
 def test_the_route_table_grows_with_layers_clusters_and_experts(tiny_config: Make) -> None:
     def seconds(host: Host, clusters: int, *words: str) -> float:
-        return replace(HostWork.of(tiny_config(*EXPERTS, *words)), clusters=clusters).table(host)
+        return replace(host_work_of(tiny_config(*EXPERTS, *words)), clusters=clusters).table(host)
 
     entries, iterations = host_of(table_entry=1e-9), host_of(table_iteration=1e-6)
     assert seconds(entries, 100) == pytest.approx(2 * 200 * 100 * 4 * 1e-9)
@@ -56,27 +60,27 @@ def test_the_route_table_grows_with_layers_clusters_and_experts(tiny_config: Mak
     assert seconds(iterations, 100) == seconds(iterations, 999) == pytest.approx(2 * 200 * 1e-6)
     assert seconds(entries, 100, "experts.balance=loss") == 0
     sdr = ("model.arch=sdr", "experts.clusters=none", "experts.num=4", "sdr.stages=1", "run.init_from=dense")
-    paths = HostWork.of(tiny_config(*sdr))
-    assert paths.table(entries) == HostWork.of(tiny_config()).table(entries) == 0
+    paths = host_work_of(tiny_config(*sdr))
+    assert paths.table(entries) == host_work_of(tiny_config()).table(entries) == 0
 
 
 def test_plans_grow_with_layers_the_group_and_all_ranks(tiny_config: Make) -> None:
-    spread, alone = (HostWork.of(tiny_config(*EXPERTS, f"experts.ep_size={n}", "experts.k=2")) for n in (2, 1))
+    spread, alone = (host_work_of(tiny_config(*EXPERTS, f"experts.ep_size={n}", "experts.k=2")) for n in (2, 1))
     assert spread.plan(host_of(plan_layer=1e-6), 8, 16) == pytest.approx(2e-6)
     assert spread.plan(host_of(plan_image=1e-9), 8, 16) == pytest.approx(2 * 2 * 16 * 2 * 1e-9)
     assert alone.plan(host_of(plan_image=1e-9), 8, 16) == pytest.approx(2 * 1 * 16 * 2 * 1e-9)
     assert spread.plan(host_of(plan_lookup=1e-9), 8, 16) == pytest.approx(8 * 16 * 1e-9)
-    assert HostWork.of(tiny_config()).plan(Host(), 8, 16) == 0
+    assert host_work_of(tiny_config()).plan(Host(), 8, 16) == 0
 
 
 def test_dealing_grows_with_the_batch_and_the_clusters(tiny_config: Make) -> None:
-    host_work = replace(HostWork.of(tiny_config(*SPREAD)), clusters=10)
+    host_work = replace(host_work_of(tiny_config(*SPREAD)), clusters=10)
     assert host_work.dealing(host_of(deal_image=1e-9)) == pytest.approx(64e-9)
     assert host_work.dealing(host_of(deal_cluster=1e-9)) == pytest.approx(10 * 2 * 1e-9)
-    twice = HostWork.of(tiny_config(*SPREAD, "optim.accumulation=2"))
+    twice = host_work_of(tiny_config(*SPREAD, "optim.accumulation=2"))
     assert replace(twice, clusters=10).dealing(host_of(deal_cluster=1e-9)) == pytest.approx(2 * 10 * 2 * 1e-9)
     for words in ((*SPREAD, "experts.loader_locality=false"), (*EXPERTS, "experts.ep_size=1"), ()):
-        assert HostWork.of(tiny_config(*words)).dealing(Host()) == 0
+        assert host_work_of(tiny_config(*words)).dealing(Host()) == 0
 
 
 def test_rounds_of_the_agreement() -> None:
@@ -85,7 +89,7 @@ def test_rounds_of_the_agreement() -> None:
 
 
 def test_reading_is_as_slow_as_its_slowest_stage(tiny_config: Make, tiny_shards: Path) -> None:
-    host_work = HostWork.of(tiny_config())
+    host_work = host_work_of(tiny_config())
     size = float(ShardSet.open(tiny_shards).samples["size"].mean())
     assert host_work.image_bytes == size
     host = host_of(file=1e-3, latency=0.032, storage=size / 3e-3, decode=250)
@@ -132,7 +136,7 @@ def test_a_block_launches_the_operators_that_are_counted(tiny_config: Make, prec
                 loss = model(images, noise).loss
             loss.backward()
         counted.append(operators.names.total())
-        predicted.append(HostWork.of(config).launches)
+        predicted.append(host_work_of(config).launches)
     of_deepspeed = 12 + 36  # a hook on each parameter of a block, and the update
     assert predicted[1] - predicted[0] == counted[1] - counted[0] + 2 * of_deepspeed
     if recompute == "false":
@@ -140,16 +144,16 @@ def test_a_block_launches_the_operators_that_are_counted(tiny_config: Make, prec
 
 
 def test_launches_grow_with_parts_and_experts(tiny_config: Make) -> None:
-    once, twice = (HostWork.of(tiny_config(f"optim.accumulation={n}")).launches for n in (1, 2))
+    once, twice = (host_work_of(tiny_config(f"optim.accumulation={n}")).launches for n in (1, 2))
     assert once < twice < 2 * once, "the update is launched once"
-    four, eight = (HostWork.of(tiny_config(*EXPERTS, f"experts.num={n}")).launches for n in (4, 8))
-    spread = HostWork.of(tiny_config(*EXPERTS, "experts.num=8", "experts.ep_size=2")).launches
+    four, eight = (host_work_of(tiny_config(*EXPERTS, f"experts.num={n}")).launches for n in (4, 8))
+    spread = host_work_of(tiny_config(*EXPERTS, "experts.num=8", "experts.ep_size=2")).launches
     assert once < four == spread < eight
 
 
 def test_the_blocks_below_hide_the_table_and_the_agreement(tiny_config: Make) -> None:
     """Seconds that the device computes below the first expert layer are subtracted, the rest is added."""
-    host_work = HostWork.of(tiny_config(*EXPERTS, "optim.batch_size=64"))
+    host_work = host_work_of(tiny_config(*EXPERTS, "optim.batch_size=64"))
     shape = host_work.work.spec.shape
     below = host_work.flops_below
     assert below == host_work.work.image_flops.patches + block_flops(host_work.work.visible_tokens, 16, 4.0)
@@ -164,13 +168,13 @@ def test_the_blocks_below_hide_the_table_and_the_agreement(tiny_config: Make) ->
     with_table = replace(slow, host=host_of(hop=1e-3, plan_layer=1e-3))
     found = times(host_work, with_table)
     assert (found.work.exposed, found.agreement.exposed) == (0, pytest.approx(1.5e-3)), "the plan comes first"
-    dense = HostWork.of(tiny_config())
+    dense = host_work_of(tiny_config())
     flops = dense.work.image_flops
     assert dense.flops_below == flops.patches + flops.encoder + flops.decoder
 
 
 def test_the_whole_step_hides_launches(tiny_config: Make) -> None:
-    host_work = HostWork.of(tiny_config())
+    host_work = host_work_of(tiny_config())
     device = device_of(host_of(launch=1e-5))
     launching = host_work.launches * 1e-5
     assert times(host_work, device, busy=launching).work.exposed == 0
@@ -179,7 +183,7 @@ def test_the_whole_step_hides_launches(tiny_config: Make) -> None:
 
 
 def test_the_whole_step_hides_dealing_and_reading(tiny_config: Make) -> None:
-    host_work = HostWork.of(tiny_config(*SPREAD))
+    host_work = host_work_of(tiny_config(*SPREAD))
     device = device_of(host_of(deal_image=1 / 64, decode=16 / 3))  # one second, and three
     assert times(host_work, device, busy=3.5).exposed == 0
     found = times(host_work, device, busy=2)
@@ -189,7 +193,7 @@ def test_the_whole_step_hides_dealing_and_reading(tiny_config: Make) -> None:
 
 
 def test_a_cpu_hides_nothing(tiny_config: Make) -> None:
-    host_work = HostWork.of(tiny_config(*SPREAD))
+    host_work = host_work_of(tiny_config(*SPREAD))
     found = times(host_work, device_of(Host(), asynchronous=False), busy=1e6)
     terms = (found.work, found.agreement, found.dealing, found.reading)
     assert all(term.exposed == term.seconds > 0 for term in terms)
@@ -197,7 +201,7 @@ def test_a_cpu_hides_nothing(tiny_config: Make) -> None:
 
 
 def test_the_step_is_longer_by_what_is_exposed_and_the_plan_says_why(tiny_config: Make) -> None:
-    host_work = HostWork.of(tiny_config(*SPREAD))
+    host_work = host_work_of(tiny_config(*SPREAD))
 
     def warnings(**seconds: float) -> list[str]:
         device = device_of(host_of(**seconds))

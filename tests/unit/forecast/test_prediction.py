@@ -128,7 +128,7 @@ def test_activations_are_about_what_autograd_keeps(tiny_config: Make, words: tup
 
 def plan_of(config: PretrainSettings, nodes: int, gpus: int = 2, **assumed: float) -> Prediction:
     device = assuming(DEVICES["h100"], [f"{key}={value}" for key, value in assumed.items()])
-    return predict(HostWork.of(config), Machines(nodes, gpus), device, steps=100)
+    return predict(HostWork.of(Work.of(config), config.data, config.experts), Machines(nodes, gpus), device, steps=100)
 
 
 def test_twice_the_nodes_compute_half_as_long(tiny_config: Make) -> None:
