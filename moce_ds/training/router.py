@@ -81,6 +81,7 @@ class Router:
         experts: settings; seed: of the gate noise.
 
     Attributes:
+        share_M: the clusters' shares of the data, on the host.
         table: that of the step that was last begun; None before the first.
     """
 
@@ -96,7 +97,7 @@ class Router:
         self.model, self.ids_N, self.slot_LE, self.runtime = model, ids_N, slot_LE, runtime
         self.experts, self.seed = experts, seed
         self.shape_LME = (len(model.experts.layers), len(model.share_M), model.experts.num_experts)
-        self._share_M = model.share_M.cpu()
+        self.share_M = model.share_M.cpu()
         self.table: StepTable | None = None
         self._step: int | None = None
 
@@ -107,7 +108,7 @@ class Router:
 
     @torch.no_grad()
     def _choose(self, probs_LME: Tensor) -> Tensor:
-        return route_table(self.model.gate, probs_LME, self._share_M, self.model.experts.k, self.experts.balance)
+        return route_table(self.model.gate, probs_LME, self.share_M, self.model.experts.k, self.experts.balance)
 
     def begin(
         self,
@@ -174,7 +175,7 @@ class Router:
             "experts": self.shape_LME[2],
             "expert_ML": table.expert_MLK[:, :, 0].tolist(),
             "probs_LME": table.host_probs_LME.double().numpy().round(6).tolist(),
-            "cluster_share_M": self._share_M.double().numpy().round(8).tolist(),
+            "cluster_share_M": self.share_M.double().numpy().round(8).tolist(),
         }
 
 
@@ -193,7 +194,7 @@ class RouteStatistics:
         router, E = self.router, self.router.shape_LME[2]
         assert router.table is not None
         plain = router.prepare(None)
-        confidence_L = (plain.host_probs_LME.amax(dim=-1) @ router.model.share_M.cpu()).tolist()
+        confidence_L = (plain.host_probs_LME.amax(dim=-1) @ router.share_M).tolist()
         live = live_experts(plain.expert_MLK)
         churn_L = (plain.expert_MLK[:, :, 0] != self._last_MLK[:, :, 0]).mean(axis=0)
         self._last_MLK = plain.expert_MLK.copy()

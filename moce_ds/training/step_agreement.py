@@ -41,6 +41,7 @@ class StepTotals:
         shares: micro-batches of all processes.
         further: figures that the host knows already; they are summed.
         applied: whether the step updated the weights, the same on all processes; as a tensor if only the device knows.
+        norm: of the step's gradient, likewise.
     """
 
     def __init__(
@@ -50,20 +51,24 @@ class StepTotals:
         shares: int,
         further: Mapping[str, float],
         applied: Tensor | bool,
+        norm: Tensor | float,
     ) -> None:
         self.step = step
         self.losses = list(parts[0])
         self._shares, self._further = shares, further
         sums = torch.stack([torch.stack(list(losses.values())) for losses in parts]).double().sum(dim=0)
-        self._applied = applied if isinstance(applied, bool) else None
-        self._arriving = HostCopy(sums if isinstance(applied, bool) else torch.cat([sums, applied.double()[None]]))
+        update = [torch.as_tensor(figure, dtype=sums.dtype, device=sums.device)[None] for figure in (applied, norm)]
+        self._arriving = HostCopy(torch.cat([sums, *update]))
 
     @property
     def applied(self) -> bool:
         """Whether the step updated the weights; known once the figures are read."""
-        if self._applied is None:
-            self._applied = self._arriving.wait()[-1].item() != 0
-        return self._applied
+        return self._arriving.wait()[-2].item() != 0
+
+    @property
+    def norm(self) -> float:
+        """The norm of the gradient before clipping; it arrives with the figures."""
+        return self._arriving.wait()[-1].item()
 
     def read(self) -> dict[str, float]:
         """The figures by name, once the device has computed them."""

@@ -120,8 +120,8 @@ class Trainer:
             parts.append({name: loss.detach() for name, loss in losses.items()})
         self._meter.step(self.batches.global_batch, waited)
         shares = self.batches.accumulation * self.runtime.world_size
-        totals = StepTotals(self.step + 1, parts, shares, self.task.sums(), applied(self.engine))
-        self._agreement.submit(totals)
+        update = applied(self.engine), self.engine.get_global_grad_norm()
+        self._agreement.submit(StepTotals(self.step + 1, parts, shares, self.task.sums(), *update))
 
     def _read(self, batches: Iterator[Any], first: Any) -> Any:
         """The next micro-batch of this process; `first` is the first one of this step, None for that itself.
@@ -212,7 +212,7 @@ class Trainer:
         assert self._completed.totals is not None and self._completed.totals.step == self.step
         sums = self._completed.sums
         epoch = self.step * self.batches.global_batch / self.task.count
-        lr, norm = self.schedule.lr(self.step - 1), float(self.engine.get_global_grad_norm())
+        lr, norm = self.schedule.lr(self.step - 1), self._completed.totals.norm
         means = {name: sums[name] for name in self._completed.totals.losses}
         record = measures(self.lease, self.step, epoch, means.pop("loss"), lr, norm, self._meter, self.runtime)
         record |= means | self.task.record(self.step, sums) | {"skipped": self.skips.total}

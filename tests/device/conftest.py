@@ -23,6 +23,7 @@ _PROCESSES = [  # a process can have one size of expert-parallel groups
     {
         "mae": "model.arch=mae",
         "moce": f"{_EXPERTS} experts.ep_size=1",
+        "moce_accumulated": f"{_EXPERTS} experts.ep_size=1 optim.accumulation=2",
         "sdr": "model.arch=sdr experts.clusters=none run.init_from=none",
     },
     {"moce_ep8": f"{_EXPERTS} experts.ep_size=8", "token_moe": "model.arch=token_moe experts.ep_size=8"},
@@ -42,16 +43,18 @@ class Found:
     """What was seen on the fake GPU.
 
     Attributes:
-        models: of a training step of each model, as `fake_training.train` returns it.
+        models: of training steps of each model, as `fake_training.train` returns it.
         programs: of each program of `examples.py`.
     """
 
     models: dict[str, dict[str, Any]] = field(repr=False)
     programs: dict[str, dict[str, Any]] = field(repr=False)
 
-    def step(self, model: str, kind: str, phases: Iterable[str] = PHASES) -> list[Any]:
-        """All `waits`, `copies`, `collectives` or `low_sums` of the step of a model."""
-        return [one for phase in phases for one in self.models[model]["phases"].get(phase, {}).get(kind, [])]
+    def step(self, model: str, kind: str, phases: Iterable[str] = PHASES, name: str = "ordinary") -> list[Any]:
+        """All `waits`, `copies`, `collectives` or `low_sums` of a step of a model: "ordinary", "recorded", "saved" or
+        "after_save"."""
+        of_phases = self.models[model]["steps"][name]
+        return [one for phase in phases for one in of_phases.get(phase, {}).get(kind, [])]
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ _ANSWERS: dict[str, Any] = {
     "mem_get_info": (_MEMORY, _MEMORY),
     "is_bf16_supported": True,
     **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0),
-    **dict.fromkeys(("set_device", "manual_seed_all", "empty_cache", "reset_peak_memory_stats"), None),
+    **dict.fromkeys(("manual_seed_all", "empty_cache", "reset_peak_memory_stats"), None),
 }
 
 
@@ -81,6 +81,7 @@ def install(device: FakeDevice) -> None:
             return event or Event()
 
     torch.cuda.Event, torch.cuda.Stream = Event, Stream
+    torch.cuda.set_device = lambda device_: device.use_in_thread()
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: Stream()
     torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.synchronize = lambda device_=None: device.wait("torch.cuda.synchronize")

@@ -34,15 +34,16 @@ from moce_ds.training.pretrain import PretrainTask, make_router
 from moce_ds.training.schedule import batch_arithmetic, make_schedule
 from moce_ds.training.settings import PretrainSettings
 from moce_ds.training.trainer import Trainer
-from tests.device.watch import CUDA, FakeDevice
+from tests.device.watch import CUDA, FakeDevice, Seen
 
 _IMAGES, _CLUSTERS = 4096, 64
-_STEPS = 3  # the last one is reported: libraries set themselves up in the first
+_STEPS = {"ordinary": 3, "recorded": 4, "saved": 5, "after_save": 6}
+"""Those that are reported, counted from 1: libraries set themselves up in the first."""
 _SETTINGS = """
     model.patch_size=4 model.width=64 model.depth=4 model.heads=2 experts.num=8
     model.decoder_width=32 model.decoder_depth=1 model.decoder_heads=2
     data.image_size=16 data.shards=none optim.batch_size=512
-    run.log_every=1000 run.checkpoint_every=1000 run.picture_every=1000
+    run.log_every=4 run.checkpoint_every=5 run.picture_every=1000
 """
 
 
@@ -51,16 +52,23 @@ class _Enough(Exception):  # noqa: N818 (no error)
 
 
 def train(device: FakeDevice, words: Sequence[str], folder: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """Train with the settings `words`; return what the last step did, by phase, and the sizes of the model.
+    """Train with the settings `words`; return what the steps did, by phase, what the writer of the checkpoint did, and
+    the sizes of the model.
 
     Phases are "forward", "backward" and "step" of the engine, and "prepare" of the router; the rest is in "".
     """
+    device.beside = Seen()
     config = load(PretrainSettings, None, [*_SETTINGS.split(), f"run.out={folder}", *words])
-    trainer = _trainer(config, Runtime(rank, world_size, 0, torch.device(CUDA, 0)), device)
+    steps: list[dict[str, Seen]] = []
+    trainer = _trainer(config, Runtime(rank, world_size, 0, torch.device(CUDA, 0)), device, steps)
+    trainer.lease.draft(_STEPS["saved"]).mkdir(parents=True)  # rank 0 would do it
     with suppress(_Enough):
         trainer.fit()
-    phases = {phase: asdict(seen) for phase, seen in device.forget().items()}
-    return {"phases": phases, "sizes": _sizes(trainer.engine.module)}
+    return {
+        "steps": {name: {phase: asdict(seen) for phase, seen in steps[step].items()} for name, step in _STEPS.items()},
+        "writer": asdict(device.beside),
+        "sizes": _sizes(trainer.engine.module),
+    }
 
 
 def _sizes(model: nn.Module) -> dict[str, int]:
@@ -71,7 +79,7 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return {"shared": counts[0] - counts[1], "experts": counts[1], "products": counts[2]}
 
 
-def _trainer(config: PretrainSettings, runtime: Runtime, device: FakeDevice) -> Trainer:
+def _trainer(config: PretrainSettings, runtime: Runtime, device: FakeDevice, steps: list[dict[str, Seen]]) -> Trainer:
     spec, experts, run = config.model_spec, config.experts, config.run
     batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
     clustered = _random_clusters(spec.shape.width) if config.routing_clusters else None
@@ -84,7 +92,7 @@ def _trainer(config: PretrainSettings, runtime: Runtime, device: FakeDevice) -> 
     model.to(runtime.device)  # DeepSpeed would replace fake parameters that the groups already hold
     groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
     engine = start_engine(model, groups, config.optim, config.engine, batches)
-    inputs: Any = _FakeInputs(clustered, spec.shape.image_size, device)
+    inputs: Any = _FakeInputs(clustered, spec.shape.image_size, batches.accumulation, device, steps)
     router = make_router(model, inputs, slot_LE, experts, run.seed, runtime)
     for owner, name in ((engine, "forward"), (engine, "backward"), (engine, "step"), (router, "prepare")):
         if owner is not None:
@@ -108,11 +116,24 @@ def _as_phase(device: FakeDevice, name: str, function: Callable[..., Any]) -> Ca
 
 
 class _FakeInputs:
-    """`training.inputs.Inputs` whose images are made on the device; a step lasts from one batch to the next."""
+    """`training.inputs.Inputs` whose images are made on the device; a step lasts until the next one begins.
 
-    def __init__(self, clustered: ClusteredData | None, image_size: int, device: FakeDevice) -> None:
+    Args:
+        accumulation: batches of a step.
+        steps: is given what each step did, by phase; before the first of them, what came earlier.
+    """
+
+    def __init__(
+        self,
+        clustered: ClusteredData | None,
+        image_size: int,
+        accumulation: int,
+        device: FakeDevice,
+        steps: list[dict[str, Seen]],
+    ) -> None:
         self.shards, self.clustered = SimpleNamespace(count=_IMAGES), clustered
-        self._size, self._device = image_size, device
+        self._size, self._accumulation, self._device = image_size, accumulation, device
+        self._steps = steps
 
     def loader(
         self, reading: Callable[[int], ReadList], first: int, last: int, batch_size: int, device: torch.device
@@ -120,11 +141,13 @@ class _FakeInputs:
         return _FakeLoader(self._batches(reading, batch_size, device))
 
     def _batches(self, reading: Callable[[int], ReadList], batch_size: int, device: torch.device) -> Iterator[Batch]:
-        for step in range(_STEPS):
-            read = reading(step)
-            self._device.forget()
+        for index in range(max(_STEPS.values()) * self._accumulation):
+            read = reading(index)
+            if index % self._accumulation == 0:
+                self._steps.append(self._device.forget())
             images_BCHW = torch.empty(batch_size, 3, self._size, self._size, device=device)
             yield Batch(images_BCHW, read.ids, read.epochs, read.ids)
+        self._steps.append(self._device.forget())
         raise _Enough
 
 

@@ -1,4 +1,5 @@
-"""A training step of `Trainer.fit` on a fake GPU, in a fake group of 64 processes: the device never waits for the host.
+"""Training steps of `Trainer.fit` on a fake GPU, in a fake group of 64 processes: the device never waits for the host,
+except where a step is recorded or saved.
 
 Tiny models of four blocks, two of them with eight experts (SDR: all, with two). Numbers of waits, copies and kernels do
 not depend on widths. Bounds that are not targets are what has been reached, to be lowered with it.
@@ -11,16 +12,16 @@ import pytest
 from tests.device.conftest import Found
 from tests.device.scenario import WORLD_SIZE
 
-OURS = ("mae", "moce", "moce_ep8", "sdr")
-ROUTED = ("moce", "moce_ep8", "sdr")
+OURS = ("mae", "moce", "moce_accumulated", "moce_ep8", "sdr")
+ROUTED = ("moce", "moce_accumulated", "moce_ep8", "sdr")
 EVERY = (*OURS, "token_moe")
 """TokenMoE is DeepSpeed's own layer, which reads the loads of its experts from the device."""
 
-TO_DEVICE = {"mae": 1, "moce": 2, "moce_ep8": 2, "sdr": 2, "token_moe": 5}
-"""Copies: masks, clusters and the noise of the gate in one; and the plan, which follows from the table that this noise
-is a part of. The others of TokenMoE are made in DeepSpeed's layer."""
+TO_DEVICE = {"mae": 1, "moce": 2, "moce_accumulated": 4, "moce_ep8": 2, "sdr": 2, "token_moe": 5}
+"""Copies, of "moce_accumulated" for two micro-batches: masks, clusters and the noise of the gate in one; and the plan,
+which follows from the table that this noise is a part of. The others of TokenMoE are made in DeepSpeed's layer."""
 
-COLLECTIVES = {"mae": 5, "moce": 9, "moce_ep8": 17, "sdr": 8, "token_moe": 19}
+COLLECTIVES = {"mae": 5, "moce": 9, "moce_accumulated": 9, "moce_ep8": 17, "sdr": 8, "token_moe": 19}
 """Of the device: gradients, their norm, updated weights, and eight exchanges of images."""
 
 BUSY = 10
@@ -52,7 +53,7 @@ def test_token_moe_waits_in_its_layers(found: Found) -> None:
 
 @pytest.mark.parametrize("model", ("moce", "moce_ep8"))
 def test_a_route_table_costs_the_device_few_kernels(found: Found, model: str) -> None:
-    kernels = found.models[model]["phases"]["prepare"]["kernels"]
+    kernels = found.models[model]["steps"]["ordinary"]["prepare"]["kernels"]
     assert sum(kernels.values()) < 30, kernels
 
 
@@ -128,3 +129,45 @@ def test_each_process_gathers_what_it_has_updated(found: Found, model: str) -> N
 def test_no_rows_are_summed_in_bf16(found: Found, model: str) -> None:
     """Atomics on a GPU, each of which rounds."""
     assert found.step(model, "low_sums") == []
+
+
+def test_only_the_first_micro_batch_of_a_step_brings_noise_of_the_gate(found: Found) -> None:
+    copies = found.step("moce_accumulated", "copies", [""])  # not the plans, which go there in the forward pass
+    first, second = (copy["bytes"] for copy in copies if copy["to"] == "cuda")
+    noise = EXPERT_LAYERS * 64 * 8 * 4  # fp32, 64 clusters, 8 experts
+    assert first == second + noise
+
+
+@pytest.mark.parametrize("name", ("recorded", "saved"))
+@pytest.mark.parametrize("model", OURS)
+def test_a_complete_step_leaves_the_device_idle_for_its_figures_and_routes(found: Found, model: str, name: str) -> None:
+    """A record and a checkpoint are of the step just taken: its losses and the norm of its gradient arrive in one copy;
+    the routes without noise follow from its update."""
+    idle = [wait for wait in found.step(model, "waits", name=name) if wait["ahead"] < BUSY]
+    assert len(idle) == (2 if model in ROUTED else 1), idle
+    assert {wait["why"] for wait in idle} == {"Event.synchronize"}
+
+
+@pytest.mark.parametrize("name", ("recorded", "saved", "after_save"))
+@pytest.mark.parametrize("model", OURS)
+def test_training_copies_no_more_than_figures_and_routes_to_the_host(found: Found, model: str, name: str) -> None:
+    """Weights and moments of a checkpoint are copied by its writer."""
+    copies = [copy for copy in found.step(model, "copies", name=name) if copy["to"] == "cpu"]
+    tables = 0 if model not in ROUTED else 1 if name == "after_save" else 2  # the second without noise
+    assert len(copies) == 1 + tables and all(copy["pinned"] for copy in copies), copies
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_the_step_after_a_save_waits_as_any_other(found: Found, model: str) -> None:
+    """For its routes. The figures of the step before have been read as it was saved."""
+    waits = found.step(model, "waits", name="after_save")
+    assert len(waits) == (1 if model in ROUTED else 0) and all(wait["ahead"] >= BUSY for wait in waits), waits
+
+
+@pytest.mark.parametrize("model", OURS)
+def test_the_writer_copies_a_checkpoint_through_pinned_memory(found: Found, model: str) -> None:
+    """Beside the training, on a stream of its own, for which it waits once a file."""
+    writer = found.models[model]["writer"]
+    assert writer["copies"] and all(copy["to"] == "cpu" and copy["pinned"] for copy in writer["copies"])
+    assert {wait["why"] for wait in writer["waits"]} == {"Stream.synchronize"}
+    assert sum(writer["kernels"].values()) == 0

@@ -5,6 +5,7 @@ real. What is copied to the host has made-up values. Operators with tensors of b
 """
 
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,8 @@ class FakeDevice(TorchDispatchMode):
 
     Attributes:
         seen: by phase, what happened since `forget`; "" outside of phases.
-        given: operators and copies that the device has been given so far.
+        beside: what threads have done on streams of their own, all together and never forgotten.
+        given: operators and copies that the device has been given so far, except by such threads.
     """
 
     def __init__(self) -> None:
@@ -100,7 +102,14 @@ class FakeDevice(TorchDispatchMode):
         self._phase = ""
         self._sent = torch.zeros(0)
         self.seen: dict[str, Seen] = {}
+        self.beside, self._threads = Seen(), set[int]()
         self.given, self._finished = 0, 0
+
+    def use_in_thread(self) -> None:
+        """Make "cuda" usable in a thread that works beside the training, for the rest of its life."""
+        if threading.current_thread() is not threading.main_thread():
+            self._threads.add(threading.get_ident())
+            self.__enter__()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -118,6 +127,9 @@ class FakeDevice(TorchDispatchMode):
 
     def wait(self, why: str, given: int | None = None) -> None:
         """Note that the host waits for the first `given` operators, unless it has done so before; None: for all."""
+        if self._is_beside:
+            self.beside.waits.append(Wait(why, _where(), 0))
+            return
         if given is None:
             given = self.given
         elif given <= self._finished:
@@ -126,8 +138,12 @@ class FakeDevice(TorchDispatchMode):
         self._here.waits.append(Wait(why, _where(), self.given - given))
 
     @property
+    def _is_beside(self) -> bool:
+        return threading.get_ident() in self._threads
+
+    @property
     def _here(self) -> Seen:
-        return self.seen.setdefault(self._phase, Seen())
+        return self.beside if self._is_beside else self.seen.setdefault(self._phase, Seen())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -197,7 +213,7 @@ class FakeDevice(TorchDispatchMode):
 
     def _note_copy(self, source: Tensor, to: str, pinned: bool, non_blocking: bool) -> None:
         if source.numel():
-            self.given += 1
+            self.given += not self._is_beside
             self._here.copies.append(Copy(to, source.numel() * source.element_size(), pinned, _where()))
             if not (pinned and non_blocking):
                 self.wait(f"a copy to {to}, non_blocking={non_blocking}, pinned={pinned}")

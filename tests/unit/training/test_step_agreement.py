@@ -11,7 +11,7 @@ from tests.examples.alone import ALONE
 def totals(step: int, *losses: float) -> StepTotals:
     """Those of a step with one micro-batch for each loss."""
     parts = [{"loss": torch.tensor(loss), "balance": torch.tensor(2 * loss)} for loss in losses]
-    return StepTotals(step, parts, shares=len(losses), further={"moved": 0.5}, applied=True)
+    return StepTotals(step, parts, shares=len(losses), further={"moved": 0.5}, applied=True, norm=0.25)
 
 
 def test_a_step_hears_of_the_one_before() -> None:
@@ -57,7 +57,9 @@ def test_a_bug_is_raised_where_it_happens() -> None:
 
 @pytest.mark.parametrize("applied", [True, False])
 def test_the_device_may_know_alone_whether_a_step_was_applied(applied: bool) -> None:
-    parts = [{"loss": torch.tensor(1.0)}]
-    known, on_device = (StepTotals(1, parts, 1, {}, verdict) for verdict in (applied, torch.tensor(applied)))
+    parts, norm = [{"loss": torch.tensor(1.0)}], 0.75 if applied else float("inf")
+    known = StepTotals(1, parts, 1, {}, applied, norm)
+    on_device = StepTotals(1, parts, 1, {}, torch.tensor(applied), torch.tensor(norm))
     assert known.applied is on_device.applied is applied
+    assert known.norm == on_device.norm == norm
     assert known.read() == on_device.read() == {"loss": 1.0}
