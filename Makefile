@@ -11,6 +11,8 @@ TESTS ?= tests
 JOBS ?= logical
 CLUSTERS ?= 2
 KILLS ?= 200
+# Tests start hundreds of processes: else each compiles the package anew where this is set, as in many images.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install demo test test-gpu test-slurm soak check bench clean
 

@@ -3,6 +3,7 @@
 Axes: N images.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.training.router import Router
 from moce_ds.training.settings import PretrainSettings
+from tests import USUAL_THRESHOLDS
 from tests.examples.alone import ALONE
 from tests.examples.disk import Disk, mounted_disk
 
@@ -55,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             shared = [runs[name] for name in getattr(item, "fixturenames", ()) if name in runs]
             item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now is no garbage: no later collection looks at it."""
+    gc.freeze()
+    gc.set_threshold(*USUAL_THRESHOLDS)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Run a function in several real processes that can form a gloo group, with a time limit and readable failures."""
 
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -88,6 +89,7 @@ def _rank_main(
     os.environ.clear()
     os.environ.update(environment)
     configure_logging()
+    gc.freeze()  # what the nursery has imported is no garbage
     sender.send(fn(*args))
 
 
