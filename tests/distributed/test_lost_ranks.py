@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import run_distributed
-from jobs import Job, run_jobs
 from launching import SECONDS, launched, local, ranks_of, run_to_end, send, wait_for_step, wait_until
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
@@ -24,7 +22,8 @@ def four(tiny_data: TinyData, runs: Path) -> list[str]:
     words = tiny_settings(
         tiny_data.shards, runs / "four-kept", "experts.ep_size=2", "run.checkpoint_every=2", clusters=tiny_data.clusters
     )
-    run_distributed(run_jobs, 4, {"kept": Job(words)})
+    status, output = run_to_end(*local(4), "pretrain", *words)
+    assert status == 0, output
     return words
 
 
