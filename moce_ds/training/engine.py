@@ -172,20 +172,20 @@ def start_engine(
     """
     quiet_deepspeed()
     allow_tf32(engine.tf32)
-    on_cpu = get_accelerator().device_name() == "cpu"
+    device = get_accelerator().device_name()
     if waitless is None:
-        waitless = not on_cpu
+        waitless = device == "cuda"
     config = deepspeed_config(optim, engine, batches)
     elements = sum(parameter.numel() for group in groups for parameter in group["params"])
     if waitless:
         config = waitless_config(config, elements, batches.world_size)
-    elif on_cpu:
+    elif device == "cpu":
         keep_freed_memory()
         config["zero_optimization"]["reduce_bucket_size"] = min(elements, _BUCKET)
     started, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config, dist_init_required=False)
     if waitless:
         WaitlessOptimizer.take_over(started.optimizer, optim.clip)
-    elif on_cpu:
+    elif device == "cpu":
         use_on_cpu(started.optimizer)
     return started
 

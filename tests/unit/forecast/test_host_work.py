@@ -3,7 +3,6 @@
 Axes: L expert layers, M clusters, E experts, W ranks.
 """
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moce_ds.data.shards import ShardSet
 from moce_ds.forecast.devices import Device, Host, assuming, find_device
@@ -20,6 +18,7 @@ from moce_ds.forecast.prediction import advice, predict
 from moce_ds.forecast.step_cost import Machines, Work, block_flops
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.host_work import Operators
 
 EXPERTS = ("model.arch=moce", "experts.clusters=none", "experts.num=4", "experts.layers=[1,2]")
 SPREAD = (*EXPERTS, "experts.ep_size=2", "optim.batch_size=64")
@@ -106,20 +105,6 @@ def test_reading_is_as_slow_as_its_slowest_stage(tiny_config: Make, tiny_shards:
     ] == pytest.approx(7)
 
 
-class _Operators(TorchDispatchMode):
-    """Counts operators that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.partition("::")[2]
-        shapes = func.is_view or name in ("_unsafe_view", "detach", "empty", "empty_like", "new_empty", "split")
-        self.names[name] += not shapes
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_a_block_launches_the_operators_that_are_counted(tiny_config: Make, precision: str, recompute: str) -> None:
@@ -131,7 +116,7 @@ def test_a_block_launches_the_operators_that_are_counted(tiny_config: Make, prec
         model = MaskedAutoencoder(spec.shape, spec.decoder, spec.mask_ratio)
         model.checkpoint_activations = recompute == "true"
         images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, spec.shape.num_patches)
-        with _Operators() as operators:
+        with Operators() as operators:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 loss = model(images, noise).loss
             loss.backward()
