@@ -5,6 +5,7 @@ Axes: B images.
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -215,16 +216,19 @@ next(batches)
 @pytest.mark.parametrize(
     ("end", "status", "said"),
     [
-        ("raise ValueError('training failed')", 1, "ValueError: training failed\n"),
-        ("signal.raise_signal(signal.SIGINT)", 1, "KeyboardInterrupt\n"),
-        ("sys.exit(3)", 3, ""),
+        ("raise ValueError('training failed')", {1}, "ValueError: training failed\n"),
+        # Python ends by the signal, unless code that runs at exit has made it forget the interrupt.
+        ("signal.raise_signal(signal.SIGINT)", {1, -signal.SIGINT}, "KeyboardInterrupt\n"),
+        ("sys.exit(3)", {3}, ""),
     ],
 )
-def test_the_interpreter_ends_while_batches_are_loaded(tiny_shards: Path, end: str, status: int, said: str) -> None:
+def test_the_interpreter_ends_while_batches_are_loaded(
+    tiny_shards: Path, end: str, status: set[int], said: str
+) -> None:
     """The iterator is still referenced, and nothing closes it."""
     command = [sys.executable, "-c", PROGRAM + end, str(tiny_shards)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == status and done.stderr.endswith(said) and "Exception ignored" not in done.stderr
+    assert done.returncode in status and done.stderr.endswith(said) and "Exception ignored" not in done.stderr
 
 
 @pytest.fixture
