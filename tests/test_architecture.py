@@ -70,6 +70,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "faiss": ("moce_ds.clustering.build",),
     "submitit": ("moce_ds.cli.launch",),
     "datasets": ("moce_ds.data.sources.saved_dataset",),
+    "fsspec": ("moce_ds.data.shard_storage",),
     "safetensors.torch.save_file": ("moce_ds.common.storage.files",),  # which gives files the usual mode
     "safetensors.numpy.save_file": ("moce_ds.common.storage.files",),
     "pickle": ("moce_ds.checkpoint.weight_files",),  # for the class of the error that torch.load raises

@@ -19,6 +19,7 @@ import torch
 from moce_ds.bench.load import PHOTO, sequential_loader, write_photos
 from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.data.read_ahead import READERS, IntactReader, read_ahead
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import SequentialSampler, ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime
@@ -100,7 +101,7 @@ def host_cases(host_work: HostWork, micro: int, runtime: Runtime) -> dict[str, C
     slot_LE = default_placement(L, E)
     ids_N = random.integers(M, size=64 * W * micro).astype(np.int32)
     sampler = LocalSampler(
-        ShuffledSampler(len(ids_N), W * micro, 0), ids_N, slot_LE, W, ep_size, [(0, expert_MLK[:, :, 0])]
+        ShuffledSampler(RandomOrder(len(ids_N), 0), W * micro), ids_N, slot_LE, W, ep_size, [(0, expert_MLK[:, :, 0])]
     )
     images_G, batches = sampler.batch(0).ids, itertools.count(1)
     if host_work.balanced:

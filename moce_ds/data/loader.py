@@ -10,7 +10,7 @@ Axes: B images, H, W pixels.
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -195,6 +195,7 @@ class Loader:
         threads: decoding threads.
         device: device of the images; decoding happens there too.
         replace_damaged: read the next image instead of a damaged one; otherwise a damaged image is an error.
+        beside: entered while batches are read.
 
     A background thread reads and decodes ahead. Iterating takes finished batches, and may stop at any time: closing the
     iterator ends the threads.
@@ -220,6 +221,7 @@ class Loader:
         threads: int,
         device: torch.device,
         replace_damaged: bool = True,
+        beside: AbstractContextManager[object] | None = None,
     ) -> None:
         self.shards = shards
         self.replaced: dict[int, int] = {}
@@ -229,6 +231,7 @@ class Loader:
         self._read_list, self._crop, self._input = read_list, crop, input
         self._first, self._last = first, last
         self._batch_size, self._threads, self._device = batch_size, threads, device
+        self._beside = beside or nullcontext()
         self._reader = IntactReader(shards, _REPLACEMENTS if replace_damaged else 0, self.refused)
 
     def __len__(self) -> int:
@@ -236,6 +239,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         with (
+            self._beside,
             ThreadPoolExecutor(READERS, "moce-read") as readers,
             closing(in_background(self._batches(readers), _FINISHED, lambda: _use(self._device))) as batches,
         ):
@@ -310,7 +314,7 @@ class Loader:
         if altered.any():
             k = int(altered.argmax())
             raise DataError(
-                f"{self.shards.path / self.shards.shards[k].name} was altered after it was written: "
+                f"{self.shards.storage.where(self.shards.shards[k].name)} was altered after it was written: "
                 f"{self._bad_in_shard[k]} of {self._read_from_shard[k]} images read from it do not have their "
                 "checksum or cannot be decoded. Copy the shard again from its source, or write the set again "
                 "with `moce shards`."

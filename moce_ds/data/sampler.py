@@ -1,19 +1,18 @@
-"""The reading order of images: a pure function of (seed, batch index), independent of the number of ranks.
+"""Batches of images: a pure function of the reading order and the batch index, independent of the number of ranks.
 
-Epochs form one endless stream of permutations, cut into batches of equal size. So every image is read exactly once per
-epoch, no batch is short, and nothing is dropped or repeated at the end of an epoch.
+Epochs form one endless stream of orders (`reading_order`), cut into batches of equal size. So every image is read
+exactly once per epoch, no batch is short, and nothing is dropped or repeated at the end of an epoch.
 
 Axes: G global batch, B one rank's part of it.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.distributed.randomness import SHUFFLE, hashed
+from moce_ds.data.reading_order import Order
 
 
 def number_of_steps(epochs: float, images: int, batch_size: int) -> int:
@@ -40,20 +39,19 @@ class ReadList:
 
 @dataclass(frozen=True)
 class ShuffledSampler:
-    """Global batches of a shuffled, endless stream over `count` images, `batch_size` at a time."""
+    """Global batches of the endless stream of epochs, `batch_size` images at a time."""
 
-    count: int
+    order: Order
     batch_size: int
-    seed: int
 
     def batch(self, index: int) -> ReadList:
         """The global batch with this index, [G]: positions index * G to (index + 1) * G of the stream."""
         positions = np.arange(index * self.batch_size, (index + 1) * self.batch_size, dtype=np.int64)
-        epochs, offsets = np.divmod(positions, self.count)
+        epochs, offsets = np.divmod(positions, self.order.count)
         ids = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = permutation(self.count, self.seed, int(epoch))[offsets[here]]
+            ids[here] = self.order.ids(int(epoch), offsets[here])
         return ReadList(ids, epochs)
 
 
@@ -75,10 +73,3 @@ class SequentialSampler:
         start = self.first + index * self.batch_size
         ids = np.arange(start, min(start + self.batch_size, self.last), dtype=np.int64)
         return ReadList(ids, np.zeros_like(ids))
-
-
-@lru_cache(maxsize=2)  # a batch spans at most two epochs, unless the set is smaller than the batch
-def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch, [count]."""
-    key = int(hashed(SHUFFLE, seed, epoch)[()])
-    return np.random.Generator(np.random.Philox(key=key)).permutation(count)

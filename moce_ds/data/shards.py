@@ -6,21 +6,20 @@ Legend: N images. Image ids are 0 to N-1.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from moce_ds.common.errors import DataError
-from moce_ds.common.host.machine import status_of
+from moce_ds.common.host.machine import refused, status_of
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes, some_of
 from moce_ds.common.storage.checksums import (
@@ -34,6 +33,7 @@ from moce_ds.common.storage.checksums import (
 from moce_ds.common.storage.files import load_array, read_json, read_record, reads_from, sha256_of
 from moce_ds.common.text import counted
 from moce_ds.data.image_file import decoded
+from moce_ds.data.shard_storage import FolderStorage, ShardStorage, storage_of
 
 FORMAT_VERSION = 1
 MANIFEST = "shards.json"
@@ -112,6 +112,7 @@ class ShardSet:
         classes: names, in the order of the labels.
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
         shards: the tar files.
+        storage: where the tar files lie, unlike the tables: this folder, or an address.
         samples: [N] structured, dtype `SAMPLE`, memory-mapped.
         targets: [N, K] int8 if an image may show several of the K classes: 1 shown, 0 not shown, -1 ignored; all labels
             are then -1. None if an image has one label.
@@ -127,6 +128,7 @@ class ShardSet:
     classes: list[str]
     fingerprint: str
     shards: list[ShardFile]
+    storage: ShardStorage
     samples: np.ndarray
     targets: np.ndarray | None = None
     files: Files | None = None
@@ -160,11 +162,13 @@ class ShardSet:
             classes=manifest.classes,
             fingerprint=manifest.fingerprint,
             shards=manifest.shards,
+            storage=storage_of(path),
             samples=_map_samples(path / SAMPLES, manifest),
             targets=_map_targets(path / TARGETS, manifest) if manifest.multi_label else None,
             files=manifest.files,
         )
-        opened.verify_sizes()
+        if isinstance(opened.storage, FolderStorage):  # an address was checked when it was attached
+            opened.verify_sizes()
         return opened
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -178,17 +182,16 @@ class ShardSet:
     def read(self, image_id: int) -> bytes:
         """The stored bytes of an image (JPEG or PNG). Raises DataError if the shard is gone or truncated."""
         row = self._row(image_id)
-        shard = self.shards[row["shard"]]
+        name = self.shards[row["shard"]].name
         try:
-            file = _opened(self.path, shard)  # held while it is read: another thread may drop it from the cache
-            data = os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
+            data = self.storage.read(name, int(row["offset"]), int(row["size"]))
         except OSError as error:
-            message = f"{self.path / shard.name} can no longer be read ({error.strerror}). {_restore(self.path)}"
-            fault = DataError(message)
+            why = error.strerror or str(error)
+            fault = DataError(f"{self.storage.where(name)} can no longer be read ({why}). {_restore(self.path)}")
             fault.status = status_of(error)
             raise fault from None
         if len(data) != row["size"]:
-            raise DataError(f"{self.path / shard.name} was cut short while in use. {_restore(self.path)}")
+            raise DataError(f"{self.storage.where(name)} was cut short while in use. {_restore(self.path)}")
         return data
 
     def decode(self, image_id: int, strictly: bool = False) -> Image.Image:
@@ -203,7 +206,7 @@ class ShardSet:
         """
         data = self.read(image_id)
         if not self.is_intact(image_id, data):
-            shard = self.path / self.shards[self.samples["shard"][image_id]].name
+            shard = self.storage.where(self.shards[self.samples["shard"][image_id]].name)
             raise DataError(f"Image {image_id} in {shard} was altered after writing. {_restore(self.path)}")
         row = self._row(image_id)
         name = f"{self.path}: image {image_id} ({self.source(image_id)})"
@@ -224,12 +227,16 @@ class ShardSet:
 
     def verify_sizes(self) -> None:
         """Raise DataError if a shard is missing or its size has changed."""
+        try:
+            sizes = self.storage.sizes([shard.name for shard in self.shards])
+        except OSError as error:
+            raise refused(DataError, f"{self.storage.where('')} cannot be listed", error) from None
         for shard in self.shards:
-            file = self.path / shard.name
-            if not file.is_file():
-                raise DataError(f"{file} is missing: expected {shard.bytes} bytes. {_restore(self.path)}")
-            if (size := file.stat().st_size) != shard.bytes:
-                raise DataError(f"{file} has {size} bytes, expected {shard.bytes}. {_restore(self.path)}")
+            where, size = self.storage.where(shard.name), sizes.get(shard.name)
+            if size is None:
+                raise DataError(f"{where} is missing: expected {shard.bytes} bytes. {_restore(self.path)}")
+            if size != shard.bytes:
+                raise DataError(f"{where} has {size} bytes, expected {shard.bytes}. {_restore(self.path)}")
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -243,6 +250,7 @@ class ShardSet:
         size = mebibytes(shard.bytes for shard in self.shards)
         return {
             "images": f"{self.count} in {counted(len(self.shards), 'shard')}, {size}",
+            **({"stored at": self.storage.where("")} if self.storage != FolderStorage(self.path) else {}),
             "width": f"{sizes['width'].min()} to {sizes['width'].max()} pixels",
             "height": f"{sizes['height'].min()} to {sizes['height'].max()} pixels",
             "classes": f"{len(self.classes)}: {some_of(self.classes)}" if self.classes else "none",
@@ -342,13 +350,6 @@ def fingerprint_of(samples: np.ndarray, targets: np.ndarray | None = None) -> st
     for name in table.dtype.names or ():
         table[name] = samples[name]
     return hashlib.sha256(table.tobytes() + (b"" if targets is None else targets.tobytes())).hexdigest()
-
-
-# A set of tens of millions of images has more shards than a process may have open files. A file that leaves the cache
-# is closed when its last reader releases it.
-@lru_cache(maxsize=512)
-def _opened(folder: Path, shard: ShardFile) -> BinaryIO:
-    return open(folder / shard.name, "rb", buffering=0)
 
 
 def _restore(folder: Path) -> str:

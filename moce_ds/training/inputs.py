@@ -7,21 +7,23 @@ Axes: L expert layers, M clusters, E experts, W ranks, B images of a rank, G = W
 N images of the shard set.
 """
 
-from collections.abc import Callable
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from moce_ds.checkpoint.run_folder import CLUSTERS, TEACHER
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.files import atomic_folder, copy_tree, writes_to
+from moce_ds.data.block_cache import CachedShardSet
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import check_encoder
 from moce_ds.data.loader import Loader
-from moce_ds.data.sampler import ReadList
+from moce_ds.data.prefetch import Prefetch, Share
+from moce_ds.data.reading_order import BlockOrder, Order, RandomOrder, blocks_of
+from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.distributed.runtime import Runtime
@@ -32,6 +34,7 @@ from moce_ds.models.sdr import Teacher
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 from moce_ds.training.initial_weights import read_weights
+from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.settings import DataSettings, PretrainRunSettings
 
 
@@ -48,12 +51,16 @@ class Inputs:
     """The images of a run, how they are cropped, and their clusters if these route them.
 
     Attributes:
+        order: in which the images of an epoch are read.
+        cache_gib: of a node, if the shards have a cache.
         input: size and normalisation of an image of the model.
         threads: that decode images in each process.
         named: for each input its setting and folder, its key in a manifest, and its hash.
     """
 
     shards: ShardSet
+    order: Order
+    cache_gib: float
     crop: RandomCrop
     input: ImageInput
     threads: int
@@ -74,20 +81,42 @@ class Inputs:
         }
 
     def loader(
-        self, reading: Callable[[int], ReadList], first: int, last: int, batch_size: int, device: torch.device
+        self,
+        sampler: ShuffledSampler | LocalSampler,
+        first: int,
+        last: int,
+        runtime: Runtime,
     ) -> Loader:
-        """Random crops of this process's micro-batches `first` to `last` (exclusive), as `reading` lists them."""
+        """Random crops of this process's part of the micro-batches `first` to `last` (exclusive); a collective."""
+        batch_size = sampler.batch_size // runtime.world_size
+        prefetch = self._prefetch(first * sampler.batch_size, runtime)
+
+        def read_list(index: int) -> ReadList:
+            if prefetch is not None:
+                prefetch.reach(index * sampler.batch_size)
+            return sampler.batch(index).part(runtime.rank, runtime.world_size)
+
         return Loader(
             self.shards,
-            reading,
+            read_list,
             self.crop,
             self.input,
             first=first,
             last=last,
             batch_size=batch_size,
             threads=self.threads,
-            device=device,
+            device=runtime.device,
+            beside=prefetch,
         )
+
+    def _prefetch(self, position: int, runtime: Runtime) -> Prefetch | None:
+        """What fills the cache of this node from a place of the stream on; None without a cache."""
+        if not isinstance(self.shards, CachedShardSet):
+            return None
+        hosts = runtime.texts(socket.gethostname())
+        peers = [rank for rank, host in enumerate(hosts) if host == hosts[runtime.rank]]
+        limit = int(self.cache_gib * 2**30) // len(peers)
+        return Prefetch(self.shards, self.order, Share(peers.index(runtime.rank), len(peers), limit), position)
 
 
 def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed: int) -> Inputs:
@@ -95,13 +124,19 @@ def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed
 
     Args:
         clusters: their folder; None: nothing is routed by cluster.
-        seed: of the crops.
+        seed: of the crops and the reading order.
 
     Raises:
         ArtefactError: one of them cannot be read, or the clusters are those of other images.
         ConfigError: the experts have more paths than there are clusters.
     """
     images = ShardSet.open(data.shards)
+    order: Order = RandomOrder(images.count, seed)
+    if data.order == "blocks":
+        first_K1 = blocks_of([shard.count for shard in images.shards], sum(shard.bytes for shard in images.shards))
+        order = BlockOrder(first_K1, data.shuffle_window, seed)
+    if data.cache is not None:
+        images = CachedShardSet.of(images, data.cache)
     named = [(f"data.shards: {data.shards}", "shards_fingerprint", images.fingerprint)]
     clustered = None
     if clusters is not None and spec.experts is not None:
@@ -111,7 +146,7 @@ def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed
         named.append((f"experts.clusters: {clusters}", "clusters_hash", opened.hash))
         clustered = ClusteredData(opened, load_ids(clusters, images.fingerprint, images.count))
     crop = RandomCrop(seed, data.crop_scale, flip=data.flip)
-    return Inputs(images, crop, spec.input, data.threads, clustered, named)
+    return Inputs(images, order, data.cache_gib, crop, spec.input, data.threads, clustered, named)
 
 
 def check_paths(experts: ExpertShape, clusters: int) -> None:

@@ -43,6 +43,11 @@ class LocalSampler:
     _last: int = field(default=-1, init=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
+    @property
+    def batch_size(self) -> int:
+        """G."""
+        return self.sampler.batch_size
+
     def batch(self, index: int) -> ReadList:
         """The micro-batch with this index, [G], rank after rank. Any thread may ask; nobody may write into it."""
         if (kept := self._ordered.get(index)) is not None:  # without the lock

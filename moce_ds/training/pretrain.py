@@ -134,7 +134,7 @@ class PretrainTask(TrainingTask):
         self._inputs, self._router, self._teacher, self._pictures = inputs, router, teacher, pictures
         self._schedule, self._batches, self._seed, self._runtime = schedule, batches, seed, runtime
         self._num_patches = pictures.model.shape.num_patches
-        self._sampler: ShuffledSampler | LocalSampler = ShuffledSampler(self.count, batches.micro_global, seed)
+        self._sampler: ShuffledSampler | LocalSampler = ShuffledSampler(inputs.order, batches.micro_global)
         if router is not None and router.experts.loader_locality and router.experts.ep_size > 1:
             world_size, ep_size = runtime.world_size, router.experts.ep_size
             self._sampler = LocalSampler(self._sampler, router.ids_N, router.slot_LE, world_size, ep_size)
@@ -158,14 +158,7 @@ class PretrainTask(TrainingTask):
             if isinstance(self._sampler, LocalSampler) and not self._sampler.tables:
                 self._sampler.tables = [(first, self._router.prepare(None).expert_MLK[:, :, 0])]
             self._statistics = RouteStatistics(self._router)
-        rank, world_size = self._runtime.rank, self._runtime.world_size
-        self._loader = self._inputs.loader(
-            lambda index: self._sampler.batch(index).part(rank, world_size),
-            first,
-            last,
-            self._batches.micro,
-            self._runtime.device,
-        )
+        self._loader = self._inputs.loader(self._sampler, first, last, self._runtime)
         return iter(self._loader)
 
     def prepare(self, step: int, part: int) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.config.model_kinds import ModelKind, translate_tree
 from moce_ds.common.config.settings import Beta, CropShare, NonNegative, Positive, from_tree, keys, option, settings
+from moce_ds.common.config.settings import PositiveFloat as CacheSize
 from moce_ds.common.config.settings import PositiveFloat as Deviation
 from moce_ds.common.config.yaml_text import read_yaml_text
 from moce_ds.common.errors import ConfigError
@@ -35,6 +36,12 @@ class DataSettings:
     mean: tuple[float, float, float] = option(IMAGENET_MEAN, "subtracted from each channel (0-1)")
     std: tuple[Deviation, Deviation, Deviation] = option(IMAGENET_STD, "divides each channel")
     threads: Positive = option(2, "decoding threads per process", may_change=True)
+    order: Literal["random", "blocks"] = option(
+        "random", "blocks: read blocks of 16 MiB in a random order, and shuffle the images of a window"
+    )
+    shuffle_window: Positive = option(1 << 18, "order=blocks: images that are shuffled together")
+    cache: Path | None = option(None, "folder on a disk of each node that holds copies of blocks", may_change=True)
+    cache_gib: CacheSize = option(64.0, "largest size of the cache of a node, in GiB", may_change=True)
 
 
 @settings

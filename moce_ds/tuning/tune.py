@@ -15,6 +15,7 @@ from moce_ds.checkpoint.run_folder import RESULT, read_result, result_text
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.checksums import FileRecord
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.randomness import FORWARD, hashed
 from moce_ds.distributed.runtime import Runtime
@@ -100,7 +101,7 @@ class TuneTask(TrainingTask):
     def batches(self, first_step: int) -> Iterator[Any]:
         """Micro-batches that worker processes prepare, on the host."""
         parts = self._batches.accumulation
-        sampler = ShuffledSampler(self.count, self._batches.micro_global, self._seed)
+        sampler = ShuffledSampler(RandomOrder(self.count, self._seed), self._batches.micro_global)
         indices = range(first_step * parts, self._schedule.steps * parts)
         return feed(self._labelled, sampler, indices, self._workers, self._runtime)
 

@@ -21,7 +21,8 @@ from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.common.config.settings import load
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Batch
-from moce_ds.data.sampler import ReadList
+from moce_ds.data.reading_order import RandomOrder
+from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.sdr import Teacher
 from moce_ds.models.vit import Encoder, timm_vit
@@ -92,7 +93,7 @@ def _trainer(config: PretrainSettings, runtime: Runtime, device: FakeDevice, ste
     model.to(runtime.device)  # DeepSpeed would replace fake parameters that the groups already hold
     groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
     engine = start_engine(model, groups, config.optim, config.engine, batches)
-    inputs: Any = _FakeInputs(clustered, spec.shape.image_size, batches.accumulation, device, steps)
+    inputs: Any = _FakeInputs(clustered, run.seed, spec.shape.image_size, batches.accumulation, device, steps)
     router = make_router(model, inputs, slot_LE, experts, run.seed, runtime)
     for owner, name in ((engine, "forward"), (engine, "backward"), (engine, "step"), (router, "prepare")):
         if owner is not None:
@@ -126,23 +127,24 @@ class _FakeInputs:
     def __init__(
         self,
         clustered: ClusteredData | None,
+        seed: int,
         image_size: int,
         accumulation: int,
         device: FakeDevice,
         steps: list[dict[str, Seen]],
     ) -> None:
-        self.shards, self.clustered = SimpleNamespace(count=_IMAGES), clustered
+        self.shards, self.order = SimpleNamespace(count=_IMAGES), RandomOrder(_IMAGES, seed)
+        self.clustered = clustered
         self._size, self._accumulation, self._device = image_size, accumulation, device
         self._steps = steps
 
-    def loader(
-        self, reading: Callable[[int], ReadList], first: int, last: int, batch_size: int, device: torch.device
-    ) -> "_FakeLoader":
-        return _FakeLoader(self._batches(reading, batch_size, device))
+    def loader(self, sampler: ShuffledSampler, first: int, last: int, runtime: Runtime) -> "_FakeLoader":
+        return _FakeLoader(self._batches(sampler, runtime))
 
-    def _batches(self, reading: Callable[[int], ReadList], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    def _batches(self, sampler: ShuffledSampler, runtime: Runtime) -> Iterator[Batch]:
+        batch_size, device = sampler.batch_size // runtime.world_size, runtime.device
         for index in range(max(_STEPS.values()) * self._accumulation):
-            read = reading(index)
+            read = sampler.batch(index).part(runtime.rank, runtime.world_size)
             if index % self._accumulation == 0:
                 self._steps.append(self._device.forget())
             images_BCHW = torch.empty(batch_size, 3, self._size, self._size, device=device)

@@ -11,6 +11,7 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs, send_myself
 from tiny_run import TinyData, alter_images, tiny_settings, write_data
 
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 
@@ -38,7 +39,7 @@ def damaged_shards(tiny_data: TinyData, runs: Path) -> Path:
     """The shards with one image altered, which rank 1 of two reads in the second step; `image.txt` names it."""
     shards = runs / "damaged-shards"
     shutil.copytree(tiny_data.shards, shards)
-    image = int(ShuffledSampler(ShardSet.open(shards).count, 16, seed=0).batch(1).part(1, 2).ids[3])
+    image = int(ShuffledSampler(RandomOrder(ShardSet.open(shards).count, seed=0), 16).batch(1).part(1, 2).ids[3])
     alter_images(shards, [image])
     (shards / "image.txt").write_text(ShardSet.open(shards).source(image))
     return shards

@@ -84,8 +84,7 @@ def _rank_main(
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.enable()  # SIGABRT writes the stacks of all threads; the program handles other signals itself
     os.environ.clear()
     os.environ.update(environment)
     configure_logging()
@@ -115,7 +114,7 @@ def _results(
         raise WorldError(f"{reason}\n{_outputs(logs, first=failed)}")
     if waiting:
         for rank in waiting.values():
-            os.kill(processes[rank].pid or 0, signal.SIGUSR1)
+            os.kill(processes[rank].pid or 0, signal.SIGABRT)
         time.sleep(1.0)
         late = ", ".join(map(str, waiting.values()))
         raise WorldError(f"ranks {late} of {len(processes)} were not done after {seconds:g} s\n{_outputs(logs)}")

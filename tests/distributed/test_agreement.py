@@ -20,6 +20,7 @@ from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import LOST_PEER, DataError, MoceError
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.loader import Batch
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.distributed.runtime import Runtime, started
@@ -94,7 +95,7 @@ def provoke(shards: Path, damaged: Path, clusters: Path, folder: Path) -> Faults
 def _one_cluster_off(place: int, folder: Path, fingerprint: str, count: int) -> np.ndarray:
     """The clusters' ids, but for one image, the one with this place in the third step, where it is read first."""
     ids_N = np.array(load_ids(folder, fingerprint, count))
-    image = ShuffledSampler(count, 16, seed=0).batch(2).ids[place]
+    image = ShuffledSampler(RandomOrder(count, seed=0), 16).batch(2).ids[place]
     ids_N[image] = (ids_N[image] + 1) % CLUSTERS
     return ids_N
 

@@ -26,6 +26,7 @@ from moce_ds.common.errors import STOPPED, ArtefactError
 from moce_ds.common.storage.checksums import Findings
 from moce_ds.common.storage.files import read_json
 from moce_ds.common.storage.metrics_file import read_metrics
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.inspection.inspection import describe, findings
@@ -57,7 +58,9 @@ def two_processes(root: Path) -> dict[str, Tuned]:
     every_step = ("run.checkpoint_every=1", "run.keep_checkpoints=99", "run.max_skipped=3")
     for name in ("altered", "copy"):
         shutil.copytree(root / "train", root / name)
-    alter_images(root / "altered", [int(ShuffledSampler(COUNTS["train"], 16, seed=0).batch(2).part(1, 2).ids[3])])
+    alter_images(
+        root / "altered", [int(ShuffledSampler(RandomOrder(COUNTS["train"], seed=0), 16).batch(2).part(1, 2).ids[3])]
+    )
     jobs = {
         "two": Tune(words(root, "two")),
         "two-parts": Tune(words(root, "two-parts", "optim.accumulation=2", "engine.zero_stage=2")),

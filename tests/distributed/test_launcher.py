@@ -16,6 +16,7 @@ from tiny_run import STEPS, TinyData, alter_images, assert_same, tiny_settings
 from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.cli.main import moce
 from moce_ds.common.errors import LOST_PEER, STOPPED, ConfigError
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 
@@ -97,7 +98,7 @@ def test_a_killed_process_is_named(tiny_data: TinyData, tmp_path: Path) -> None:
 def test_a_damaged_shard_ends_all_processes_alike(tiny_data: TinyData, tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     shutil.copytree(tiny_data.shards, shards)
-    sampler = ShuffledSampler(ShardSet.open(shards).count, 16, seed=0)
+    sampler = ShuffledSampler(RandomOrder(ShardSet.open(shards).count, seed=0), 16)
     alter_images(shards, [i for step in range(3) for i in sampler.batch(step).part(1, 2).ids.tolist()])  # of rank 1
     run = tmp_path / "run"
     command = (*local(2, "--max-restarts", "2"), "pretrain", *tiny_settings(shards, run, "optim.epochs=50", PATIENT))

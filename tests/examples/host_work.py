@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moce_ds.bench.training_step import TrainingStep
 from moce_ds.common.config.settings import load
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.distributed.runtime import started
 from moce_ds.forecast.host_work import HostWork
@@ -65,7 +66,7 @@ def batch_times() -> None:
             for L in (2, 12):
                 expert_ML = random.integers(E, size=(M, L))
                 slot_LE = placement_by_traffic(expert_ML, np.full(M, 1 / M), E, EP)
-                sampler = ShuffledSampler(N, W * B, 0)
+                sampler = ShuffledSampler(RandomOrder(N, 0), W * B)
                 local = LocalSampler(sampler, ids_N, slot_LE, W, EP, [(0, expert_ML)])
                 sampler.batch(0)  # the permutation of the epoch is made once
                 order = milliseconds(local.batch)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.data.loader import Batch, Loader
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
@@ -23,7 +24,7 @@ BATCHES, BATCH_SIZE = 24, 30
 
 def loader(shards: Path, device: str, size: int = 64) -> Iterator[Batch]:
     images = ShardSet.open(shards)
-    sampler = ShuffledSampler(images.count, BATCH_SIZE, seed=1)
+    sampler = ShuffledSampler(RandomOrder(images.count, seed=1), BATCH_SIZE)
     return iter(
         Loader(
             images,

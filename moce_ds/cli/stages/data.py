@@ -34,6 +34,20 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     )
 
 
+@click.command()
+@click.argument("address")
+@click.argument("out", type=PATH)
+def attach(address: str, out: Path) -> None:
+    """Use the shard set at ADDRESS, such as s3://bucket/set, as the folder OUT.
+
+    OUT gets a copy of the tables. Images are read from ADDRESS when they are needed; data.cache keeps copies.
+    """
+    from moce_ds.data.attach import attach as attached
+
+    shards = attached(address, out)
+    say(f"{out}: {counted(shards.count, 'image')} in {counted(len(shards.shards), 'shard')} at {address}")
+
+
 @click.command(cls=Verb, settings="moce_ds.data.sources.public.datasets:DatasetSettings")
 @click.argument("name")
 @click.argument("source", type=PATH)
@@ -101,4 +115,4 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
     show(report_table(report, compared=shards is not None))
 
 
-VERBS = (shards, dataset, features, cluster)
+VERBS = (shards, attach, dataset, features, cluster)

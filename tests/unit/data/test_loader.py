@@ -20,6 +20,7 @@ from sklearn.datasets import load_sample_images
 from moce_ds.common.errors import DataError
 from moce_ds.common.storage.checksums import records_of, write_checked
 from moce_ds.data.loader import Batch, Crop, Loader
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import MANIFEST, SAMPLES, ShardSet
@@ -154,7 +155,7 @@ def test_normalisation(photos: ShardSet) -> None:
 
 @pytest.mark.parametrize(("world_size", "threads"), [(2, 1), (4, 3)])
 def test_batches_do_not_depend_on_ranks_or_threads(tiny_shards: Path, world_size: int, threads: int) -> None:
-    shards, sampler = ShardSet.open(tiny_shards), ShuffledSampler(60, 16, seed=5)
+    shards, sampler = ShardSet.open(tiny_shards), ShuffledSampler(RandomOrder(60, seed=5), 16)
     crop, input = RandomCrop(5), ImageInput(16)
     whole = list(loader(shards, sampler.batch, 5, crop, input, 16))
     assert set(np.concatenate([batch.epochs_B for batch in whole])) == {0, 1}
@@ -174,7 +175,7 @@ def test_batches_do_not_depend_on_ranks_or_threads(tiny_shards: Path, world_size
 
 
 def test_a_resumed_loader_gives_the_same_batches(tiny_shards: Path) -> None:
-    shards, sampler = ShardSet.open(tiny_shards), ShuffledSampler(60, 16, seed=5)
+    shards, sampler = ShardSet.open(tiny_shards), ShuffledSampler(RandomOrder(60, seed=5), 16)
     whole = list(loader(shards, sampler.batch, 6, RandomCrop(5), ImageInput(16), 16))
     resumed = loader(shards, sampler.batch, 6, RandomCrop(5), ImageInput(16), 16, first=4)
     assert len(resumed) == 2
@@ -220,7 +221,7 @@ def flip_byte(folder: Path, image_id: int) -> None:
 
 def test_a_damaged_image_is_replaced_counted_and_named(copy: Path, tiny_shards: Path) -> None:
     flip_byte(copy, 7)
-    sampler, crop, input = ShuffledSampler(60, 20, seed=1), RandomCrop(1), ImageInput(16)
+    sampler, crop, input = ShuffledSampler(RandomOrder(60, seed=1), 20), RandomCrop(1), ImageInput(16)
     damaged = loader(ShardSet.open(copy), sampler.batch, 12, crop, input, 20)
     intact = loader(ShardSet.open(tiny_shards), sampler.batch, 12, crop, input, 20)
     for batch, whole in zip(damaged, intact, strict=True):
@@ -261,7 +262,7 @@ def test_images_that_only_dali_cannot_decode_are_replaced_too(copy: Path, tiny_s
     """Neighbours: what was to replace the one is itself replaced."""
     for image_id in bad:
         make_undecodable(copy, image_id)
-    sampler, crop, input = ShuffledSampler(60, 5, seed=1), RandomCrop(1), ImageInput(16)
+    sampler, crop, input = ShuffledSampler(RandomOrder(60, seed=1), 5), RandomCrop(1), ImageInput(16)
     damaged = loader(ShardSet.open(copy), sampler.batch, 24, crop, input, 5)
     intact = loader(ShardSet.open(tiny_shards), sampler.batch, 24, crop, input, 5)
     in_place_of = {7: 9 if 8 in bad else 8, 8: 9, 59: 1, 0: 1}

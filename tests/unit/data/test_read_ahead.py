@@ -24,6 +24,7 @@ import torch
 from moce_ds.common.errors import DataError
 from moce_ds.data.loader import BATCHES_AHEAD, Loader
 from moce_ds.data.read_ahead import FILES_AHEAD, READERS, IntactReader, in_background, read_ahead
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shards import SAMPLE, ShardFile, ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
@@ -73,7 +74,7 @@ def test_reads_are_in_flight_together_and_never_in_the_training_thread(tiny_shar
         together.wait(PATIENCE)
 
     shards = replace(Watched.open(tiny_shards), before_read=before_read)
-    sampler = ShuffledSampler(60, READERS, seed=1)
+    sampler = ShuffledSampler(RandomOrder(60, seed=1), READERS)
     batches = list(loader(shards, sampler.batch, 6, READERS))
     assert [batch.ids_B.tolist() for batch in batches] == [sampler.batch(k).ids.tolist() for k in range(6)]
     assert 8 <= len(threads) == READERS <= 32 and threading.get_ident() not in threads
@@ -95,7 +96,7 @@ class Listing:
 
 def test_batches_are_prepared_while_training_takes_none_but_not_more_than_agreed(tiny_shards: Path) -> None:
     """The next batches are listed, read and decoded while the training thread is busy with something else."""
-    listing = Listing(ShuffledSampler(60, 4, seed=1))
+    listing = Listing(ShuffledSampler(RandomOrder(60, seed=1), 4))
     batches = iter(loader(ShardSet.open(tiny_shards), listing.batch, 30, 4))
     for index in range(15):
         listing.taken += 1
@@ -125,7 +126,7 @@ class Sized(ShardSet):
 @pytest.mark.parametrize(("megabytes", "expected"), [(1, FILES_AHEAD + 1), (50, 3), (300, 1)])
 def test_few_large_files_are_read_ahead(tiny_shards: Path, megabytes: int, expected: int) -> None:
     """Batches of two images: 256 MiB are exceeded by the third batch of 100 MB, and by one of 600 MB."""
-    shards, listing = Sized.open(tiny_shards), Listing(ShuffledSampler(60, 2, seed=1))
+    shards, listing = Sized.open(tiny_shards), Listing(ShuffledSampler(RandomOrder(60, seed=1), 2))
     samples = np.array(shards.samples)
     samples["size"] = megabytes * 10**6
     with ThreadPoolExecutor(READERS) as pool:
@@ -148,7 +149,7 @@ def test_an_unreadable_image_is_an_error_of_its_batch(copy: Path) -> None:
 @pytest.mark.parametrize("harm", [flip_byte, make_undecodable])
 def test_replaced_images_count_when_their_batch_is_taken(copy: Path, harm: Callable[[Path, int], None]) -> None:
     harm(copy, 20)
-    listing = Listing(ShuffledSampler(60, 60, seed=1))  # 20 is in every batch
+    listing = Listing(ShuffledSampler(RandomOrder(60, seed=1), 60))  # 20 is in every batch
     damaged = loader(ShardSet.open(copy), listing.batch, 20, 60)
     batches = iter(damaged)
     for taken in range(1, 4):
@@ -180,7 +181,7 @@ def assert_nothing_runs() -> None:
 
 @pytest.mark.parametrize("taken", [1, 5])
 def test_an_abandoned_loader_leaves_no_thread(tiny_shards: Path, taken: int) -> None:
-    sampler = ShuffledSampler(60, 4, seed=1)
+    sampler = ShuffledSampler(RandomOrder(60, seed=1), 4)
     batches = loader(ShardSet.open(tiny_shards), sampler.batch, 30, 4)
     gc.collect()  # pipelines of earlier tests
     gc.disable()
@@ -204,11 +205,13 @@ import signal, sys
 from pathlib import Path
 import torch
 from moce_ds.data.loader import Loader
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
-batches = iter(Loader(ShardSet.open(Path(sys.argv[1])), ShuffledSampler(60, 4, seed=1).batch, RandomCrop(1),
-    ImageInput(16), first=0, last=1000, batch_size=4, threads=1, device=torch.device("cpu")))
+sampler = ShuffledSampler(RandomOrder(60, seed=1), 4)
+batches = iter(Loader(ShardSet.open(Path(sys.argv[1])), sampler.batch, RandomCrop(1), ImageInput(16), first=0,
+    last=1000, batch_size=4, threads=1, device=torch.device("cpu")))
 next(batches)
 """
 

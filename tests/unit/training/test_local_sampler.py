@@ -10,6 +10,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 
+from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.moe.placement import default_placement, local_order
 from moce_ds.training.local_sampler import LEAD, LocalSampler
@@ -32,11 +33,11 @@ class Counted(ShuffledSampler):
 
 
 def sampler() -> LocalSampler:
-    return LocalSampler(Counted(N, G, seed=3), IDS_N, SLOT_LE, W, EP, [(0, FIRST_ML)])
+    return LocalSampler(Counted(RandomOrder(N, seed=3), G), IDS_N, SLOT_LE, W, EP, [(0, FIRST_ML)])
 
 
 def ordered(index: int, expert_ML: np.ndarray) -> np.ndarray:
-    ids_G = ShuffledSampler(N, G, seed=3).batch(index).ids
+    ids_G = ShuffledSampler(RandomOrder(N, seed=3), G).batch(index).ids
     order_G = local_order(IDS_N[ids_G].astype(np.int64), expert_ML, SLOT_LE, W, EP)
     assert order_G.tolist() != list(range(G))  # else nothing would be seen of the table
     return ids_G[order_G]

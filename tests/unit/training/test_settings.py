@@ -158,7 +158,8 @@ def test_what_a_resumed_run_may_change() -> None:
     every = {key for key, _ in keys(PretrainSettings)}
     allowed = every - forbidden_changes(every, PretrainSettings)
     assert allowed == {
-        "experts.ep_size", "experts.loader_locality", "experts.execution", "data.threads", "optim.accumulation",
+        "experts.ep_size", "experts.loader_locality", "experts.execution", "data.threads", "data.cache",
+            "data.cache_gib", "optim.accumulation",
         "engine.precision", "engine.tf32", "engine.zero_stage", "engine.checkpoint_activations", "engine.compile",
         "engine.device", "run.out", "run.init_from", "run.replace_positions",
             "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
