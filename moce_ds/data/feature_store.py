@@ -11,7 +11,7 @@ Axes: N images requested or in a block, D feature width.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -35,7 +35,8 @@ from moce_ds.common.storage.checksums import (
     write_checked,
 )
 from moce_ds.common.storage.encoder_folder import WEIGHTS, EncoderFolder
-from moce_ds.common.storage.files import load_array, reads_from, save_array, sha256_of, write_json, writes_to
+from moce_ds.common.storage.files import reads_from, save_array, sha256_of, write_json, writes_to
+from moce_ds.data.feature_blocks import FeatureBlocks, again, block_checksum
 
 FORMAT, VERSION = "moce features", 1
 RECORD, BEGUN = "features.json", "begun.json"
@@ -131,10 +132,9 @@ class FeatureWriter:
     """
 
     def __init__(self, path: Path, count: int, dim: int, identity: Identity, block_rows: int = 4096) -> None:
-        self.path = path
-        self.count = count
-        self.dim = dim
-        self.block_rows = block_rows
+        self.path, self.count, self.dim = path, count, dim
+        self._blocks = FeatureBlocks(path, count, dim, block_rows)
+        self._sha256: dict[str, str] = {}  # of the blocks that this process has written
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -153,60 +153,75 @@ class FeatureWriter:
             with writes_to(path):
                 write_json(path / BEGUN, self._description)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the features are marked as complete."""
+        return (self.path / RECORD).is_file()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
+
     def missing_blocks(self) -> list[int]:
-        """Numbers of the blocks that are not on disk yet."""
-        return [k for k in range(self._num_blocks) if not _block_path(self.path, k).is_file()]
+        """Numbers of the blocks that are not on disk yet. Raises ArtefactError if the folder cannot be read."""
+        missing: list[int] = np.flatnonzero(self._blocks.sizes() < 0).tolist()
+        return missing
 
     def block_ids(self, k: int) -> range:
         """Image ids of block k."""
-        return range(k * self.block_rows, min((k + 1) * self.block_rows, self.count))
+        return self._blocks.ids(k)
 
     def write_block(self, k: int, features_ND: np.ndarray) -> None:
         """Write the features of the images `block_ids(k)` as float16.
 
         Raises:
-            DataError: the features have another shape.
+            DataError: the features have another shape, or one is NaN or infinite (the float16 maximum is 65504).
             ArtefactError: the block cannot be written.
         """
-        expected = (len(self.block_ids(k)), self.dim)
+        expected, file = self._blocks.shape(k), self._blocks.file(k)
         if features_ND.shape != expected:
             raise DataError(f"Block {k} of {self.path} has shape {features_ND.shape}, expected {expected}.")
-        with np.errstate(over="ignore"):  # values beyond float16 become infinite; `finish` names the image
-            half_ND = features_ND.astype(np.float16)
-        with writes_to(_block_path(self.path, k)):
-            save_array(_block_path(self.path, k), half_ND)
+        with np.errstate(over="ignore"):  # values beyond float16 become infinite
+            half_ND = np.ascontiguousarray(features_ND, dtype="<f2")
+        self._blocks.check_finite(k, half_ND)
+        with writes_to(file):
+            save_array(file, half_ND)
+        self._sha256[file.name] = block_checksum(half_ND)
 
-    def finish(self) -> None:
+    def checksums(self, found: Iterable[int] = ()) -> dict[str, str]:
+        """SHA-256, by file name, of the blocks that this process has written and of the blocks `found`, which it reads.
+
+        Raises:
+            ArtefactError: one of `found` is missing or has the wrong shape.
+            DataError: a feature in one of them is NaN or infinite.
+        """
+        return self._sha256 | {self._blocks.file(k).name: self._blocks.checked(k) for k in found}
+
+    def finish(self, checksums: Mapping[str, str] | None = None) -> None:
         """Mark the features as complete. One process calls it once, after all blocks are written.
+
+        Args:
+            checksums: of blocks that other processes have written or read, as `checksums` returns them. All other
+                blocks are read here.
 
         Raises:
             ArtefactError: a block is missing or has the wrong shape, the encoder in the folder is another one, or the
                 record cannot be written.
-            DataError: a feature is NaN or infinite (the float16 maximum is 65504).
+            DataError: a feature is NaN or infinite.
         """
-        if (self.path / RECORD).is_file():
+        if self.is_finished:
             return  # keep its checksums, even if a block has changed since
         if (self.path / ENCODER).is_dir():  # from now on its checksums replace the fingerprint
             check_fingerprint(self.path, self._description["identity"]["encoder_fingerprint"])
-        checksums = {}
-        for k in range(self._num_blocks):
-            block_ND = _open_block(self.path, k, (len(self.block_ids(k)), self.dim))
-            finite_N = np.isfinite(block_ND).all(axis=1)
-            if not finite_N.all():
-                image = self.block_ids(k)[int(np.argmin(finite_N))]
-                raise DataError(
-                    f"The features of image {image} are NaN or beyond float16 ({_block_path(self.path, k)}): "
-                    f"check whether the encoder's training diverged, then delete {self.path} and write it again."
-                )
-            checksums[_block_path(self.path, k).name] = sha256_of(_block_path(self.path, k))
+        self._blocks.check_sizes()
+        known = self._sha256 | dict(checksums or {})
+        names = [self._blocks.file(k).name for k in range(len(self._blocks))]
+        sha256 = {name: known.get(name) or self._blocks.checked(k) for k, name in enumerate(names)}
         with writes_to(self.path):
             files = records_of(self.path, names_below(self.path / ENCODER, f"{ENCODER}/"))
-            write_checked(self.path / RECORD, self._description | {"sha256": checksums, "files": files})
+            write_checked(self.path / RECORD, self._description | {"sha256": sha256, "files": files})
             (self.path / BEGUN).unlink(missing_ok=True)
-
-    @property
-    def _num_blocks(self) -> int:
-        return -(-self.count // self.block_rows)
 
     def _refuse_unknown(self) -> None:
         """Raise ArtefactError for blocks without a record, which may belong to other images or another encoder."""
@@ -219,7 +234,9 @@ class FeatureWriter:
 
 
 class FeatureSet:
-    """Complete features, read through memory maps. The checksum of a block is verified when it is first read.
+    """Complete features. The checksum of a block is verified when it is first read.
+
+    Opening lists the folder once, and reads no block. Each block is opened when it is read, and closed afterwards.
 
     Attributes:
         count: images.
@@ -235,11 +252,10 @@ class FeatureSet:
     def __init__(self, path: Path, record: _Record) -> None:
         self.path = path
         self.count, self.dim, self.identity, self.files = record.count, record.dim, record.identity, record.files
-        self._block_rows = block_rows = record.block_rows
-        self._sha256, self._whole = record.sha256, set[int]()
-        count, dim = record.count, record.dim
-        starts = range(0, count, block_rows)
-        self._blocks = [_open_block(path, k, (min(block_rows, count - start), dim)) for k, start in enumerate(starts)]
+        self._sha256 = record.sha256
+        self._blocks = FeatureBlocks(path, record.count, record.dim, record.block_rows)
+        self._whole = np.zeros(len(self._blocks), dtype=bool)  # blocks whose checksum has been verified
+        self._blocks.check_sizes()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -260,17 +276,35 @@ class FeatureSet:
         )
         return cls(path, record)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """All features in image order, in blocks of float32 [N, D]. Raises ArtefactError if a block is damaged."""
-        for k in range(len(self._blocks)):
-            yield self._block(k).astype(np.float32)
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self._blocks)
 
-    def _block(self, k: int) -> np.ndarray:
-        name = _block_path(self.path, k).name
-        if k not in self._whole and sha256_of(self.path / name) != self._sha256.get(name):
-            raise ArtefactError(f"{self.path / name} is damaged: its checksum differs: {_again(self.path)}")
-        self._whole.add(k)
-        return self._blocks[k]
+    @property
+    def block_rows(self) -> int:
+        """Images of a block; the last one may have fewer."""
+        return self._blocks.rows
+
+    def blocks(self, numbers: Sequence[int] | None = None) -> Iterator[np.ndarray]:
+        """Features in blocks of float32 [N, D]: those of these numbers, or of all images in their order.
+
+        Raises ArtefactError if a block is damaged.
+        """
+        for k in range(len(self._blocks)) if numbers is None else numbers:
+            yield self.block(k).astype(np.float32)
+
+    def block(self, k: int) -> np.ndarray:
+        """Block k, memory-mapped, float16 [N, D]. Raises ArtefactError if it is damaged."""
+        block_ND = self._blocks.open(k)
+        if not self._whole[k] and sha256_of(self._blocks.file(k)) != self._sha256.get(self._blocks.file(k).name):
+            raise ArtefactError(f"{self._blocks.file(k)} is damaged: its checksum differs: {again(self.path)}")
+        self._whole[k] = True
+        return block_ND
+
+    def have_verified(self) -> None:
+        """Note that other processes have verified all blocks that this one has not."""
+        self._whole[:] = True
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Features of these images in this order, float32 [N, D].
@@ -284,9 +318,10 @@ class FeatureSet:
         if outside_N.any():
             raise DataError(f"{self.path} has images 0 to {self.count - 1}, not {ids_N[outside_N][0]}.")
         features_ND = np.empty((len(ids_N), self.dim), dtype=np.float32)
-        block_N, row_N = np.divmod(ids_N, self._block_rows)
-        for k in np.unique(block_N):
-            features_ND[block_N == k] = self._block(k)[row_N[block_N == k]]
+        order_N = np.argsort(ids_N, kind="stable")  # each block is opened once
+        number_N, first_N = np.unique(ids_N[order_N] // self.block_rows, return_index=True)
+        for k, of_block in zip(number_N.tolist(), np.split(order_N, first_N[1:]), strict=len(ids_N) > 0):
+            features_ND[of_block] = self.block(k)[ids_N[of_block] % self.block_rows]
         return features_ND
 
     @property
@@ -305,7 +340,7 @@ class FeatureSet:
 
     def verify(self) -> Findings:
         """All differences from the recorded checksums; reads all files. Raises ArtefactError."""
-        names = [_block_path(self.path, k).name for k in range(len(self._blocks))]
+        names = [self._blocks.file(k).name for k in range(len(self._blocks))]
         differ = [name for name in names if sha256_of(self.path / name) != self._sha256.get(name)]
         found = Findings([f"{name}: is damaged: its checksum differs" for name in differ])
         found += document_findings(self.path / RECORD, RECORD) + file_findings(self.path, self.files)
@@ -316,17 +351,8 @@ class FeatureSet:
 
     def all(self) -> np.ndarray:
         """All features, float32 [count, D]: 4 count D bytes of memory."""
-        return np.concatenate(list(self.blocks()))
-
-
-def _block_path(path: Path, k: int) -> Path:
-    return path / f"block-{k:06d}.npy"
-
-
-def _again(path: Path) -> str:
-    return f"delete {path}, and rerun the same `moce features`."
-
-
-def _open_block(path: Path, k: int, shape: tuple[int, int]) -> np.ndarray:
-    block_path = _block_path(path, k)
-    return np.asarray(load_array(block_path, np.float16, shape, _again(path)))
+        features_ND = np.empty((self.count, self.dim), dtype=np.float32)
+        for k in range(len(self._blocks)):
+            ids = self._blocks.ids(k)
+            features_ND[ids.start : ids.stop] = self.block(k)
+        return features_ND

@@ -3,6 +3,7 @@
 Axes: N images, D width.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Never
@@ -78,13 +79,23 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, devic
         return _cached_features[key]
     while len(_cached_features) >= _CACHE_SIZE:
         _cached_features.pop(next(iter(_cached_features)))
-    with _bar(shards.count, f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}", visible=True) as bar:
-        parts = []
-        for part_ND in encode(encoder, shards, [range(shards.count)], config, device):
-            parts.append(part_ND)
+    features_ND, first = torch.empty(shards.count, encoder.shape.width), 0
+    for part_ND in encode_shown(encoder, shards, [range(shards.count)], config, device):
+        features_ND[first : first + len(part_ND)] = part_ND
+        first += len(part_ND)
+    _cached_features[key] = features_ND
+    return features_ND
+
+
+def encode_shown(
+    encoder: Encoder, shards: ShardSet, blocks: Sequence[range], config: EncodeSettings, device: torch.device
+) -> Iterator[Tensor]:
+    """As `encode`, with a progress bar."""
+    name = f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}"
+    with _bar(sum(map(len, blocks)), name, visible=True) as bar:
+        for part_ND in encode(encoder, shards, blocks, config, device):
+            yield part_ND
             bar.update(len(part_ND))
-    _cached_features[key] = torch.cat(parts)
-    return _cached_features[key]
 
 
 def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
@@ -106,12 +117,16 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
             _keep_encoder(encoder, out / ENCODER)
     writer = writer or FeatureWriter(out, shards.count, encoder.shape.width, identity, config.block_rows)
     missing = writer.missing_blocks()
+    found = [] if writer.is_finished else sorted(set(range(writer.num_blocks)).difference(missing))
     runtime.barrier()  # no rank adds a block before all have listed them
+    checksums = {}
     with runtime.raise_on_all_ranks():
         _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
+        checksums = writer.checksums(found[runtime.rank :: runtime.world_size])  # those of an earlier, interrupted call
+    of_ranks = runtime.texts(json.dumps(checksums))
     with runtime.raise_on_all_ranks():
         if runtime.is_main:
-            writer.finish()
+            writer.finish({name: sha256 for text in of_ranks for name, sha256 in json.loads(text).items()})
 
 
 def _keep_encoder(encoder: Encoder, folder: Path) -> None:

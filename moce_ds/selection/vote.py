@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.data.clusters import LOW, Clusters
 from moce_ds.data.shards import ShardSet
-from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.features import encode_shown
 from moce_ds.encoders.settings import EncodeSettings
+from moce_ds.models.vit import Encoder
 from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
 
 # Measured on the demo (docs/select.md): 2-8% for held-out images of the clustered domains, 57-100% for images of a
 # domain without clusters.
 UNUSUAL = 0.15
 UNLIKE = 0.5
+
+_CACHE_SIZE = 4
+_labelled: dict[tuple[str, str, str, str], tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,35 @@ def select_route(run: Path, task: ShardSet, config: EncodeSettings, device: torc
 def label_images(
     checkpoint: Checkpoint, clusters: Clusters, images: ShardSet, config: EncodeSettings, device: torch.device
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The cluster of every image, and its cosine to the centroid. Raises ArtefactError, DataError."""
-    features_ND = encode_all(clusters_encoder(checkpoint, clusters, device), images, config, device)
-    # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
-    return clusters.assign_with_cosine(features_ND.half().float().numpy())
+    """The cluster of every image, and its cosine to the centroid: 12 bytes of memory an image.
+
+    Keeps the last few results by encoder, clusters and images, because the runs of a campaign share them.
+
+    Raises:
+        ArtefactError: the encoder of the clusters is missing, damaged or another one.
+        DataError: an image is damaged.
+    """
+    encoder = clusters_encoder(checkpoint, clusters, device)
+    key = (encoder.fingerprint, str(encoder.input), clusters.hash, images.fingerprint)
+    if key not in _labelled:
+        while len(_labelled) >= _CACHE_SIZE:
+            _labelled.pop(next(iter(_labelled)))
+        _labelled[key] = _label(encoder, clusters, images, config, device)
+    return _labelled[key]
+
+
+def _label(
+    encoder: Encoder, clusters: Clusters, images: ShardSet, config: EncodeSettings, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Labels every batch as it is encoded, so the features of a batch are all that is in memory."""
+    ids_N, cosine_N, first = np.empty(images.count, np.int64), np.empty(images.count, np.float32), 0
+    for features_ND in encode_shown(encoder, images, [range(images.count)], config, device):
+        # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
+        of_batch = clusters.assign_with_cosine(features_ND.half().float().numpy())
+        last = first + len(features_ND)
+        ids_N[first:last], cosine_N[first:last] = of_batch
+        first = last
+    return ids_N, cosine_N
 
 
 def recorded_routes(checkpoint: Checkpoint) -> NDArray[np.int64]:

@@ -1,6 +1,8 @@
 """Features on disk: whole, resumable, and refused when they are not what they should be."""
 
 import json
+import os
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from moce_ds.bench.synthetic_features import write_synthetic_features
 from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity
 
@@ -84,10 +87,35 @@ def test_features_of_another_identity_are_refused_with_the_difference(tmp_path: 
 def test_a_feature_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     features_ND = DIGITS_ND.copy()
     features_ND[[77, 91], 5] = value
-    writer = write(tmp_path, features_ND)
     with pytest.raises(DataError, match="features of image 77 are NaN or beyond float16"):
-        writer.finish()
+        write(tmp_path, features_ND)
+    assert FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).missing_blocks() == [2, 3]
+
+
+def test_a_block_of_an_earlier_process_is_checked_too(tmp_path: Path) -> None:
+    features_ND = DIGITS_ND.copy()
+    features_ND[[77, 91], 5] = np.nan
+    write(tmp_path, DIGITS_ND)
+    np.save(tmp_path / "block-000002.npy", features_ND[64:96].astype(np.float16))
+    with pytest.raises(DataError, match="features of image 77 are NaN or beyond float16"):
+        FeatureWriter(tmp_path, 100, 64, IDENTITY, 32).finish()
     assert not (tmp_path / "features.json").exists()
+
+
+def test_checksums_of_all_processes_make_the_record_of_one(tmp_path: Path) -> None:
+    """Of four blocks, a killed process left two; two others write one each, and read one each."""
+    earlier = FeatureWriter(tmp_path / "shared", 100, 64, IDENTITY, 32)
+    for k in (0, 3):
+        earlier.write_block(k, DIGITS_ND[earlier.block_ids(k)])
+    writers = [FeatureWriter(tmp_path / "shared", 100, 64, IDENTITY, 32) for _ in range(2)]
+    for k, found, writer in zip((1, 2), (3, 0), writers, strict=True):
+        writer.write_block(k, DIGITS_ND[writer.block_ids(k)])
+        assert len(writer.checksums([found])) == 2
+    writers[0].finish(writers[0].checksums([3]) | writers[1].checksums([0]))
+    write(tmp_path / "alone", DIGITS_ND)
+    FeatureWriter(tmp_path / "alone", 100, 64, IDENTITY, 32).finish()  # reads all blocks
+    records = [(tmp_path / name / "features.json").read_bytes() for name in ("shared", "alone")]
+    assert records[0] == records[1]
 
 
 def test_a_block_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
@@ -166,3 +194,31 @@ def test_a_block_that_was_exchanged_is_noticed_when_it_is_read(tmp_path: Path) -
     for read in (features.all, lambda: features.rows(np.array([40]))):
         with pytest.raises(ArtefactError, match=r"block-000001\.npy is damaged: its checksum differs"):
             read()
+
+
+def test_blocks_are_more_than_a_process_may_have_open(tmp_path: Path) -> None:
+    write(tmp_path, DIGITS_ND, block_rows=1).finish()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as lowest:
+        allowed = lowest.fileno() + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        features = FeatureSet.open(tmp_path)
+        read_ND, kept = features.all(), [features.rows(np.array([image])) for image in range(100)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    np.testing.assert_array_equal(read_ND, np.concatenate(kept))
+
+
+def test_synthetic_features_are_a_function_of_their_seed(tmp_path: Path) -> None:
+    first, again, other = (
+        write_synthetic_features(tmp_path / name, 70, 8, seed, block_rows=32)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
+    np.testing.assert_array_equal(first.all(), again.all())
+    assert not np.array_equal(first.all(), other.all())
+
+
+def test_synthetic_blocks_without_data_are_read_as_zeros(tmp_path: Path) -> None:
+    features = write_synthetic_features(tmp_path / "sparse", 700, 64, block_rows=320, sparse=True)
+    assert not features.all().any() and features.num_blocks == 3
