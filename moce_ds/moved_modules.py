@@ -69,7 +69,6 @@ MOVED: dict[str, str] = {
     "moce_ds.cli.verbs": "moce_ds.cli.stages.registry",
     "moce_ds.clustering.clusters": "moce_ds.data.clusters",
     "moce_ds.clustering.feature_store": "moce_ds.data.feature_store",
-    "moce_ds.clustering.kmeans": "moce_ds.clustering.build",
     "moce_ds.clustering.store": "moce_ds.data.feature_store",
     "moce_ds.config.families": "moce_ds.common.config.model_kinds",
     "moce_ds.config.faults": "moce_ds.common.validation",

@@ -1,20 +1,24 @@
 """From features to clusters: centre, k-means, balance, label every image, write the artefact.
 
-This is the only module that imports faiss, and it does so only when k-means is called.
+Any number of processes share the work. The clusters do not depend on it: sums are taken in the order of the images
+(`distributed/in_order.py`), or are exact.
 
 Axes: N images of the fit or of a block, M clusters, D feature width.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moce_ds.clustering.kmeans import kmeans_steps, streamed_step, unit_centroids
+from moce_ds.clustering.label import Labels, label_all
+from moce_ds.clustering.points import KeptPoints, Points, StreamedPoints
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.clustering.sinkhorn import Solution, balance
@@ -23,13 +27,19 @@ from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import atomic_folder, check_writable, copy_tree, writes_to
-from moce_ds.data.clusters import LOW, Clusters, load_ids, normalised, save_ids
+from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import ENCODER, FeatureSet, check_encoder
+from moce_ds.distributed.in_order import broadcast, own_units, take_in_order
+from moce_ds.distributed.runtime import Runtime
 
 _logger = logging.getLogger(__name__)
 
-_ROWS = 8192
-"""Rows of features whose [N, M] cosines are in memory at a time."""
+_MOST_KEPT = 3 * 2**30
+"""Bytes of the points to fit on that are kept in memory; more pass from the disk. A constant, because the clusters must
+not depend on the machine."""
+
+_START = 200
+"""Images per cluster of the sample from which a fit on streamed points starts."""
 
 _MERGED = 0.99
 """Cosine above which two centroids count as one; chosen by eye, used only for a warning."""
@@ -43,13 +53,20 @@ def build_clusters(
     classes: Sequence[str] = (),
     device: str = "cpu",
 ) -> tuple[Clusters, ClusterReport]:
-    """Cluster the images of a features folder; existing clusters are read instead.
+    """Cluster the images of a features folder in this process, and measure the result: `write_clusters`,
+    `measured_clusters`."""
+    write_clusters(features, out, config, Runtime(rank=0, world_size=1, local_rank=0, device=torch.device(device)))
+    return measured_clusters(out, labels_N, classes)
+
+
+def write_clusters(features: Path, out: Path, config: ClusterSettings, runtime: Runtime) -> None:
+    """Cluster the images of a features folder; existing clusters are kept. A collective.
+
+    The processes share the work. The clusters do not depend on their number.
 
     Args:
         features: the folder that `moce features` wrote, with its encoder.
-        out: the clusters folder, written atomically.
-        labels_N: only for the report: index into `classes` per image, negative without a label.
-        device: device of Sinkhorn; faiss detects GPUs itself.
+        out: the clusters folder, written atomically by rank 0.
 
     Raises:
         ConfigError: more clusters than images, or faiss is missing.
@@ -57,76 +74,41 @@ def build_clusters(
         ArtefactError: the features are unfinished, damaged or of another encoder; or `out` holds other files, or
             cannot be written.
     """
-    feature_set = FeatureSet.open(features)
-    check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
+    with runtime.raise_on_all_ranks():
+        feature_set = FeatureSet.open(features)
+        if runtime.is_main:
+            check_encoder(features, feature_set.identity.encoder_fingerprint, feature_set.files)
     if config.num_clusters > feature_set.count:
         raise ConfigError(
             f"num_clusters={config.num_clusters} is more than the {feature_set.count} images of {features}: "
             f"set it to {feature_set.count} or less, and much less for meaningful clusters."
         )
-    made_from = _made_from(feature_set, config)
-    if out.exists():
-        _check_same(out, made_from)
-        _logger.info(f"{out} is complete, with the same settings and features: nothing to do.")
+    made_from, exists = _made_from(feature_set, config), False
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main and (exists := out.exists()):
+            _check_same(out, made_from)
+        elif runtime.is_main:
+            check_writable(out)
+    if runtime.max([float(exists)])[0]:
+        runtime.say(f"{out} is complete, with the same settings and features: nothing to do.")
     else:
-        check_writable(out)
-        _write(feature_set, out, config, made_from.parts, device)
-    clusters = Clusters.open(out)
-    ids_N = load_ids(out, clusters.shards_fingerprint, feature_set.count)
-    # The mean cosine of its cluster replaces an image's own cosine; the mean over images is the same.
-    return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], labels_N, classes)
+        _write(feature_set, out, config, made_from.parts, runtime)
 
 
-def kmeans(
-    features_ND: np.ndarray,
-    num_clusters: int,
-    seed: int,
-    iterations: int,
-    watch: Callable[[], object] = lambda: None,
-) -> np.ndarray:
-    """Centroids that maximise the cosine of each point to its centroid; on all GPUs that faiss finds, else on the CPU.
+def measured_clusters(
+    out: Path, labels_N: np.ndarray | None = None, classes: Sequence[str] = ()
+) -> tuple[Clusters, ClusterReport]:
+    """The clusters of a folder, and their quality.
 
     Args:
-        features_ND: L2-normalised, float32 (faiss's `spherical` normalises centroids only, never the data). All are
-            used: faiss's own limit of 256 points per centroid, applied silently, is lifted.
-        watch: called after each iteration.
-
-    Returns:
-        float32 [M, D], rows of norm 1. The same seed gives bit-identical results on the CPU.
+        labels_N: index into `classes` per image, negative without a label; for the agreement of the clusters with them.
 
     Raises:
-        DataError: fewer points than clusters, or features that are not finite.
-        ConfigError: faiss is not installed.
+        ArtefactError: the clusters are damaged.
     """
-    count, dim = features_ND.shape
-    if count < num_clusters:
-        raise DataError(f"{count} images cannot form {num_clusters} clusters: set num_clusters to {count} or less.")
-    if not np.isfinite(features_ND).all():
-        first = int(np.argmin(np.isfinite(features_ND).all(axis=1)))
-        raise DataError(f"Feature {first} is not finite: did the training of the encoder diverge?")
-    faiss = _import_faiss()
-    solver = faiss.Kmeans(
-        dim,
-        num_clusters,
-        niter=1,
-        seed=seed,
-        spherical=True,
-        gpu=hasattr(faiss, "get_num_gpus") and faiss.get_num_gpus() > 0,
-        min_points_per_centroid=1,
-        max_points_per_centroid=count,
-    )
-    points_ND = np.ascontiguousarray(features_ND, dtype=np.float32)
-    centroids_MD = None
-    for _ in range(iterations):  # one at a time, because faiss reports no progress itself
-        solver.train(points_ND, init_centroids=centroids_MD)
-        centroids_MD = solver.centroids
-        watch()
-    norms_M1 = np.linalg.norm(solver.centroids, axis=1, keepdims=True)
-    if not norms_M1.all():
-        raise DataError(
-            f"k-means found a centroid at the origin: do the images have {num_clusters} different features?"
-        )
-    return np.asarray(solver.centroids / norms_M1, dtype=np.float32)
+    clusters = Clusters.open(out)
+    ids_N = load_ids(out, clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
+    return clusters, cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M, labels_N, classes)
 
 
 def _made_from(feature_set: FeatureSet, config: ClusterSettings) -> MadeFrom:
@@ -134,9 +116,11 @@ def _made_from(feature_set: FeatureSet, config: ClusterSettings) -> MadeFrom:
     return MadeFrom({"settings": to_tree(config), "features": features}, {"settings": ClusterSettings})
 
 
-def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_from: dict[str, Any], device: str) -> None:
-    mean_D = _mean(feature_set)
-    embeddings_MD, duals_M, solver = _fit(feature_set, mean_D, config, device)
+def _write(
+    features: FeatureSet, out: Path, config: ClusterSettings, made_from: dict[str, Any], runtime: Runtime
+) -> None:
+    mean_D = _mean(features, runtime)
+    embeddings_MD, duals_M, solver = _fit(features, mean_D, config, runtime)
     unlabelled = Clusters(
         embeddings_MD=embeddings_MD,
         duals_M=duals_M,
@@ -146,59 +130,82 @@ def _write(feature_set: FeatureSet, out: Path, config: ClusterSettings, made_fro
         eps=config.eps,
         method=config.method,
         provenance=made_from | {"solver": solver},
-        shards_fingerprint=feature_set.identity.shards_fingerprint,
-        encoder_fingerprint=feature_set.identity.encoder_fingerprint,
-        encoder_input=feature_set.identity.encoder_input,
+        shards_fingerprint=features.identity.shards_fingerprint,
+        encoder_fingerprint=features.identity.encoder_fingerprint,
+        encoder_input=features.identity.encoder_input,
     )
-    clusters, ids_N = _label(feature_set, unlabelled)
-    with writes_to(out), atomic_folder(out) as folder:
-        copy_tree(feature_set.path / ENCODER, folder / ENCODER)
-        save_ids(folder, ids_N)
-        clusters.write(folder)
+    labels, ids_file = None, ExitStack()
+    with ExitStack() as draft:
+        with runtime.raise_on_all_ranks():
+            if runtime.is_main:
+                draft.enter_context(writes_to(out))
+                folder = draft.enter_context(atomic_folder(out))
+                draft.enter_context(ids_file)
+                labels = ids_file.enter_context(Labels.written(folder, features, config.num_clusters))
+        with _pass(features, "label", runtime) as watch:
+            label_all(features, unlabelled, labels, runtime, watch)
+        with runtime.raise_on_all_ranks():
+            if labels is not None:
+                clusters = labels.measured(unlabelled)
+                ids_file.close()
+                copy_tree(features.path / ENCODER, folder / ENCODER)
+                clusters.write(folder)
+                draft.close()  # puts the folder in place
 
 
-def _mean(feature_set: FeatureSet) -> np.ndarray:
-    """Mean feature, float32 [D]. Raises DataError if no feature differs from it."""
-    sum_D, squares = np.zeros(feature_set.dim), 0.0
-    for features_ND in _progress(feature_set, "mean"):
-        sum_D += features_ND.sum(axis=0, dtype=np.float64)
-        squares += float(np.square(features_ND, dtype=np.float64).sum())
-    mean_D = sum_D / feature_set.count
-    if squares / feature_set.count - mean_D @ mean_D <= 1e-10 * (mean_D @ mean_D):
-        raise DataError(f"All features in {feature_set.path} are alike: the encoder does not distinguish images.")
+def _mean(features: FeatureSet, runtime: Runtime) -> np.ndarray:
+    """Mean feature, float32 [D]. Verifies the checksums of all blocks. Raises DataError if all features are alike."""
+    sum_D, squares = np.zeros(features.dim), 0.0
+
+    def add(sums: Tensor) -> None:
+        nonlocal squares
+        sum_D[:] += sums[:-1].numpy()
+        squares += float(sums[-1])
+
+    with _pass(features, "mean", runtime) as watch:
+
+        def sums() -> Iterator[Tensor]:
+            """The sum of a block, and the sum of its squares."""
+            for features_ND in features.blocks(own_units(features.num_blocks, runtime)):
+                of_block_D = features_ND.sum(axis=0, dtype=np.float64)
+                yield torch.from_numpy(np.append(of_block_D, np.square(features_ND, dtype=np.float64).sum()))
+                watch(len(features_ND))
+
+        like = torch.empty(features.dim + 1, dtype=torch.float64)
+        take_in_order(sums(), features.num_blocks, like, add, runtime)
+    features.note_verified()
+    mean_D = sum_D / features.count
+    if squares / features.count - mean_D @ mean_D <= 1e-10 * (mean_D @ mean_D):
+        raise DataError(f"All features in {features.path} are alike: the encoder does not distinguish images.")
     return mean_D.astype(np.float32)
 
 
 def _fit(
-    feature_set: FeatureSet, mean_D: np.ndarray, config: ClusterSettings, device: str
+    features: FeatureSet, mean_D: np.ndarray, config: ClusterSettings, runtime: Runtime
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any] | None]:
     """Embeddings [M, D], duals [M] and the final state of the solver (None for plain k-means)."""
-    fit_ND = normalised(_sample(feature_set, config), mean_D)
-    with progress_bar(total=config.kmeans_iterations, desc="k-means", delay=2) as bar:
-        centroids_MD = kmeans(fit_ND, config.num_clusters, config.seed, config.kmeans_iterations, watch=bar.update)
+    size = min(features.count, config.num_clusters * (config.fit_images_per_cluster or features.count))
+    most = max(config.num_clusters, _MOST_KEPT // (4 * features.dim))
+    streamed = size > most
+    start = min(_START * config.num_clusters, most) if streamed else size
+    with runtime.raise_on_all_ranks():
+        kept = KeptPoints(features, _sample(features.count, start, config.seed), mean_D, runtime)
+    centroids_MD = _centroids(kept, config, runtime)
+    points: Points = kept
+    if streamed:
+        chosen = None if size == features.count else _sample(features.count, size, config.seed)
+        points = StreamedPoints(features, chosen, mean_D, runtime)
+        centroids_MD = _streamed_centroids(points, centroids_MD, config, runtime)
     if config.method == "kmeans":
-        return centroids_MD, np.zeros(config.num_clusters, dtype=np.float32), None
-    points_ND = torch.from_numpy(fit_ND).to(device)
-    with progress_bar(desc="balance", unit=" passes", delay=2) as bar:
-
-        def watch(marginal_error: float) -> None:
-            bar.set_postfix_str(f"marginal error {marginal_error:.2g} -> {config.tolerance:g}", refresh=False)
-            bar.update()
-
-        embeddings_MD, solution = balance(
-            lambda: points_ND.split(_ROWS),
-            torch.from_numpy(centroids_MD).to(device),
-            config.eps,
-            config.tolerance,
-            config.max_iterations,
-            config.rounds,
-            watch=watch,
-        )
+        return centroids_MD.cpu().numpy(), np.zeros(config.num_clusters, dtype=np.float32), None
+    duals_M = _balance(kept, centroids_MD, config, 0, None, runtime)[1].duals_M if streamed else None
+    embeddings_MD, solution = _balance(points, centroids_MD, config, config.rounds, duals_M, runtime)
     merged = _merged(embeddings_MD)
-    # After k-means, close clusters reflect the features; only re-estimation moves clusters together.
-    _warn(solution, merged if config.rounds else 0, config)
+    if runtime.is_main:
+        # After k-means, close clusters reflect the features; only re-estimation moves clusters together.
+        _warn(solution, merged if config.rounds else 0, config)
     final_state = {
-        "fit_images": len(fit_ND),
+        "fit_images": points.count,
         "iterations": solution.iterations,
         "marginal_error": solution.marginal_error,
         "converged": solution.converged,
@@ -207,33 +214,70 @@ def _fit(
     return embeddings_MD.cpu().numpy(), solution.duals_M.cpu().numpy().astype(np.float32), final_state
 
 
-def _sample(feature_set: FeatureSet, config: ClusterSettings) -> np.ndarray:
-    """Features to fit on: all, or those of a random sample of images."""
-    size = config.num_clusters * (config.fit_images_per_cluster or feature_set.count)
-    if size >= feature_set.count:
-        return feature_set.all()
-    ids = np.random.default_rng(config.seed).choice(feature_set.count, size, replace=False)
-    return feature_set.rows(np.sort(ids))
+def _sample(count: int, size: int, seed: int) -> np.ndarray:
+    """Images to fit on, in increasing order: all, or a random sample."""
+    if size >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, size, replace=False))
 
 
-def _label(feature_set: FeatureSet, clusters: Clusters) -> tuple[Clusters, np.ndarray]:
-    """The clusters with their sizes and cosines, and the int64 id of every image, in one pass."""
-    labelled = [clusters.assign_with_cosine(block) for block in _progress(feature_set, "label")]
-    ids_N, cosine_N = (np.concatenate(parts) for parts in zip(*labelled, strict=True))
-    sizes_M = np.bincount(ids_N, minlength=clusters.num_clusters)
-    cosine_M = np.bincount(ids_N, weights=cosine_N, minlength=clusters.num_clusters) / np.maximum(sizes_M, 1)
-    low_M = _low_cosines(ids_N, cosine_N, sizes_M)
-    return replace(clusters, sizes_M=sizes_M, cosine_M=cosine_M.astype(np.float32), low_cosine_M=low_M), ids_N
+def _centroids(points: KeptPoints, config: ClusterSettings, runtime: Runtime) -> Tensor:
+    """Centroids [M, D] of k-means, on this process's device; rank 0 computes them."""
+    steps: Iterator[np.ndarray] = iter(())
+    if points.all_ND is not None:
+        steps = kmeans_steps(points.all_ND, config.num_clusters, config.seed, config.kmeans_iterations)
+    centroids_MD = np.empty((config.num_clusters, points.dim), dtype=np.float32)
+    with progress_bar(total=config.kmeans_iterations, desc="k-means", delay=2, disable=not runtime.is_main) as bar:
+        for _ in range(config.kmeans_iterations):  # one at a time, so that the others wait for one iteration at most
+            with runtime.raise_on_all_ranks():
+                centroids_MD = next(steps, centroids_MD)
+            bar.update()
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main:
+            centroids_MD = unit_centroids(centroids_MD)
+    return broadcast(torch.from_numpy(centroids_MD), runtime).to(runtime.device)
 
 
-def _low_cosines(ids_N: np.ndarray, cosine_N: np.ndarray, sizes_M: np.ndarray) -> np.ndarray:
-    """The cosine below which the least typical images of each cluster are, float32 [M].
+def _streamed_centroids(points: Points, centroids_MD: Tensor, config: ClusterSettings, runtime: Runtime) -> Tensor:
+    """k-means over all points, from the centroids of the sample."""
+    total = config.kmeans_iterations
+    with progress_bar(total=total, desc="k-means, streamed", delay=2, disable=not runtime.is_main) as bar:
+        for _ in range(config.kmeans_iterations):
+            centroids_MD = streamed_step(points.blocks, centroids_MD, runtime)
+            bar.update()
+    return centroids_MD
 
-    With Weibull's quantile, a new image of the cluster is below it with probability `LOW`, even in small clusters.
-    """
-    of_cluster = np.split(cosine_N[np.argsort(ids_N, kind="stable")], np.cumsum(sizes_M)[:-1])
-    lows = [np.quantile(part, LOW, method="weibull") if len(part) else 1.0 for part in of_cluster]
-    return np.array(lows, dtype=np.float32)
+
+def _balance(
+    points: Points,
+    centroids_MD: Tensor,
+    config: ClusterSettings,
+    rounds: int,
+    duals_M: Tensor | None,
+    runtime: Runtime,
+) -> tuple[Tensor, Solution]:
+    """`sinkhorn.balance` over the points of all processes, with a progress bar."""
+
+    def add_all(parts: Iterable[Tensor], total: Tensor) -> None:
+        take_in_order(parts, points.units, total, lambda part: total.add_(part.to(total.device)), runtime)
+
+    with progress_bar(desc="balance", unit=" passes", delay=2, disable=not runtime.is_main) as bar:
+
+        def watch(marginal_error: float) -> None:
+            bar.set_postfix_str(f"marginal error {marginal_error:.2g} -> {config.tolerance:g}", refresh=False)
+            bar.update()
+
+        return balance(
+            points.blocks,
+            centroids_MD,
+            config.eps,
+            config.tolerance,
+            config.max_iterations,
+            rounds,
+            add_all,
+            watch,
+            duals_M,
+        )
 
 
 def _check_same(out: Path, made_from: MadeFrom) -> None:
@@ -269,20 +313,11 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
         _logger.warning(f"{fault} Look at the hard sizes.")
 
 
-def _progress(feature_set: FeatureSet, what: str) -> Iterator[np.ndarray]:
-    """The blocks of a pass over all features, with a progress bar if it takes long."""
-    with progress_bar(total=feature_set.count, desc=what, unit=" images", unit_scale=True, delay=2) as bar:
-        for block_ND in feature_set.blocks():
-            yield block_ND
-            bar.update(len(block_ND))
-
-
-def _import_faiss() -> ModuleType:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ConfigError(
-            f"Clustering needs faiss, which does not import here ({error}). Install one of the extras: "
-            "pip install 'moce-ds[cpu]', 'moce-ds[cu13]' or 'moce-ds[cu12]'."
-        ) from None
-    return faiss
+@contextmanager
+def _pass(features: FeatureSet, what: str, runtime: Runtime) -> Iterator[Callable[[int], object]]:
+    """A progress bar of a pass over this process's blocks, shown by rank 0 if it takes long; yields its update."""
+    total = sum(len(features.block_ids(k)) for k in own_units(features.num_blocks, runtime))
+    with progress_bar(
+        total=total, desc=what, unit=" images", unit_scale=True, delay=2, disable=not runtime.is_main
+    ) as bar:
+        yield bar.update

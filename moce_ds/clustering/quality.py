@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from moce_ds.data.clusters import parts_of
+
 _SHARES_SHOWN = 8
 
 
@@ -53,29 +55,31 @@ class ClusterReport:
 def cluster_report(
     ids_N: np.ndarray,
     num_clusters: int,
-    cosine_N: np.ndarray,
+    cosine_M: np.ndarray,
     labels_N: np.ndarray | None = None,
     classes: Sequence[str] = (),
 ) -> ClusterReport:
-    """Measure a clustering.
+    """Measure a clustering; memory does not grow with the images.
 
     Args:
-        ids_N: cluster of each image, int.
-        cosine_N: cosine of each image to its centroid.
+        ids_N: cluster of each image, int; may be memory-mapped.
+        cosine_M: mean cosine of a cluster's images to its centroid.
         labels_N: index into `classes`; negative for an image without a label.
         classes: class names, paths with "/".
     """
-    sizes_M = np.bincount(ids_N, minlength=num_clusters)
+    sizes_M = sum((np.bincount(part_N, minlength=num_clusters) for part_N in parts_of(ids_N)), np.zeros(num_clusters))
     relative_M = sizes_M / sizes_M.mean()
     by_class = by_domain = None
-    if labels_N is not None and (labels_N >= 0).any():
-        labelled_N = labels_N >= 0
-        ids, labels = ids_N[labelled_N], labels_N[labelled_N]
+    counts_ML = np.zeros((num_clusters, len(classes)), dtype=np.int64)
+    if labels_N is not None:
+        _count(counts_ML, ids_N, labels_N)
+    if counts_ML.any():
         domain_of = [name.split("/")[0] for name in classes]
         domains = sorted(set(domain_of))
         domain_of_L = np.array([domains.index(name) for name in domain_of])
-        by_class = agreement(ids, labels, classes)
-        by_domain = agreement(ids, domain_of_L[labels], domains)
+        in_domain_LD = domain_of_L[:, None] == np.arange(len(domains))
+        by_class = agreement(counts_ML, classes)
+        by_domain = agreement(counts_ML @ in_domain_LD, domains)
     return ClusterReport(
         num_images=len(ids_N),
         num_clusters=num_clusters,
@@ -83,24 +87,36 @@ def cluster_report(
         smallest=float(relative_M.min()),
         median=float(np.median(relative_M)),
         largest=float(relative_M.max()),
-        cosine=float(np.mean(cosine_N)),
+        cosine=float(np.average(cosine_M, weights=sizes_M)),
         classes=by_class,
         domains=by_domain,
     )
 
 
-def agreement(ids_N: np.ndarray, labels_N: np.ndarray, names: Sequence[str]) -> Agreement:
-    """Compare cluster ids with labels 0 to len(names) - 1; names without images are left out."""
-    from sklearn.metrics import normalized_mutual_info_score  # Slow to import.
+def _count(counts_ML: np.ndarray, ids_N: np.ndarray, labels_N: np.ndarray) -> None:
+    """Add to `counts_ML` the images of each cluster and label."""
+    for ids, labels in zip(parts_of(ids_N), parts_of(labels_N), strict=True):
+        labelled = labels >= 0
+        np.add.at(counts_ML, (ids[labelled], labels[labelled]), 1)
 
-    counts_ML = np.zeros((ids_N.max() + 1, len(names)), dtype=np.int64)
-    np.add.at(counts_ML, (ids_N, labels_N), 1)
+
+def agreement(counts_ML: np.ndarray, names: Sequence[str]) -> Agreement:
+    """Compare clusters with labels 0 to len(names) - 1; names without images are left out.
+
+    Args:
+        counts_ML: images of each cluster and label; at least one.
+    """
+    from scipy.stats import entropy  # Slow to import.
+    from sklearn.metrics import mutual_info_score
+
     majority_ML = 2 * counts_ML > counts_ML.sum(axis=1, keepdims=True)
     in_majority_L = (counts_ML * majority_ML).sum(axis=0)
     images_L = counts_ML.sum(axis=0)
+    uncertainty = (entropy(images_L) + entropy(counts_ML.sum(axis=1))) / 2
+    information = mutual_info_score(None, None, contingency=counts_ML)
     return Agreement(
-        nmi=float(normalized_mutual_info_score(labels_N, ids_N)),
-        purity=float(counts_ML.max(axis=1).sum() / len(ids_N)),
+        nmi=float(information / uncertainty) if uncertainty else 1.0,
+        purity=float(counts_ML.max(axis=1).sum() / counts_ML.sum()),
         majority_share={name: float(in_majority_L[i] / images_L[i]) for i, name in enumerate(names) if images_L[i]},
     )
 

@@ -4,7 +4,7 @@ Maximise `Tr(Q^T F C^T) + eps H(Q)` over Q >= 0 whose rows sum to 1/n and whose 
 "Clustering"; SeLa, Asano 2020; SwAV, Caron 2020). The optimum is `Q = softmax_M(F C^T / eps + g) / n`: the softmax
 satisfies the row constraints, and one vector g is the only state. It is updated by `g -= log(m * column sums)` until
 the columns satisfy theirs. So Q is never stored: features pass in blocks, and processes that each hold a part of the
-points sum one M-vector per iteration.
+points exchange one M-vector per block and iteration.
 
 Axes: N points (of one block), M clusters, D feature width.
 """
@@ -20,8 +20,9 @@ from moce_ds.common.errors import DataError
 Blocks = Callable[[], Iterable[torch.Tensor]]
 """Starts a pass over this process's points: blocks [N, D] of L2-normalised features."""
 
-AllReduce = Callable[[torch.Tensor], object]
-"""Sums a tensor over the processes in place, with bit-identical results on all (`torch.distributed.all_reduce`)."""
+AddAll = Callable[[Iterable[torch.Tensor], torch.Tensor], object]
+"""Adds the tensors of this process's blocks, and those of the other processes, to a tensor, in place. The sum has the
+same bits on all processes."""
 
 
 _FIRST_EPS, _STAGE_FACTOR, _STAGE_TOLERANCE = 0.2, 0.25, 0.1
@@ -44,8 +45,10 @@ class Solution:
     converged: bool
 
 
-def alone(tensor: torch.Tensor) -> None:
-    """The all-reduce of a single process."""
+def alone(parts: Iterable[torch.Tensor], total: torch.Tensor) -> None:
+    """The sum of a single process."""
+    for part in parts:
+        total += part
 
 
 def unwatched(marginal_error: float) -> None:
@@ -67,7 +70,7 @@ def solve_duals(
     tolerance: float,
     max_iterations: int,
     duals_M: torch.Tensor | None = None,
-    all_reduce: AllReduce = alone,
+    add_all: AddAll = alone,
     watch: Callable[[float], None] = unwatched,
 ) -> Solution:
     """Find g for fixed clusters.
@@ -92,7 +95,7 @@ def solve_duals(
     # A column without points sums to 0 in this precision; its logarithm is clamped here and g keeps rising.
     smallest = torch.finfo(embeddings_MD.dtype).tiny
     for iteration in range(max_iterations + 1):
-        balance_M = num_clusters * _column_sums(blocks, embeddings_MD, g_M, eps, all_reduce)
+        balance_M = num_clusters * _column_sums(blocks, embeddings_MD, g_M, eps, add_all)
         error = float((balance_M - 1).abs().max())
         if not math.isfinite(error):
             raise DataError("Cannot balance clusters: there are no features, or some are not finite numbers.")
@@ -109,14 +112,11 @@ def soft_centroids(
     embeddings_MD: torch.Tensor,
     duals_M: torch.Tensor,
     eps: float,
-    all_reduce: AllReduce = alone,
+    add_all: AddAll = alone,
 ) -> torch.Tensor:
     """C from Q: the mean of the points weighted by the columns of Q, L2-normalised; [M, D], as `embeddings_MD`."""
     sums_MD = torch.zeros_like(embeddings_MD, dtype=torch.float64)
-    for features_ND in blocks():
-        probs_NM = soft_assignment(features_ND, embeddings_MD, duals_M, eps)
-        sums_MD += probs_NM.T @ features_ND.to(embeddings_MD)
-    all_reduce(sums_MD)
+    add_all((_weighted_sums(features_ND, embeddings_MD, duals_M, eps) for features_ND in blocks()), sums_MD)
     norms_M1 = sums_MD.norm(dim=1, keepdim=True)
     # Points that cancel exactly have no direction: such a cluster keeps its centroid.
     return torch.where(norms_M1 > 0, sums_MD / norms_M1, embeddings_MD.double()).to(embeddings_MD)
@@ -129,8 +129,9 @@ def balance(
     tolerance: float,
     max_iterations: int,
     rounds: int,
-    all_reduce: AllReduce = alone,
+    add_all: AddAll = alone,
     watch: Callable[[float], None] = unwatched,
+    duals_M: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Solution]:
     """Solve for g, then `rounds` times re-estimate C from Q and solve again from the previous g.
 
@@ -138,19 +139,19 @@ def balance(
     takes a third to a seventh of the iterations (seen with 0.01, 0.005 and 0.002 on 7,583 clumped points). The
     potential in the units of a cosine is eps g, so g grows as eps falls.
 
+    Args:
+        duals_M: the solution for similar points; the first solve starts from it, without annealing.
+
     Returns:
         embeddings_MD and the solution for them. Arguments and errors as `solve_duals`.
     """
-    duals_M = None
-    for stage in _stages(eps):
-        rough = solve_duals(blocks, embeddings_MD, stage, _STAGE_TOLERANCE, max_iterations, duals_M, all_reduce, watch)
+    for stage in _stages(eps) if duals_M is None else ():
+        rough = solve_duals(blocks, embeddings_MD, stage, _STAGE_TOLERANCE, max_iterations, duals_M, add_all, watch)
         duals_M = rough.duals_M * (stage / max(stage * _STAGE_FACTOR, eps))
-    solution = solve_duals(blocks, embeddings_MD, eps, tolerance, max_iterations, duals_M, all_reduce, watch)
+    solution = solve_duals(blocks, embeddings_MD, eps, tolerance, max_iterations, duals_M, add_all, watch)
     for _ in range(rounds):
-        embeddings_MD = soft_centroids(blocks, embeddings_MD, solution.duals_M, eps, all_reduce)
-        solution = solve_duals(
-            blocks, embeddings_MD, eps, tolerance, max_iterations, solution.duals_M, all_reduce, watch
-        )
+        embeddings_MD = soft_centroids(blocks, embeddings_MD, solution.duals_M, eps, add_all)
+        solution = solve_duals(blocks, embeddings_MD, eps, tolerance, max_iterations, solution.duals_M, add_all, watch)
     return embeddings_MD, solution
 
 
@@ -163,11 +164,18 @@ def _stages(eps: float) -> list[float]:
 
 
 def _column_sums(
-    blocks: Blocks, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float, all_reduce: AllReduce
+    blocks: Blocks, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float, add_all: AddAll
 ) -> torch.Tensor:
     """Column sums of Q over all processes, float64 [M]. Rows of n Q sum to 1, so the total is the number of points."""
     sums_M = torch.zeros_like(duals_M)
-    for features_ND in blocks():
-        sums_M += soft_assignment(features_ND, embeddings_MD, duals_M, eps).sum(0, dtype=torch.float64)
-    all_reduce(sums_M)
+    shares = (soft_assignment(features_ND, embeddings_MD, duals_M, eps) for features_ND in blocks())
+    add_all((shares_NM.sum(0, dtype=torch.float64) for shares_NM in shares), sums_M)
     return sums_M / sums_M.sum()
+
+
+def _weighted_sums(
+    features_ND: torch.Tensor, embeddings_MD: torch.Tensor, duals_M: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """The sums of these points weighted by the columns of n Q, [M, D]."""
+    shares_NM = soft_assignment(features_ND, embeddings_MD, duals_M, eps)
+    return shares_NM.T @ features_ND.to(embeddings_MD)

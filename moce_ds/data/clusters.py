@@ -10,6 +10,8 @@ Axes: N images, M clusters, D feature width.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -33,7 +35,7 @@ from moce_ds.common.storage.checksums import (
 )
 from moce_ds.common.storage.drafts import restore
 from moce_ds.common.storage.encoder_folder import EncoderFolder
-from moce_ds.common.storage.files import atomic_file, load_array, reads_from, save_array, save_tensors
+from moce_ds.common.storage.files import atomic_file, load_array, reads_from, save_tensors
 from moce_ds.data.feature_store import ENCODER, check_fingerprint
 
 FORMAT, VERSION = "moce clusters", 1
@@ -43,6 +45,8 @@ _AGAIN = f"write the clusters again with `{MADE_BY}`."
 _TENSORS = {"embeddings_MD": 2, "duals_M": 1, "mean_D": 1, "sizes_M": 1, "cosine_M": 1}
 _LATER = {"low_cosine_M": 1}
 """Tensors that earlier versions did not write."""
+
+_PART = 2**20  # images
 
 LOW = 0.05
 """Share of a cluster's images below `low_cosine_M`."""
@@ -233,11 +237,25 @@ def normalised(features_ND: np.ndarray, mean_D: np.ndarray) -> np.ndarray:
 
 def save_ids(folder: Path, ids_N: np.ndarray) -> None:
     """Write the cluster of every image of the shard set, as int32, beside the clusters."""
-    save_array(folder / IDS, ids_N.astype(np.int32))
+    with ids_writer(folder, len(ids_N)) as write:
+        write(ids_N)
+
+
+@contextmanager
+def ids_writer(folder: Path, count: int) -> Iterator[Callable[[np.ndarray], object]]:
+    """Write the cluster of every image of the shard set, as int32, beside the clusters, part by part.
+
+    Yields a function that appends the ids of the next images; `count` in all. The file is in place when the block ends.
+    Raises OSError if the disk refuses it.
+    """
+    header = {"descr": "<i4", "fortran_order": False, "shape": (count,)}
+    with atomic_file(folder / IDS) as temporary, open(temporary, "wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, header)
+        yield lambda ids_N: opened.write(np.ascontiguousarray(ids_N, dtype="<i4"))
 
 
 def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
-    """The cluster of every image of this shard set, int64 [count], in image order.
+    """The cluster of every image of this shard set, int32 [count], in image order: memory-mapped, read-only.
 
     Raises:
         ArtefactError: the folder is damaged, or was made from another shard set.
@@ -249,13 +267,21 @@ def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
             f"than the one in use ({shards_fingerprint[:12]}, {count} images): run `moce features` and `{MADE_BY}` on "
             "this one."
         )
-    ids_N = load_array(folder / IDS, np.int32, (count,), _AGAIN)
+    ids_N = np.asarray(load_array(folder / IDS, np.int32, (count,), _AGAIN))
     m = clusters.num_clusters
-    counts = np.bincount(ids_N.view(np.uint32).clip(max=m), minlength=m + 1)  # the last entry counts invalid ids
+    counts = np.zeros(m + 1, dtype=np.int64)  # the last entry counts invalid ids
+    for part_N in parts_of(ids_N):
+        counts += np.bincount(part_N.view(np.uint32).clip(max=m), minlength=m + 1)
     if not np.array_equal(counts, [*clusters.sizes_M, 0]):
         raise ArtefactError(f"{folder / IDS} does not have the cluster sizes that {folder} states: {_AGAIN}")
     check_file(folder, IDS, clusters.files, _AGAIN)
-    return ids_N.astype(np.int64)
+    return ids_N
+
+
+def parts_of(array_N: np.ndarray) -> Iterator[np.ndarray]:
+    """An array in parts of some MiB, for work that copies what it reads."""
+    for first in range(0, len(array_N), _PART):
+        yield array_N[first : first + _PART]
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:

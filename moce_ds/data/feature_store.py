@@ -286,6 +286,10 @@ class FeatureSet:
         """Images of a block; the last one may have fewer."""
         return self._blocks.rows
 
+    def block_ids(self, k: int) -> range:
+        """Image ids of block k."""
+        return self._blocks.ids(k)
+
     def blocks(self, numbers: Sequence[int] | None = None) -> Iterator[np.ndarray]:
         """Features in blocks of float32 [N, D]: those of these numbers, or of all images in their order.
 
@@ -302,7 +306,7 @@ class FeatureSet:
         self._whole[k] = True
         return block_ND
 
-    def have_verified(self) -> None:
+    def note_verified(self) -> None:
         """Note that other processes have verified all blocks that this one has not."""
         self._whole[:] = True
 

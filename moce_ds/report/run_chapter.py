@@ -45,7 +45,7 @@ class Images:
 
     shards: ShardSet
     labels_N: Ints
-    ids_N: Ints
+    ids_N: NDArray[np.int32]
 
     @property
     def classes(self) -> list[str]:
@@ -136,8 +136,7 @@ def _cluster_sizes(run: RunFolder, images: Images | None, why_not: str) -> Itera
 
 
 def _agreement(clusters: Clusters, images: Images) -> str:
-    cosine_N = clusters.cosine_M[images.ids_N]
-    report = cluster_report(images.ids_N, clusters.num_clusters, cosine_N, images.labels_N, images.classes)
+    report = cluster_report(images.ids_N, clusters.num_clusters, clusters.cosine_M, images.labels_N, images.classes)
     if report.domains is None or report.classes is None:
         return "The images have no classes to compare the clusters with."
     text = f"Agreement of clusters with classes: NMI {report.classes.nmi:.2f}, purity {report.classes.purity:.2f}."

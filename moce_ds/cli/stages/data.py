@@ -102,17 +102,25 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
 @click.option("--shards", type=PATH, help="The shard set, for comparing the clusters with its labels.")
 @words()
 def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]) -> None:
-    """Cluster FEATURES into OUT: k-means, then balanced assignment (method=sinkhorn)."""
-    from moce_ds.clustering.build import ClusterSettings, build_clusters
+    """Cluster FEATURES into OUT: k-means, then balanced assignment (method=sinkhorn).
+
+    Several processes share the work; the clusters do not depend on their number.
+    """
+    from moce_ds.clustering.build import ClusterSettings, measured_clusters, write_clusters
     from moce_ds.clustering.quality import report_table
     from moce_ds.data.shards import ShardSet
-    from moce_ds.distributed.runtime import lone_device
+    from moce_ds.distributed.runtime import started
 
     config = read_settings(ClusterSettings, words)
-    labelled = ShardSet.open(shards) if shards else None
-    labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
-    _, report = build_clusters(features, out, config, labels, classes, str(lone_device()))
-    show(report_table(report, compared=shards is not None))
+    with started() as runtime:
+        with runtime.raise_on_all_ranks():
+            labelled = ShardSet.open(shards) if shards and runtime.is_main else None
+        write_clusters(features, out, config, runtime)
+        is_main = runtime.is_main
+    if is_main:
+        labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
+        _, report = measured_clusters(out, labels, classes)
+        show(report_table(report, compared=shards is not None))
 
 
 VERBS = (shards, attach, dataset, features, cluster)

@@ -67,7 +67,7 @@ def _summary(out: Path) -> int:
 
     shards, clusters = ShardSet.open(out / "shards"), Clusters.open(out / "clusters")
     ids_N = load_ids(out / "clusters", shards.fingerprint, shards.count)
-    report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M[ids_N], shards.labels, shards.classes)
+    report = cluster_report(ids_N, clusters.num_clusters, clusters.cosine_M, shards.labels, shards.classes)
     assert report.domains is not None, "the demo's images have classes"
     say("")
     show(accuracy_table(read_results(out / RESULTS)))

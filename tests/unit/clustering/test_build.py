@@ -6,10 +6,12 @@ import sys
 import faiss
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_digits
 
-from moce_ds.clustering.build import kmeans
+from moce_ds.clustering.kmeans import kmeans, streamed_step
 from moce_ds.common.errors import ConfigError, DataError
+from tests.examples.alone import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,26 @@ def test_a_missing_faiss_names_the_extras(digits_ND: np.ndarray, monkeypatch: py
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"moce-ds\[cpu\].*moce-ds\[cu13\].*moce-ds\[cu12\]"):
         kmeans(digits_ND, 2, seed=0, iterations=1)
+
+
+def test_a_streamed_step_is_a_step_of_k_means(digits_ND: np.ndarray) -> None:
+    start_MD = digits_ND[::180]
+    points_ND = torch.from_numpy(digits_ND)
+    found_MD = streamed_step(lambda: points_ND.split(100), torch.from_numpy(start_MD), ALONE).numpy()
+    nearest_N = (digits_ND @ start_MD.T).argmax(axis=1)
+    sums_MD = np.stack([digits_ND[nearest_N == cluster].sum(axis=0, dtype=np.float64) for cluster in range(10)])
+    np.testing.assert_allclose(found_MD, sums_MD / np.linalg.norm(sums_MD, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_a_streamed_step_keeps_centroids_without_points_and_refuses_nan(digits_ND: np.ndarray) -> None:
+    points_ND, start_MD = torch.from_numpy(digits_ND[:50]), torch.eye(2, 64)
+    start_MD[1] = -points_ND.mean(dim=0)
+    start_MD[0] = -start_MD[1]
+    found_MD = streamed_step(lambda: [points_ND[(points_ND @ start_MD[0]) > 0]], start_MD, ALONE)
+    assert torch.equal(found_MD[1], start_MD[1]) and not torch.equal(found_MD[0], start_MD[0])
+    points_ND[7, 3] = torch.nan
+    with pytest.raises(DataError, match="not finite"):
+        streamed_step(lambda: [points_ND], start_MD, ALONE)
 
 
 def test_importing_the_module_does_not_import_faiss() -> None:

@@ -1,5 +1,6 @@
 """Balanced assignment: the optimum of docs/method.md, whatever the blocks, the order and the number of processes."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moce_ds.clustering.build import kmeans
-from moce_ds.clustering.sinkhorn import balance, soft_assignment, soft_centroids, solve_duals
+from moce_ds.clustering.kmeans import kmeans
+from moce_ds.clustering.sinkhorn import alone, balance, soft_assignment, soft_centroids, solve_duals
 from moce_ds.common.errors import DataError
 
 EXACT = {"tolerance": 1e-10, "max_iterations": 20_000}
@@ -178,14 +179,31 @@ def test_no_points_and_no_numbers_are_refused(blocks: list[torch.Tensor]) -> Non
         solve_duals(lambda: blocks, random_problem(0, 3, 2)[1], 0.05, 1e-3, 10)
 
 
-def balance_digits(features_ND: torch.Tensor, start_MD: torch.Tensor, **all_reduce: Any) -> Any:
-    return balance(lambda: features_ND.split(256), start_MD, 0.03, 1e-3, 3000, rounds=2, **all_reduce)
+def test_a_solution_for_similar_points_is_a_better_start_than_annealing() -> None:
+    features_ND = digits()
+    embeddings_MD, passes = unit(features_ND[::60]), list[float]()
+    start = solve_duals(lambda: [features_ND[::2]], embeddings_MD, 0.025, 1e-2, 5000)
+    annealed: list[float] = []
+    _, expected = balance(lambda: [features_ND], embeddings_MD, 0.025, 1e-2, 5000, 0, watch=annealed.append)
+    _, found = balance(
+        lambda: [features_ND], embeddings_MD, 0.025, 1e-2, 5000, 0, watch=passes.append, duals_M=start.duals_M
+    )
+    assert found.converged and expected.converged and len(passes) < len(annealed)
+
+
+def balance_digits(features_ND: torch.Tensor, start_MD: torch.Tensor, **add_all: Any) -> Any:
+    return balance(lambda: features_ND.split(256), start_MD, 0.03, 1e-3, 3000, rounds=2, **add_all)
+
+
+def _add_over_both(parts: Iterable[torch.Tensor], total: torch.Tensor) -> None:
+    alone(parts, total)
+    dist.all_reduce(total)
 
 
 def _one_of_two(rank: int, folder: str, parts: tuple[torch.Tensor, ...], start_MD: torch.Tensor) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    embeddings_MD, solution = balance_digits(parts[rank], start_MD, all_reduce=dist.all_reduce)
+    embeddings_MD, solution = balance_digits(parts[rank], start_MD, add_all=_add_over_both)
     torch.save([embeddings_MD, solution.duals_M, torch.tensor(solution.iterations)], f"{folder}/rank-{rank}.pt")
     dist.destroy_process_group()
 

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
+from moce_ds.clustering import build, label
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.quality import cluster_report, report_table
 from moce_ds.common.config import settings as config
 from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.data import feature_store as store
-from moce_ds.data.clusters import Clusters, load_ids, normalised
+from moce_ds.data.clusters import LOW, Clusters, load_ids, normalised
 from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
+from tests.examples.alone import ALONE
 
 CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
 CLASSES = [f"{'round' if digit in (0, 6, 8, 9) else 'other'}/{digit}" for digit in range(10)]
@@ -65,7 +68,7 @@ def test_building_labels_every_image_by_the_rule(features: Path, built: Path) ->
     centred_ND /= np.linalg.norm(centred_ND, axis=1, keepdims=True)
     cosine_NM = centred_ND @ clusters.embeddings_MD.T
     expected_N = (cosine_NM / 0.025 + clusters.duals_M).argmax(axis=1)
-    assert ids_N.dtype == np.int64 and (ids_N != expected_N).mean() < 0.002  # float32 may turn a near tie.
+    assert ids_N.dtype == np.int32 and (ids_N != expected_N).mean() < 0.002  # float32 may turn a near tie.
     np.testing.assert_array_equal(clusters.assign(features_ND), ids_N)
     np.testing.assert_array_equal(clusters.assign(features_ND[40:50]), ids_N[40:50])
     np.testing.assert_array_equal(clusters.sizes_M, np.bincount(ids_N, minlength=16))
@@ -75,6 +78,57 @@ def test_building_labels_every_image_by_the_rule(features: Path, built: Path) ->
     assert (built / "encoder" / "model.safetensors").is_file()
     solver = clusters.provenance["solver"]
     assert solver["converged"] and solver["fit_images"] == 960 and solver["merged_clusters"] == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_sizes_and_cosines_are_those_of_all_images(
+    features: Path, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scale: float
+) -> None:
+    """Bit for bit those of all cosines in memory, although they pass in blocks; with `scale` 0 all cosines equal."""
+    unlabelled, feature_set = Clusters.open(built), FeatureSet.open(features)
+    if not scale:
+        monkeypatch.setattr(
+            Clusters, "assign_with_cosine", lambda self, f: (np.arange(len(f)) % 7, np.full(len(f), 1 / 3, np.float32))
+        )
+    monkeypatch.setattr(label, "_ROWS", 333)
+    with label.Labels.written(tmp_path, feature_set, 16) as labels:
+        label.label_all(feature_set, unlabelled, labels, ALONE, lambda images: None)
+        found = labels.measured(unlabelled)
+    ids_N, cosine_N = map(np.concatenate, zip(*map(unlabelled.assign_with_cosine, feature_set.blocks()), strict=True))
+    sizes_M = np.bincount(ids_N, minlength=16)
+    sums_M = np.bincount(ids_N, weights=cosine_N, minlength=16)
+    of_cluster = [cosine_N[ids_N == cluster] for cluster in range(16)]
+    low_M = [np.quantile(part, LOW, method="weibull") if len(part) else 1 for part in of_cluster]
+    np.testing.assert_array_equal(np.load(tmp_path / "ids.npy"), ids_N)
+    np.testing.assert_array_equal(found.sizes_M, sizes_M)
+    np.testing.assert_array_equal(found.cosine_M, (sums_M / np.maximum(sizes_M, 1)).astype(np.float32))
+    np.testing.assert_array_equal(found.low_cosine_M, np.array(low_M, dtype=np.float32))
+    assert [file.name for file in tmp_path.iterdir()] == ["ids.npy"]
+
+
+def test_labels_of_a_device_are_those_of_the_host(features: Path, built: Path) -> None:
+    clusters, features_ND = Clusters.open(built), FeatureSet.open(features).all()
+    ids_N, cosine_N = label.on_device(clusters, torch.device("cpu"))(features_ND)
+    expected_N, expected_cosine_N = clusters.assign_with_cosine(features_ND)
+    assert (ids_N != expected_N).mean() < 0.002 and ids_N.dtype == np.int64  # float32 may turn a near tie
+    np.testing.assert_allclose(cosine_N[ids_N == expected_N], expected_cosine_N[ids_N == expected_N], atol=1e-5)
+    features_ND[3, 4] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        label.on_device(clusters, torch.device("cpu"))(features_ND)
+
+
+@pytest.mark.parametrize("per_cluster", [None, 100])
+def test_points_that_do_not_fit_into_memory_pass_from_the_disk(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_cluster: int | None
+) -> None:
+    settings = replace(CONFIG, fit_images_per_cluster=per_cluster)
+    kept, expected = build_clusters(features, tmp_path / "kept", settings)
+    monkeypatch.setattr(build, "_MOST_KEPT", 4 * 64 * 800)
+    streamed, report = build_clusters(features, tmp_path / "streamed", settings)
+    assert streamed.provenance["solver"]["converged"] and streamed.hash != kept.hash
+    assert streamed.provenance["solver"]["fit_images"] == (1600 if per_cluster else 1797)
+    assert report.cosine > expected.cosine - 0.02
+    assert report.largest - report.smallest < 1.5 * (expected.largest - expected.smallest)
 
 
 def test_balance_costs_less_in_sizes_than_k_means(features: Path, built: Path, tmp_path: Path) -> None:
@@ -302,17 +356,18 @@ def entropy(*counts: int) -> float:
 def test_the_report_counts_what_it_says() -> None:
     ids_N = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2])
     labels_N = np.array([0, 0, 0, 1, 1, 1, 2, 2, 0, -1])
-    report = cluster_report(ids_N, 4, np.full(10, 0.5), labels_N, ["a/x", "a/y", "b", "c/none"])
+    cosine_M = np.array([0.2, 0.3, 0.8, 0.9])
+    report = cluster_report(ids_N, 4, cosine_M, labels_N, ["a/x", "a/y", "b", "c/none"])
     assert (report.smallest, report.median, report.largest) == pytest.approx((0, 1.2, 1.6))
     assert (report.num_clusters, report.empty_clusters) == (4, 1)
-    assert report.cosine == 0.5 and report.classes is not None and report.domains is not None
+    assert report.cosine == pytest.approx(0.46) and report.classes is not None and report.domains is not None
     assert report.classes.purity == pytest.approx((3 + 2 + 2) / 9)
     assert report.classes.majority_share == {"a/x": 3 / 4, "a/y": 2 / 3, "b": 1}
     assert report.domains.majority_share == {"a": 6 / 7, "b": 1}
     of_labels, of_clusters = entropy(7, 2), entropy(4, 2, 3)
     shared = of_labels - 3 / 9 * entropy(2, 1)  # Only cluster 2 is of both domains.
     assert report.domains.nmi == pytest.approx(2 * shared / (of_labels + of_clusters))
-    half = cluster_report(np.zeros(4, dtype=int), 1, np.ones(4), np.array([0, 0, 1, 1]), ["p", "q"])
+    half = cluster_report(np.zeros(4, dtype=int), 1, np.ones(1), np.array([0, 0, 1, 1]), ["p", "q"])
     assert half.classes is not None and half.classes.majority_share == {"p": 0, "q": 0}, "half is no majority"
     assert half.classes.purity == 0.5 and half.classes.nmi == 0
 
@@ -332,5 +387,5 @@ def test_the_table_of_real_clusters_fits_100_columns(features: Path, built: Path
         "2 more classes",
     ):
         assert words in text
-    unlabelled = cluster_report(np.zeros(3, dtype=int), 2, np.ones(3), np.full(3, -1), ["p"])
+    unlabelled = cluster_report(np.zeros(3, dtype=int), 2, np.ones(2), np.full(3, -1), ["p"])
     assert unlabelled.classes is None and report_table(unlabelled).row_count == 4
