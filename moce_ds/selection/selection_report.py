@@ -22,7 +22,7 @@ from moce_ds.common.config.values import recorded_path
 from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.common.text import in_line, shortened
-from moce_ds.data.clusters import load_ids
+from moce_ds.data.clusters import load_ids, parts_of
 from moce_ds.data.shards import ShardSet
 from moce_ds.selection.routes import choose_selected, route_label
 from moce_ds.selection.run_clusters import clusters_folder
@@ -125,21 +125,32 @@ def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list
     return [shards.decode(image_id) for image_id in drawn]
 
 
-def draw_by_votes(ids_N: NDArray[np.int64], votes: Mapping[int, float]) -> list[int]:
+def draw_by_votes(ids_N: NDArray[np.int32], votes: Mapping[int, float]) -> list[int]:
     """Distinct images of the clusters with votes, in proportion to the votes; deterministic, in order.
 
+    Takes the images with the largest `log weight + Gumbel noise`, which draws them one by one by their weights
+    (Efraimidis and Spirakis, 2006). Memory does not grow with the images.
+
     Args:
-        ids_N: cluster of each image.
+        ids_N: cluster of each image; may be memory-mapped.
         votes: share of each cluster.
     """
-    weight_M = np.zeros(max(ids_N.max(), *votes) + 1)
+    sizes_M = np.zeros(max(ids_N.max(), *votes) + 1, dtype=np.int64)
+    for part_N in parts_of(ids_N):
+        sizes_M += np.bincount(part_N, minlength=len(sizes_M))
+    weight_M = np.zeros(len(sizes_M))
     weight_M[list(votes)] = list(votes.values())
-    weight_N = (weight_M / np.maximum(np.bincount(ids_N, minlength=len(weight_M)), 1))[ids_N]
-    if not weight_N.any():
-        return []
-    number = min(_COLUMNS * _ROWS, int(np.count_nonzero(weight_N)))
-    ids = np.random.default_rng(0).choice(len(ids_N), number, replace=False, p=weight_N / weight_N.sum())
-    return sorted(ids.tolist())
+    weight_M /= np.maximum(sizes_M, 1)
+    random, first = np.random.default_rng(0), 0
+    drawn, keys = np.empty(0, dtype=np.int64), np.empty(0)
+    for part_N in parts_of(ids_N):
+        candidates = np.flatnonzero(weight_M[part_N])
+        noise = random.gumbel(size=len(candidates))
+        drawn = np.append(drawn, first + candidates)
+        keys = np.append(keys, np.log(weight_M[part_N[candidates]]) + noise)
+        best = np.argsort(-keys)[: _COLUMNS * _ROWS]
+        drawn, keys, first = drawn[best], keys[best], first + len(part_N)
+    return sorted(drawn.tolist())
 
 
 def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:
