@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_ds.clustering.points import normalised_on_device
+from moce_ds.clustering.points import ROWS, normalised_on_device
 from moce_ds.common.errors import DataError
 from moce_ds.data.clusters import LOW, Clusters, ids_writer
 from moce_ds.data.feature_store import FeatureSet
@@ -63,13 +63,14 @@ def _labelled(
 ) -> Iterator[Tensor]:
     """The ids, and the bits of the cosines, of this process's blocks."""
     assign = clusters.assign_with_cosine if runtime.device.type == "cpu" else on_device(clusters, runtime.device)
-    for features_ND in features.blocks(own_units(features.num_blocks, runtime)):
-        ids_N, cosine_N = assign(features_ND)
+    for half_ND in map(features.block, own_units(features.num_blocks, runtime)):
         result = torch.zeros_like(like)
-        result[0, : len(ids_N)] = torch.from_numpy(ids_N)
-        result[1, : len(ids_N)] = torch.from_numpy(cosine_N.view(np.int32))
+        for first in range(0, len(half_ND), ROWS):
+            ids_N, cosine_N = assign(half_ND[first : first + ROWS])
+            result[0, first : first + len(ids_N)] = torch.from_numpy(ids_N)
+            result[1, first : first + len(ids_N)] = torch.from_numpy(cosine_N.view(np.int32))
         yield result
-        watch(len(ids_N))
+        watch(len(half_ND))
 
 
 def on_device(clusters: Clusters, device: torch.device) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:

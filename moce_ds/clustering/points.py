@@ -63,7 +63,7 @@ class KeptPoints:
 
 
 class StreamedPoints:
-    """Points that are read from the disk in every pass. A unit holds the points of a block of the features.
+    """Points that are read from the disk in every pass. A unit holds the points of at most ROWS images of a block.
 
     Args:
         ids: images to fit on, in increasing order; None: all.
@@ -71,28 +71,36 @@ class StreamedPoints:
     """
 
     def __init__(self, features: FeatureSet, ids: np.ndarray | None, mean_D: np.ndarray, runtime: Runtime) -> None:
-        self.count, self.units = features.count if ids is None else len(ids), features.num_blocks
+        self.count = features.count if ids is None else len(ids)
+        last = features.block_ids(features.num_blocks - 1)
+        self._per_block = -(-features.block_rows // ROWS)
+        self.units = (features.num_blocks - 1) * self._per_block - (-len(last) // ROWS)
         self._features, self._runtime, self._ids = features, runtime, ids
         self._mean_D = torch.from_numpy(mean_D).to(runtime.device)
 
     def blocks(self) -> Iterator[Tensor]:
         """This process's units in their order, float32 [N, D] on its device."""
-        for k in own_units(self.units, self._runtime):
-            yield normalised_on_device(self._chosen(k), self._mean_D)
+        for unit in own_units(self.units, self._runtime):
+            k, place = divmod(unit, self._per_block)
+            yield normalised_on_device(self._chosen(k, place * ROWS), self._mean_D)
 
-    def _chosen(self, k: int) -> np.ndarray:
-        """The features of block k to fit on, float16 [N, D]."""
-        block_ND = self._features.block(k)
+    def _chosen(self, k: int, row: int) -> np.ndarray:
+        """The features of block k to fit on, from this row, float16 [N, D]."""
+        features_ND = self._features.block(k)[row : row + ROWS]
         if self._ids is None:
-            return block_ND
-        images = self._features.block_ids(k)
-        first, last = np.searchsorted(self._ids, (images.start, images.stop))
-        return block_ND[self._ids[first:last] - images.start]
+            return features_ND
+        start = self._features.block_ids(k).start + row
+        first, last = np.searchsorted(self._ids, (start, start + len(features_ND)))
+        return features_ND[self._ids[first:last] - start]
 
 
 def normalised_on_device(features_ND: np.ndarray, mean_D: Tensor) -> Tensor:
-    """`normalised`, computed on the device of `mean_D`: float32 [N, D]."""
-    points_ND = torch.from_numpy(features_ND.astype(np.float32)).to(mean_D.device).sub_(mean_D)
+    """`normalised`, computed on the device of `mean_D`: float32 [N, D].
+
+    Args:
+        features_ND: copied to the device in its own dtype.
+    """
+    points_ND = torch.from_numpy(np.array(features_ND)).to(mean_D.device).to(torch.float32).sub_(mean_D)
     points_ND /= points_ND.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
     return points_ND
 

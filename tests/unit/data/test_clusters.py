@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from sklearn.datasets import load_digits
 
-from moce_ds.clustering import build, label
+from moce_ds.clustering import build, label, points
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.clustering.quality import cluster_report, report_table
 from moce_ds.common.config import settings as config
@@ -124,6 +124,7 @@ def test_points_that_do_not_fit_into_memory_pass_from_the_disk(
     settings = replace(CONFIG, fit_images_per_cluster=per_cluster)
     kept, expected = build_clusters(features, tmp_path / "kept", settings)
     monkeypatch.setattr(build, "_MOST_KEPT", 4 * 64 * 800)
+    monkeypatch.setattr(points, "ROWS", 128)  # four units of a block of 500
     streamed, report = build_clusters(features, tmp_path / "streamed", settings)
     assert streamed.provenance["solver"]["converged"] and streamed.hash != kept.hash
     assert streamed.provenance["solver"]["fit_images"] == (1600 if per_cluster else 1797)
