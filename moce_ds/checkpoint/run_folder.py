@@ -152,7 +152,7 @@ class RunFolder:
         folder = self.path / CLUSTERS
         return Clusters.open(folder) if folder.is_dir() else None
 
-    def cluster_ids(self, shards_fingerprint: str, count: int) -> NDArray[np.int64]:
+    def cluster_ids(self, shards_fingerprint: str, count: int) -> NDArray[np.int32]:
         """The cluster of every image of a shard set, as `clustering.clusters.load_ids`. Raises ArtefactError."""
         return load_ids(self.path / CLUSTERS, shards_fingerprint, count)
 

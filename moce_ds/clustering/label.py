@@ -145,7 +145,9 @@ class Labels:
         pairs = np.concatenate(found)
         pairs = pairs[np.argsort(pairs[:, 0])]
         of_cluster = np.split(_cosines(pairs), np.searchsorted(pairs[:, 0], np.arange(1, len(needed_M))))
-        return np.array([_low(part, size) for part, size in zip(of_cluster, self._sizes_M, strict=True)], np.float32)
+        return np.array(
+            [_low(part, size) for part, size in zip(of_cluster, self._sizes_M.tolist(), strict=True)], np.float32
+        )
 
     def _pairs(self) -> Iterator[np.ndarray]:
         """The ids and the bits of the cosines, int32 [N, 2], from the scratch file."""

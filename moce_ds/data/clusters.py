@@ -251,7 +251,7 @@ def ids_writer(folder: Path, count: int) -> Iterator[Callable[[np.ndarray], obje
     header = {"descr": "<i4", "fortran_order": False, "shape": (count,)}
     with atomic_file(folder / IDS) as temporary, open(temporary, "wb") as opened:
         np.lib.format.write_array_header_1_0(opened, header)
-        yield lambda ids_N: opened.write(np.ascontiguousarray(ids_N, dtype="<i4"))
+        yield lambda ids_N: opened.write(ids_N.astype("<i4").tobytes())
 
 
 def load_ids(folder: Path, shards_fingerprint: str, count: int) -> np.ndarray:
