@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from moce_ds.common.storage.encoder_folder import WEIGHTS
+from moce_ds.common.storage.files import save_tensors
 from moce_ds.data.feature_blocks import FeatureBlocks, block_header
 from moce_ds.data.feature_store import ENCODER, FeatureSet, FeatureWriter, Identity, fingerprint
 
 _GROUPS, _SPREAD = 512, 1.0
-"""Groups of the mixture, and the standard deviation of an image around the centre of its group, of which each
-coordinate has deviation 1."""
+"""Groups of the mixture, and the standard deviation of an image around the centre of its group; the coordinates of the
+centres have deviation 1."""
 
 
 def write_synthetic_features(
@@ -52,7 +52,7 @@ def write_synthetic_features(
 
 def _write_encoder(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(exist_ok=True)
-    save_file(dict(weights), folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, weights)
 
 
 def _write_zeros(blocks: FeatureBlocks) -> dict[str, str]:

@@ -165,7 +165,7 @@ def _bin_of(cosine_N: np.ndarray) -> np.ndarray:
 
 
 def _low(lowest: np.ndarray, size: int) -> float:
-    """The quantile of `size` cosines, of which the `lowest` are given."""
+    """The quantile of `size` cosines from the `lowest` of them."""
     if not size:
         return 1.0
     cosines = np.full(size, _NOT_LOW, dtype=np.float32)

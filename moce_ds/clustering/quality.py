@@ -106,19 +106,23 @@ def agreement(counts_ML: np.ndarray, names: Sequence[str]) -> Agreement:
     Args:
         counts_ML: images of each cluster and label; at least one.
     """
-    from scipy.stats import entropy  # Slow to import.
-    from sklearn.metrics import mutual_info_score
+    from sklearn.metrics import mutual_info_score  # Slow to import.
 
     majority_ML = 2 * counts_ML > counts_ML.sum(axis=1, keepdims=True)
     in_majority_L = (counts_ML * majority_ML).sum(axis=0)
     images_L = counts_ML.sum(axis=0)
-    uncertainty = (entropy(images_L) + entropy(counts_ML.sum(axis=1))) / 2
+    uncertainty = (_entropy(images_L) + _entropy(counts_ML.sum(axis=1))) / 2
     information = mutual_info_score(None, None, contingency=counts_ML)
     return Agreement(
         nmi=float(information / uncertainty) if uncertainty else 1.0,
         purity=float(counts_ML.max(axis=1).sum() / counts_ML.sum()),
         majority_share={name: float(in_majority_L[i] / images_L[i]) for i, name in enumerate(names) if images_L[i]},
     )
+
+
+def _entropy(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
 
 
 def report_table(report: ClusterReport, compared: bool = True) -> Table:
