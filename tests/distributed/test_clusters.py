@@ -21,7 +21,7 @@ from moce_ds.distributed import in_order
 from moce_ds.distributed.in_order import own_units, take_in_order
 from moce_ds.distributed.runtime import Runtime, started
 
-SAMPLED = ClusterSettings(num_clusters=8, fit_images_per_cluster=60, rounds=1, kmeans_iterations=5)
+SAMPLED = ClusterSettings(num_clusters=8, fit_images_per_cluster=60, rounds=1, kmeans_iterations=3, tolerance=0.2)
 ALL = replace(SAMPLED, fit_images_per_cluster=None)
 
 
