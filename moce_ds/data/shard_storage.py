@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, Protocol
 
 from moce_ds.common.errors import ConfigError
@@ -125,8 +126,14 @@ def _opened(path: Path) -> BinaryIO:
     return open(path, "rb", buffering=0)
 
 
-@lru_cache(maxsize=8)
 def _connected(address: str, process: int) -> tuple[Any, str]:
+    """As `_connect`; threads that ask for the same client share it, also the first time."""
+    with _CONNECTING:
+        return _connect(address, process)
+
+
+@lru_cache(maxsize=8)
+def _connect(address: str, process: int) -> tuple[Any, str]:
     """The client of a store, and the path in it. A client that a fork has copied is of no use in this process.
 
     Raises:
@@ -148,6 +155,8 @@ def _connected(address: str, process: int) -> tuple[Any, str]:
     return store, root
 
 
+_CONNECTING = Lock()
+
 _CLIENT_ERRORS = {
     "botocore.exceptions": "BotoCoreError",
     "aiohttp": "ClientError",
@@ -157,10 +166,15 @@ _CLIENT_ERRORS = {
 """Errors of clients that are no OSError, by the module that defines them."""
 
 
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Those of the clients that are loaded; another thread may be loading one."""
+    named = [getattr(sys.modules.get(module), name, None) for module, name in _CLIENT_ERRORS.items()]
+    return tuple(error for error in named if error is not None)
+
+
 @contextmanager
 def _faults_as_os_errors(address: str) -> Iterator[None]:
-    loaded = [getattr(sys.modules[name], error) for name, error in _CLIENT_ERRORS.items() if name in sys.modules]
     try:
         yield
-    except tuple(loaded) as error:
+    except _client_errors() as error:
         raise OSError(errno.ENOTCONN, f"{type(error).__name__}: {error}", address) from None
