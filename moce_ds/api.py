@@ -17,8 +17,8 @@ from moce_ds.checkpoint.run_folder import CLUSTERS
 from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.storage.encoder_folder import EXPORT
 from moce_ds.data.clusters import Clusters as FeatureClusters
-from moce_ds.data.feature_store import ENCODER, check_encoder
 from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb
+from moce_ds.data.kept_encoder import ENCODER, check_encoder
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
 

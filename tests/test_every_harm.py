@@ -21,7 +21,8 @@ from moce_ds.common.storage.checksums import CHECKSUM, Findings, write_checked
 from moce_ds.common.storage.files import copy_tree
 from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.clusters import Clusters, load_ids
-from moce_ds.data.feature_store import FeatureSet, check_encoder
+from moce_ds.data.feature_store import FeatureSet
+from moce_ds.data.kept_encoder import check_encoder
 from moce_ds.data.shards import ShardSet
 from moce_ds.evaluation.results_file import read_results
 from moce_ds.inspection import inspection

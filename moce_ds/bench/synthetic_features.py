@@ -12,7 +12,8 @@ import numpy as np
 from moce_ds.common.storage.encoder_folder import WEIGHTS
 from moce_ds.common.storage.files import save_tensors
 from moce_ds.data.feature_blocks import FeatureBlocks, block_header
-from moce_ds.data.feature_store import ENCODER, FeatureSet, FeatureWriter, Identity, fingerprint
+from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity
+from moce_ds.data.kept_encoder import ENCODER, fingerprint
 
 _GROUPS, _SPREAD = 512, 1.0
 """Groups of the mixture, and the standard deviation of an image around the centre of its group; the coordinates of the

@@ -28,7 +28,8 @@ from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 from moce_ds.data.clusters import Clusters, load_ids
-from moce_ds.data.feature_store import ENCODER, FeatureSet, check_encoder
+from moce_ds.data.feature_store import FeatureSet
+from moce_ds.data.kept_encoder import ENCODER, check_encoder
 from moce_ds.distributed.in_order import broadcast, own_units, take_in_order
 from moce_ds.distributed.runtime import Runtime
 

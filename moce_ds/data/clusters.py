@@ -36,7 +36,7 @@ from moce_ds.common.storage.checksums import (
 from moce_ds.common.storage.drafts import restore
 from moce_ds.common.storage.encoder_folder import EncoderFolder
 from moce_ds.common.storage.files import atomic_file, load_array, reads_from, save_tensors
-from moce_ds.data.feature_store import ENCODER, check_fingerprint
+from moce_ds.data.kept_encoder import ENCODER, check_fingerprint
 
 FORMAT, VERSION = "moce clusters", 1
 MADE_BY = "moce cluster"

@@ -18,7 +18,8 @@ from moce_ds.common.errors import ArtefactError
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import atomic_folder, writes_to
 from moce_ds.common.text import shortened
-from moce_ds.data.feature_store import ENCODER, FeatureWriter, Identity
+from moce_ds.data.feature_store import FeatureWriter, Identity
+from moce_ds.data.kept_encoder import ENCODER
 from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet

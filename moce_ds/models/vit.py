@@ -31,7 +31,7 @@ from moce_ds.common.storage.encoder_folder import (
     write_config,
 )
 from moce_ds.common.storage.files import load_tensors, reads_from, save_tensors, sha256_of, write_json
-from moce_ds.data import feature_store as store
+from moce_ds.data import kept_encoder
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.parameters import check_fit
 from moce_ds.models.shapes import ViTShape
@@ -129,7 +129,7 @@ class Encoder:
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values of a state dict."""
-    return store.fingerprint({name: tensor.detach().float().cpu().numpy() for name, tensor in state.items()})
+    return kept_encoder.fingerprint({name: tensor.detach().float().cpu().numpy() for name, tensor in state.items()})
 
 
 def save_encoder(

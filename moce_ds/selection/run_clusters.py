@@ -8,7 +8,7 @@ from moce_ds.checkpoint.format import Checkpoint, find
 from moce_ds.checkpoint.run_folder import CLUSTERS
 from moce_ds.common.errors import ArtefactError
 from moce_ds.data.clusters import Clusters
-from moce_ds.data.feature_store import ENCODER, check_encoder
+from moce_ds.data.kept_encoder import ENCODER, check_encoder
 from moce_ds.models.vit import Encoder, load_encoder
 
 

@@ -19,7 +19,7 @@ from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.files import atomic_folder, copy_tree, writes_to
 from moce_ds.data.block_cache import CachedShardSet
 from moce_ds.data.clusters import Clusters, load_ids
-from moce_ds.data.feature_store import check_encoder
+from moce_ds.data.kept_encoder import check_encoder
 from moce_ds.data.loader import Loader
 from moce_ds.data.prefetch import Prefetch, Share
 from moce_ds.data.reading_order import BlockOrder, Order, RandomOrder, blocks_of

@@ -19,9 +19,10 @@ from moce_ds.clustering.quality import cluster_report, report_table
 from moce_ds.common.config import settings as config
 from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.storage.checksums import FileRecord
-from moce_ds.data import feature_store as store
+from moce_ds.data import kept_encoder
 from moce_ds.data.clusters import LOW, Clusters, load_ids, normalised
-from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity, check_encoder, fingerprint
+from moce_ds.data.feature_store import FeatureSet, FeatureWriter, Identity
+from moce_ds.data.kept_encoder import check_encoder, fingerprint
 from tests.examples.alone import ALONE
 
 CONFIG = ClusterSettings(num_clusters=16, fit_images_per_cluster=60, max_iterations=3000)
@@ -239,7 +240,7 @@ def test_an_encoder_with_a_checksum_is_read_but_not_loaded(tmp_path: Path, monke
     with pytest.raises(ArtefactError, match=r"model.safetensors is another encoder"):
         check_encoder(features, expected, files)
     weights.write_bytes(content)
-    monkeypatch.setattr(store, "load_file", None)
+    monkeypatch.setattr(kept_encoder, "load_file", None)
     check_encoder(features, expected, files)
 
 
