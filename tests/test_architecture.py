@@ -67,7 +67,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "scipy": ("moce_ds.moe.placement", "moce_ds.data.sources.public.readers"),
     "nvidia": ("moce_ds.data.loader", "moce_ds.bench.load"),
     "pycocotools": ("moce_ds.data.sources.coco_api",),
-    "faiss": ("moce_ds.clustering.kmeans",),
+    "faiss": ("moce_ds.clustering.kmeans", "moce_ds.evaluation.knn"),
     "submitit": ("moce_ds.cli.launch",),
     "datasets": ("moce_ds.data.sources.saved_dataset",),
     "fsspec": ("moce_ds.data.shard_storage",),

@@ -3,6 +3,8 @@
 Axes: N images of a split, D features.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,11 @@ from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
 from moce_ds.evaluation.probe import MAX_ITERATIONS, linear_probe
 from moce_ds.evaluation.settings import KnnSettings, ProbeSettings
 from moce_ds.models.vit import Encoder
+
+_LONG = 2**35
+"""Images x width x classes from which logistic regression takes more than an hour on two cores."""
+
+_logger = logging.getLogger(__name__)
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Settings class of each verb."""
@@ -38,7 +45,8 @@ def measure_frozen(
     validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
     test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
     if isinstance(config, ProbeSettings):
-        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by)
+        _name_the_faster(config, train_ND, train_labels)
+        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by, device)
         if unfinished := score.settings.get("not_converged"):
             warn(
                 f"probe: logistic regression did not converge after {MAX_ITERATIONS} iterations with "
@@ -48,7 +56,17 @@ def measure_frozen(
         return score
     if validation is not None:
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
-    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config)
+    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config, device)
+
+
+def _name_the_faster(config: ProbeSettings, train_ND: Tensor, train_labels: Tensor) -> None:
+    """A notice where logistic regression takes hours."""
+    classes = train_labels.shape[1] if train_labels.ndim == 2 else len(train_labels.unique())
+    if config.method == "logistic" and train_ND.numel() * classes > _LONG:
+        _logger.info(
+            f"probe: logistic regression on {len(train_ND):,} images of {classes} classes may take hours; method=sgd "
+            "fits the same classifiers in minibatches."
+        )
 
 
 def check_labels(splits: Splits) -> None:

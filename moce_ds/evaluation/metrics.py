@@ -104,7 +104,12 @@ def figure(metric: Metric, scores_NK: NDArray[np.floating], labels: NDArray[np.i
     """One metric of class scores; labels are positions [N], or targets [N, K]."""
     if metric == "map11":
         return mean_average_precision_11(scores_NK, labels)
-    return {"top1": top1, "mean_per_class": mean_per_class}[metric](scores_NK.argmax(axis=1), labels)
+    return class_figure(metric, scores_NK.argmax(axis=1), labels)
+
+
+def class_figure(metric: Metric, predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> float:
+    """Top-1 or mean per class of predicted classes."""
+    return {"top1": top1, "mean_per_class": mean_per_class}[metric](predicted_N, labels_N)
 
 
 def judge(
@@ -113,8 +118,12 @@ def judge(
     """All metrics of class scores; labels are positions [N], or targets [N, K]."""
     if labels.ndim == 2:
         return MultiLabelScore(mean_average_precision_11(scores_NK, labels), n_train, len(labels), settings)
-    predicted_N = scores_NK.argmax(axis=1)
-    return Score(top1(predicted_N, labels), mean_per_class(predicted_N, labels), n_train, len(labels), settings)
+    return Score(*figures_of(scores_NK.argmax(axis=1), labels), n_train, len(labels), settings)
+
+
+def figures_of(predicted_N: NDArray[np.integer], labels_N: NDArray[np.integer]) -> tuple[float, float]:
+    """Top-1 and mean per class, 0-1, of predicted classes."""
+    return top1(predicted_N, labels_N), mean_per_class(predicted_N, labels_N)
 
 
 def default_metric(labels: Tensor | NDArray[np.integer]) -> Metric:

@@ -1,6 +1,7 @@
 """Linear probe: a linear classifier on frozen features, with a strength chosen on validation images.
 
-Three methods fit the classifier: logistic regression, ridge regression in closed form, and training with LARS.
+Four methods fit the classifier: logistic regression, by L-BFGS or in minibatches (`probe_sgd`), ridge regression in
+closed form, and training with LARS.
 
 Labels are classes [N], or targets [N, K] (see `metrics`); the functions that fit take positions of classes [N], or
 targets.
@@ -11,6 +12,7 @@ Axes: N images of a split, B images of a batch, D features, K classes.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +28,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from moce_ds.common.compat import repair_torchvision
 from moce_ds.common.errors import DataError
 from moce_ds.evaluation.knn import check_split, positions
-from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score, default_metric, figure, judge
+from moce_ds.evaluation.metrics import (
+    Metric,
+    MultiLabelScore,
+    Score,
+    class_figure,
+    default_metric,
+    figure,
+    figures_of,
+    judge,
+)
+from moce_ds.evaluation.probe_sgd import train_heads
 from moce_ds.evaluation.settings import LarsSettings, ProbeSettings
 
 repair_torchvision()
@@ -34,6 +46,9 @@ from timm.optim import Lars  # noqa: E402  (needs the repair)
 
 MAX_ITERATIONS = 500
 """Iterations of logistic regression, which converges earlier unless the regularisation is very weak."""
+
+_SCORED = 2**16
+"""Images whose scores are in memory at a time, where only the predicted class counts."""
 
 _INIT_STD = 0.01
 _NORM_EPS = 1e-6
@@ -61,6 +76,7 @@ def linear_probe(
     config: ProbeSettings | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     choose_by: Metric | None = None,
+    device: torch.device | None = None,
 ) -> Score | MultiLabelScore:
     """Test accuracy of a linear classifier whose strength is chosen without the test split.
 
@@ -74,6 +90,7 @@ def linear_probe(
         train_labels, test_labels: integer class of each image [N], or targets [N, K].
         validation: features and labels of the images that choose the strength.
         choose_by: the metric for the choice; default: top-1, or 11-point mAP for targets.
+        device: where `method=sgd` trains; by default the CPU. The others run on the CPU.
 
     Raises:
         DataError: see `check_split`; also if no class has two training images and there is no `validation`.
@@ -88,8 +105,24 @@ def linear_probe(
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
     x_ND, metric = train_ND.float().cpu().numpy(), choose_by or default_metric(train_labels)
     y, test_y = (labels.cpu().numpy() for labels in positions(train_labels, test_labels))
-    final, settings = _fit_best(x_ND, y, held_N, metric, config)
-    return judge(final.predict(test_ND.float().cpu().numpy()), test_y, len(x_ND), settings)
+    final, settings = _fit_best(x_ND, y, held_N, metric, config, device or torch.device("cpu"))
+    return _judged(final.predict, test_ND.float().cpu().numpy(), test_y, len(x_ND), settings)
+
+
+def _judged(
+    predict: Predict, x_ND: NDArray[np.float32], labels: NDArray[np.integer], n_train: int, settings: dict[str, Any]
+) -> Score | MultiLabelScore:
+    """As `judge`, of the scores of test images."""
+    if labels.ndim == 2:
+        return judge(predict(x_ND), labels, n_train, settings)
+    predicted_N = _predicted(predict, x_ND, np.arange(len(x_ND)))
+    return Score(*figures_of(predicted_N, labels), n_train, len(labels), settings)
+
+
+def _predicted(predict: Predict, x_ND: NDArray[np.float32], ids_N: NDArray[np.integer]) -> NDArray[np.integer]:
+    """The classes of some images, in parts: all scores at once would be [N, K]."""
+    parts = (ids_N[first : first + _SCORED] for first in range(0, len(ids_N), _SCORED))
+    return np.concatenate([predict(x_ND[part]).argmax(axis=1) for part in parts])
 
 
 def _fit_best(
@@ -98,6 +131,7 @@ def _fit_best(
     held_N: NDArray[np.bool_],
     metric: Metric,
     config: ProbeSettings,
+    device: torch.device,
 ) -> tuple[Fit, dict[str, Any]]:
     """The classifier of the best strength, fitted on all images, and the record of the choice, as plain data.
 
@@ -105,11 +139,15 @@ def _fit_best(
         held_N: the images that choose the strength.
     """
     figures, unfinished = {}, set()
-    for fit in _fits(config, x_ND[~held_N], y[~held_N], _strengths(config)):
-        figures[fit.strength] = figure(metric, fit.predict(x_ND[held_N]), y[held_N])
+    fitted, held = np.flatnonzero(~held_N), np.flatnonzero(held_N)
+    for fit in _fits(config, x_ND, y, fitted, _strengths(config), device):
+        if y.ndim == 2:
+            figures[fit.strength] = figure(metric, fit.predict(x_ND[held]), y[held])
+        else:
+            figures[fit.strength] = class_figure(metric, _predicted(fit.predict, x_ND, held), y[held])
         unfinished |= set() if fit.converged else {fit.strength}
     best = max(figures, key=lambda strength: figures[strength])
-    (final,) = _fits(config, x_ND, y, [best])
+    (final,) = _fits(config, x_ND, y, None, [best], device)
     unfinished |= set() if final.converged else {best}
     return final, {
         "method": config.method,
@@ -126,7 +164,19 @@ def _strengths(config: ProbeSettings) -> list[float]:
     return sorted(config.lars.base_lr) if config.method == "lars" else sorted(config.l2, reverse=True)
 
 
-def _fits(config: ProbeSettings, x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: list[float]) -> Fits:
+def _fits(
+    config: ProbeSettings,
+    x_ND: NDArray[np.float32],
+    y: NDArray[np.integer],
+    ids_N: NDArray[np.integer] | None,
+    strengths: list[float],
+    device: torch.device,
+) -> Fits:
+    """Classifiers fitted to the images `ids_N`, or to all."""
+    if config.method == "sgd":  # it copies no features
+        return sgd_fits(x_ND, y, np.arange(len(x_ND)) if ids_N is None else ids_N, strengths, config, device)
+    if ids_N is not None:
+        x_ND, y = x_ND[ids_N], y[ids_N]
     if config.method == "lars":
         return lars_fits(x_ND, y, strengths, config.lars, config.seed)
     return {"logistic": logistic_fits, "closed_form": ridge_fits}[config.method](x_ND, y, strengths)
@@ -197,6 +247,26 @@ def _one_by_one(x_ND: NDArray[np.float32], targets_NK: NDArray[np.integer], stre
         both = len(np.unique(target_N[counted_N])) == 2
         predicts.append(_logistic(x_ND[counted_N], target_N[counted_N], strength) if both else None)
     return lambda x: np.stack([p(x)[:, 1] if p else np.zeros(len(x)) for p in predicts], axis=1)
+
+
+def sgd_fits(
+    x_ND: NDArray[np.float32],
+    y: NDArray[np.integer],
+    ids_N: NDArray[np.integer],
+    strengths: Sequence[float],
+    config: ProbeSettings,
+    device: torch.device,
+) -> Fits:
+    """As `logistic_fits`, with `train_heads`, on the images `ids_N`. Two classes have one classifier, as there."""
+    binary = y.ndim == 1 and int(y.max()) == 1
+    heads = train_heads(x_ND, y[:, None] if binary else y, ids_N, strengths, config.sgd, config.seed, device)
+    for place, strength in enumerate(strengths):
+        predict = partial(heads.scores, place)
+        yield Fit(strength, partial(_of_two, predict) if binary else predict)
+
+
+def _of_two(predict: Predict, x_ND: NDArray[np.float32]) -> NDArray[np.floating]:
+    return np.pad(predict(x_ND), ((0, 0), (1, 0)))  # the first class scores 0
 
 
 def ridge_fits(x_ND: NDArray[np.float32], y: NDArray[np.integer], strengths: Sequence[float]) -> Fits:

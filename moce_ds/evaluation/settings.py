@@ -1,10 +1,10 @@
 """The settings of `moce knn` and `moce probe`, and the available metrics."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from moce_ds.common.config.settings import NonNegative, OpenShare, PositiveFloat, Seed, option, settings
+from moce_ds.common.config.settings import NonNegative, OpenShare, PositiveFloat, Seed, option, settings, to_tree
 from moce_ds.encoders.settings import EncodeSettings
 
 Metric = Literal["top1", "mean_per_class", "map11"]
@@ -37,17 +37,40 @@ class LarsSettings:
 
 
 @settings
+class SgdSettings:
+    """Training of logistic regression in minibatches, for sets too large for method=logistic."""
+
+    epochs: PositiveInt = option(20, "passes over the training images")
+    batch_size: PositiveInt = option(1024, "images per step")
+    lr: PositiveFloat = option(0.03, "peak learning rate of Adam")
+
+
+@settings
 class ProbeSettings(EncodeSettings):
     """The linear classifier, and the strengths to choose from."""
 
-    method: Literal["logistic", "lars", "closed_form"] = option(
-        "logistic", "logistic regression; lars: MAE's recipe; closed_form: ridge regression, the fastest"
+    method: Literal["logistic", "lars", "closed_form", "sgd"] = option(
+        "logistic",
+        "logistic regression; sgd: the same in minibatches, for large sets; lars: MAE's recipe; closed_form: ridge "
+        "regression, the fastest",
     )
     l2: list[PositiveFloat] = option(
-        [1.0, 1e-1, 1e-2, 1e-3, 1e-4], "candidate regularisation strengths (logistic, closed_form)", min_length=1
+        [1.0, 1e-1, 1e-2, 1e-3, 1e-4], "candidate regularisation strengths (logistic, sgd, closed_form)", min_length=1
     )
     lars: LarsSettings = option(LarsSettings(), "training with LARS")
+    sgd: SgdSettings = option(SgdSettings(), "training in minibatches")
     validation_share: OpenShare = option(
         0.2, "share of the training images held out for validation if there is no validation split"
     )
-    seed: Seed = option(0, "random seed of that share and of the order of images in LARS")
+    seed: Seed = option(0, "random seed of that share and of the order of images in LARS and sgd")
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """The settings of a measurement that identify its result, as plain data.
+
+    Without the group `sgd` where it is not used: earlier versions did not have it, and their results stay valid.
+    """
+    tree = to_tree(config)
+    if tree.get("method") != "sgd":
+        tree.pop("sgd", None)
+    return tree

@@ -74,6 +74,7 @@ def _accuracy(
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
     from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
     from moce_ds.evaluation.results_file import add_record, check_results, known_by
+    from moce_ds.evaluation.settings import decisive
 
     config, device = read_settings(SETTINGS[verb], words), lone_device()
     check_results(results)
@@ -86,8 +87,8 @@ def _accuracy(
     name, task_name = model or encoder.name, task or task_of(test)
     scores = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
-    decisive = {key: value for key, value in to_tree(config).items() if key not in to_tree(EncodeSettings())}
-    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, decisive, images))
+    deciding = {key: value for key, value in decisive(config).items() if key not in to_tree(EncodeSettings())}
+    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, deciding, images))
 
 
 @click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")

@@ -22,7 +22,6 @@ from moce_ds.cli.workflow.stage import Stage, StageRecord, Workflow
 from moce_ds.cli.workflow.transfer_models import Expert, Subject
 from moce_ds.cli.workflow.transfer_tasks import Task, check_metric, finetuned
 from moce_ds.common.config.made_from import MadeFrom
-from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, warn
 from moce_ds.data.task_images import Splits, opened_task
@@ -30,6 +29,7 @@ from moce_ds.distributed.runtime import lone_device
 from moce_ds.evaluation.frozen_features import measure_frozen
 from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
 from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, known_by, read_results
+from moce_ds.evaluation.settings import decisive
 from moce_ds.models.vit import Encoder
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Measurement:
         """SHA-256 of all that determines the result; `model` is a checksum of the encoder."""
         splits, metric = self.pairing.splits, self.pairing.task.config.metric
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
-        parts = [model, to_tree(self.settings), metric, images, self.seed]
+        parts = [model, decisive(self.settings), metric, images, self.seed]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def read(self) -> StageRecord | None:

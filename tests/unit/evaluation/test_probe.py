@@ -53,11 +53,11 @@ def test_knn_weighs_by_similarity() -> None:
     assert majority_wins.top1 == 0.0
 
 
-def test_knn_is_independent_of_blocks_and_scale(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knn_is_independent_of_tiles_and_scale(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     train_ND, train_labels_N, test_ND, test_labels_N = digits
     scaled = (train_ND * 3, train_labels_N, test_ND * 0.2, test_labels_N)
     expected = knn_accuracy(*digits)
-    monkeypatch.setattr(knn, "BLOCK_ENTRIES", 600 * 7)
+    monkeypatch.setattr(knn, "TRAINING_TILE", 90)
     assert knn_accuracy(*scaled) == expected
 
 

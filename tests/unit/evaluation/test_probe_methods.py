@@ -1,4 +1,4 @@
-"""The probe's three methods, on scikit-learn's digits: against one another, scikit-learn's own, and several labels."""
+"""The probe's four methods, on scikit-learn's digits: against one another, scikit-learn's own, and several labels."""
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.evaluation.knn import knn_accuracy
 from moce_ds.evaluation.metrics import MultiLabelScore
 from moce_ds.evaluation.probe import lars_fits, linear_probe, ridge_fits
-from moce_ds.evaluation.settings import LarsSettings, ProbeSettings
+from moce_ds.evaluation.settings import LarsSettings, ProbeSettings, SgdSettings
 
-METHODS = ("logistic", "closed_form", "lars")
+METHODS = ("logistic", "closed_form", "lars", "sgd")
 FAST = LarsSettings(base_lr=[1.0, 10.0], epochs=30, warmup_epochs=3, batch_size=64)
+FAST_SGD = SgdSettings(epochs=30, batch_size=64)
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,7 +44,7 @@ def several(digits: Split) -> Split:
 
 
 def config(method: str, **words: object) -> ProbeSettings:
-    return ProbeSettings(method=method, lars=FAST, **words)  # type: ignore[arg-type]
+    return ProbeSettings(method=method, lars=FAST, sgd=FAST_SGD, **words)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,7 +61,8 @@ def test_every_method_chooses_on_the_validation_images_given(digits: Split, meth
     train_ND, train_labels_N, test_ND, test_labels_N = digits
     split = (train_ND[:500], train_labels_N[:500], test_ND, test_labels_N)
     held = train_ND[500:], train_labels_N[500:]
-    settings = ProbeSettings(method=method, l2=[1e5, 1e-3], lars=LarsSettings(base_lr=[1e-6, 10.0], epochs=20))  # type: ignore[arg-type]
+    lars = LarsSettings(base_lr=[1e-6, 10.0], epochs=20)
+    settings = ProbeSettings(method=method, l2=[1e5, 1e-3], lars=lars, sgd=FAST_SGD)  # type: ignore[arg-type]
     right = linear_probe(*split, settings, held)
     wrong = linear_probe(*split, settings, (held[0], (held[1] + 1) % 10))
     key = "base_lr" if method == "lars" else "l2"
