@@ -77,8 +77,7 @@ def train_heads(
     Source: training one classifier for each of several settings at once follows DINOv2 (Oquab et al. 2023).
     """
     x, labels, ids = torch.from_numpy(x_ND), torch.from_numpy(y), torch.from_numpy(ids_N)
-    classes = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
-    shape = (len(strengths), classes)
+    shape = len(strengths), labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     weight_DSK = torch.zeros(x.shape[1], *shape, device=device, requires_grad=True)
     heads = Heads(*_statistics(x, ids, device), weight_DSK, torch.zeros(shape, device=device, requires_grad=True))
     penalty_SK = torch.tensor(strengths, device=device, dtype=torch.float32)[:, None] / 2
