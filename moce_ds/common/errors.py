@@ -15,7 +15,7 @@ class MoceError(Exception):
     """Base class of all errors that a user can cause and fix."""
 
     status = 1
-    every_process = False
+    every_process: bool = False
     """Whether every process prints this error. By default rank 0 prints an error that is the same for all."""
 
     @classmethod

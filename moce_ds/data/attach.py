@@ -9,8 +9,10 @@ from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.host.machine import refused
 from moce_ds.common.storage.checksums import write_checked
 from moce_ds.common.storage.files import atomic_folder, check_writable, writes_to
+from moce_ds.data.sample_table import SAMPLES, TARGETS
+from moce_ds.data.shard_manifest import MANIFEST, Manifest
 from moce_ds.data.shard_storage import ADDRESS, AddressStorage, storage_of
-from moce_ds.data.shards import MANIFEST, REJECTED, SAMPLES, SOURCES, TARGETS, Manifest, ShardSet
+from moce_ds.data.shards import REJECTED, SOURCES, ShardSet
 
 
 def attach(address: str, out: Path) -> ShardSet:

@@ -124,7 +124,7 @@ class CachedShardSet(ShardSet):
         """The stored bytes of an image, from the cache or the storage. Raises DataError as `ShardSet.read`."""
         row = self._row(image_id)
         block = self.block_of(image_id)
-        begin = int(self.samples["offset"][self.first_K1[block]])
+        begin = int(self._row(int(self.first_K1[block]))["offset"])
         data = self.cache.read(block, int(row["offset"]) - begin, int(row["size"]))
         if data is not None:
             if self.is_intact(image_id, data):
@@ -133,13 +133,13 @@ class CachedShardSet(ShardSet):
         return super().read(image_id)
 
     def size_of_block(self, block: int) -> int:
-        """Bytes of the shard from the first image of a block to its last."""
-        first, last = self.samples[self.first_K1[block]], self.samples[self.first_K1[block + 1] - 1]
+        """Bytes of the shard from the first image of a block to its last. Raises DataError: the table is damaged."""
+        first, last = self.rows(self.first_K1[block : block + 2] - [0, 1])
         return int(last["offset"] + last["size"] - first["offset"])
 
     def read_block(self, block: int) -> bytes:
-        """A block from the storage. Raises OSError."""
-        first = self.samples[self.first_K1[block]]
+        """A block from the storage. Raises OSError, and DataError: the table is damaged."""
+        first = self._row(int(self.first_K1[block]))
         return self.storage.read(self.shards[first["shard"]].name, int(first["offset"]), self.size_of_block(block))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -122,7 +122,7 @@ class _Feed:
             self._fault = fault  # raised after the batches before it
             raise StopIteration from None
         self._scheduled.append(read)
-        rows = self._shards.samples[read.ids_B]
+        rows = self._shards.rows(read.ids_B)
         windows = self._crop.windows(read.ids_B, read.epochs_B, rows["height"], rows["width"])
         return read.files, windows.start_B2, windows.shape_B2, windows.mirror_B
 

@@ -4,101 +4,34 @@ Legend: N images. Image ids are 0 to N-1.
 """
 
 import dataclasses
-import hashlib
 import json
-import re
-import tarfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from moce_ds.common.errors import DataError
 from moce_ds.common.host.machine import refused, status_of
-from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes, some_of
-from moce_ds.common.storage.checksums import (
-    Files,
-    Findings,
-    check_document,
-    check_file,
-    document_findings,
-    file_findings,
-)
-from moce_ds.common.storage.files import load_array, read_json, read_record, reads_from, sha256_of
+from moce_ds.common.storage.checksums import Files, Findings, check_file, document_findings, file_findings
+from moce_ds.common.storage.files import reads_from
 from moce_ds.common.text import counted
 from moce_ds.data.image_file import decoded
+from moce_ds.data.sample_table import SAMPLES, TARGETS, SampleTable, fingerprint_of, load_targets
+from moce_ds.data.shard_manifest import MANIFEST, Manifest, ShardFile, restore_from_copy
 from moce_ds.data.shard_storage import FolderStorage, ShardStorage, storage_of
 
-FORMAT_VERSION = 1
-MANIFEST = "shards.json"
-SAMPLES = "samples.npy"
-TARGETS = "targets.npy"
+if TYPE_CHECKING:
+    from moce_ds.common.storage.text_lines import TextLines
+
 SOURCES = "sources.jsonl"
 REJECTED = "rejected.jsonl"
 PROGRESS = ".progress"
-
-SAMPLE = np.dtype(
-    [
-        ("shard", "<i4"),
-        ("offset", "<i8"),  # of the image's bytes in the tar
-        ("size", "<i8"),  # bytes
-        ("height", "<i4"),  # pixels, after EXIF orientation
-        ("width", "<i4"),
-        ("label", "<i4"),  # position in `classes`; -1: directly in the source folder
-        ("crc32", "<u4"),  # of the image's bytes
-    ]
-)
-
-_TAR_BLOCK = 512
-_ID_BYTES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class ShardFile:
-    """A tar file as written: name, size in bytes, hex SHA-256, number of images."""
-
-    name: str
-    bytes: int
-    sha256: str
-    count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-    """`shards.json`; see docs/data-format.md."""
-
-    version: int
-    count: int
-    fingerprint: str
-    rejected: dict[str, int]
-    classes: list[str]
-    shards: list[ShardFile]
-    source: str
-    made_from: dict[str, Any]
-    multi_label: bool = False
-    files: Files | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read the manifest of the set in folder `path`.
-
-        Raises:
-            ArtefactError: there is no shard set, or it is damaged or of another version.
-            DataError: a name in it points outside of the folder.
-        """
-        path = path / MANIFEST
-        manifest = read_record(path, cls, "a shard set", "moce shards", version=FORMAT_VERSION)
-        for shard in manifest.shards:  # never open a file outside the folder, whatever the manifest says
-            if not re.fullmatch(r"shard-[0-9]{6}\.tar", shard.name):
-                raise DataError(f"{path} names {shard.name!r}: expected shard-NNNNNN.tar. Do not trust this set.")
-        check_document(path, read_json(path, "a shard set", "moce shards"), "a shard set", "moce shards")
-        return manifest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +46,7 @@ class ShardSet:
         fingerprint: SHA-256 of the images' checksums, sizes and labels; equal for sets of the same images.
         shards: the tar files.
         storage: where the tar files lie, unlike the tables: this folder, or an address.
-        samples: [N] structured, dtype `SAMPLE`, memory-mapped.
+        table: the rows of the images, and their checks.
         targets: [N, K] int8 if an image may show several of the K classes: 1 shown, 0 not shown, -1 ignored; all labels
             are then -1. None if an image has one label.
         files: checksums of the tables beside the shards; None if an earlier version wrote the set.
@@ -129,7 +62,7 @@ class ShardSet:
     fingerprint: str
     shards: list[ShardFile]
     storage: ShardStorage
-    samples: np.ndarray
+    table: SampleTable
     targets: np.ndarray | None = None
     files: Files | None = None
 
@@ -141,6 +74,8 @@ class ShardSet:
     @classmethod
     def open(cls, path: Path, named: Path | None = None) -> "ShardSet":
         """Open the set in folder `path` and check that all shards exist with the right sizes.
+
+        The rows of a large set are checked when they are used (`SampleTable`).
 
         Args:
             path: the folder.
@@ -163,8 +98,8 @@ class ShardSet:
             fingerprint=manifest.fingerprint,
             shards=manifest.shards,
             storage=storage_of(path),
-            samples=_map_samples(path / SAMPLES, manifest),
-            targets=_map_targets(path / TARGETS, manifest) if manifest.multi_label else None,
+            table=SampleTable(path, manifest),
+            targets=load_targets(path, manifest) if manifest.multi_label else None,
             files=manifest.files,
         )
         if isinstance(opened.storage, FolderStorage):  # an address was checked when it was attached
@@ -175,8 +110,21 @@ class ShardSet:
         return ShardSet.open, (self.path, self.named)
 
     @property
+    def samples(self) -> np.ndarray:
+        """[N] structured, dtype `SAMPLE`, memory-mapped. A row that is used has to be checked first: see `rows`."""
+        return self.table.rows
+
+    def rows(self, image_ids: Sequence[int] | NDArray[np.integer]) -> np.ndarray:
+        """The rows of some images, checked. Raises DataError: the table is damaged."""
+        self.table.check(image_ids)
+        rows: np.ndarray = self.samples[image_ids]
+        return rows
+
+    @property
     def labels(self) -> np.ndarray:
-        """[N] int32, positions in `classes`; -1 for an image without a class."""
+        """[N] int32, positions in `classes`; -1 for an image without a class. Raises DataError: the table is
+        damaged."""
+        self.table.check_all()
         return np.ascontiguousarray(self.samples["label"])
 
     def read(self, image_id: int) -> bytes:
@@ -187,11 +135,13 @@ class ShardSet:
             data = self.storage.read(name, int(row["offset"]), int(row["size"]))
         except OSError as error:
             why = error.strerror or str(error)
-            fault = DataError(f"{self.storage.where(name)} can no longer be read ({why}). {_restore(self.path)}")
+            fault = DataError(
+                f"{self.storage.where(name)} can no longer be read ({why}). {restore_from_copy(self.path)}"
+            )
             fault.status = status_of(error)
             raise fault from None
         if len(data) != row["size"]:
-            raise DataError(f"{self.storage.where(name)} was cut short while in use. {_restore(self.path)}")
+            raise DataError(f"{self.storage.where(name)} was cut short while in use. {restore_from_copy(self.path)}")
         return data
 
     def decode(self, image_id: int, strictly: bool = False) -> Image.Image:
@@ -207,7 +157,7 @@ class ShardSet:
         data = self.read(image_id)
         if not self.is_intact(image_id, data):
             shard = self.storage.where(self.shards[self.samples["shard"][image_id]].name)
-            raise DataError(f"Image {image_id} in {shard} was altered after writing. {_restore(self.path)}")
+            raise DataError(f"Image {image_id} in {shard} was altered after writing. {restore_from_copy(self.path)}")
         row = self._row(image_id)
         name = f"{self.path}: image {image_id} ({self.source(image_id)})"
         return decoded(data, (int(row["width"]), int(row["height"])), name, strictly)
@@ -215,7 +165,9 @@ class ShardSet:
     def source(self, image_id: int) -> str:
         """The path, relative to the source folder, that an image was read from."""
         self._row(image_id)
-        return self._sources[image_id]
+        with reads_from(self.path / SOURCES, restore_from_copy(self.path), DataError):
+            path: str = json.loads(self._sources[image_id])
+        return path
 
     def is_intact(self, image_id: int, data: bytes) -> bool:
         """Whether `data` is what was written for an image."""
@@ -234,9 +186,9 @@ class ShardSet:
         for shard in self.shards:
             where, size = self.storage.where(shard.name), sizes.get(shard.name)
             if size is None:
-                raise DataError(f"{where} is missing: expected {shard.bytes} bytes. {_restore(self.path)}")
+                raise DataError(f"{where} is missing: expected {shard.bytes} bytes. {restore_from_copy(self.path)}")
             if size != shard.bytes:
-                raise DataError(f"{where} has {size} bytes, expected {shard.bytes}. {_restore(self.path)}")
+                raise DataError(f"{where} has {size} bytes, expected {shard.bytes}. {restore_from_copy(self.path)}")
 
     @property
     def made_from(self) -> dict[str, Any]:
@@ -245,7 +197,8 @@ class ShardSet:
         return {"source": manifest.source, **manifest.made_from}
 
     def describe(self) -> Rows:
-        """Number of images, sizes, classes and rejected files. Raises ArtefactError."""
+        """Number of images, sizes, classes and rejected files. Raises ArtefactError, and DataError: damaged rows."""
+        self.table.check_all()
         sizes, rejected = self.samples, Manifest.read(self.path).rejected
         size = mebibytes(shard.bytes for shard in self.shards)
         return {
@@ -260,24 +213,15 @@ class ShardSet:
 
     def verify(self) -> Findings:
         """All differences from what was written; reads all files."""
+        from moce_ds.data.shard_verification import ShardVerification  # which few commands need
+
         tables = [SAMPLES, SOURCES, REJECTED, *([] if self.targets is None else [TARGETS])]
         found = document_findings(self.path / MANIFEST, MANIFEST) + file_findings(self.path, self.files, tables)
-        return found + Findings(self._shard_faults())
+        shards = ShardVerification(self.storage, self.shards, self.table)
+        return found + Findings(shards.faults() + self._table_faults())
 
-    def _shard_faults(self) -> list[str]:
+    def _table_faults(self) -> list[str]:
         faults = []
-        for number, shard in enumerate(progress_bar(self.shards, "verify", unit="shard", disable=None, delay=2)):
-            ids = np.flatnonzero(self.samples["shard"] == number)
-            if sha256_of(self.path / shard.name) != shard.sha256:
-                damaged = self.damaged(ids.tolist())
-                first = f", ids {', '.join(map(str, damaged[:10]))} ..." if damaged else ""
-                faults.append(f"{shard.name}: altered; {len(damaged)} of {len(ids)} images damaged{first}")
-            if foreign := foreign_member(self.path / shard.name, self.samples[ids], int(ids[0])):
-                faults.append(f"{shard.name}: {foreign}")
-            index = self.path / index_name(shard.name)
-            expected = index_text(self.samples[ids], int(ids[0]))
-            if not index.is_file() or index.read_text(encoding="ascii", errors="replace") != expected:
-                faults.append(f"{index.name}: missing or altered")
         if fingerprint_of(self.samples, self.targets) != self.fingerprint:
             faults.append(f"{SAMPLES}: altered; checksums, sizes or labels are not those of the fingerprint")
         if self.files is None and len(self._sources) != self.count:
@@ -287,103 +231,13 @@ class ShardSet:
     def _row(self, image_id: int) -> Any:
         if not 0 <= image_id < self.count:
             raise IndexError(f"image id {image_id} is not in 0 to {self.count - 1}")
+        self.table.check(image_id)
         return self.samples[image_id]
 
     @cached_property
-    def _sources(self) -> list[str]:
-        check_file(self.path, SOURCES, self.files, _restore(self.path), DataError)
-        with reads_from(self.path / SOURCES, _restore(self.path), DataError):
-            lines = (self.path / SOURCES).read_text(encoding="ascii").splitlines()
-            return [json.loads(line) for line in lines]
+    def _sources(self) -> "TextLines":
+        from moce_ds.common.storage.text_lines import TextLines  # which few commands need
 
-
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:06d}.tar"
-
-
-def index_name(shard: str) -> str:
-    """File name of a shard's DALI index."""
-    return f"{shard.removesuffix('.tar')}.idx"
-
-
-def key_of(image_id: int) -> str:
-    """Name of a sample in its tar, without the extension."""
-    return f"{image_id:09d}"
-
-
-def members_of(samples: np.ndarray, first_id: int) -> Iterator[tuple[str, int, int]]:
-    """Name, content offset and size of each tar member, for rows `samples` [n] starting at id `first_id`."""
-    for key, row in zip(map(key_of, range(first_id, first_id + len(samples))), samples, strict=True):
-        offset, size = int(row["offset"]), int(row["size"])
-        yield f"{key}.jpg", offset, size
-        yield f"{key}.idx", offset + -(-size // _TAR_BLOCK) * _TAR_BLOCK + _TAR_BLOCK, _ID_BYTES
-
-
-def index_text(samples: np.ndarray, first_id: int) -> str:
-    """DALI's index (v1.2, as `wds2idx` writes it) of a shard with rows `samples` [n] starting at id `first_id`."""
-    entries = [f"{name[-3:]} {offset} {size} {name}" for name, offset, size in members_of(samples, first_id)]
-    lines = [f"v1.2 {len(samples)}", *(" ".join(pair) for pair in zip(entries[::2], entries[1::2], strict=True))]
-    return "\n".join(lines) + "\n"
-
-
-def foreign_member(tar: Path, samples: np.ndarray, first_id: int) -> str | None:
-    """A message about the first unexpected member of a tar file; None if all are as expected.
-
-    This program reads by offset and ignores names, but unpacking the tar would follow them.
-    """
-    try:
-        with tarfile.open(tar, "r:") as opened:
-            members = opened.getmembers()
-    except (tarfile.TarError, OSError, ValueError) as error:
-        return f"not a tar file ({error})"
-    for member, expected in zip_longest(members, members_of(samples, first_id)):
-        if member is None or not member.isreg() or (member.name, member.offset_data, member.size) != expected:
-            named = f"{member.name!r} of type {member.type!r}" if member else "no member"
-            return f"{named} where {expected[0] if expected else 'nothing'} is expected: do not unpack it"
-    return None
-
-
-def fingerprint_of(samples: np.ndarray, targets: np.ndarray | None = None) -> str:
-    """Hex SHA-256 over (crc32 <u4, size <i8, label <i4) of `samples` [N], by id, then over `targets`."""
-    table = np.empty(len(samples), np.dtype([(name, SAMPLE[name]) for name in ("crc32", "size", "label")]))
-    for name in table.dtype.names or ():
-        table[name] = samples[name]
-    return hashlib.sha256(table.tobytes() + (b"" if targets is None else targets.tobytes())).hexdigest()
-
-
-def _restore(folder: Path) -> str:
-    return f"Restore it from a copy, or delete {folder} and write it again with `moce shards`."
-
-
-def _map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array that was written beside the shards. Raises DataError if its type or shape differs."""
-    return load_array(path, dtype, shape, _restore(path.parent), DataError)
-
-
-def _map_targets(path: Path, manifest: Manifest) -> np.ndarray:
-    targets = _map_array(path, np.dtype(np.int8), (manifest.count, len(manifest.classes)))
-    if not np.isin(targets, (-1, 0, 1)).all():
-        raise DataError(f"{path} holds targets other than 1, 0 and -1. {_restore(path.parent)}")
-    check_file(path.parent, TARGETS, manifest.files, _restore(path.parent), DataError)
-    return targets
-
-
-def _map_samples(path: Path, manifest: Manifest) -> np.ndarray:
-    """The table of images, checked to refer only to existing shards and classes. Raises DataError."""
-    samples = _map_array(path, SAMPLE, (manifest.count,))
-    outside = len(manifest.shards)
-    counts = np.bincount(samples["shard"].astype(np.uint32).clip(max=outside), minlength=outside + 1)
-    if counts.tolist() != [*(shard.count for shard in manifest.shards), 0]:
-        raise DataError(f"{path} and {MANIFEST} disagree on the number of images in a shard. {_restore(path.parent)}")
-    size_of = np.array([shard.bytes for shard in manifest.shards])
-    offset, size, label = samples["offset"], samples["size"], samples["label"]
-    inside = (offset >= 0) & (size > 0) & (size <= size_of[samples["shard"]] - offset)
-    inside &= (samples["height"] > 0) & (samples["width"] > 0) & (label >= -1) & (label < len(manifest.classes))
-    if not inside.all():
-        raise DataError(
-            f"{path}: row {int(inside.argmin())} refers to a place outside its shard, an unknown class, or no pixels. "
-            f"{_restore(path.parent)}"
-        )
-    check_file(path.parent, SAMPLES, manifest.files, _restore(path.parent), DataError)
-    return samples
+        check_file(self.path, SOURCES, self.files, restore_from_copy(self.path), DataError)
+        with reads_from(self.path / SOURCES, restore_from_copy(self.path), DataError):
+            return TextLines(self.path / SOURCES)

@@ -16,8 +16,10 @@ from moce_ds.common.errors import DataError
 from moce_ds.common.host.program import warn
 from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.common.text import in_line, listed, part_of, printable
+from moce_ds.data.sample_table import SAMPLES
+from moce_ds.data.shard_manifest import MANIFEST, Manifest
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import MANIFEST, PROGRESS, REJECTED, SAMPLES, Manifest, ShardSet
+from moce_ds.data.shards import PROGRESS, REJECTED, ShardSet
 from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
 
 _SKIPPED_SHOWN = 3

@@ -8,6 +8,7 @@ import click
 from moce_ds.cli.options import PATH, Verb, heads_option, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
+from moce_ds.common.host.rank import ProcessRank
 from moce_ds.common.text import counted
 
 
@@ -19,15 +20,18 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     """Turn a folder of images SOURCE into tar shards OUT.
 
     The folder of an image is its class. Rerun the same command to resume. Files that are not complete images are listed
-    in OUT/rejected.jsonl.
+    in OUT/rejected.jsonl. Several processes share the work (`moce launch`), each with its own workers.
     """
-    from moce_ds.data.shard_writer import ShardSettings, write_shards
-    from moce_ds.data.shards import ShardSet
+    from moce_ds.data.shard_writer import ShardSettings, share_shards, write_shards
 
-    report = write_shards(source, out, read_settings(ShardSettings, words))
+    config, here = read_settings(ShardSettings, words), ProcessRank.here()
+    if here.rank:
+        share_shards(source, out, config, here)
+        return
+    report = write_shards(source, out, config, here=here)
     rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
     say(
-        f"{out}: {counted(report.count, 'image')} of {counted(len(ShardSet.open(out).classes), 'class', 'classes')} in "
+        f"{out}: {counted(report.count, 'image')} of {counted(report.classes, 'class', 'classes')} in "
         f"{counted(report.shards, 'shard')}, "
         f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")

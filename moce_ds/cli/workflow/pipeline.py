@@ -26,8 +26,9 @@ from moce_ds.common.config.values import arguments
 from moce_ds.common.errors import ConfigError, MoceError
 from moce_ds.common.host.program import say
 from moce_ds.common.host.rank import ProcessRank
+from moce_ds.data.shard_manifest import MANIFEST
 from moce_ds.data.shard_writer import ShardSettings
-from moce_ds.data.shards import MANIFEST, ShardSet
+from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
 from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.inspection.pipeline_folder import PIPELINE, StagesRecord

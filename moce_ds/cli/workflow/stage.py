@@ -29,7 +29,8 @@ from moce_ds.common.text import counted, in_line
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
-from moce_ds.data.sources.image_folder import list_files, listing_digest
+from moce_ds.data.sources.image_folder import walk
+from moce_ds.data.sources.source import listing_digest
 from moce_ds.inspection.pipeline_folder import PipelineStageRecord
 
 _logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ def digest(place: Path) -> str | None:
 def input_digest(place: Path) -> str | None:
     """`digest`, or that of the listing of a folder of images. Raises DataError if the folder cannot be listed."""
     known = digest(place)
-    return listing_digest(list_files(place)) if known is None and place.is_dir() else known
+    return listing_digest(walk(place)) if known is None and place.is_dir() else known
 
 
 def perform(stage: Stage) -> None:

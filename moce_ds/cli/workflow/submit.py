@@ -25,7 +25,7 @@ JOB_VERBS = {*STAGE_VERBS, "study", "pipeline", "transfer"}
 """The verbs that a job can run."""
 
 TUNING = ("finetune", "detect", "segment")
-PARALLEL = ("pretrain", "features", "cluster", *TUNING)
+PARALLEL = ("shards", "pretrain", "features", "cluster", *TUNING)
 """Verbs whose work several processes share."""
 
 

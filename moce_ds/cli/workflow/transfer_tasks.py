@@ -16,7 +16,7 @@ from moce_ds.common.config.settings import OpenShare, from_layers, option, setti
 from moce_ds.common.config.values import arguments, expanded
 from moce_ds.common.errors import STOPPED, ArtefactError, ConfigError
 from moce_ds.common.storage.files import read_json
-from moce_ds.data.shards import MANIFEST
+from moce_ds.data.shard_manifest import MANIFEST
 from moce_ds.data.sources.public.datasets import DatasetSettings, write_dataset
 from moce_ds.data.sources.public.readers import SPLITS
 from moce_ds.data.task_images import Splits

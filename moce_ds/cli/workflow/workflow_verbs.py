@@ -127,9 +127,9 @@ def local(nproc: int, max_restarts: int, verb: str, rest: Sequence[str]) -> None
 def slurm(words: Sequence[str]) -> None:
     """Queue a verb as a SLURM job with the resources of a profile: one process per GPU.
 
-    `pretrain`, `features`, `cluster`, `finetune`, `detect` and `segment` use all processes. `study` becomes an array
-    of jobs, and `pipeline` a chain. Other verbs run in one process. A job is requeued and resumes after its time limit,
-    a preemption, or the loss of a node.
+    `shards`, `pretrain`, `features`, `cluster`, `finetune`, `detect` and `segment` use all processes. `study` becomes
+    an array of jobs, and `pipeline` a chain. Other verbs run in one process. A job is requeued and resumes after its
+    time limit, a preemption, or the loss of a node.
     """
     from moce_ds.cli.launch.slurm_profile import SlurmProfile
     from moce_ds.cli.workflow.submit import JOB_VERBS, launch_on_slurm

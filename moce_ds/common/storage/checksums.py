@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from moce_ds.common.errors import ArtefactError, MoceError
 from moce_ds.common.host.machine import refused
-from moce_ds.common.storage.files import read_json, read_record, sha256_of, write_json
+from moce_ds.common.storage.files import read_json, reads_from, record_in, sha256_of, write_json
 
 CHECKSUM = "content_sha256"
 
@@ -107,8 +107,9 @@ def read_checked(path: Path, kind: type[T], what: str, made_by: str, **version: 
     Raises:
         ArtefactError: as `read_record`; or the content does not match its checksum.
     """
-    record = read_record(path, kind, what, made_by, **version)
-    check_document(path, read_json(path, what, made_by), what, made_by)
+    content = read_json(path, what, made_by)
+    record = record_in(content, path, kind, what, made_by, **version)
+    check_document(path, content, what, made_by)
     return record
 
 
@@ -139,6 +140,16 @@ def check_file(folder: Path, name: str, files: Files | None, cure: str, kind: ty
         raise kind(f"{folder / name} {fault}: {cure}")
 
 
+def check_size(folder: Path, name: str, files: Files | None, cure: str, kind: type[MoceError] = ArtefactError) -> None:
+    """As `check_file`, but compares only the size: it does not read the file."""
+    if files is None or name not in files:
+        return
+    with reads_from(folder / name, cure, kind):
+        size = (folder / name).stat().st_size
+    if size != files[name].bytes:
+        raise kind(f"{folder / name} {_wrong_size(size, files[name])}: {cure}")
+
+
 def file_findings(folder: Path, files: Files | None, names: Iterable[str] = ()) -> Findings:
     """Findings about the files of a folder: those with a record, or `names` if an earlier version wrote no records."""
     if files is None:
@@ -160,10 +171,14 @@ def _fault(path: Path, record: FileRecord) -> str | None:
     try:
         size = path.stat().st_size
         if size != record.bytes:
-            return f"is damaged: it has {size} bytes, expected {record.bytes}"
+            return _wrong_size(size, record)
         return None if sha256_of(path) == record.sha256 else "is damaged or was exchanged: its checksum differs"
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
+
+
+def _wrong_size(size: int, record: FileRecord) -> str:
+    return f"is damaged: it has {size} bytes, expected {record.bytes}"
 
 
 def _mangled(content: Any) -> bool:

@@ -256,7 +256,11 @@ def read_record(path: Path, kind: type[T], what: str, made_by: str, **version: o
     Raises:
         ArtefactError: as `read_json`; or another version; or keys are missing or have another type (lists all faults).
     """
-    content = read_json(path, what, made_by)
+    return record_in(read_json(path, what, made_by), path, kind, what, made_by, **version)
+
+
+def record_in(content: Any, path: Path, kind: type[T], what: str, made_by: str, **version: object) -> T:
+    """As `read_record`, for the content of the file at `path`. Raises ArtefactError."""
     stored = {key: content.get(key) for key in version} if isinstance(content, dict) else version
     if stored != version:
         raise ArtefactError(

@@ -1,27 +1,21 @@
-"""Lists the files of a folder of images, and examines each one in a pool of processes.
+"""The files of a folder of images as a source.
 
 No single entry ends a listing: an inaccessible entry has the size `ODD`, and `why_odd` returns the reason.
 """
 
 import errno
-import json
-import multiprocessing
 import os
-import signal
 import stat
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
-from hashlib import sha256
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
-from moce_ds.common.errors import LOST_PEER, DataError, MoceError
+from moce_ds.common.errors import DataError
 from moce_ds.common.host.machine import machine_failed, refused
 from moce_ds.common.text import in_line
-from moce_ds.data import image_file
 from moce_ds.data.image_file import EMPTY, NOT_A_FILE, NOT_AN_IMAGE, UNREADABLE, Accepted, Rejected, examine
+from moce_ds.data.sources.source import Entry
 
 ODD = -1
 """The size of an entry that is not a regular file or is not accessible."""
@@ -29,34 +23,36 @@ ODD = -1
 _Identity = tuple[int, int]
 _OF_THE_SYSTEM = {"lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db"}
 
-_BATCH = 16  # files per message to a worker
-_BATCHES_AHEAD = 3  # per worker, so that one large image does not delay the others
+
+def list_files(source: Path) -> list[Entry]:
+    """All entries of `walk`."""
+    return list(walk(source))
 
 
-class SourceFile(NamedTuple):
-    """A listed entry: path relative to the source folder, and size in bytes or `ODD`."""
+def walk(source: Path) -> Iterator[Entry]:
+    """All entries below `source` except folders, in the order of their paths; links are followed.
 
-    path: str
-    size: int
-
-
-def list_files(source: Path) -> list[SourceFile]:
-    """All entries below `source` except folders, sorted by path; links are followed.
-
-    A folder that cannot be listed, or that a link leads back to, is an entry of size `ODD`.
+    A folder that cannot be listed, or that a link leads back to, is an entry of size `ODD`. Only the entries of a
+    folder and of those above it are in memory.
 
     Raises:
         DataError: `source` is not a folder, or cannot be listed.
     """
-    return sorted(_walk(source))
-
-
-def listing_digest(files: Sequence[SourceFile]) -> str:
-    """SHA-256 of paths and sizes, by which a folder of images is recognised: none of its files is read."""
-    listing = sha256()
-    for file in files:
-        listing.update(json.dumps(file).encode() + b"\n")
-    return listing.hexdigest()
+    top = _in_order(_entries_of_source(source), "", frozenset([_identity(source.stat())]))
+    waiting = [iter(top)]  # not a recursion, because a tree may exceed its depth limit
+    while waiting:
+        found = next(waiting[-1], None)
+        if found is None:
+            waiting.pop()
+        elif isinstance(found, Entry):
+            yield found
+        else:
+            path, ancestors = found
+            try:
+                waiting.append(iter(_in_order(_entries(f"{source}/{path}"), path, ancestors)))
+            except OSError as error:  # deleted since its parent was listed
+                _raise_if_machine_failed(error, f"{source}/{path}")
+                yield Entry(path, ODD)
 
 
 def list_folder(folder: Path) -> dict[str, int]:
@@ -68,46 +64,23 @@ def list_folder(folder: Path) -> dict[str, int]:
     return {entry.name: _size(entry) for entry in _entries_of_source(folder) if not unwanted(entry.name)}
 
 
-def examined(
-    source: Path, files: Sequence[SourceFile], max_pixels: int, workers: int | None
-) -> Generator[tuple[SourceFile, Accepted | Rejected], None, None]:
-    """Each of `files` with its verdict, in order; `workers` processes examine them, None: one per core.
+@dataclass(frozen=True)
+class FolderSource:
+    """The files below a folder. The folder of an image is its class, relative to `origin`."""
 
-    The workers take turns at batches, and each has its own pipe. If a process dies, even in the middle of a message,
-    its pipe closes and the other side notices; the shared queue of an executor would block forever.
+    origin: Path
 
-    Raises:
-        DataError: a worker process died, or the machine cannot read a file (`examine`).
-    """
-    workers = workers or len(os.sched_getaffinity(0))
-    batches = [files[start : start + _BATCH] for start in range(0, len(files), _BATCH)]
-    team = [_start_worker(source, max_pixels) for _ in range(min(workers, len(batches)))]
-    ahead = _BATCHES_AHEAD * len(team)
-    number = 0
-    try:
-        for number, batch in enumerate(batches[:ahead]):
-            team[number % len(team)][1].send(batch)
-        for number, batch in enumerate(batches):
-            _, connection = team[number % len(team)]
-            verdicts = connection.recv()
-            if isinstance(verdicts, MoceError):
-                raise verdicts
-            if number + ahead < len(batches):
-                connection.send(batches[number + ahead])
-            yield from zip(batch, verdicts, strict=True)
-    except (EOFError, OSError):
-        fault = DataError(
-            f"A worker process died between {in_line(batches[number][0].path)} and "
-            f"{in_line(batches[number][-1].path)}: perhaps for lack of memory. Rerun the same command to "
-            "resume, with fewer `workers=` if it happens again."
-        )
-        fault.status = LOST_PEER  # the same as for workers that prepare batches (`common/host/machine.py`)
-        raise fault from None
-    finally:
-        for process, connection in team:
-            connection.close()
-            process.terminate()
-            process.join()
+    def entries(self) -> Iterator[Entry]:
+        """As `walk`."""
+        return walk(self.origin)
+
+    def examine(self, entries: Sequence[Entry], max_pixels: int) -> Iterator[Accepted | Rejected]:
+        """The verdicts about entries of `walk`. Raises DataError: the machine cannot read a file."""
+        return (examine_listed(self.origin, entry, max_pixels) for entry in entries)
+
+    def class_order(self, found: Iterable[str]) -> list[str]:
+        """The folders in alphabetical order."""
+        return sorted(found)
 
 
 def unwanted(path: str) -> Rejected | None:
@@ -143,30 +116,31 @@ def why_odd(path: Path) -> Rejected:
     return Rejected(NOT_A_FILE, "broken link, link to itself or to a parent folder, pipe, socket or device")
 
 
-def _walk(source: Path) -> Iterator[SourceFile]:
-    entries = _entries_of_source(source)
-    # folders still to list; not a recursion, because a tree may exceed its depth limit
-    waiting: list[tuple[str, frozenset[_Identity]]] = []
-    path, ancestors = "", frozenset([_identity(source.stat())])
-    while True:
-        for entry in entries:
-            below = f"{path}/{entry.name}" if path else entry.name
-            identity = _folder(entry)
-            if identity is None:
-                yield SourceFile(below, _size(entry))
-            elif identity in ancestors:  # a link to a parent folder would never end
-                yield SourceFile(below, ODD)
-            else:
-                waiting.append((below, ancestors | {identity}))
-        if not waiting:
-            return
-        path, ancestors = waiting.pop()
-        try:
-            entries = _entries(f"{source}/{path}")
-        except OSError as error:  # forbidden, deleted, or too deep for the system
-            _raise_if_machine_failed(error, f"{source}/{path}")
-            entries = []
-            yield SourceFile(path, ODD)
+def _in_order(
+    entries: Iterable["os.DirEntry[str]"], path: str, ancestors: frozenset[_Identity]
+) -> list[Entry | tuple[str, frozenset[_Identity]]]:
+    """The entries of the folder `path`, in the order of the paths of all that is below them; folders with their
+    ancestors."""
+    found: list[tuple[str, Entry | tuple[str, frozenset[_Identity]]]] = []
+    for entry in entries:
+        below = f"{path}/{entry.name}" if path else entry.name
+        identity = _folder(entry)
+        if identity is None:
+            found.append((below, Entry(below, _size(entry))))
+        elif identity in ancestors or not _can_be_listed(entry):  # a link to a parent folder would never end
+            found.append((below, Entry(below, ODD)))
+        else:
+            found.append((f"{below}/", (below, ancestors | {identity})))
+    return [one for _, one in sorted(found, key=itemgetter(0))]
+
+
+def _can_be_listed(folder: "os.DirEntry[str]") -> bool:
+    try:
+        os.scandir(folder.path).close()
+    except OSError as error:  # forbidden, or too deep for the system
+        _raise_if_machine_failed(error, folder.path)
+        return False
+    return True
 
 
 def _entries_of_source(folder: Path) -> list["os.DirEntry[str]"]:
@@ -211,31 +185,8 @@ def _raise_if_machine_failed(error: OSError, path: Path | str) -> None:
         raise refused(DataError, f"{in_line(path)} cannot be read", error, Path(path)) from None
 
 
-def _start_worker(source: Path, max_pixels: int) -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that threads of torch hold
-    context.set_forkserver_preload(["__main__", image_file.__name__])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, source, max_pixels), daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
-
-
-def _work(connection: Connection, source: Path, max_pixels: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    with suppress(EOFError, ConnectionError):  # the parent has finished, or is dead
-        while True:
-            batch = connection.recv()
-            try:
-                verdicts: list[Accepted | Rejected] | MoceError = [
-                    _examine_listed(source, file, max_pixels) for file in batch
-                ]
-            except MoceError as error:
-                verdicts = error
-            connection.send(verdicts)
-
-
-def _examine_listed(source: Path, file: SourceFile, max_pixels: int) -> Accepted | Rejected:
+def examine_listed(source: Path, file: Entry, max_pixels: int) -> Accepted | Rejected:
+    """The verdict about an entry of a listing. Raises DataError: the machine cannot read it."""
     if rejected := unwanted(file.path):
         return rejected
     if file.size == ODD:

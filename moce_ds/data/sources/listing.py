@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moce_ds.common.errors import DataError
 from moce_ds.common.host.machine import machine_failed, refused
 from moce_ds.common.text import in_line
-from moce_ds.data.sources.image_folder import SourceFile
+from moce_ds.data.sources.source import Entry
 
 
 class Listed(NamedTuple):
@@ -47,22 +47,15 @@ class Listing:
     origin: Path | None = None
     seed: int | None = None
 
-    @classmethod
-    def of_folders(cls, paths: Sequence[str]) -> "Listing":
-        """The folder of an image is its class; images without a folder have none."""
-        folders = [path.rpartition("/")[0] for path in paths]
-        images = [Listed(path, (folder,) if folder else ()) for path, folder in zip(paths, folders, strict=True)]
-        return cls(images, sorted(set(folders) - {""}))
-
     @property
     def digest(self) -> str:
         """Hex SHA-256 of all classes."""
         return sha256(json.dumps([self.classes, self.multi_label, sorted(self.images)]).encode()).hexdigest()
 
-    def files(self, source: Path) -> list[SourceFile]:
+    def files(self, source: Path) -> list[Entry]:
         """The images with their sizes, sorted by path. Raises DataError if one is missing."""
         try:
-            return sorted(SourceFile(path, (source / path).stat().st_size) for path in self._by_path)
+            return sorted(Entry(path, (source / path).stat().st_size) for path in self._by_path)
         except OSError as error:
             if machine_failed(error):
                 raise refused(DataError, "The listed images cannot be read", error) from None

@@ -3,7 +3,6 @@
 Axes: B images, H, W pixels, C channels.
 """
 
-import json
 import shutil
 import zlib
 from collections.abc import Callable
@@ -18,14 +17,15 @@ from PIL import ExifTags, Image
 from sklearn.datasets import load_sample_images
 
 from moce_ds.common.errors import DataError
-from moce_ds.common.storage.checksums import records_of, write_checked
 from moce_ds.data.loader import Batch, Crop, Loader
 from moce_ds.data.reading_order import RandomOrder
+from moce_ds.data.sample_table import SAMPLES
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import MANIFEST, SAMPLES, ShardSet
+from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput, RandomCrop, Windows
 from tests.examples.images import png_of
+from tests.examples.shard_tables import exchange_samples
 
 CPU = torch.device("cpu")
 HEIGHT, WIDTH = 60, 90
@@ -252,9 +252,7 @@ def make_undecodable(folder: Path, image_id: int, data: bytes = b"") -> None:
         tar.seek(int(row["offset"]))
         tar.write(data)
     samples["crc32"][image_id] = zlib.crc32(data)
-    np.save(folder / SAMPLES, samples)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    write_checked(folder / MANIFEST, manifest | {"files": manifest["files"] | records_of(folder, [SAMPLES])})
+    exchange_samples(folder, samples)
 
 
 @pytest.mark.parametrize("bad", [(7,), (7, 8), (59, 0)], ids=["one", "neighbours", "the last and the first"])

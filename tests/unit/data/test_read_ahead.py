@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy as copy_of
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,8 +26,10 @@ from moce_ds.common.errors import DataError
 from moce_ds.data.loader import BATCHES_AHEAD, Loader
 from moce_ds.data.read_ahead import FILES_AHEAD, READERS, IntactReader, in_background, read_ahead
 from moce_ds.data.reading_order import RandomOrder
+from moce_ds.data.sample_table import SAMPLE, SAMPLES, SampleTable
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
-from moce_ds.data.shards import SAMPLE, ShardFile, ShardSet
+from moce_ds.data.shard_manifest import Manifest, ShardFile
+from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.training.local_sampler import LEAD
 from tests.unit.data.test_loader import copy, flip_byte, make_undecodable
@@ -127,10 +130,11 @@ class Sized(ShardSet):
 def test_few_large_files_are_read_ahead(tiny_shards: Path, megabytes: int, expected: int) -> None:
     """Batches of two images: 256 MiB are exceeded by the third batch of 100 MB, and by one of 600 MB."""
     shards, listing = Sized.open(tiny_shards), Listing(ShuffledSampler(RandomOrder(60, seed=1), 2))
-    samples = np.array(shards.samples)
-    samples["size"] = megabytes * 10**6
+    table = copy_of(shards.table)
+    table.rows = np.array(shards.samples)
+    table.rows["size"] = megabytes * 10**6
     with ThreadPoolExecutor(READERS) as pool:
-        reader = IntactReader(replace(shards, samples=samples), 0, {})
+        reader = IntactReader(replace(shards, table=table), 0, {})
         next(read_ahead(reader, listing.batch, 0, 20, pool))
     assert listing.ahead == expected
 
@@ -277,7 +281,9 @@ def test_threads_share_the_files_of_a_set_with_more_shards_than_stay_open(tmp_pa
         (tmp_path / f"shard-{number:06d}.tar").write_bytes(data)
         samples[number] = (number, 0, 8, 1, 1, -1, zlib.crc32(data))
         shards.append(ShardFile(f"shard-{number:06d}.tar", 8, "", 1))
-    many = ShardSet(tmp_path, tmp_path, 600, [], "", shards, samples)
+    np.save(tmp_path / SAMPLES, samples)
+    table = SampleTable(tmp_path, Manifest(1, 600, "", {}, [], shards, "", {}))
+    many = ShardSet(tmp_path, tmp_path, 600, [], "", shards, table)
 
     def damaged(seed: int) -> list[int]:
         return many.damaged(np.random.default_rng(seed).integers(0, 600, 400).tolist())

@@ -27,9 +27,12 @@ from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.common.storage.files import sha256_of
 from moce_ds.common.storage.locks import alone_in
+from moce_ds.data.sample_table import SAMPLE, fingerprint_of
+from moce_ds.data.shard_manifest import index_name
 from moce_ds.data.shard_writer import ShardSettings, write_shards
-from moce_ds.data.shards import SAMPLE, ShardSet, fingerprint_of, index_name
+from moce_ds.data.shards import ShardSet
 from tests.examples.images import contents, crop, many_photos, photo, rejections, save
+from tests.examples.shard_tables import as_earlier
 
 SMALL = ShardSettings(images_per_shard=10, workers=2)
 
@@ -296,7 +299,7 @@ def test_damaged_tables_are_named(copy: Path, tmp_path: Path) -> None:
     np.save(copy / "samples.npy", samples)
     with pytest.raises(DataError, match=r"samples\.npy is damaged or was exchanged.* Restore it"):
         ShardSet.open(copy)
-    rewrite(copy, files=None)  # as an earlier version wrote it
+    as_earlier(copy)
     assert any(fault.startswith("samples.npy: altered") for fault in ShardSet.open(copy).verify().faults)
     np.save(copy / "samples.npy", samples[:-1])
     with pytest.raises(DataError, match=r"samples\.npy holds \(22,\)"):

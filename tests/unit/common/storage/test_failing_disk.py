@@ -17,8 +17,9 @@ from moce_ds.common.storage.files import read_json
 from moce_ds.data.image_file import MAX_PIXELS, examine, read_rgb, upright_size
 from moce_ds.data.sources.ade20k import read_mask
 from moce_ds.data.sources.coco import CocoSet
-from moce_ds.data.sources.image_folder import SourceFile, examined
+from moce_ds.data.sources.image_folder import FolderSource
 from moce_ds.data.sources.public import readers
+from moce_ds.data.sources.source import Entry, examined
 
 FAILING = Path("/proc/self/mem")
 pytestmark = pytest.mark.skipif(not FAILING.exists(), reason="needs Linux")
@@ -27,7 +28,7 @@ RECORD = {"x": FileRecord(0, "")}
 
 
 def in_a_worker(path: Path) -> object:
-    return list(examined(path.parent, [SourceFile(path.name, 100)], MAX_PIXELS, 1))
+    return list(examined(FolderSource(path.parent), [Entry(path.name, 100)], MAX_PIXELS, 1))
 
 
 def public(reader: Callable[[Path], object], *names: str) -> Callable[[Path], object]:

@@ -33,7 +33,7 @@ def nobody() -> Iterator[None]:
 
 def verdicts(source: Path) -> dict[str, str]:
     """Of each entry the reason why it is left out, "" where it is taken."""
-    found = {file.path: image_folder._examine_listed(source, file, MAX_PIXELS) for file in list_files(source)}
+    found = {file.path: image_folder.examine_listed(source, file, MAX_PIXELS) for file in list_files(source)}
     return {path: "" if isinstance(verdict, Accepted) else verdict.reason for path, verdict in found.items()}
 
 
