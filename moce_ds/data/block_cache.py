@@ -134,7 +134,7 @@ class CachedShardSet(ShardSet):
 
     def size_of_block(self, block: int) -> int:
         """Bytes of the shard from the first image of a block to its last. Raises DataError: the table is damaged."""
-        first, last = self.rows(self.first_K1[block : block + 2] - [0, 1])
+        first, last = (self._row(int(self.first_K1[place]) - back) for place, back in ((block, 0), (block + 1, 1)))
         return int(last["offset"] + last["size"] - first["offset"])
 
     def read_block(self, block: int) -> bytes:

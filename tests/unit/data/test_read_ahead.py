@@ -29,6 +29,7 @@ from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sample_table import SAMPLE, SAMPLES, SampleTable
 from moce_ds.data.sampler import ReadList, SequentialSampler, ShuffledSampler
 from moce_ds.data.shard_manifest import Manifest, ShardFile
+from moce_ds.data.shard_storage import FolderStorage
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 from moce_ds.training.local_sampler import LEAD
@@ -211,6 +212,7 @@ import torch
 from moce_ds.data.loader import Loader
 from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
+from moce_ds.data.shard_storage import FolderStorage
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
 sampler = ShuffledSampler(RandomOrder(60, seed=1), 4)
@@ -283,7 +285,7 @@ def test_threads_share_the_files_of_a_set_with_more_shards_than_stay_open(tmp_pa
         shards.append(ShardFile(f"shard-{number:06d}.tar", 8, "", 1))
     np.save(tmp_path / SAMPLES, samples)
     table = SampleTable(tmp_path, Manifest(1, 600, "", {}, [], shards, "", {}))
-    many = ShardSet(tmp_path, tmp_path, 600, [], "", shards, table)
+    many = ShardSet(tmp_path, tmp_path, 600, [], "", shards, FolderStorage(tmp_path), table)
 
     def damaged(seed: int) -> list[int]:
         return many.damaged(np.random.default_rng(seed).integers(0, 600, 400).tolist())
