@@ -59,8 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported by now is no garbage: no later collection looks at it."""
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Check that groups count; and what has been imported by now is no garbage: no later collection looks at it."""
+    if session.config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("This pytest-xdist ignores groups with this pytest: every worker would make all runs.")
     gc.freeze()
     gc.set_threshold(*USUAL_THRESHOLDS)
 
