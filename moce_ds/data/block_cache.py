@@ -87,8 +87,13 @@ class BlockCache:
 
     def sizes(self) -> dict[int, int]:
         """Bytes of each block in the cache."""
+        found = {}
         with os.scandir(self.folder) as entries:
-            return {int(entry.name): entry.stat().st_size for entry in entries if entry.name.isdecimal()}
+            for entry in entries:
+                with suppress(FileNotFoundError):  # another process has just dropped it
+                    if entry.name.isdecimal():
+                        found[int(entry.name)] = entry.stat().st_size
+        return found
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:08d}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
+from moce_ds.common.errors import DataError
 from moce_ds.data.block_cache import CachedShardSet
 from moce_ds.data.reading_order import BlockOrder, Order
 
@@ -94,7 +95,7 @@ class Prefetch:
         while (needed := self._next()) is not None:
             try:
                 data = self._shards.read_block(needed.block)
-            except OSError as error:  # the image that is read from there next says so
+            except (OSError, DataError) as error:  # the image that is read from there next says so
                 _logger.debug(f"block {needed.block} cannot be read ahead: {error}")
                 with self._taking:
                     self._forget(needed.block)
@@ -129,7 +130,10 @@ class Prefetch:
 
     def _make_room(self, needed: _Needed) -> bool:
         """Reserve the bytes of a block, and remove blocks that are no longer needed where the share is full."""
-        size = self._shards.size_of_block(needed.block)
+        try:
+            size = self._shards.size_of_block(needed.block)
+        except DataError:  # a damaged table; the image that is read from there next says so
+            return False
         window_begins = self._reached - self._reached % self._count % self._window
         while self._bytes + size > self._share.limit_bytes:
             oldest = min(self._kept, key=lambda block: self._kept[block][1], default=None)

@@ -143,6 +143,18 @@ def load(images: int, threads: int, repeats: int, json_file: Path | None) -> Non
     _show(bench_load(images, threads, repeats, lone_device()), json_file)
 
 
+@bench.command("orders")
+@click.option("--images", default=8192, show_default=True, type=click.IntRange(256), help="Images of 100 x 75 pixels.")
+@click.option("--delay", default=5.0, show_default=True, type=click.FloatRange(0), help="Milliseconds of each read.")
+@_repeats(3)
+@_json_option
+def orders(images: int, delay: float, repeats: int, json_file: Path | None) -> None:
+    """Files per second from a slow storage, by data.order, with and without data.cache."""
+    from moce_ds.bench.orders import bench_orders
+
+    _show(bench_orders(images, delay / 1000, repeats), json_file)
+
+
 @bench.command("peers")
 @click.option(
     "--sizes",
