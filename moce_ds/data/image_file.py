@@ -94,11 +94,27 @@ def suffixes() -> frozenset[str]:
 def examine(path: Path, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
     """Decode the image at `path`. Raises DataError for a fault of the machine instead of the image."""
     try:
-        with _opened(path) as file, pixel_limit(max_pixels):
+        with _opened(path) as file:
+            return _examine(file, max_pixels)
+    except OSError as fault:
+        if machine_failed(fault):
+            raise refused(DataError, f"{path} cannot be read", fault, path) from None
+        return Rejected(UNREADABLE if fault.errno else DAMAGED, f"{type(fault).__name__}: {fault.strerror or fault}")
+
+
+def examine_bytes(data: bytes, max_pixels: int = MAX_PIXELS) -> Accepted | Rejected:
+    """Decode an image."""
+    return _examine(io.BytesIO(data), max_pixels)
+
+
+def _examine(file: BinaryIO, max_pixels: int) -> Accepted | Rejected:
+    """Raises OSError for a fault of the machine instead of the image."""
+    try:
+        with pixel_limit(max_pixels):
             return _decide(file)
     except DECODER_FAULTS as fault:
         if isinstance(fault, OSError) and machine_failed(fault):
-            raise refused(DataError, f"{path} cannot be read", fault, path) from None
+            raise
         # only the operating system sets errno; Pillow's own OSErrors concern the content
         reason = UNREADABLE if isinstance(fault, OSError) and fault.errno else DAMAGED
         detail = fault.strerror if reason == UNREADABLE and isinstance(fault, OSError) else fault

@@ -17,18 +17,22 @@ from moce_ds.common.text import counted
 @click.argument("out", type=PATH)
 @words()
 def shards(source: Path, out: Path, words: Sequence[str]) -> None:
-    """Turn a folder of images SOURCE into tar shards OUT.
+    """Turn the images of SOURCE into tar shards OUT.
 
-    The folder of an image is its class. Rerun the same command to resume. Files that are not complete images are listed
-    in OUT/rejected.jsonl. Several processes share the work (`moce launch`), each with its own workers.
+    SOURCE is a folder of images, where the folder of an image is its class; tar files, such as those of webdataset, or
+    a folder of them, where the member .cls of an image is its class; or a list of paths, list.txt, with a class after a
+    tab. Rerun the same command to resume. Files that are not complete images are listed in OUT/rejected.jsonl. Several
+    processes share the work (`moce launch`), each with its own workers.
     """
     from moce_ds.data.shard_writer import ShardSettings, share_shards, write_shards
+    from moce_ds.data.sources.any_source import source_at
 
+    images = source_at(source)
     config, here = read_settings(ShardSettings, words), ProcessRank.here()
     if here.rank:
-        share_shards(source, out, config, here)
+        share_shards(images, out, config, here)
         return
-    report = write_shards(source, out, config, here=here)
+    report = write_shards(images, out, config, here=here)
     rejected = ", ".join(f"{count} {reason}" for reason, count in report.rejected.items()) or "none"
     say(
         f"{out}: {counted(report.count, 'image')} of {counted(report.classes, 'class', 'classes')} in "
