@@ -25,8 +25,8 @@ def write_synthetic_features(
 ) -> FeatureSet:
     """Write features that `FeatureSet.open` and `build_clusters` read.
 
-    The features are random: a mixture of 512 groups, whose shares fall as the inverse of their number. They depend on
-    `seed`, `count`, `dim` and `block_rows`. An interrupted call continues.
+    The features are random: a mixture of 512 groups of equal shares. They depend on `seed`, `count`, `dim` and
+    `block_rows`. An interrupted call continues.
 
     Args:
         path: the folder, new or interrupted.
@@ -75,7 +75,6 @@ def _write_zeros(blocks: FeatureBlocks) -> dict[str, str]:
 def _block(centres_GD: np.ndarray, rows: int, seed: int, k: int) -> np.ndarray:
     """Block k, float32 [rows, D]; a function of the seed and of k."""
     random = np.random.default_rng([seed, k])
-    share_G = 1 / np.arange(1, len(centres_GD) + 1)
-    group_N = random.choice(len(centres_GD), rows, p=share_G / share_G.sum())
+    group_N = random.integers(len(centres_GD), size=rows)
     noise_ND = random.standard_normal((rows, centres_GD.shape[1]), dtype=np.float32)
     return centres_GD[group_N] + _SPREAD * noise_ND
