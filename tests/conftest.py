@@ -21,7 +21,6 @@ from moce_ds.checkpoint.format import step_folder, write_checkpoint
 from moce_ds.clustering.build import ClusterSettings, build_clusters
 from moce_ds.common.config.settings import load, to_tree
 from moce_ds.common.host.program import configure_logging
-from moce_ds.common.storage.checksums import write_checked
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -207,7 +206,7 @@ def tiny_moce_run(tiny_config: Callable[..., PretrainSettings], tiny_clusters: P
             "dealt_by": [],
         }
         write_checkpoint(step_folder(config.run.out, 5), weights, {}, manifest)
-        write_checked(config.run.out / "routing.json", manifest["routing"])
+        manifest["routing"].write(config.run.out / "routing.safetensors")
         shutil.copytree(tiny_clusters, config.run.out / "clusters")
         return config.run.out
 

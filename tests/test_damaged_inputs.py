@@ -69,7 +69,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("clusters/clusters.json", "json"),
     ],
     "encoder": [("config.json", "json"), ("*.safetensors", "bulk")],
-    "told": [("config.yaml", "yaml"), ("routing.json", "json")],
+    "told": [("config.yaml", "yaml"), ("routing.safetensors", "bulk")],
     "evaluated": [("results.json", "json")],
     "study": [("study.json", "json"), ("cells/*/cell.json", "json")],
     "cells": [("cells/*/cell.json", "json")],

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder, read_result
 from moce_ds.common.errors import MoceError
 from moce_ds.common.storage.checksums import CHECKSUM, Findings, write_checked
@@ -117,6 +118,7 @@ def _read_run(run: Path) -> None:
     for part in (WEIGHTS, OPTIMIZER):
         checkpoint.load(part)
     if checkpoint.manifest["clusters_hash"]:
+        checkpoint.routes  # noqa: B018 (must be readable)
         _, clusters = run_clusters(run)
         clusters_encoder(checkpoint, clusters, torch.device("cpu"))
         load_ids(run / "clusters", clusters.shards_fingerprint, int(clusters.sizes_M.sum()))
@@ -161,7 +163,7 @@ READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "dense run": (_read_run, "attempts/|reconstructions/|config.yaml|metrics.jsonl (cut|deleted)"),
     "moce run": (
         _read_run,
-        "attempts/|reconstructions/|config.yaml|metrics.jsonl cut|(metrics.jsonl|routing.json) deleted",
+        "attempts/|reconstructions/|config.yaml|metrics.jsonl cut|(metrics.jsonl|^routing.safetensors) deleted",
     ),
     "checkpoint": (_read_checkpoint, ""),
     "encoder": (load_encoder, ""),
@@ -210,6 +212,12 @@ def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def _exchange_routes(path: Path) -> None:
+    """Tables without a fault of their own that are not those of the checkpoint."""
+    table = RoutingTable.read(path / "routing.safetensors")
+    dataclasses.replace(table, expert_ML=np.roll(table.expert_ML, 1, axis=0)).write(path / "routing.safetensors")
+
+
 def _exchange_config(path: Path) -> None:
     """Another encoder of the same weights, itself without a fault."""
     opened = load_encoder(path / "encoder")
@@ -228,7 +236,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "provenance": ("encoder", _edit("provenance.json", '"step": 4', '"step": 5'), "provenance.json"),
     "heads of features": ("features", _exchange_config, "config.json"),
     "heads of clusters": ("clusters", _exchange_config, "config.json"),
-    "a loss": ("dense run", _edit("metrics.jsonl", '"loss": 0.5', '"loss": 0.4'), "metrics.jsonl"),
+    "a loss": ("dense run", _edit("metrics.jsonl", '"loss":0.5', '"loss":0.4'), "metrics.jsonl"),
     "a step left out": (
         "dense run", lambda run: (run / "metrics.jsonl").write_text(
             "".join((run / "metrics.jsonl").read_text().splitlines(keepends=True)[::2])
@@ -240,7 +248,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         ), "metrics.jsonl",
     ),
     "a setting": ("dense run", _edit("config.yaml", "seed: 0", "seed: 1"), "config.yaml"),
-    "a route": ("moce run", _edit("routing.json", "expert_ML", "expert_LM"), "routing.json"),
+    "a route": ("moce run", _exchange_routes, "routing.safetensors"),
     "clusters lost": ("moce run", lambda run: shutil.rmtree(run / "clusters"), "clusters"),
     "an accuracy": ("results", _edit("results.json", "0.625", "0.925"), "results.json"),
     "a measure": ("study", _edit("cells/seed=0/cell.json", "0.625", "0.925"), "cell.json"),

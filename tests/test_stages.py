@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
 from moce_ds.checkpoint.format import find, steps_of
-from moce_ds.common.storage.checksums import with_checksum
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import FeatureSet
@@ -143,18 +143,20 @@ def test_clusters_label_every_image(chain: Chain) -> None:
 
 def test_the_run_keeps_its_clusters_and_routes(chain: Chain) -> None:
     assert Clusters.open(chain / "moce" / "clusters").hash == Clusters.open(chain / "clusters").hash
-    manifest = find(chain / "moce").manifest
-    assert json.loads((chain / "moce" / "routing.json").read_text()) == with_checksum(manifest["routing"])
-    table = np.array(manifest["routing"]["expert_ML"])
-    probs_LME = np.array(manifest["routing"]["probs_LME"])
-    assert table.shape == (CLUSTERS, len(LAYERS)) and np.array_equal(probs_LME.argmax(-1).T, table)
+    checkpoint = find(chain / "moce")
+    path, beside = checkpoint.folder / "routing.safetensors", chain / "moce" / "routing.safetensors"
+    assert beside.read_bytes() == path.read_bytes() and not (chain / "moce" / "routing.json").exists()
+    table, tensors = RoutingTable.read(path), load_file(path)
+    assert table.step == STEPS and np.array_equal(table.expert_ML, checkpoint.routes.expert_ML)
+    expert_ML, probs_LME = tensors["expert_ML"], tensors["probs_LME"]
+    assert expert_ML.shape == (CLUSTERS, len(LAYERS)) and np.array_equal(probs_LME.argmax(-1).T, expert_ML)
     np.testing.assert_allclose(probs_LME.sum(-1), 1, atol=1e-5)
 
 
 def test_the_selected_route_wins_the_vote(chain: Chain, task: Path) -> None:
     (record,) = records(chain, "select").values()
     clusters = Clusters.open(chain / "clusters")
-    table = find(chain / "moce").manifest["routing"]["expert_ML"]
+    table = find(chain / "moce").routes.expert_ML
     shards = ShardSet.open(chain / "shards")
     images = {f"digits/{path.name}" for path in (task / "train/digits").iterdir()}
     images |= {f"flower/{path.name}" for path in (task / "train/flower").iterdir()}
@@ -233,7 +235,7 @@ def test_export_needs_one_possible_choice(chain: Chain, tmp_path: Path, words: s
 
 
 def test_export_by_cluster_and_by_route(chain: Chain, tmp_path: Path) -> None:
-    table = find(chain / "moce").manifest["routing"]["expert_ML"]
+    table = find(chain / "moce").routes.expert_ML
     route = ",".join(map(str, table[2]))
     assert run_here("export", chain / "moce", tmp_path / "cluster", "--cluster", 2).status == 0
     assert run_here("export", chain / "moce", tmp_path / "route", "--route", route).status == 0

@@ -6,6 +6,7 @@
           weights/block-03.safetensors              an encoder block without its experts; decoder-block-00 likewise
           weights/block-03-expert-002.safetensors   one *global* expert of one block
           optimizer/...                             the same file names: NAME.exp_avg and NAME.exp_avg_sq
+          routing.safetensors                       with experts by cluster: the tables of routes (`records.py`)
           state/...                                 of tuning: NAME.ema (running average), NAME.best (best weights by
                                                     validation), and the statistics of BatchNorm layers
 
@@ -14,39 +15,38 @@ A folder has its final name only when it is complete. Nothing here needs DeepSpe
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import safe_open
-from xxhash import xxh3_128
 
-from moce_ds.checkpoint.records import check_manifest
+from moce_ds.checkpoint.records import RoutingTable, check_manifest
+from moce_ds.checkpoint.tensor_file import RESTORE, checksum, damaged, read_checked, tensors_in, write_tensors
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.common.storage.checksums import Findings
 from moce_ds.common.storage.encoder_folder import ModelShape
-from moce_ds.common.storage.files import load_tensors, read_json, reads_from, sync, valid_record, writes_to
+from moce_ds.common.storage.files import read_json, reads_from, sync, valid_record, writes_to
 from moce_ds.models.parameters import place_of
 
 if TYPE_CHECKING:  # verbs without torch read records with this module
     from torch import Tensor
 
-FORMAT = "moce_ds checkpoint 2"
-MANIFEST = "manifest.json"
+FORMAT = "moce_ds checkpoint 3"
+_READABLE = (FORMAT, "moce_ds checkpoint 2")  # which has the tables of routes in the manifest
+MANIFEST, ROUTING = "manifest.json", "routing.safetensors"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
-_FILE = re.compile(rf"^({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors$")
+_FILE = re.compile(rf"^(({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors|{re.escape(ROUTING)})$")
 _STEP = re.compile(r"^step-(\d{8})$")
-_CHUNK = 2**20  # bytes read at a time
-_RESTORE = "restore it from a copy, or use another checkpoint."
 _WRITERS = 4  # threads: some copy and hash while others wait for the disk
 
 
@@ -62,6 +62,14 @@ def file_of(parameter: str) -> str:
 def step_folder(run: Path, step: int) -> Path:
     """The folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:08d}"
+
+
+class Routes(NamedTuple):
+    """The expert of every cluster in every expert layer, int64 [M, L], and the clusters' shares of the training images,
+    float64 [M]."""
+
+    expert_ML: NDArray[np.int64]
+    cluster_share_M: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ class Checkpoint:
         path = folder / MANIFEST
         manifest = read_json(path, "a checkpoint", "moce pretrain")
         stored = manifest.get("format") if isinstance(manifest, dict) else None
-        if stored != FORMAT:
+        if stored not in _READABLE:
             raise ArtefactError(f"{path}: format {stored!r}; this version reads {FORMAT!r}.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
@@ -152,6 +160,19 @@ class Checkpoint:
         experts: dict[str, Any] | None = self.entry("model", "experts")
         return experts
 
+    @cached_property
+    def routes(self) -> Routes:
+        """The routes of a model with experts by cluster. Raises ArtefactError if it has none, or they are damaged."""
+        name = (self.manifest.get("routing") or {}).get("file")
+        if name is None:
+            tables = (self.entry("routing", "expert_ML"), self.entry("routing", "cluster_share_M"))
+            return Routes(np.array(tables[0], np.int64), np.array(tables[1], np.float64))
+        self._check(name)
+        table, experts = RoutingTable.read(self.folder / name), self.experts
+        if experts and (table.layers, table.n_experts) != (tuple(experts["layers"]), experts["num_experts"]):
+            raise ArtefactError(f"{self.folder / name} holds the routes of another model: {RESTORE}")
+        return Routes(table.expert_ML, table.cluster_share_M)
+
     def names(self, part: str = WEIGHTS) -> list[str]:
         """Files of `weights`, `optimizer` or `state`, relative to the folder."""
         return sorted(name for name in self.manifest["files"] if name.startswith(f"{part}/"))
@@ -162,26 +183,41 @@ class Checkpoint:
         Raises:
             ArtefactError: a file is missing, or its content is not what was written.
         """
+        from torch import from_numpy  # imported here, because verbs without torch read records with this module
+
         wanted = self.names(part) if parameters is None else sorted({f"{part}/{file_of(p)}" for p in parameters})
+        self.check_holds(wanted)
         tensors: dict[str, Tensor] = {}
         for name in wanted:
-            if name not in self.manifest["files"]:
-                raise ArtefactError(f"{self.folder} holds no {name}: it belongs to another model.")
-            self._check(name)
-            tensors |= load_tensors(self.folder / name, _RESTORE)
+            tensors |= self.tensors(name, from_numpy(self.content(name)))
         return tensors
 
+    def check_holds(self, names: Iterable[str]) -> None:
+        """Raise ArtefactError if the checkpoint does not have one of these files."""
+        if lacking := [name for name in names if name not in self.manifest["files"]]:
+            raise ArtefactError(f"{self.folder} holds no {lacking[0]}: it belongs to another model.")
+
+    def bytes_of(self, name: str) -> int:
+        """The size of a file."""
+        return int(self.manifest["files"][name]["bytes"])
+
     def _check(self, name: str) -> None:
-        with reads_from(self.folder / name, _RESTORE):
-            checksum = _checksum(self.folder / name)
-        if checksum != self.manifest["files"][name]["xxh3"]:
-            raise ArtefactError(f"{self.folder / name} is damaged: its checksum is not the one it was written with.")
+        if checksum(self.folder / name) != self.manifest["files"][name]["xxh3"]:
+            raise damaged(self.folder / name)
+
+    def content(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a file, read once and checked. Raises ArtefactError if they are not what was written."""
+        return read_checked(self.folder / name, self.manifest["files"][name])
+
+    def tensors(self, name: str, content: "Tensor") -> "dict[str, Tensor]":
+        """The tensors in the `content` of a file, as views of it, wherever it is. Raises ArtefactError."""
+        return tensors_in(content, self.folder / name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every weight, read from the headers only. Raises ArtefactError."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name in self.names():
-            with reads_from(self.folder / name, _RESTORE), safe_open(self.folder / name, "np") as file:
+            with reads_from(self.folder / name, RESTORE), safe_open(self.folder / name, "np") as file:
                 shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         return shapes
 
@@ -203,8 +239,8 @@ class Checkpoint:
         if experts:
             rows["experts"] = f"{experts['num_experts']} in each of blocks {', '.join(map(str, experts['layers']))}"
         if experts and manifest.get("routing"):
-            table = manifest["routing"]["expert_ML"]
-            rows["routes"] = f"{len({tuple(row) for row in table})} taken by {len(table)} clusters"
+            expert_ML = self.routes.expert_ML
+            rows["routes"] = f"{len(np.unique(expert_ML, axis=0))} taken by {len(expert_ML)} clusters"
         return rows
 
     def verify(self) -> Findings:
@@ -276,42 +312,10 @@ def write_files(folder: Path, files: "Iterable[tuple[str, Mapping[str, Tensor]]]
         path = folder / item[0]
         with writes_to(path):
             path.parent.mkdir(exist_ok=True)
-            return item[0], _write_safetensors(path, item[1])
+            return item[0], write_tensors(path, item[1])
 
     with ThreadPoolExecutor(_WRITERS) as pool:
         return dict(pool.map(write, files))
-
-
-def _write_safetensors(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, Any]:
-    """Write float32 host tensors as a safetensors file and sync it; returns its size and checksum.
-
-    The library's writer copies every tensor twice, and the checksum would need a second pass: half the speed.
-    """
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        assert str(tensor.dtype) == "torch.float32" and not tensor.is_cuda, name
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
-    digest = xxh3_128()
-    with open(path, "wb", buffering=0) as file:
-        contents = (memoryview(tensor.contiguous().view(-1).numpy()).cast("B") for tensor in tensors.values())  # type: ignore[arg-type]
-        for content in chain((memoryview(len(text).to_bytes(8, "little") + text),), contents):
-            digest.update(content)
-            while content:  # a write may be incomplete
-                content = content[file.write(content) :]
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + end, "xxh3": digest.hexdigest()}
-
-
-def _checksum(path: Path) -> str:
-    """128-bit XXH3 of a file: detects damage at the speed of memory."""
-    digest, buffer = xxh3_128(), bytearray(_CHUNK)
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def write_checkpoint(
@@ -338,13 +342,16 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
 
     A checkpoint of the same step is moved aside first and removed last.
 
+    Args:
+        manifest: its `routing`, a `RoutingTable` or None, becomes a file, which the manifest names.
+
     Raises:
         ArtefactError: the manifest cannot be written, or the draft is missing.
     """
     replaced = final.with_name(f".{final.name}.replaced")
     with writes_to(final):
         # Not `write_json`, which creates folders: a draft that another attempt has removed must not reappear.
-        content = {"format": FORMAT, **manifest}
+        content = {"format": FORMAT, **_with_routing_file(draft, manifest)}
         (draft / MANIFEST).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")
         for written in (draft / MANIFEST, *draft.iterdir(), draft):
             sync(written)
@@ -355,6 +362,15 @@ def publish(draft: Path, final: Path, manifest: dict[str, Any]) -> None:
         draft.rename(final)
         sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _with_routing_file(draft: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    table = manifest.get("routing")
+    if not isinstance(table, RoutingTable):
+        return manifest
+    table.write(draft / ROUTING)
+    record = {"bytes": (draft / ROUTING).stat().st_size, "xxh3": checksum(draft / ROUTING)}
+    return {**manifest, "routing": {"file": ROUTING}, "files": {**manifest["files"], ROUTING: record}}
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

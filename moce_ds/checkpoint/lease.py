@@ -22,7 +22,7 @@ from moce_ds.common.errors import ArtefactError, MoceError
 from moce_ds.common.host.machine import refused
 from moce_ds.common.storage.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.common.storage.files import read_json, sync, writes_to
-from moce_ds.common.storage.metrics_file import METRICS
+from moce_ds.common.storage.metrics_file import METRICS, drop_incomplete_line
 from moce_ds.distributed.runtime import Runtime
 
 
@@ -158,9 +158,9 @@ class RunLease:
         """Replace a file that an older attempt may hold open by a copy, without an incomplete last line."""
         metrics = self.run / METRICS
         if metrics.exists():
-            lines = metrics.read_bytes().splitlines(keepends=True)
             with self.file(metrics, step=0) as draft:
-                draft.write_bytes(b"".join(line for line in lines if line.endswith(b"\n")))
+                shutil.copyfile(metrics, draft)
+                drop_incomplete_line(draft)
 
 
 def _folder(run: Path, number: int) -> Path:

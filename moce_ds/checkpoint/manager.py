@@ -20,12 +20,11 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import Files, HostBuffers, snapshot
-from moce_ds.checkpoint.format import prune, publish, step_folder, write_files
+from moce_ds.checkpoint.format import ROUTING, prune, publish, step_folder, write_files
 from moce_ds.checkpoint.lease import RunLease
-from moce_ds.checkpoint.run_folder import ROUTING
+from moce_ds.checkpoint.run_folder import ROUTING_OF_EARLIER_VERSIONS
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.errors import MoceError
-from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.distributed.runtime import Runtime
 
 
@@ -137,4 +136,6 @@ class CheckpointManager:
             prune(out, self._run.keep_checkpoints, self._run.keep_every)
         if self._manifest["routing"]:  # beside the checkpoints, for readers that need no weights
             with self.lease.file(out / ROUTING, step) as routing:
-                routing.write_text(json.dumps(with_checksum(self._manifest["routing"]), indent=2) + "\n")
+                shutil.copyfile(step_folder(out, step) / ROUTING, routing)
+            with self.lease.writing(step):
+                (out / ROUTING_OF_EARLIER_VERSIONS).unlink(missing_ok=True)  # of an older step

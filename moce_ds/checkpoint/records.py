@@ -1,11 +1,20 @@
-"""The JSON records of a run: the manifest of a checkpoint, and the routes of the newest one in `routing.json`.
+"""The records of a run: the manifest of a checkpoint, and the tables of its routes.
 
-A manifest is checked when it is read: all other code looks entries up by name. `routing.json` lies beside the
-checkpoints, for readers that need no weights.
+A manifest is checked when it is read: all other code looks entries up by name. The tables are a safetensors file of
+each checkpoint, which its manifest names; a copy of the newest one lies beside the checkpoints, for readers that need
+no weights. Earlier versions kept the tables in the manifest and the copy in `routing.json`.
+
+    expert_ML         int32    the expert of every cluster in every expert layer
+    probs_LME         float32  the probabilities of the gates
+    cluster_share_M   float64  share of the training images in each cluster
+    metadata          `moce_ds`: JSON with `format`, `step`, `layers`, and `sha256` of these and the tensors
 
 Axes: L expert layers, M clusters, E experts per layer.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,14 +22,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from safetensors import safe_open
 
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage.checksums import check_document, read_checked
-from moce_ds.common.storage.files import read_json, valid_record
+from moce_ds.common.storage.files import read_json, reads_from, save_tensors, valid_record
 
 _Count = Annotated[int, Field(ge=0)]
 _Table = list[list[_Count]]
 
+ROUTING_FORMAT = "moce_ds routes 1"
+_ABOUT = "moce_ds"  # the only key of the file's metadata: the library writes several in any order
+_CURE = "restore it from a copy, or use another checkpoint."
 _WHAT, _MADE_BY = "the routing tables", "moce pretrain"
 
 
@@ -42,11 +55,28 @@ class RoutingTable:
     probs_LME: NDArray[np.float64]
     cluster_share_M: NDArray[np.float64]
 
+    def write(self, path: Path) -> None:
+        """Write the tables as a safetensors file. Raises OSError, or SafetensorError with its text."""
+        tensors: dict[str, NDArray[Any]] = {
+            "expert_ML": self.expert_ML.astype(np.int32),
+            "probs_LME": self.probs_LME.astype(np.float32),
+            "cluster_share_M": self.cluster_share_M.astype(np.float64),
+        }
+        about = {"format": ROUTING_FORMAT, "step": self.step, "layers": list(self.layers)}
+        about["sha256"] = _digest(about, tensors)
+        save_tensors(path, tensors, {_ABOUT: json.dumps(about)})
+
     @classmethod
     def read(cls, path: Path) -> "RoutingTable":
-        """Read `routing.json`. Raises ArtefactError: it is damaged, a part is missing, or shapes disagree."""
-        tree = read_json(path, _WHAT, _MADE_BY)
-        check_document(path, tree, _WHAT, _MADE_BY)
+        """Read the tables, from a safetensors file or an earlier version's `routing.json`.
+
+        Raises:
+            ArtefactError: the file is damaged, a part is missing, or shapes disagree.
+        """
+        return cls._of_tree(path, _read_json_tables(path) if path.suffix == ".json" else _read_tables(path))
+
+    @classmethod
+    def _of_tree(cls, path: Path, tree: Mapping[str, Any]) -> "RoutingTable":
         try:
             routing = cls(
                 step=int(tree["step"]),
@@ -89,8 +119,35 @@ class RoutingTable:
         return sorted(range(len(confidence_M)), key=lambda c: (self.routes[c], -confidence_M[c], c))
 
 
+def _read_tables(path: Path) -> dict[str, Any]:
+    """The metadata and tensors of a safetensors file of routes. Raises ArtefactError."""
+    with reads_from(path, _CURE), safe_open(path, "np") as file:
+        about = dict(json.loads((file.metadata() or {})[_ABOUT]))
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        stored = about.pop("sha256", None)
+    if about.get("format") != ROUTING_FORMAT:
+        raise ArtefactError(f"{path}: format {about.get('format')!r}; this version reads {ROUTING_FORMAT!r}.")
+    if stored != _digest(about, tensors):
+        raise ArtefactError(f"{path} is damaged or was edited: its content does not match its checksum: {_CURE}")
+    return about | tensors
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).data)
+    return digest.hexdigest()
+
+
+def _read_json_tables(path: Path) -> Any:
+    tree = read_json(path, _WHAT, _MADE_BY)
+    check_document(path, tree, _WHAT, _MADE_BY)
+    return tree
+
+
 def read_routing_record(path: Path) -> dict[str, Any]:
-    """The tables as plain data, with their checksum. Raises ArtefactError."""
+    """The content of an earlier version's `routing.json`, with its checksum. Raises ArtefactError."""
     return read_checked(path, dict[str, Any], _WHAT, _MADE_BY)
 
 
@@ -102,10 +159,15 @@ class _File:
 
 @dataclass(frozen=True)
 class _Routing:
-    expert_ML: _Table
-    cluster_share_M: list[float]
+    """The name of the file with the tables; earlier versions kept the tables here."""
+
+    file: str | None = None
+    expert_ML: _Table = field(default_factory=list)
+    cluster_share_M: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.file is None and not self.expert_ML:
+            raise ValueError("neither a file of routes nor the routes themselves")
         if len(self.expert_ML) != len(self.cluster_share_M) or len({len(row) for row in self.expert_ML}) > 1:
             raise ValueError("expert_ML and cluster_share_M have different numbers of clusters")
 
@@ -155,6 +217,8 @@ class _Manifest:
 
     def __post_init__(self) -> None:
         experts = self.model.experts if self.model else None
+        if self.routing is not None and self.routing.file is not None and self.routing.file not in self.files:
+            raise ValueError(f"routing names {self.routing.file!r}, which is not among the files")
         if experts is None or self.routing is None:
             return
         for route in self.routing.expert_ML:

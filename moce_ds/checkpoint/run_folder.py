@@ -6,7 +6,7 @@
       metrics.jsonl        one record per logged step
       checkpoints/         step-NNNNNNNN, see `format.py`
       reconstructions/     step-NNNNNNNN.png (pre-training)
-      routing.json         the routes of the newest checkpoint (with experts by cluster)
+      routing.safetensors  the routes of the newest checkpoint (with experts by cluster); earlier: routing.json
       clusters/            the clusters that the run is trained with (with experts by cluster)
       teacher/             the encoder that SDR learns from
       tuned/               the tuned encoder with its head (classification, once complete)
@@ -14,8 +14,6 @@
       result.json          the measures of a complete tuning run, and the checksums of its model
 
 Verification ignores `tensorboard/`, a mirror of metrics.jsonl, and `launches/`, the records of launchers.
-
-Axes: S logged steps.
 """
 
 import json
@@ -24,13 +22,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.checkpoint.format import MANIFEST, Checkpoint, find, step_folder, steps_of
+from moce_ds.checkpoint.format import MANIFEST, ROUTING, Checkpoint, find, step_folder, steps_of
 from moce_ds.checkpoint.records import RoutingTable, read_routing_record
+from moce_ds.checkpoint.tensor_file import checksum
 from moce_ds.common.config.model_kinds import ModelKind, model_kind_of_tree, translate_tree
 from moce_ds.common.config.settings import read_yaml
 from moce_ds.common.config.values import recorded_path
@@ -53,13 +52,16 @@ from moce_ds.common.storage.checksums import (
 )
 from moce_ds.common.storage.encoder_folder import WEIGHTS, EncoderFolder
 from moce_ds.common.storage.files import valid_record
-from moce_ds.common.storage.metrics_file import METRICS, read_metrics, verify_metrics
+from moce_ds.common.storage.metrics_file import METRICS, verify_metrics
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.sampler import number_of_steps
 from moce_ds.data.shards import ShardSet
 
+if TYPE_CHECKING:
+    from moce_ds.common.storage.metrics_series import Reduced, Series
+
 CONFIG = "config.yaml"
-ROUTING = "routing.json"
+ROUTING_OF_EARLIER_VERSIONS = "routing.json"
 CLUSTERS, TEACHER = "clusters", "teacher"
 ATTEMPTS = "attempts"
 RECONSTRUCTIONS = "reconstructions"
@@ -131,9 +133,11 @@ class RunFolder:
         return recorded_path(str(named)) if named else None
 
     @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        """One record per logged step, in order of steps."""
-        return read_metrics(self.path / METRICS)
+    def metrics(self) -> "Series":
+        """The last record, and all series of the records, reduced."""
+        from moce_ds.common.storage.metrics_series import Series  # here, because training uses paths of this module
+
+        return Series.read(self.path / METRICS)
 
     @property
     def reconstruction(self) -> Path | None:
@@ -143,8 +147,8 @@ class RunFolder:
     @cached_property
     def routing(self) -> RoutingTable | None:
         """The routes of the newest checkpoint."""
-        path = self.path / ROUTING
-        return RoutingTable.read(path) if path.is_file() else None
+        paths = (self.path / name for name in (ROUTING, ROUTING_OF_EARLIER_VERSIONS))
+        return next((RoutingTable.read(path) for path in paths if path.is_file()), None)
 
     @cached_property
     def clusters(self) -> Clusters | None:
@@ -174,7 +178,7 @@ class RunFolder:
     @property
     def steps_done(self) -> str:
         """The steps done of all, and whether some are missing; empty if the length is unknown."""
-        done = max([*steps_of(self.path), *(record["step"] for record in self.metrics[-1:])], default=0)
+        done = max([*steps_of(self.path), self.metrics.last["step"] if self.metrics.last else 0])
         if self.length is None:
             return ""
         return f"{done:,} of {self.length:,}" + (", unfinished" if done < self.length else "")
@@ -189,16 +193,9 @@ class RunFolder:
                 return shards.count
         return None
 
-    def series(self, *keys: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Steps, float64 [S], and the values under nested `keys` of the metrics, float64 [S] or [S, ...].
-
-        Steps without a finite value are left out.
-        """
-        found = [(record["step"], value) for record in self.metrics if (value := _dig(record, keys)) is not None]
-        steps_S = np.array([step for step, _ in found], np.float64)
-        values_S = np.array([value for _, value in found], np.float64)
-        finite_S = np.isfinite(values_S).reshape(len(found), -1).all(axis=1) if found else np.ones(0, bool)
-        return steps_S[finite_S], values_S[finite_S]
+    def series(self, *keys: str) -> "Reduced":
+        """The values under nested `keys` of the metrics; records without a finite value are left out."""
+        return self.metrics.at(*keys)
 
     def describe(self) -> Rows:
         """Data, last record, result or newest checkpoint. Raises ArtefactError, ConfigError."""
@@ -219,9 +216,8 @@ class RunFolder:
         return rows
 
     def _last_record(self) -> Rows:
-        if not self.metrics:
+        if not (last := self.metrics.last):
             return {}
-        last = self.metrics[-1]
         loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
         return {"last record": f"step {last['step']}, loss {loss}"}
 
@@ -291,8 +287,8 @@ def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
         except MoceError as error:
             found += Findings([str(error)])
             continue
-        for file, checksum in record.files.items():
-            noted.setdefault(file, []).append(checksum)
+        for file, recorded in record.files.items():
+            noted.setdefault(file, []).append(recorded)
     for file, records in noted.items():  # any start may have written the current file
         each = [file_findings(run, {file: record}) for record in records]
         found += min(each, key=lambda one: len(one.faults))
@@ -303,16 +299,29 @@ def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
 
 def _verified_routing(run: Path, checkpoints: list[Checkpoint]) -> Findings:
     """Check that the tables are those of the checkpoint of the same step."""
-    newest = checkpoints[-1].manifest.get("routing") if checkpoints else None
-    if not (run / ROUTING).exists():
-        return Findings([f"{ROUTING}: is missing"] if newest else [])
-    content = read_routing_record(run / ROUTING)
+    newest = (checkpoints[-1].manifest.get("routing") if checkpoints else None) or {}
+    if (run / ROUTING).exists():
+        step, found = RoutingTable.read(run / ROUTING).step, checksum(run / ROUTING)
+        files = [checkpoint.manifest["files"].get(ROUTING) for checkpoint in checkpoints if checkpoint.step == step]
+        differs = any(record and record["xxh3"] != found for record in files)
+        return Findings([_other_table(ROUTING, step)] if differs else [])
+    if (run / ROUTING_OF_EARLIER_VERSIONS).exists() and "file" not in newest:
+        return _verified_earlier_routing(run / ROUTING_OF_EARLIER_VERSIONS, checkpoints)
+    return Findings([f"{ROUTING if 'file' in newest else ROUTING_OF_EARLIER_VERSIONS}: is missing"] if newest else [])
+
+
+def _verified_earlier_routing(path: Path, checkpoints: list[Checkpoint]) -> Findings:
+    content = read_routing_record(path)
     tables = {key: value for key, value in content.items() if key != CHECKSUM}
     of_step = [c.manifest["routing"] for c in checkpoints if c.manifest.get("routing") and c.step == tables.get("step")]
     if any(table != tables for table in of_step):
-        return Findings([f"{ROUTING}: is not the table of the checkpoint of step {tables.get('step')}"])
+        return Findings([_other_table(path.name, tables.get("step"))])
     unknown = not of_step and not has_checksum(content)
-    return Findings(unverified=[written_before(ROUTING)] if unknown else [])
+    return Findings(unverified=[written_before(path.name)] if unknown else [])
+
+
+def _other_table(name: str, step: Any) -> str:
+    return f"{name}: is not the table of the checkpoint of step {step}"
 
 
 def _verified_clusters(run: Path, expected: str | None) -> Findings:

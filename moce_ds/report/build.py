@@ -123,8 +123,8 @@ def _summary(group: RunGroup) -> str:
         text = f"{run.name}: {run.model_kind.title if run.model_kind.has_experts else 'dense MAE'}"
         if run.steps_done:
             text += f", step {run.steps_done}"
-        elif run.metrics:
-            text += f", {run.metrics[-1]['step']:,} steps"
+        elif run.metrics.last:
+            text += f", {run.metrics.last['step']:,} steps"
         if run.routing:
             blocks = " and ".join(str(layer) for layer in run.routing.layers)
             text += f", {run.routing.n_experts} experts in blocks {blocks}"
@@ -204,7 +204,7 @@ def _routes(records: Sequence[dict[str, Any]]) -> Table:
 def _training(runs: Sequence[RunFolder]) -> Iterator[Chapter]:
     exhibits = []
     for key, title, unit, scale, caption in _CURVES:
-        lines = [Line(run.name, *run.series(key), plots.colour(i)) for i, run in enumerate(runs)]
+        lines = [Line.of(run.name, run.series(key), plots.colour(i)) for i, run in enumerate(runs)]
         if drawn := [line for line in lines if len(line.values_S)]:
             exhibits.append(Exhibit(plots.curves(drawn, title, unit, scale), caption))
     if exhibits:

@@ -29,11 +29,13 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
+from moce_ds.common.storage.metrics_series import Reduced
 from moce_ds.common.text import plottable
 from moce_ds.report.page import Picture, data_uri
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8A8A8A")
 _INK, _FAINT = "#2b2f36", "#c9ced6"
+_POINTS = 300  # of a curve
 _NAME = 26  # characters of the name of a row or a tick
 _DOUBLING = 4  # numbers that span this factor are shown on an axis of doublings
 _WIDTH, _HEIGHT = 4.4, 2.75  # inches; 10 point text is then about 11 px high in a third of a wide page
@@ -69,12 +71,19 @@ Scale = Literal["linear", "from zero", "log", "percent"]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: name, steps [S] and values [S]."""
+    """One curve: name, steps [S] and values [S]; where they are means, the least and the largest values, [S] each."""
 
     name: str
     steps_S: Floats
     values_S: Floats
     colour: str
+    low_S: Floats | None = None
+    high_S: Floats | None = None
+
+    @classmethod
+    def of(cls, name: str, reduced: Reduced, colour: str) -> "Line":
+        """The curve of a series."""
+        return cls(name, reduced.steps_P, reduced.mean_P, colour, reduced.low_P, reduced.high_P)
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,10 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
         point = "o" if len(line.steps_S) == 1 else None  # a line needs two
         steps_S, values_S = _thin(line.steps_S, line.values_S)
         axes.plot(steps_S, values_S, lw=1.6, marker=point, color=line.colour, label=plottable(line.name))
+        if line.low_S is not None and line.high_S is not None and not np.array_equal(line.low_S, line.high_S):
+            starts = _starts(len(line.steps_S), _POINTS)
+            band = np.minimum.reduceat(line.low_S, starts), np.maximum.reduceat(line.high_S, starts)
+            axes.fill_between(steps_S, *band, color=line.colour, alpha=0.15, lw=0)
     values = np.concatenate([line.values_S for line in lines])
     if scale == "log" and values.min() > 0 and values.max() > 2 * values.min():
         axes.set_yscale("log")
@@ -122,7 +135,7 @@ def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
     """Each expert's share of the images, stacked over time; white dashes mark equal shares."""
     figure, axes = panel(title)
     n_experts = load_SE.shape[1]
-    points = min(300, 3000 // n_experts)
+    points = min(_POINTS, 3000 // n_experts)
     thinned = [_thin(steps_S, load_SE[:, expert], points) for expert in range(n_experts)]
     bands = np.stack([values for _, values in thinned])
     colours = [colour(expert) for expert in range(n_experts)]
@@ -258,9 +271,13 @@ def svg(figure: Figure, alt: str) -> Picture:
     return Picture(data_uri(drawn.getvalue(), "image/svg+xml"), round(width), round(height), alt)
 
 
-def _thin(steps_S: Floats, values_S: Floats, points: int = 300) -> tuple[Floats, Floats]:
+def _starts(length: int, points: int) -> NDArray[np.int64]:
+    """The first places of groups of neighbours, about `points` groups of a long series."""
+    return np.arange(0, length, ceil(length / points))
+
+
+def _thin(steps_S: Floats, values_S: Floats, points: int = _POINTS) -> tuple[Floats, Floats]:
     """Means over groups of neighbouring steps, about `points` of them for a long run."""
-    stride = ceil(len(steps_S) / points)
-    starts = np.arange(0, len(steps_S), stride)
+    starts = _starts(len(steps_S), points)
     counts = np.diff([*starts, len(steps_S)])
     return np.add.reduceat(steps_S, starts) / counts, np.add.reduceat(values_S, starts) / counts

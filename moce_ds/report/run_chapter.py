@@ -97,26 +97,26 @@ def _experts(run: RunFolder) -> Iterator[Section]:
         ("imbalance", "0 if the gates prefer no expert, 1 − E for every expert layer if they are certain."),
         ("balance", "Squared coefficient of variation of the experts' load, summed over layers: 0 is an equal load."),
     ):
-        steps_S, values_S = run.series(key)
-        if len(steps_S):
-            title = f"{key.capitalize()} loss"
-            exhibits.append(Exhibit(plots.curves([Line(key, steps_S, values_S, plots.colour(0))], title, ""), caption))
-    layers = sorted({layer for record in run.metrics for layer in record.get("layers", {})}, key=int)
+        line = Line.of(key, run.series(key), plots.colour(0))
+        if len(line.steps_S):
+            exhibits.append(Exhibit(plots.curves([line], f"{key.capitalize()} loss", ""), caption))
+    layers = sorted({keys[1] for keys in run.metrics if keys[0] == "layers"}, key=int)
     confidence = [
-        Line(f"block {layer}", *run.series("layers", layer, "confidence"), plots.colour(i))
+        Line.of(f"block {layer}", run.series("layers", layer, "confidence"), plots.colour(i))
         for i, layer in enumerate(layers)
     ]
     if confidence:
         caption = "Mean probability of the chosen expert; 1/E means undecided, 100% certain."
         exhibits.append(Exhibit(plots.curves(confidence, "Gate confidence", "probability", "percent"), caption))
     for layer in layers:
-        steps_S, load_SE = run.series("layers", layer, "load")
-        _, live_S = run.series("layers", layer, "live")
+        load, live = run.series("layers", layer, "load"), run.series("layers", layer, "live")
+        if not len(load.steps_P):
+            continue
         caption = (
             f"Share of images of each expert of block {layer}; white dashes mark equal shares. "
-            f"Live at the end: {live_S[-1]:.0f} of {load_SE.shape[1]} experts."
+            f"Live at the end: {live.high_P[-1]:.0f} of {load.mean_P.shape[1]} experts."
         )
-        exhibits.append(Exhibit(plots.expert_load(steps_S, load_SE, f"Expert load, block {layer}"), caption))
+        exhibits.append(Exhibit(plots.expert_load(load.steps_P, load.mean_P, f"Expert load, block {layer}"), caption))
     if exhibits:
         yield Section("Experts in training", exhibits=exhibits)
 

@@ -51,7 +51,7 @@ def route_label(route: tuple[int, ...]) -> str:
 
 def routes_of(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
     """The route of every cluster."""
-    return [tuple(row) for row in checkpoint.entry("routing", "expert_ML")]
+    return [tuple(row) for row in checkpoint.routes.expert_ML.tolist()]
 
 
 def choose_cluster(checkpoint: Checkpoint, cluster: int) -> SelectedExperts:
@@ -68,7 +68,7 @@ def choose_route(checkpoint: Checkpoint, experts: tuple[int, ...]) -> SelectedEx
     Raises:
         ConfigError: the route has the wrong length, or no cluster takes it; the message lists all routes.
     """
-    routes, share_M = routes_of(checkpoint), checkpoint.entry("routing", "cluster_share_M")
+    routes, share_M = routes_of(checkpoint), checkpoint.routes.cluster_share_M.tolist()
     on_route = {cluster: share_M[cluster] for cluster, route in enumerate(routes) if route == experts}
     total = sum(on_route.values())
     if not total:
@@ -84,7 +84,7 @@ def choose_expert(checkpoint: Checkpoint, expert: int) -> SelectedExperts:
         ConfigError: no cluster takes that expert; the message lists the experts taken.
     """
     share: dict[tuple[int, ...], float] = {}
-    for route, part in zip(routes_of(checkpoint), checkpoint.entry("routing", "cluster_share_M"), strict=True):
+    for route, part in zip(routes_of(checkpoint), checkpoint.routes.cluster_share_M.tolist(), strict=True):
         share[route] = share.get(route, 0.0) + part
     through = {route: part for route, part in share.items() if route[-1] == expert and part}
     if not through:
@@ -95,7 +95,7 @@ def choose_expert(checkpoint: Checkpoint, expert: int) -> SelectedExperts:
 
 def choose_all(checkpoint: Checkpoint) -> list[SelectedExperts]:
     """All routes that training images take."""
-    share_M = checkpoint.entry("routing", "cluster_share_M")
+    share_M = checkpoint.routes.cluster_share_M.tolist()
     taken = {route for route, share in zip(routes_of(checkpoint), share_M, strict=True) if share}
     return [choose_route(checkpoint, route) for route in sorted(taken)]
 
@@ -114,7 +114,7 @@ def choose_average(checkpoint: Checkpoint, how: str, histogram: ClusterShares | 
         how: "weighted" by the images of each expert, or "uniform".
         histogram: share of a task's images in each cluster; None: of the training set.
     """
-    shares = histogram or dict(enumerate(checkpoint.entry("routing", "cluster_share_M")))
+    shares = histogram or dict(enumerate(checkpoint.routes.cluster_share_M.tolist()))
     routes, layers = routes_of(checkpoint), []
     for layer in range(len(routes[0])):
         by_expert: dict[int, dict[int, float]] = {}

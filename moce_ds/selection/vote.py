@@ -156,7 +156,7 @@ def _label(
 
 def recorded_routes(checkpoint: Checkpoint) -> NDArray[np.int64]:
     """The first expert of every cluster in every expert layer, [M, L], as the checkpoint records it."""
-    return np.array(checkpoint.entry("routing", "expert_ML"), dtype=np.int64)
+    return checkpoint.routes.expert_ML
 
 
 def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selection:

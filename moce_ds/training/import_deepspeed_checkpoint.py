@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters
-from moce_ds.checkpoint.format import step_folder, write_checkpoint
-from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG, ROUTING
+from moce_ds.checkpoint.format import ROUTING, step_folder, write_checkpoint
+from moce_ds.checkpoint.records import RoutingTable
+from moce_ds.checkpoint.run_folder import ATTEMPTS, CLUSTERS, CONFIG
 from moce_ds.checkpoint.weight_files import read_torch_file
 from moce_ds.common.config import settings as configuration
 from moce_ds.common.errors import ArtefactError, ConfigError
@@ -245,7 +246,7 @@ def _hashes(data: ClusteredData | None) -> dict[str, str | None]:
 
 
 def _manifest(
-    native: Native, made_from: dict[str, Any], routing: dict[str, Any] | None, slot_LE: NDArray[np.int64]
+    native: Native, made_from: dict[str, Any], routing: RoutingTable | None, slot_LE: NDArray[np.int64]
 ) -> dict[str, Any]:
     """The manifest of the checkpoint without its files."""
     return {
@@ -265,7 +266,7 @@ def _write_run(
 ) -> None:
     """Write settings (YAML), clusters, routes and the checkpoint, as pre-training does."""
     if clusters is not None:
-        write_checked(draft / ROUTING, manifest["routing"])
+        manifest["routing"].write(draft / ROUTING)
         copy_tree(clusters, draft / CLUSTERS)
     (draft / CONFIG).write_text(settings, encoding="utf-8")
     (draft / ATTEMPTS).mkdir()

@@ -3,7 +3,6 @@
 Only the main process writes. `read_metrics` resolves a step that two attempts have recorded.
 """
 
-import json
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from moce_ds.checkpoint.lease import RunLease
 from moce_ds.common.host.machine import reason
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import sync, writes_to
-from moce_ds.common.storage.metrics_file import METRICS, checked, last_check
+from moce_ds.common.storage.metrics_file import METRICS, last_check, sealed
 from moce_ds.distributed.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _WINDOW = 20  # steps that rates are averaged over
+_TABLES, _MIRRORED = 256, 4096  # see `Thinned`: tables of experts in the records, and records in TensorBoard
+_TABLE = "load"  # in the statistics of a layer: one number an expert
 
 
 class Meter:
@@ -80,6 +81,23 @@ def measures(
     }
 
 
+class Thinned:
+    """Which records of a run are taken: all at first, later those that are a `parts`-th of the steps so far apart.
+
+    So n records become about parts x (1 + log(n / parts)), and a plot of the run has the same resolution at any length.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self._parts, self._last = parts, 0
+
+    def takes(self, step: int) -> bool:
+        """Whether the record of a step is taken; steps rise."""
+        if (step - self._last) * self._parts < step:
+            return False
+        self._last = step
+        return True
+
+
 class MetricLogger:
     """Progress line, metrics.jsonl and TensorBoard of one attempt; use it as a context. Making one is a collective.
 
@@ -90,7 +108,8 @@ class MetricLogger:
     def __init__(self, lease: RunLease, first_step: int, steps: int, images_per_step: int, runtime: Runtime) -> None:
         self._lease, self._runtime = lease, runtime
         self._check = ""
-        self._images_per_step = images_per_step
+        self._images_per_step, self._steps = images_per_step, steps
+        self._tables, self._mirrored = Thinned(_TABLES), Thinned(_MIRRORED)
         with runtime.raise_on_all_ranks(), writes_to(lease.run):
             if runtime.is_main:
                 self._check = last_check(lease.run / METRICS)
@@ -158,12 +177,15 @@ class MetricLogger:
                 self._show(record)
 
     def _write(self, record: dict[str, Any]) -> None:
-        line = checked(_finite(record), self._check)
-        self._record.write(json.dumps(line, allow_nan=False) + "\n")
+        last = record["step"] == self._steps
+        if not self._tables.takes(record["step"]) and not last:
+            record = _without_tables(record)
+        line, self._check = sealed(_finite(record), self._check)
+        self._record.write(line)
         self._record.flush()
-        self._check = line["check"]
-        for tag, value in _flat(record):
-            self._board.scalar(tag, value, record["step"])
+        if self._mirrored.takes(record["step"]) or last:
+            for tag, value in _flat(record):
+                self._board.scalar(tag, value, record["step"])
 
     def _show(self, record: dict[str, Any]) -> None:
         line = progress_line(record)
@@ -194,9 +216,23 @@ def progress_line(record: dict[str, Any]) -> str:
     ]
     layers = record.get("layers")
     if layers:
-        loads = [share for layer in layers.values() for share in layer["load"]]
-        parts.append(f"load {min(loads):.0%}-{max(loads):.0%}")
+        least, most = (
+            min(layer["load_min"] for layer in layers.values()),
+            max(layer["load_max"] for layer in layers.values()),
+        )
+        parts.append(f"load {least:.0%}-{most:.0%}")
     return " ".join(parts)
+
+
+def _without_tables(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose layers have no table of all experts."""
+    if "layers" not in record:
+        return record
+    layers = {
+        block: {name: value for name, value in layer.items() if name != _TABLE}
+        for block, layer in record["layers"].items()
+    }
+    return {**record, "layers": layers}
 
 
 def _finite(value: Any) -> Any:

@@ -137,7 +137,7 @@ def choose_placement(
         saved = np.array(resume_from.entry("placement", "slot_LE"), dtype=np.int64)
         if resume_from.entry("placement", "ep_size") == experts.ep_size:
             return saved
-        expert_ML = np.array(resume_from.entry("routing", "expert_ML"), dtype=np.int64)
+        expert_ML = resume_from.routes.expert_ML
     else:
         gates = {name: parameter for name, parameter in global_parameters(model) if is_cluster_gate(name)}
         given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}

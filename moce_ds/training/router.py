@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.distributed.device_copy import HostCopy, on_device, together_on_device
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.moce import Moce, Routing
@@ -166,17 +167,22 @@ class Router:
 
         return PendingPlan(plan, agree, self.runtime.device)
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The noise-free table as plain data: what `routing.json` and a checkpoint's manifest hold."""
+    def record(self, step: int) -> RoutingTable:
+        """The noise-free table, for a checkpoint."""
         table = self.prepare(None)
-        return {
-            "step": step,
-            "layers": list(self.model.experts.layers),
-            "experts": self.shape_LME[2],
-            "expert_ML": table.expert_MLK[:, :, 0].tolist(),
-            "probs_LME": table.host_probs_LME.double().numpy().round(6).tolist(),
-            "cluster_share_M": self.share_M.double().numpy().round(8).tolist(),
-        }
+        return RoutingTable(
+            step,
+            tuple(self.model.experts.layers),
+            table.expert_MLK[:, :, 0],
+            table.host_probs_LME.double().numpy(),
+            self.share_M.double().numpy().round(8),
+        )
+
+
+def _evenness(share_E: NDArray[np.float64]) -> float:
+    """Entropy of the shares, divided by that of equal ones: 1 is even, 0 is one expert for all."""
+    used = share_E[share_E > 0]
+    return float(-(used * np.log(used)).sum() / np.log(len(share_E))) if len(share_E) > 1 else 1.0
 
 
 class RouteStatistics:
@@ -188,9 +194,9 @@ class RouteStatistics:
         self._warned: set[tuple[int, int]] = set()
 
     def of_step(self, ids_G: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
-        """Of the last step, per expert layer: `load` (share of the micro-batch, with the step's noise); and of the
-        table without noise `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed
-        since last asked."""
+        """Of the last step, per expert layer: `load` (each expert's share of the micro-batch, with the step's noise),
+        its least and largest share and its entropy, divided by that of equal shares; and of the table without noise
+        `live` experts, mean `confidence`, and `churn`, the share of clusters whose expert changed since last asked."""
         router, E = self.router, self.router.shape_LME[2]
         assert router.table is not None
         plain = router.prepare(None)
@@ -204,6 +210,9 @@ class RouteStatistics:
             load_E = np.bincount(chosen_GLK[:, layer].ravel(), minlength=E) / chosen_GLK[:, layer].size
             found[str(block)] = {
                 "load": load_E.round(5).tolist(),
+                "load_min": round(float(load_E.min()), 5),
+                "load_max": round(float(load_E.max()), 5),
+                "load_entropy": round(_evenness(load_E), 5),
                 "live": len(live[layer]),
                 "confidence": round(confidence_L[layer], 5),
                 "churn": round(float(churn_L[layer]), 5),

@@ -12,6 +12,7 @@ from moce_ds.checkpoint.format import STATE, Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.run_folder import RESULT, read_result, result_text
+from moce_ds.checkpoint.shared_read import Wanted, read_together
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.checksums import FileRecord
@@ -95,8 +96,15 @@ class TuneTask(TrainingTask):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore average, best weights and statistics; a collective. Raises ArtefactError."""
+        tensors: dict[str, Tensor] = {}
+
+        def take(_: str, found: dict[str, Tensor]) -> None:
+            tensors.update({name: tensor.cpu() for name, tensor in found.items()})
+
+        wanted = [Wanted(name, None) for name in checkpoint.names(STATE)]
+        read_together(checkpoint, wanted, take, self._runtime)
         with self._runtime.raise_on_all_ranks():
-            self._state.load(checkpoint.load(STATE), checkpoint.entry("best"), str(checkpoint.folder))
+            self._state.load(tensors, checkpoint.entry("best"), str(checkpoint.folder))
 
     def batches(self, first_step: int) -> Iterator[Any]:
         """Micro-batches that worker processes prepare, on the host."""

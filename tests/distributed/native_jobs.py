@@ -114,7 +114,7 @@ def save(config: PretrainSettings, runtime: Runtime, folder: Path) -> None:
         session.train()
         engine, record["loss"] = session.engine, session.final_loss()
         if session.router:
-            record["routing"] = session.router.record(STEPS)
+            record["expert_ML"] = session.router.record(STEPS).expert_ML.tolist()
     weights = {key: p.detach().float().clone() for key, p in global_parameters(engine.module)}
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / f"expected-{runtime.rank}.safetensors")

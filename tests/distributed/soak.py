@@ -69,7 +69,7 @@ def last_record(run: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - 8192))
             for line in reversed(file.read().splitlines(keepends=True)):
-                if line.startswith(b'{"step"') and line.endswith(b"\n"):
+                if line.startswith(b"{") and line.endswith(b"\n"):
                     return json.loads(line)
     return {"step": 0, "attempt": 0}
 

@@ -90,7 +90,7 @@ def test_the_variants_are_what_they_say(made: tuple[Path, dict[str, Told]]) -> N
         assert any(".common." in key for key in state) == (name == "paths")
         assert all(f"blocks.{EXPERT_LAYERS[1]}.mlp.experts.{e}.fc1.weight" in state for e in range(4))
     assert len({losses(runs / f"{name}-two")[-1] for name in VARIANTS}) >= len(VARIANTS) - 2
-    expert_ML = np.array(find(runs / "tied-two").manifest["routing"]["expert_ML"])
+    expert_ML = find(runs / "tied-two").routes.expert_ML
     assert (expert_ML[:, 0] == expert_ML[:, 1]).all()
     for name in VARIANTS:
         record = read_metrics(runs / f"{name}-two" / "metrics.jsonl")[-1]
@@ -102,9 +102,9 @@ def test_the_variants_are_what_they_say(made: tuple[Path, dict[str, Told]]) -> N
 
 def test_a_balanced_choice_keeps_loads_even(made: tuple[Path, dict[str, Told]]) -> None:
     """Six clusters of unequal sizes for four experts: none is idle, none has most of the images."""
-    routing = find(made[0] / "sinkhorn-two").manifest["routing"]
-    for expert_M in np.array(routing["expert_ML"]).T:
-        load = np.bincount(expert_M, weights=routing["cluster_share_M"], minlength=4)
+    routes = find(made[0] / "sinkhorn-two").routes
+    for expert_M in routes.expert_ML.T:
+        load = np.bincount(expert_M, weights=routes.cluster_share_M, minlength=4)
         assert load.min() > 0 and load.max() < 0.5
 
 

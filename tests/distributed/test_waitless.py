@@ -60,7 +60,7 @@ class Told:
 def train(case: Case, waitless: bool, runtime: Runtime) -> Told:
     """Five steps of a small model, of which all but step BAD update it."""
     torch.manual_seed(0)
-    model = _model(case.ep_size, runtime.rank)
+    model = small_model(case.ep_size, runtime.rank)
     optim, batches = PretrainOptimSettings(clip=case.clip), BatchArithmetic(G, runtime.world_size, case.accumulation)
     engine = start_engine(
         model,
@@ -77,7 +77,7 @@ def train(case: Case, waitless: bool, runtime: Runtime) -> Told:
         if step == BAD:
             told.before = arrays(engine, runtime)
         bad = step == BAD and runtime.rank == runtime.world_size - 1
-        _take_step(engine, case, step, spoilt if bad else None, runtime, batches)
+        take_step(engine, case, step, spoilt if bad else None, runtime, batches)
         verdict = applied(engine)
         assert isinstance(verdict, Tensor) == waitless
         told.applied.append(bool(verdict))
@@ -89,7 +89,7 @@ def train(case: Case, waitless: bool, runtime: Runtime) -> Told:
     return told
 
 
-def _model(ep_size: int, rank: int) -> MaskedAutoencoder:
+def small_model(ep_size: int, rank: int) -> MaskedAutoencoder:
     if not ep_size:
         return MaskedAutoencoder(SHAPE, DECODER, 0.75)
     embeddings_MD, share_M = torch.randn(M, SHAPE.width), torch.full((M,), 1 / M)
@@ -106,7 +106,7 @@ def _model(ep_size: int, rank: int) -> MaskedAutoencoder:
     return model
 
 
-def _take_step(
+def take_step(
     engine: Engine, case: Case, step: int, spoilt: Parameter | None, runtime: Runtime, batches: BatchArithmetic
 ) -> None:
     """One update; the gradient of `spoilt` is NaN in its last micro-batch."""

@@ -18,7 +18,7 @@ from moce_ds.cli.workflow.study import cell_stage, keep_record
 from moce_ds.cli.workflow.study_grid import StudySettings, cells_of
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.config.settings import load, to_tree
-from moce_ds.common.storage.checksums import FileRecord, write_checked
+from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.common.storage.files import atomic_folder
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
@@ -134,8 +134,8 @@ def _write_run(config: AnySettings, model: torch.nn.Module, told: Mapping[str, A
     files = write_files(draft, (grouped("weights", weights) | grouped("optimizer", moments)).items())
     publish(draft, step_folder(run, STEPS), manifest | {"files": files})
     if manifest["routing"]:
-        with attempt.file(run / "routing.json", STEPS) as routing:
-            write_checked(routing, manifest["routing"])
+        with attempt.file(run / "routing.safetensors", STEPS) as routing:
+            manifest["routing"].write(routing)
     return run
 
 

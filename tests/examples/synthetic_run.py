@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.checkpoint.format import WEIGHTS, file_of, publish, step_folder, write_files
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.transform import ImageInput
 from moce_ds.models.build import ModelSpec, build_model
@@ -75,8 +76,9 @@ def write_run(folder: Path, spec: ModelSpec) -> Path:
     files = {}
     for name, tensors in _weights(spec, clusters, generator):
         files |= write_files(draft, [(f"{WEIGHTS}/{name}", tensors)])
-    routes = [[(c + layer) % spec.experts.num_experts for layer in spec.experts.layers] for c in range(CLUSTERS)]
-    routing = {"expert_ML": routes, "cluster_share_M": clusters.share_M.tolist()}
+    layers, E = spec.experts.layers, spec.experts.num_experts
+    expert_ML = (np.arange(CLUSTERS)[:, None] + np.array(layers)) % E
+    routing = RoutingTable(1, layers, expert_ML, np.eye(E)[expert_ML.T], clusters.share_M)
     manifest = {"step": 1, "model": spec.to_tree(), "clusters_hash": clusters.hash, "routing": routing, "files": files}
     publish(draft, step_folder(folder, 1), manifest)
     return folder

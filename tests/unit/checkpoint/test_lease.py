@@ -10,21 +10,31 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from moce_ds.checkpoint.format import WEIGHTS, find, grouped, step_folder, steps_of, write_checkpoint, write_files
+from moce_ds.checkpoint.format import (
+    ROUTING,
+    WEIGHTS,
+    find,
+    grouped,
+    step_folder,
+    steps_of,
+    write_checkpoint,
+    write_files,
+)
 from moce_ds.checkpoint.lease import METRICS, RunLease, SupersededError
 from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.errors import LOST_PEER, ArtefactError
-from moce_ds.common.storage.checksums import with_checksum
 from moce_ds.common.storage.files import writes_to
 from moce_ds.common.storage.metrics_file import read_metrics
 from tests.examples.alone import ALONE
 
 WEIGHT = {"cls_token": torch.ones(3)}
-ROUTING = {"expert_ML": [[0]], "cluster_share_M": [1.0]}
+ROUTES = RoutingTable(6, (1,), np.zeros((1, 1), np.int64), np.ones((1, 1, 1)), np.ones(1))
 
 
 def claim(run: Path) -> RunLease:
@@ -176,7 +186,7 @@ def saver_with_draft(run: Path, step: int) -> tuple[CheckpointManager, RunLease,
     """A saver whose draft of a step is written but not published."""
     attempt = claim(run)
     saver = CheckpointManager(None, RunSettings(out=run, keep_checkpoints=1), attempt, ALONE)
-    saver._manifest = {"step": step, "routing": ROUTING}
+    saver._manifest = {"step": step, "routing": ROUTES}
     attempt.draft(step).mkdir()
     return saver, attempt, write_files(attempt.draft(step), grouped(WEIGHTS, WEIGHT).items())
 
@@ -184,9 +194,11 @@ def saver_with_draft(run: Path, step: int) -> tuple[CheckpointManager, RunLease,
 def test_the_owner_publishes(tmp_path: Path) -> None:
     write_checkpoint(step_folder(tmp_path, 4), WEIGHT, {}, {"step": 4})
     saver, attempt, files = saver_with_draft(tmp_path, 6)
+    (tmp_path / "routing.json").write_text("{}")  # of an earlier version
     saver._publish(attempt.draft(6), files)
     assert steps_of(tmp_path) == [6] and find(tmp_path).faults() == []
-    assert json.loads((tmp_path / "routing.json").read_text()) == with_checksum(ROUTING)
+    assert (tmp_path / ROUTING).read_bytes() == (step_folder(tmp_path, 6) / ROUTING).read_bytes()
+    assert RoutingTable.read(tmp_path / ROUTING).step == 6 and not (tmp_path / "routing.json").exists()
 
 
 def test_an_attempt_that_is_over_publishes_nothing(tmp_path: Path) -> None:
@@ -196,7 +208,7 @@ def test_an_attempt_that_is_over_publishes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SupersededError, match="Step 6: another process has taken over"):
         saver._publish(attempt.draft(6), files)
     assert steps_of(tmp_path) == [4], "nor is anything removed"
-    assert not attempt.folder.exists() and not (tmp_path / "routing.json").exists()
+    assert not attempt.folder.exists() and not (tmp_path / ROUTING).exists()
     assert not list(owner.folder.iterdir())
 
 

@@ -25,6 +25,13 @@ def rewritten(run: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
+def as_earlier_version(content: dict[str, Any]) -> None:
+    """An edit: tables of routes in the manifest."""
+    routing = {"expert_ML": [[0, 1]] * 6, "cluster_share_M": [1 / 6] * 6}
+    content |= {"format": "moce_ds checkpoint 2", "routing": routing}
+    del content["files"]["routing.safetensors"]
+
+
 def put(*keys: str, value: object) -> Callable[[dict[str, Any]], object]:
     """An edit: another value under nested keys."""
 
@@ -51,6 +58,8 @@ WRONG = {
     "another number of clusters": put("routing", "expert_ML", value=[[0, 1]]),
     "routes are text": put("routing", "expert_ML", value=[["a", "b"]] * 6),
     "shares are null": put("routing", "cluster_share_M", value=None),
+    "no routes": put("routing", value={}),
+    "routes of an unknown file": put("routing", value={"file": "routes.safetensors"}),
     "placement is a list": put("placement", value=[0]),
     "ep_size is 0": put("placement", "ep_size", value=0),
     "dealt_by is a number": put("dealt_by", value=7),
@@ -73,6 +82,7 @@ def test_every_wrong_entry_is_refused(run: Path) -> None:
     right = path.read_text()
     for name, change in WRONG.items():
         path.write_text(right)
+        rewritten(run, as_earlier_version)
         rewritten(run, change)
         with pytest.raises(ArtefactError) as caught:
             Checkpoint.open(step_folder(run, 5))
@@ -105,6 +115,7 @@ def test_no_verb_trips_over_an_entry_that_is_not_there(run: Path, tiny_images: P
 def test_the_test_edits_what_is_there(run: Path) -> None:
     content = json.loads((step_folder(run, 5) / "manifest.json").read_text())
     assert content["format"] == FORMAT and set(KEYS) <= content.keys()
+    as_earlier_version(content)
     for change in WRONG.values():
         other = copy.deepcopy(content)
         change(other)

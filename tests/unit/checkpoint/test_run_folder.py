@@ -37,10 +37,10 @@ def test_a_series_has_the_steps_at_which_a_value_is_recorded_and_finite(tmp_path
     records = [{"step": 1, "layers": {"3": 0.5}}, {"step": 2}, {"step": 3, "layers": {"3": None}}]
     records += [{"step": 4, "layers": {"3": float("inf")}}, {"step": 5, "layers": {"3": 0.25}}]
     (tmp_path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in records))
-    steps_S, values_S = RunFolder.open(tmp_path).series("layers", "3")
-    np.testing.assert_array_equal(steps_S, [1, 5])
-    np.testing.assert_array_equal(values_S, [0.5, 0.25])
-    assert [len(found) for found in RunFolder.open(tmp_path).series("loss")] == [0, 0]
+    found = RunFolder.open(tmp_path).series("layers", "3")
+    np.testing.assert_array_equal(found.steps_P, [1, 5])
+    np.testing.assert_array_equal(found.mean_P, [0.5, 0.25])
+    assert [len(part) for part in RunFolder.open(tmp_path).series("loss")] == [0, 0, 0, 0]
 
 
 def test_a_run_whose_newest_checkpoint_is_damaged_or_missing_still_says_what_it_was_made_from(

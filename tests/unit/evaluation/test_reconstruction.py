@@ -22,6 +22,7 @@ from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.reconstruction import Reconstructions, RoutedImages, evaluate_run, load_whole, run_routes
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.moce import upcycle
+from moce_ds.selection.routes import routes_of
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.selection.vote import count_votes, label_images, select_route
 
@@ -92,13 +93,12 @@ def test_the_choice_of_experts_is_that_of_training(tiny_moce_run: Callable[..., 
     checkpoint, clusters = run_clusters(tiny_moce_run(f"experts.balance={balance}"))
     model = load_whole(checkpoint, clusters)
     expert_MLK = run_routes(model, checkpoint)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(expert_MLK[:, :, 0], checkpoint.manifest["routing"]["expert_ML"])
+    np.testing.assert_array_equal(expert_MLK[:, :, 0], checkpoint.routes.expert_ML)
 
 
 def test_a_random_table_is_rebuilt_from_its_seed(tiny_moce_run: Callable[..., Path], tiny_shards: Path) -> None:
     run = tiny_moce_run("experts.gate=random", "run.seed=4")
-    table = np.array(find(run).manifest["routing"]["expert_ML"])
-    assert evaluated(run, tiny_shards).route in {tuple(row) for row in table}
+    assert evaluated(run, tiny_shards).route in set(routes_of(find(run)))
 
 
 def test_what_is_no_dense_twin_is_refused(

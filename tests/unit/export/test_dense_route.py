@@ -33,7 +33,7 @@ from moce_ds.models.vit import load_encoder, timm_vit
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.reference import ReferenceMoE
 from moce_ds.moe.routing_plan import make_plan
-from moce_ds.selection.routes import SelectedExperts, choose_cluster, choose_route, choose_selected
+from moce_ds.selection.routes import SelectedExperts, choose_cluster, choose_route, choose_selected, routes_of
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.selection.vote import Selection
 from moce_ds.training.settings import PretrainSettings
@@ -77,7 +77,7 @@ def test_the_export_of_a_cluster_is_moce_for_its_images(
         assert (exported.forward_features(images) - expected).abs().max() < 1e-5
 
         clusters_WB = np.full((1, len(images)), cluster)
-        table = np.array(checkpoint.manifest["routing"]["expert_ML"])[:, :, None]
+        table = checkpoint.routes.expert_ML[:, :, None]
         routing = Routing(
             torch.from_numpy(clusters_WB[0]), make_plan(clusters_WB, table, default_placement(2, 4), 0, 1), None
         )
@@ -124,7 +124,7 @@ def test_a_route_of_several_clusters_has_their_mean_gate_value(
     """Weighed by the clusters' shares of the training set, or by the task's votes."""
     checkpoint, clusters = run_clusters(tiny_moce_run("experts.combine=prob"))
     model = trained(checkpoint, clusters)
-    table = [tuple(row) for row in checkpoint.manifest["routing"]["expert_ML"]]
+    table = routes_of(checkpoint)
     route = next(row for row in table if table.count(row) > 1)
     on_route = [cluster for cluster, row in enumerate(table) if row == route]
     sizes = clusters.sizes_M[on_route]
@@ -238,7 +238,7 @@ def test_routes_and_clusters_that_are_not_there(tiny_moce_run: Callable[..., Pat
     for cluster in (-1, 6):
         with pytest.raises(ConfigError, match=rf"--cluster: got {cluster}; the run has clusters 0 to 5\."):
             choose_cluster(checkpoint, cluster)
-    table = {tuple(row) for row in checkpoint.manifest["routing"]["expert_ML"]}
+    table = set(routes_of(checkpoint))
     listed = ", ".join("-".join(map(str, row)) for row in sorted(table))
     free = next((a, b) for a in range(4) for b in range(4) if (a, b) not in table)
     for route in (free, (0,), (0, 1, 2)):

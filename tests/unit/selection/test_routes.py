@@ -6,6 +6,7 @@ Axes: L expert layers, M clusters, E experts.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moce_ds.checkpoint.format import Checkpoint, find, publish, step_folder
+from moce_ds.checkpoint.format import ROUTING, Checkpoint, find, publish, step_folder
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.common.errors import ConfigError
 from moce_ds.export import request
 from moce_ds.export.write import export_route
@@ -153,9 +155,9 @@ def test_shares_of_a_layer_sum_to_1(tiny_moce_run: MakeRun) -> None:
 def test_a_checkpoint_of_another_version_is_refused(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_moce_run()
     manifest = find(run).folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("moce_ds checkpoint 2", "moce_ds checkpoint 3"))
+    manifest.write_text(manifest.read_text().replace("moce_ds checkpoint 3", "moce_ds checkpoint 9"))
     told = refused("export", run, tmp_path / "out", "--cluster", 0)
-    assert "format 'moce_ds checkpoint 3'; this version reads 'moce_ds checkpoint 2'" in told
+    assert "format 'moce_ds checkpoint 9'; this version reads 'moce_ds checkpoint 3'" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -180,9 +182,9 @@ def test_an_export_reads_one_checkpoint_of_a_run_that_still_trains(
     def save_another_step(path: Path) -> Any:
         first = find(run)
         shutil.copytree(first.folder, run / "draft")
-        routing = first.manifest["routing"]
-        routing |= {"expert_ML": [[(expert + 1) % 4 for expert in route] for route in routing["expert_ML"]]}
-        publish(run / "draft", step_folder(run, 10), {**first.manifest, "step": 10, "routing": routing})
+        table = RoutingTable.read(first.folder / ROUTING)
+        other = replace(table, step=10, expert_ML=(table.expert_ML + 1) % 4)
+        publish(run / "draft", step_folder(run, 10), {**first.manifest, "step": 10, "routing": other})
         return opened(path)
 
     def exported(out: Path) -> Any:

@@ -113,7 +113,7 @@ def test_the_picture_is_the_same_every_time_and_shows_the_route_that_won(
     tiny_moce_run: MoceRun, tiny_shards: Path, tiny_clusters: Path, tmp_path: Path
 ) -> None:
     run, shards = tiny_moce_run(), ShardSet.open(tiny_shards)
-    table = np.array(find(run).manifest["routing"]["expert_ML"])
+    table = find(run).routes.expert_ML
     ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
     here, there = count_votes(ids_N[:20], table), count_votes(ids_N[20:40], table)
     assert here.route != there.route, "the test needs two routes"
@@ -133,7 +133,7 @@ def test_the_training_images_of_a_folder_whose_name_has_a_dollar(
 ) -> None:
     shards = ShardSet.open(shutil.copytree(tiny_shards, tmp_path / "a$b"))
     run = tiny_moce_run(f"data.shards={tmp_path}/a$$b")
-    selection = count_votes(np.array([2]), np.array(find(run).manifest["routing"]["expert_ML"]))
+    selection = count_votes(np.array([2]), find(run).routes.expert_ML)
     _, note = picture(run, shards, selection, tmp_path / "shown.png")
     assert note is None
 
@@ -155,7 +155,7 @@ def test_without_the_training_images_the_picture_says_why(
     shutil.copytree(tiny_shards, gone)
     run, shards = tiny_moce_run(f"data.shards={gone}"), ShardSet.open(tiny_shards)
     shutil.rmtree(gone)
-    table = np.array(find(run).manifest["routing"]["expert_ML"])
+    table = find(run).routes.expert_ML
     image, note = picture(run, shards, count_votes(np.array([0]), table), tmp_path / "picture.png")
     assert note is not None and note.startswith(f"No training images to show: {gone}")
     assert image.format == "PNG"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moce_ds.checkpoint.format import find
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import ShardSet
@@ -86,8 +87,7 @@ def test_the_training_images_as_a_task_fall_into_their_own_clusters(
     ids_N = load_ids(tiny_clusters, shards.fingerprint, shards.count)
     for batch_size in (7, 60):
         selection = select_route(run, shards, EncodeSettings(batch_size=batch_size, threads=1), CPU)
-        table = json.loads((run / "checkpoints/step-00000005/manifest.json").read_text())["routing"]["expert_ML"]
-        assert replace(selection, typicality=None) == count_votes(ids_N, np.array(table))
+        assert replace(selection, typicality=None) == count_votes(ids_N, find(run).routes.expert_ML)
 
 
 def test_a_task_of_its_own(

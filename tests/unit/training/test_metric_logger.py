@@ -1,8 +1,16 @@
 """The progress line of a run, however slow it is."""
 
+import math
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 
-from moce_ds.training.metric_logger import progress_line, time_left
+from moce_ds.checkpoint.lease import RunLease
+from moce_ds.common.storage.metrics_file import METRICS, read_metrics
+from moce_ds.training import metric_logger
+from moce_ds.training.metric_logger import MetricLogger, Thinned, progress_line, time_left
+from tests.examples.alone import ALONE
 
 
 @pytest.mark.parametrize(
@@ -17,3 +25,29 @@ def test_the_rate_is_told_with_two_digits_at_least(rate: float, told: str) -> No
 def test_the_time_left() -> None:
     assert time_left(7200, 2.0) == "1:00:00"
     assert time_left(7200, 0.0) == "?"
+
+
+def test_a_long_run_is_thinned_to_a_resolution() -> None:
+    """All records at first; then the gaps grow with the run, whatever the interval of the records."""
+    for every in (1, 10):
+        thinned = Thinned(8)
+        taken = [step for step in range(every, 1000 * every + 1, every) if thinned.takes(step)]
+        assert taken[:8] == [every * n for n in range(1, 9)]
+        gaps = [(after - before) / after for before, after in pairwise(taken)]
+        assert max(gaps[8:]) < 1 / 8 + every / taken[8] and len(taken) < 8 * (1 + math.log(1000 / 8)) + 8
+    assert Thinned(8).takes(1000), "the first record of a resumed run"
+
+
+def test_tables_of_experts_become_rare_and_their_summaries_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metric_logger, "_TABLES", 16)
+    layer = {"load": [0.25, 0.75], "load_min": 0.25, "load_max": 0.75, "load_entropy": 0.81, "live": 2}
+    record = {"loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1, "layers": {"3": layer}}
+    with MetricLogger(RunLease.claim(tmp_path, ALONE), 0, 50, 16, ALONE) as logger:
+        for step in range(1, 51):
+            logger.metrics({"step": step, **record})
+    found = read_metrics(tmp_path / METRICS)
+    assert len(found) == 50 and all(r["layers"]["3"]["load_max"] == 0.75 for r in found)
+    tables = [r["step"] for r in found if "load" in r["layers"]["3"]]
+    assert tables == [*range(1, 17), *range(18, 33, 2), *range(35, 48, 3), 50], "and the last"
