@@ -14,7 +14,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from moce_ds.checkpoint.format import WEIGHTS, find, step_folder, write_checkpoint
+from moce_ds.checkpoint.format import ROUTING, WEIGHTS, find, step_folder, write_checkpoint
+from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.cli.main import moce
 from moce_ds.common.errors import ArtefactError
 from moce_ds.data.shards import ShardSet
@@ -33,7 +34,8 @@ def with_weights(run: Path, change: Callable[[dict[str, Tensor]], dict[str, Tens
     """A newer checkpoint in `run` with other weights."""
     old = find(run)
     step = old.step + 1
-    write_checkpoint(step_folder(run, step), change(old.load(WEIGHTS)), {}, {**old.manifest, "step": step})
+    manifest = {**old.manifest, "step": step, "routing": RoutingTable.read(old.folder / ROUTING)}
+    write_checkpoint(step_folder(run, step), change(old.load(WEIGHTS)), {}, manifest)
     return run
 
 
