@@ -241,7 +241,7 @@ def test_a_signal_stops_a_stage_of_one_process(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     shards = of(make(), "shards")
-    monkeypatch.setattr(shard_writer, "write_shards", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(shard_writer, "write_shards", lambda *_, **__: signal.raise_signal(number))
     said = run_here("pipeline", tmp_path / "pipeline.yaml", "--stage", "shards")
     assert said.status == STOPPED and not said.out.strip(), said
     assert "Stopped as asked in stage shards. Rerun the same command to resume." in said.err
