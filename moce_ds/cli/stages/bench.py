@@ -1,7 +1,7 @@
 """`moce bench ...`: the command line of the measurements."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from moce_ds.cli.options import PATH
 from moce_ds.common.errors import ConfigError
-from moce_ds.common.host.program import show
+from moce_ds.common.host.program import say, show
 
 
 class Numbers(click.ParamType):
@@ -237,18 +237,51 @@ def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> 
     _show(rows, json_file)
 
 
-def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+@bench.command("scale")
+@click.option("--cases", default="all", show_default=True, help="Parts to measure, separated by commas.")
+@click.option(
+    "--largest",
+    default=1_000_000,
+    show_default=True,
+    type=click.IntRange(1000),
+    help="Most images; reading tables is measured with up to 100 times as many.",
+)
+@click.option("--folder", type=PATH, default=".", show_default=True, help="A folder on the disk for the inputs.")
+@_repeats(3)
+@_json_option
+def scale(cases: str, largest: int, folder: Path, repeats: int, json_file: Path | None) -> None:
+    """Growth of time and memory with the number of images.
+
+    Measures parts of the program on synthetic inputs, each in a new process, fits power laws to the three largest
+    numbers of images, and extrapolates them to 14 million, 100 million and a billion.
+    """
+    from moce_ds.bench.scale import bench_scale
+    from moce_ds.bench.scale_cases import CASES
+
+    chosen = list(CASES) if cases == "all" else [name.strip() for name in cases.split(",")]
+    if unknown := sorted(set(chosen) - set(CASES)):
+        raise ConfigError(f"--cases: got {unknown[0]!r}; expected {', '.join(CASES)}, or all.")
+    for name in chosen:
+        say(f"{name}: {CASES[name].what}")
+    rows, laws = bench_scale({name: CASES[name] for name in chosen}, largest, repeats, folder)
+    _show(rows, json_file, laws)
+
+
+def _show(rows: list[dict[str, Any]], json_file: Path | None, laws: Sequence[dict[str, Any]] = ()) -> None:
     from moce_ds.bench.timing import machine
     from moce_ds.common.storage.files import write_json, writes_to
 
     title = " ".join(f"{name} {value}" for name, value in machine().items() if value)
-    table = Table(*rows[0], title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(_text, row.values()))
-    show(table, width=120)
+    for part, heading in ((rows, title), (laws, "laws, and their values at more images")):
+        if part:
+            table = Table(*part[0], title=heading, title_justify="left")
+            for row in part:
+                table.add_row(*map(_text, row.values()))
+            show(table, width=120)
     if json_file is not None:
+        found = {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows}
         with writes_to(json_file):
-            write_json(json_file, {"machine": machine() | {"cores": os.cpu_count()}, "rows": rows})
+            write_json(json_file, found | ({"laws": laws} if laws else {}))
 
 
 def _text(value: Any) -> str:
