@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moce_ds.common.errors import ConfigError, MachineError
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.host.machine import MachineError
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.drafts import scratch_folder
 
@@ -119,8 +120,10 @@ def bench_scale(
 
 def _in_new_process(name: str, size: int, function: Callable[..., T], *arguments: Any) -> T:
     """The result of a module-level function in a process of its own."""
+    context = get_context("forkserver")  # imports the case's module once, not in each process
+    context.set_forkserver_preload([function.__module__, *(part.__module__ for part in arguments if callable(part))])
     ends_at_once = (signal.signal, (signal.SIGINT, signal.SIG_DFL))  # without a traceback of its own
-    with ProcessPoolExecutor(1, get_context("spawn"), *ends_at_once) as pool:
+    with ProcessPoolExecutor(1, context, *ends_at_once) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
