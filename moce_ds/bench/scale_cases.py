@@ -4,7 +4,6 @@ Axes: N images, D features, W ranks, B images of a rank, M clusters, L expert la
 """
 
 import io
-import json
 import os
 import tarfile
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from moce_ds.bench.synthetic_sets import write_synthetic_set
 from moce_ds.checkpoint.run_folder import CONFIG
 from moce_ds.common.storage.checksums import write_checked
 from moce_ds.common.storage.files import sha256_of, write_json
-from moce_ds.common.storage.metrics_file import METRICS, checked
+from moce_ds.common.storage.metrics_file import METRICS, sealed
 from moce_ds.data.clusters import Clusters, load_ids, save_ids
 from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.reading_order import BlockOrder, Order, RandomOrder
@@ -176,9 +175,9 @@ def _write_run(folder: Path, count: int) -> None:
             figures = dict(zip(_FIGURES, random.random(len(_FIGURES)).tolist(), strict=True))
             states = [{"load": load_E.tolist(), "live": _REPORTED_EXPERTS, "confidence": 0.5} for load_E in load_LE]
             states_L = {str(layer): state for layer, state in zip(layers, states, strict=True)}
-            record = checked({"step": step, "attempt": 1, **figures, "layers": states_L}, before)
-            before = record["check"]
-            lines.write(json.dumps(record) + "\n")
+            record = {"step": step, "attempt": 1, **figures, "layers": states_L}
+            line, before = sealed(record, before)
+            lines.write(line)
 
 
 def _report(folder: Path, count: int) -> Call:
