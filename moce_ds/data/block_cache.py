@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ class CachedShardSet(ShardSet):
     def of(cls, shards: ShardSet, place: Path) -> "CachedShardSet":
         """`shards` with a cache in the folder `place`."""
         first_K1 = blocks_of([shard.count for shard in shards.shards], sum(shard.bytes for shard in shards.shards))
-        return cls(**vars(shards), first_K1=first_K1, cache=BlockCache.of(place, shards))
+        opened = {part.name: getattr(shards, part.name) for part in fields(shards)}
+        return cls(**opened, first_K1=first_K1, cache=BlockCache.of(place, shards))
 
     @property
     def blocks(self) -> int:
