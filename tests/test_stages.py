@@ -242,7 +242,7 @@ def test_export_by_cluster_and_by_route(chain: Chain, tmp_path: Path) -> None:
     by_cluster, by_route = (load_file(tmp_path / name / "model.safetensors") for name in ("cluster", "route"))
     assert all(torch.equal(by_cluster[name], by_route[name]) for name in by_cluster)
     provenance = json.loads((tmp_path / "cluster" / "provenance.json").read_text())
-    assert provenance["route"] == table[2] and provenance["clusters"] == {"2": 1.0}
+    assert provenance["route"] == table[2].tolist() and provenance["clusters"] == {"2": 1.0}
 
 
 def test_nothing_is_overwritten(chain: Chain, tmp_path: Path) -> None:
