@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_a_child_process_reads_an_attached_set(address: str, tmp_path: Path) -> 
     attached = attach(address, tmp_path / "set")
     first = attached.read(0)
     if (child := os.fork()) == 0:
+        signal.alarm(60)  # ends the child if it waits for a thread that it has not
         os._exit(0 if attached.read(0) == first else 1)
     assert os.waitpid(child, 0)[1] == 0
 
