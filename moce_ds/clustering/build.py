@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moce_ds.clustering.kmeans import kmeans_steps, streamed_step, unit_centroids
-from moce_ds.clustering.label import Labels, label_all
+from moce_ds.clustering.label import Labels, ignore, label_all
 from moce_ds.clustering.points import KeptPoints, Points, StreamedPoints
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
@@ -135,7 +135,7 @@ def _write(
         encoder_fingerprint=features.identity.encoder_fingerprint,
         encoder_input=features.identity.encoder_input,
     )
-    labels, ids_file = None, ExitStack()
+    labels, take, ids_file = None, ignore, ExitStack()
     with ExitStack() as draft:
         with runtime.raise_on_all_ranks():
             if runtime.is_main:
@@ -143,9 +143,10 @@ def _write(
                 folder = draft.enter_context(atomic_folder(out))
                 draft.enter_context(ids_file)
                 labels = ids_file.enter_context(Labels.written(folder, features, config.num_clusters))
+                take = writes_to(out)(labels.take)
         with _pass(features, "label", runtime) as watch:
-            label_all(features, unlabelled, labels, runtime, watch)
-        with runtime.raise_on_all_ranks():
+            label_all(features, unlabelled, take, runtime, watch)
+        with runtime.raise_on_all_ranks(), writes_to(out):
             if labels is not None:
                 clusters = labels.measured(unlabelled)
                 ids_file.close()

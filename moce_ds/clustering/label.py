@@ -35,7 +35,7 @@ _NOT_LOW = 2.0  # larger than any cosine
 def label_all(
     features: FeatureSet,
     clusters: Clusters,
-    labels: "Labels | None",
+    take: Callable[[Tensor], object],
     runtime: Runtime,
     watch: Callable[[int], object],
 ) -> None:
@@ -43,7 +43,7 @@ def label_all(
 
     Args:
         clusters: without sizes and cosines.
-        labels: take the labels, on rank 0; None on the other ranks.
+        take: gets the labels of each block: `Labels.take` on rank 0, `ignore` on the other ranks.
         watch: called after each block of this process with its number of images.
 
     Raises:
@@ -51,10 +51,10 @@ def label_all(
     """
     like = torch.empty(2, features.block_rows, dtype=torch.int32)  # ids, and the bits of the float32 cosines
     results = _labelled(features, clusters, like, runtime, watch)
-    take_in_order(results, features.num_blocks, like, labels.take if labels else _ignore, runtime)
+    take_in_order(results, features.num_blocks, like, take, runtime)
 
 
-def _ignore(result: Tensor) -> None:
+def ignore(result: Tensor) -> None:
     """What the ranks without labels do with the results of all."""
 
 

@@ -113,9 +113,8 @@ class CachedShardSet(ShardSet):
     @classmethod
     def of(cls, shards: ShardSet, place: Path) -> "CachedShardSet":
         """`shards` with a cache in the folder `place`."""
-        first_K1 = blocks_of([shard.count for shard in shards.shards], sum(shard.bytes for shard in shards.shards))
         opened = {part.name: getattr(shards, part.name) for part in fields(shards)}
-        return cls(**opened, first_K1=first_K1, cache=BlockCache.of(place, shards))
+        return cls(**opened, first_K1=blocks_of(shards.shards), cache=BlockCache.of(place, shards))
 
     @property
     def blocks(self) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.data.shard_manifest import ShardFile
 from moce_ds.distributed.randomness import BLOCKS, SHUFFLE, WINDOW, hashed, shuffled
 
 _WHOLE = 1 << 21
@@ -18,7 +19,8 @@ _WHOLE = 1 << 21
 resume in the same order. The order of a larger set is computed place by place."""
 
 BLOCK_BYTES = 1 << 24
-"""Bytes of a block, on average over the set: 16 MiB, which disks, Lustre and object stores read at full speed."""
+"""Bytes of a block, on average over the set: 16 MiB, which disks, Lustre and object stores read at full speed. Another
+value would change the order of runs that are resumed."""
 
 
 class Order(Protocol):
@@ -99,17 +101,14 @@ class BlockOrder:
         return _sequence(self, epoch)
 
 
-def blocks_of(counts: Sequence[int], total_bytes: int) -> NDArray[np.int64]:
-    """The first image of each block, and N: int64 [K + 1].
+def blocks_of(shards: Sequence[ShardFile]) -> NDArray[np.int64]:
+    """The first image of each block of a set, and N: int64 [K + 1].
 
     A block has consecutive images of one shard, equally many but for the last block of each shard.
-
-    Args:
-        counts: images of each shard.
-        total_bytes: of all shards.
     """
+    counts = [shard.count for shard in shards]
     ends = np.cumsum(counts)
-    images = max(1, round(BLOCK_BYTES * int(ends[-1]) / total_bytes))
+    images = max(1, round(BLOCK_BYTES * int(ends[-1]) / sum(shard.bytes for shard in shards)))
     first = [np.arange(end - count, end, images) for count, end in zip(counts, ends, strict=True)]
     return np.concatenate([*first, ends[-1:]]).astype(np.int64)
 

@@ -133,8 +133,7 @@ def open_inputs(data: DataSettings, spec: ModelSpec, clusters: Path | None, seed
     images = ShardSet.open(data.shards)
     order: Order = RandomOrder(images.count, seed)
     if data.order == "blocks":
-        first_K1 = blocks_of([shard.count for shard in images.shards], sum(shard.bytes for shard in images.shards))
-        order = BlockOrder(first_K1, data.shuffle_window, seed)
+        order = BlockOrder(blocks_of(images.shards), data.shuffle_window, seed)
     if data.cache is not None:
         images = CachedShardSet.of(images, data.cache)
     named = [(f"data.shards: {data.shards}", "shards_fingerprint", images.fingerprint)]

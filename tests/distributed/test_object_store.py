@@ -11,7 +11,7 @@ from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
 from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.attach import attach
-from tests.examples.object_store import object_store, upload
+from tests.examples.object_store import object_store
 
 IN_BLOCKS = ("data.order=blocks", "data.shuffle_window=40", "run.checkpoint_every=2")
 
@@ -22,8 +22,8 @@ def test_a_killed_run_over_blocks_of_a_store_reads_the_same_batches(
     """As a run of one process on the folder itself, without a cache and without a kill."""
     words = tiny_settings(tiny_data.shards, runs / "blocks", *IN_BLOCKS, clusters=tiny_data.clusters)
     run_distributed(run_jobs, 1, {"blocks": Job(words)})
-    with object_store():
-        attach(upload(tiny_data.shards, "set"), tmp_path / "set")
+    with object_store() as bucket:
+        attach(bucket.upload(tiny_data.shards, "set"), tmp_path / "set")
         words = tiny_settings(
             tmp_path / "set", runs / "blocks-store", *IN_BLOCKS, f"data.cache={tmp_path / 'cache'}",
             clusters=tiny_data.clusters,

@@ -54,6 +54,7 @@ _REMEDIES: dict[int, str] = {
     errno.ENOTCONN: _FILE_SERVER,
     errno.ESHUTDOWN: _FILE_SERVER,
 }
+_OF_THE_TARGET = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 # A disk, a file server or a network can fail under one process only: elsewhere, or later, the command may succeed.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED}
 _PASSING |= {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
@@ -132,7 +133,10 @@ def system_error(error: Exception) -> OSError | None:
 
 
 def _path_of(error: OSError) -> str:
-    return os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    """The path that an error is about. A copy or a link names its source, and then its target, which is what lacks
+    space."""
+    path = error.filename2 if error.filename2 is not None and error.errno in _OF_THE_TARGET else error.filename
+    return os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
 
 
 def machine_fault(error: BaseException) -> MachineError | None:

@@ -8,7 +8,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import boto3
 import pytest
 import torch
 
@@ -19,14 +18,20 @@ from moce_ds.data.reading_order import RandomOrder
 from moce_ds.data.sampler import ShuffledSampler
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import ImageInput, RandomCrop
-from tests.examples.object_store import BUCKET, object_store, upload
+from tests.examples.object_store import Bucket, object_store
 
 
 @pytest.fixture(scope="module")
-def address(tiny_shards: Path) -> Iterator[str]:
+def bucket() -> Iterator[Bucket]:
+    """A bucket of the store."""
+    with object_store() as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="module")
+def address(bucket: Bucket, tiny_shards: Path) -> str:
     """The address of the set in the store."""
-    with object_store():
-        yield upload(tiny_shards, "set")
+    return bucket.upload(tiny_shards, "set")
 
 
 def read_all(shards: ShardSet) -> list[bytes]:
@@ -67,29 +72,29 @@ def test_a_child_process_reads_an_attached_set(address: str, tmp_path: Path) -> 
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_an_address_without_a_whole_set_is_refused(address: str, tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"s3://images/other/shards\.json is missing: expected a set"):
-        attach(f"s3://{BUCKET}/other", tmp_path / "a")
-    upload(tiny_shards, "cut")
-    boto3.client("s3").put_object(Bucket=BUCKET, Key="cut/shard-000001.tar", Body=b"short")
-    with pytest.raises(DataError, match=r"s3://images/cut/shard-000001\.tar has 5 bytes, expected \d+"):
-        attach(f"s3://{BUCKET}/cut", tmp_path / "a")
-    boto3.client("s3").delete_object(Bucket=BUCKET, Key="cut/shard-000001.tar")
+def test_an_address_without_a_whole_set_is_refused(bucket: Bucket, tiny_shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"s3://images-\d+/other/shards\.json is missing: expected a set"):
+        attach(bucket.address("other"), tmp_path / "a")
+    bucket.upload(tiny_shards, "cut")
+    bucket.put("cut/shard-000001.tar", b"short")
+    with pytest.raises(DataError, match=r"s3://images-\d+/cut/shard-000001\.tar has 5 bytes, expected \d+"):
+        attach(bucket.address("cut"), tmp_path / "a")
+    bucket.delete("cut/shard-000001.tar")
     with pytest.raises(DataError, match=r"shard-000001\.tar is missing"):
-        attach(f"s3://{BUCKET}/cut", tmp_path / "a")
+        attach(bucket.address("cut"), tmp_path / "a")
     assert list(tmp_path.iterdir()) == [], "nothing is left"
 
 
-def test_shards_that_vanish_later_are_named(address: str, tiny_shards: Path, tmp_path: Path) -> None:
-    attached = attach(upload(tiny_shards, "gone"), tmp_path / "set")
-    boto3.client("s3").delete_object(Bucket=BUCKET, Key="gone/shard-000000.tar")
-    with pytest.raises(DataError, match=r"s3://images/gone/shard-000000\.tar can no longer be read"):
+def test_shards_that_vanish_later_are_named(bucket: Bucket, tiny_shards: Path, tmp_path: Path) -> None:
+    attached = attach(bucket.upload(tiny_shards, "gone"), tmp_path / "set")
+    bucket.delete("gone/shard-000000.tar")
+    with pytest.raises(DataError, match=r"s3://images-\d+/gone/shard-000000\.tar can no longer be read"):
         attached.read(0)
 
 
 def test_another_folder_is_not_replaced(address: str, tiny_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_shards, tmp_path / "set")
-    with pytest.raises(ArtefactError, match=r"exists and is not the set at s3://images/set"):
+    with pytest.raises(ArtefactError, match=r"exists and is not the set at s3://images-\d+/set"):
         attach(address, tmp_path / "set")
 
 
@@ -102,8 +107,8 @@ def test_an_address_that_nothing_reads_is_explained(wrong: str, tmp_path: Path) 
 def test_a_store_that_does_not_answer_is_worth_another_try(
     tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with object_store():
-        attached = attach(upload(tiny_shards, "unreachable"), tmp_path / "set")
+    with object_store() as bucket:
+        attached = attach(bucket.upload(tiny_shards, "unreachable"), tmp_path / "set")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -159,8 +159,12 @@ def test_a_small_cache_keeps_to_its_limit(cached: CachedShardSet) -> None:
 
 
 def test_a_random_order_keeps_the_blocks_that_fit(cached: CachedShardSet) -> None:
-    with Prefetch(cached, RandomOrder(60, seed=1), Share(0, 1, PLENTY), position=0):
-        wait_for(cached, set(range(cached.blocks)))
+    """In the order of the set; all are needed as much."""
+    limit = sum(cached.size_of_block(block) for block in range(5))
+    with Prefetch(cached, RandomOrder(60, seed=1), Share(0, 1, limit), position=0) as prefetch:
+        wait_for(cached, set(range(5)))
+        prefetch.reach(600)
+    assert set(cached.cache.sizes()) == set(range(5))
 
 
 def test_processes_share_the_work_and_find_what_earlier_ones_left(cached: CachedShardSet) -> None:

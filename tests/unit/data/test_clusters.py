@@ -93,7 +93,7 @@ def test_sizes_and_cosines_are_those_of_all_images(
         )
     monkeypatch.setattr(label, "_ROWS", 333)
     with label.Labels.written(tmp_path, feature_set, 16) as labels:
-        label.label_all(feature_set, unlabelled, labels, ALONE, lambda images: None)
+        label.label_all(feature_set, unlabelled, labels.take, ALONE, lambda images: None)
         found = labels.measured(unlabelled)
     ids_N, cosine_N = map(np.concatenate, zip(*map(unlabelled.assign_with_cosine, feature_set.blocks()), strict=True))
     sizes_M = np.bincount(ids_N, minlength=16)

@@ -235,6 +235,8 @@ def test_what_may_pass_keeps_its_status_under_the_name_of_an_artefact(
 def test_reasons_name_the_remedy() -> None:
     told = reason(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk/x"))
     assert told.startswith("No space left on device (/disk/x). Free some space there, or name a place on another disk")
+    copied = reason(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/source/x", None, "/disk/x"))
+    assert copied == told, "not the source of a copy"
     assert "ulimit -n" in reason(OSError(errno.EMFILE, "Too many open files"))
     assert reason(OSError("odd")).startswith("odd. ")
     fault = machine_fault(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "locked/x"))
