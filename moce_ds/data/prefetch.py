@@ -149,6 +149,26 @@ class Prefetch:
         self._bytes -= self._kept.pop(block, (0, 0))[0]
 
 
+def shortage(shards: CachedShardSet, order: Order, limit_bytes: int) -> str | None:
+    """Why a cache of `limit_bytes` on a node makes images be read one by one, and what to do; None if it does not.
+
+    It must hold the window that is read and the next one, or the whole set. A random order needs all of the set at any
+    time, so that there every copy is of use.
+    """
+    if not isinstance(order, BlockOrder):
+        return None
+    total = sum(shard.bytes for shard in shards.shards)
+    needed = min(total, 2 * order.window * total // order.count)
+    if limit_bytes >= needed:
+        return None
+    fitting = limit_bytes * order.count // (2 * total)
+    return (
+        f"data.cache_gib: {limit_bytes / 2**30:.3g} GiB cannot hold two windows of {order.window:,} images "
+        f"({needed / 2**30:.3g} GiB), so some images are read one by one from where the set is stored. Raise it, "
+        f"or lower data.shuffle_window to {fitting:,} in a new run."
+    )
+
+
 def _stream(shards: CachedShardSet, order: Order, position: int) -> Iterator[_Needed]:
     """The blocks from the window of a place on, without end; of a random order, all blocks, which are needed always."""
     if not isinstance(order, BlockOrder):

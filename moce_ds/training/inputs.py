@@ -21,7 +21,7 @@ from moce_ds.data.block_cache import CachedShardSet
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.kept_encoder import check_encoder
 from moce_ds.data.loader import Loader
-from moce_ds.data.prefetch import Prefetch, Share
+from moce_ds.data.prefetch import Prefetch, Share, shortage
 from moce_ds.data.reading_order import BlockOrder, Order, RandomOrder, blocks_of
 from moce_ds.data.sampler import ReadList, ShuffledSampler
 from moce_ds.data.shards import ShardSet
@@ -113,9 +113,12 @@ class Inputs:
         """What fills the cache of this node from a place of the stream on; None without a cache."""
         if not isinstance(self.shards, CachedShardSet):
             return None
+        cache_bytes = int(self.cache_gib * 2**30)
+        if warning := shortage(self.shards, self.order, cache_bytes):
+            runtime.warn(warning)
         hosts = runtime.texts(socket.gethostname())
         peers = [rank for rank, host in enumerate(hosts) if host == hosts[runtime.rank]]
-        limit = int(self.cache_gib * 2**30) // len(peers)
+        limit = cache_bytes // len(peers)
         return Prefetch(self.shards, self.order, Share(peers.index(runtime.rank), len(peers), limit), position)
 
 

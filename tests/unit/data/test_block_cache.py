@@ -14,7 +14,7 @@ import pytest
 from moce_ds.common.errors import ArtefactError
 from moce_ds.data import reading_order
 from moce_ds.data.block_cache import CachedShardSet
-from moce_ds.data.prefetch import Prefetch, Share
+from moce_ds.data.prefetch import Prefetch, Share, shortage
 from moce_ds.data.reading_order import BlockOrder, RandomOrder
 from moce_ds.data.shard_storage import FolderStorage
 from moce_ds.data.shards import ShardSet
@@ -156,6 +156,16 @@ def test_a_small_cache_keeps_to_its_limit(cached: CachedShardSet) -> None:
         prefetch.reach(300)
     kept = cached.cache.sizes()
     assert sum(kept.values()) <= limit and all(kept[block] == sizes[block] for block in kept)
+
+
+def test_a_cache_that_cannot_hold_two_windows_is_warned_about(cached: CachedShardSet) -> None:
+    total = sum(shard.bytes for shard in cached.shards)
+    order = BlockOrder(cached.first_K1, 12, seed=1)
+    warning = shortage(cached, order, total // 5 + 1)
+    assert warning is not None and "two windows of 12 images" in warning and "data.shuffle_window to 6 " in warning
+    assert shortage(cached, order, total * 2 // 5) is None
+    assert shortage(cached, BlockOrder(cached.first_K1, 60, seed=1), total) is None, "the whole set fits"
+    assert shortage(cached, RandomOrder(60, seed=1), 1) is None, "every block that fits is of use"
 
 
 def test_a_random_order_keeps_the_blocks_that_fit(cached: CachedShardSet) -> None:
