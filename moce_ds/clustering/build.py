@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moce_ds.clustering.balanced_assignment import Solution, balance
 from moce_ds.clustering.kmeans import kmeans_steps, streamed_step, unit_centroids
 from moce_ds.clustering.label import Labels, ignore, label_all
 from moce_ds.clustering.points import KeptPoints, Points, StreamedPoints
 from moce_ds.clustering.quality import ClusterReport, cluster_report
 from moce_ds.clustering.settings import ClusterSettings
-from moce_ds.clustering.sinkhorn import Solution, balance
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ArtefactError, ConfigError, DataError
@@ -258,7 +258,7 @@ def _balance(
     duals_M: Tensor | None,
     runtime: Runtime,
 ) -> tuple[Tensor, Solution]:
-    """`sinkhorn.balance` over the points of all processes, with a progress bar."""
+    """`balanced_assignment.balance` over the points of all processes, with a progress bar."""
 
     def add_all(parts: Iterable[Tensor], total: Tensor) -> None:
         take_in_order(parts, points.units, total, lambda part: total.add_(part.to(total.device)), runtime)

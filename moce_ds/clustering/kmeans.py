@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_ds.clustering.sinkhorn import Blocks
+from moce_ds.clustering.balanced_assignment import Blocks
 from moce_ds.common.errors import ConfigError, DataError
 from moce_ds.distributed.in_order import sum_exactly
 from moce_ds.distributed.runtime import Runtime

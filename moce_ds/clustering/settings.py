@@ -20,5 +20,5 @@ class ClusterSettings:
     eps: PositiveFloat = option(0.025, "entropy weight of the balanced assignment; smaller is stricter and slower")
     rounds: Annotated[int, Field(ge=0)] = option(0, "re-estimations of the centroids from the balanced assignment")
     tolerance: PositiveFloat = option(0.01, "largest relative error of a soft cluster size")
-    max_iterations: Positive = option(1000, "maximum Sinkhorn iterations per round")
+    max_iterations: Positive = option(1000, "maximum Newton iterations per round")
     seed: int = option(0, "random seed of the sample and of k-means")

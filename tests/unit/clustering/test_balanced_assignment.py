@@ -12,8 +12,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moce_ds.clustering.balanced_assignment import alone, balance, soft_assignment, soft_centroids, solve_duals
 from moce_ds.clustering.kmeans import kmeans
-from moce_ds.clustering.sinkhorn import alone, balance, soft_assignment, soft_centroids, solve_duals
 from moce_ds.common.errors import DataError
 
 EXACT = {"tolerance": 1e-10, "max_iterations": 20_000}
@@ -36,12 +36,12 @@ def random_problem(seed: int, n: int, m: int, dim: int = 8) -> tuple[torch.Tenso
     return tuple(unit(torch.randn(rows, dim, generator=generator, dtype=torch.float64)) for rows in (n, m))
 
 
-def long_tailed(n: int = 6000, dim: int = 32, groups: int = 40) -> torch.Tensor:
+def long_tailed(n: int = 6000, dim: int = 32, groups: int = 40, spread: float = 0.7) -> torch.Tensor:
     """A mixture whose k-th group has a share in proportion to 1/k, centred and normalised, float32."""
     generator = torch.Generator().manual_seed(0)
     of_point = torch.multinomial(1 / torch.arange(1, groups + 1), n, replacement=True, generator=generator)
     centres = torch.randn(groups, dim, generator=generator)
-    points = centres[of_point] + 0.7 * torch.randn(n, dim, generator=generator)
+    points = centres[of_point] + spread * torch.randn(n, dim, generator=generator)
     return unit(points - points.mean(0))
 
 
@@ -161,6 +161,15 @@ def test_hard_sizes_of_a_long_tail_are_far_closer_to_balance_than_those_of_k_mea
     assert solution.converged
     assert (balanced_M - 1).square().mean().sqrt() < 0.4 * (unbalanced_M - 1).square().mean().sqrt()
     assert balanced_M.min() > 0.4 and balanced_M.max() < 2.0
+
+
+def test_well_separated_clusters_take_few_passes() -> None:
+    """Sinkhorn's updates take more than 1,000: points hardly move between clusters that are far apart."""
+    features_ND = long_tailed(dim=128, spread=0.4)
+    centroids_MD = torch.from_numpy(kmeans(features_ND.numpy(), 24, seed=0, iterations=15))
+    passes: list[float] = []
+    _, solution = balance(lambda: features_ND.split(2048), centroids_MD, 0.01, 0.01, 1000, 0, watch=passes.append)
+    assert solution.converged and len(passes) < 40, passes
 
 
 def test_not_converging_is_reported() -> None:
