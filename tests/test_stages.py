@@ -22,6 +22,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.settings import EncodeSettings
+from tests.examples.alone import ALONE
 from tests.examples.moce_command import TINY, Said, refused, run_alone, run_here
 
 STEPS = 8  # 2 epochs of 60 images, 16 at a time
@@ -126,7 +127,7 @@ def test_the_moce_starts_as_the_dense_model(chain: Chain) -> None:
 
 def test_features_are_those_of_the_encoder(chain: Chain) -> None:
     features, shards = FeatureSet.open(chain / "features"), ShardSet.open(chain / "shards")
-    expected = encode_all(open_encoder(chain / "mae", CPU), shards, EncodeSettings(), CPU).numpy()
+    expected = encode_all(open_encoder(chain / "mae", CPU), shards, EncodeSettings(), ALONE).numpy()
     assert features.identity.shards_fingerprint == shards.fingerprint
     np.testing.assert_allclose(features.all(), expected, rtol=1e-2, atol=1e-3)
 

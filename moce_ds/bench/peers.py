@@ -229,8 +229,13 @@ def _inputs(size: PeerSize, images: Path | None, scratch: Path) -> Path:
     torch.manual_seed(0)
     save_encoder(encoder, timm_vit(_BESIDE).state_dict(), _BESIDE, ImageInput(_BESIDE.image_size), {})
     device = lone_device()
-    alone = Runtime(rank=0, world_size=1, local_rank=0, device=device)
-    write_features(load_encoder(encoder, device), ShardSet.open(inputs / "shards"), features, FeatureSettings(), alone)
+    write_features(
+        load_encoder(encoder, device),
+        ShardSet.open(inputs / "shards"),
+        features,
+        FeatureSettings(),
+        Runtime.alone(device),
+    )
     build_clusters(features, inputs / "clusters", ClusterSettings(method="kmeans", num_clusters=_CLUSTERS))
     return inputs
 

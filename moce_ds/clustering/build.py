@@ -56,7 +56,7 @@ def build_clusters(
 ) -> tuple[Clusters, ClusterReport]:
     """Cluster the images of a features folder in this process, and measure the result: `write_clusters`,
     `measured_clusters`."""
-    write_clusters(features, out, config, Runtime(rank=0, world_size=1, local_rank=0, device=torch.device(device)))
+    write_clusters(features, out, config, Runtime.alone(torch.device(device)))
     return measured_clusters(out, labels_N, classes)
 
 

@@ -57,6 +57,11 @@ class Runtime:
     device: torch.device
     watch: Watch | None = None
 
+    @classmethod
+    def alone(cls, device: torch.device) -> "Runtime":
+        """A process without a group."""
+        return cls(rank=0, world_size=1, local_rank=0, device=device)
+
     @property
     def is_main(self) -> bool:
         """Whether this process is rank 0, which prints and writes for all."""
@@ -76,6 +81,11 @@ class Runtime:
         """Set what this process is doing, such as "step 12". The others report it if this process is lost."""
         if self.watch is not None:
             self.watch.set_status(doing)
+
+    def sum_tensor(self, tensor: Tensor) -> None:
+        """Replace a tensor on this process's device by the sum of those of all ranks; a collective."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
 
     def barrier(self) -> None:
         """Wait for all processes."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from moce_ds.common.errors import ArtefactError
@@ -24,6 +25,7 @@ from moce_ds.data.loader import Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
+from moce_ds.distributed.in_order import own_units, take_in_order
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
@@ -69,31 +71,44 @@ def _read_list(ids: range) -> ReadList:
     return ReadList(ids_B, np.zeros_like(ids_B))
 
 
-def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device) -> Tensor:
-    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar.
+def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, runtime: Runtime) -> Tensor:
+    """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar; a collective.
 
-    Caches the last few results by encoder and images, so that several measurements in one process, as in the demo,
-    compute the features once.
+    The processes share the batches, and all get all features. Caches the last few results by encoder and images, so
+    that several measurements in one process, as in the demo, compute the features once.
     """
     key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
     if key in _cached_features:
         return _cached_features[key]
     while len(_cached_features) >= _CACHE_SIZE:
         _cached_features.pop(next(iter(_cached_features)))
-    features_ND, first = torch.empty(shards.count, encoder.shape.width), 0
-    for part_ND in encode_shown(encoder, shards, [range(shards.count)], config, device):
-        features_ND[first : first + len(part_ND)] = part_ND
-        first += len(part_ND)
+    size, width = min(config.batch_size, shards.count), encoder.shape.width
+    batches = [range(first, min(first + size, shards.count)) for first in range(0, shards.count, size)]
+    own = [batches[k] for k in own_units(len(batches), runtime)]
+    features_ND, remaining = torch.empty(shards.count, width), iter(batches)
+
+    def take(part_BD: Tensor) -> None:
+        ids = next(remaining)
+        features_ND[ids.start : ids.stop] = part_BD[: len(ids)]
+
+    parts = encode_shown(encoder, shards, own, config, runtime.device, visible=runtime.is_main)
+    padded = (pad(part_BD, (0, 0, 0, size - len(part_BD))) for part_BD in parts)  # equally long, to be sent
+    take_in_order(padded, len(batches), torch.empty(size, width), take, runtime)
     _cached_features[key] = features_ND
     return features_ND
 
 
 def encode_shown(
-    encoder: Encoder, shards: ShardSet, blocks: Sequence[range], config: EncodeSettings, device: torch.device
+    encoder: Encoder,
+    shards: ShardSet,
+    blocks: Sequence[range],
+    config: EncodeSettings,
+    device: torch.device,
+    visible: bool = True,
 ) -> Iterator[Tensor]:
-    """As `encode`, with a progress bar."""
+    """As `encode`, with a progress bar if it is to be `visible`."""
     name = f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}"
-    with _bar(sum(map(len, blocks)), name, visible=True) as bar:
+    with _bar(sum(map(len, blocks)), name, visible) as bar:
         for part_ND in encode(encoder, shards, blocks, config, device):
             yield part_ND
             bar.update(len(part_ND))

@@ -11,6 +11,7 @@ from torch import Tensor
 from moce_ds.common.host.program import warn
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.task_images import Splits, labels_of
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.knn import check_classes, knn_accuracy
@@ -32,21 +33,23 @@ def measure_frozen(
     encoder: Encoder,
     splits: Splits,
     config: KnnSettings | ProbeSettings,
-    device: torch.device,
+    runtime: Runtime,
     choose_by: Metric | None = None,
 ) -> Score | MultiLabelScore:
     """The score of k-NN, or of a linear probe. Validation images vote too, or choose the strength of the probe.
+
+    A collective: the processes share the encoding, and the training of `method=sgd`.
 
     Raises:
         DataError: the splits do not match, or no classifier can be evaluated on them.
     """
     check_labels(splits)
-    train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, device)
-    validation = encoded(encoder, splits.val, splits.train, config, device) if splits.val else None
-    test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, device)
+    train_ND, train_labels = encoded(encoder, splits.train, splits.train, config, runtime)
+    validation = encoded(encoder, splits.val, splits.train, config, runtime) if splits.val else None
+    test_ND, test_labels = encoded(encoder, splits.test, splits.train, config, runtime)
     if isinstance(config, ProbeSettings):
         _name_the_faster(config, train_ND, train_labels)
-        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by, device)
+        score = linear_probe(train_ND, train_labels, test_ND, test_labels, config, validation, choose_by, runtime)
         if unfinished := score.settings.get("not_converged"):
             warn(
                 f"probe: logistic regression did not converge after {MAX_ITERATIONS} iterations with "
@@ -56,7 +59,7 @@ def measure_frozen(
         return score
     if validation is not None:
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
-    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config, device)
+    return knn_accuracy(train_ND, train_labels, test_ND, test_labels, config, runtime.device)
 
 
 def _name_the_faster(config: ProbeSettings, train_ND: Tensor, train_labels: Tensor) -> None:
@@ -80,7 +83,7 @@ def check_labels(splits: Splits) -> None:
 
 
 def encoded(
-    encoder: Encoder, images: ShardSet, training: ShardSet, config: EncodeSettings, device: torch.device
+    encoder: Encoder, images: ShardSet, training: ShardSet, config: EncodeSettings, runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] of a split, and its labels [N] or targets [N, K] by the classes of the training split.
 
@@ -88,4 +91,4 @@ def encoded(
         DataError: an image has no class, or the classes are not those of the training split.
     """
     labels = torch.from_numpy(labels_of(images, training))
-    return encode_all(encoder, images, config, device), labels
+    return encode_all(encoder, images, config, runtime), labels

@@ -27,6 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from moce_ds.common.compat import repair_torchvision
 from moce_ds.common.errors import DataError
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.evaluation.knn import check_split, positions
 from moce_ds.evaluation.metrics import (
     Metric,
@@ -76,7 +77,7 @@ def linear_probe(
     config: ProbeSettings | None = None,
     validation: tuple[Tensor, Tensor] | None = None,
     choose_by: Metric | None = None,
-    device: torch.device | None = None,
+    runtime: Runtime | None = None,
 ) -> Score | MultiLabelScore:
     """Test accuracy of a linear classifier whose strength is chosen without the test split.
 
@@ -90,7 +91,8 @@ def linear_probe(
         train_labels, test_labels: integer class of each image [N], or targets [N, K].
         validation: features and labels of the images that choose the strength.
         choose_by: the metric for the choice; default: top-1, or 11-point mAP for targets.
-        device: where `method=sgd` trains; by default the CPU. The others run on the CPU.
+        runtime: the processes that share the steps of `method=sgd`, on their devices; by default this process, on the
+            CPU. The other methods run on the CPU, in every process.
 
     Raises:
         DataError: see `check_split`; also if no class has two training images and there is no `validation`.
@@ -105,7 +107,7 @@ def linear_probe(
         train_ND, train_labels = torch.cat([train_ND, validation[0]]), torch.cat([train_labels, validation[1]])
     x_ND, metric = train_ND.float().cpu().numpy(), choose_by or default_metric(train_labels)
     y, test_y = (labels.cpu().numpy() for labels in positions(train_labels, test_labels))
-    final, settings = _fit_best(x_ND, y, held_N, metric, config, device or torch.device("cpu"))
+    final, settings = _fit_best(x_ND, y, held_N, metric, config, runtime or Runtime.alone(torch.device("cpu")))
     return _judged(final.predict, test_ND.float().cpu().numpy(), test_y, len(x_ND), settings)
 
 
@@ -131,7 +133,7 @@ def _fit_best(
     held_N: NDArray[np.bool_],
     metric: Metric,
     config: ProbeSettings,
-    device: torch.device,
+    runtime: Runtime,
 ) -> tuple[Fit, dict[str, Any]]:
     """The classifier of the best strength, fitted on all images, and the record of the choice, as plain data.
 
@@ -140,14 +142,14 @@ def _fit_best(
     """
     figures, unfinished = {}, set()
     fitted, held = np.flatnonzero(~held_N), np.flatnonzero(held_N)
-    for fit in _fits(config, x_ND, y, fitted, _strengths(config), device):
+    for fit in _fits(config, x_ND, y, fitted, _strengths(config), runtime):
         if y.ndim == 2:
             figures[fit.strength] = figure(metric, fit.predict(x_ND[held]), y[held])
         else:
             figures[fit.strength] = class_figure(metric, _predicted(fit.predict, x_ND, held), y[held])
         unfinished |= set() if fit.converged else {fit.strength}
     best = max(figures, key=lambda strength: figures[strength])
-    (final,) = _fits(config, x_ND, y, None, [best], device)
+    (final,) = _fits(config, x_ND, y, None, [best], runtime)
     unfinished |= set() if final.converged else {best}
     return final, {
         "method": config.method,
@@ -170,11 +172,11 @@ def _fits(
     y: NDArray[np.integer],
     ids_N: NDArray[np.integer] | None,
     strengths: list[float],
-    device: torch.device,
+    runtime: Runtime,
 ) -> Fits:
     """Classifiers fitted to the images `ids_N`, or to all."""
     if config.method == "sgd":  # it copies no features
-        return sgd_fits(x_ND, y, np.arange(len(x_ND)) if ids_N is None else ids_N, strengths, config, device)
+        return sgd_fits(x_ND, y, np.arange(len(x_ND)) if ids_N is None else ids_N, strengths, config, runtime)
     if ids_N is not None:
         x_ND, y = x_ND[ids_N], y[ids_N]
     if config.method == "lars":
@@ -255,11 +257,11 @@ def sgd_fits(
     ids_N: NDArray[np.integer],
     strengths: Sequence[float],
     config: ProbeSettings,
-    device: torch.device,
+    runtime: Runtime,
 ) -> Fits:
     """As `logistic_fits`, with `train_heads`, on the images `ids_N`. Two classes have one classifier, as there."""
     binary = y.ndim == 1 and int(y.max()) == 1
-    heads = train_heads(x_ND, y[:, None] if binary else y, ids_N, strengths, config.sgd, config.seed, device)
+    heads = train_heads(x_ND, y[:, None] if binary else y, ids_N, strengths, config.sgd, config.seed, runtime)
     for place, strength in enumerate(strengths):
         predict = partial(heads.scores, place)
         yield Fit(strength, partial(_of_two, predict) if binary else predict)

@@ -8,7 +8,7 @@ Axes: N images of a split, B images of a batch, D features, S strengths, K class
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 from moce_ds.common.host.program import progress_bar
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.evaluation.settings import SgdSettings
 
 _ROWS = 8192
@@ -60,13 +61,15 @@ def train_heads(
     strengths: Sequence[float],
     config: SgdSettings,
     seed: int,
-    device: torch.device,
+    runtime: Runtime,
 ) -> Heads:
     """Classifiers fitted to some images by Adam, whose learning rate falls to 0 along a cosine.
 
     The loss of a classifier is the mean cross-entropy of its images plus `strength * ||W||^2 / 2`, which is convex.
     With targets, each class has a binary classifier and the mean of the images that count for it; the scores of a class
     that all or none of them show stay 0. Adam treats each weight alone, so the classifiers do not influence each other.
+
+    A collective: every process takes a part of each batch, and all have the same classifiers up to rounding.
 
     Args:
         x_ND, y: features, and positions of classes [N] or targets [N, K], of all images.
@@ -77,6 +80,7 @@ def train_heads(
     Source: training one classifier for each of several settings at once follows DINOv2 (Oquab et al. 2023).
     """
     x, labels, ids = torch.from_numpy(x_ND), torch.from_numpy(y), torch.from_numpy(ids_N)
+    device = runtime.device
     shape = len(strengths), labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1
     weight_DSK = torch.zeros(x.shape[1], *shape, device=device, requires_grad=True)
     heads = Heads(*_statistics(x, ids, device), weight_DSK, torch.zeros(shape, device=device, requires_grad=True))
@@ -85,11 +89,16 @@ def train_heads(
     optimizer = torch.optim.Adam([heads.weight_DSK, heads.bias_SK], lr=config.lr)
     batches, steps = _batches(ids, config, seed)
     schedule = LambdaLR(optimizer, lambda step: _schedule((step + 1) / steps))
-    for ids_B in progress_bar(batches, "probe", total=steps, unit="step", delay=2):
+    for ids_B in progress_bar(batches, "probe", total=steps, unit="step", delay=2, disable=not runtime.is_main):
         optimizer.zero_grad()
-        logits_BSK = heads.standardised(x[ids_B]) @ weight_DSK.flatten(1)
-        loss = _loss(logits_BSK.unflatten(1, shape) + heads.bias_SK, labels[ids_B].to(device), weight_K)
-        (loss + (penalty_SK * weight_DSK.square()).sum()).backward()
+        own_B = ids_B[runtime.rank :: runtime.world_size]
+        logits_BSK = heads.standardised(x[own_B]) @ weight_DSK.flatten(1)
+        loss = _loss(logits_BSK.unflatten(1, shape) + heads.bias_SK, labels[own_B].to(device), weight_K) / len(ids_B)
+        if runtime.is_main:  # once in the sum over all processes
+            loss = loss + (penalty_SK * weight_DSK.square()).sum()
+        loss.backward()
+        for gradient in (heads.weight_DSK.grad, heads.bias_SK.grad):
+            runtime.sum_tensor(cast(Tensor, gradient))
         optimizer.step()
         schedule.step()
     return heads
@@ -136,12 +145,12 @@ def _schedule(done: float) -> float:
 
 
 def _loss(logits_BSK: Tensor, labels: Tensor, weight_K: Tensor | None) -> Tensor:
-    """The sum over strengths of the mean cross-entropy of a batch; labels are positions [B], or targets [B, K]."""
-    count, strengths, _ = logits_BSK.shape
+    """The sum over strengths and images of the cross-entropy; labels are positions [B], or targets [B, K]."""
+    strengths = logits_BSK.shape[1]
     if weight_K is None:
         of_each = labels.long().repeat_interleave(strengths)
-        return cross_entropy(logits_BSK.flatten(0, 1), of_each, reduction="sum") / count
+        return cross_entropy(logits_BSK.flatten(0, 1), of_each, reduction="sum")
     targets_BSK = labels[:, None].expand_as(logits_BSK)
     weight_BSK = weight_K * (targets_BSK >= 0)
     goal_BSK = targets_BSK.clamp(min=0).float()
-    return binary_cross_entropy_with_logits(logits_BSK, goal_BSK, weight_BSK, reduction="sum") / count
+    return binary_cross_entropy_with_logits(logits_BSK, goal_BSK, weight_BSK, reduction="sum")

@@ -44,7 +44,7 @@ from moce_ds.training.settings import PretrainSettings
 _SHARED_FILE = "mp_rank_00_model_states.pt"
 _EXPERT_FILE = re.compile(r"^layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
 _SHOWN = 12  # names in a message
-_ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+_ALONE = Runtime.alone(torch.device("cpu"))
 
 
 @dataclass(frozen=True)

@@ -4,4 +4,4 @@ import torch
 
 from moce_ds.distributed.runtime import Runtime
 
-ALONE = Runtime(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+ALONE = Runtime.alone(torch.device("cpu"))

@@ -22,6 +22,7 @@ from moce_ds.export.write import export_route
 from moce_ds.models.vit import load_encoder
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters
+from tests.examples.alone import ALONE
 
 MakeRun = Callable[..., Path]
 
@@ -83,7 +84,7 @@ def test_images_get_the_labels_of_the_shard_set(tiny_clusters: Path, tiny_images
     paths = [tiny_images / shards.source(i) for i in range(shards.count)]
     found = clusters.assign(paths)
     assert found.dtype == np.int64 and (found == ids_N).mean() >= 0.95
-    expected = encode_all(clusters.encoder, shards, EncodeSettings(), torch.device("cpu")).numpy()
+    expected = encode_all(clusters.encoder, shards, EncodeSettings(), ALONE).numpy()
     features = clusters.features(paths)
     cosine = (features * expected).sum(1) / np.linalg.norm(features, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosine.min() > 0.999

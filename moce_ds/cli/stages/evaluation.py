@@ -1,21 +1,17 @@
 """The verbs that measure encoders and runs without training: knn, probe, evaluate."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from moce_ds.cli.options import PATH, Verb, heads_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, show
+from moce_ds.common.host.rank import ProcessRank
 from moce_ds.common.text import in_line
-
-if TYPE_CHECKING:
-    pass
-
-_logger = logging.getLogger(__name__)
 
 
 def _accuracy_options(function: Any) -> Any:
@@ -49,7 +45,7 @@ def knn(**options: Any) -> None:
 def probe(**options: Any) -> None:
     """Measure the accuracy of a linear classifier on ENCODER's features.
 
-    Its regularisation strength is chosen on validation images.
+    Its regularisation strength is chosen on validation images. With method=sgd, several processes share the work.
     """
     _accuracy("probe", **options)
 
@@ -68,7 +64,7 @@ def _accuracy(
 ) -> None:
     from moce_ds.common.config.settings import to_tree
     from moce_ds.data.task_images import opened_task
-    from moce_ds.distributed.runtime import lone_device
+    from moce_ds.distributed.runtime import started
     from moce_ds.encoders.open import open_encoder
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
@@ -76,19 +72,32 @@ def _accuracy(
     from moce_ds.evaluation.results_file import add_record, check_results, known_by
     from moce_ds.evaluation.settings import decisive
 
-    config, device = read_settings(SETTINGS[verb], words), lone_device()
+    config = read_settings(SETTINGS[verb], words)
+    _check_processes(verb, config)
     check_results(results)
-    opened = open_encoder(encoder, device, heads)
-    if encoder.is_file():
-        _logger.info(f"{encoder}: read as {opened.provenance['taken_for']}")
-    with opened_task(train, val, test) as splits:
-        score = measure_frozen(opened, splits, config, device)
+    with started() as runtime, opened_task(train, val, test) as splits:
+        opened = open_encoder(encoder, runtime.device, heads)
+        if encoder.is_file():
+            runtime.say(f"{encoder}: read as {opened.provenance['taken_for']}")
+        score = measure_frozen(opened, splits, config, runtime)
         images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
+        is_main = runtime.is_main
+    if not is_main:
+        return
     name, task_name = model or encoder.name, task or task_of(test)
     scores = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
     deciding = {key: value for key, value in decisive(config).items() if key not in to_tree(EncodeSettings())}
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, deciding, images))
+
+
+def _check_processes(verb: str, config: Any) -> None:
+    """Raise ConfigError if a launcher has started several processes and they cannot share the work."""
+    here = ProcessRank.here().world_size
+    if here > 1 and getattr(config, "method", None) != "sgd":
+        raise ConfigError(
+            f"This is one of {here} processes, and {verb} runs in one; with method=sgd, `moce probe` shares its work."
+        )
 
 
 @click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")

@@ -25,7 +25,7 @@ from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, warn
 from moce_ds.data.task_images import Splits, opened_task
-from moce_ds.distributed.runtime import lone_device
+from moce_ds.distributed.runtime import Runtime, lone_device
 from moce_ds.evaluation.frozen_features import measure_frozen
 from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
 from moce_ds.evaluation.results_file import RESULTS, add_record, check_results, known_by, read_results
@@ -151,7 +151,9 @@ class Measurement:
             folder = pairing.out / "finetune" / self.made_from().parts["made_from"][:16]
             record = finetuned(pairing.encoder, task, self.seed or 0, folder)
         else:
-            score = measure_frozen(opened.of(pairing), pairing.splits, self.settings, opened.device, metric)
+            score = measure_frozen(
+                opened.of(pairing), pairing.splits, self.settings, Runtime.alone(opened.device), metric
+            )
             record = accuracy_record(self.method, task.name, subject.name, score)
         return {**record, "metric": metric, "run": str(subject.run)}
 

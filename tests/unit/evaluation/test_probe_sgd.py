@@ -15,8 +15,8 @@ from moce_ds.common.config.settings import load, to_tree
 from moce_ds.evaluation.probe import logistic_fits, sgd_fits
 from moce_ds.evaluation.probe_sgd import train_heads
 from moce_ds.evaluation.settings import ProbeSettings, SgdSettings, decisive
+from tests.examples.alone import ALONE
 
-CPU = torch.device("cpu")
 STRENGTHS = [1.0, 1e-1, 1e-2]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -41,7 +41,7 @@ def test_it_reaches_the_optimum_of_l_bfgs(noisy: tuple[Floats, Ints]) -> None:
     """The objective within 0.5 percent and 99 of 100 predictions, for every strength."""
     x_ND, y_N = noisy
     config = ProbeSettings(sgd=SgdSettings(epochs=60, batch_size=128))
-    fits = sgd_fits(x_ND, y_N, np.arange(1000), STRENGTHS, config, CPU)
+    fits = sgd_fits(x_ND, y_N, np.arange(1000), STRENGTHS, config, ALONE)
     scale_D = x_ND.std(axis=0)
     for fit, expected in zip(fits, logistic_fits(x_ND, y_N, STRENGTHS), strict=True):
         # Scores are affine: what a deviation of each feature adds is the weight.
@@ -54,9 +54,9 @@ def test_it_reaches_the_optimum_of_l_bfgs(noisy: tuple[Floats, Ints]) -> None:
 
 def test_classifiers_of_one_pass_do_not_influence_each_other(noisy: tuple[Floats, Ints]) -> None:
     config = ProbeSettings(sgd=SgdSettings(epochs=3, batch_size=64))
-    together = list(sgd_fits(*noisy, np.arange(1000), STRENGTHS, config, CPU))
+    together = list(sgd_fits(*noisy, np.arange(1000), STRENGTHS, config, ALONE))
     for place, strength in enumerate(STRENGTHS):
-        (alone,) = sgd_fits(*noisy, np.arange(1000), [strength], config, CPU)
+        (alone,) = sgd_fits(*noisy, np.arange(1000), [strength], config, ALONE)
         np.testing.assert_allclose(alone.predict(noisy[0]), together[place].predict(noisy[0]), atol=2e-3)
 
 
@@ -65,7 +65,7 @@ def test_only_the_given_images_count(noisy: tuple[Floats, Ints]) -> None:
     spoilt_ND = x_ND.copy()
     spoilt_ND[500:] = np.nan
     for x in (x_ND, spoilt_ND):
-        heads = train_heads(x, y_N, np.arange(500), [0.1], SgdSettings(epochs=2), 0, CPU)
+        heads = train_heads(x, y_N, np.arange(500), [0.1], SgdSettings(epochs=2), 0, ALONE)
         assert bool(heads.weight_DSK.isfinite().all())
     np.testing.assert_allclose(heads.mean_D, x_ND[:500].mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(heads.scale_D, StandardScaler().fit(x_ND[:500]).scale_, rtol=1e-5)
@@ -73,14 +73,14 @@ def test_only_the_given_images_count(noisy: tuple[Floats, Ints]) -> None:
 
 def test_a_constant_feature_is_left_out(noisy: tuple[Floats, Ints]) -> None:
     x_ND = np.concatenate([noisy[0], np.full((1000, 1), 123.456, np.float32)], axis=1)
-    heads = train_heads(x_ND, noisy[1], np.arange(1000), [0.1], SgdSettings(epochs=2), 0, CPU)
+    heads = train_heads(x_ND, noisy[1], np.arange(1000), [0.1], SgdSettings(epochs=2), 0, ALONE)
     assert heads.scale_D[-1] == 1.0 and float(heads.weight_DSK[-1].detach().abs().max()) < 1e-2
 
 
 def test_a_class_without_both_answers_scores_nothing(noisy: tuple[Floats, Ints]) -> None:
     x_ND, y_N = noisy
     targets_NK = np.stack([y_N == 3, np.ones_like(y_N), np.where(y_N == 3, 1, -1)], axis=1)
-    (fit,) = sgd_fits(x_ND, targets_NK, np.arange(1000), [0.1], ProbeSettings(), CPU)
+    (fit,) = sgd_fits(x_ND, targets_NK, np.arange(1000), [0.1], ProbeSettings(), ALONE)
     scores_NK = fit.predict(x_ND)
     assert abs(scores_NK[:, 0]).max() > 1 and not scores_NK[:, 1:].any()
 
