@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-_SOURCES = "ade20k coco coco_api demo_images image_folder listing miniature public saved_dataset"
+_SOURCES = "ade20k coco coco_api demo_images image_folder listing miniature public"
 _SLURM = "slurm_job slurm_profile local"
 
 # New folder: old folder, and the modules that kept their own name.
@@ -83,6 +83,8 @@ MOVED: dict[str, str] = {
     "moce_ds.data.public.mat_files": "moce_ds.data.sources.public.readers",
     "moce_ds.data.public.text_lists": "moce_ds.data.sources.public.readers",
     "moce_ds.data.public.unlisted": "moce_ds.data.sources.public.readers",
+    "moce_ds.data.saved_dataset": "moce_ds.data.sources.tables",
+    "moce_ds.data.sources.saved_dataset": "moce_ds.data.sources.tables",
     "moce_ds.data.walk": "moce_ds.data.sources.image_folder",
     "moce_ds.export.routes": "moce_ds.selection.routes",
     "moce_ds.export.select": "moce_ds.selection.vote",

@@ -1,7 +1,4 @@
-"""Images of a task: a shard set, a plain folder, or a saved data set of the `datasets` library.
-
-The latter two become a temporary shard set. Axes: N images.
-"""
+"""Images of a task: a shard set, or another source of images, which becomes a temporary shard set. Axes: N images."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,14 +17,15 @@ from moce_ds.data.sample_table import SAMPLES
 from moce_ds.data.shard_manifest import MANIFEST, Manifest
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import PROGRESS, REJECTED, ShardSet
-from moce_ds.data.sources.saved_dataset import is_saved_dataset, unpack_images
+from moce_ds.data.sources.any_source import source_at
+from moce_ds.data.sources.table_files import is_split
 
 _SKIPPED_SHOWN = 3
 
 
 @contextmanager
 def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[ShardSet]:
-    """Open a shard set; a folder of images or a saved data set becomes a temporary one.
+    """Open a shard set; another source (`any_source`) becomes a temporary one.
 
     Args:
         path: the source; messages name it, even if a temporary set is read.
@@ -35,7 +33,7 @@ def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[Sh
 
     Raises:
         DataError: `path` is none of these, or holds several splits or no images.
-        ConfigError: the `datasets` library is needed and not installed.
+        ConfigError: a library is needed and not installed.
     """
     with _shards_of(path) as images:
         if notice := _skipped_notice(images.path, path):
@@ -48,20 +46,16 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
     if (path / MANIFEST).exists() or (path / PROGRESS).is_dir():
         yield ShardSet.open(path)
         return
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "not found"
-        raise DataError(f"{path} {what}: expected a shard set (`moce shards`) or a folder of images.")
+    if not path.exists() and not is_split(path):
+        raise DataError(f"{path} not found: expected a shard set (`moce shards`) or a folder of images.")
     if (path / SAMPLES).exists():
         raise DataError(
             f"{path} is a shard set without its {MANIFEST}: restore it from a copy, or write the set again with "
             "`moce shards`."
         )
+    source = source_at(path)
     with scratch_folder() as scratch:
-        source, listing = path, None
-        if is_saved_dataset(path):
-            source = scratch / "images"
-            listing = unpack_images(path, source)
-        write_shards(source, scratch / "shards", ShardSettings(), listing)
+        write_shards(source, scratch / "shards", ShardSettings())
         yield ShardSet.open(scratch / "shards", named=path)
 
 

@@ -19,10 +19,20 @@ from moce_ds.common.text import counted
 def shards(source: Path, out: Path, words: Sequence[str]) -> None:
     """Turn the images of SOURCE into tar shards OUT.
 
-    SOURCE is a folder of images, where the folder of an image is its class; tar files, such as those of webdataset, or
-    a folder of them, where the member .cls of an image is its class; or a list of paths, list.txt, with a class after a
-    tab. Rerun the same command to resume. Files that are not complete images are listed in OUT/rejected.jsonl. Several
-    processes share the work (`moce launch`), each with its own workers.
+    SOURCE is one of these:
+
+    \b
+    - a folder of images: the folder of an image is its class
+    - a tar file such as those of webdataset, or a folder of them: the
+      member .cls of an image is its class
+    - a Parquet file with a column of image bytes, a folder of them (of one
+      split: data/train names data/train-00000-of-00010.parquet and so on),
+      or a data set that save_to_disk of the datasets library wrote: the
+      column label is the class
+    - a list of paths, list.txt, with a class after a tab
+
+    Rerun the same command to resume. Files and rows that are not complete images are listed in OUT/rejected.jsonl.
+    Several processes share the work (`moce launch`), each with its own workers.
     """
     from moce_ds.data.shard_writer import ShardSettings, share_shards, write_shards
     from moce_ds.data.sources.any_source import source_at

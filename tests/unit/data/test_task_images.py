@@ -101,7 +101,10 @@ def test_so_do_those_of_tuning(task: Path) -> None:
         (lambda path: (path / "shards.json").unlink(), "is a shard set without its shards.json"),
         (lambda path: ((path / "shards.json").unlink(), (path / ".progress").mkdir()), "is an unfinished shard set"),
         (lambda path: [file.unlink() for file in path.iterdir()], "the folder holds no files"),
-        (lambda path: (shutil.rmtree(path), path.write_bytes(b"x")), "is a file: expected a shard set"),
+        (
+            lambda path: (shutil.rmtree(path), path.write_bytes(b"x")),
+            "is a file: expected a folder, a .tar or .parquet file",
+        ),
         (lambda path: shutil.rmtree(path), "not found: expected a shard set"),
     ],
 )

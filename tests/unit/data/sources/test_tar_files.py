@@ -75,7 +75,7 @@ def test_what_a_path_names(tars: Path, tmp_path: Path) -> None:
     save(crop(1), tars / "photo.jpg")  # a folder of images in which tar files lie
     assert source_at(tars) == FolderSource(tars)
     (tmp_path / "x.zip").touch()
-    with pytest.raises(DataError, match=r"x\.zip is a file: expected a folder, a \.tar file, or a list of paths"):
+    with pytest.raises(DataError, match=r"x\.zip is a file: expected a folder, a \.tar or \.parquet file, or a list"):
         source_at(tmp_path / "x.zip")
 
 
