@@ -313,6 +313,7 @@ def test_the_extra_is_named_where_pyarrow_is_missing(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"needs pyarrow, .* pip install 'moce-ds\[hf\]'"):
         write_shards(source_at(table), tmp_path / "set", SETTINGS)
+    assert not (tmp_path / "set").exists()
     with opened_images(tiny_images) as images:  # which does not need it
         assert images.fingerprint == ShardSet.open(tiny_shards).fingerprint
 
