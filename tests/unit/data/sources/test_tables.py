@@ -226,6 +226,12 @@ def test_a_path_without_bytes_is_not_opened(tmp_path: Path) -> None:
     write_shards(source_at(tmp_path / "a.parquet"), tmp_path / "set", SETTINGS)
     reason = f"the row holds no bytes, only the path {tmp_path / 'private.png'}"
     assert rejections(tmp_path / "set") == {"a.parquet/0": ("empty", reason)}
+    files = dataset({"image": [image["path"]]})  # of the files, one method of the library stores the paths only
+    files.to_parquet(tmp_path / "paths.parquet")
+    assert f"paths.parquet/0: empty ({reason})" in fault(tmp_path / "paths.parquet")
+    files.save_to_disk(tmp_path / "bytes")
+    with opened_images(tmp_path / "bytes") as images:
+        assert images.read(0) == (tmp_path / "private.png").read_bytes()
 
 
 def test_a_class_beyond_the_names_is_named(tmp_path: Path) -> None:
