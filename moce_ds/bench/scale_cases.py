@@ -200,6 +200,6 @@ CASES: dict[str, ScaleCase] = {
     "label": ScaleCase("the cluster of every image, from features", _label, "features", _write_features),
     "knn": ScaleCase(f"knn_accuracy of {_TEST_IMAGES} test images, width {_DIM}", _knn),
     "verify": ScaleCase("moce inspect --verify of a shard set", _verify, "shards", _write_whole_set, 0.1),
-    "report": ScaleCase("moce report; n is the records of a run", _report, "run", _write_run, 0.1),
+    "report": ScaleCase("moce report; n is the records of a run", _report, "run", _write_run, 0.5),
 }
 """The cases by name, in the order of the table."""

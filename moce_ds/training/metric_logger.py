@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 _WINDOW = 20  # steps that rates are averaged over
-_TABLES, _MIRRORED = 256, 4096  # see `Thinned`: tables of experts in the records, and records in TensorBoard
-_TABLE = "load"  # in the statistics of a layer: one number an expert
+_TABLES, _STATISTICS = 256, 4096  # see `Thinned`: records with tables of experts, and with statistics of layers
+_LAYERS, _TABLE = "layers", "load"  # in a record: statistics by layer; in those: one number an expert
 
 
 class Meter:
@@ -109,7 +109,7 @@ class MetricLogger:
         self._lease, self._runtime = lease, runtime
         self._check = ""
         self._images_per_step, self._steps = images_per_step, steps
-        self._tables, self._mirrored = Thinned(_TABLES), Thinned(_MIRRORED)
+        self._tables, self._statistics = Thinned(_TABLES), Thinned(_STATISTICS)
         with runtime.raise_on_all_ranks(), writes_to(lease.run):
             if runtime.is_main:
                 self._check = last_check(lease.run / METRICS)
@@ -178,12 +178,14 @@ class MetricLogger:
 
     def _write(self, record: dict[str, Any]) -> None:
         last = record["step"] == self._steps
-        if not self._tables.takes(record["step"]) and not last:
+        if not (detailed := self._statistics.takes(record["step"]) or last):
+            record = {key: value for key, value in record.items() if key != _LAYERS}
+        elif not self._tables.takes(record["step"]) and not last:
             record = _without_tables(record)
         line, self._check = sealed(_finite(record), self._check)
         self._record.write(line)
         self._record.flush()
-        if self._mirrored.takes(record["step"]) or last:
+        if detailed:  # TensorBoard mirrors these records
             for tag, value in _flat(record):
                 self._board.scalar(tag, value, record["step"])
 
@@ -214,7 +216,7 @@ def progress_line(record: dict[str, Any]) -> str:
         f"wait {record['data_wait']:.0%}",
         f"lr {record['lr']:.1e}",
     ]
-    layers = record.get("layers")
+    layers = record.get(_LAYERS)
     if layers:
         least, most = (
             min(layer["load_min"] for layer in layers.values()),
@@ -226,13 +228,13 @@ def progress_line(record: dict[str, Any]) -> str:
 
 def _without_tables(record: dict[str, Any]) -> dict[str, Any]:
     """A record whose layers have no table of all experts."""
-    if "layers" not in record:
+    if _LAYERS not in record:
         return record
     layers = {
         block: {name: value for name, value in layer.items() if name != _TABLE}
-        for block, layer in record["layers"].items()
+        for block, layer in record[_LAYERS].items()
     }
-    return {**record, "layers": layers}
+    return {**record, _LAYERS: layers}
 
 
 def _finite(value: Any) -> Any:

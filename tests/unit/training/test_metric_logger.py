@@ -38,16 +38,20 @@ def test_a_long_run_is_thinned_to_a_resolution() -> None:
     assert Thinned(8).takes(1000), "the first record of a resumed run"
 
 
-def test_tables_of_experts_become_rare_and_their_summaries_stay(
+def test_statistics_of_layers_become_rare_and_tables_of_experts_rarer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metric_logger, "_TABLES", 16)
+    monkeypatch.setattr(metric_logger, "_TABLES", 8)
+    monkeypatch.setattr(metric_logger, "_STATISTICS", 16)
     layer = {"load": [0.25, 0.75], "load_min": 0.25, "load_max": 0.75, "load_entropy": 0.81, "live": 2}
     record = {"loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1, "layers": {"3": layer}}
     with MetricLogger(RunLease.claim(tmp_path, ALONE), 0, 50, 16, ALONE) as logger:
         for step in range(1, 51):
             logger.metrics({"step": step, **record})
     found = read_metrics(tmp_path / METRICS)
-    assert len(found) == 50 and all(r["layers"]["3"]["load_max"] == 0.75 for r in found)
-    tables = [r["step"] for r in found if "load" in r["layers"]["3"]]
-    assert tables == [*range(1, 17), *range(18, 33, 2), *range(35, 48, 3), 50], "and the last"
+    assert len(found) == 50 and all(r["loss"] == 0.5 for r in found)
+    layers = {r["step"]: r["layers"]["3"] for r in found if "layers" in r}
+    assert list(layers) == [*range(1, 17), *range(18, 33, 2), *range(35, 48, 3), 50], "and the last"
+    assert all(layer["load_max"] == 0.75 for layer in layers.values())
+    tables = [step for step, layer in layers.items() if "load" in layer]
+    assert tables == [*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 38, 44, 50]
