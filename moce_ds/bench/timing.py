@@ -28,6 +28,8 @@ from moce_ds.distributed.runtime import started
 # Calls of CUDA that make the host wait for the device, and operations of torch that contain one.
 _WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _WAITING_OPERATIONS = ("aten::_local_scalar_dense", "aten::nonzero")
+_COMMUNICATION = "c10d::"  # begins the names of all operations of torch.distributed
+_MESSAGES = {"c10d::send", "c10d::recv_"}
 
 
 def interleaved(
@@ -81,6 +83,17 @@ def memory_and_waits(run: Callable[[], object], device: torch.device) -> tuple[i
     changes = [(event.time_range.start, event.self_cpu_memory_usage) for event in events]
     held = np.cumsum([change for _, change in sorted(changes)])
     return int(held.max(initial=0)), _count(events, _WAITING_OPERATIONS)
+
+
+def collectives(run: Callable[[], object]) -> int:
+    """How many collectives of torch.distributed this process begins during one call, in the calling thread.
+
+    The small agreements on the host are messages between two processes each, and not counted.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        run()
+    names = {event.name for event in profiled.events() if event.name.startswith(_COMMUNICATION)}
+    return _count(profiled.events(), names - _MESSAGES)
 
 
 def _count(events: EventList, names: Collection[str]) -> int:

@@ -39,6 +39,9 @@ class TrainingStep:
         work: the model, its optimizer and its engine.
         experts, loss_weights: of the model.
         make_layer: other layers of experts than those of training.
+
+    Attributes:
+        engine: the model under DeepSpeed.
     """
 
     def __init__(
@@ -58,8 +61,8 @@ class TrainingStep:
             model = build_model(spec, clusters, make_layer, loss_weights)
         tune_execution(model, experts.execution, work.engine, runtime.device)
         groups = parameter_groups(model, work.optim, experts.gate_lr_scale)
-        self._engine: Engine = start_engine(model, groups, work.optim, work.engine, self._batches)
-        set_lr(self._engine, 1e-4)
+        self.engine: Engine = start_engine(model, groups, work.optim, work.engine, self._batches)
+        set_lr(self.engine, 1e-4)
         self._router = _router(model, data, experts, runtime) if data else None
         self._ids_G = np.arange(self._batches.micro_global) % _IMAGES
         self._inputs = _inputs(work, self._batches.micro, runtime.device)
@@ -68,14 +71,18 @@ class TrainingStep:
     def __call__(self) -> None:
         """Take one step."""
         for _ in range(self._batches.accumulation):
-            images_BCHW, noise_BN, *teachers = self._inputs
-            if self._router is None:
-                inputs = [images_BCHW, on_device(noise_BN, self._device)]
-            else:
-                inputs = [images_BCHW, *self._router.begin(self._step, self._ids_G, noise_BN)]
-            self._engine.backward(self._engine(*inputs, *teachers).loss)
-            self._engine.step()
+            self.to_update()
+            self.engine.step()
         self._step += 1
+
+    def to_update(self) -> None:
+        """Compute the gradients of a micro-batch."""
+        images_BCHW, noise_BN, *teachers = self._inputs
+        if self._router is None:
+            inputs = [images_BCHW, on_device(noise_BN, self._device)]
+        else:
+            inputs = [images_BCHW, *self._router.begin(self._step, self._ids_G, noise_BN)]
+        self.engine.backward(self.engine(*inputs, *teachers).loss)
 
 
 def _router(model: MaskedAutoencoder, data: ClusteredData, experts: ExpertSettings, runtime: Runtime) -> Router:

@@ -6,11 +6,9 @@ process. Here the moments that one process writes travel together, in buckets, a
 renamed from local to global numbers, so the files are independent of the topology.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,16 +20,10 @@ from moce_ds.checkpoint.format import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
-    Checkpoint,
     file_of,
     grouped,
-    set_aside,
-    step_folder,
-    steps_of,
 )
-from moce_ds.checkpoint.shared_read import Wanted, read_together
-from moce_ds.common.errors import ArtefactError
-from moce_ds.common.storage.files import writes_to
+from moce_ds.checkpoint.shared_read import SharedReader, Wanted
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.parameters import (
     check_fit,
@@ -206,70 +198,26 @@ def _reduced(bucket: list[_Moment], writer: int, group: dist.ProcessGroup) -> li
     return [flat.view(moment.parameter.shape) for moment, flat in zip(bucket, flats, strict=True)]
 
 
-def latest_valid_checkpoint(run: Path, runtime: Runtime) -> Checkpoint | None:
-    """The newest checkpoint of a run whose files are intact; None if the run has no checkpoint.
-
-    A collective: the processes share the reading. Newer, damaged checkpoints are renamed `damaged-step-...`, with a
-    warning.
-
-    Raises:
-        ArtefactError: there are checkpoints, but none is intact; nothing was renamed.
-    """
-    steps = json.loads(runtime.texts(json.dumps(steps_of(run)))[0])  # as rank 0 sees them
-    damaged: dict[int, list[str]] = {}
-    for step in reversed(steps):
-        faults = verify_checkpoint(run, step, runtime)
-        if not faults:
-            _set_aside(run, damaged, step, runtime)
-            return Checkpoint.open(step_folder(run, step), resumable=True)
-        damaged[step] = faults
-    if damaged:
-        listed = "\n".join(f"  {fault}" for faults in damaged.values() for fault in faults)
-        raise ArtefactError(
-            f"{run} holds no valid checkpoint to resume from:\n{listed}\nRestore these files, or remove "
-            f"{run / 'checkpoints'} to begin at step 0."
-        )
-    return None
-
-
-def verify_checkpoint(run: Path, step: int, runtime: Runtime) -> list[str]:
-    """The faults of a checkpoint. A collective: the processes share the reading, and all get the result."""
-    try:
-        mine = Checkpoint.open(step_folder(run, step), resumable=True).faults(runtime.rank, runtime.world_size)
-    except ArtefactError as error:
-        mine = [str(error)]
-    return sorted({line for text in runtime.texts("\n".join(mine)) for line in text.splitlines()})
-
-
-def _set_aside(run: Path, damaged: dict[int, list[str]], good: int, runtime: Runtime) -> None:
-    with runtime.raise_on_all_ranks(), writes_to(run):
-        for step, faults in damaged.items():
-            aside = set_aside(run, step) if runtime.is_main else None
-            listed = "\n".join(f"  {fault}" for fault in faults)
-            runtime.warn(
-                f"the checkpoint of step {step} is damaged; resuming from step {good}, the newest valid one:\n"
-                f"{listed}\n  It is kept as {aside}."
-            )
-
-
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Checkpoint, runtime: Runtime) -> None:
+def load_checkpoint(engine: DeepSpeedEngine, reader: SharedReader) -> None:
     """Load the weights and moments of a checkpoint into an engine, written by any topology; a collective.
 
     Raises:
-        ArtefactError: a file is damaged, or the parameters are not those of the model; they are named. The engine may
-            hold parts of the checkpoint then.
+        DamagedError: a file is damaged; as in the other case, the engine may hold parts of the checkpoint then.
+        ArtefactError: the parameters are not those of the model; they are named.
     """
+    checkpoint = reader.checkpoint
     _make_moments(engine, float(checkpoint.step - checkpoint.entry("skipped")))
     _link_moments(engine)
     held = _by_file(engine.module)
 
-    def take(name: str, tensors: dict[str, Tensor]) -> None:
+    def take(name: str, content: Tensor) -> None:
         part, _, file = name.partition("/")
+        tensors = checkpoint.tensors(name, content)
         (_take_weights if part == WEIGHTS else _take_moments)(held[file], tensors, str(checkpoint.folder))
 
     groups = {file: next(iter(parameters.values()))._dp_group for file, parameters in held.items()}  # type: ignore[attr-defined]
     wanted = [Wanted(f"{part}/{file}", groups[file]) for file in held for part in (WEIGHTS, OPTIMIZER)]
-    read_together(checkpoint, wanted, take, runtime)
+    reader.read(wanted, take)
 
 
 def _by_file(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors import safe_open
+from safetensors.numpy import load
 
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage.checksums import check_document, read_checked
-from moce_ds.common.storage.files import read_json, reads_from, save_tensors, valid_record
+from moce_ds.common.storage.files import parses, read_json, reads_from, save_tensors, valid_record
 
 _Count = Annotated[int, Field(ge=0)]
 _Table = list[list[_Count]]
@@ -73,7 +73,16 @@ class RoutingTable:
         Raises:
             ArtefactError: the file is damaged, a part is missing, or shapes disagree.
         """
-        return cls._of_tree(path, _read_json_tables(path) if path.suffix == ".json" else _read_tables(path))
+        if path.suffix == ".json":
+            return cls._of_tree(path, _read_json_tables(path))
+        with reads_from(path, _CURE):
+            content = path.read_bytes()
+        return cls.parse(content, path)
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> "RoutingTable":
+        """The tables in the content of the safetensors file at `path`. Raises ArtefactError as `read`."""
+        return cls._of_tree(path, _tables_in(content, path))
 
     @classmethod
     def _of_tree(cls, path: Path, tree: Mapping[str, Any]) -> "RoutingTable":
@@ -119,11 +128,12 @@ class RoutingTable:
         return sorted(range(len(confidence_M)), key=lambda c: (self.routes[c], -confidence_M[c], c))
 
 
-def _read_tables(path: Path) -> dict[str, Any]:
+def _tables_in(content: bytes, path: Path) -> dict[str, Any]:
     """The metadata and tensors of a safetensors file of routes. Raises ArtefactError."""
-    with reads_from(path, _CURE), safe_open(path, "np") as file:
-        about = dict(json.loads((file.metadata() or {})[_ABOUT]))
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    with parses(path, _CURE):
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = dict(json.loads(header["__metadata__"][_ABOUT]))
         stored = about.pop("sha256", None)
     if about.get("format") != ROUTING_FORMAT:
         raise ArtefactError(f"{path}: format {about.get('format')!r}; this version reads {ROUTING_FORMAT!r}.")

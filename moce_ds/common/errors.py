@@ -41,6 +41,15 @@ class ArtefactError(MoceError):
     """A file or folder of an earlier stage is missing, incomplete, or belongs to something else."""
 
 
+class DamagedError(ArtefactError):
+    """Files of an artefact are not what was written; the message has a line for each."""
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with each file."""
+        return str(self).splitlines()
+
+
 class LostPeerError(MoceError):
     """Another process of the run died or does not respond."""
 

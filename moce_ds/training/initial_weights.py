@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint.format import WEIGHTS, find
+from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
+from moce_ds.checkpoint.shared_read import SharedReader
 from moce_ds.checkpoint.weight_files import as_float32, read_file, read_safetensors, weight_fault
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage import encoder_folder
+from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.mae import sincos_positions
 from moce_ds.models.parameters import CLASSIFIER, POSITIONS
 from moce_ds.models.vit import ViTShape
@@ -20,29 +23,44 @@ _NOT_NEEDED = (*POSITIONS, *CLASSIFIER)
 _INIT = "run.init_from"
 
 
-def read_weights(path: Path, replace_positions: bool = False) -> dict[str, Tensor]:
+def read_weights(path: Path, replace_positions: bool = False, runtime: Runtime | None = None) -> dict[str, Tensor]:
     """Weights by the names of the public MAE (which are ours), without fixed tables and classifier.
 
     Args:
         path: a run folder, a checkpoint, an encoder folder, a `.safetensors` file, or a `.pth`/`.pt` file. The latter
             is read with `weights_only=True`, so that nothing in it is executed.
         replace_positions: accept weights with learned positions, and drop the positions.
+        runtime: its processes call this together and share the reading of a checkpoint; None: this one reads alone.
 
     Raises:
         ArtefactError: `path` is missing or holds something else; or its positions are learned and would be lost.
     """
-    if path.is_dir():
-        encoder = path / encoder_folder.WEIGHTS
-        if (path / encoder_folder.CONFIG).exists() and not encoder.exists():
-            raise ArtefactError(f"run.init_from: {encoder} is missing: the export is incomplete: export it again.")
-        state = read_safetensors(encoder, _INIT) if encoder.exists() else find(path).load(WEIGHTS)
+    with runtime.raise_on_all_ranks() if runtime else nullcontext():
+        found = _open(path)
+    if isinstance(found, Checkpoint):
+        state = SharedReader(found, runtime).load(WEIGHTS) if runtime else found.load(WEIGHTS)
     else:
-        state = read_file(path, _INIT)
+        state = found
     kept = {name: tensor for name, tensor in state.items() if name not in _NOT_NEEDED}
     weights = as_float32(kept, f"run.init_from: {path}")
     if not replace_positions:
         _refuse_learned_positions(state, path)
     return weights
+
+
+def _open(path: Path) -> Checkpoint | dict[str, Tensor]:
+    """The checkpoint at `path`, or the newest one of a run; of other files and folders the tensors.
+
+    Raises ArtefactError.
+    """
+    if not path.is_dir():
+        return read_file(path, _INIT)
+    encoder = path / encoder_folder.WEIGHTS
+    if encoder.exists():
+        return read_safetensors(encoder, _INIT)
+    if (path / encoder_folder.CONFIG).exists():
+        raise ArtefactError(f"run.init_from: {encoder} is missing: the export is incomplete: export it again.")
+    return find(path)
 
 
 def _refuse_learned_positions(state: Mapping[str, Tensor], path: Path) -> None:

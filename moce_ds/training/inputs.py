@@ -174,13 +174,14 @@ def keep_clusters(source: Path | None, run: Path, runtime: Runtime) -> None:
                 copy_tree(source, draft)
 
 
-def read_teacher(spec: ModelSpec, run: PretrainRunSettings) -> Encoder:
-    """The teacher's encoder. Raises ArtefactError: it cannot be read, or does not fit `spec`."""
-    if (kept := run.out / TEACHER).exists():
+def read_teacher(spec: ModelSpec, run: PretrainRunSettings, runtime: Runtime) -> Encoder:
+    """The teacher's encoder; a collective. Raises ArtefactError: it cannot be read, or does not fit `spec`."""
+    kept = run.out / TEACHER
+    if runtime.max([float(kept.exists())])[0]:
         return load_encoder(kept)
     source = run.init_from
     assert source is not None, "PretrainSettings sees to it"
-    weights = read_weights(source, run.replace_positions)
+    weights = read_weights(source, run.replace_positions, runtime)
     state = {name: tensor for name, tensor in weights.items() if not is_decoder(name)}
     state["pos_embed"] = sincos_positions(spec.shape, spec.shape.width)
     return Encoder.from_state(state, spec.shape, spec.input, {"init_from": str(source)}, str(source))

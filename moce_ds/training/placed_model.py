@@ -1,4 +1,4 @@
-"""The model of a run: built, its experts in their places, with its first weights where the run is new.
+"""The model of a run: built, its experts in their places, with its first weights or those of a checkpoint.
 
 Axes: L expert layers, M clusters, E experts, K experts an image is sent to.
 """
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.deepspeed_state import global_parameters
-from moce_ds.checkpoint.format import OPTIMIZER, Checkpoint
+from moce_ds.checkpoint.deepspeed_state import global_parameters, load_checkpoint
+from moce_ds.checkpoint.format import OPTIMIZER
+from moce_ds.checkpoint.shared_read import SharedReader
 from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
@@ -34,42 +35,9 @@ from moce_ds.moe.deepspeed_token_layer import TokenMoeLayer
 from moce_ds.moe.expert_layer import choose_execution, run_grouped, run_one_by_one
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement, held_experts, placement_by_traffic
+from moce_ds.training.engine import Engine
 from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.settings import EngineSettings, ExpertSettings, PretrainRunSettings
-
-
-def placed_model(
-    spec: ModelSpec,
-    loss_weights: LossWeights,
-    experts: ExpertSettings,
-    engine: EngineSettings,
-    run: PretrainRunSettings,
-    clusters: Clusters | None,
-    resume_from: Checkpoint | None,
-    runtime: Runtime,
-) -> tuple[MaskedAutoencoder, NDArray[np.int64]]:
-    """The model with its experts in their places, slot_LE; for a new run with its initial weights.
-
-    Raises:
-        ArtefactError: the first weights cannot be read, or do not fit.
-        ConfigError: the checkpoint holds weights alone.
-    """
-    if resume_from and not resume_from.names(OPTIMIZER):
-        raise ConfigError(
-            f"run.out: {run.out} holds weights without the optimizer's state, from which no run can resume: "
-            f"start a new one in another folder, with run.init_from={run.out}."
-        )
-    model = build_for_training(spec, clusters, experts.ep_size, run.seed, loss_weights)
-    weights, message = None, ""
-    if resume_from is None:
-        weights, message = first_weights(model, spec, run, experts.perturbation)
-    slot_LE = choose_placement(model, experts, clusters, weights, run.init_from, resume_from)
-    place_experts(model, slot_LE, runtime.rank)
-    tune_execution(model, experts.execution, engine, runtime.device)
-    if weights is not None:
-        take_weights(model, weights, run.init_from)
-        runtime.say(message)
-    return model, slot_LE
 
 
 def build_for_training(
@@ -113,39 +81,91 @@ def tune_execution(model: MaskedAutoencoder, execution: str, engine: EngineSetti
             block.compile()
 
 
-def choose_placement(
+def initialise(
+    model: MaskedAutoencoder,
+    spec: ModelSpec,
+    experts: ExpertSettings,
+    run: PretrainRunSettings,
+    clusters: Clusters | None,
+    runtime: Runtime,
+) -> NDArray[np.int64]:
+    """Give the model of a new run its first weights, its experts in their places, slot_LE. A collective.
+
+    Called before the engine copies the weights.
+
+    Raises:
+        ArtefactError: the first weights cannot be read, or do not fit.
+    """
+    weights, message = first_weights(model, spec, run, experts.perturbation, runtime)
+    slot_LE = _first_placement(model, experts, clusters, weights, run.init_from)
+    place_experts(model, slot_LE, runtime.rank)
+    take_weights(model, weights, run.init_from)
+    runtime.say(message)
+    return slot_LE
+
+
+def load_placed(
+    engine: Engine, experts: ExpertSettings, clusters: Clusters | None, reader: SharedReader
+) -> NDArray[np.int64]:
+    """Load a checkpoint into the engine, its experts in their places, slot_LE. A collective.
+
+    Raises:
+        DamagedError: a file is damaged.
+        ArtefactError: the checkpoint does not fit the model.
+        ConfigError: it holds weights alone.
+    """
+    if not reader.checkpoint.names(OPTIMIZER):
+        run = reader.checkpoint.folder.parent.parent
+        raise ConfigError(
+            f"run.out: {run} holds weights without the optimizer's state, from which no run can resume: "
+            f"start a new one in another folder, with run.init_from={run}."
+        )
+    slot_LE = _placement_after(engine.module, experts, clusters, reader)
+    place_experts(engine.module, slot_LE, reader.runtime.rank)
+    load_checkpoint(engine, reader)
+    return slot_LE
+
+
+def _first_placement(
     model: MaskedAutoencoder,
     experts: ExpertSettings,
     clusters: Clusters | None,
-    weights: dict[str, Tensor] | None,
+    weights: dict[str, Tensor],
     source: Path | None,
-    resume_from: Checkpoint | None,
 ) -> NDArray[np.int64]:
-    """Where experts live for this start of the run, slot_LE: in order, or fitted to the route table at hand.
-
-    The table is that of the first weights' gate, or of the checkpoint, whose files know nothing of the placement. A run
-    resumed with the same `ep_size` keeps its placement, so that it resumes bit for bit.
+    """Where the experts of a new run live, slot_LE: in order, or fitted to the routes of its first weights' gate.
 
     Args:
         clusters: that route the images; None: nothing is routed by cluster.
-        weights: the first ones, where the run is new; source: where they come from.
+        source: where the weights come from.
     """
-    if clusters is None or experts.ep_size == 1 or not experts.loader_locality:
+    if clusters is None or not _is_fitted(experts):
         return default_placement(len(expert_layers(model)), experts.num)
     assert isinstance(model, Moce)
-    if resume_from is not None:
-        saved = np.array(resume_from.entry("placement", "slot_LE"), dtype=np.int64)
-        if resume_from.entry("placement", "ep_size") == experts.ep_size:
-            return saved
-        expert_ML = resume_from.routes.expert_ML
-    else:
-        gates = {name: parameter for name, parameter in global_parameters(model) if is_cluster_gate(name)}
-        given = {name: tensor for name, tensor in (weights or {}).items() if name in gates}
-        load_weights_strict(gates, given, str(source))
-        with torch.no_grad():
-            expert_MLK = route_table(model.gate, model.gate(), model.share_M, 1, experts.balance)
-        expert_ML = expert_MLK[:, :, 0].numpy()
-    return placement_by_traffic(expert_ML, clusters.share_M, experts.num, experts.ep_size)
+    gates = {name: parameter for name, parameter in global_parameters(model) if is_cluster_gate(name)}
+    given = {name: tensor for name, tensor in weights.items() if name in gates}
+    load_weights_strict(gates, given, str(source))
+    with torch.no_grad():
+        expert_MLK = route_table(model.gate, model.gate(), model.share_M, 1, experts.balance)
+    return placement_by_traffic(expert_MLK[:, :, 0].numpy(), clusters.share_M, experts.num, experts.ep_size)
+
+
+def _placement_after(
+    model: MaskedAutoencoder, experts: ExpertSettings, clusters: Clusters | None, reader: SharedReader
+) -> NDArray[np.int64]:
+    """Where experts live after a checkpoint, slot_LE: with the same `ep_size` in the same places, so that the run
+    resumes bit for bit; else fitted to its routes. Its files know nothing of the placement. A collective."""
+    if clusters is None or not _is_fitted(experts):
+        return default_placement(len(expert_layers(model)), experts.num)
+    placement = reader.checkpoint.entry("placement")
+    if placement["ep_size"] == experts.ep_size:
+        return np.array(placement["slot_LE"], dtype=np.int64)
+    return placement_by_traffic(reader.routes().expert_ML, clusters.share_M, experts.num, experts.ep_size)
+
+
+def _is_fitted(experts: ExpertSettings) -> bool:
+    """Whether experts are placed where the images are that choose them."""
+    return experts.ep_size > 1 and experts.loader_locality
 
 
 def place_experts(model: MaskedAutoencoder, slot_LE: NDArray[np.int64], rank: int) -> None:
@@ -155,11 +175,12 @@ def place_experts(model: MaskedAutoencoder, slot_LE: NDArray[np.int64], rank: in
 
 
 def first_weights(
-    model: MaskedAutoencoder, spec: ModelSpec, run: PretrainRunSettings, perturbation: float
+    model: MaskedAutoencoder, spec: ModelSpec, run: PretrainRunSettings, perturbation: float, runtime: Runtime
 ) -> tuple[dict[str, Tensor], str]:
     """A new run's weights by global names, all experts included, and a sentence that says where they come from.
 
-    Without `run.init_from` the experts start from the model's own random MLPs, by the same rule (`upcycle`).
+    Without `run.init_from` the experts start from the model's own random MLPs, by the same rule (`upcycle`). A
+    collective: the processes share the reading of a checkpoint.
 
     Args:
         model: gives the gates' weights where the source has none.
@@ -173,7 +194,7 @@ def first_weights(
     if source is None:
         weights, message = dict(fresh), "Starting from random weights."
     else:
-        weights, message = read_weights(source, run.replace_positions), f"Starting from {source}."
+        weights, message = read_weights(source, run.replace_positions, runtime), f"Starting from {source}."
         if lacks_decoder(weights):
             weights |= {name: tensor for name, tensor in fresh.items() if is_decoder(name)}
             message = f"Starting from {source}, which holds an encoder only: the decoder starts fresh."

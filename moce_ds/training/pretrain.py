@@ -5,6 +5,7 @@ Axes: B images of a micro-batch of this process, G those over all processes, C c
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64
 
-from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint, verify_checkpoint
-from moce_ds.checkpoint.format import Checkpoint, steps_of
+from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
+from moce_ds.checkpoint.shared_read import checkpoint_steps, is_intact, resume
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.host.threads import keep
 from moce_ds.common.text import counted
@@ -34,7 +35,7 @@ from moce_ds.training.inputs import Inputs, keep_clusters, keep_teacher, open_in
 from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.pictures import RunPictures
-from moce_ds.training.placed_model import placed_model
+from moce_ds.training.placed_model import build_for_training, initialise, load_placed, tune_execution
 from moce_ds.training.router import Router, RouteStatistics
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
@@ -59,19 +60,21 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         requested.check_resumable(inputs.named, f"start another run: run.init_from={run.out}")
     schedule = make_schedule(config.optim, inputs.shards.count, experts.imbalance_start)
     if done := _complete(run.out, schedule.steps, runtime):
-        runtime.say(f"{run.out} is complete: {done} steps.")
-        return Progress(done, schedule.steps)
+        return done
     with RunLease.claimed(run.out, runtime) as lease:
-        resume_from = latest_valid_checkpoint(run.out, runtime)
-        model, slot_LE = placed_model(
-            spec, config.loss_weights, experts, config.engine, run, inputs.clusters, resume_from, runtime
-        )
-        encoder = read_teacher(spec, run) if config.wants_teacher else None
-        requested.write_settings(lease, runtime)  # settings and inputs are checked
-        keep_clusters(config.routing_clusters, run.out, runtime)
-        teacher = keep_teacher(encoder, run.out, runtime) if encoder else None
+        model = build_for_training(spec, inputs.clusters, experts.ep_size, run.seed, config.loss_weights)
+        tune_execution(model, experts.execution, config.engine, runtime.device)
+        resumed, steps = None, checkpoint_steps(run.out, runtime)
+        if not steps:
+            slot_LE = initialise(model, spec, experts, run, inputs.clusters, runtime)
+        encoder = read_teacher(spec, run, runtime) if config.wants_teacher else None
         groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
         engine = start_engine(model, groups, config.optim, config.engine, batches)
+        if steps:
+            resumed, slot_LE = resume(run.out, steps, partial(load_placed, engine, experts, inputs.clusters), runtime)
+        requested.write_settings(lease, runtime)  # settings, inputs and checkpoint are checked
+        keep_clusters(config.routing_clusters, run.out, runtime)
+        teacher = keep_teacher(encoder, run.out, runtime) if encoder else None
         router = make_router(model, inputs, slot_LE, experts, run.seed, runtime)
         pictures = RunPictures(model, inputs.shards, spec.input, run.seed, run.picture_every, lease, runtime)
         task = PretrainTask(inputs, router, teacher, pictures, schedule, batches, run.seed, runtime)
@@ -79,8 +82,8 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         made_from = {"config": to_tree(config), "model": spec.to_tree(), **inputs.made_from, "placement": placement}
         checkpoints = CheckpointManager(engine, run, lease, runtime, made_from)
         trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
-        if resume_from is not None:
-            trainer.restore(resume_from)
+        if resumed is not None:
+            trainer.restore(resumed)
         runtime.say(describe(schedule, batches, config.optim.base_lr))
         progress = trainer.fit()
         task.report_replaced()
@@ -102,10 +105,13 @@ def make_router(
     return Router(model, inputs.clustered.ids_N, slot_LE, experts, seed, runtime)
 
 
-def _complete(run: Path, steps: int, runtime: Runtime) -> int:
-    """The steps of a run that has taken all of them, whose last checkpoint is valid; else 0. A collective."""
-    done = int(runtime.max([float(max(steps_of(run), default=0))])[0])
-    return done if done >= steps and not verify_checkpoint(run, done, runtime) else 0
+def _complete(run: Path, steps: int, runtime: Runtime) -> Progress | None:
+    """The progress of a run that has taken all steps, whose last checkpoint is valid; else None. A collective."""
+    done = max(checkpoint_steps(run, runtime), default=0)
+    if done < steps or not is_intact(run, done, runtime):
+        return None
+    runtime.say(f"{run} is complete: {done} steps.")
+    return Progress(done, steps)
 
 
 class PretrainTask(TrainingTask):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
@@ -65,8 +64,7 @@ class Trainer:
         self._meter = Meter()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint; a collective. Raises ArtefactError if it does not fit the model."""
-        load_checkpoint(self.engine, checkpoint, self.runtime)
+        """Continue after a checkpoint, whose tensors are loaded. Raises ArtefactError if an entry is missing."""
         self.task.restore(checkpoint)
         self.step, self.skips.total = checkpoint.step, checkpoint.entry("skipped")
         self.runtime.say(f"Resuming {self.run.out} after step {self.step}.")

@@ -28,7 +28,7 @@ class TrainingTask(ABC):
     count: int
 
     def restore(self, checkpoint: Checkpoint) -> None:  # noqa: B027 (a hook)
-        """Take what `manifest` and `state` gave to a checkpoint; the engine has its weights. Raises ArtefactError."""
+        """Take what `manifest` gave to a checkpoint, whose tensors are loaded. Raises ArtefactError."""
 
     @abstractmethod
     def batches(self, first_step: int) -> Iterator[Any]:

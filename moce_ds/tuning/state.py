@@ -87,10 +87,9 @@ class TuneState:
         return found | {f"{name}{_BEST}": tensor for name, tensor in self._best.items()}
 
     def load(self, tensors: Mapping[str, Tensor], best: dict[str, Any], source: str) -> None:
-        """Restore what `tensors` returned. Raises ArtefactError if it does not fit the model."""
-        if best:
-            self.best = best
-            self._best = {name.removesuffix(_BEST): t for name, t in tensors.items() if name.endswith(_BEST)}
+        """Replace everything by what `tensors` returned. Raises ArtefactError if it does not fit the model."""
+        self.best = best
+        self._best = {name.removesuffix(_BEST): t for name, t in tensors.items() if name.endswith(_BEST)}
         expected = {name: tensor for name, tensor in self.tensors().items() if not name.endswith(_BEST)}
         given = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BEST)}
         check_fit(expected, given, source)

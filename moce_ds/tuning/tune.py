@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
-from moce_ds.checkpoint.format import STATE, Checkpoint
+from moce_ds.checkpoint.deepspeed_state import load_checkpoint
+from moce_ds.checkpoint.format import STATE
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.run_folder import RESULT, read_result, result_text
-from moce_ds.checkpoint.shared_read import Wanted, read_together
+from moce_ds.checkpoint.shared_read import SharedReader, checkpoint_steps, resume
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.checksums import FileRecord
@@ -54,16 +54,18 @@ def tune(labelled: LabelledTask, config: TuneSettings, runtime: Runtime) -> Meas
         )
     schedule = make_schedule(config.optim, labelled.count)
     with RunLease.claimed(run.out, runtime) as lease:
-        resume_from = latest_valid_checkpoint(run.out, runtime)
-        requested.write_settings(lease, runtime)
         labelled.model.to(runtime.device).train()
         task = TuneTask(labelled, config.optim, config.data.workers, run.seed, schedule, batches, runtime)
         engine = start_engine(labelled.model, labelled.parameter_groups(), config.optim, config.engine, batches)
+        resumed = None
+        if steps := checkpoint_steps(run.out, runtime):
+            resumed, _ = resume(run.out, steps, lambda reader: task.load(engine, reader), runtime)
+        requested.write_settings(lease, runtime)
         made_from = {"config": to_tree(config), "task_fingerprint": labelled.fingerprint}
         checkpoints = CheckpointManager(engine, run, lease, runtime, made_from)
         trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
-        if resume_from is not None:
-            trainer.restore(resume_from)
+        if resumed is not None:
+            trainer.restore(resumed)
         runtime.say(describe(schedule, batches, config.optim.base_lr))
         return task.finish(lease) if trainer.fit().complete else None
 
@@ -94,15 +96,15 @@ class TuneTask(TrainingTask):
         self._state = TuneState(labelled.model, optim.ema, runtime)
         self._validate_every = max(1, round(optim.validate_every * labelled.count / batches.global_batch))
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore average, best weights and statistics; a collective. Raises ArtefactError."""
-        tensors: dict[str, Tensor] = {}
+    def load(self, engine: Engine, reader: SharedReader) -> None:
+        """Load a checkpoint into the engine, the average, the best weights and the statistics; a collective.
 
-        def take(_: str, found: dict[str, Tensor]) -> None:
-            tensors.update({name: tensor.cpu() for name, tensor in found.items()})
-
-        wanted = [Wanted(name, None) for name in checkpoint.names(STATE)]
-        read_together(checkpoint, wanted, take, self._runtime)
+        Raises:
+            DamagedError: a file is damaged.
+            ArtefactError: the checkpoint does not fit the model.
+        """
+        load_checkpoint(engine, reader)
+        tensors, checkpoint = reader.load(STATE), reader.checkpoint
         with self._runtime.raise_on_all_ranks():
             self._state.load(tensors, checkpoint.entry("best"), str(checkpoint.folder))
 

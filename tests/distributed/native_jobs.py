@@ -46,7 +46,7 @@ class Session:
         shards = ShardSet.open(config.data.shards)
         data = open_inputs(config.data, config.model_spec, config.routing_clusters, config.run.seed)
         model = build(config, data.clusters)
-        weights, _ = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
+        weights, _ = first_weights(model, config.model_spec, config.run, config.experts.perturbation, runtime)
         place_experts(model, slot_LE, runtime.rank)
         take_weights(model, weights, config.run.init_from)
         groups = parameter_groups(model, config.optim, config.experts.gate_lr_scale)

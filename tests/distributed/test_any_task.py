@@ -1,6 +1,7 @@
 """One trainer for every task: the smallest one is trained, logged under the names of its own losses, and resumed."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import torch
 from harness import run_distributed
 from torch import Tensor, nn
 
-from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
+from moce_ds.checkpoint.deepspeed_state import load_checkpoint
 from moce_ds.checkpoint.format import Checkpoint, step_folder
 from moce_ds.checkpoint.lease import RunLease
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.checkpoint.shared_read import checkpoint_steps, resume
 from moce_ds.common.errors import DataError
 from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.distributed.runtime import Runtime, started
@@ -63,13 +65,12 @@ def fit(run: Path, runtime: Runtime, steps: int, task: Line | None = None, log_e
     batches, schedule = BatchArithmetic(8, task.parts, runtime.world_size), Schedule(0.1, 0.1, steps, 0, 0)
     optim = OptimSettings(batch_size=batches.global_batch, epochs=2, base_lr=3.2)
     lease = RunLease.claim(run, runtime)
-    resume_from = latest_valid_checkpoint(run, runtime)
     groups = [{"params": list(task.model.parameters()), "weight_decay": 0.0, "lr_scale": 1.0}]
     engine = start_engine(task.model, groups, optim, EngineSettings(precision="fp32"), batches)
     checkpoints = CheckpointManager(engine, settings, lease, runtime, {"made": "here"})
     trainer = Trainer(engine, task, checkpoints, schedule, batches, settings)
-    if resume_from is not None:
-        trainer.restore(resume_from)
+    if steps_before := checkpoint_steps(run, runtime):
+        trainer.restore(resume(run, steps_before, partial(load_checkpoint, engine), runtime)[0])
     return trainer.fit()
 
 

@@ -57,6 +57,21 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "what was written to measure is gone"
 
 
+def test_checkpoint_with_several_processes(tmp_path: Path) -> None:
+    words = ("--vit", "vit_tiny_patch16_224", "--processes", "1,2", "--folder", str(tmp_path), "--repeats", "1")
+    alone, both = rows_of(tmp_path, "checkpoint", *words)
+    assert (alone["processes"], both["processes"]) == (1, 2) and alone["GB"] == both["GB"]
+    assert alone["collectives"] == 0 < both["collectives"] < 10, "moments travel in buckets"
+    assert alone["all read"] == both["all read"] == 1, "each byte is read once"
+    assert alone["read GB"] == alone["GB"] and both["read GB"] < 0.7 * both["GB"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"], "what was written to measure is gone"
+
+
+def test_checkpoint_refuses_processes_that_cannot_share_the_experts() -> None:
+    result = CliRunner().invoke(moce, ["bench", "checkpoint", "--processes", "2,3"])
+    assert "--processes: 3 does not divide the 8 experts of a layer." in str(result.exception)
+
+
 TINY = {"patch_size": 8, "width": 16, "depth": 3, "heads": 2}
 TINY |= {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
 PEERS = PeerSize("tiny", TINY, {"num": 2}, 16, (48, 32), 40, (0.5, 1.0), True, batch=4, warmup=1, steps=2, log_every=1)

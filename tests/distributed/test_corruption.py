@@ -1,7 +1,6 @@
 """Whatever happens to a file of a checkpoint on the disk is noticed and named, and the checkpoint before it is used.
 
-The matrix of harms and files asks `latest_valid_checkpoint`; the fixture `repaired` resumes damaged runs with two
-processes.
+The matrix of harms and files asks `resume`; the fixture `repaired` resumes damaged runs with two processes.
 """
 
 import shutil
@@ -15,8 +14,8 @@ from harness import run_distributed
 from jobs import Job, Told, run_jobs
 from tiny_run import STEPS, TinyData, assert_same, tiny_settings
 
-from moce_ds.checkpoint.deepspeed_state import latest_valid_checkpoint
 from moce_ds.checkpoint.format import OPTIMIZER, WEIGHTS, Checkpoint, find, step_folder, steps_of, write_checkpoint
+from moce_ds.checkpoint.shared_read import SharedReader, Wanted, checkpoint_steps, resume
 from moce_ds.common.errors import ArtefactError
 from moce_ds.distributed.runtime import Runtime
 from tests.examples.moce_command import refused, run_here
@@ -69,11 +68,21 @@ FILES = ["manifest.json"] + [
 ]
 
 
+def resumed(run: Path) -> int:
+    """The step of the checkpoint that a run resumes from, having loaded its weights; the other files are checked."""
+
+    def load(reader: SharedReader) -> torch.Tensor:
+        return reader.load(WEIGHTS)["cls_token"]
+
+    checkpoint, token = resume(run, checkpoint_steps(run, ALONE), load, ALONE)
+    assert (token == checkpoint.step).all()
+    return checkpoint.step
+
+
 def test_the_matrix_holds_every_file(whole: Path) -> None:
     folder = step_folder(whole, 5)
     assert sorted(FILES) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
-    newest = latest_valid_checkpoint(whole, ALONE)
-    assert newest is not None and newest.step == 5
+    assert resumed(whole) == 5
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,15 +93,14 @@ def test_every_harm_to_every_file_is_named(
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     HARMS[harm](step_folder(run, 5) / name)
-    newest = latest_valid_checkpoint(run, ALONE)
-    assert newest is not None and newest.step == 4
+    assert resumed(run) == 4
     told = capsys.readouterr().err
     aside = run / "checkpoints" / "damaged-step-00000005"
     assert "WARNING: the checkpoint of step 5 is damaged; resuming from step 4, the newest valid one" in told
     assert f"{step_folder(run, 5)}/{name}" in told and told.count(".safetensors") + told.count("manifest.json") == 1
     assert f"It is kept as {aside}." in told and aside.is_dir()
     assert steps_of(run) == [4] and find(run).step == 4
-    latest_valid_checkpoint(run, ALONE)
+    assert resumed(run) == 4
     assert capsys.readouterr().err == "", "it is told once"
 
 
@@ -106,10 +114,40 @@ def test_where_none_is_whole_nothing_is_touched(whole: Path, tmp_path: Path, har
     before = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
     for _ in range(2):
         with pytest.raises(ArtefactError, match=f"{run} holds no valid checkpoint to resume from") as caught:
-            latest_valid_checkpoint(run, ALONE)
+            resumed(run)
         assert str(harmed[0]) in str(caught.value) and str(harmed[1]) in str(caught.value)
         assert f"Restore these files, or remove {run / 'checkpoints'} to begin at step 0." in str(caught.value)
     assert before == {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("damaged", [(), (5,)])
+def test_the_checkpoint_of_another_model_is_an_error_and_stays(
+    whole: Path, tmp_path: Path, damaged: tuple[int, ...]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in damaged:
+        HARMS["last value"](step_folder(run, step) / FILES[1])
+    before = sorted(run.rglob("*"))
+
+    def load(reader: SharedReader) -> None:
+        reader.load(WEIGHTS)
+        reader.read([Wanted("weights/block-07.safetensors", None)], lambda name, content: None)
+
+    with pytest.raises(ArtefactError, match=r"holds no weights/block-07.safetensors: it belongs to another model"):
+        resume(run, checkpoint_steps(run, ALONE), load, ALONE)
+    assert before == sorted(run.rglob("*"))
+
+
+def test_what_load_refuses_is_an_error_and_stays(whole: Path) -> None:
+    def refuse(name: str, content: torch.Tensor) -> None:
+        raise ArtefactError(f"{name} does not fit")
+
+    before = sorted(whole.rglob("*"))
+    for place in FILES[1], FILES[-1]:
+        with pytest.raises(ArtefactError, match=f"{place} does not fit"):
+            resume(whole, [4, 5], lambda reader, place=place: reader.read([Wanted(place, None)], refuse), ALONE)
+    assert before == sorted(whole.rglob("*"))
 
 
 @pytest.mark.parametrize("harm", HARMS)

@@ -220,18 +220,29 @@ def gpu(
 
 @bench.command("checkpoint")
 @click.option("--vit", default="vit_base_patch16_224", show_default=True, help="Encoder, by timm's name.")
+@click.option(
+    "--processes",
+    type=Numbers(),
+    help="Measure a MoCE with 8 experts a layer, which as many processes share, once for each number.",
+)
 @click.option("--folder", type=PATH, default=".", show_default=True, help="A folder on the disk to measure.")
 @_repeats(5)
 @_json_option
-def checkpoint(vit: str, folder: Path, repeats: int, json_file: Path | None) -> None:
+def checkpoint(vit: str, processes: list[int] | None, folder: Path, repeats: int, json_file: Path | None) -> None:
     """Time to save and load a checkpoint, compared with the raw disk.
 
-    Also the pause that a save makes in training.
+    Also the pause that a save makes in training. Without --processes the state is that of a dense MAE in one process.
     """
     from moce_ds.bench.checkpoint import bench_checkpoint
+    from moce_ds.bench.checkpoint_exchange import EXPERTS, bench_exchange
     from moce_ds.distributed.runtime import started
     from moce_ds.models.settings import ModelSettings
 
+    if processes:
+        if odd := [count for count in processes if EXPERTS % count]:
+            raise ConfigError(f"--processes: {odd[0]} does not divide the {EXPERTS} experts of a layer.")
+        _show(bench_exchange(vit, processes, folder, repeats), json_file)
+        return
     with started() as runtime:
         rows = bench_checkpoint(ModelSettings(vit=vit), folder, repeats, runtime)
     _show(rows, json_file)

@@ -127,6 +127,15 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
         raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
 
 
+@contextmanager
+def parses(path: Path, cure: str) -> Iterator[None]:
+    """Convert the errors of a block that parses the content of a file, already read, to ArtefactError with its path."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise ArtefactError(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
+
+
 def load_array(
     path: Path, dtype: Any, shape: tuple[int, ...], cure: str, kind: type[MoceError] = ArtefactError
 ) -> np.ndarray:

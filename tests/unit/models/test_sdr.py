@@ -31,6 +31,7 @@ from moce_ds.moe.routing_plan import make_plan
 from moce_ds.selection.run_clusters import run_clusters
 from moce_ds.training.inputs import check_paths, read_teacher
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 
 SHAPE, DECODER = ViTShape(16, 4, 16, 4, 2), DecoderShape(16, 1, 2)
 GROUPS, STAGES, COMMON = 4, 2, 32
@@ -192,7 +193,7 @@ def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
     words = ["experts.clusters=there", *WORDS]
     config = tiny_config(*words, f"run.init_from={tiny_mae_run}")
     assert config.wants_teacher
-    teacher = read_teacher(config.model_spec, config.run)
+    teacher = read_teacher(config.model_spec, config.run, ALONE)
     weights = find(tiny_mae_run).load("weights")
     for name, tensor in teacher.model.state_dict().items():
         expected = weights[name] if name in weights else sincos_positions(config.vit_shape, 16)
@@ -200,4 +201,4 @@ def test_the_teacher_is_the_dense_run_and_stays_with_the_run(
     assert not tiny_config(*words, "sdr.distillation_weight=0").wants_teacher
     other = tiny_config(*words, f"run.init_from={tiny_moce_run()}")
     with pytest.raises(ArtefactError, match="does not fit the model"):
-        read_teacher(other.model_spec, other.run)
+        read_teacher(other.model_spec, other.run, ALONE)

@@ -25,6 +25,7 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.training.initial_weights import read_weights
 from moce_ds.training.placed_model import build_for_training, first_weights, place_experts, take_weights
 from moce_ds.training.settings import PretrainSettings
+from tests.examples.alone import ALONE
 
 Make = Callable[..., PretrainSettings]
 
@@ -38,7 +39,7 @@ def warm_start(
     model: MaskedAutoencoder, config: PretrainSettings, slots: np.ndarray | None = None, rank: int = 0
 ) -> str:
     """Give one rank's model its first weights, as training does; returns the sentence that says which."""
-    weights, said = first_weights(model, config.model_spec, config.run, config.experts.perturbation)
+    weights, said = first_weights(model, config.model_spec, config.run, config.experts.perturbation, ALONE)
     if config.model_kind.routes_by_cluster:
         place_experts(model, default_placement(2, config.experts.num) if slots is None else slots, rank)
     take_weights(model, weights, config.run.init_from)
