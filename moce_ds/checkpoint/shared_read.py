@@ -146,14 +146,15 @@ class SharedReader:
                 yield name, _broadcast(content, self.checkpoint.bytes_of(name), reader, group, self.runtime)
 
     def _readers(self, wanted: Sequence[Wanted]) -> list[int]:
-        """The rank that reads each file: the member of its group to which the fewest bytes of the group have fallen."""
-        readers: list[int] = []
+        """The rank that reads each file: from the largest on, the member of its group with the fewest bytes so far."""
+        sizes = [self.checkpoint.bytes_of(name) for name, _ in wanted]
+        readers = [0] * len(wanted)
         shares: dict[tuple[int, ...], Counter[int]] = {}
-        for name, group in wanted:
-            ranks = tuple(_members(group, self.runtime))
+        for place in sorted(range(len(wanted)), key=lambda place: -sizes[place]):
+            ranks = tuple(_members(wanted[place].group, self.runtime))
             share = shares.setdefault(ranks, Counter())
-            readers.append(min(ranks, key=lambda rank: share[rank]))
-            share[readers[-1]] += self.checkpoint.bytes_of(name)
+            readers[place] = min(ranks, key=lambda rank: share[rank])
+            share[readers[place]] += sizes[place]
         return readers
 
     def _own_content(self, reading: Future[NDArray[np.uint8]], failed: list[Exception]) -> Tensor | None:

@@ -53,12 +53,12 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     Raises:
         ConfigError, ArtefactError, DataError, SupersededError, DivergedError: on every process alike.
     """
-    run, experts, spec, requested = config.run, config.experts, config.model_spec, RequestedRun(config)
-    batches = batch_arithmetic(config.optim, runtime.world_size, config.ep_size)
+    run, experts, spec, optim = config.run, config.experts, config.model_spec, config.optim
+    requested, batches = RequestedRun(config), batch_arithmetic(optim, runtime.world_size, config.ep_size)
     inputs = open_inputs(config.data, spec, config.routing_clusters, run.seed)
     with runtime.raise_on_all_ranks():
         requested.check_resumable(inputs.named, f"start another run: run.init_from={run.out}")
-    schedule = make_schedule(config.optim, inputs.shards.count, experts.imbalance_start)
+    schedule = make_schedule(optim, inputs.shards.count, experts.imbalance_start)
     if done := _complete(run.out, schedule.steps, runtime):
         return done
     with RunLease.claimed(run.out, runtime) as lease:
@@ -68,8 +68,9 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         if not steps:
             slot_LE = initialise(model, spec, experts, run, inputs.clusters, runtime)
         encoder = read_teacher(spec, run, runtime) if config.wants_teacher else None
-        groups = parameter_groups(model, config.optim, experts.gate_lr_scale)
-        engine = start_engine(model, groups, config.optim, config.engine, batches)
+        engine = start_engine(
+            model, parameter_groups(model, optim, experts.gate_lr_scale), optim, config.engine, batches
+        )
         if steps:
             resumed, slot_LE = resume(run.out, steps, partial(load_placed, engine, experts, inputs.clusters), runtime)
         requested.write_settings(lease, runtime)  # settings, inputs and checkpoint are checked
@@ -84,7 +85,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
         if resumed is not None:
             trainer.restore(resumed)
-        runtime.say(describe(schedule, batches, config.optim.base_lr))
+        runtime.say(describe(schedule, batches, optim.base_lr))
         progress = trainer.fit()
         task.report_replaced()
         return progress
