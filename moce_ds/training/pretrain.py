@@ -68,9 +68,8 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         if not steps:
             slot_LE = initialise(model, spec, experts, run, inputs.clusters, runtime)
         encoder = read_teacher(spec, run, runtime) if config.wants_teacher else None
-        engine = start_engine(
-            model, parameter_groups(model, optim, experts.gate_lr_scale), optim, config.engine, batches
-        )
+        groups = parameter_groups(model, optim, experts.gate_lr_scale)
+        engine = start_engine(model, groups, optim, config.engine, batches)
         if steps:
             resumed, slot_LE = resume(run.out, steps, partial(load_placed, engine, experts, inputs.clusters), runtime)
         requested.write_settings(lease, runtime)  # settings, inputs and checkpoint are checked
