@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_ds.checkpoint.deepspeed_state import global_parameters, load_checkpoint
-from moce_ds.checkpoint.format import OPTIMIZER
 from moce_ds.checkpoint.shared_read import SharedReader
-from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.errors import ArtefactError
 from moce_ds.data.clusters import Clusters
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.models.build import ModelSpec, build_model
@@ -112,14 +111,7 @@ def load_placed(
     Raises:
         DamagedError: a file is damaged.
         ArtefactError: the checkpoint does not fit the model.
-        ConfigError: it holds weights alone.
     """
-    if not reader.checkpoint.names(OPTIMIZER):
-        run = reader.checkpoint.folder.parent.parent
-        raise ConfigError(
-            f"run.out: {run} holds weights without the optimizer's state, from which no run can resume: "
-            f"start a new one in another folder, with run.init_from={run}."
-        )
     slot_LE = _placement_after(engine.module, experts, clusters, reader)
     place_experts(engine.module, slot_LE, reader.runtime.rank)
     load_checkpoint(engine, reader)

@@ -61,6 +61,8 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     schedule = make_schedule(optim, inputs.shards.count, experts.imbalance_start)
     if done := _complete(run.out, schedule.steps, runtime):
         return done
+    with runtime.raise_on_all_ranks():
+        requested.check_optimizer()
     with RunLease.claimed(run.out, runtime) as lease:
         model = build_for_training(spec, inputs.clusters, experts.ep_size, run.seed, config.loss_weights)
         tune_execution(model, experts.execution, config.engine, runtime.device)

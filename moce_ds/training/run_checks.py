@@ -90,6 +90,15 @@ class RequestedRun:
                 f"Restore {self.folder / CONFIG} as the run wrote it, or give another run.out."
             )
 
+    def check_optimizer(self) -> None:
+        """Refuse to resume from weights alone, as imported ones are. Raises ConfigError."""
+        checkpoint = _newest_readable(self.folder)
+        if checkpoint is not None and not checkpoint.names(checkpoint_files.OPTIMIZER):
+            raise ConfigError(
+                f"run.out: {self.folder} holds weights without the optimizer's state, from which no run can resume: "
+                f"start a new one in another folder, with run.init_from={self.folder}."
+            )
+
     def write_settings(self, lease: RunLease, runtime: Runtime) -> None:
         """Write config.yaml, which turns the folder into a run. Called when nothing is left to check; a collective.
 
