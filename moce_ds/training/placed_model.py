@@ -5,6 +5,7 @@ Axes: L expert layers, M clusters, E experts, K experts an image is sent to.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +154,11 @@ def _placement_after(
     if placement["ep_size"] == experts.ep_size:
         return np.array(placement["slot_LE"], dtype=np.int64)
     return placement_by_traffic(reader.routes().expert_ML, clusters.share_M, experts.num, experts.ep_size)
+
+
+def placed(experts: ExpertSettings, slot_LE: NDArray[np.int64]) -> dict[str, Any]:
+    """What a manifest says of the places of experts."""
+    return {"placement": {"ep_size": experts.ep_size, "slot_LE": slot_LE.tolist()}}
 
 
 def _is_fitted(experts: ExpertSettings) -> bool:

@@ -6,7 +6,6 @@ Axes: B images of a micro-batch of this process, G those over all processes, C c
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from moce_ds.training.inputs import Inputs, keep_clusters, keep_teacher, open_in
 from moce_ds.training.local_sampler import LocalSampler
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.pictures import RunPictures
-from moce_ds.training.placed_model import build_for_training, initialise, load_placed, tune_execution
+from moce_ds.training.placed_model import build_for_training, initialise, load_placed, placed, tune_execution
 from moce_ds.training.router import Router, RouteStatistics
 from moce_ds.training.run_checks import RequestedRun
 from moce_ds.training.schedule import BatchArithmetic, Schedule, batch_arithmetic, describe, make_schedule
@@ -59,10 +58,8 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
     with runtime.raise_on_all_ranks():
         requested.check_resumable(inputs.named, f"start another run: run.init_from={run.out}")
     schedule = make_schedule(optim, inputs.shards.count, experts.imbalance_start)
-    if done := _complete(run.out, schedule.steps, runtime):
+    if done := _complete(requested, schedule.steps, runtime):
         return done
-    with runtime.raise_on_all_ranks():
-        requested.check_optimizer()
     with RunLease.claimed(run.out, runtime) as lease:
         model = build_for_training(spec, inputs.clusters, experts.ep_size, run.seed, config.loss_weights)
         tune_execution(model, experts.execution, config.engine, runtime.device)
@@ -80,8 +77,7 @@ def pretrain(config: PretrainSettings, runtime: Runtime) -> Progress:
         router = make_router(model, inputs, slot_LE, experts, run.seed, runtime)
         pictures = RunPictures(model, inputs.shards, spec.input, run.seed, run.picture_every, lease, runtime)
         task = PretrainTask(inputs, router, teacher, pictures, schedule, batches, run.seed, runtime)
-        placement = {"ep_size": experts.ep_size, "slot_LE": slot_LE.tolist()}
-        made_from = {"config": to_tree(config), "model": spec.to_tree(), **inputs.made_from, "placement": placement}
+        made_from = {"config": to_tree(config), "model": spec.to_tree(), **inputs.made_from, **placed(experts, slot_LE)}
         checkpoints = CheckpointManager(engine, run, lease, runtime, made_from)
         trainer = Trainer(engine, task, checkpoints, schedule, batches, run)
         if resumed is not None:
@@ -107,13 +103,20 @@ def make_router(
     return Router(model, inputs.clustered.ids_N, slot_LE, experts, seed, runtime)
 
 
-def _complete(run: Path, steps: int, runtime: Runtime) -> Progress | None:
-    """The progress of a run that has taken all steps, whose last checkpoint is valid; else None. A collective."""
+def _complete(requested: RequestedRun, steps: int, runtime: Runtime) -> Progress | None:
+    """The progress of a run that has taken all steps, whose last checkpoint is valid; else None. A collective.
+
+    Raises:
+        ConfigError: it is not complete, and cannot resume.
+    """
+    run = requested.folder
     done = max(checkpoint_steps(run, runtime), default=0)
-    if done < steps or not is_intact(run, done, runtime):
-        return None
-    runtime.say(f"{run} is complete: {done} steps.")
-    return Progress(done, steps)
+    if done >= steps and is_intact(run, done, runtime):
+        runtime.say(f"{run} is complete: {done} steps.")
+        return Progress(done, steps)
+    with runtime.raise_on_all_ranks():
+        requested.check_optimizer()
+    return None
 
 
 class PretrainTask(TrainingTask):
