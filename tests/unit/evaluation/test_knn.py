@@ -29,7 +29,8 @@ def at_once(train_ND: Tensor, test_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(params=["faiss", "torch"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 7 x 50 images, compared by faiss, and without it."""
+    """Tiles of 7 x 50 images, compared by faiss, and without it (`test_knn_screening.py` has screened ones)."""
+    monkeypatch.setattr(knn, "is_fast", lambda width: False)
     monkeypatch.setattr(knn, "TRAINING_TILE", 50)
     monkeypatch.setattr(knn, "TEST_TILE", {"cpu": 7})
     if request.param == "torch":
@@ -93,6 +94,7 @@ def test_memory_does_not_grow_with_the_features(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(knn, "TRAINING_TILE", 64)
     monkeypatch.setattr(knn, "TEST_TILE", {"cpu": 16})
     monkeypatch.setattr(knn, "_CHECKED_ROWS", 64)
+    monkeypatch.setattr(knn, "is_fast", lambda width: False)
     monkeypatch.setitem(sys.modules, "faiss", None)  # whose memory torch does not see
     train_ND, labels_N = random(5000, 8), torch.arange(5000) % 7
     with _Largest() as largest:
