@@ -14,8 +14,8 @@ from harness import run_distributed
 from jobs import interrupted
 from tiny_run import CLUSTERS, IMAGES, TinyData, alter_images, tiny_settings
 
-from moce_ds.checkpoint.deepspeed_state import _set_aside
 from moce_ds.checkpoint.format import find
+from moce_ds.checkpoint.shared_read import _set_aside
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import LOST_PEER, DataError, MoceError
 from moce_ds.data.clusters import load_ids

@@ -61,7 +61,7 @@ def test_a_job_is_warned_before_another_takes_its_nodes(
     cluster: Cluster, tmp_path: Path, partition: str, name: str
 ) -> None:
     output = tmp_path / "output"
-    script = "trap 'echo USR1' USR1; trap 'echo TERM; exit 1' TERM; echo started; while sleep 0.1; do :; done"
+    script = "trap 'echo USR1' USR1; trap 'echo TERM; exit 1' TERM; echo started; while :; do sleep 0.1; done"
     options = (f"--partition={partition}", "--signal=B:USR1@60", f"--output={output}")
     job = submit(cluster, script, *options, "--nodes=4", "--exclusive", "--time=60")
     cluster.wait_until(lambda: output.exists() and "started" in output.read_text(), 60, "the job runs")

@@ -32,7 +32,9 @@ def test_gpus_that_torch_cannot_use_are_an_error(cluster: Cluster, data: TinyDat
     """The GPUs of the cluster are not real, so torch sees none of them on any machine."""
     job = submit(cluster, "gpus_per_node=2", "minutes=5", "pretrain", *tiny_settings(data.shards, tmp_path / "run"))
     job.wait_for("FAILED")
-    assert job.told().count("PyTorch sees no GPU, but ") == 1, job.told()  # by one of its two processes
+    told = job.told()
+    # By one of its two processes. The job starts again if the other one is ended before it sees that for itself.
+    assert told.count("PyTorch sees no GPU, but ") == told.count("Starting with JobEnvironment") > 0, told
 
 
 def test_a_verb_that_runs_alone(
