@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.checkpoint.format import Checkpoint, Routes, set_aside, step_folder, steps_of
-from moce_ds.common.errors import ArtefactError, DamagedError, MoceError
+from moce_ds.common.errors import LOST_PEER, ArtefactError, DamagedError, MoceError
 from moce_ds.common.storage.files import writes_to
 from moce_ds.distributed.runtime import Runtime
 
@@ -60,12 +60,11 @@ class SharedReader:
 
         Raises:
             DamagedError: on all processes, if one of them cannot: a file is missing or truncated.
+            ArtefactError: on all processes, if the machine of one of them fails, perhaps only now.
         """
-        checkpoint, faults = None, []
-        try:
+        checkpoint, faults = None, list[str]()
+        with runtime.raise_on_all_ranks(), _damage_noted(faults):
             checkpoint = Checkpoint.open(folder, resumable=True)
-        except ArtefactError as error:
-            faults = [str(error)]
         _raise_damage(faults, runtime)
         assert checkpoint is not None
         return cls(checkpoint, runtime)
@@ -119,17 +118,17 @@ class SharedReader:
 
         Raises:
             DamagedError: on all processes, if any file is damaged; it lists all of these.
+            ArtefactError: on all processes, if the machine of one of them fails, perhaps only now.
         """
         with suppress(DamagedError):
             yield
         read = {name for text in self.runtime.texts(json.dumps(self.files_read)) for name in json.loads(text)}
         rest = sorted(self.checkpoint.manifest["files"].keys() - read)
-        for name in rest[self.runtime.rank :: self.runtime.world_size]:
-            self.files_read.append(name)
-            try:
-                self.checkpoint.check(name)
-            except ArtefactError as error:
-                self._damage.append(str(error))
+        with self.runtime.raise_on_all_ranks():
+            for name in rest[self.runtime.rank :: self.runtime.world_size]:
+                self.files_read.append(name)
+                with _damage_noted(self._damage):
+                    self.checkpoint.check(name)
         _raise_damage(self._damage, self.runtime)
 
     def _contents(self, wanted: Sequence[Wanted], failed: list[Exception]) -> Iterator[tuple[str, Tensor | None]]:
@@ -158,11 +157,8 @@ class SharedReader:
         return readers
 
     def _own_content(self, reading: Future[NDArray[np.uint8]], failed: list[Exception]) -> Tensor | None:
-        with _noted(failed):
-            try:
-                return torch.from_numpy(reading.result()).to(self.runtime.device)
-            except ArtefactError as error:
-                self._damage.append(str(error))
+        with _noted(failed), _damage_noted(self._damage):
+            return torch.from_numpy(reading.result()).to(self.runtime.device)
         return None
 
 
@@ -247,6 +243,17 @@ def _ahead(
         if len(begun) > _AHEAD:
             yield begun.popleft()
     yield from begun
+
+
+@contextmanager
+def _damage_noted(faults: list[str]) -> Iterator[None]:
+    """Note what is wrong with a file. A fault that may pass, such as one of a file server, is no damage."""
+    try:
+        yield
+    except ArtefactError as error:
+        if error.status == LOST_PEER:
+            raise
+        faults.append(str(error))
 
 
 @contextmanager

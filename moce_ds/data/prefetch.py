@@ -161,11 +161,10 @@ def shortage(shards: CachedShardSet, order: Order, limit_bytes: int) -> str | No
     needed = min(total, 2 * order.window * total // order.count)
     if limit_bytes >= needed:
         return None
-    fitting = limit_bytes * order.count // (2 * total)
     return (
-        f"data.cache_gib: {limit_bytes / 2**30:.3g} GiB cannot hold two windows of {order.window:,} images "
-        f"({needed / 2**30:.3g} GiB), so some images are read one by one from where the set is stored. Raise it, "
-        f"or lower data.shuffle_window to {fitting:,} in a new run."
+        f"data.cache_gib: {limit_bytes / 2**30:.3g} GiB is less than the {needed / 2**30:.3g} GiB of two windows of "
+        "images, so some images are read one by one from where the set is stored. Raise it, or lower "
+        "data.shuffle_window in a new run."
     )
 
 

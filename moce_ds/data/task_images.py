@@ -100,7 +100,7 @@ class Splits:
 
 @contextmanager
 def opened_task(train: Path, val: Path | None, test: Path) -> Iterator[Splits]:
-    """The splits of a task, each a shard set or a folder. Raises DataError as `opened_images`."""
+    """The splits of a task, each a shard set or another source of images. Raises DataError as `opened_images`."""
     with ExitStack() as opened:
         of_train, of_test = (opened.enter_context(opened_images(path)) for path in (train, test))
         yield Splits(of_train, opened.enter_context(opened_images(val)) if val else None, of_test)

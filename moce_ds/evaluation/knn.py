@@ -86,7 +86,8 @@ def nearest(train_ND: Tensor, test_ND: Tensor, k: int, device: torch.device) -> 
     """
     many_tiles = device.type == "cpu" and len(train_ND) > TRAINING_TILE
     test_ND = normalize(test_ND.to(device, torch.float32), dim=1)
-    screening = Screening(test_ND, _mean_of_some(train_ND)) if many_tiles and is_fast(train_ND.shape[1]) else None
+    screened = many_tiles and is_fast(train_ND.shape[1])
+    screening = Screening(test_ND, _mean_of_some(train_ND).to(device)) if screened else None
     in_tile = _in_tile_by_faiss if many_tiles and _has_faiss() else _in_tile
     values_Nk, ids_Nk = (
         torch.empty(len(test_ND), 0, dtype=kind, device=device) for kind in (torch.float32, torch.long)

@@ -48,8 +48,8 @@ class Screening:
 
     Args:
         test_ND: normalised float32 features.
-        centre_D: is subtracted from training features before they are rounded. Any is right. The mean is best: features
-            that have much in common are then rounded more finely.
+        centre_D: is subtracted from training features before they are rounded. Any vector gives correct results. The
+            mean gives the tightest bound: features that have much in common are rounded more finely.
     """
 
     def __init__(self, test_ND: Tensor, centre_D: Tensor) -> None:

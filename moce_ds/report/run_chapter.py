@@ -125,7 +125,7 @@ def _cluster_sizes(run: RunFolder, images: Images | None, why_not: str) -> Itera
     if run.clusters is None:
         return
     clusters = run.clusters
-    method = "k-means" if clusters.method == "kmeans" else f"balanced assignment (Sinkhorn, eps {clusters.eps:g})"
+    method = "k-means" if clusters.method == "kmeans" else f"balanced assignment (eps {clusters.eps:g})"
     relative_M = clusters.sizes_M / clusters.sizes_M.mean()
     caption = (
         f"Images per cluster by {method}: smallest {relative_M.min():.2f}, median {np.median(relative_M):.2f}, "

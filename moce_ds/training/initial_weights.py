@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,8 +34,7 @@ def read_weights(path: Path, replace_positions: bool = False, runtime: Runtime |
     Raises:
         ArtefactError: `path` is missing or holds something else; or its positions are learned and would be lost.
     """
-    with runtime.raise_on_all_ranks() if runtime else nullcontext():
-        found = _open(path)
+    found = _open_together(path, runtime) if runtime else _open(path)
     if isinstance(found, Checkpoint):
         state = SharedReader(found, runtime).load(WEIGHTS) if runtime else found.load(WEIGHTS)
     else:
@@ -46,6 +44,21 @@ def read_weights(path: Path, replace_positions: bool = False, runtime: Runtime |
     if not replace_positions:
         _refuse_learned_positions(state, path)
     return weights
+
+
+def _open_together(path: Path, runtime: Runtime) -> Checkpoint | dict[str, Tensor]:
+    """As `_open`, the same checkpoint on all processes: rank 0 chooses, because the run may still be training."""
+    found: Checkpoint | dict[str, Tensor] = {}
+    with runtime.raise_on_all_ranks():
+        if runtime.is_main:
+            found = _open(path)
+    folder = runtime.texts(str(found.folder) if isinstance(found, Checkpoint) else "")[0]
+    with runtime.raise_on_all_ranks():
+        if not runtime.is_main:
+            found = Checkpoint.open(Path(folder)) if folder else _open(path)
+    if len(set(runtime.texts(found.identity if isinstance(found, Checkpoint) else ""))) > 1:
+        raise ArtefactError(f"run.init_from: the machines do not see the same files in {folder}: wait, and try again.")
+    return found
 
 
 def _open(path: Path) -> Checkpoint | dict[str, Tensor]:

@@ -150,9 +150,8 @@ def _placement_after(
     resumes bit for bit; else fitted to its routes. Its files know nothing of the placement. A collective."""
     if clusters is None or not _is_fitted(experts):
         return default_placement(len(expert_layers(model)), experts.num)
-    placement = reader.checkpoint.entry("placement")
-    if placement["ep_size"] == experts.ep_size:
-        return np.array(placement["slot_LE"], dtype=np.int64)
+    if reader.checkpoint.entry("placement", "ep_size") == experts.ep_size:
+        return np.array(reader.checkpoint.entry("placement", "slot_LE"), dtype=np.int64)
     return placement_by_traffic(reader.routes().expert_ML, clusters.share_M, experts.num, experts.ep_size)
 
 

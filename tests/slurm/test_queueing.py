@@ -48,14 +48,19 @@ def test_a_verb_that_runs_alone(
 
 
 def test_a_study_becomes_an_array(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
+    """Its cells measure a task, each in one process, also if several have trained."""
     words = tiny_settings(data.shards, tmp_path / "unused")
     study = tmp_path / "study.yaml"
+    (tmp_path / "kinds").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "kinds" / split).symlink_to(data.shards)
     settings = {
         "out": str(tmp_path / "study"),
         "pretrain": words[0],
         "set": [words[1]],
         "grid": {"run.seed": [0, 1]},
         "cells": [{"processes": 1}, {"nodes": 2}],
+        "tasks": {"kinds": str(tmp_path / "kinds")},
     }
     study.write_text(yaml.safe_dump(settings))
     status, output = moce("launch", "slurm", "minutes=5", "study", study)
@@ -63,6 +68,7 @@ def test_a_study_becomes_an_array(cluster: Cluster, data: TinyData, tmp_path: Pa
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader"), SECONDS, "the queue is empty")
     done = StudyFolder.open(tmp_path / "study")
     assert [cell.state for cell in done.cells] == ["done"] * 4 and not done.waiting
+    assert len(list((tmp_path / "study").rglob("results.json"))) == 4
     status, output = moce("launch", "slurm", "minutes=5", "study", study)
     assert status == 0 and "4 of 4 cells done" in output and "queued" not in output
 

@@ -23,7 +23,12 @@ def _accuracy_options(function: Any) -> Any:
         click.option("--task", default=None, help="Name of the task in results (default: the folder of --test)."),
         click.option("--test", type=PATH, required=True, help="Labelled test images."),
         click.option("--val", type=PATH, help="Labelled validation images (probe; default: some of --train)."),
-        click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder."),
+        click.option(
+            "--train",
+            type=PATH,
+            required=True,
+            help="Labelled training images: a shard set, or what `moce shards` reads.",
+        ),
         click.argument("encoder", type=PATH),
     ):
         function = decorate(function)
@@ -102,7 +107,7 @@ def _check_processes(verb: str, config: Any) -> None:
 
 @click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")
 @click.argument("run", type=PATH)
-@click.option("--data", type=PATH, required=True, help="Held-out images: a shard set or a folder of images.")
+@click.option("--data", type=PATH, required=True, help="Held-out images: a shard set, or what `moce shards` reads.")
 @click.option("--dense", type=PATH, help="The run of a dense MAE for comparison.")
 @click.option("--task", default=None, help="Name of the data in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")

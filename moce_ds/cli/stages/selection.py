@@ -97,7 +97,11 @@ def _check_outputs(target: "Target | None", picture: Path | None, results: Path 
 @click.command(cls=Verb, settings="moce_ds.encoders.settings:EncodeSettings")
 @click.argument("run", type=PATH)
 @click.argument("out", type=PATH)
-@click.option("--data", type=PATH, help="Images of a task (a shard set or a folder), whose votes choose the route.")
+@click.option(
+    "--data",
+    type=PATH,
+    help="Images of a task, whose votes choose the route: shards, or what `shards` reads.",
+)
 @click.option("--cluster", type=int, help="Export the route of one cluster.")
 @click.option("--route", help="Export these experts, one per layer: 3,5; or auto: choose by --data.")
 @click.option("--expert", type=int, help="Export the most frequent route through this expert of the last expert layer.")

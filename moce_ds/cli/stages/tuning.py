@@ -19,7 +19,7 @@ from moce_ds.common.text import in_line
 
 @click.command("finetune", cls=Verb, settings="moce_ds.tuning.settings:FinetuneSettings")
 @click.argument("encoder", type=PATH)
-@click.option("--train", type=PATH, required=True, help="Labelled training images: a shard set or a folder.")
+@click.option("--train", type=PATH, required=True, help="Labelled training images: shards, or what `shards` reads.")
 @click.option("--test", type=PATH, required=True, help="Labelled test images, used once at the end.")
 @click.option("--val", help="Labelled validation images, or a share of --train such as 0.1.")
 @click.option("--out", type=PATH, required=True, help="Folder of the run.")

@@ -25,7 +25,7 @@ from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.config.settings import from_tree, to_tree
 from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.common.host.program import run_main, say
-from moce_ds.common.host.rank import ProcessRank
+from moce_ds.common.host.rank import ProcessRank, lone_process
 from moce_ds.common.storage.metrics_file import METRICS, read_metrics
 from moce_ds.evaluation.results_file import RESULTS, read_results
 from moce_ds.forecast.step_cost import Work
@@ -149,7 +149,8 @@ def cell_stage(study: StudySettings, cell: Cell) -> Stage:
     def work() -> dict[str, Any]:
         config = cell.config()
         _pretrain(cell)
-        _evaluate(study, cell, config.model_kind.has_experts)
+        with lone_process():  # the other processes have only trained
+            _evaluate(study, cell, config.model_kind.has_experts)
         return measures(cell, Work.of(config))
 
     def profile(common: SlurmProfile) -> SlurmProfile:

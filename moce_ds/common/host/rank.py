@@ -3,7 +3,8 @@ SLURM jobs set."""
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moce_ds.common.errors import ConfigError
@@ -65,6 +66,17 @@ class ProcessRank:
             environment["MASTER_ADDR"].strip(),
             _number(environment, "MASTER_PORT", least=1, most=65535),
         )
+
+
+@contextmanager
+def lone_process() -> Iterator[None]:
+    """A block in which this process counts as the only one, whatever started it."""
+    names = (*ALONE, "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:

@@ -7,7 +7,7 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -153,7 +153,9 @@ class _ArrowStream:
         return 0
 
     def batches(self, column: str | None, first: int, rows: int) -> Iterator[Any]:
-        fields = [self.schema.get_field_index(column)] if column else []
+        # No fields would mean all of them, with the images.
+        short = (i for i, field in enumerate(self.schema) if self._arrow.types.is_primitive(field.type))
+        fields = [self.schema.get_field_index(column)] if column else list(islice(short, 1))
         options = self._arrow.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
         for batch in self._arrow.ipc.open_stream(self._content, options=options):
             batch.validate(full=True)  # of damaged offsets, pyarrow would read outside the file

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moce_ds.common.errors import LOST_PEER, LostPeerError
-from moce_ds.common.host.rank import ProcessRank, RankError, is_first
+from moce_ds.common.host.rank import ProcessRank, RankError, is_first, lone_process
 from moce_ds.distributed import rendezvous
 from moce_ds.distributed.rendezvous import Rendezvous, host_on_loopback
 from tests.examples.moce_command import run_here
@@ -21,6 +21,15 @@ def test_a_place_is_read_from_the_environment() -> None:
     assert ProcessRank.here(TWO) == ProcessRank(1, 2, 1, "127.0.0.1", 29500)
     assert ProcessRank.here({}) == ProcessRank(0, 1, 0) == ProcessRank.here({"MASTER_PORT": "auto"})
     assert is_first({}) and is_first({"RANK": "0"}) and not is_first(TWO)
+
+
+def test_a_block_can_count_as_a_lone_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TWO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="inside"), lone_process():
+        assert ProcessRank.here() == ProcessRank(0, 1, 0)
+        raise ValueError("inside")
+    assert ProcessRank.here() == ProcessRank.here(TWO)
 
 
 @pytest.mark.parametrize(
