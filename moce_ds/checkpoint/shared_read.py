@@ -157,9 +157,10 @@ class SharedReader:
         return readers
 
     def _own_content(self, reading: Future[NDArray[np.uint8]], failed: list[Exception]) -> Tensor | None:
+        content: Tensor | None = None
         with _noted(failed), _damage_noted(self._damage):
-            return torch.from_numpy(reading.result()).to(self.runtime.device)
-        return None
+            content = torch.from_numpy(reading.result()).to(self.runtime.device)
+        return content
 
 
 def checkpoint_steps(run: Path, runtime: Runtime) -> list[int]:
