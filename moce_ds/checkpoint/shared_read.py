@@ -141,7 +141,8 @@ class SharedReader:
                 content: Tensor | None = None
                 if reader == self.runtime.rank:
                     self.files_read.append(name)
-                    content = self._own_content(next(reads), failed)
+                    with _noted(failed), _damage_noted(self._damage):
+                        content = torch.from_numpy(next(reads).result()).to(self.runtime.device)
                 yield name, _broadcast(content, self.checkpoint.bytes_of(name), reader, group, self.runtime)
 
     def _readers(self, wanted: Sequence[Wanted]) -> list[int]:
@@ -155,12 +156,6 @@ class SharedReader:
             readers[place] = min(ranks, key=lambda rank: share[rank])
             share[readers[place]] += sizes[place]
         return readers
-
-    def _own_content(self, reading: Future[NDArray[np.uint8]], failed: list[Exception]) -> Tensor | None:
-        content: Tensor | None = None
-        with _noted(failed), _damage_noted(self._damage):
-            content = torch.from_numpy(reading.result()).to(self.runtime.device)
-        return content
 
 
 def checkpoint_steps(run: Path, runtime: Runtime) -> list[int]:

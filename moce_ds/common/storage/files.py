@@ -124,7 +124,7 @@ def reads_from(path: Path, cure: str, kind: type[MoceError] = ArtefactError) -> 
             raise refused(kind, f"{path} cannot be read", cause) from None
         if not is_utf8(path):
             raise kind(f"{path} {_NO_UTF8}: give its folder another name.") from None
-        raise kind(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
+        raise kind(f"{path} is damaged ({_said(error)}): {cure}") from None
 
 
 @contextmanager
@@ -133,7 +133,12 @@ def parses(path: Path, cure: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise ArtefactError(f"{path} is damaged ({str(error) or type(error).__name__}): {cure}") from None
+        raise ArtefactError(f"{path} is damaged ({_said(error)}): {cure}") from None
+
+
+def _said(error: Exception) -> str:
+    """What a library says about a file, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_array(
