@@ -19,7 +19,7 @@ from moce_ds.training.settings import EngineSettings, PretrainOptimSettings
 
 B = 4
 WARMUP, COUNTED = 3, 4
-PAGE_FAULTS = 200  # of all counted steps; the gradient alone has 3,400 pages
+PAGE_FAULTS = 50  # of a step; the gradient alone has 12,000 pages, more than glibc keeps by itself
 
 
 def both(cases: list[Case]) -> list[tuple[Told, Told, str]]:
@@ -52,24 +52,27 @@ def test_its_results_are_those_of_deepspeed_and_torch_bit_for_bit(world_size: in
             assert all(np.array_equal(ours.end[name], theirs.end[name]) for name in ours.end), case
 
 
-def page_faults() -> int:
-    """Pages that the process touches first in some steps after the first ones."""
+def page_faults() -> list[int]:
+    """Of each step after the first ones: pages that the process touches first in it."""
     with started():
         torch.manual_seed(0)
-        model = MaskedAutoencoder(ViTShape(32, 4, 256, 4, 4), DecoderShape(64, 1, 2), 0.75)
+        model = MaskedAutoencoder(ViTShape(32, 4, 512, 4, 4), DecoderShape(64, 1, 2), 0.75)
         optim = PretrainOptimSettings()
         groups = parameter_groups(model, optim, 1.0)
         training = start_engine(model, groups, optim, EngineSettings(precision="fp32"), BatchArithmetic(B, 1, 1))
         set_lr(training, 1e-4)
         images_BCHW, noise_BN = torch.randn(B, 3, 32, 32), torch.rand(B, 64)
-        before = 0
-        for step in range(WARMUP + COUNTED):
-            if step == WARMUP:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        faults = []
+        for _ in range(WARMUP + COUNTED):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             training.backward(training(images_BCHW, noise_BN).loss)
             training.step()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return faults[WARMUP:]
 
 
 def test_a_step_finds_its_memory_as_the_step_before_left_it() -> None:
-    assert run_distributed(page_faults, 1)[0] <= PAGE_FAULTS
+    # The heap may still grow once, where tensors come to lie otherwise. Memory that each step gives back
+    # is touched anew in every step.
+    faults = run_distributed(page_faults, 1)[0]
+    assert min(faults) <= PAGE_FAULTS, faults
