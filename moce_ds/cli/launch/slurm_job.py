@@ -88,7 +88,9 @@ class Rank:
                 return
             stopped = status == STOPPED or -status in received
             lost = not stopped and (status < 0 or status == LOST_PEER)
-            if stopped and job.global_rank == 0 and (self.warning in received or signal.SIGTERM in received):
+            asked = self.warning in received or signal.SIGTERM in received
+            # srun also asks for a stop after another process has failed, which has recorded its end by then.
+            if stopped and job.global_rank == 0 and asked and not start.has_ended:
                 start.requeue("stopped as requested")
             who = f"rank {job.global_rank} on {socket.gethostname()}"
             recorded = True

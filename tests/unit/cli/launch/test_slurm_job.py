@@ -89,10 +89,10 @@ def test_the_processes_of_one_node_meet_on_its_loopback(tmp_path: Path, monkeypa
     assert (given["MASTER_ADDR"], given["WORLD_SIZE"], given["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", "2", "2")
 
 
-def started_fourth(folder: Path, child: str) -> subprocess.Popen[str]:
-    """The last of a job's four processes, whose child runs some Python and says when it is there."""
-    job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "4", "NODEID": "3", "PROCID": "3", "LOCALID": "0"}
-    slurm = {f"SLURM_{name}": value for name, value in (job | {"JOB_NODELIST": "node[1-4]"}).items()}
+def started(folder: Path, child: str, rank: int = 3) -> subprocess.Popen[str]:
+    """One of a job's four processes, whose child runs some Python and says when it is there."""
+    job = {"JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "4", "NODEID": rank, "PROCID": rank, "LOCALID": "0"}
+    slurm = {f"SLURM_{name}": str(value) for name, value in (job | {"JOB_NODELIST": "node[1-4]"}).items()}
     command = [sys.executable, "-c", RANK, sys.executable, "-c", f"print('there', flush=True); {child}"]
     environment = {**os.environ, **slurm, "SUBMITIT_FOLDER": str(folder)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -101,7 +101,7 @@ def started_fourth(folder: Path, child: str) -> subprocess.Popen[str]:
 
 def fourth_process(folder: Path, child: str, asked: bool) -> int:
     """How it ends."""
-    with started_fourth(folder, child) as process:
+    with started(folder, child) as process:
         assert process.stdout is not None and process.stdout.readline() == "there\n"
         if asked:
             process.send_signal(signal.SIGTERM)
@@ -117,6 +117,24 @@ def test_a_stop_is_told_by_the_first_process_alone(tmp_path: Path) -> None:
     assert JobStart("7", tmp_path, 0).has_ended
 
 
+@pytest.mark.parametrize("failed", [False, True], ids=["asked by SLURM", "another process failed"])
+def test_a_job_is_requeued_after_a_stop_but_not_after_a_failure(
+    failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one process has failed, srun ends the others with the signal by which SLURM asks for a stop."""
+    for name, script in (("squeue", "echo RUNNING"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if failed:
+        JobStart("7", tmp_path, 0).record_end("rank 1 on node2", 2, 3.0, lost=False)
+    with started(tmp_path, "import time; time.sleep(60)", rank=0) as process:
+        assert process.stdout is not None and process.stdout.readline() == "there\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == STOPPED
+    assert failed != (tmp_path / "asked").exists()
+
+
 _UNRECORDED = (
     r"Error: The end of rank 3 on \S+ cannot be recorded: No such file or directory .*\n"
     r"(WARNING: Rank 3 on \S+ ended with status 75\.\n)?"
@@ -129,7 +147,7 @@ def test_an_end_that_cannot_be_recorded_is_one_message_and_keeps_the_status(tmp_
     for child, status in (("raise SystemExit(3)", 3), (f"raise SystemExit({LOST_PEER})", LOST_PEER)):
         gone.mkdir(exist_ok=True)
         (gone / SECRET_FILE).write_text("word")
-        with started_fourth(gone, f"import shutil; shutil.rmtree({str(gone)!r}); {child}") as process:
+        with started(gone, f"import shutil; shutil.rmtree({str(gone)!r}); {child}") as process:
             out, err = process.communicate(timeout=60)
         assert process.returncode == status
         assert re.fullmatch(_UNRECORDED, err)
