@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 from moce_ds.checkpoint.records import RoutingTable, check_manifest
 from moce_ds.checkpoint.tensor_file import RESTORE, checksum, damaged, read_checked, tensors_in, write_tensors
-from moce_ds.common.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError, OtherVersionError
 from moce_ds.common.storage.artefact import Rows, is_marked, mebibytes
 from moce_ds.common.storage.checksums import Findings
 from moce_ds.common.storage.encoder_folder import ModelShape
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # verbs without torch read records with this module
 
 FORMAT = "moce_ds checkpoint 3"
 _READABLE = (FORMAT, "moce_ds checkpoint 2")  # which has the tables of routes in the manifest
+_ANY_FORMAT = re.compile(r"moce_ds checkpoint \d+")
 MANIFEST, ROUTING = "manifest.json", "routing.safetensors"
 WEIGHTS, OPTIMIZER, STATE = "weights", "optimizer", "state"
 _FILE = re.compile(rf"^(({WEIGHTS}|{OPTIMIZER}|{STATE})/[a-z0-9-]+\.safetensors|{re.escape(ROUTING)})$")
@@ -118,13 +119,15 @@ class Checkpoint:
                 copies for sharing the weights.
 
         Raises:
-            ArtefactError: something is missing, truncated, or of another version; names it.
+            OtherVersionError: another version wrote it.
+            ArtefactError: something is missing or truncated; names it.
         """
         path = folder / MANIFEST
         manifest = read_json(path, "a checkpoint", "moce pretrain")
         stored = manifest.get("format") if isinstance(manifest, dict) else None
         if stored not in _READABLE:
-            raise ArtefactError(f"{path}: format {stored!r}; this version reads {FORMAT!r}.")
+            kind = OtherVersionError if _ANY_FORMAT.fullmatch(str(stored)) else ArtefactError
+            raise kind(f"{path}: format {stored!r}; this version reads {FORMAT!r}. Use the version that wrote it.")
         if manifest.pop("sha256", None) != _digest(manifest):
             raise ArtefactError(f"{path} is damaged: its checksum is not the one it was written with.")
         check_manifest(manifest, path)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_ds.checkpoint.format import Checkpoint, Routes, set_aside, step_folder, steps_of
-from moce_ds.common.errors import LOST_PEER, ArtefactError, DamagedError, MoceError
+from moce_ds.common.errors import LOST_PEER, ArtefactError, DamagedError, MoceError, OtherVersionError
 from moce_ds.common.storage.files import writes_to
 from moce_ds.distributed.runtime import Runtime
 
@@ -177,6 +177,7 @@ def resume(
             then replace all that it has loaded. Its other errors, such as for the checkpoint of another model, pass.
 
     Raises:
+        OtherVersionError: another version wrote one that is newer than all intact ones; nothing was renamed.
         ArtefactError: no checkpoint is intact; nothing was renamed.
     """
     damaged: dict[int, list[str]] = {}
@@ -243,11 +244,12 @@ def _ahead(
 
 @contextmanager
 def _damage_noted(faults: list[str]) -> Iterator[None]:
-    """Note what is wrong with a file. A fault that may pass, such as one of a file server, is no damage."""
+    """Note what is wrong with a file. A fault that may pass, such as one of a file server, is no damage, and neither is
+    the format of a newer version."""
     try:
         yield
     except ArtefactError as error:
-        if error.status == LOST_PEER:
+        if error.status == LOST_PEER or isinstance(error, OtherVersionError):
             raise
         faults.append(str(error))
 

@@ -41,6 +41,10 @@ class ArtefactError(MoceError):
     """A file or folder of an earlier stage is missing, incomplete, or belongs to something else."""
 
 
+class OtherVersionError(ArtefactError):
+    """An artefact has a format that another version of this program wrote: it is intact, and not for this one."""
+
+
 class DamagedError(ArtefactError):
     """Files of an artefact are not what was written; the message has a line for each."""
 

@@ -1,5 +1,6 @@
 """What is damage when a checkpoint is read, and what may pass. Several processes: distributed/test_read_once.py."""
 
+import json
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,7 +9,7 @@ import torch
 
 from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, step_folder, steps_of, write_checkpoint
 from moce_ds.checkpoint.shared_read import SharedReader, resume
-from moce_ds.common.errors import LOST_PEER, ArtefactError, DamagedError
+from moce_ds.common.errors import LOST_PEER, ArtefactError, DamagedError, OtherVersionError
 from tests.examples.alone import ALONE
 
 
@@ -43,4 +44,12 @@ def test_a_fault_that_may_pass_is_no_damage(run: Path, method: str) -> None:
     with patch.object(Checkpoint, method, side_effect=fault), pytest.raises(ArtefactError, match="Stale") as caught:
         resume(run, [1, 2], loaded, ALONE)
     assert not isinstance(caught.value, DamagedError) and caught.value.status == LOST_PEER
+    assert steps_of(run) == [1, 2]
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damage(run: Path) -> None:
+    """An older program that is run by mistake must not set the work of the newer one aside."""
+    (step_folder(run, 2) / "manifest.json").write_text(json.dumps({"format": "moce_ds checkpoint 9"}))
+    with pytest.raises(OtherVersionError, match="checkpoint 9'.* Use the version that wrote it"):
+        resume(run, [1, 2], loaded, ALONE)
     assert steps_of(run) == [1, 2]
