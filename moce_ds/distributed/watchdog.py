@@ -24,6 +24,7 @@ from moce_ds.distributed.rendezvous import Rendezvous
 _BEAT_SECONDS = 1.0
 _BROKEN_BEATS = 5  # after a broken connection, this many missed heartbeats identify the rank that broke it
 _STORE_SECONDS = 20.0
+_CURE = "Rerun the same command to resume."
 _STATUSES = (1, LOST_PEER, STOPPED)  # valid in a verdict: nobody can end a run with status 0 through the store
 
 
@@ -95,7 +96,7 @@ class Watch:
             except DistError:
                 if self._stop.wait(_BROKEN_BEATS * _BEAT_SECONDS):
                     return  # this process was ending as well
-                gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it."
+                gone = f"The store on {self._host} is gone, and with it rank 0 or the launcher, which hosts it. {_CURE}"
                 judgement, verdict = None, (LOST_PEER, gone)
             if end := judgement or verdict:
                 status, text = end
@@ -121,7 +122,7 @@ class Watch:
                 status, text = _parsed(self._store.get(f"farewell/{rank}")) or (
                     LOST_PEER,
                     f"Rank {rank} on {host} has not answered for {limit * _BEAT_SECONDS:.0f} s at {self._doing}. "
-                    "It has died or hangs; the other processes end.",
+                    f"It has died or hangs; the other processes end. {_CURE}",
                 )
                 self._store.set("verdict", f"{status} {text}")
                 return status, text
