@@ -50,6 +50,6 @@ def test_a_fault_that_may_pass_is_no_damage(run: Path, method: str) -> None:
 def test_a_checkpoint_of_a_newer_version_is_no_damage(run: Path) -> None:
     """An older program that is run by mistake must not set the work of the newer one aside."""
     (step_folder(run, 2) / "manifest.json").write_text(json.dumps({"format": "moce_ds checkpoint 9"}))
-    with pytest.raises(OtherVersionError, match="checkpoint 9'.* Use the version that wrote it"):
+    with pytest.raises(OtherVersionError, match=r"checkpoint 9'.* Use the version that wrote it"):
         resume(run, [1, 2], loaded, ALONE)
     assert steps_of(run) == [1, 2]
