@@ -46,7 +46,7 @@ def test_the_page_runs(workplace: Path) -> None:
 
 
 def test_every_format_is_on_the_page() -> None:
-    from moce_ds.export.formats.registry import FORMATS
+    from moce_ds.exporting.formats.registry import FORMATS
 
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
     for format in FORMATS:

@@ -29,7 +29,7 @@ from moce_ds.common.errors import ArtefactError, ConfigError, MoceError
 from moce_ds.common.storage.checksums import Findings
 from moce_ds.common.storage.files import copy_tree, read_json
 from moce_ds.data.clusters import Clusters
-from moce_ds.export.write import export_route
+from moce_ds.exporting.write import export_route
 from moce_ds.inspection import inspection
 from moce_ds.models.mae import make_mlp
 from moce_ds.moe.deepspeed_layer import ClusterMoE

@@ -34,8 +34,8 @@ EXPORT = """
 import json, sys
 from pathlib import Path
 from moce_ds.selection.routes import choose_average, choose_cluster
-from moce_ds.export.write import export_route
-from moce_ds.export.formats.registry import find_format
+from moce_ds.exporting.write import export_route
+from moce_ds.exporting.formats.registry import find_format
 from moce_ds.selection.vote import run_clusters
 
 def memory(key):

@@ -17,8 +17,8 @@ from moce_ds.data.feature_store import FeatureSet
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.features import encode_all
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.export.formats.registry import find_format
-from moce_ds.export.write import export_route
+from moce_ds.exporting.formats.registry import find_format
+from moce_ds.exporting.write import export_route
 from moce_ds.models.vit import load_encoder
 from moce_ds.selection.routes import choose_cluster
 from moce_ds.selection.run_clusters import run_clusters

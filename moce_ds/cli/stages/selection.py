@@ -12,7 +12,7 @@ from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
 
 if TYPE_CHECKING:
-    from moce_ds.export.request import Target
+    from moce_ds.exporting.request import Target
 
 _logger = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def select(
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.results_file import add_record, known_by
-    from moce_ds.export.request import summary
-    from moce_ds.export.write import export_route
+    from moce_ds.exporting.request import summary
+    from moce_ds.exporting.write import export_route
     from moce_ds.selection.routes import choose_selected, routes_of
     from moce_ds.selection.run_clusters import run_clusters
     from moce_ds.selection.selection_report import selection_report, write_picture
@@ -74,8 +74,8 @@ def select(
 
 def _target(out: Path | None, format: str, part: str, replace: bool) -> "Target | None":
     """Where and how `--export` writes; None without this option. Raises ConfigError if there is no such format."""
-    from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Target
+    from moce_ds.exporting.formats.registry import find_format
+    from moce_ds.exporting.request import Target
 
     found = find_format(format, part)
     return Target(out, found, replace) if out else None
@@ -85,7 +85,7 @@ def _check_outputs(target: "Target | None", picture: Path | None, results: Path 
     """Check that the outputs can be written, before any image is read. Raises ConfigError and ArtefactError."""
     from moce_ds.common.storage.files import PICTURE_MARK, check_output
     from moce_ds.evaluation.results_file import check_results
-    from moce_ds.export.existing_export import check_free
+    from moce_ds.exporting.existing_export import check_free
 
     if target:
         check_free(target.out, target.replace)
@@ -125,8 +125,8 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
     """
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.export.formats.registry import find_format
-    from moce_ds.export.request import Request, Target, export_requested, summary
+    from moce_ds.exporting.formats.registry import find_format
+    from moce_ds.exporting.request import Request, Target, export_requested, summary
 
     config, target = read_settings(EncodeSettings, words), Target(out, find_format(format, part), replace)
     task = task_of(request["data"]) if request["data"] else None

@@ -19,7 +19,7 @@ from moce_ds.common.storage.files import read_json
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.from_checkpoint import token_encoder
 from moce_ds.encoders.open import open_encoder
-from moce_ds.export.write import export_route
+from moce_ds.exporting.write import export_route
 from moce_ds.models.vit import Encoder, load_encoder
 from moce_ds.selection.routes import choose_selected
 from moce_ds.selection.run_clusters import run_clusters

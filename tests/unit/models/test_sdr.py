@@ -17,8 +17,8 @@ from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.transform import ImageInput
 from moce_ds.encoders.from_checkpoint import Share, encoder_state
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.export.formats.registry import find_format
-from moce_ds.export.request import Request, Target, export_requested
+from moce_ds.exporting.formats.registry import find_format
+from moce_ds.exporting.request import Request, Target, export_requested
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import DecoderShape, MaskedAutoencoder, sincos_positions
 from moce_ds.models.moce import ExpertShape, Routing

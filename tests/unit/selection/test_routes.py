@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from moce_ds.checkpoint.format import ROUTING, Checkpoint, find, publish, step_folder
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.common.errors import ConfigError
-from moce_ds.export import request
-from moce_ds.export.write import export_route
+from moce_ds.exporting import request
+from moce_ds.exporting.write import export_route
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.moce import Moce
 from moce_ds.models.parameters import load_weights_strict

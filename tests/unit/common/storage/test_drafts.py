@@ -19,7 +19,7 @@ from moce_ds.common.storage.drafts import clear_leftovers, restore, scratch_fold
 from moce_ds.common.storage.files import atomic_file, atomic_folder, save_tensors
 from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.open import open_encoder
-from moce_ds.export.existing_export import check_free
+from moce_ds.exporting.existing_export import check_free
 
 ROOT = Path(__file__).parents[4]
 

@@ -23,8 +23,8 @@ from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, dense_encoder, encoder_state
 from moce_ds.encoders.open import open_encoder
-from moce_ds.export import write as export
-from moce_ds.export.write import export_dense, export_route
+from moce_ds.exporting import write as export
+from moce_ds.exporting.write import export_dense, export_route
 from moce_ds.models.build import ModelSpec, build_model
 from moce_ds.models.mae import MaskedAutoencoder, nothing_masked
 from moce_ds.models.moce import Moce, Routing

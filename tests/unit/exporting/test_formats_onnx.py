@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from moce_ds.data.transform import ImageInput
-from moce_ds.export.formats import onnx_file
-from moce_ds.export.formats.registry import find_format
-from moce_ds.export.formats.weights import DenseModel
-from moce_ds.export.write import export_route
+from moce_ds.exporting.formats import onnx_file
+from moce_ds.exporting.formats.registry import find_format
+from moce_ds.exporting.formats.weights import DenseModel
+from moce_ds.exporting.write import export_route
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import DecoderShape
 from moce_ds.models.vit import Encoder, ViTShape, load_encoder, timm_vit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage.files import save_tensors, write_json
-from moce_ds.export.formats.weights import DenseModel, renamed
-from moce_ds.export.reference_model import Trial
+from moce_ds.exporting.formats.weights import DenseModel, renamed
+from moce_ds.exporting.reference_model import Trial
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import NORM_EPS
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.encoder_folder import write_export_record
-from moce_ds.export.formats import huggingface, weights
-from moce_ds.export.formats.weights import DenseModel
-from moce_ds.export.reference_model import Output, Trial
+from moce_ds.exporting.formats import huggingface, weights
+from moce_ds.exporting.formats.weights import DenseModel
+from moce_ds.exporting.reference_model import Output, Trial
 from moce_ds.models.build import ModelSpec
 
 EXTRA = "moce-ds[formats]"
@@ -50,13 +50,13 @@ class Format:
 
 
 def _write_onnx(folder: Path, model: DenseModel) -> None:
-    from moce_ds.export.formats import onnx_file  # onnx need not be installed
+    from moce_ds.exporting.formats import onnx_file  # onnx need not be installed
 
     onnx_file.write(folder, model)
 
 
 def _run_onnx(folder: Path, spec: ModelSpec, trial: Trial) -> Tensor:
-    from moce_ds.export.formats import onnx_file
+    from moce_ds.exporting.formats import onnx_file
 
     return onnx_file.run(folder, spec, trial)
 

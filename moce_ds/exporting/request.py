@@ -14,9 +14,9 @@ from moce_ds.common.storage.files import atomic_folder, writes_to
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.export.existing_export import ROUTE, check_free, refuse_other_routes
-from moce_ds.export.formats.registry import TIMM, Format
-from moce_ds.export.write import export_dense, export_route
+from moce_ds.exporting.existing_export import ROUTE, check_free, refuse_other_routes
+from moce_ds.exporting.formats.registry import TIMM, Format
+from moce_ds.exporting.write import export_dense, export_route
 from moce_ds.selection import routes as choosing
 from moce_ds.selection.routes import AVERAGES, SelectedExperts
 from moce_ds.selection.run_clusters import run_clusters

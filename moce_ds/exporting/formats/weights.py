@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moce_ds.export.reference_model import Trial, output_of
+from moce_ds.exporting.reference_model import Trial, output_of
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.vit import check_state, load_encoder, save_encoder

@@ -19,10 +19,10 @@ from moce_ds.common.storage.encoder_folder import PROVENANCE, replace_provenance
 from moce_ds.common.storage.files import atomic_folder, write_json, writes_to
 from moce_ds.data.clusters import Clusters
 from moce_ds.encoders.from_checkpoint import DENSE, Mixture, Share, decoder_state, encoder_state
-from moce_ds.export.existing_export import earlier_export
-from moce_ds.export.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
-from moce_ds.export.formats.weights import DenseModel
-from moce_ds.export.reference_model import Output, Trial, output_of, reference_model
+from moce_ds.exporting.existing_export import earlier_export
+from moce_ds.exporting.formats.registry import EXTRA, TIMM, Format, installed, library_version, write_record
+from moce_ds.exporting.formats.weights import DenseModel
+from moce_ds.exporting.reference_model import Output, Trial, output_of, reference_model
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder, run_plainly
 from moce_ds.models.moce import make_gate

@@ -20,8 +20,8 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, StringStringEntryProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from moce_ds.export.formats.weights import DenseModel
-from moce_ds.export.reference_model import Trial
+from moce_ds.exporting.formats.weights import DenseModel
+from moce_ds.exporting.reference_model import Trial
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import NORM_EPS
 from moce_ds.models.vit import ViTShape

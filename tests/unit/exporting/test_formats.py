@@ -18,10 +18,10 @@ from torch import Tensor
 from moce_ds.checkpoint.format import find, step_folder, write_checkpoint
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ArtefactError, ConfigError
-from moce_ds.export import write as export
-from moce_ds.export.formats import registry
-from moce_ds.export.formats.registry import FORMATS, NAMES, Format, find_format
-from moce_ds.export.write import export_dense, export_route
+from moce_ds.exporting import write as export
+from moce_ds.exporting.formats import registry
+from moce_ds.exporting.formats.registry import FORMATS, NAMES, Format, find_format
+from moce_ds.exporting.write import export_dense, export_route
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.parameters import is_decoder
 from moce_ds.models.vit import load_encoder

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moce_ds.common.storage.files import read_json
-from moce_ds.export.formats.registry import find_format
-from moce_ds.export.write import export_route
+from moce_ds.exporting.formats.registry import find_format
+from moce_ds.exporting.write import export_route
 from moce_ds.models.build import ModelSpec
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.selection.routes import choose_cluster
