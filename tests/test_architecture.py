@@ -72,6 +72,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "submitit": ("moce_ds.cli.launch",),
     "datasets": (),  # writes what tests read
     "pyarrow": ("moce_ds.data.sources.table_rows",),
+    "wandb": ("moce_ds.training.remote_loggers",),
+    "mlflow": ("moce_ds.training.remote_loggers",),
     "fsspec": ("moce_ds.data.shard_storage",),
     "safetensors.torch.save_file": ("moce_ds.common.storage.files",),  # which gives files the usual mode
     "safetensors.numpy.save_file": ("moce_ds.common.storage.files",),

@@ -35,6 +35,7 @@ from moce_ds.encoders.settings import FeatureSettings
 from moce_ds.models.settings import ModelSettings
 from moce_ds.models.shapes import ViTShape
 from moce_ds.models.vit import load_encoder, save_encoder, timm_vit
+from moce_ds.training.loggers import LOSS_TAG
 
 _CLUSTERS = 32
 _BESIDE = ViTShape(32, 16, 32, 1, 2)  # the random encoder that clusters the images: its size does not matter
@@ -174,7 +175,7 @@ def _images_per_second(program: _Program, size: PeerSize) -> float:
         raise MoceError(f"{' '.join(program.command[:4])} ... ended with status {done.returncode}:\n{last}")
     record = EventAccumulator(str(program.log), size_guidance={"scalars": 0})
     record.Reload()
-    at = {event.step: event.wall_time for event in record.Scalars("loss")}
+    at = {event.step: event.wall_time for event in record.Scalars(LOSS_TAG)}
     return size.steps * size.batch / (at[size.all_steps] - at[size.warmup])
 
 

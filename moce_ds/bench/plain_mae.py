@@ -29,6 +29,7 @@ from moce_ds.common.storage.files import valid_record
 from moce_ds.data.transform import IMAGENET_MEAN, IMAGENET_STD
 from moce_ds.models.mae import MaskedAutoencoder
 from moce_ds.models.shapes import DecoderShape, ViTShape
+from moce_ds.training.loggers import LOSS_TAG
 
 _BASE_LR, _WEIGHT_DECAY, _BETAS, _WARMUP = 1.5e-4, 0.05, (0.9, 0.95), 0.05
 
@@ -80,7 +81,7 @@ def train(run: PlainRun) -> None:
             loss = _step(model, optimizer, images_BCHW)
             if not math.isfinite(loss):
                 raise MoceError(f"The plain loop: the loss of step {step + 1} is {loss}.")
-            board.add_scalar("loss", loss, step + 1)
+            board.add_scalar(LOSS_TAG, loss, step + 1)
             board.add_scalar("lr", lr, step + 1)
 
 

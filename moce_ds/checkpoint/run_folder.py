@@ -13,7 +13,7 @@
       model.safetensors    all weights (detection and segmentation, once complete)
       result.json          the measures of a complete tuning run, and the checksums of its model
 
-Verification ignores `tensorboard/`, a mirror of metrics.jsonl, and `launches/`, the records of launchers.
+Verification ignores `tensorboard/` and `wandb/`, mirrors of metrics.jsonl, and `launches/`, the records of launchers.
 """
 
 import json

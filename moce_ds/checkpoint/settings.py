@@ -19,3 +19,10 @@ class RunSettings:
     max_skipped: Positive = option(10, "stop after this many consecutive steps with a non-finite gradient")
     peer_timeout: PositiveFloat = option(120.0, "seconds after which a silent process counts as lost")
     log_every: Positive = option(10, "steps between records in metrics.jsonl")
+    wandb: bool = option(False, "also log to Weights & Biases; WANDB_PROJECT, WANDB_MODE, ... apply")
+    mlflow: bool = option(False, "also log to MLflow; MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME, ... apply")
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Services that the run logs to, by the name of their package."""
+        return tuple(name for name in ("wandb", "mlflow") if getattr(self, name))

@@ -18,6 +18,7 @@ from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.common.text import is_utf8
 from moce_ds.distributed.runtime import Runtime
+from moce_ds.training.remote_loggers import check_services
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 
 
@@ -48,13 +49,14 @@ class RequestedRun:
         self.check_newest_checkpoint()
 
     def check_folder(self) -> None:
-        """Check that the folder is free, or holds the same run according to its config.yaml.
+        """Check that the folder is free, or holds the same run according to its config.yaml, and its services.
 
         Raises:
-            ConfigError: it is not a folder; or it holds something else, or a run whose settings define another
-                experiment, which are listed.
+            ConfigError: the package of a service is missing; the path is not a folder; or it holds something else, or a
+                run whose settings define another experiment, which are listed.
         """
         out, path = self.folder, self.folder / CONFIG
+        check_services(self.settings.run)
         if out.exists() and not out.is_dir():
             raise ConfigError(f"run.out: {out} is a file; expected a folder, or nothing, there: choose another one.")
         if not is_utf8(out):

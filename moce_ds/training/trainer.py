@@ -81,7 +81,7 @@ class Trainer:
         with (
             StopRequest(hours * 3600 if hours else None) as stop,
             self.checkpoints,
-            MetricLogger(self.lease, self.step, steps, self.batches.global_batch, self.runtime) as logger,
+            MetricLogger(self.lease, self.run, self.step, steps, self.batches.global_batch, self.runtime) as logger,
         ):
             self._meter, self._logger = Meter(), logger
             self._agreement = StepAgreement(self.runtime, lambda: self._flags(stop))

@@ -113,7 +113,7 @@ def _write_run(config: AnySettings, model: torch.nn.Module, told: Mapping[str, A
     attempt = RunLease.claim(run, ALONE)
     RequestedRun(config).write_settings(attempt, ALONE)
     meter = Meter()
-    with MetricLogger(attempt, 0, STEPS, 16, ALONE) as teller:
+    with MetricLogger(attempt, config.run, 0, STEPS, 16, ALONE) as teller:
         for step in range(1, STEPS + 1):
             meter.step(16, 0.0)
             record = measures(attempt, step, step / 4, 1 / step, 1e-3, 0.5, meter, ALONE)

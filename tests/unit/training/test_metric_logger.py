@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from moce_ds.checkpoint.lease import RunLease
+from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.storage.metrics_file import METRICS, read_metrics
 from moce_ds.training import metric_logger
-from moce_ds.training.metric_logger import MetricLogger, Thinned, progress_line, time_left
+from moce_ds.training.loggers import Thinned
+from moce_ds.training.metric_logger import MetricLogger, progress_line, time_left
 from tests.examples.alone import ALONE
 
 
@@ -42,10 +44,10 @@ def test_statistics_of_layers_become_rare_and_tables_of_experts_rarer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metric_logger, "_TABLES", 8)
-    monkeypatch.setattr(metric_logger, "_STATISTICS", 16)
+    monkeypatch.setattr(metric_logger, "STATISTICS", 16)
     layer = {"load": [0.25, 0.75], "load_min": 0.25, "load_max": 0.75, "load_entropy": 0.81, "live": 2}
     record = {"loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1, "layers": {"3": layer}}
-    with MetricLogger(RunLease.claim(tmp_path, ALONE), 0, 50, 16, ALONE) as logger:
+    with MetricLogger(RunLease.claim(tmp_path, ALONE), RunSettings(out=tmp_path), 0, 50, 16, ALONE) as logger:
         for step in range(1, 51):
             logger.metrics({"step": step, **record})
     found = read_metrics(tmp_path / METRICS)

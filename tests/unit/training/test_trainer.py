@@ -37,7 +37,7 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
     engine: Any = None
     schedule, run = Schedule(0.1, 0.0, 2, 0, 0), RunSettings(out=tmp_path)
     trainer = Trainer(engine, task, checkpoints, schedule, BatchArithmetic(16, 1, 1), run)
-    with MetricLogger(lease, 0, 2, 16, ALONE) as logger:
+    with MetricLogger(lease, run, 0, 2, 16, ALONE) as logger:
         logger.metrics({"step": 1, "loss": 0.5, "images_per_second": 1.0, "data_wait": 0.0, "lr": 0.1})
         trainer.save(logger)
     [(mark, before)] = begun
@@ -47,7 +47,7 @@ def test_the_records_are_on_the_disk_before_a_checkpoint_begins(
 def test_without_tensorboard_a_run_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its files are a mirror, and its thread's error no business of the terminal."""
     lease = RunLease.claim(tmp_path, ALONE)
-    with MetricLogger(lease, 0, 40, 16, ALONE) as logger:
+    with MetricLogger(lease, RunSettings(out=tmp_path), 0, 40, 16, ALONE) as logger:
         (tmp_path / "tensorboard").rename(tmp_path / "moved")
         (tmp_path / "tensorboard").touch()
         for step in range(1, 41):  # more than the queue of its thread holds
@@ -62,5 +62,5 @@ def test_tensorboard_that_cannot_begin_is_told_as_one_error(tmp_path: Path, capf
     lease = RunLease.claim(tmp_path, ALONE)
     (tmp_path / "tensorboard").touch()
     with pytest.raises(ArtefactError, match=f"{tmp_path} cannot be written"):
-        MetricLogger(lease, 0, 40, 16, ALONE)
+        MetricLogger(lease, RunSettings(out=tmp_path), 0, 40, 16, ALONE)
     assert "Traceback" not in "".join(capfd.readouterr())
