@@ -1,12 +1,17 @@
 """Where the records of a run go: `Logger`, and those on disk: `JsonLines` (the record) and `TensorBoard` (a mirror).
 
-`remote_loggers.py` has those of Weights & Biases and MLflow. Mirrors take the numbers of a record under the tags of
-`scalars`, and never end training.
+`RemoteLog` starts the process of Weights & Biases or MLflow, whose loggers are in `remote_loggers.py`. Mirrors take the
+numbers of a record under the tags of `scalars`, and never end training.
 """
 
+import importlib.util
+import logging
 import math
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_ds.checkpoint.settings import RunSettings
+from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.machine import reason
 from moce_ds.common.storage.files import sync
 from moce_ds.common.storage.metrics_file import METRICS, last_check, sealed
@@ -24,9 +31,12 @@ from moce_ds.common.storage.metrics_file import METRICS, last_check, sealed
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_logger = logging.getLogger(__name__)
+
 LAYERS, TABLE = "layers", "load"  # in a record: statistics by layer; in those: one number an expert
 LOSS_TAG = "loss/total"
 
+PATIENCE = 60  # seconds that a service may take for what is left at the end of a run
 STATISTICS = 4096  # parts of a run with statistics of layers, and with records in mirrors; see `Thinned`
 
 _GROUPS = {  # of the numbers of a record that are not losses; those of layers are in `_layer_scalars`
@@ -230,3 +240,47 @@ def _load_charts(layers: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
 
 def _is_tensorboards(thread: threading.Thread | None) -> bool:
     return type(thread).__module__.startswith("tensorboard.")
+
+
+def check_services(run: RunSettings) -> None:
+    """Refuse a service whose package is not installed. Raises ConfigError."""
+    for service in run.services:
+        found = importlib.util.find_spec(service)
+        if found is None or found.origin is None:  # without an origin: a folder `wandb` in the working directory
+            raise ConfigError(
+                f"run.{service}=true: the package {service} is not installed. Install the extra: "
+                f"pip install 'moce-ds[{service}]', or set run.{service}=false."
+            )
+
+
+class RemoteLog:
+    """The process that follows a run for one service, as its owner in training sees it.
+
+    Args:
+        service: a key of `remote_loggers.SERVICES`.
+        run: the run folder; what metrics.jsonl holds already is not sent.
+
+    Raises:
+        OSError: the process cannot be started.
+    """
+
+    def __init__(self, service: str, run: Path) -> None:
+        self._service, self._run = service, run
+        place = str((run / METRICS).stat().st_size)
+        command = [sys.executable, "-m", "moce_ds.training.remote_loggers", service, str(run), place]
+        # A session of its own: Ctrl-C asks training to stop, and what it writes last is still sent.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def close(self) -> None:
+        """Let the process send what is left; after a minute it is ended, with a warning."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            _logger.warning(
+                f"{self._run}: {self._service} has not taken the last records within {PATIENCE} s. "
+                f"{METRICS} and TensorBoard have all of them."
+            )

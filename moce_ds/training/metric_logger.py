@@ -19,8 +19,7 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import writes_to
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.training.loggers import LAYERS, STATISTICS, TABLE, JsonLines, TensorBoard, Thinned
-from moce_ds.training.remote_loggers import RemoteLog
+from moce_ds.training.loggers import LAYERS, STATISTICS, TABLE, JsonLines, RemoteLog, TensorBoard, Thinned
 
 _logger = logging.getLogger(__name__)
 

@@ -1,17 +1,17 @@
-"""Weights & Biases and MLflow: each is served by a process beside training, which follows the files of the run.
+"""The process beside training that follows the files of a run for Weights & Biases or MLflow (`loggers.RemoteLog`).
 
-Training neither waits for a service nor ends with it: the process reads metrics.jsonl and `reconstructions/` as they
+Training neither waits for a service nor ends with it: this process reads metrics.jsonl and `reconstructions/` as they
 grow, and warns once if the service fails. A resumed run continues the same run of the service.
+
+This module imports no torch: the process starts at once and is small.
 """
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from abc import abstractmethod
@@ -24,66 +24,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG, RECONSTRUCTIONS
-from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.config.settings import read_yaml
-from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.interrupts import obeyed
 from moce_ds.common.host.program import run_main
 from moce_ds.common.storage.files import read_json
 from moce_ds.common.storage.metrics_file import METRICS, new_records
 from moce_ds.common.text import in_line
-from moce_ds.training.loggers import STATISTICS, Logger, Thinned, scalars
+from moce_ds.training.loggers import PATIENCE, STATISTICS, Logger, Thinned, scalars
 
 _logger = logging.getLogger("moce_ds.training.remote_loggers")  # this module also runs as __main__
 
 _PROJECT = "moce_ds"  # where no environment variable names another project or experiment
-_PATIENCE = 60  # seconds that a service may take for what is left at the end of a run
 _INTERVAL = 2.0  # seconds between two looks at the files
 _MLFLOW_BATCH = 1000  # metrics in a request, the most that MLflow allows
-
-
-def check_services(run: RunSettings) -> None:
-    """Refuse a service whose package is not installed. Raises ConfigError."""
-    for service in run.services:
-        found = importlib.util.find_spec(service)
-        if found is None or found.origin is None:  # without an origin: a folder `wandb` in the working directory
-            raise ConfigError(
-                f"run.{service}=true: the package {service} is not installed. Install the extra: "
-                f"pip install 'moce-ds[{service}]', or set run.{service}=false."
-            )
-
-
-class RemoteLog:
-    """The process that follows a run for one service, as its owner in training sees it.
-
-    Args:
-        service: a key of `SERVICES`.
-        run: the run folder; what metrics.jsonl holds already is not sent.
-
-    Raises:
-        OSError: the process cannot be started.
-    """
-
-    def __init__(self, service: str, run: Path) -> None:
-        self._service, self._run = service, run
-        place = str((run / METRICS).stat().st_size)
-        command = [sys.executable, "-m", "moce_ds.training.remote_loggers", service, str(run), place]
-        # A session of its own: Ctrl-C asks training to stop, and what it writes last is still sent.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-
-    def close(self) -> None:
-        """Let the process send what is left; after a minute it is ended, with a warning."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            _logger.warning(
-                f"{self._run}: {self._service} has not taken the last records within {_PATIENCE} s. "
-                f"{METRICS} and TensorBoard have all of them."
-            )
 
 
 class RemoteLogger(Logger):
@@ -254,12 +207,12 @@ def _training_ended() -> bool:
     """Whether training has closed its end of the standard input, or ended; waits a moment for that."""
     ended = bool(select.select([sys.stdin], [], [], _INTERVAL)[0])
     if ended:
-        signal.alarm(_PATIENCE)  # nobody may be left who ends this process
+        signal.alarm(PATIENCE)  # nobody may be left who ends this process
     return ended
 
 
 def main() -> None:
-    """Follow a run for a service; the arguments are those of `RemoteLog`, and the size of metrics.jsonl."""
+    """Follow a run for a service; the arguments are service, run folder and the size of metrics.jsonl."""
     service, run, place = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     for number in obeyed():
         signal.signal(number, signal.SIG_IGN)  # a cluster sends them to all processes: training answers them

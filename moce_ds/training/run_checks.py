@@ -18,7 +18,7 @@ from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.common.storage.checksums import FileRecord
 from moce_ds.common.text import is_utf8
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.training.remote_loggers import check_services
+from moce_ds.training.loggers import check_services
 from moce_ds.training.settings import AnySettings, forbidden_changes, settings_of_run
 
 

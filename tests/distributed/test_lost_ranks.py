@@ -40,7 +40,9 @@ def test_a_run_outlives_a_killed_and_a_stopped_rank(four: list[str], runs: Path)
             wait_until(lambda old=ranks: not any(Path(f"/proc/{pid}").exists() for pid in old.values()))
         output, _ = launcher.communicate(timeout=SECONDS)
     assert launcher.returncode == 0, output
-    (killed_at,) = re.findall(r"Error: Rank 3 on \S+ has not answered for 5 s at step (\d+)\. It has died .*Rerun", output)
+    (killed_at,) = re.findall(
+        r"Error: Rank 3 on \S+ has not answered for 5 s at step (\d+)\. It has died .*Rerun", output
+    )
     stopped_at = set(re.findall(r"Error: Rank 1 on \S+ has not answered for 5 s at step (\d+)\. It has died", output))
     assert 3 <= int(killed_at) <= STEPS and len(stopped_at) == 1 and 6 <= int(*stopped_at) <= STEPS
     assert "Process 3 was killed by SIGKILL." in output

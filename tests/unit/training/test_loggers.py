@@ -15,9 +15,9 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.metrics_file import METRICS
 from moce_ds.training import remote_loggers
-from moce_ds.training.loggers import scalars
+from moce_ds.training.loggers import check_services, scalars
 from moce_ds.training.metric_logger import MetricLogger
-from moce_ds.training.remote_loggers import check_services, identity_of
+from moce_ds.training.remote_loggers import identity_of
 from tests.examples.alone import ALONE
 
 LAYER = {"load": [0.25, 0.75], "load_min": 0.25, "load_max": 0.75, "load_entropy": 0.81, "live": 2, "churn": 0.5}
