@@ -164,6 +164,7 @@ def test_what_a_resumed_run_may_change() -> None:
         "engine.device", "run.out", "run.init_from", "run.replace_positions",
             "run.checkpoint_every", "run.keep_checkpoints", "run.log_every", "run.picture_every",
             "run.async_checkpoint", "run.keep_every", "run.max_hours", "run.max_skipped", "run.peer_timeout",
+        "run.wandb", "run.mlflow",
     }  # fmt: skip
 
 
