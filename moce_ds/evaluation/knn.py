@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from moce_ds.common.errors import DataError
@@ -172,7 +173,7 @@ def check_split(
             )
         if len(features_ND) == 0:
             raise DataError(f"The {split} split holds no images; expected at least one per class.")
-        bad = sum(int((~torch.isfinite(part_ND)).any(dim=1).sum()) for part_ND in features_ND.split(_CHECKED_ROWS))
+        bad = sum(_not_finite(part_ND) for part_ND in features_ND.split(_CHECKED_ROWS))
         if bad:
             raise DataError(
                 f"{bad} of {len(features_ND)} {split} features hold NaN or infinity; compute them again with "
@@ -190,6 +191,13 @@ def check_split(
         )
     if train_labels.ndim == 1:
         check_classes(train_labels, test_labels, test)
+
+
+def _not_finite(features_ND: Tensor) -> int:
+    """The number of rows that hold NaN or infinity."""
+    # Only rows with such a norm can, which takes a fifth of the time; finite values may have an infinite norm.
+    norm_N = vector_norm(features_ND, dim=1, dtype=torch.float32)
+    return int((~torch.isfinite(features_ND[~torch.isfinite(norm_N)])).any(dim=1).sum())
 
 
 def check_classes(train_labels_N: Tensor, test_labels_N: Tensor, test: str) -> None:

@@ -8,6 +8,7 @@ Axes: N test images, Q test images of a block, T training images of a tile, S of
 that hold G scores each, P pairs of a test and a training image, D features, k neighbours.
 """
 
+import warnings
 from math import gcd
 from typing import NamedTuple
 
@@ -23,9 +24,6 @@ MOST_CANDIDATES = 1 / 32
 
 WIDEST = 2**16
 """Most features: the sum of their products, at most 255 * 127 each inside of the int8 product, fits int32."""
-
-_PAIRS = 1024
-"""Pairs whose features are copied at a time."""
 
 
 def is_fast(width: int) -> bool:
@@ -125,15 +123,18 @@ def _round(rows_ND: Tensor, largest: Tensor) -> _Rounded:
 
 
 def _cosines(test_QD: Tensor, strip_SD: Tensor, row_P: Tensor, place_P: Tensor) -> Tensor:
-    parts = zip(row_P.split(_PAIRS), place_P.split(_PAIRS), strict=True)
-    products = (test_QD.index_select(0, rows).mul_(strip_SD.index_select(0, places)) for rows, places in parts)
-    return torch.cat([product_PD.sum(dim=1) for product_PD in products])
+    """The cosine of each pair; the pairs are sorted by row."""
+    ends_Q1 = torch.searchsorted(row_P, torch.arange(len(test_QD) + 1))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # CSR tensors "are in beta state"
+        pairs_QS = torch.sparse_csr_tensor(ends_Q1, place_P, torch.zeros(len(row_P)), (len(test_QD), len(strip_SD)))
+    cosines: Tensor = torch.sparse.sampled_addmm(pairs_QS, test_QD, strip_SD.T, beta=0).values()
+    return cosines
 
 
 def _best_of_all(test_QD: Tensor, strip_SD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Rows and places of the k best of a strip for each test image, all compared in float32."""
     k = min(k, len(strip_SD))
-    place_Qk = (test_QD @ strip_SD.T).topk(k, dim=1).indices
+    place_Qk = (test_QD @ strip_SD.T).topk(k, dim=1).indices.sort(dim=1).values
     return torch.arange(len(test_QD)).repeat_interleave(k), place_Qk.view(-1)
 
 

@@ -6,7 +6,7 @@ Axes: B images of a rank, K experts per image, N = B K rows sent, S rows receive
 width, H hidden width, R = S T rows of tokens, E local experts; ... the axes of one image (tokens and width).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,7 +25,7 @@ class Mlp(Protocol):
 
     fc1: nn.Linear
     fc2: nn.Linear
-    act: nn.Module
+    act: nn.GELU
 
 
 class ExpertLayer(nn.Module):
@@ -132,33 +132,45 @@ class _AddBias(torch.autograd.Function):
         return grad_RH, torch.stack(sums).to(ctx.dtype), None, None
 
 
-class _LinearOneByOne(torch.autograd.Function):
-    """A linear layer of each expert on its rows, [R, D] -> [R, H], in one node of the graph.
+class _MlpsOneByOne(torch.autograd.Function):
+    """The MLP of each expert on its rows, [R, D] -> [R, D], in one node of the graph.
 
-    Each product is written into its place among the rows: parts need not be joined, neither here nor in the backward
-    pass. Every weight gets a gradient, zeros if the expert has no rows.
+    Both passes finish one expert before they begin the next: what they compute for its rows is read again while it is
+    in the cache, and the gradient of the hidden layer exists for one expert at a time. All results are written into
+    their places among the rows: parts need not be joined. Every parameter gets a gradient, zeros if its expert has no
+    rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, rows: list[int], *parameters: Tensor) -> Tensor:
-        weights, biases = parameters[::2], parameters[1::2]
-        ctx.save_for_backward(x_RD, *weights)
-        ctx.rows = rows
-        y_RH = x_RD.new_empty(len(x_RD), len(biases[0]))
-        for x, y, weight_HD, bias_H in zip(x_RD.split(rows), y_RH.split(rows), weights, biases, strict=True):
-            torch.addmm(bias_H, x, weight_HD.t(), out=y)
-        return y_RH
+    def forward(ctx: Any, x_RD: Tensor, rows: list[int], approximate: str, *parameters: Tensor) -> Tensor:
+        before_RH = x_RD.new_empty(len(x_RD), len(parameters[1]))  # the hidden layer before its activation
+        hidden_RH, y_RD = torch.empty_like(before_RH), torch.empty_like(x_RD)
+        ctx.save_for_backward(x_RD, before_RH, hidden_RH, *parameters)
+        ctx.rows, ctx.approximate = rows, approximate
+        parts = (tensor.split(rows) for tensor in (x_RD, before_RH, hidden_RH, y_RD))
+        for x, before, hidden, y, (w1, b1, w2, b2) in zip(*parts, _by_expert(parameters), strict=True):
+            torch.addmm(b1, x, w1.t(), out=before)
+            torch.ops.aten.gelu.out(before, approximate=approximate, out=hidden)
+            torch.addmm(b2, hidden, w2.t(), out=y)
+        return y_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, *weights = ctx.saved_tensors
-        grad_RD = torch.empty_like(x_RD)
-        of_parameters: list[Tensor] = []
-        parts = (rows.split(ctx.rows) for rows in (x_RD, grad_RD, grad_RH))
-        for x, grad_x, grad_y, weight_HD in zip(*parts, weights, strict=True):
-            torch.mm(grad_y, weight_HD, out=grad_x)
-            of_parameters += [grad_y.t() @ x, grad_y.sum(dim=0)]
-        return grad_RD, None, *of_parameters
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, before_RH, hidden_RH, *parameters = ctx.saved_tensors
+        grad_x_RD, of_parameters = torch.empty_like(x_RD), list[Tensor]()
+        space_RH = before_RH.new_empty(max(ctx.rows), before_RH.shape[1])
+        parts = (tensor.split(ctx.rows) for tensor in (x_RD, before_RH, hidden_RH, grad_RD, grad_x_RD))
+        for x, before, hidden, grad_y, grad_x, (w1, _, w2, _) in zip(*parts, _by_expert(parameters), strict=True):
+            grad = torch.mm(grad_y, w2, out=space_RH[: len(x)])
+            torch.ops.aten.gelu_backward.grad_input(grad, before, approximate=ctx.approximate, grad_input=grad)
+            torch.mm(grad, w1, out=grad_x)
+            of_parameters += [grad.t() @ x, grad.sum(dim=0), grad_y.t() @ hidden, grad_y.sum(dim=0)]
+        return grad_x_RD, None, None, *of_parameters
+
+
+def _by_expert(parameters: Sequence[Tensor]) -> Iterable[tuple[Tensor, ...]]:
+    """Weight and bias of the first layer, and those of the second one, of each expert."""
+    return zip(*(parameters[part::4] for part in range(4)), strict=True)
 
 
 def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
@@ -167,13 +179,11 @@ def run_one_by_one(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Te
     The gradient hooks of every expert must fire on every rank, or DeepSpeed's gradient buckets get out of step.
     """
     rows = [count * x_STD.shape[1] for count in plan.counts]
-
-    def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
-        parameters = [p.to(x_RD.dtype) for layer in layers for p in (layer.weight, layer.bias)]
-        y_RH: Tensor = _LinearOneByOne.apply(x_RD, rows, *parameters)
-        return y_RH
-
-    return _run_mlps(experts, x_STD, linear)
+    mlps = [cast(Mlp, expert) for expert in experts]
+    # Cast here, because autocast does not know what a function of its own computes.
+    parameters = [p.to(x_STD.dtype) for mlp in mlps for fc in (mlp.fc1, mlp.fc2) for p in (fc.weight, fc.bias)]
+    y_RD: Tensor = _MlpsOneByOne.apply(x_STD.flatten(0, 1), rows, mlps[0].act.approximate, *parameters)
+    return y_RD.view_as(x_STD)
 
 
 def run_grouped(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tensor:
@@ -187,21 +197,14 @@ def run_grouped(experts: nn.ModuleList, x_STD: Tensor, plan: LayerPlan) -> Tenso
     rows_E = plan.counts_E * T
     ends_E = rows_E.cumsum(0).to(torch.int32)
 
+    mlps = [cast(Mlp, expert) for expert in experts]
+
     def linear(x_RD: Tensor, layers: list[nn.Linear]) -> Tensor:
         weight_EDH = torch.stack([layer.weight for layer in layers]).to(x_STD.dtype).transpose(1, 2)
         y_RH = F.grouped_mm(x_RD, weight_EDH, offs=ends_E)
         biased_RH: Tensor = _AddBias.apply(y_RH, torch.stack([layer.bias for layer in layers]), rows_E, rows)
         return biased_RH
 
-    return _run_mlps(experts, x_STD, linear)
-
-
-def _run_mlps(experts: nn.ModuleList, x_STD: Tensor, linear: Callable[[Tensor, list[nn.Linear]], Tensor]) -> Tensor:
-    """The MLPs of the experts: `linear` applies one layer of each to its rows; one activation serves all rows.
-
-    `linear` casts the weights: autocast does not know the products it uses.
-    """
-    mlps = [cast(Mlp, expert) for expert in experts]
     hidden_RH = mlps[0].act(linear(x_STD.flatten(0, 1), [mlp.fc1 for mlp in mlps]))
     return linear(hidden_RH, [mlp.fc2 for mlp in mlps]).view_as(x_STD)
 
