@@ -40,6 +40,7 @@ from tests.examples.alone import ALONE
 from tests.examples.disk import Disk, mounted_disk
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every command says how many it has chosen
+os.environ["MOCE_CACHE"] = "off"  # tests of the cache name folders
 configure_logging()  # as every program does
 
 

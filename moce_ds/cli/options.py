@@ -16,6 +16,8 @@ from moce_ds.common.config.composition import Layer
 from moce_ds.common.config.values import expanded
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host import gpus
+from moce_ds.common.host.rank import environment
+from moce_ds.common.storage.cache import FOLDER, OFF
 
 SETTINGS = "[CONFIG.yaml] [key=value ...]"
 FORCED = "--force"
@@ -91,6 +93,17 @@ def force_option() -> Any:
 
     what = "Start pre-training even if this machine has too little memory."
     return click.option(FORCED, is_flag=True, expose_value=False, callback=remember, help=what)
+
+
+def no_cache_option() -> Any:
+    """The option `--no-cache`, for the length of a verb and the processes that it starts."""
+
+    def apply(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.with_resource(environment({FOLDER: OFF}))
+
+    what = 'Decode and encode all images, and keep nothing (docs/select.md, "The cache").'
+    return click.option("--no-cache", is_flag=True, expose_value=False, callback=apply, help=what)
 
 
 def task_of(data: Path) -> str:

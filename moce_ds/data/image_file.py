@@ -6,6 +6,7 @@ pipeline. Plain 8-bit JPEG and PNG are stored byte for byte; every other format 
 This module limits the size of images, in place of Pillow's own limit.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -216,7 +217,7 @@ def undecodable(path: Path, kind: str, fault: BaseException) -> DataError:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """An open file. Refuses a pipe with OSError, because opening it would block."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -228,6 +229,12 @@ def file_content(path: Path) -> bytes:
     """The bytes of a regular file. Raises OSError."""
     with _opened(path) as file:
         return file.read()
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of the bytes of a regular file. Raises OSError."""
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fault_text(fault: BaseException) -> str:

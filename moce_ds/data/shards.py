@@ -50,6 +50,7 @@ class ShardSet:
         targets: [N, K] int8 if an image may show several of the K classes: 1 shown, 0 not shown, -1 ignored; all labels
             are then -1. None if an image has one label.
         files: checksums of the tables beside the shards; None if an earlier version wrote the set.
+        content: SHA-256 of all shards, as they were read when the set was opened; None if nobody read them (`open`).
     """
 
     kind: ClassVar[str] = "shard set"
@@ -65,6 +66,7 @@ class ShardSet:
     table: SampleTable
     targets: np.ndarray | None = None
     files: Files | None = None
+    content: str | None = None
 
     @classmethod
     def recognises(cls, path: Path) -> bool:

@@ -1,31 +1,39 @@
 """Images of a task: a shard set, or another source of images, which becomes a temporary shard set. Axes: N images."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_ds.common.errors import DataError
+from moce_ds.common.config.settings import to_tree
+from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.host.program import warn
+from moce_ds.common.storage.cache import Cache, entry_name
 from moce_ds.common.storage.drafts import scratch_folder
 from moce_ds.common.text import in_line, listed, part_of, printable
+from moce_ds.data.image_content import of_shards, set_content, source_bytes, source_content
 from moce_ds.data.sample_table import SAMPLES
 from moce_ds.data.shard_manifest import MANIFEST, Manifest
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.shards import PROGRESS, REJECTED, ShardSet
 from moce_ds.data.sources.any_source import source_at
+from moce_ds.data.sources.source import Source
 from moce_ds.data.sources.table_files import is_split
 
 _SKIPPED_SHOWN = 3
+_SET = "shards"  # in the folder of a temporary set
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[ShardSet]:
-    """Open a shard set; another source (`any_source`) becomes a temporary one.
+    """Open a shard set; another source (`any_source`) becomes a temporary one, or is in the cache (`Cache.here`).
 
     Args:
         path: the source; messages name it, even if a temporary set is read.
@@ -44,7 +52,8 @@ def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[Sh
 @contextmanager
 def _shards_of(path: Path) -> Iterator[ShardSet]:
     if (path / MANIFEST).exists() or (path / PROGRESS).is_dir():
-        yield ShardSet.open(path)
+        images = ShardSet.open(path)
+        yield replace(images, content=set_content(images)) if Cache.here() else images
         return
     if not path.exists() and not is_split(path):
         raise DataError(f"{path} not found: expected a shard set (`moce shards`) or a folder of images.")
@@ -53,10 +62,43 @@ def _shards_of(path: Path) -> Iterator[ShardSet]:
             f"{path} is a shard set without its {MANIFEST}: restore it from a copy, or write the set again with "
             "`moce shards`."
         )
-    source = source_at(path)
-    with scratch_folder() as scratch:
-        write_shards(source, scratch / "shards", ShardSettings())
-        yield ShardSet.open(scratch / "shards", named=path)
+    source, cache = source_at(path), Cache.here()
+    with ExitStack() as stack:
+        yield (cache and _kept_set(source, path, cache, stack)) or _temporary_set(source, path, stack)
+
+
+def _temporary_set(source: Source, named: Path, stack: ExitStack) -> ShardSet:
+    folder = stack.enter_context(scratch_folder()) / _SET
+    write_shards(source, folder, ShardSettings())
+    return ShardSet.open(folder, named=named)
+
+
+def _kept_set(source: Source, named: Path, cache: Cache, stack: ExitStack) -> ShardSet | None:
+    """The images of a source as an entry of the cache, which is made if it is missing; None if it cannot be kept.
+
+    The set lies in a folder of this process, so the entry may be removed while it is used.
+
+    Raises:
+        DataError: as `write_shards`.
+    """
+    own = stack.enter_context(cache.own_folder()) if cache.fits(source_bytes(source)) else None
+    if own is None:
+        return None
+    content, folder = source_content(source), own / _SET
+    name = entry_name("images", content, to_tree(ShardSettings()))
+    try:
+        with cache.alone(name):
+            if cache.take(name, folder):
+                _logger.info(f"{in_line(named)}: decoded images from the cache {cache.folder}")
+            else:
+                write_shards(source, folder, ShardSettings())
+                if source_content(source) == content:  # no file was changed while it was read
+                    cache.keep(name, folder)
+    except ArtefactError as error:
+        warn(f"{error} No cache is used.")
+        return None
+    images = ShardSet.open(folder, named=named)
+    return replace(images, content=of_shards([shard.sha256 for shard in images.shards]))
 
 
 def _skipped_notice(folder: Path, named: Path) -> str | None:

@@ -26,7 +26,7 @@ from moce_ds.common.errors import MoceError
 from moce_ds.common.host import gpus, threads
 from moce_ds.common.host.interrupts import obeyed
 from moce_ds.common.host.machine import machine_fault
-from moce_ds.common.host.rank import ALONE, ProcessRank
+from moce_ds.common.host.rank import ALONE, ProcessRank, environment
 from moce_ds.common.text import encoded
 from moce_ds.distributed.host_reduce import combine_all
 from moce_ds.distributed.rendezvous import Rendezvous, interfaces
@@ -222,23 +222,8 @@ def started(peer_timeout: float = 120.0) -> Iterator[Runtime]:
     variables = {name: value for name, value in missing.items() if name not in os.environ}
     if device.type == "cuda":  # DeepSpeed computes on cuda:LOCAL_RANK
         variables["LOCAL_RANK"] = str(device.index)
-    with _environment(variables), _joined(place, device, peer_timeout) as runtime:
+    with environment(variables), _joined(place, device, peer_timeout) as runtime:
         yield runtime
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the length of the block; processes started later must not see them."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

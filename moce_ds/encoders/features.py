@@ -27,6 +27,7 @@ from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop
 from moce_ds.distributed.in_order import own_units, take_in_order
 from moce_ds.distributed.runtime import Runtime
+from moce_ds.encoders.kept_features import KeptFeatures
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
 from moce_ds.models.vit import Encoder, load_encoder, save_encoder
 
@@ -74,14 +75,38 @@ def _read_list(ids: range) -> ReadList:
 def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, runtime: Runtime) -> Tensor:
     """Features of a whole (task-sized) shard set, [N, D] float32 on the host, with a progress bar; a collective.
 
-    The processes share the batches, and all get all features. Caches the last few results by encoder and images, so
-    that several measurements in one process, as in the demo, compute the features once.
+    The processes share the batches, and all get all features. They come from the cache of features (`kept_features`)
+    if every process finds them there. This process keeps the last few results in memory as well, by encoder and images.
     """
     key = (encoder.fingerprint, str(encoder.input), shards.fingerprint)
     if key in _cached_features:
         return _cached_features[key]
     while len(_cached_features) >= _CACHE_SIZE:
         _cached_features.pop(next(iter(_cached_features)))
+    kept = KeptFeatures.of(encoder, shards, config.batch_size, runtime.device)
+    features_ND = _found_by_all(kept, runtime)
+    if features_ND is None:
+        features_ND = _encode_together(encoder, shards, config, runtime)
+        if runtime.is_main:
+            with kept.writing() as keep:
+                keep(features_ND)
+    _cached_features[key] = features_ND
+    return features_ND
+
+
+def _found_by_all(kept: KeptFeatures, runtime: Runtime) -> Tensor | None:
+    """The features in the cache, if all processes find them; a collective."""
+    with kept.found() as found_ND:
+        own_ND = None if found_ND is None else torch.from_numpy(np.array(found_ND))
+    (missing,) = runtime.max([float(own_ND is None)])
+    if missing:
+        return None
+    kept.log_use()
+    return own_ND
+
+
+def _encode_together(encoder: Encoder, shards: ShardSet, config: EncodeSettings, runtime: Runtime) -> Tensor:
+    """The features [N, D] on every process, which share the batches; a collective."""
     size, width = min(config.batch_size, shards.count), encoder.shape.width
     batches = [range(first, min(first + size, shards.count)) for first in range(0, shards.count, size)]
     own = [batches[k] for k in own_units(len(batches), runtime)]
@@ -94,8 +119,27 @@ def encode_all(encoder: Encoder, shards: ShardSet, config: EncodeSettings, runti
     parts = encode_shown(encoder, shards, own, config, runtime.device, visible=runtime.is_main)
     padded = (pad(part_BD, (0, 0, 0, size - len(part_BD))) for part_BD in parts)  # equally long, to be sent
     take_in_order(padded, len(batches), torch.empty(size, width), take, runtime)
-    _cached_features[key] = features_ND
     return features_ND
+
+
+def encode_in_order(
+    encoder: Encoder, shards: ShardSet, config: EncodeSettings, device: torch.device
+) -> Iterator[Tensor]:
+    """Features of all images, batch by batch, in order, [<= batch_size, D] float32 on the host, with a progress bar.
+
+    They come from the cache of features, or are kept in it. Only those of a batch are in memory.
+    """
+    kept = KeptFeatures.of(encoder, shards, config.batch_size, device)
+    with kept.found() as found_ND:
+        if found_ND is not None:
+            kept.log_use()
+            for first in range(0, shards.count, config.batch_size):
+                yield torch.from_numpy(np.array(found_ND[first : first + config.batch_size]))
+            return
+    with kept.writing() as keep:
+        for part_BD in encode_shown(encoder, shards, [range(shards.count)], config, device):
+            keep(part_BD)
+            yield part_BD
 
 
 def encode_shown(

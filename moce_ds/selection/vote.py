@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.data.clusters import LOW, Clusters
 from moce_ds.data.shards import ShardSet
-from moce_ds.encoders.features import encode_shown
+from moce_ds.encoders.features import encode_in_order
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.models.vit import Encoder
 from moce_ds.selection.run_clusters import clusters_encoder, run_clusters
@@ -145,7 +145,7 @@ def _label(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Labels every batch as it is encoded, so the features of a batch are all that is in memory."""
     ids_N, cosine_N, first = np.empty(images.count, np.int64), np.empty(images.count, np.float32), 0
-    for features_ND in encode_shown(encoder, images, [range(images.count)], config, device):
+    for features_ND in encode_in_order(encoder, images, config, device):
         # Features of the pre-training set are stored as float16, so those of the task are rounded in the same way.
         of_batch = clusters.assign_with_cosine(features_ND.half().float().numpy())
         last = first + len(features_ND)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.options import PATH, Verb, heads_option, task_of, words
+from moce_ds.cli.options import PATH, Verb, heads_option, no_cache_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, show
@@ -18,6 +18,7 @@ def _accuracy_options(function: Any) -> Any:
     for decorate in (
         words(),
         heads_option(),
+        no_cache_option(),
         click.option("--results", type=PATH, help="A results.json to add the record to."),
         click.option("--model", default=None, help="Name of the encoder in results (default: its folder)."),
         click.option("--task", default=None, help="Name of the task in results (default: the folder of --test)."),
@@ -111,6 +112,7 @@ def _check_processes(verb: str, config: Any) -> None:
 @click.option("--dense", type=PATH, help="The run of a dense MAE for comparison.")
 @click.option("--task", default=None, help="Name of the data in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
+@no_cache_option()
 @words()
 def evaluate(
     run: Path, data: Path, dense: Path | None, task: str | None, results: Path | None, words: Sequence[str]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moce_ds.cli.options import PATH, Verb, task_of, words
+from moce_ds.cli.options import PATH, Verb, no_cache_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
 
@@ -28,6 +28,7 @@ _logger = logging.getLogger(__name__)
 @click.option("--format", default="timm", show_default=True, help="Format of the export, as in moce export.")
 @click.option("--part", default="encoder", show_default=True, help="Part to export: encoder, or full.")
 @click.option("--replace", is_flag=True, help="Replace an earlier export.")
+@no_cache_option()
 @words()
 def select(
     run: Path,
@@ -117,6 +118,7 @@ def _check_outputs(target: "Target | None", picture: Path | None, results: Path 
     "--part", default="encoder", show_default=True, help="encoder, or full: with the decoder (timm, hf-vitmae)."
 )
 @click.option("--replace", is_flag=True, help="Replace an earlier export in OUT.")
+@no_cache_option()
 @words()
 def export(run: Path, out: Path, format: str, part: str, replace: bool, words: Sequence[str], **request: Any) -> None:
     """Write experts of RUN as a dense ViT to OUT.

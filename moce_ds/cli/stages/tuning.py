@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.options import PATH, Verb, checked_settings, words
+from moce_ds.cli.options import PATH, Verb, checked_settings, no_cache_option, words
 from moce_ds.common.config.command_line import settings_layers
 from moce_ds.common.config.settings import T
 from moce_ds.common.config.values import is_number
@@ -26,6 +26,7 @@ from moce_ds.common.text import in_line
 @click.option("--task", default=None, help="Name of the task in results (default: the folder of --test).")
 @click.option("--model", default=None, help="Name of the encoder in results (default: its folder).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
+@no_cache_option()
 @words()
 def finetune(
     encoder: Path,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.options import PATH, Verb, force_option, words
+from moce_ds.cli.options import PATH, Verb, force_option, no_cache_option, words
 from moce_ds.common.config.command_line import is_config_word, read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import show
@@ -60,6 +60,7 @@ def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
 @click.option("--methods", default="knn,probe", show_default=True, help="Some of knn,probe,finetune.")
 @click.option("--seeds", default="0", show_default=True, help="Random seeds of probe and finetune, such as 0,1,2.")
 @click.option("--out", type=PATH, help="Output folder (default: transfer in the first of RUNS).")
+@no_cache_option()
 def transfer(
     runs: tuple[Path, ...],
     tasks: str,

@@ -69,6 +69,21 @@ class ProcessRank:
 
 
 @contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables in the block, also for the processes that it starts."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def lone_process() -> Iterator[None]:
     """A block in which this process counts as the only one, whatever started it."""
     names = (*ALONE, "MASTER_ADDR", "MASTER_PORT")

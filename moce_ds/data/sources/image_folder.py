@@ -82,6 +82,10 @@ class FolderSource:
         """The folders in alphabetical order."""
         return sorted(found)
 
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The files of all entries."""
+        return ((entry.path, self.origin / entry.path) for entry in self.entries())
+
 
 def unwanted(path: str) -> Rejected | None:
     """The reason to skip a file because of its name; None to keep it."""

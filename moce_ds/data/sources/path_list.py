@@ -11,7 +11,7 @@ from moce_ds.common.storage.files import reads_from
 from moce_ds.common.text import in_line
 from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine
 from moce_ds.data.sources.image_folder import ODD, why_odd
-from moce_ds.data.sources.source import Entry
+from moce_ds.data.sources.source import Entry, listing_line
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class PathList:
     def class_order(self, found: Iterable[str]) -> list[str]:
         """The classes in alphabetical order."""
         return sorted(found)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The files of all entries; their classes are listed."""
+        return ((listing_line(entry), self.origin.parent / entry.path) for entry in self.entries())
 
 
 def _size(path: Path) -> int:

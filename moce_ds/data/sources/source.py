@@ -62,6 +62,11 @@ class Source(Protocol):
         """The classes of a set in the order of their labels, from the names found, each once."""
         ...
 
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """All files that a set is made from, in order, each with what decides the set beside their content: names, and
+        classes that are listed. Raises DataError as `entries`."""
+        ...
+
 
 def examined(
     source: Source, entries: Sequence[Entry], max_pixels: int, workers: int | None

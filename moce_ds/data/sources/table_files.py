@@ -72,6 +72,11 @@ def table_files(origin: Path) -> list[str]:
     return [origin.name] if origin.suffix == PARQUET else _files_of_split(origin)
 
 
+def description_files(origin: Path) -> list[str]:
+    """The names of the files beside the rows that describe a saved data set; none of other tables."""
+    return [_STATE, _INFO] if is_saved_dataset(origin) else []
+
+
 def saved_features(origin: Path) -> dict[str, Any] | None:
     """The types of the columns of a saved data set by their names; None for other tables. Raises DataError."""
     if not is_saved_dataset(origin):

@@ -15,7 +15,13 @@ from moce_ds.common.text import in_line
 from moce_ds.data.image_file import EMPTY, Accepted, Rejected, examine_bytes
 from moce_ds.data.sources.source import Entry
 from moce_ds.data.sources.table_columns import Columns, choose_columns
-from moce_ds.data.sources.table_files import folder_of, refuse_several_splits, saved_features, table_files
+from moce_ds.data.sources.table_files import (
+    description_files,
+    folder_of,
+    refuse_several_splits,
+    saved_features,
+    table_files,
+)
 from moce_ds.data.sources.table_rows import Cursor, Table, labels, open_table, pyarrow, reads_table
 
 
@@ -72,6 +78,11 @@ class TableSource:
             with reads_table(folder_of(self.origin) / name):
                 values.update(labels(table, chosen.label))
         return chosen.classes(values) if chosen else []
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The files with rows, and those that describe a saved data set. Raises DataError: they cannot be listed."""
+        names = [*table_files(self.origin), *description_files(self.origin)]
+        return ((name, folder_of(self.origin) / name) for name in names)
 
     def _tables(self, notify: bool = False) -> Iterator[tuple[str, Columns, Table]]:
         """The files with their columns. Raises DataError, also if the columns are not those of the first file."""

@@ -40,10 +40,7 @@ class TarSource:
 
     def entries(self) -> Iterator[Entry]:
         """The images of all tar files; reads their headers. Raises DataError: a file is damaged."""
-        single = self.origin.is_file()
-        names = [self.origin.name] if single else sorted(n for n in list_folder(self.origin) if n.endswith(".tar"))
-        for name in names:
-            path = self._folder / name
+        for name, path in self.files():
             try:
                 with reads_from(path, _CURE, DataError), tarfile.open(path, "r:") as opened:
                     yield from _images(name, opened)
@@ -66,6 +63,12 @@ class TarSource:
         """Numbers by their size if all classes are numbers, else in alphabetical order."""
         names = list(found)
         return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else sorted(names)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """The tar files. Raises DataError: the folder cannot be listed."""
+        single = self.origin.is_file()
+        names = [self.origin.name] if single else sorted(n for n in list_folder(self.origin) if n.endswith(".tar"))
+        return ((name, self._folder / name) for name in names)
 
     @property
     def _folder(self) -> Path:
