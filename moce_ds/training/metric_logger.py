@@ -126,8 +126,9 @@ class MetricLogger:
 
     @property
     def mark(self) -> str | None:
-        """Checksum of the last line of metrics.jsonl, which goes into a checkpoint's manifest; None: no line yet."""
-        return self._lines.check or None
+        """Checksum of the last line of metrics.jsonl, which goes into a checkpoint's manifest; None: no line yet, or
+        not the main process, which writes both."""
+        return (self._lines.check or None) if self._runtime.is_main else None
 
     def keep(self, step: int) -> None:
         """Wait until the records are on the disk, before a checkpoint names the last of them; a collective.
