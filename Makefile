@@ -14,7 +14,7 @@ KILLS ?= 200
 # Tests start hundreds of processes: else each compiles the package anew where this is set, as in many images.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install demo test test-gpu test-slurm soak check bench clean
+.PHONY: help install demo test test-gpu test-slurm soak check bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -57,6 +57,10 @@ bench: install  ## speed of this machine: loading, expert layers, a training ste
 	$(BIN)/moce bench load
 	$(BIN)/moce bench layer
 	$(BIN)/moce bench step
+
+docs: install  ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "Open it: $(BIN)/python -m http.server --bind localhost --directory build/site"
 
 clean:  ## remove .venv and caches (not runs/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

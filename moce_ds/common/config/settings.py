@@ -248,13 +248,19 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     return found
 
 
+def described_keys(cls: Any) -> Iterator[tuple[str, str, str]]:
+    """Every key with its default, as it is typed, and its help."""
+    for key, field in keys(cls):
+        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
+        yield key, default, field.metadata.get("help", "")
+
+
 def help_text(cls: Any) -> str:
     """Every key with its default and help, wrapped at 100 columns."""
     lines = []
-    for key, field in keys(cls):
-        default = "(required)" if (known := _default(field)) is dataclasses.MISSING else _typed(known)
+    for key, default, text in described_keys(cls):
         lines += textwrap.wrap(
-            field.metadata.get("help", ""),
+            text,
             _HELP_WIDTH,
             initial_indent=f"  {key + '=' + default:<{_HELP_INDENT - 3}} ",
             subsequent_indent=" " * _HELP_INDENT,
