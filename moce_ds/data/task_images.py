@@ -52,8 +52,10 @@ def opened_images(path: Path, warn: Callable[[str], None] = warn) -> Iterator[Sh
 @contextmanager
 def _shards_of(path: Path) -> Iterator[ShardSet]:
     if (path / MANIFEST).exists() or (path / PROGRESS).is_dir():
-        images = ShardSet.open(path)
-        yield replace(images, content=set_content(images)) if Cache.here() else images
+        images, cache = ShardSet.open(path), Cache.here()
+        if cache and cache.fits(sum(shard.bytes for shard in images.shards)):  # else reading it twice would cost more
+            images = replace(images, content=set_content(images))
+        yield images
         return
     if not path.exists() and not is_split(path):
         raise DataError(f"{path} not found: expected a shard set (`moce shards`) or a folder of images.")

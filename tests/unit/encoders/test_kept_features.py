@@ -163,8 +163,10 @@ def test_what_does_not_fit_is_not_kept(
     encoder: Path, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOCE_CACHE_GIB", str(1e-6))
-    for _ in range(2):
-        assert counted(encoder, folder)[1:] == (1, 3)
+    write_shards(folder, folder.parent / "set", ShardSettings(workers=1))
+    for source, written in ((folder, 1), (folder.parent / "set", 0)):
+        for _ in range(2):
+            assert counted(encoder, source)[1:] == (written, 3)
     assert not list(cache.iterdir())
 
 
