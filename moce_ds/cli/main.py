@@ -26,8 +26,8 @@ def moce(verbose: bool, quiet: bool) -> None:
       pretrain  the experts (arch=moce)         finetune  train encoder and classifier
                                                 report    one HTML page of a run
 
-    `pipeline` runs all stages. `plan` predicts time and memory of a run on other machines. `study` runs and compares a
-    grid of runs.
+    `init` writes a pipeline for your own images, and `pipeline` runs all stages. `plan` predicts time and memory of a
+    run on other machines. `study` runs and compares a grid of runs.
 
     Results go to standard output, everything else to standard error. MOCE_DEVICE=cpu in the environment hides all GPUs.
     """

@@ -179,8 +179,8 @@ _ROWS: tuple[tuple[str, Callable[[Prediction], str]], ...] = (
     ("efficiency", lambda p: f"{p.efficiency:.0%}"),
     ("images/s", lambda p: f"{p.images_per_second:,.0f}"),
     ("memory a GPU", lambda p: gibibytes(p.memory.total)),
-    ("run, days", lambda p: _rounded(p.days)),
-    ("run, GPU-hours", lambda p: _rounded(p.gpu_hours)),
+    ("run, days", lambda p: rounded(p.days)),
+    ("run, GPU-hours", lambda p: rounded(p.gpu_hours)),
 )
 _LAST_OF_SECTION = ("reading, not hidden", "step", "on the host: reading")
 
@@ -257,5 +257,6 @@ def to_record(device: Device, predictions: Sequence[Prediction], measured: float
     return {"device": to_tree(device), "predictions": rows, "measured_step": measured}
 
 
-def _rounded(value: float) -> str:
+def rounded(value: float) -> str:
+    """A number as text, with two digits if it is below 10."""
     return f"{value:,.2g}" if value < 10 else f"{value:,.0f}"

@@ -22,7 +22,7 @@ from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.config.settings import KeysOf, Positive, from_tree, option, settings, to_tree, word
-from moce_ds.common.config.values import arguments
+from moce_ds.common.config.values import Reading, arguments, opened
 from moce_ds.common.errors import ConfigError, MoceError
 from moce_ds.common.host.program import say
 from moce_ds.common.host.rank import ProcessRank
@@ -37,22 +37,39 @@ from moce_ds.training.settings import PretrainSettings
 
 _logger = logging.getLogger(__name__)
 
-Name = Literal["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
+Name = Literal["shards", "mae", "features", "clusters", "moce", "dense", "export", "evaluation"]
 """The stages, in order."""
 
-_PARALLEL = ("mae", "features", "moce")
+_PARALLEL = ("mae", "features", "moce", "dense")
 _SETTINGS: dict[Name, type[Any]] = {
     "shards": ShardSettings,
     "mae": PretrainSettings,
     "features": FeatureSettings,
     "clusters": ClusterSettings,
     "moce": PretrainSettings,
+    "dense": PretrainSettings,
     "export": EncodeSettings,
     "evaluation": EncodeSettings,
 }
 _PARTS = ("train", "test")
-_ARCHS: dict[Name, str] = {"mae": "mae", "moce": "moce, token_moe or sdr"}
+_ARCHS: dict[Name, str] = {"mae": "mae", "moce": "moce, token_moe or sdr", "dense": "mae"}
 """What `model.arch` may be in the stages of pre-training."""
+
+_RUNS = tuple(_ARCHS)
+
+
+class _OfStages(Reading):
+    """Reads a mapping from stages to settings: values have the types of the settings of the stage's verbs."""
+
+    def read(self, value: Any, key: str) -> Any:
+        """Dotted keys with values of plain data, for each stage; validation refuses a name that is no stage."""
+        value = opened(value, key)
+        if not isinstance(value, dict):
+            return value
+        kinds = {name: KeysOf(cls) for name, cls in _SETTINGS.items()}
+        return {
+            name: kinds[name].read(part, f"{key}.{name}") if name in kinds else part for name, part in value.items()
+        }
 
 
 @settings
@@ -62,9 +79,17 @@ class PipelineSettings:
     out: Path = option(help="folder of everything that the stages write")
     images: Path | None = option(None, "folder of images for pre-training, which become shards")
     shards: Path | None = option(None, "instead of images: an existing shard set")
-    mae: Path = option(help="YAML file of `moce pretrain` for the dense MAE")
-    moce: Path = option(help="YAML file of `moce pretrain` for the model with experts")
+    mae: Path | None = option(None, "YAML file of `moce pretrain` for the dense MAE; null: settings.mae alone")
+    moce: Path | None = option(
+        None, "the same for the model with experts; null: it builds on the settings of the dense MAE"
+    )
+    settings: Annotated[dict[Name, dict[str, Any]], _OfStages()] = option(
+        {}, "for each stage, settings of its verbs as in their YAML files, such as settings.mae.optim.epochs"
+    )
     words: dict[Name, list[str]] = option({}, "for each stage, more words for its verbs: key=value, or a YAML file")
+    dense: bool = option(
+        False, "also train the dense MAE for as many more epochs as the experts, and compare the experts with it"
+    )
     tasks: dict[TaskName, Path] = option(
         {}, "name and folder of tasks; a folder holds train/ and test/, of images or of shards"
     )
@@ -77,29 +102,49 @@ class PipelineSettings:
     def __post_init__(self) -> None:
         if (self.images is None) == (self.shards is None):
             raise ValueError("images, shards: give one of them, a folder of images or a shard set")
-        for stage in ("mae", "moce"):
+        for stage in _RUNS:
             own = {text.partition("=")[0] for text in self.chosen(stage)}
-            if taken := own & {text.partition("=")[0] for text in self.words.get(stage, [])}:
-                raise ValueError(f"words.{stage}: the pipeline sets {', '.join(sorted(taken))}")
+            given = {text.partition("=")[0] for text in self.words.get(stage, [])}
+            for group, names in (("words", given), ("settings", self.settings.get(stage, {}))):
+                if taken := own.intersection(names):
+                    raise ValueError(f"{group}.{stage}: the pipeline sets {', '.join(sorted(taken))}")
 
     @property
     def shard_set(self) -> Path:
         """The shards to pre-train on."""
         return self.shards or self.out / "shards"
 
-    def chosen(self, stage: Literal["mae", "moce"]) -> list[str]:
-        """The settings of pre-training that the pipeline sets."""
-        own = {"data.shards": self.shard_set, "run.out": self.out / stage}
+    @property
+    def baseline(self) -> Path:
+        """The dense run that the experts are compared with."""
+        return self.out / ("dense" if self.dense else "mae")
+
+    def chosen(self, stage: Name) -> list[str]:
+        """The settings of a stage of pre-training that the pipeline sets."""
+        own: dict[str, object] = {"data.shards": self.shard_set, "run.out": self.out / stage}
         if stage == "moce":
-            own |= {"experts.clusters": self.out / "clusters", "run.init_from": self.out / "mae"}
-        return [word(key, path) for key, path in own.items()]
+            own["experts.clusters"] = self.out / "clusters"
+        if stage == "dense":
+            own["model.arch"] = "mae"
+        if stage != "mae":
+            own["run.init_from"] = self.out / "mae"
+        return [word(key, value) for key, value in own.items()]
 
     def words_of(self, stage: Name) -> list[str]:
-        """The settings of a stage's verbs, as words of a command line."""
-        given = self.words.get(stage, [])
-        if stage == "mae" or stage == "moce":
-            return [*arguments([self.mae if stage == "mae" else self.moce]), *given, *self.chosen(stage)]
-        return given
+        """The settings of a stage's verbs, as words of a command line; of several with one key, the last."""
+        files = {"mae": self.mae, "moce": self.moce or self.mae, "dense": self.moce or self.mae}
+        words = arguments([file]) if (file := files.get(stage)) else []
+        for name in self._builds_on(stage):
+            words += [word(key, value) for key, value in self.settings.get(name, {}).items()]
+            words += self.words.get(name, [])
+        words += self.chosen(stage) if stage in _RUNS else []
+        return list({text.partition("=")[0]: text for text in words}.values())
+
+    def _builds_on(self, stage: Name) -> list[Name]:
+        """The stages whose settings a stage has, the last one wins."""
+        if stage == "dense":
+            return [*self._builds_on("moce"), stage]
+        return ["mae", stage] if stage == "moce" and self.moce is None else [stage]
 
 
 def run_pipeline(words: Sequence[str], only: str | None = None) -> int:
@@ -253,8 +298,10 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
     found: dict[Name, Any] = {}
     faults = []
     for name, cls in _SETTINGS.items():
+        if name == "dense" and not pipeline.dense:
+            continue
         try:
-            found[name] = read_settings(cls, pipeline.words_of(name), origin=f"words.{name}")
+            found[name] = read_settings(cls, pipeline.words_of(name), origin=f"settings.{name} and words.{name}")
         except ConfigError as error:
             faults.append(f"{name}: {error}")
     faults += [
@@ -277,6 +324,7 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     """The name, commands, inputs and outputs of every stage."""
     out, more, shards = pipeline.out, pipeline.words_of, pipeline.shard_set
     mae, features, clusters, moce = (out / name for name in ("mae", "features", "clusters", "moce"))
+    baseline = pipeline.baseline
     if pipeline.images:
         yield _Draft("shards", [["shards", pipeline.images, shards, *more("shards")]], [], [shards])
     yield _Draft("mae", [["pretrain", *more("mae")]], [shards], [mae])
@@ -284,6 +332,8 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     clustering = ["cluster", features, clusters, "--shards", shards, *more("clusters")]
     yield _Draft("clusters", [clustering], [shards, features], [clusters])
     yield _Draft("moce", [["pretrain", *more("moce")]], [shards, mae, clusters], [moce])
+    if pipeline.dense:
+        yield _Draft("dense", [["pretrain", *more("dense")]], [shards, mae], [baseline])
 
     results, report = out / RESULTS, out / "report.html"
     given = [folder / part for folder in pipeline.tasks.values() for part in _PARTS]
@@ -294,11 +344,11 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     if pipeline.tasks:
         yield _Draft("export", exporting, [moce, *given], [*splits, *experts, results])
     if pipeline.heldout:
-        options = ["--data", pipeline.heldout, "--dense", mae, "--task", "held out", "--results", results]
+        options = ["--data", pipeline.heldout, "--dense", baseline, "--task", "held out", "--results", results]
         evaluating.append(["evaluate", moce, *options, *more("evaluation")])
     heldout = [pipeline.heldout] if pipeline.heldout else []
     made = [results, report] if evaluating else [report]
-    yield _Draft("evaluation", [*evaluating, ["report", out]], [mae, moce, *splits, *experts, *heldout], made)
+    yield _Draft("evaluation", [*evaluating, ["report", out]], [baseline, moce, *splits, *experts, *heldout], made)
 
 
 def _split(pipeline: PipelineSettings, task: str) -> dict[str, Path]:
@@ -323,7 +373,7 @@ def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
     """Measure a task's expert and the dense MAE."""
     out, split = pipeline.out, _split(pipeline, task)
     more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / RESULTS]
-    for model, encoder in (("dense", out / "mae"), ("expert", out / "experts" / task)):
+    for model, encoder in (("dense", pipeline.baseline), ("expert", out / "experts" / task)):
         for verb in ("knn", "probe"):
             yield [verb, encoder, "--model", model, *more, *pipeline.words_of("evaluation")]
 

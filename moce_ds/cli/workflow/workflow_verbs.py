@@ -1,4 +1,4 @@
-"""The verbs that run other verbs: pipeline, study, transfer, and launch, which runs them in several processes."""
+"""The verbs of workflows: init, which writes a pipeline, and those that run other verbs, also in several processes."""
 
 import sys
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from moce_ds.cli.options import PATH, Verb, force_option, no_cache_option, words
+from moce_ds.cli.workflow.init_verb import init
 from moce_ds.common.config.command_line import is_config_word, read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import show
@@ -152,4 +153,4 @@ def _check_verb(verb: str) -> None:
         raise ConfigError(f"{verb!r} is not a verb of moce. {hint}")
 
 
-VERBS = (study, pipeline, transfer, launch)
+VERBS = (init, study, pipeline, transfer, launch)

@@ -4,7 +4,7 @@ setting in a template (`moce config new`)."""
 import dataclasses
 import math
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -59,6 +59,19 @@ def starter(
     base = _with_help(f"#{BASE}: OTHER.yaml", "a YAML file, relative to this one, whose settings this file builds on")
     body = _Starter(given, frozenset(without), frozenset(required)).group(cls, "", "")
     return "\n".join([*(f"# {line}" for line in head), *base, "", *body]) + "\n"
+
+
+def annotated(values: Iterable[tuple[str, Any, str]]) -> Iterator[str]:
+    """The lines of a YAML file of some settings: dotted keys with plain data, and the comment after each value."""
+    above: list[str] = []
+    for key, value, comment in values:
+        *groups, name = key.split(".")
+        for depth, group in enumerate(groups):
+            if above[: depth + 1] != groups[: depth + 1]:
+                yield f"{'  ' * depth}{group}:"
+        line = f"{'  ' * len(groups)}{name}: {_flow(value)}"
+        yield from _commented(line, comment) if comment else [line]
+        above = groups
 
 
 def _line(section: Mapping[str, Any], parts: Sequence[str]) -> int | None:
