@@ -42,23 +42,46 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_commands_of_the_readme_run(workplace: Path) -> None:
+FEW_STEPS = {
+    "init": ["--device", "a100"],  # which need not be measured
+    "pipeline": ["settings.mae.optim.epochs=1", "settings.moce.optim.epochs=1", "settings.mae.model.depth=2"],
+    "pretrain": ["optim.epochs=2"],
+    "cluster": ["num_clusters=8"],  # fewer than there are images
+}
+"""Words that make a command short: what is tested is the command."""
+
+
+def run_documented(document: Path, workplace: Path) -> list[str]:
+    """Run the `moce` commands of a document's ```sh blocks in turn; returns their output. Training gets processes of
+    its own."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    commands = [command for command in shell_commands(ROOT / "README.md") if command.startswith("moce ")]
-    assert len(commands) >= 10
-    for command in commands:
+    outputs = []
+    for command in (command for command in shell_commands(document) if command.startswith("moce ")):
         words = shlex.split(command)
-        if "pretrain" in words:  # few steps: what is tested is the command
-            words.append("optim.epochs=2")
-        if "cluster" in words:  # fewer clusters than there are images
-            words.append("num_clusters=8")
-        if words[0] == "moce" and words[1] not in ("pretrain", "launch"):  # training needs processes of its own
+        words += [word for verb, more in FEW_STEPS.items() if verb in words and "--list" not in words for word in more]
+        if words[1] not in ("pretrain", "launch", "pipeline"):
             with chdir(workplace):
                 said = run_here(*words[1:])
         else:
             done = subprocess.run(words, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300)
             said = Said(done.returncode, done.stdout, done.stderr)
         assert said.status == 0, f"{command}\n{said.out}\n{said.err}"
+        outputs.append(said.out)
+    return outputs
+
+
+def test_commands_of_the_readme_run(workplace: Path) -> None:
+    assert len(run_documented(ROOT / "README.md", workplace)) >= 3
+    out = workplace / "runs/pipeline"
+    records = read_json(out / "results.json", "results", "moce knn")
+    compared = {(record["verb"], record["model"]) for record in records if record["verb"] != "select"}
+    assert compared == {(verb, model) for verb in ("knn", "probe") for model in ("dense", "expert")}
+    assert (out / "experts/birds/model.safetensors").exists()
+    assert "</html>" in (out / "report.html").read_text()
+
+
+def test_the_stages_of_the_pipeline_run_one_by_one(workplace: Path) -> None:
+    assert len(run_documented(ROOT / "docs/pipeline.md", workplace)) >= 14
     records = read_json(workplace / "runs/results.json", "results", "moce knn")
     assert {record["verb"] for record in records} == {"knn", "probe"}
     assert all(0 <= record["top1"] <= 1 for record in records)

@@ -116,8 +116,8 @@ def _values(request: Request, recipe: Recipe) -> Iterator[Chosen]:
 def _lines(request: Request, recipe: Recipe) -> Iterator[str]:
     """The text of the file."""
     yield f"# Written by `moce init` for {in_line(request.path)} on {request.hardware}."
-    yield "# docs/own-images.md explains the rule behind the values. Change any of them; `moce pipeline --help` lists"
-    yield "# the keys of this file, and those below `settings` are the ones of `moce pretrain` and `moce cluster`."
+    yield "# docs/own-images.md has the rule behind the values; change any of them. `settings` holds those of"
+    yield "# `moce pretrain` and `moce cluster`; `moce pipeline --help` lists the other keys."
     yield from annotated(_values(request, recipe))
 
 

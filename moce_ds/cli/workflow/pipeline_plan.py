@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from moce_ds.cli.workflow.pipeline import PipelineSettings, check_batches, stages_of
 from moce_ds.cli.workflow.stage import Stage
-from moce_ds.forecast.devices import Device
+from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.errors import ConfigError
+from moce_ds.common.host.program import say, show
+from moce_ds.data.shards import ShardSet
+from moce_ds.forecast.devices import Device, find_device
 from moce_ds.forecast.host_work import HostWork
 from moce_ds.forecast.prediction import Prediction, advice, predict, rounded
 from moce_ds.forecast.preflight import gibibytes
@@ -68,6 +74,33 @@ def _planned(
             run = predict(host, machines, device, make_schedule(config.optim, images.count).steps)
             disk = config.run.keep_checkpoints * work.parameters.total * _CHECKPOINT_BYTES
             yield PlannedStage(name, run.days * 24, disk, run, work)
+
+
+def show_plan(words: Sequence[str], device_name: str, nodes: int, images: int | None) -> None:
+    """Print the plan of `moce pipeline WORDS` on nodes of `processes` GPUs.
+
+    Args:
+        images: their number; None: those of the shard set.
+
+    Raises:
+        ConfigError: a fault in the settings of any stage, an unknown device or number of images.
+    """
+    pipeline = read_settings(PipelineSettings, words)
+    stages, device = stages_of(pipeline), find_device(device_name)
+    machines = Machines(nodes, pipeline.processes)
+    check_batches(stages, machines.world_size)
+    planned = plan_pipeline(stages, _images_of(pipeline.shard_set, images, device), machines, device)
+    show(plan_of_pipeline_table(f"Prediction for {nodes} x {pipeline.processes} {device_name}", planned, device))
+    say(*notes_on_plan(planned, device))
+
+
+def _images_of(shards: Path, count: int | None, device: Device) -> SetOfImages:
+    if ShardSet.recognises(shards):
+        opened = ShardSet.open(shards)
+        return SetOfImages(count or opened.count, float(opened.samples["size"].mean()))
+    if count is None:
+        raise ConfigError(f"--images: {shards} does not exist yet: give the number of images, such as 1281167.")
+    return SetOfImages(count, device.host.image_bytes)
 
 
 def plan_of_pipeline_table(title: str, planned: Sequence[PlannedStage], device: Device) -> Table:

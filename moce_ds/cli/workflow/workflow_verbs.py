@@ -40,13 +40,23 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
 @click.option("--list", "listed", is_flag=True, help="Print the stages and their states, and exit.")
 @force_option()
 @click.option("--stage", help="Run this stage only, such as features.")
-def pipeline(words: Sequence[str], listed: bool, stage: str | None) -> None:
+@click.option("--plan", "device", metavar="DEVICE", help="Predict hours, memory and disk on DEVICE (see `moce plan`).")
+@click.option("--nodes", default=1, type=click.IntRange(1), help="With --plan: nodes, of `processes` GPUs each.")
+@click.option("--images", type=click.IntRange(1), help="With --plan: number of images, if there are no shards yet.")
+def pipeline(
+    words: Sequence[str], listed: bool, stage: str | None, device: str | None, nodes: int, images: int | None
+) -> None:
     """Run all stages, from images to the experts of tasks, their evaluation and a report.
 
     Finished stages are not run again: rerun the same command after a stop, a kill or a failure.
     """
     from moce_ds.cli.workflow.pipeline import list_pipeline, run_pipeline
 
+    if device is not None:
+        from moce_ds.cli.workflow.pipeline_plan import show_plan
+
+        show_plan(words, device, nodes, images)
+        return
     if listed:
         show(list_pipeline(words))
         return

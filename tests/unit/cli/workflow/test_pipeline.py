@@ -98,6 +98,33 @@ def test_the_stages_and_their_commands(make: Make, task: Path, tiny_images: Path
     assert [stage.name for stage in stages_of(pipeline) if stage.parallel] == ["mae", "features", "moce"]
 
 
+def test_settings_in_the_file_of_the_pipeline(make: Make, tmp_path: Path) -> None:
+    """Without YAML files of their own: the experts build on the dense MAE, the dense baseline on the experts."""
+    mae = {"model": {"vit": "vit_tiny_patch16_224", "width": 96}, "optim": {"epochs": 8, "batch_size": 16}}
+    moce = {"model": {"arch": "moce"}, "experts": {"layers": [1, 3]}, "optim": {"epochs": 2}}
+    own = {"mae": None, "moce": None, "words": {"moce": ["optim.clip=0"]}, "dense": True}
+    given = own | {"settings": {"mae": mae, "moce": moce, "clusters": {"num_clusters": 6}}}
+    pipeline = make("settings.mae.optim.epochs=4", "settings.dense.optim.min_lr=1e-6", **given)
+    stages = {stage.name: stage for stage in stages_of(pipeline)}
+    assert list(stages) == [*NAMES[:5], "dense", "evaluation"]
+    out, optim = tmp_path / "out", {name: stages[name].config.optim for name in ("mae", "moce", "dense")}
+    assert [(one.epochs, one.batch_size, one.clip) for one in optim.values()] == [(4, 16, 1), (2, 16, 0), (2, 16, 0)]
+    assert (optim["moce"].min_lr, optim["dense"].min_lr) == (0, 1e-6)
+    dense = stages["dense"].config
+    assert (dense.model.arch, dense.run.init_from, dense.run.out) == ("mae", out / "mae", out / "dense")
+    assert stages["moce"].config.vit_shape == stages["mae"].config.vit_shape == dense.vit_shape
+    assert words(stages["clusters"])[0].endswith(f"--shards {out}/shards num_clusters=6")
+    assert " model.width=96 " in words(stages["moce"])[0] and words(stages["moce"])[0].count("optim.epochs=") == 1
+
+
+def test_experts_are_compared_with_the_dense_run_that_trained_as_long(make: Make, task: Path, tmp_path: Path) -> None:
+    pipeline, out = make(tasks={"digits": str(task)}, heldout=str(task / "train"), dense=True), tmp_path / "out"
+    commands = words(of(pipeline, "evaluation"))
+    assert [command.split()[1] for command in commands[:2]] == [f"{out}/dense"] * 2
+    assert f"--dense {out}/dense" in commands[4]
+    assert of(pipeline, "dense").parallel
+
+
 def test_what_there_is_no_work_for_is_no_stage(make: Make, tiny_shards: Path) -> None:
     pipeline = make(images=None, shards=str(tiny_shards))
     assert [stage.name for stage in stages_of(pipeline)] == [*NAMES[1:5], "evaluation"]
@@ -113,6 +140,10 @@ def test_what_there_is_no_work_for_is_no_stage(make: Make, tiny_shards: Path) ->
         ({"words": {"mae": ["run.out=here"]}}, "words.mae: the pipeline sets run.out"),
         ({"words": {"moce": ["run.init_from=x", "data.shards=y"]}}, "words.moce: .*sets data.shards, run.init_from"),
         ({"words": {"cluster": []}}, "words.cluster: got 'cluster'; expected 'shards', 'mae',"),
+        ({"settings": {"mae": {"run": {"out": "here"}}}}, "settings.mae: the pipeline sets run.out"),
+        ({"settings": {"cluster": {"eps": 1}}}, "settings.cluster: got 'cluster'; expected 'shards', 'mae',"),
+        ({"settings": {"mae": {"optim": {"epoch": 1}}}}, "optim.epoch: no such setting. Did you mean optim.epochs"),
+        ({"mae": None, "moce": None, "words": {}}, "moce: model.arch is mae; expected moce"),
         ({"resources": {"report": {}}}, "resources.report: got 'report'"),
         ({"tasks": {"../digits": "x"}}, "tasks.../digits: got '../digits'"),
         ({"words": {}}, "moce: model.arch is mae; expected moce"),
