@@ -15,9 +15,11 @@ from moce_ds.cli.launch.slurm_profile import SlurmProfile
 from moce_ds.cli.main import moce
 from moce_ds.cli.workflow.pipeline import PipelineSettings, check_batches, stages_of
 from moce_ds.cli.workflow.study_grid import StudySettings, cells_of, check_settings
+from moce_ds.cli.workflow.submit import queued_stages
 from moce_ds.cli.workflow.transfer_tasks import TaskSettings
 from moce_ds.clustering.build import ClusterSettings
 from moce_ds.common.config.settings import from_tree, load, to_tree, to_yaml
+from moce_ds.common.errors import ConfigError
 from moce_ds.data.sources.public.datasets import NAMES
 from moce_ds.training.settings import PretrainSettings
 
@@ -26,7 +28,8 @@ INSTALLED = Path(moce_ds.cli.workflow.__file__).parent / "configs"
 ALL = sorted({path.resolve() for folder in (CONFIGS, INSTALLED) for path in folder.rglob("*.y*ml")})
 PRETRAIN = [path for path in ALL if "run" in yaml.safe_load(path.read_text())]
 STUDIES = sorted((CONFIGS / "studies").glob("*.yaml"))
-PIPELINES = [path for path in ALL if "mae" in yaml.safe_load(path.read_text())]
+RECIPES = sorted((CONFIGS / "imagenet").glob("*.yaml"))
+PIPELINES = [path for path in ALL if "mae" in yaml.safe_load(path.read_text()) or path in RECIPES]
 BY_FOLDER = {"studies": StudySettings, "slurm": SlurmProfile, "demo": ClusterSettings, "tasks": TaskSettings}
 
 
@@ -56,16 +59,18 @@ def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
     given = yaml.safe_load(path.read_text())
     tree = to_tree(config)
     for group, values in given.items():
+        if cls is PipelineSettings and group == "settings":
+            continue  # read as dotted keys; test_an_imagenet_recipe_resolves has them
         for key, value in values.items() if isinstance(values, dict) else ():
             assert tree[group][key] == value, f"{group}.{key}"
 
 
-@pytest.mark.parametrize("path", ALL, ids=name)
+@pytest.mark.parametrize("path", [path for path in ALL if CONFIGS / "imagenet" not in path.parents], ids=name)
 def test_composed_settings_are_those_before_files_had_bases(path: Path) -> None:
-    """The trees were written by the last version whose files had no `base`."""
+    """The trees were written by the last version whose files had no `base`; that of ImageNet came later."""
     trees = json.loads((Path(__file__).parent / "fixtures/composed_configs.json").read_text())
     tree = trees[name(path).replace("tasks/", "transfer/")]
-    assert len(trees) == len(ALL)
+    assert len(trees) == len([one for one in ALL if CONFIGS / "imagenet" not in one.parents])
     assert load(kind(path), path) == from_tree(kind(path), tree, "the recorded tree")
 
 
@@ -131,9 +136,38 @@ def test_every_stage_of_a_pipeline_is_accepted(path: Path, monkeypatch: pytest.M
     pipeline = load(PipelineSettings, path)
     stages = stages_of(pipeline)
     check_batches(stages, pipeline.processes)
-    assert [stage.name for stage in stages] == ["shards", "mae", "features", "clusters", "moce", "export", "evaluation"]
+    names = ["shards", "mae", "features", "clusters", "moce", "dense", "export", "evaluation"]
+    without = {"dense"} if not pipeline.dense else set() if pipeline.tasks else {"export"}
+    assert [stage.name for stage in stages] == [name for name in names if name not in without]
     for stage, changes in pipeline.resources.items():
         from_tree(SlurmProfile, changes, f"resources.{stage}")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_an_imagenet_recipe_resolves_and_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one box and on four nodes, whose SLURM profiles it fits."""
+    monkeypatch.chdir(CONFIGS.parent)
+    pipeline = load(PipelineSettings, path)
+    configs = {stage.name: stage.config for stage in stages_of(pipeline)}
+    runs = [configs[stage] for stage in ("mae", "moce", "dense")]
+    size = next(size for size in ("small", "large", "base") if size in path.stem or size == "base")
+    assert {config.model.vit for config in runs} == {f"vit_{size}_patch16_224"}
+    assert len({config.vit_shape for config in runs}) == 1 and len({config.model.decoder for config in runs}) == 1
+    assert (runs[1].optim.epochs, runs[1].optim.base_lr) == (runs[2].optim.epochs, runs[2].optim.base_lr)
+    assert (runs[0].run.init_from is not None) == ("public" in path.stem)
+    assert ({config.data.order for config in runs} == {"blocks"}) == (path.stem == "imagenet22k")
+    assert len({load(PipelineSettings, other).out for other in RECIPES}) == len(RECIPES)
+    for profile in (CONFIGS / "imagenet/slurm").glob("*.yaml"):
+        queued_stages(stages_of(pipeline), load(SlurmProfile, profile))
+    planned = CliRunner().invoke(moce, ["pipeline", str(path), "--plan", "h100", "--nodes", "4", "--images", "1281167"])
+    assert planned.exit_code == 0 and re.search(r"moce +│ +\d", planned.output), planned.output
+    assert "do not fit" not in planned.output
+
+
+def test_the_plan_of_a_pipeline_needs_the_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    planned = CliRunner().invoke(moce, ["pipeline", "configs/imagenet/vit_base.yaml", "--plan", "h100"])
+    assert isinstance(planned.exception, ConfigError) and "--images: " in str(planned.exception)
 
 
 def test_the_eleven_tasks_have_their_metrics() -> None:
