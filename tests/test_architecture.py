@@ -37,7 +37,7 @@ LAYERS = (
     {"inspection"},
     {"tuning", "report"},
     {"bench"},  # measures them all
-    {"cli.options"},
+    {"cli.options", "cli.next_step"},
     {"cli.stages", "cli.launch", "cli.config_verbs"},
     {"cli.workflow"},
     {"cli.main"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.checkpoint.records import RoutingTable
+from moce_ds.cli.stages.registry import run_verb
 from moce_ds.common.storage.metrics_file import read_metrics
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import FeatureSet
@@ -84,6 +86,41 @@ def chain(tiny_images: Path, task: Path, tmp_path_factory: pytest.TempPathFactor
         said[stage] = run_alone(verb, *words) if verb == "pretrain" else run_here(verb, *words)
         assert said[stage].status == 0, (stage, said[stage])
     return Chain(root, said)
+
+
+def next_words(said: Said) -> list[str]:
+    """The words of the command that a verb has named last."""
+    wrote, _, command = said.err.splitlines()[-1].partition("Next: moce ")
+    assert command and (wrote == "" or wrote.startswith("Wrote ")), said
+    return shlex.split(command)
+
+
+def test_every_stage_names_its_result_and_the_next_command(chain: Chain) -> None:
+    mae, moce, clusters, shards = (chain / name for name in ("mae", "moce", "clusters", "shards"))
+    expected = {
+        "shards": ["pretrain", f"data.shards={shards}", f"run.out={mae}"],
+        "pretrain": ["features", mae, shards, chain / "features"],
+        "features": ["cluster", chain / "features", clusters, "--shards", shards],
+        "pretrain moce": ["select", moce, "--data", "FOLDER"],
+    }
+    for stage, words in expected.items():
+        assert next_words(chain.said[stage]) == list(map(str, words))
+        assert f"Wrote {chain / stage}. Next" in chain.said[stage].err or "pretrain" in stage
+    planned = run_here(*next_words(chain.said["cluster"]), "--dry-run")
+    assert planned.status == 0 and f"moce -> {moce}" in planned.out, planned
+
+
+def test_the_next_commands_can_be_pasted(chain: Chain, capsys: pytest.CaptureFixture[str]) -> None:
+    said = chain.said["select"]
+    for verb in ("export", "knn", "probe"):
+        words = next_words(said)
+        said = run_here(*words)
+        assert (words[0], said.status) == (verb, 0), said
+    assert next_words(said)[:2] == ["finetune", str(chain / "expert-digits")]
+    assert chain.said["report"].err.endswith(f"Wrote {chain / 'report.html'}.\n")
+    assert run_here("--quiet", "report", chain.root).err == ""
+    run_verb(["report", chain.root])  # as a workflow does
+    assert "Wrote" not in capsys.readouterr().err
 
 
 def records(chain: Chain, verb: str) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ Axes: N images of the fit or of a block, M clusters, D feature width.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from moce_ds.clustering.settings import ClusterSettings
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ArtefactError, ConfigError, DataError
-from moce_ds.common.host.program import progress_bar
+from moce_ds.common.host.program import progress_bar, shared_bar
 from moce_ds.common.storage.files import atomic_folder, check_writable, copy_tree, writes_to
 from moce_ds.data.clusters import Clusters, load_ids
 from moce_ds.data.feature_store import FeatureSet
@@ -315,11 +315,7 @@ def _warn(solution: Solution, merged: int, config: ClusterSettings) -> None:
         _logger.warning(f"{fault} Look at the hard sizes.")
 
 
-@contextmanager
-def _pass(features: FeatureSet, what: str, runtime: Runtime) -> Iterator[Callable[[int], object]]:
-    """A progress bar of a pass over this process's blocks, shown by rank 0 if it takes long; yields its update."""
-    total = sum(len(features.block_ids(k)) for k in own_units(features.num_blocks, runtime))
-    with progress_bar(
-        total=total, desc=what, unit=" images", unit_scale=True, delay=2, disable=not runtime.is_main
-    ) as bar:
-        yield bar.update
+def _pass(features: FeatureSet, what: str, runtime: Runtime) -> AbstractContextManager[Callable[[int], None]]:
+    """A progress bar of a pass over all blocks, which the processes share; its update."""
+    own = sum(len(features.block_ids(k)) for k in own_units(features.num_blocks, runtime))
+    return shared_bar(own, features.count, what, unit=" images", unit_scale=True)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from moce_ds.common.errors import ArtefactError, LostPeerError
-from moce_ds.common.host.program import progress_bar
+from moce_ds.common.host.program import shared_bar
 from moce_ds.common.host.rank import ProcessRank
 from moce_ds.common.host.team import LostWorkerError, as_they_come
 from moce_ds.data.shard_manifest import MANIFEST
@@ -60,9 +59,11 @@ class ShardTeam:
         """
         own_S = np.arange(self._here.rank, self._set.parts, self._here.world_size)
         entries_S, missing_S = self._set.entry_counts(), own_S[~self._is_known[own_S]]
-        total, left = int(entries_S[own_S].sum()), int(entries_S[missing_S].sum())
-        with progress_bar(total=total, initial=total - left, desc="shards", unit="file", disable=None) as bar:
-            self._write_missing(missing_S.tolist(), bar)
+        own, done = int(entries_S[missing_S].sum()), int(entries_S[self._is_known].sum())
+        disable = None if self._here.rank == 0 else True  # None: shown on a terminal only
+        left = int(entries_S.sum()) - done
+        with shared_bar(own, left, "shards", done, unit="file", disable=disable, delay=0) as advance:
+            self._write_missing(missing_S.tolist(), advance)
         if self._wait(lambda: bool(self._is_known.all())):
             for (number, _), part in self._worked(self._renumbered, own_S[self._misplaced[own_S]].tolist()):
                 self._keep(number, part)
@@ -70,18 +71,18 @@ class ShardTeam:
                 self._wait(lambda: not self._misplaced.any())
         return [self._parts[number] for number in sorted(self._parts)]
 
-    def _write_missing(self, missing: list[int], bar: "tqdm[int]") -> None:
+    def _write_missing(self, missing: list[int], advance: Callable[[int], None]) -> None:
         """Write parts side by side, one per worker, as long as all workers have one. All workers share each of the
         others."""
         alone = len(missing) // self._workers * self._workers
         for task, done in self._worked(self._written, missing[:alone]):
-            self._keep(task[0], done, bar)
+            self._keep(task[0], done, advance)
         for number in missing[alone:]:
             unfinished = self._set
             verdicts = examined(unfinished.source, unfinished.entries_of(number), unfinished.max_pixels, self._workers)
             with closing(verdicts):
                 for done in unfinished.write_examined(number, self._first_id(number), verdicts):
-                    self._keep(number, done, bar)
+                    self._keep(number, done, advance)
 
     def _worked(
         self, work: Callable[[_Task], Iterator[int | Part]], numbers: list[int]
@@ -100,12 +101,12 @@ class ShardTeam:
     def _renumbered(self) -> Callable[[_Task], Iterator[int | Part]]:
         return partial(_renumber, self._set)
 
-    def _keep(self, number: int, done: int | Part, bar: "tqdm[int] | None" = None) -> None:
+    def _keep(self, number: int, done: int | Part, advance: Callable[[int], None] | None = None) -> None:
         if isinstance(done, Part):
             self._parts[number] = done
             self._counts_S[number], self._first_ids_S[number] = done.count, done.first_id
-        elif bar is not None:
-            bar.update(done)
+        elif advance is not None:
+            advance(done)
 
     def _first_id(self, number: int) -> int:
         return int(self._counts_S[:number].sum())

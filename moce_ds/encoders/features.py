@@ -6,17 +6,15 @@ Axes: N images, D width.
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Never
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from moce_ds.common.errors import ArtefactError
-from moce_ds.common.host.program import progress_bar
+from moce_ds.common.host.program import shared_bar
 from moce_ds.common.storage.files import atomic_folder, writes_to
 from moce_ds.common.text import shortened
 from moce_ds.data.feature_store import FeatureWriter, Identity
@@ -116,7 +114,7 @@ def _encode_together(encoder: Encoder, shards: ShardSet, config: EncodeSettings,
         ids = next(remaining)
         features_ND[ids.start : ids.stop] = part_BD[: len(ids)]
 
-    parts = encode_shown(encoder, shards, own, config, runtime.device, visible=runtime.is_main)
+    parts = encode_shown(encoder, shards, own, config, runtime.device)
     padded = (pad(part_BD, (0, 0, 0, size - len(part_BD))) for part_BD in parts)  # equally long, to be sent
     take_in_order(padded, len(batches), torch.empty(size, width), take, runtime)
     return features_ND
@@ -148,14 +146,13 @@ def encode_shown(
     blocks: Sequence[range],
     config: EncodeSettings,
     device: torch.device,
-    visible: bool = True,
 ) -> Iterator[Tensor]:
-    """As `encode`, with a progress bar if it is to be `visible`."""
+    """As `encode`, with a progress bar: the processes share all images of the set."""
     name = f"encoding {shortened('/'.join(shards.named.parts[-2:]), 60)}"
-    with _bar(sum(map(len, blocks)), name, visible) as bar:
+    with shared_bar(sum(map(len, blocks)), shards.count, name, unit="img") as advance:
         for part_ND in encode(encoder, shards, blocks, config, device):
             yield part_ND
-            bar.update(len(part_ND))
+            advance(len(part_ND))
 
 
 def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: FeatureSettings, runtime: Runtime) -> None:
@@ -181,7 +178,7 @@ def write_features(encoder: Encoder, shards: ShardSet, out: Path, config: Featur
     runtime.barrier()  # no rank adds a block before all have listed them
     checksums = {}
     with runtime.raise_on_all_ranks():
-        _write_blocks(encoder, shards, writer, missing[runtime.rank :: runtime.world_size], config, runtime)
+        _write_blocks(encoder, shards, writer, missing, config, runtime)
         checksums = writer.checksums(found[runtime.rank :: runtime.world_size])  # those of an earlier, interrupted call
     of_ranks = runtime.texts(json.dumps(checksums))
     with runtime.raise_on_all_ranks():
@@ -205,19 +202,18 @@ def _write_blocks(
     encoder: Encoder,
     shards: ShardSet,
     writer: FeatureWriter,
-    blocks: list[int],
+    missing: list[int],
     config: EncodeSettings,
     runtime: Runtime,
 ) -> None:
-    with _bar(sum(len(writer.block_ids(k)) for k in blocks), "features", visible=runtime.is_main) as bar:
+    """Write the blocks of this process among those that are missing."""
+    blocks = missing[runtime.rank :: runtime.world_size]
+    own, left = (sum(len(writer.block_ids(k)) for k in some) for some in (blocks, missing))
+    with shared_bar(own, left, "features", shards.count - left, unit="img") as advance:
         features = encode(encoder, shards, [writer.block_ids(k) for k in blocks], config, runtime.device)
         for k in blocks:
             parts: list[NDArray[np.float32]] = []
             while sum(map(len, parts)) < len(writer.block_ids(k)):
                 parts.append(next(features).numpy())
-                bar.update(len(parts[-1]))
+                advance(len(parts[-1]))
             writer.write_block(k, np.concatenate(parts))
-
-
-def _bar(total: int, what: str, visible: bool) -> "tqdm[Never]":
-    return progress_bar(total=total, desc=what, unit="img", disable=not visible, delay=2, dynamic_ncols=True)

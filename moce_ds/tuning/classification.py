@@ -25,6 +25,7 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.compat import repair_torchvision
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.host.program import shared_progress
 from moce_ds.common.storage.files import atomic_folder, save_tensors, writes_to
 from moce_ds.common.text import encoded, in_line
 from moce_ds.data.shards import ShardSet
@@ -274,7 +275,8 @@ class Classification:
         bf16 = self._engine.precision == "bf16"
         with runtime.raise_on_all_ranks(), torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16):
             stream = prepared(images_of, mine, self._data.workers, runtime.device)
-            for index, images_BCHW in zip(mine, stream, strict=True):
+            batches = shared_progress(stream, len(mine), len(places), "scoring", unit="batch", leave=False)
+            for index, images_BCHW in zip(mine, batches, strict=True):
                 scores_NK[places[index]] = model(images_BCHW.to(runtime.device)).float().cpu()
         if runtime.world_size > 1:
             dist.all_reduce(scores_NK)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moce_ds.checkpoint.format import steps_of
-from moce_ds.common.host.program import progress_bar
+from moce_ds.common.host.program import shared_progress
 from moce_ds.common.storage.encoder_folder import WEIGHTS
 from moce_ds.common.storage.files import atomic_file, save_tensors, writes_to
 from moce_ds.distributed.randomness import INIT, hashed
@@ -101,14 +101,7 @@ class DenseTask(ABC, Generic[DataT]):
                 data.check_headers(mine[name])
         for name, data in splits.items():
             seen = prepared(data.look, mine[name], self.workers, torch.device("cpu"))
-            bar = progress_bar(
-                seen,
-                f"checking {name}",
-                len(mine[name]),
-                unit="img",
-                delay=2,
-                disable=not runtime.is_main,
-            )
+            bar = shared_progress(seen, len(mine[name]), len(data), f"checking {name}", unit="img")
             self.looked_at(bar, runtime)
 
     @abstractmethod

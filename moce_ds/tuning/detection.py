@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.compat import supply_torchvision_operators
 from moce_ds.common.errors import ConfigError, DataError
+from moce_ds.common.host.program import shared_progress
 from moce_ds.common.storage.files import sha256_of
 from moce_ds.data.scale_jitter import Jitter, View, draw_image, draw_mask
 from moce_ds.data.sources.coco import CocoSet
@@ -124,7 +125,8 @@ class DetectionTask(DenseTask[CocoSet]):
 
         with evaluation(self.precision, runtime):
             stream = prepared(canvas, mine, self.workers, runtime.device)
-            for number, image_CHW in zip(mine, stream, strict=True):
+            canvases = shared_progress(stream, len(mine), len(data), "detecting", unit="img", leave=False)
+            for number, image_CHW in zip(mine, canvases, strict=True):
                 (detections,) = model([image_CHW.to(runtime.device)])
                 found += results(data, number, views[number], detections)
         everyone = [one for text in runtime.texts(json.dumps(found)) for one in json.loads(text)]

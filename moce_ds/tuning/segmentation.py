@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.compat import repair_torchvision
 from moce_ds.common.errors import ConfigError
+from moce_ds.common.host.program import shared_progress
 from moce_ds.data.scale_jitter import Jitter, draw_image, draw_mask
 from moce_ds.data.sources.ade20k import IGNORED, Ade20kSet, Colour, Palettes
 from moce_ds.distributed.runtime import Runtime
@@ -105,7 +106,10 @@ class SegmentationTask(DenseTask[Ade20kSet]):
             return fitted(image, self._side), torch.from_numpy(labels_HW)
 
         with evaluation(self.precision, runtime):
-            for image_CHW, labels_HW in prepared(example, mine, self.workers, runtime.device):
+            stream = prepared(example, mine, self.workers, runtime.device)
+            for image_CHW, labels_HW in shared_progress(
+                stream, len(mine), len(data), "segmenting", unit="img", leave=False
+            ):
                 logits_KHW = slide(model, image_CHW.to(runtime.device), self._side, data.classes)
                 logits_1KHW = F.interpolate(logits_KHW[None], labels_HW.shape, mode="bilinear", align_corners=False)
                 counts_KK += confusion(logits_1KHW[0].argmax(0).cpu(), labels_HW, data.classes)

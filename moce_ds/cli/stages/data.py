@@ -5,8 +5,10 @@ from pathlib import Path
 
 import click
 
+from moce_ds.cli.next_step import beside, conclude
 from moce_ds.cli.options import PATH, Verb, heads_option, words
 from moce_ds.common.config.command_line import read_settings
+from moce_ds.common.config.settings import word
 from moce_ds.common.host.program import say, show
 from moce_ds.common.host.rank import ProcessRank
 from moce_ds.common.text import counted
@@ -50,6 +52,11 @@ def shards(source: Path, out: Path, words: Sequence[str]) -> None:
         f"{report.bytes / 2**20:.1f} MiB{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         + (f" (listed in {out / 'rejected.jsonl'})" if report.rejected else "")
     )
+    _conclude_set(out)
+
+
+def _conclude_set(out: Path) -> None:
+    conclude(out, "pretrain", word("data.shards", out), word("run.out", beside(out, "mae")))
 
 
 @click.command()
@@ -64,6 +71,7 @@ def attach(address: str, out: Path) -> None:
 
     shards = attached(address, out)
     say(f"{out}: {counted(shards.count, 'image')} in {counted(len(shards.shards), 'shard')} at {address}")
+    _conclude_set(out)
 
 
 @click.command(cls=Verb, settings="moce_ds.data.sources.public.datasets:DatasetSettings")
@@ -85,6 +93,7 @@ def dataset(name: str, source: Path, out: Path, words: Sequence[str]) -> None:
             f"{report.path}: {counted(report.count, 'image')} of {counted(report.classes, 'class', 'classes')}"
             f"{' (was complete)' if report.already_complete else ''}; rejected: {rejected}"
         )
+    conclude(out, "knn", "ENCODER", "--train", out / "train", "--test", out / "test")
 
 
 @click.command(cls=Verb, settings="moce_ds.encoders.settings:FeatureSettings")
@@ -112,6 +121,7 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
             runtime.say(f"{encoder}: read as {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
+    conclude(out, "cluster", out, beside(out, "clusters"), "--shards", shards)
 
 
 @click.command(cls=Verb, settings="moce_ds.clustering.settings:ClusterSettings")
@@ -139,6 +149,20 @@ def cluster(features: Path, out: Path, shards: Path | None, words: Sequence[str]
         labels, classes = (labelled.labels, labelled.classes) if labelled else (None, [])
         _, report = measured_clusters(out, labels, classes)
         show(report_table(report, compared=shards is not None))
+        _conclude_clusters(out)
+
+
+def _conclude_clusters(out: Path) -> None:
+    """The next command starts a run with experts from the dense run whose features were clustered."""
+    from moce_ds.checkpoint.run_folder import CONFIG
+    from moce_ds.common.storage.encoder_folder import read_provenance
+    from moce_ds.data.kept_encoder import ENCODER
+
+    run = Path(str(read_provenance(out / ENCODER).get("checkpoint", ""))).parent.parent
+    known = (run / CONFIG).is_file()  # else the encoder is not that of a run, or the run was moved
+    settings = [word("experts.clusters", out), word("run.init_from", run if known else "ENCODER")]
+    settings.append(word("run.out", beside(run if known else out, "moce")))
+    conclude(out, "pretrain", run / CONFIG if known else "CONFIG.yaml", "model.arch=moce", *settings)
 
 
 VERBS = (shards, attach, dataset, features, cluster)

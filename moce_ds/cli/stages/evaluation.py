@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from moce_ds.cli.next_step import beside, conclude
 from moce_ds.cli.options import PATH, Verb, heads_option, no_cache_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import ConfigError
@@ -95,6 +96,12 @@ def _accuracy(
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
     deciding = {key: value for key, value in decisive(config).items() if key not in to_tree(EncodeSettings())}
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, deciding, images))
+    _conclude(verb, results, encoder, ["--train", train, *(["--val", val] if val else []), "--test", test])
+
+
+def _conclude(verb: str, results: Path | None, encoder: Path, images: Sequence[object]) -> None:
+    following = ("probe", encoder) if verb == "knn" else ("finetune", encoder, "--out", beside(encoder, "finetune"))
+    conclude(results, *following, *images)
 
 
 def _check_processes(verb: str, config: Any) -> None:
@@ -139,6 +146,7 @@ def evaluate(
     name = task or task_of(data)
     show(errors.table(name))
     add_record(results, errors.record(name, run.name))
+    conclude(results, "report", run)
 
 
 VERBS = (knn, probe, evaluate)

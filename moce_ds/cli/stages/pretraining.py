@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from moce_ds.cli.next_step import beside, conclude
 from moce_ds.cli.options import PATH, Verb, checked_settings, force_option, words
 from moce_ds.cli.stages.bench import Numbers
 from moce_ds.common.config.command_line import settings_layers
+from moce_ds.common.config.model_kinds import model_kind_of_settings
 from moce_ds.common.config.printing import explained
 from moce_ds.common.config.settings import to_tree
 from moce_ds.common.errors import STOPPED, ConfigError
@@ -53,6 +55,13 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         progress = run(config, runtime)
     if not progress.complete:
         sys.exit(STOPPED)
+    kind, out = model_kind_of_settings(config.model.arch, config.experts.gate), config.run.out
+    if not kind.has_experts:
+        conclude(out, "features", out, config.data.shards, beside(out, "features"))
+    elif kind.routes_by_cluster:
+        conclude(out, "select", out, "--data", "FOLDER")
+    else:
+        conclude(out, "report", out)
 
 
 @click.command(cls=Verb, settings="moce_ds.training.settings:PretrainSettings")
@@ -104,6 +113,7 @@ def plan(
     if options["json_file"] is not None:
         with writes_to(options["json_file"]):
             write_json(options["json_file"], prediction.to_record(assumed, predicted, measured))
+    conclude(options["json_file"], "pretrain", *words)
 
 
 VERBS = (pretrain, plan)

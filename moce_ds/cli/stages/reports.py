@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from moce_ds.cli.next_step import conclude
 from moce_ds.cli.options import PATH
 from moce_ds.common.host.program import say, show
 
@@ -19,7 +20,9 @@ def report(folder: Path, out: Path | None) -> None:
     """
     from moce_ds.report.build import build_report
 
-    say(str(build_report(folder, out)))
+    page = build_report(folder, out)
+    say(str(page))
+    conclude(page)
 
 
 @click.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moce_ds.cli.next_step import beside, conclude, conclude_encoder
 from moce_ds.cli.options import PATH, Verb, no_cache_option, task_of, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
@@ -58,9 +59,9 @@ def select(
     config, target, name = read_settings(EncodeSettings, words), _target(**export), task or task_of(data)
     _check_outputs(target, picture, results)
     checkpoint, clusters = run_clusters(run)
-    run = checkpoint.folder  # fixed to one step, even if the run is still training
+    fixed = checkpoint.folder  # to one step, even if the run is still training
     with opened_images(data) as images:
-        selection, fingerprint = select_route(run, images, config, lone_device()), images.fingerprint
+        selection, fingerprint = select_route(fixed, images, config, lone_device()), images.fingerprint
         show(selection_report(selection, name, routes_of(checkpoint), top))
         if picture:
             note = write_picture(picture, images, name, selection, checkpoint)
@@ -71,6 +72,16 @@ def select(
         experts, extra = choose_selected(checkpoint, selection), {"votes": record}
         provenance = export_route(checkpoint, clusters, experts, target.out, extra, target.format, target.replace)
         say(summary(target.out, provenance))
+        _conclude_export(target, data)
+    else:
+        conclude(results or picture, "export", run, beside(run, f"expert-{name}"), "--data", data)
+
+
+def _conclude_export(target: "Target", data: Path | None) -> None:
+    if target.format.is_encoder_folder:
+        conclude_encoder(target.out, data)
+    else:
+        conclude(target.out)
 
 
 def _target(out: Path | None, format: str, part: str, replace: bool) -> "Target | None":
@@ -134,6 +145,10 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
     task = task_of(request["data"]) if request["data"] else None
     for folder, provenance in export_requested(run, Request(**request), target, config, lone_device(), task):
         say(summary(folder, provenance))
+    if request["all"]:
+        conclude(out)
+    else:
+        _conclude_export(target, request["data"])
 
 
 VERBS = (select, export)

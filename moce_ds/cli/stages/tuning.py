@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moce_ds.cli.next_step import conclude
 from moce_ds.cli.options import PATH, Verb, checked_settings, no_cache_option, words
 from moce_ds.common.config.command_line import settings_layers
 from moce_ds.common.config.settings import T
@@ -67,6 +68,7 @@ def finetune(
         say(in_line(f"finetune {record['task']} {record['model']}: {_scores(record)}"))
         say(f"{out / TUNED}: the tuned encoder and its head")
         add_record(results, record)
+    conclude(out, "report", out)
 
 
 def _scores(record: dict[str, Any]) -> str:
@@ -142,6 +144,7 @@ def _tune(config: Any, make: Callable[..., Any]) -> None:
             say(f"{config.run.out}: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
     if measures is None:
         sys.exit(STOPPED)
+    conclude(config.run.out, "report", config.run.out)
 
 
 VERBS = (finetune, detect, segment)

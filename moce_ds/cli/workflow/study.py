@@ -59,7 +59,7 @@ def run_study(study: StudySettings, only: str | None = None) -> int:
     if outcome.stopped:  # by a signal, or run.max_hours of a cell
         _logger.info(f"Stopped as asked, {workflow.summary(chosen)}. Rerun the same command to resume.")
         return outcome.status
-    say(f"{workflow.summary(chosen)} in {study.out}. Look at: moce report {study.out}")
+    say(f"{workflow.summary(chosen)} in {study.out}.")
     for failure in outcome.failures:
         _list_failure(failure)
     return outcome.status

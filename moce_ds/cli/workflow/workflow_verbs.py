@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moce_ds.cli.next_step import conclude
 from moce_ds.cli.options import PATH, Verb, force_option, no_cache_option, words
 from moce_ds.cli.workflow.init_verb import init
 from moce_ds.common.config.command_line import is_config_word, read_settings
@@ -32,7 +33,10 @@ def study(words: Sequence[str], listed: bool, cell: str | None) -> None:
     if listed:
         show(list_study(config))
         return
-    sys.exit(run_study(config, cell))
+    status = run_study(config, cell)
+    if status == 0 and cell is None:
+        conclude(config.out, "report", config.out)
+    sys.exit(status)
 
 
 @click.command(cls=Verb, settings="moce_ds.cli.workflow.pipeline:PipelineSettings")
@@ -50,7 +54,7 @@ def pipeline(
 
     Finished stages are not run again: rerun the same command after a stop, a kill or a failure.
     """
-    from moce_ds.cli.workflow.pipeline import list_pipeline, run_pipeline
+    from moce_ds.cli.workflow.pipeline import PipelineSettings, list_pipeline, run_pipeline
 
     if device is not None:
         from moce_ds.cli.workflow.pipeline_plan import show_plan
@@ -60,7 +64,11 @@ def pipeline(
     if listed:
         show(list_pipeline(words))
         return
-    sys.exit(run_pipeline(words, stage))
+    status, out = run_pipeline(words, stage), read_settings(PipelineSettings, words).out
+    if status == 0 and stage is None:
+        report = out / "report.html"
+        conclude(report if report.exists() else out, "pipeline", *words, "--list")
+    sys.exit(status)
 
 
 @click.command()
@@ -90,6 +98,7 @@ def transfer(
     from moce_ds.cli.workflow.transfer import campaign_tables, run_campaign
     from moce_ds.cli.workflow.transfer_models import find_subjects
     from moce_ds.cli.workflow.transfer_tasks import read_tasks
+    from moce_ds.evaluation.results_file import RESULTS
 
     subjects = find_subjects(list(runs))
     read = read_tasks(_names("--tasks", tasks), config, data)
@@ -97,6 +106,7 @@ def transfer(
     records = run_campaign(subjects, read, chosen, _seeds(seeds), out or runs[0] / "transfer")
     for table in campaign_tables(records, [subject.name for subject in subjects]):
         show(table)
+    conclude((out or runs[0] / "transfer") / RESULTS)
 
 
 def _names(option: str, text: str) -> list[str]:

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Never, TypeVar
 
@@ -81,6 +81,38 @@ def progress_bar(*args: Any, disable: bool | None = False, **options: Any) -> "t
     shown = _logger.isEnabledFor(logging.INFO)
     make: Callable[..., tqdm[Any]] = tqdm  # its overloads accept no **options
     return make(*args, disable=disable if shown else True, **options)
+
+
+@contextmanager
+def shared_bar(own: int, left: int, desc: str, done: int = 0, **options: Any) -> Iterator[Callable[[int], None]]:
+    """A progress bar of work that the processes share in equal parts; yields what advances it. Rank 0 shows it.
+
+    It shows the work of all processes, and takes the others to be as far as this one.
+
+    Args:
+        own: units of this process.
+        left: units of all processes.
+        done: units that were done before.
+        options: as of `progress_bar`.
+    """
+    counted = 0
+    options = {"disable": not is_first(), "delay": 2, "dynamic_ncols": True, **options}
+    with progress_bar(total=done + left, initial=done, desc=desc, **options) as bar:
+
+        def advance(units: int) -> None:
+            nonlocal counted
+            counted += units
+            bar.update(done + left * min(counted, own) // own - bar.n)
+
+        yield advance
+
+
+def shared_progress(items: Iterable[T], own: int, left: int, desc: str, **options: Any) -> Iterator[T]:
+    """`items`, `own` of them, with a `shared_bar` of a unit for each."""
+    with shared_bar(own, left, desc, **options) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 class _Formatter(logging.Formatter):

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 import pytest
 
 from moce_ds.common.errors import ConfigError, DataError
-from moce_ds.common.host.program import LOG, configure_logging, progress_bar, run_main, say, set_log_level, warn
+from moce_ds.common.host.program import (
+    LOG,
+    configure_logging,
+    progress_bar,
+    run_main,
+    say,
+    set_log_level,
+    shared_bar,
+    shared_progress,
+    warn,
+)
 from tests.examples.moce_command import run_here
 
 logger = logging.getLogger("moce_ds.data.example")
@@ -50,6 +60,19 @@ def test_quiet_hides_progress_only(capsys: Capture) -> None:
     with progress_bar(total=3, disable=False) as bar:
         assert bar.disable
     assert tuple(capsys.readouterr()) == ("a result\n", "WARNING: odd\nERROR: lost\n")
+
+
+def test_a_shared_bar_shows_the_work_of_all_processes(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two were done before; this process has three of the ten that are left."""
+    with shared_bar(3, 10, "work", done=2, delay=0, mininterval=0) as advance:
+        for shown in ("5/12", "8/12", "12/12"):
+            advance(1)
+            assert shown in capsys.readouterr().err
+    assert list(shared_progress("abc", 3, 3, "work", delay=0)) == ["a", "b", "c"]
+    assert "3/3" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert list(shared_progress("abc", 3, 9, "work", delay=0)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
 
 
 def test_verbose_shows_time_rank_level_and_module(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
