@@ -16,10 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from moce_ds import __version__
 from moce_ds.checkpoint.run_folder import ATTEMPTS, CONFIG
 from moce_ds.common.errors import ArtefactError, MoceError
 from moce_ds.common.host.machine import refused
+from moce_ds.common.host.program import command_of_process
 from moce_ds.common.storage.checksums import FileRecord, with_checksum, write_checked
 from moce_ds.common.storage.files import read_json, sync, writes_to
 from moce_ds.common.storage.metrics_file import METRICS, drop_incomplete_line
@@ -48,7 +53,7 @@ class RunLease:
         number = 0
         with runtime.raise_on_all_ranks(), writes_to(run):
             if runtime.is_main:
-                number = _next_number(run)
+                number = _next_number(run, _started_by(runtime))
         attempt = cls(run, int(runtime.sum([float(number)])[0]))
         with runtime.raise_on_all_ranks():
             if runtime.is_main:
@@ -167,17 +172,31 @@ def _folder(run: Path, number: int) -> Path:
     return run / ATTEMPTS / f"{number:04d}"
 
 
-def _next_number(run: Path) -> int:
+def _started_by(runtime: Runtime) -> dict[str, Any]:
+    """The process, program and machine that start an attempt, for the reader of the run folder."""
+    on_gpu = runtime.device.type == "cuda"
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "started": time.strftime("%FT%T%z"),
+        "version": __version__,
+        "command": command_of_process(),
+        "processes": runtime.world_size,
+        "device": torch.cuda.get_device_name(runtime.device) if on_gpu else runtime.device.type.upper(),
+    }
+
+
+def _next_number(run: Path, started_by: dict[str, Any]) -> int:
     """Create the folder of the newest attempt. No number is used twice, because records are permanent."""
     (run / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-    who = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
     while True:
         number = _newest(run) + 1
         folder = _folder(run, number)
         with suppress(FileExistsError):  # another process created it first
             path = folder.with_suffix(".json")
             with open(path, "x", encoding="utf-8") as record, _whole_or_gone(path):
-                record.write(json.dumps(with_checksum(who | {"started": time.strftime("%FT%T%z")})) + "\n")
+                record.write(json.dumps(with_checksum(started_by)) + "\n")
                 record.flush()
             folder.mkdir()
             if _newest(run) == number:

@@ -77,6 +77,33 @@ def picture_path(run: Path, step: int) -> Path:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """The record of one start of a run. Earlier versions recorded no version, command, processes and device.
+
+    Attributes:
+        started: date and time with its offset from UTC, ISO 8601.
+        job: of SLURM.
+        command: its words.
+        device: the GPU of the first process, or "CPU".
+        files: checksums of settings and pictures.
+    """
+
+    host: str | None = None
+    started: str | None = None
+    job: str | None = None
+    version: str | None = None
+    command: list[str] = field(default_factory=list)
+    processes: int | None = None
+    device: str | None = None
+    files: Files = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Attempt":
+        """A record. Raises ArtefactError if it is missing or damaged."""
+        return read_checked(path, cls, "the record of an attempt", "moce pretrain")
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run on disk. Its parts are read on first use; a damaged part raises ArtefactError."""
 
@@ -131,6 +158,11 @@ class RunFolder:
         """Path of the shard set that the run was trained on, from its settings."""
         named = self.config["data"].get("shards")
         return recorded_path(str(named)) if named else None
+
+    @property
+    def attempts(self) -> dict[int, Attempt]:
+        """The starts of the run by their numbers; none of an earlier version. Raises ArtefactError."""
+        return {number: Attempt.read(self.path / _attempt_name(number)) for number in sorted(_attempts(self.path))}
 
     @cached_property
     def metrics(self) -> "Series":
@@ -267,22 +299,15 @@ def _verified_checkpoints(run: Path) -> tuple[list[Checkpoint], Findings]:
     return opened, Findings(faults)
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """The part of an attempt's record that is read."""
-
-    files: Files = field(default_factory=dict)
-
-
 def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
     """Check the records of the run's starts, and the settings and pictures against their checksums in these records."""
     found = Findings()
-    numbers = {int(path.stem) for path in (run / ATTEMPTS).glob("*.json") if path.stem.isdigit()}
+    numbers = _attempts(run)
     noted: dict[str, list[FileRecord]] = {}
     for number in sorted(numbers | ({newest["attempt"]} if newest.get("attempt") else set())):
-        name = f"{ATTEMPTS}/{number:04d}.json"
+        name = _attempt_name(number)
         try:
-            record = read_checked(run / name, _Attempt, "the record of an attempt", "moce pretrain")
+            record = Attempt.read(run / name)
             found += document_findings(run / name, name)
         except MoceError as error:
             found += Findings([str(error)])
@@ -295,6 +320,15 @@ def _verified_attempts(run: Path, newest: dict[str, Any]) -> Findings:
     pictures = [f"{RECONSTRUCTIONS}/{path.name}" for path in (run / RECONSTRUCTIONS).glob("step-*.png")]
     unnoted = [name for name in (CONFIG, *pictures) if name not in noted]
     return found if found.faults else found + file_findings(run, None, unnoted)
+
+
+def _attempts(run: Path) -> set[int]:
+    """The numbers of all starts on record."""
+    return {int(path.stem) for path in (run / ATTEMPTS).glob("*.json") if path.stem.isdigit()}
+
+
+def _attempt_name(number: int) -> str:
+    return f"{ATTEMPTS}/{number:04d}.json"
 
 
 def _verified_routing(run: Path, checkpoints: list[Checkpoint]) -> Findings:

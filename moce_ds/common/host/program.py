@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never, TypeVar
 
 import click
@@ -142,6 +143,15 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record. Raises OSError, as of a full disk, which `run_main` reports."""
         print(hanging(self.format(record)), file=sys.stderr, flush=True)
+
+
+def command_of_process() -> list[str]:
+    """The words of this process's command, such as ["moce", "pretrain", "config.yaml"], made printable.
+
+    The path of the program is left out.
+    """
+    program = Path(sys.argv[0]).name
+    return [in_line(word) for word in ("moce" if program == "__main__.py" else program, *sys.argv[1:])]
 
 
 def configure_logging() -> None:

@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from moce_ds import __version__
 from moce_ds.checkpoint.format import (
     ROUTING,
     WEIGHTS,
@@ -27,6 +30,7 @@ from moce_ds.checkpoint.format import (
 from moce_ds.checkpoint.lease import METRICS, RunLease, SupersededError
 from moce_ds.checkpoint.manager import CheckpointManager
 from moce_ds.checkpoint.records import RoutingTable
+from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.errors import LOST_PEER, ArtefactError
 from moce_ds.common.storage.files import writes_to
@@ -49,6 +53,9 @@ def test_a_new_attempt_ends_the_one_before(tmp_path: Path) -> None:
     first = claim(tmp_path)
     assert first.number == 1 and not first.superseded
     assert json.loads((tmp_path / "attempts/0001.json").read_text())["pid"] == os.getpid()
+    record = RunFolder.open(tmp_path).attempts[1]
+    assert (record.host, record.version, record.processes) == (socket.gethostname(), __version__, 1)
+    assert record.device == "CPU" and record.command[1:] == sys.argv[1:] and "/" not in record.command[0]
     second = claim(tmp_path)
     assert second.number == 2 and first.superseded and not second.superseded
     assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["0001.json", "0002", "0002.json"]
