@@ -77,6 +77,11 @@ def is_utf8(name: object) -> bool:
     return not any(unicodedata.category(c) == "Cs" for c in str(name))
 
 
+def route_label(route: Sequence[int]) -> str:
+    """A route as people read and type it: 3-5 is expert 3 in the first expert layer, 5 in the second."""
+    return "-".join(map(str, route))
+
+
 def script_fault(text: str) -> str | None:
     """Why a text cannot be one line of a shell script, even in quotes; None if it can."""
     if any(unicodedata.category(c) == "Cc" and c != "\t" for c in text):

@@ -3,7 +3,7 @@
 Windows are computed on the host from the sizes in the shard index. So the decoder reads only the required part, and the
 result depends neither on ranks nor on threads.
 
-Axes: B images, K tries; a window is (top, left) and (height, width) in pixels.
+Axes: B images, K tries, C channels, H, W pixels; a window is (top, left) and (height, width) in pixels.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,11 @@ class ImageInput:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     center_crop: float = 0.875
+
+    def pixels(self, image_CHW: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """A normalised image as a person sees it, [H, W, 3]."""
+        std, mean = (np.array(values, np.float32)[:, None, None] for values in (self.std, self.mean))
+        return ((image_CHW * std + mean).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
 
     def to_tree(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -7,7 +7,7 @@ twin.
 Axes: B images of a batch, N held-out images or patches, M clusters, L expert layers, K experts per image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from moce_ds.checkpoint.format import WEIGHTS, Checkpoint, find
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.text import shortened
 from moce_ds.data.clusters import Clusters
-from moce_ds.data.loader import Loader
-from moce_ds.data.sampler import SequentialSampler
+from moce_ds.data.loader import Batch, Loader
+from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.encoders.settings import EncodeSettings
-from moce_ds.evaluation.results_file import known_by
+from moce_ds.evaluation.results_file import known_by, psnr_gain
 from moce_ds.models.build import ModelSpec, build_model
-from moce_ds.models.mae import MaskedAutoencoder, mask_noise
+from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, mask_noise
 from moce_ds.models.moce import Moce, Routing
 from moce_ds.models.parameters import load_weights_strict
 from moce_ds.moe.expert_layer import ExpertLayer
@@ -38,6 +38,10 @@ from moce_ds.moe.placement import default_placement
 from moce_ds.moe.routing_plan import make_plan
 
 _NAME = 60  # characters shown of a task's name
+_UNITS = (
+    "The error is on hidden patches, each normalised to variance 1 (no unit): lower is better, and about 1 is what "
+    "guessing a patch's mean gives. PSNR, of the same errors: higher is better."
+)
 _MASK_SEED = 20_230_207  # seed of the held-out masks, the same for all models compared
 
 
@@ -61,17 +65,16 @@ class Reconstructions:
         return {"verb": "evaluate", "task": task, "model": model, **measured, **self.known_by}
 
     def table(self, task: str) -> Table:
-        """The errors for a terminal, with their ratios to the dense twin or, without one, to the own routes."""
+        """The errors for a terminal, relative to the dense twin or, without one, to the own routes."""
         title = f"{shortened(task, _NAME)}: reconstruction of {self.n_images:,} held-out images"
         base, base_name = (self.own, "own routes") if self.dense is None else (self.dense, "dense twin")
-        table = Table(title=title, title_justify="left")
-        table.add_column("model")
-        table.add_column("error on hidden patches", justify="right")
-        table.add_column(f"ratio to {base_name}", justify="right")
+        table = Table(title=title, title_justify="left", caption=_UNITS, caption_justify="left")
+        for heading in ("model", "mean squared error", f"ratio to {base_name}", f"PSNR minus {base_name}'s"):
+            table.add_column(heading, justify="left" if heading == "model" else "right")
         named = {"dense twin": self.dense, "selected route": self.selected, "own routes": self.own}
         for name, error in named.items():
             if error is not None:
-                table.add_row(name, f"{error:.5f}", f"{error / base:.4f}")
+                table.add_row(name, f"{error:.5f}", f"{error / base:.4f}", f"{psnr_gain(error, base):+.2f} dB")
         return table
 
 
@@ -104,27 +107,37 @@ class HeldOut:
     config: EncodeSettings
     device: torch.device
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, images: ShardSet, config: EncodeSettings, device: torch.device) -> "HeldOut":
+        """Images in the input format of a checkpoint's model."""
+        return cls(images, ModelSpec.from_tree(checkpoint.entry("model")).input, config, device)
+
     @torch.inference_mode()
     def mean_error(self, model: MaskedAutoencoder, loss: Loss) -> float:
         """Mean of `loss` over the images."""
-        sampler = SequentialSampler(0, self.images.count, self.config.batch_size)
+        total = 0.0
+        for batch, noise_BN in self.batches(model.shape.num_patches):
+            total += float(loss(batch.ids_B, batch.images_BCHW, noise_BN)) * len(batch.ids_B)
+        return total / self.images.count
+
+    def batches(self, num_patches: int, ids: NDArray[np.int64] | None = None) -> Iterator[tuple[Batch, Tensor]]:
+        """The images, all or some, in batches with the noise of their masks [B, N]."""
+        ids = np.arange(self.images.count) if ids is None else ids
+        size = self.config.batch_size
         loader = Loader(
             self.images,
-            sampler.batch,
+            lambda index: ReadList(ids, np.zeros_like(ids))[index * size : (index + 1) * size],
             CenterCrop(self.input.center_crop),
             self.input,
             first=0,
-            last=sampler.num_batches,
-            batch_size=self.config.batch_size,
+            last=-(-len(ids) // size),
+            batch_size=size,
             threads=self.config.threads,
             device=self.device,
             replace_damaged=False,
         )
-        total = 0.0
         for batch in loader:
-            noise_BN = mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, model.shape.num_patches).to(self.device)
-            total += float(loss(batch.ids_B, batch.images_BCHW, noise_BN)) * len(batch.ids_B)
-        return total / self.images.count
+            yield batch, mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, num_patches).to(self.device)
 
 
 def evaluate_run(
@@ -145,7 +158,7 @@ def evaluate_run(
     assert isinstance(model, Moce)
     expert_MLK = run_routes(model, checkpoint)
     selected_N = np.full_like(task.clusters_N, task.representative(expert_MLK[:, :, 0]))
-    images = HeldOut(task.images, ModelSpec.from_tree(checkpoint.entry("model")).input, config, device)
+    images = HeldOut.of(checkpoint, task.images, config, device)
     return Reconstructions(
         selected=images.mean_error(model, _routed_loss(model, expert_MLK, selected_N)),
         own=images.mean_error(model, _routed_loss(model, expert_MLK, task.clusters_N)),
@@ -160,13 +173,20 @@ def _routed_loss(model: Moce, expert_MLK: NDArray[np.int64], clusters_N: NDArray
     """The loss of a MoCE whose images take the routes of the given clusters."""
 
     def loss(ids_B: NDArray[np.int64], images_BCHW: Tensor, noise_BN: Tensor) -> Tensor:
-        clusters_B = clusters_N[ids_B]
-        slots_LE = default_placement(expert_MLK.shape[1], model.experts.num_experts)
-        plan = make_plan(clusters_B[None], expert_MLK, slots_LE, 0, 1).to(images_BCHW.device)
-        routing = Routing(torch.from_numpy(clusters_B).to(images_BCHW.device), plan, None)
-        return model(images_BCHW, noise_BN, routing).reconstruction.loss
+        return reconstruct_routed(model, expert_MLK, clusters_N[ids_B], images_BCHW, noise_BN).loss
 
     return loss
+
+
+def reconstruct_routed(
+    model: Moce, expert_MLK: NDArray[np.int64], clusters_B: NDArray[np.int64], images_BCHW: Tensor, noise_BN: Tensor
+) -> Reconstruction:
+    """Reconstruct images of given clusters by a table of experts, which all are in this process."""
+    slots_LE = default_placement(expert_MLK.shape[1], model.experts.num_experts)
+    plan = make_plan(clusters_B[None], expert_MLK, slots_LE, 0, 1).to(images_BCHW.device)
+    routing = Routing(torch.from_numpy(clusters_B).to(images_BCHW.device), plan, None)
+    reconstruction: Reconstruction = model(images_BCHW, noise_BN, routing).reconstruction
+    return reconstruction
 
 
 def _dense_checkpoint(run: Path) -> Checkpoint:

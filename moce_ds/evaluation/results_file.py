@@ -9,6 +9,7 @@ model with the same name is added beside it. `content_sha256` is the checksum of
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from moce_ds.common.storage.checksums import (
 )
 from moce_ds.common.storage.files import check_writable, read_json, valid_record, write_json, writes_to
 from moce_ds.common.storage.locks import locked
-from moce_ds.common.text import counted, in_line
+from moce_ds.common.text import counted, in_line, route_label
 
 RESULTS = "results.json"
 """The default name of the file."""
@@ -75,7 +76,23 @@ class _Selection(_Record):
     n_images: int
 
 
-_KINDS: dict[str, type[_Record]] = {"knn": _Accuracy, "probe": _Accuracy, "select": _Selection}
+@dataclass(frozen=True)
+class _Reconstruction(_Record):
+    """Mean squared errors; `dense` is None without a dense twin."""
+
+    model: str
+    selected: float
+    own: float
+    n_images: int
+    dense: float | None = None
+
+
+_KINDS: dict[str, type[_Record]] = {
+    "knn": _Accuracy,
+    "probe": _Accuracy,
+    "select": _Selection,
+    "evaluate": _Reconstruction,
+}
 
 
 @dataclass(frozen=True)
@@ -126,8 +143,7 @@ def _shown_value(record: dict[str, Any]) -> str:
     if "top1" in record:
         return f"top-1 {record['top1']:.4f}"
     if record["verb"] == "select":
-        route = "-".join(map(str, record["route"]))
-        return f"route {route}, {record['share']:.1%} of {record['n_images']} images"
+        return f"route {route_label(record['route'])}, {record['share']:.1%} of {record['n_images']} images"
     return some_of([f"{key} {value:.5g}" for key, value in record.items() if isinstance(value, float)])
 
 
@@ -245,6 +261,16 @@ def _check(record: dict[str, Any], path: Path, number: int) -> None:
     check_document(path, record, f"record {number}", WRITTEN_BY)
 
 
+def psnr_gain(error: float, dense: float) -> float:
+    """PSNR of a reconstruction above that of the dense MAE, in dB, from their mean squared errors.
+
+    The peak of a PSNR, 10 log10(peak^2 / error), is the same for both and cancels out. -inf to inf for errors of 0.
+    """
+    if error == dense:
+        return 0.0
+    return 10 * math.log10(dense / error) if error > 0 and dense > 0 else math.copysign(math.inf, dense - error)
+
+
 def accuracy_table(records: list[dict[str, Any]]) -> Table:
     """Table of task by model: selected route, k-NN and linear-probe accuracy (top-1, or mAP of several labels)."""
     table = Table(title="Accuracy on each task's test images (top-1)", title_justify="left")
@@ -265,7 +291,7 @@ def accuracy_table(records: list[dict[str, Any]]) -> Table:
         table.add_row(
             task,
             shown,
-            "-".join(map(str, route["route"])) if route else "",
+            route_label(route["route"]) if route else "",
             f"{route['share']:.1%}" if route else "",
             *(_percent(score) if score else "" for score in scores),
         )

@@ -11,6 +11,7 @@ from moce_ds.checkpoint.format import Checkpoint, find
 from moce_ds.common.config.model_kinds import model_kind_by_gate
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.files import atomic_folder, writes_to
+from moce_ds.common.text import route_label
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.task_images import opened_images
 from moce_ds.encoders.settings import EncodeSettings
@@ -102,7 +103,7 @@ def export_requested(
 
 def _export_all(checkpoint: Checkpoint, clusters: Clusters, target: Target) -> Iterator[tuple[Path, dict[str, Any]]]:
     out, format = target.out, target.format
-    routes = {f"{ROUTE}{choosing.route_label(one.experts or ())}": one for one in choosing.choose_all(checkpoint)}
+    routes = {f"{ROUTE}{route_label(one.experts or ())}": one for one in choosing.choose_all(checkpoint)}
     if out.exists() and not target.replace:
         refuse_other_routes(out, set(routes))
         for name, selected in routes.items():
@@ -145,9 +146,9 @@ def _selected_experts(checkpoint: Checkpoint, request: Request, selection: Selec
 
 def _experts(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.replace(",", "-").split("-"))
     except ValueError:
-        raise ConfigError(f"--route: got {text!r}; expected one expert per layer, such as 3,5.") from None
+        raise ConfigError(f"--route: got {text!r}; expected one expert per layer, such as 3-5.") from None
 
 
 def summary(out: Path, provenance: dict[str, Any]) -> str:
@@ -155,7 +156,7 @@ def summary(out: Path, provenance: dict[str, Any]) -> str:
     route, back = provenance["route"], provenance["loaded_back"]
     what, twin = "dense encoder", "the trained model"
     if route:
-        what = f"route {choosing.route_label(tuple(route))}"
+        what = f"route {route_label(tuple(route))}"
     elif "average" in provenance:
         what, twin = f"{provenance['average']} average", "trained blocks around averaged experts"
     if back["library"]:

@@ -124,8 +124,7 @@ class MaskedAutoencoder(nn.Module):
     def from_tokens(self, x_BTD: Tensor, images_BCHW: Tensor, masking: Masking) -> Reconstruction:
         """Reconstruct images from the output of `encode`."""
         patches_BNP = self.decode(x_BTD, masking)
-        target_BNP = normalised_patches(patchify(images_BCHW, self.shape.patch_size))
-        error_BN = (patches_BNP.float() - target_BNP).square().mean(dim=-1)
+        error_BN = patch_errors(images_BCHW, patches_BNP, self.shape.patch_size)
         loss = (error_BN * masking.mask_BN).sum() / masking.mask_BN.sum()
         return Reconstruction(loss, patches_BNP, masking.mask_BN)
 
@@ -216,6 +215,30 @@ def normalised_patches(patches_BNP: Tensor) -> Tensor:
     mean = patches_BNP.mean(dim=-1, keepdim=True)
     variance = patches_BNP.var(dim=-1, keepdim=True)
     return (patches_BNP - mean) / (variance + 1e-6).sqrt()
+
+
+def masked_images(images_BCHW: Tensor, mask_BN: Tensor, patch_size: int) -> Tensor:
+    """What the model sees of the images, [B, 3, H, W]: hidden patches are 0, the mean colour."""
+    true_BNP = patchify(images_BCHW, patch_size)
+    return unpatchify(torch.where(mask_BN[:, :, None] > 0, torch.zeros_like(true_BNP), true_BNP), patch_size)
+
+
+def filled_images(images_BCHW: Tensor, reconstruction: Reconstruction, patch_size: int) -> Tensor:
+    """The images with reconstructed patches in the place of hidden ones, [B, 3, H, W].
+
+    The model predicts patches of zero mean and unit variance; they are shown at the true patch's mean and variance,
+    as is usual for MAE.
+    """
+    true_BNP = patchify(images_BCHW, patch_size)
+    mean, std = true_BNP.mean(-1, keepdim=True), (true_BNP.var(-1, keepdim=True) + 1e-6).sqrt()
+    hidden_BN1 = reconstruction.mask_BN[:, :, None] > 0
+    return unpatchify(torch.where(hidden_BN1, reconstruction.patches_BNP.float() * std + mean, true_BNP), patch_size)
+
+
+def patch_errors(images_BCHW: Tensor, patches_BNP: Tensor, patch_size: int) -> Tensor:
+    """Mean squared error of each predicted patch, hidden or not, [B, N] float32."""
+    target_BNP = normalised_patches(patchify(images_BCHW, patch_size))
+    return (patches_BNP.float() - target_BNP).square().mean(dim=-1)
 
 
 def sincos_positions(shape: ViTShape, width: int) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.common.errors import ConfigError
+from moce_ds.common.text import route_label
 from moce_ds.selection.vote import Selection
 
 AVERAGES = ("uniform", "weighted")
@@ -42,11 +43,6 @@ class SelectedExperts:
     def label(self) -> str:
         """A label such as "route 3-5"."""
         return f"{self.average} average" if self.average else f"route {route_label(self.experts or ())}"
-
-
-def route_label(route: tuple[int, ...]) -> str:
-    """A route as text, such as 3-5."""
-    return "-".join(map(str, route))
 
 
 def routes_of(checkpoint: Checkpoint) -> list[tuple[int, ...]]:

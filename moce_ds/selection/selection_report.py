@@ -21,10 +21,10 @@ from moce_ds.checkpoint.format import Checkpoint
 from moce_ds.common.config.values import recorded_path
 from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
-from moce_ds.common.text import in_line, shortened
+from moce_ds.common.text import in_line, route_label, shortened
 from moce_ds.data.clusters import load_ids, parts_of
 from moce_ds.data.shards import ShardSet
-from moce_ds.selection.routes import choose_selected, route_label
+from moce_ds.selection.routes import choose_selected
 from moce_ds.selection.run_clusters import clusters_folder
 from moce_ds.selection.vote import Selection
 

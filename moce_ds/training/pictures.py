@@ -1,6 +1,6 @@
 """Pictures of a run: reconstructions and the routing table.
 
-Axes: B images, N patches, H, W pixels, C channels, L expert layers, M clusters, E experts.
+Axes: B images, H, W pixels, C channels, L expert layers, M clusters, E experts.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, mask_noise, patchify, unpatchify
+from moce_ds.models.mae import MaskedAutoencoder, Reconstruction, filled_images, mask_noise, masked_images
 from moce_ds.training.metric_logger import MetricLogger
 from moce_ds.training.router import Router
 
@@ -105,19 +105,12 @@ def reconstruction_picture(
 ) -> NDArray[np.uint8]:
     """One row an image: the input, what the model saw (hidden patches gray), and the input with hidden patches filled.
 
-    The model predicts patches of zero mean and unit variance; they are shown at the true patch's mean and variance,
-    as is usual for MAE. Returns [3 columns of images] as one [H, W, 3] uint8 picture.
+    Returns [3 columns of images] as one [H, W, 3] uint8 picture.
     """
-    true_BNP = patchify(images_BCHW, patch_size)
-    mean, std = true_BNP.mean(-1, keepdim=True), (true_BNP.var(-1, keepdim=True) + 1e-6).sqrt()
-    mask_BN1 = reconstruction.mask_BN[:, :, None]
-    filled_BNP = torch.where(mask_BN1 > 0, reconstruction.patches_BNP.float() * std + mean, true_BNP)
-    seen_BNP = torch.where(mask_BN1 > 0, torch.zeros_like(true_BNP), true_BNP)
-    columns = [images_BCHW, unpatchify(seen_BNP, patch_size), unpatchify(filled_BNP, patch_size)]
+    seen_BCHW = masked_images(images_BCHW, reconstruction.mask_BN, patch_size)
+    columns = [images_BCHW, seen_BCHW, filled_images(images_BCHW, reconstruction, patch_size)]
     rows_BCHW = torch.cat([_framed(column) for column in columns], dim=3)
-    picture_CHW = torch.cat(list(rows_BCHW), dim=1).cpu()
-    scale, shift = torch.tensor(input.std)[:, None, None], torch.tensor(input.mean)[:, None, None]
-    return ((picture_CHW * scale + shift).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return input.pixels(torch.cat(list(rows_BCHW), dim=1).cpu().numpy())
 
 
 def _framed(images_BCHW: Tensor) -> Tensor:

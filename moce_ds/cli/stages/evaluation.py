@@ -120,30 +120,43 @@ def _check_processes(verb: str, config: Any) -> None:
 @click.option("--task", default=None, help="Name of the data in results (default: from --data).")
 @click.option("--results", type=PATH, help="A results.json to add the record to.")
 @no_cache_option()
+@click.option("--picture", type=PATH, help="Write a PNG: images of every expert, reconstructed by all experts.")
 @words()
 def evaluate(
-    run: Path, data: Path, dense: Path | None, task: str | None, results: Path | None, words: Sequence[str]
+    run: Path,
+    data: Path,
+    dense: Path | None,
+    task: str | None,
+    results: Path | None,
+    picture: Path | None,
+    words: Sequence[str],
 ) -> None:
     """Measure the reconstruction error of RUN on held-out images.
 
-    Compares the selected route, each image's own route, and with --dense a dense MAE.
+    Compares the selected route, each image's own route, and with --dense a dense MAE. `moce report FOLDER` shows the
+    pictures in FOLDER/pictures.
     """
     from moce_ds.data.task_images import opened_images
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.evaluation.reconstruction import RoutedImages, evaluate_run
+    from moce_ds.evaluation.expert_pictures import check_picture, expert_sheet
+    from moce_ds.evaluation.reconstruction import HeldOut, RoutedImages, evaluate_run
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.selection.run_clusters import run_clusters
     from moce_ds.selection.vote import count_votes, label_images, recorded_routes
 
-    config, device = read_settings(EncodeSettings, words), lone_device()
+    config, device, name = read_settings(EncodeSettings, words), lone_device(), task or task_of(data)
     check_results(results)
     checkpoint, clusters = run_clusters(run)
+    check_picture(picture, checkpoint)
     with opened_images(data) as images:
         clusters_N, _ = label_images(checkpoint, clusters, images, config, device)
         task_images = RoutedImages(images, clusters_N, count_votes(clusters_N, recorded_routes(checkpoint)).route)
         errors = evaluate_run(checkpoint, clusters, task_images, dense, config, device)
-    name = task or task_of(data)
+        if picture:
+            held_out = HeldOut.of(checkpoint, images, config, device)
+            expert_sheet(checkpoint, clusters, task_images, held_out, (name, run.name)).write(picture)
+            say(f"{picture}: written.")
     show(errors.table(name))
     add_record(results, errors.record(name, run.name))
     conclude(results, "report", run)

@@ -115,7 +115,7 @@ def _check_outputs(target: "Target | None", picture: Path | None, results: Path 
     help="Images of a task, whose votes choose the route: shards, or what `shards` reads.",
 )
 @click.option("--cluster", type=int, help="Export the route of one cluster.")
-@click.option("--route", help="Export these experts, one per layer: 3,5; or auto: choose by --data.")
+@click.option("--route", help="Export these experts, one per layer: 3-5; or auto: choose by --data.")
 @click.option("--expert", type=int, help="Export the most frequent route through this expert of the last expert layer.")
 @click.option("--all", is_flag=True, help="Export every route in use, each to a folder in OUT.")
 @click.option("--average", help="Export the average of all experts: uniform, or weighted by --data or training images.")

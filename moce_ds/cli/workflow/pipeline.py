@@ -30,6 +30,7 @@ from moce_ds.data.shard_manifest import MANIFEST
 from moce_ds.data.shard_writer import ShardSettings
 from moce_ds.data.shards import ShardSet
 from moce_ds.encoders.settings import EncodeSettings, FeatureSettings
+from moce_ds.evaluation.expert_sheet import PICTURES
 from moce_ds.evaluation.results_file import RESULTS
 from moce_ds.inspection.pipeline_folder import PIPELINE, StagesRecord
 from moce_ds.training.schedule import batch_arithmetic
@@ -94,6 +95,9 @@ class PipelineSettings:
         {}, "name and folder of tasks; a folder holds train/ and test/, of images or of shards"
     )
     heldout: Path | None = option(None, "held-out images, for the reconstruction error of the experts")
+    reconstruction: bool = option(
+        False, "also measure how the tasks' test images are reconstructed, and draw what each expert makes of them"
+    )
     processes: Positive = option(2, "processes that share pre-training and features on this machine")
     resources: dict[Name, Annotated[dict[str, Any], KeysOf(SlurmProfile)]] = option(
         {}, "for each stage, keys in which its job differs from the profile"
@@ -237,7 +241,9 @@ def pipeline_workflow(pipeline: PipelineSettings, words: Sequence[str] = ()) -> 
     """
     configs = _configs(pipeline)
     stages: list[Stage] = []
-    for draft in _drafts(pipeline):
+    experts = configs["moce"]
+    drawn = pipeline.reconstruction and experts.experts.k == 1 and experts.model_kind.routes_by_cluster
+    for draft in _drafts(pipeline, drawn):
         stages.append(_stage(pipeline, draft, configs[draft.name], [stage.name for stage in stages[-1:]], words))
     return Workflow("pipeline", "stage", pipeline.out, stages)
 
@@ -320,8 +326,8 @@ def _configs(pipeline: PipelineSettings) -> dict[Name, Any]:
     return found
 
 
-def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
-    """The name, commands, inputs and outputs of every stage."""
+def _drafts(pipeline: PipelineSettings, drawn: bool) -> Iterator[_Draft]:
+    """The name, commands, inputs and outputs of every stage; `drawn`: with pictures of reconstructions."""
     out, more, shards = pipeline.out, pipeline.words_of, pipeline.shard_set
     mae, features, clusters, moce = (out / name for name in ("mae", "features", "clusters", "moce"))
     baseline = pipeline.baseline
@@ -340,12 +346,11 @@ def _drafts(pipeline: PipelineSettings) -> Iterator[_Draft]:
     splits = [_split(pipeline, task)[part] for task in pipeline.tasks for part in _PARTS]
     experts = [out / "experts" / task for task in pipeline.tasks]
     exporting = [command for task in pipeline.tasks for command in _export(pipeline, task)]
-    evaluating = [command for task in pipeline.tasks for command in _evaluate(pipeline, task)]
+    evaluating = [command for task in pipeline.tasks for command in _evaluate(pipeline, task, drawn)]
     if pipeline.tasks:
         yield _Draft("export", exporting, [moce, *given], [*splits, *experts, results])
     if pipeline.heldout:
-        options = ["--data", pipeline.heldout, "--dense", baseline, "--task", "held out", "--results", results]
-        evaluating.append(["evaluate", moce, *options, *more("evaluation")])
+        evaluating.append(_reconstruct(pipeline, "held out", pipeline.heldout, drawn))
     heldout = [pipeline.heldout] if pipeline.heldout else []
     made = [results, report] if evaluating else [report]
     yield _Draft("evaluation", [*evaluating, ["report", out]], [baseline, moce, *splits, *experts, *heldout], made)
@@ -369,13 +374,23 @@ def _export(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
     yield ["select", moce, "--task", task, "--results", pipeline.out / RESULTS, *exporting, *more]
 
 
-def _evaluate(pipeline: PipelineSettings, task: str) -> Iterator[list[Any]]:
+def _evaluate(pipeline: PipelineSettings, task: str, drawn: bool) -> Iterator[list[Any]]:
     """Measure a task's expert and the dense MAE."""
     out, split = pipeline.out, _split(pipeline, task)
     more = ["--train", split["train"], "--test", split["test"], "--task", task, "--results", out / RESULTS]
     for model, encoder in (("dense", pipeline.baseline), ("expert", out / "experts" / task)):
         for verb in ("knn", "probe"):
             yield [verb, encoder, "--model", model, *more, *pipeline.words_of("evaluation")]
+    if pipeline.reconstruction:
+        yield _reconstruct(pipeline, task, split["test"], drawn)
+
+
+def _reconstruct(pipeline: PipelineSettings, name: str, images: Path, drawn: bool) -> list[Any]:
+    """Measure the reconstruction of held-out images."""
+    out = pipeline.out
+    picture = ["--picture", out / PICTURES / f"{name.replace(' ', '-')}.png"] if drawn else []
+    named = ["--data", images, "--dense", pipeline.baseline, "--task", name, "--results", out / RESULTS, *picture]
+    return ["evaluate", out / "moce", *named, *pipeline.words_of("evaluation")]
 
 
 def check_batches(stages: Sequence[Stage], processes: int) -> None:

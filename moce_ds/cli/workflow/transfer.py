@@ -24,6 +24,7 @@ from moce_ds.cli.workflow.transfer_tasks import Task, check_metric, finetuned
 from moce_ds.common.config.made_from import MadeFrom
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, warn
+from moce_ds.common.text import route_label
 from moce_ds.data.task_images import Splits, opened_task
 from moce_ds.distributed.runtime import Runtime, lone_device
 from moce_ds.evaluation.frozen_features import measure_frozen
@@ -204,8 +205,8 @@ def _export_all(pairings: Sequence[Pairing], out: Path, device: torch.device) ->
         """Print and store the votes of an expert."""
         pairing = of_stage[stage.name]
         votes = pairing.expert(device).votes()
-        route = "-".join(map(str, votes["route"]))
-        say(f"{pairing.task.name}: {pairing.subject.name} gives route {route}, {votes['share']:.1%} of the votes")
+        voted = f"route {route_label(votes['route'])}, {votes['share']:.1%} of the votes"
+        say(f"{pairing.task.name}: {pairing.subject.name} gives {voted}")
         model = known_by(pairing.subject.checkpoint, pairing.splits.train.fingerprint)
         record = {**votes, "model": pairing.subject.name, **model}
         if record not in read_results(out / RESULTS):

@@ -35,6 +35,7 @@ from moce_ds.common.storage.checksums import (
     write_checked,
 )
 from moce_ds.common.storage.files import read_json, read_record, reads_from, sha256_of, write_json
+from moce_ds.common.text import route_label
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "provenance.json"
 EXPORT = "export.json"
@@ -217,7 +218,10 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 def described_origin(provenance: Mapping[str, Any]) -> Rows:
     """The part of a provenance that is shown."""
-    return {name: str(value) for name, value in provenance.items() if not isinstance(value, dict)}
+    shown = {name: value for name, value in provenance.items() if not isinstance(value, dict)}
+    if isinstance(route := shown.get("route"), list):
+        shown["route"] = route_label(route)
+    return {name: str(value) for name, value in shown.items()}
 
 
 def write_export_record(folder: Path, content: Mapping[str, Any]) -> None:

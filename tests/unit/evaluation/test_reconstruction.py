@@ -131,8 +131,13 @@ def test_the_verb_prints_ratios_and_adds_a_record(
     title, *lines = ran.stdout.splitlines()
     assert title.strip() == "mine: reconstruction of 60 held-out images"
     heading, *rows = [[cell.strip() for cell in re.split("[┃│]", line)[1:-1]] for line in lines if line[0] in "┃│"]
-    assert heading == ["model", "error on hidden patches", "ratio to dense twin"]
-    assert [row[0] for row in rows] == ["dense twin", "selected route", "own routes"] and rows[0][2] == "1.0000"
+    assert heading == ["model", "mean squared error", "ratio to dense twin", "PSNR minus dense twin's"]
+    assert [row[0] for row in rows] == ["dense twin", "selected route", "own routes"]
+    assert rows[0][2:] == ["1.0000", "+0.00 dB"]
+    for _, error, ratio, gain in rows:
+        assert float(error) / float(rows[0][1]) == pytest.approx(float(ratio), abs=2e-4)
+        assert float(gain.removesuffix(" dB")) == pytest.approx(-10 * np.log10(float(ratio)), abs=0.01)
+    assert "lower is better" in " ".join(ran.stdout.split()) and max(map(len, lines)) <= 100
     (record,) = json.loads((tmp_path / "results.json").read_text())
     assert record["verb"] == "evaluate" and record["task"] == "mine" and record["n_images"] == 60
     assert {"selected", "own", "dense", "route"} <= set(record)

@@ -72,7 +72,7 @@ def words(stage: Stage) -> list[str]:
 
 def test_the_stages_and_their_commands(make: Make, task: Path, tiny_images: Path, tmp_path: Path) -> None:
     more = {"moce": EXPERTS, "clusters": ["num_clusters=6"], "shards": ["workers=1"]}
-    pipeline = make(tasks={"digits": str(task)}, heldout=str(tiny_images), words=more)
+    pipeline = make(tasks={"digits": str(task)}, heldout=str(tiny_images), words=more, reconstruction=True)
     stages = {stage.name: words(stage) for stage in stages_of(pipeline)}
     out = tmp_path / "out"
     assert list(stages) == NAMES
@@ -92,10 +92,18 @@ def test_the_stages_and_their_commands(make: Make, task: Path, tiny_images: Path
     both = [("dense", out / "mae"), ("expert", out / "experts/digits")]
     assert stages["evaluation"] == [
         *(f"{verb} {encoder} --model {model} {split}" for model, encoder in both for verb in ("knn", "probe")),
-        f"evaluate {out}/moce --data {tiny_images} --dense {out}/mae --task held out --results {out}/results.json",
+        *(
+            f"evaluate {out}/moce --data {images} --dense {out}/mae --task {name} --results {out}/results.json "
+            f"--picture {out}/pictures/{picture}.png"
+            for images, name, picture in ((task / "test", "digits", "digits"), (tiny_images, "held out", "held-out"))
+        ),
         f"report {out}",
     ]
     assert [stage.name for stage in stages_of(pipeline) if stage.parallel] == ["mae", "features", "moce"]
+    plain = of(make(tasks={"digits": str(task)}, heldout=str(tiny_images), words=more), "evaluation")
+    assert [command for command in words(plain) if command.startswith("evaluate")] == [
+        f"evaluate {out}/moce --data {tiny_images} --dense {out}/mae --task held out --results {out}/results.json"
+    ]
 
 
 def test_settings_in_the_file_of_the_pipeline(make: Make, tmp_path: Path) -> None:
