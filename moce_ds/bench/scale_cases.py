@@ -183,7 +183,7 @@ def _write_run(folder: Path, count: int) -> None:
 def _report(folder: Path, count: int) -> Call:
     from moce_ds.report.build import build_report
 
-    return lambda: build_report(folder, folder / f"report-{os.getpid()}.html")
+    return lambda: build_report(folder, out=folder / f"report-{os.getpid()}.html")
 
 
 CASES: dict[str, ScaleCase] = {

@@ -1,115 +1,147 @@
-"""`moce report`: one self-contained HTML page about a run, a folder of runs, or a study (a grid of runs).
-
-This module writes the chapters about all runs: results on tasks, and the training of the runs side by side. A section
-without data is omitted.
-"""
+"""`moce report`: one self-contained HTML page about runs, folders of runs, or a study (a grid of runs)."""
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moce_ds.checkpoint.run_folder import CONFIG, RunFolder
-from moce_ds.common.errors import ArtefactError
+from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.common.storage.files import check_output
 from moce_ds.evaluation.results_file import RESULTS, ResultsFile
 from moce_ds.inspection.study_folder import StudyFolder
-from moce_ds.report import plots
-from moce_ds.report.page import PAGE_MARK, Cell, Chapter, Exhibit, Section, Table, write_page
-from moce_ds.report.plots import Line, Scale
-from moce_ds.report.run_chapter import route_name, run_chapter
+from moce_ds.report.comparison import compared_runs
+from moce_ds.report.expert_chapter import expert_chapter
+from moce_ds.report.figures import check_figures, write_figures
+from moce_ds.report.page import PAGE_MARK, Chapter, write_page
+from moce_ds.report.results_chapter import results_chapter
+from moce_ds.report.run_chapter import run_chapter
 from moce_ds.report.study_chapter import STUDY_TABLE, TABLE_MARK, study_chapters, study_summary, write_csv
 
-# Columns of the result table: heading, verb and key of the record.
-_MEASURES = (
-    ("k-NN top-1", "knn", "top1"),
-    ("k-NN per class", "knn", "mean_per_class"),
-    ("probe top-1", "probe", "top1"),
-    ("probe per class", "probe", "mean_per_class"),
-    ("k-NN mAP", "knn", "map11"),
-    ("probe mAP", "probe", "map11"),
-)
-
-
-# Curves of all runs: key of the metrics, title, unit, scale, caption.
-_CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
-    (
-        "reconstruction",
-        "Reconstruction error",
-        "mean squared error",
-        "log",
-        "Squared error on masked patches, each patch normalised: lower is better, and about 1 is what guessing a "
-        "patch's mean gives. Every run counts its steps from 0.",
-    ),
-    ("images_per_second", "Throughput", "images a second", "from zero", "Images a second over all processes."),
-    (
-        "data_wait",
-        "Waiting for data",
-        "share of time",
-        "percent",
-        "Share of the time spent waiting for images: near 0 means that loading keeps up.",
-    ),
-)
+_TITLED = 3  # names of folders in the title
 
 
 @dataclass(frozen=True)
 class RunGroup:
-    """The runs of a report, dense ones first, and the records of `results.json`, with ambiguous names marked."""
+    """The runs of a report by their names on the page, and the records of `results.json`, with ambiguous names marked.
 
-    path: Path
-    runs: list[RunFolder]
+    The runs of one folder are sorted, dense ones first; several folders keep the order in which they were given.
+    """
+
+    title: str
+    named: dict[str, RunFolder]
     results: list[dict[str, Any]]
 
     @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return self.path.resolve().name
+    def runs(self) -> list[RunFolder]:
+        """The runs."""
+        return list(self.named.values())
 
 
-def build_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page about a run folder, a folder of run folders, or a study; return its path.
+def build_report(*folders: Path, out: Path | None = None, figures: Path | None = None) -> Path:
+    """Write the page about runs, or about a study; return its path.
 
     Args:
-        folder: a run folder (with `config.yaml`), a folder of run folders, or the folder of a study (with
-            `study.json`); about a study, `study.csv` is written beside the page.
-        out: the HTML file; `folder/report.html` by default.
+        folders: run folders (with `config.yaml`) and folders of run folders; or the folder of one study (with
+            `study.json`): then `study.csv` is written beside the page.
+        out: the HTML file; by default `report.html` in the folder, if there is only one.
+        figures: a folder for each plot as SVG and its numbers as CSV.
 
     Raises:
-        ArtefactError: `folder` is none of these, a file in it is damaged, or the page cannot be written.
+        ConfigError: several folders without `out`, or one of several is a study.
+        ArtefactError: a folder is none of these, a file in it is damaged, or an output cannot be written.
     """
-    out = out or folder / "report.html"
+    if out is None:
+        if len(folders) > 1:
+            raise ConfigError("A page about several folders belongs to none of them: name its file with --out.")
+        out = folders[0] / "report.html"
     check_output(out, "a report", PAGE_MARK)
-    if StudyFolder.recognises(folder):
-        check_output(out.with_name(STUDY_TABLE), "the table of a study", TABLE_MARK)
-        grid = StudyFolder.open(folder)
-        write_page(out, grid.name, study_summary(grid), study_chapters(grid))
-        write_csv(grid, out.with_name(STUDY_TABLE))
-        return out
-    group = read_runs(folder)
-    chapters = [*_results(group.results), *_training(group.runs), *(run_chapter(run) for run in group.runs)]
-    write_page(out, group.name, _summary(group), [chapter for chapter in chapters if chapter.sections])
+    if figures:
+        check_figures(figures)
+    title, summary, chapters = _study_page(folders, out) if _is_study(folders) else _runs_page(folders)
+    chapters = [chapter for chapter in chapters if chapter.sections]
+    write_page(out, title, summary, chapters)
+    if figures:
+        write_figures(figures, chapters)
     return out
 
 
-def read_runs(folder: Path) -> RunGroup:
-    """Read a run folder, or a folder of run folders.
+Page = tuple[str, str, list[Chapter]]
+"""Title, summary and chapters."""
+
+
+def _is_study(folders: Sequence[Path]) -> bool:
+    """Whether the page is about a study. Raises ConfigError if it would be about more than that."""
+    studies = [folder for folder in folders if StudyFolder.recognises(folder)]
+    if studies and len(folders) > 1:
+        raise ConfigError(f"{studies[0]} is a study, whose page compares its cells: name it alone, or name its runs.")
+    return bool(studies)
+
+
+def _study_page(folders: Sequence[Path], out: Path) -> Page:
+    table = out.with_name(STUDY_TABLE)
+    check_output(table, "the table of a study", TABLE_MARK)
+    study = StudyFolder.open(folders[0])
+    chapters, summary = study_chapters(study), study_summary(study)
+    write_csv(study, table)
+    return study.name, summary, chapters
+
+
+def _runs_page(folders: Sequence[Path]) -> Page:
+    group = read_runs(*folders)
+    sharing = sum(run.clusters is not None for run in group.runs)
+    about_runs = [run_chapter(run, name, max(1, sharing)) for name, run in group.named.items()]
+    about_all = [*results_chapter(group.results), *expert_chapter(folders), *compared_runs(group.named)]
+    return group.title, _summary(group), [*about_all, *about_runs]
+
+
+def read_runs(*folders: Path) -> RunGroup:
+    """Read run folders and folders of run folders; a run that is named twice is read once.
 
     Raises:
-        ArtefactError, ConfigError: `folder` is neither, or a file in it is damaged.
+        ArtefactError, ConfigError: a folder is neither, or a file in it is damaged.
     """
+    found = {run.path.resolve(): run for folder in folders for run in _runs_of(folder)}
+    named = dict(zip(distinct_names(list(found)), found.values(), strict=True))
+    title = ", ".join(name for name in distinct_names([folder.resolve() for folder in folders])[:_TITLED])
+    title += f" and {len(folders) - _TITLED} more" if len(folders) > _TITLED else ""
+    return RunGroup(title, named, _results(folders))
+
+
+def _runs_of(folder: Path) -> list[RunFolder]:
     if RunFolder.recognises(folder):
-        runs = [RunFolder.open(folder)]
-    else:
-        found = (RunFolder.open(config.parent) for config in folder.glob(f"[!.]*/{CONFIG}"))
-        runs = [run for run in found if not run.is_tuning]
+        return [RunFolder.open(folder)]
+    inside = (RunFolder.open(config.parent) for config in folder.glob(f"[!.]*/{CONFIG}"))
+    runs = [run for run in inside if not run.is_tuning]
     if not runs:
         raise ArtefactError(
             f"{folder} is not a run folder: expected {CONFIG} of `moce pretrain` in it or in its sub-folders."
         )
-    runs.sort(key=lambda run: (run.model_kind.has_experts, _natural(run.name)))
-    return RunGroup(folder, runs, ResultsFile.open(folder / RESULTS).records)
+    return sorted(runs, key=lambda run: (run.model_kind.has_experts, _natural(run.name)))
+
+
+def _results(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The records of all folders; those of several files name the folder with the model."""
+    files = {folder.resolve(): ResultsFile.open(folder / RESULTS).records for folder in folders}
+    files = {folder: records for folder, records in files.items() if records}
+    if len(files) < 2:
+        return [record for records in files.values() for record in records]
+    return [
+        {**record, "model": f"{name}: {record.get('model') or 'expert'}"}
+        for name, records in zip(distinct_names(list(files)), files.values(), strict=True)
+        for record in records
+    ]
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of distinct paths, with as many of the parts before them as distinguish all paths."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    for parts in range(1, longest + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -118,94 +150,18 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _summary(group: RunGroup) -> str:
-    parts = []
-    for run in group.runs:
-        text = f"{run.name}: {run.model_kind.title if run.model_kind.has_experts else 'dense MAE'}"
-        if run.steps_done:
-            text += f", step {run.steps_done}"
-        elif run.metrics.last:
-            text += f", {run.metrics.last['step']:,} steps"
-        if run.routing:
-            blocks = " and ".join(str(layer) for layer in run.routing.layers)
-            text += f", {run.routing.n_experts} experts in blocks {blocks}"
-        if run.clusters:
-            text += f", {run.clusters.num_clusters} clusters of {run.clusters.sizes_M.sum():,} images"
-        parts.append(text)
-    return " · ".join(parts)
+    return " · ".join(f"{name}: {_described(run)}" for name, run in group.named.items())
 
 
-def _results(records: Sequence[dict[str, Any]]) -> Iterator[Chapter]:
-    if not records:
-        return
-    tables = [table for table in (_accuracies(records), _routes(records)) if table.rows]
-    text = "Accuracy of frozen features on test images, on which no choice was made."
-    yield Chapter("Results", "results", [Section("", text, tables=tables)])
-
-
-def _accuracies(records: Sequence[dict[str, Any]]) -> Table:
-    scores = {(r["task"], r["model"], r["verb"]): r for r in records if r["verb"] in ("knn", "probe")}
-    measures = [m for m in _MEASURES if any(verb == m[1] and m[2] in r for (*_, verb), r in scores.items())]
-    rows = []
-    for task in dict.fromkeys(task for task, _, _ in scores):
-        models = list(dict.fromkeys(model for named, model, _ in scores if named == task))
-        cells = {model: [_score(scores, task, model, verb, key) for _, verb, key in measures] for model in models}
-        best = [max(column, key=lambda value: value or 0) for column in zip(*cells.values(), strict=True)]
-        for model in models:
-            images = next(record for (t, m, _), record in scores.items() if (t, m) == (task, model))
-            rows.append(
-                [Cell(task), Cell(model)]
-                + [
-                    Cell(
-                        "–" if value is None else f"{value:.1%}", len(models) > 1 and value is not None and value == top
-                    )
-                    for value, top in zip(cells[model], best, strict=True)
-                ]
-                + [Cell(f"{images['n_train']:,}"), Cell(f"{images['n_test']:,}")]
-            )
-    return Table(
-        ["task", "model", *(heading for heading, _, _ in measures), "train", "test"],
-        rows,
-        "Test accuracy, best of each task in bold. “Per class” averages over classes instead of images.",
-        names=2,
-    )
-
-
-def _score(scores: dict[tuple[str, str, str], Any], task: str, model: str, verb: str, key: str) -> float | None:
-    record = scores.get((task, model, verb))
-    return None if record is None or key not in record else float(record[key])
-
-
-def _routes(records: Sequence[dict[str, Any]]) -> Table:
-    rows = []
-    selected = [record for record in records if record["verb"] == "select"]
-    several = {task for task, count in Counter(record["task"] for record in selected).items() if count > 1}
-    for record in selected:
-        others = [other for other in record.get("routes", []) if other["route"] != record["route"]]
-        clusters = sorted(record.get("clusters", {}).items(), key=lambda item: -item[1])[:3]
-        rows.append(
-            [
-                Cell(f"{record['task']} {record.get('model', '')}" if record["task"] in several else record["task"]),
-                Cell(route_name(record["route"]), best=True),
-                Cell(", ".join(f"{route_name(other['route'])} {other['share']:.0%}" for other in others[:2]) or "–"),
-                Cell(", ".join(f"{cluster} ({share:.0%})" for cluster, share in clusters) or "–"),
-                Cell(f"{record['share']:.0%}"),
-                Cell(f"{record['n_images']:,}" if "n_images" in record else "–"),
-            ]
-        )
-    return Table(
-        ["task", "selected route", "next routes", "main clusters", "votes", "images"],
-        rows,
-        "A route names the expert of each expert layer, in order. Each image of the task votes for the route of the "
-        "cluster that it belongs to; “votes” is the winner's share. A model called “expert” above is this route.",
-        names=4,
-    )
-
-
-def _training(runs: Sequence[RunFolder]) -> Iterator[Chapter]:
-    exhibits = []
-    for key, title, unit, scale, caption in _CURVES:
-        lines = [Line.of(run.name, run.series(key), plots.colour(i)) for i, run in enumerate(runs)]
-        if drawn := [line for line in lines if len(line.values_S)]:
-            exhibits.append(Exhibit(plots.curves(drawn, title, unit, scale), caption))
-    if exhibits:
-        yield Chapter("Training", "training", [Section("", exhibits=exhibits)])
+def _described(run: RunFolder) -> str:
+    text = run.model_kind.title if run.model_kind.has_experts else "dense MAE"
+    if run.steps_done:
+        text += f", step {run.steps_done}"
+    elif run.metrics.last:
+        text += f", {run.metrics.last['step']:,} steps"
+    if run.routing:
+        blocks = " and ".join(str(layer) for layer in run.routing.layers)
+        text += f", {run.routing.n_experts} experts in blocks {blocks}"
+    if run.clusters:
+        text += f", {run.clusters.num_clusters} clusters of {run.clusters.sizes_M.sum():,} images"
+    return text

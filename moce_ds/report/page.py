@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 from PIL import Image
 
+from moce_ds import __version__
 from moce_ds.common.storage.files import atomic_file, writes_to
 from moce_ds.common.text import printable
 
@@ -17,6 +19,8 @@ PAGE_MARK = b"<title>MoCE report: "
 """Text near the beginning of every page."""
 
 THUMBNAIL_SIDE = 96
+
+_PADDING, _BROAD, _WIDE = 2, 40, 130  # characters, as the page's font sets them
 
 
 class Cell(NamedTuple):
@@ -35,15 +39,46 @@ class Table:
     caption: str
     names: int = 1
 
+    @property
+    def width(self) -> str:
+        """On which screens the table scrolls sideways, by the characters of its columns: "wide" on most, "broad" on a
+        telephone's, else none."""
+        columns = zip(self.header, *([cell.text for cell in row] for row in self.rows), strict=True)
+        characters = sum(max(map(len, column)) + _PADDING for column in columns)
+        return "wide" if characters > _WIDE else "broad" if characters > _BROAD else ""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a plot shows, as named columns."""
+
+    header: list[str]
+    rows: list[list[Any]]
+
+    def with_column(self, name: str, values: Sequence[Any]) -> "Numbers":
+        """The same with one more column."""
+        rows = [[*row, value] for row, value in zip(self.rows, values, strict=True)]
+        return Numbers([*self.header, name], rows)
+
+
+@dataclass(frozen=True)
+class Plotted:
+    """A plot as `moce report --figures` writes it: its title, SVG, and numbers."""
+
+    title: str
+    svg: bytes
+    numbers: Numbers
+
 
 @dataclass(frozen=True)
 class Picture:
-    """An image inside the page: a data URI, its size in pixels, and a description of its content."""
+    """An image inside the page: a data URI, its size in pixels, a description of its content, and the plot it shows."""
 
     uri: str
     width: int
     height: int
     alt: str
+    plot: Plotted | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +130,9 @@ def write_page(out: Path, title: str, summary: str, chapters: Sequence[Chapter])
         lstrip_blocks=True,
         finalize=_shown,
     )
-    page = environment.get_template("report.html").render(title=title, summary=summary, chapters=chapters)
+    page = environment.get_template("report.html").render(
+        title=title, summary=summary, chapters=chapters, version=__version__, date=time.strftime("%F %H:%M %Z")
+    )
     with writes_to(out), atomic_file(out) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

@@ -1,23 +1,17 @@
-"""Plots of the report, each one panel drawn by matplotlib as SVG inside a data URI.
-
-Each figure has one panel, so that the page can place two side by side on a wide screen and one below the other on a
-telephone without the text shrinking. Colours are those of Okabe and Ito, which colour-blind readers can distinguish.
+"""Plots of the report, each one panel drawn by matplotlib.
 
 Axes: S logged steps, M clusters, E experts per layer, G rows of a table (clusters, domains, classes), P points of a
 series of a study.
 """
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import (
     FixedFormatter,
     FixedLocator,
@@ -31,39 +25,13 @@ from numpy.typing import NDArray
 
 from moce_ds.common.storage.metrics_series import Reduced
 from moce_ds.common.text import plottable
-from moce_ds.report.page import Picture, data_uri
+from moce_ds.report.figure import COLOURS, INK, add_legend, colour, dashes, panel, styled, svg
+from moce_ds.report.page import Numbers, Picture
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#8A8A8A")
-_INK, _FAINT = "#2b2f36", "#c9ced6"
 _POINTS = 300  # of a curve
 _NAME = 26  # characters of the name of a row or a tick
 _DOUBLING = 4  # numbers that span this factor are shown on an axis of doublings
-_WIDTH, _HEIGHT = 4.4, 2.75  # inches; 10 point text is then about 11 px high in a third of a wide page
-_STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceff3",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "svg.fonttype": "none",
-    "svg.hashsalt": "moce",
-    "figure.constrained_layout.use": True,
-}
-
-styled = matplotlib.rc_context(_STYLE)
-"""Decorates a function that draws."""
+_MARK = COLOURS[1]  # of a chosen expert
 
 Floats = NDArray[np.float64]
 Scale = Literal["linear", "from zero", "log", "percent"]
@@ -71,19 +39,21 @@ Scale = Literal["linear", "from zero", "log", "percent"]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: name, steps [S] and values [S]; where they are means, the least and the largest values, [S] each."""
+    """The `index`-th curve of a plot: name, and a series [S]."""
 
     name: str
-    steps_S: Floats
-    values_S: Floats
-    colour: str
-    low_S: Floats | None = None
-    high_S: Floats | None = None
+    series: Reduced
+    index: int = 0
 
-    @classmethod
-    def of(cls, name: str, reduced: Reduced, colour: str) -> "Line":
-        """The curve of a series."""
-        return cls(name, reduced.steps_P, reduced.mean_P, colour, reduced.low_P, reduced.high_P)
+    @property
+    def steps_S(self) -> Floats:
+        """The steps."""
+        return self.series.steps_P
+
+    @property
+    def values_S(self) -> Floats:
+        """Means of neighbouring records."""
+        return self.series.mean_P
 
 
 @dataclass(frozen=True)
@@ -104,11 +74,13 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
     for line in lines:
         point = "o" if len(line.steps_S) == 1 else None  # a line needs two
         steps_S, values_S = _thin(line.steps_S, line.values_S)
-        axes.plot(steps_S, values_S, lw=1.6, marker=point, color=line.colour, label=plottable(line.name))
-        if line.low_S is not None and line.high_S is not None and not np.array_equal(line.low_S, line.high_S):
+        style: dict[str, Any] = {"color": colour(line.index), "ls": dashes(line.index), "marker": point}
+        axes.plot(steps_S, values_S, lw=1.6, label=plottable(line.name), **style)
+        _, _, low_S, high_S = line.series
+        if not np.array_equal(low_S, high_S):
             starts = _starts(len(line.steps_S), _POINTS)
-            band = np.minimum.reduceat(line.low_S, starts), np.maximum.reduceat(line.high_S, starts)
-            axes.fill_between(steps_S, *band, color=line.colour, alpha=0.15, lw=0)
+            band = np.minimum.reduceat(low_S, starts), np.maximum.reduceat(high_S, starts)
+            axes.fill_between(steps_S, *band, color=colour(line.index), alpha=0.15, lw=0)
     values = np.concatenate([line.values_S for line in lines])
     if scale == "log" and values.min() > 0 and values.max() > 2 * values.min():
         axes.set_yscale("log")
@@ -122,12 +94,16 @@ def curves(lines: Sequence[Line], title: str, unit: str, scale: Scale = "linear"
         axes.set_ylim(0, min(1.02, max(0.05, values.max() * 1.15)))
     axes.set(xlabel="step", ylabel=unit)
     if len(lines) > 1:
-        axes.legend(loc="best", fontsize=9)
+        add_legend(figure, axes)
     course = "; ".join(
         f"{line.name} from {line.values_S[0]:.3g} to {line.values_S[-1]:.3g} in {line.steps_S[-1]:.0f} steps"
         for line in lines
     )
-    return svg(figure, f"{title} over the training step: {course}.")
+    rows = [
+        [line.name, *point] for line in lines for point in zip(*(part.tolist() for part in line.series), strict=True)
+    ]
+    numbers = Numbers(["name", "step", "mean", "least", "largest"], rows)
+    return svg(figure, title, f"{title} over the training step: {course}.", numbers)
 
 
 @styled
@@ -155,26 +131,38 @@ def expert_load(steps_S: Floats, load_SE: Floats, title: str) -> Picture:
     axes.margins(x=0)
     axes.grid(False)
     last = ", ".join(f"expert {expert} {share:.0%}" for expert, share in enumerate(load_SE[-1]))
-    return svg(figure, f"{title} over the training step, stacked. At the end: {last}.")
+    numbers = Numbers(
+        ["step", *(f"expert {expert}" for expert in range(n_experts))],
+        np.column_stack([steps_S, load_SE]).tolist(),
+    )
+    return svg(figure, title, f"{title} over the training step, stacked. At the end: {last}.", numbers)
 
 
 @styled
 def sorted_sizes(sizes_M: NDArray[np.int64]) -> Picture:
     """Cluster sizes as bars, largest first, with the mean as a line."""
-    figure, axes = panel("Cluster sizes")
-    mean = sizes_M.mean()
-    axes.bar(np.arange(1, len(sizes_M) + 1), np.sort(sizes_M)[::-1], width=0.85, color=COLOURS[0])
+    title, M, mean, sorted_M = "Cluster sizes", len(sizes_M), sizes_M.mean(), np.sort(sizes_M)[::-1]
+    figure, axes = panel(title)
+    axes.bar(np.arange(1, M + 1), sorted_M, width=0.85, color=COLOURS[0])
     axes.axhline(mean, color=COLOURS[1], lw=1.4, ls="--", label=f"mean {mean:.0f}")
     axes.legend(loc="upper right")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # Bars are counted from 1, and the last one is named.
+    ticks = [tick for tick in MaxNLocator(6, integer=True).tick_values(1, M) if 1 + 0.1 * M < tick < 0.9 * M]
+    axes.set_xticks([1, *ticks, M] if M > 1 else [1])
+    axes.set_xlim(0.3, M + 0.7)
     axes.grid(axis="x", visible=False)
     axes.set(xlabel="clusters, largest first", ylabel="images")
-    return svg(figure, f"Bars of {len(sizes_M)} cluster sizes, {sizes_M.min()} to {sizes_M.max()}, mean {mean:.0f}.")
+    alt = f"Bars of {M} cluster sizes, {sizes_M.min()} to {sizes_M.max()}, mean {mean:.0f}."
+    return svg(figure, title, alt, Numbers(["place", "images"], [list(row) for row in enumerate(sorted_M.tolist(), 1)]))
 
 
 @styled
-def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
-    """Rows x experts in shades of one colour; names and numbers if there is room, else a colour bar."""
+def heatmap(share_GE: Floats, rows: Sequence[str], title: str, chosen_G: NDArray[np.int64] | None = None) -> Picture:
+    """Rows x experts in shades of one colour; names and numbers if there is room, else a colour bar.
+
+    Args:
+        chosen_G: the chosen expert of each row, which is marked.
+    """
     n_rows, n_columns = share_GE.shape
     roomy = n_rows <= 64 and n_columns <= 12
     figure, axes = panel(title, height=0.85 + 0.2 * n_rows if roomy else 5.0)
@@ -190,15 +178,63 @@ def heatmap(share_GE: Floats, rows: Sequence[str], title: str) -> Picture:
         axes.set_yticks(np.arange(n_rows) + 0.5, [plottable(row, _NAME) for row in rows], fontsize=9)
         for (row, column), share in np.ndenumerate(share_GE):
             if share >= 0.005:
-                ink = "white" if share > 0.55 else _INK
+                ink = "white" if share > 0.55 else INK
                 axes.text(column + 0.5, row + 0.53, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
     else:
         axes.set_yticks([])
         axes.set_ylabel(f"{n_rows} rows")
         figure.colorbar(mesh, ax=axes, fraction=0.035, pad=0.02, format=PercentFormatter(1, decimals=0))
-    led_E = np.bincount(share_GE.argmax(axis=1), minlength=n_columns)
-    spread = ", ".join(f"expert {expert} in {rows_led}" for expert, rows_led in enumerate(led_E))
-    return svg(figure, f"{title}: heatmap of {n_rows} rows. Largest are {spread}.")
+    alt = f"{title}: heatmap of {n_rows} rows. Largest are {_spread(share_GE.argmax(axis=1), n_columns)}."
+    numbers = Numbers(
+        ["row", *(f"expert {column}" for column in range(n_columns))],
+        [[name, *shares] for name, shares in zip(rows, share_GE.tolist(), strict=True)],
+    )
+    if chosen_G is not None:
+        _mark_chosen(axes, chosen_G, roomy)
+        alt += f" Chosen are {_spread(chosen_G, n_columns)}."
+        numbers = numbers.with_column("chosen", chosen_G.tolist())
+    return svg(figure, title, alt, numbers)
+
+
+def _mark_chosen(axes: Axes, chosen_G: NDArray[np.int64], roomy: bool) -> None:
+    """Frame the cells of chosen experts, or where rows are thin, draw a line in them."""
+    rows_G = np.arange(len(chosen_G))
+    if roomy:
+        for row, column in zip(rows_G, chosen_G, strict=True):
+            axes.add_patch(Rectangle((column + 0.03, row + 0.08), 0.94, 0.84, fill=False, edgecolor=_MARK, lw=1.8))
+    else:
+        lines = axes.hlines(rows_G + 0.5, chosen_G + 0.2, chosen_G + 0.8, color=_MARK, lw=min(1.8, 250 / len(rows_G)))
+        lines.set_rasterized(True)
+
+
+def _spread(expert_G: NDArray[np.int64], n_experts: int) -> str:
+    """How many rows have each expert, in words."""
+    count_E = np.bincount(expert_G, minlength=n_experts)
+    return ", ".join(f"expert {expert} in {count}" for expert, count in enumerate(count_E))
+
+
+@styled
+def grouped_bars(groups: Sequence[str], values: dict[str, list[float | None]], title: str, unit: str) -> Picture:
+    """Horizontal bars around 0 for every group, one per series of `values`; None is left out."""
+    figure, axes = panel(title, height=0.95 + len(groups) * (0.12 + 0.2 * len(values)))
+    thick = 0.8 / len(values)
+    for index, (name, of_groups) in enumerate(values.items()):
+        places = np.arange(len(groups)) + (index + 0.5) * thick - 0.4
+        drawn = [(place, value) for place, value in zip(places, of_groups, strict=True) if value is not None]
+        at, lengths = [place for place, _ in drawn], [value for _, value in drawn]
+        bars = axes.barh(at, lengths, height=thick * 0.9, color=colour(index), label=plottable(name))
+        axes.bar_label(bars, fmt="%+.2f", padding=3, fontsize=8)
+    axes.axvline(0, color=INK, lw=1)
+    axes.set_yticks(np.arange(len(groups)), [plottable(group, _NAME) for group in groups])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.22)
+    axes.set_xlabel(unit)
+    figure.set_figheight(figure.get_figheight() + 0.22 * len(values))
+    figure.legend(loc="outside lower left", fontsize=9)
+    rows = [[group, name, of_groups[i]] for i, group in enumerate(groups) for name, of_groups in values.items()]
+    course = "; ".join(f"{group}, {name}: {value:+.2f}" for group, name, value in rows if value is not None)
+    return svg(figure, title, f"{title}, {unit}. {course}.", Numbers(["group", "name", unit], rows))
 
 
 @styled
@@ -227,13 +263,19 @@ def error_bars(
         axes.set_ylim(0, top * 1.15 or 1)
     axes.set(xlabel=plottable(x), ylabel=unit)
     if any(line.name for line in [*lines, *ideal]):
-        axes.legend(loc="best", fontsize=9)
+        add_legend(figure, axes)
     course = "; ".join(
         f"{line.name or title} "
         + ", ".join(f"{value}: {mean:.4g}" for value, mean in zip(line.at_P, line.mean_P, strict=True))
         for line in lines
     )
-    return svg(figure, f"{title} against {x}: {course}.")
+    rows = [
+        [line.name, *point]
+        for line in [*lines, *ideal]
+        for point in zip(line.at_P, line.mean_P.tolist(), line.deviation_P.tolist(), strict=True)
+    ]
+    shown = Numbers(["name", x, "mean", "standard deviation"], rows)
+    return svg(figure, title, f"{title} against {x}: {course}.", shown)
 
 
 def _mark(axes: Axes, place: dict[str, float], values: Sequence[Any], numbers: bool) -> None:
@@ -245,30 +287,6 @@ def _mark(axes: Axes, place: dict[str, float], values: Sequence[Any], numbers: b
     axes.xaxis.set_major_formatter(FixedFormatter([plottable(value, _NAME) for value in values]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.08)
-
-
-def colour(index: int) -> str:
-    """The colour of the index-th run or expert; they repeat after eight."""
-    return COLOURS[index % len(COLOURS)]
-
-
-def panel(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
-    """A figure of one panel, `height` inches high."""
-    figure = Figure(figsize=(_WIDTH, height))
-    axes = figure.add_subplot()
-    axes.set_title(plottable(title))
-    return figure, axes
-
-
-def svg(figure: Figure, alt: str) -> Picture:
-    """The figure as a picture of the page; `alt` describes it in words."""
-    drawn = io.BytesIO()
-    with warnings.catch_warnings():
-        # The browser draws the text with its own fonts.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(drawn, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
-    width, height = figure.get_size_inches() * 72
-    return Picture(data_uri(drawn.getvalue(), "image/svg+xml"), round(width), round(height), alt)
 
 
 def _starts(length: int, points: int) -> NDArray[np.int64]:

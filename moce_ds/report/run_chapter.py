@@ -3,6 +3,8 @@
 Axes: M clusters, N images of the shard set, E experts per layer, G groups of images (domains or classes).
 """
 
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,11 @@ from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.quality import cluster_report
 from moce_ds.common.errors import ArtefactError, DataError
+from moce_ds.common.text import route_label
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.report import plots
-from moce_ds.report.page import Card, Chapter, Exhibit, Section, picture
+from moce_ds.report.page import Card, Cell, Chapter, Exhibit, Section, Table, picture
 from moce_ds.report.plots import Floats, Line
 
 _CLUSTER_CARDS = 24
@@ -30,6 +33,8 @@ _MOST_CLASSES = 60  # more rows would not be readable
 _ROUTES_NAMED = 8
 _PICTURE_SIDE = 1400  # pixels
 _IMAGES_PER_CARD = 8
+_LEAST_CARDS = 4  # of a run, however many share the page
+_STARTS = 5
 
 Ints = NDArray[np.int64]
 
@@ -64,19 +69,52 @@ class Images:
         return f"image {image_id}" + (f", {self.classes[label]}" if label >= 0 else "")
 
 
-def run_chapter(run: RunFolder) -> Chapter:
-    """Everything that a run's folder holds, from the training of its experts to its settings."""
+def run_chapter(run: RunFolder, name: str, sharing: int = 1) -> Chapter:
+    """Everything that a run's folder holds, from the training of its experts to its settings.
+
+    Args:
+        name: of the run on this page.
+        sharing: runs with galleries on the page; each shows fewer images, so that the page keeps its size.
+    """
     images, why_not = _open_images(run)
     sections = [
+        *_starts(run),
         *_experts(run),
         *_cluster_sizes(run, images, why_not),
         *_gates(run, images),
-        *_cluster_gallery(run, images),
-        *_expert_gallery(run, images),
+        *_cluster_gallery(run, images, max(_LEAST_CARDS, _CLUSTER_CARDS // sharing)),
+        *_expert_gallery(run, images, max(_LEAST_CARDS, _EXPERT_CARDS // sharing)),
         *_reconstruction(run),
         Section("Settings", listing=yaml.safe_dump(run.config, sort_keys=False)),
     ]
-    return Chapter(f"Run {run.name}", f"run-{run.name}", sections)
+    return Chapter(f"Run {name}", f"run-{name}", sections)
+
+
+def _starts(run: RunFolder) -> Iterator[Section]:
+    """Who started the run, when, and with which command: of several starts the newest ones."""
+    attempts = run.attempts
+    rows = [
+        [
+            Cell(str(number)),
+            Cell((attempt.started or "–").replace("T", " ")),
+            Cell(attempt.version or "–"),
+            Cell((attempt.host or "–") + (f", job {attempt.job}" if attempt.job else "")),
+            Cell(f"{attempt.processes} on {attempt.device}" if attempt.processes else "–"),
+            Cell(without_home(shlex.join(attempt.command)) or "–"),
+        ]
+        for number, attempt in list(attempts.items())[-_STARTS:]
+    ]
+    if rows:
+        earlier = f" {len(attempts) - len(rows)} earlier ones are not shown." if len(attempts) > len(rows) else ""
+        caption = f"Each start of the run, with the version of moce_ds and the processes that shared the work.{earlier}"
+        header = ["start", "date", "version", "machine", "processes", "command"]
+        yield Section("Starts", tables=[Table(header, rows, caption, names=len(header))])
+
+
+def without_home(text: str) -> str:
+    """A command or a path without the names of home folders."""
+    home = "|".join([r"/(?:home|Users)/[^/\s'\",\]]+", r"/root(?=/|\b)"])
+    return re.sub(rf"(?<![\w.~-])(?:{home})", "~", text)
 
 
 def _open_images(run: RunFolder) -> tuple[Images | None, str]:
@@ -97,16 +135,15 @@ def _experts(run: RunFolder) -> Iterator[Section]:
         ("imbalance", "0 if the gates prefer no expert, 1 − E for every expert layer if they are certain."),
         ("balance", "Squared coefficient of variation of the experts' load, summed over layers: 0 is an equal load."),
     ):
-        line = Line.of(key, run.series(key), plots.colour(0))
+        line = Line(key, run.series(key))
         if len(line.steps_S):
             exhibits.append(Exhibit(plots.curves([line], f"{key.capitalize()} loss", ""), caption))
     layers = sorted({keys[1] for keys in run.metrics if keys[0] == "layers"}, key=int)
     confidence = [
-        Line.of(f"block {layer}", run.series("layers", layer, "confidence"), plots.colour(i))
-        for i, layer in enumerate(layers)
+        Line(f"block {layer}", run.series("layers", layer, "confidence"), i) for i, layer in enumerate(layers)
     ]
     if confidence:
-        caption = "Mean probability of the chosen expert; 1/E means undecided, 100% certain."
+        caption = "Mean over images of the largest probability of an expert; 1/E means undecided, 100% certain."
         exhibits.append(Exhibit(plots.curves(confidence, "Gate confidence", "probability", "percent"), caption))
     for layer in layers:
         load, live = run.series("layers", layer, "load"), run.series("layers", layer, "live")
@@ -153,20 +190,29 @@ def _gates(run: RunFolder, images: Images | None) -> Iterator[Section]:
     rows = [_cluster_name(images, cluster) for cluster in order]
     exhibits = [
         Exhibit(
-            plots.heatmap(probs_ME[order], rows, f"Gate of block {layer}"),
-            f"Probability of each expert for a cluster (row, with its most frequent class) in block {layer}. "
-            "Rows are sorted by route, then by confidence; the order is the same for all blocks."
-            " Equal routes form bands.",
+            plots.heatmap(probs_ME[order], rows, f"Gate of block {layer}", expert_M[order]),
+            f"Probability of each expert for a cluster (row, with its most frequent class) in block {layer}; framed: "
+            f"the chosen expert. {_other_choices(probs_ME, expert_M)}Rows are sorted by route, then by confidence; the "
+            "order is the same for all blocks. Equal routes form bands.",
         )
-        for layer, probs_ME in zip(table.layers, table.probs_LME, strict=True)
+        for layer, probs_ME, expert_M in zip(table.layers, table.probs_LME, table.expert_ML.T, strict=True)
     ]
     used = Counter(table.routes)
-    counted = ", ".join(f"{route_name(route)} ({clusters})" for route, clusters in used.most_common(_ROUTES_NAMED))
+    counted = ", ".join(f"{route_label(route)} ({clusters})" for route, clusters in used.most_common(_ROUTES_NAMED))
     more = f" and {len(used) - _ROUTES_NAMED} others" if len(used) > _ROUTES_NAMED else ""
     text = f"{len(used)} routes are in use at step {table.step:,}; in brackets their clusters: {counted}{more}."
     yield Section("Routing of clusters", text, exhibits=exhibits)
     if images:
         yield from _groups(table, images)
+
+
+def _other_choices(probs_ME: Floats, expert_M: Ints) -> str:
+    """A sentence on the clusters whose chosen expert is not the most probable one; empty if there are none."""
+    others = int((probs_ME.max(axis=1) > probs_ME[np.arange(len(expert_M)), expert_M]).sum())
+    if not others:
+        return ""
+    balanced = "balanced assignment moves clusters to experts with fewer images"
+    return f"It is not the most probable one for {others} of {len(expert_M)} clusters: {balanced}. "
 
 
 def _cluster_name(images: Images | None, cluster: int) -> str:
@@ -194,7 +240,7 @@ def _groups(table: RoutingTable, images: Images) -> Iterator[Section]:
         yield Section(f"Routing of {what}", exhibits=exhibits)
 
 
-def _cluster_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]:
+def _cluster_gallery(run: RunFolder, images: Images | None, limit: int) -> Iterator[Section]:
     if run.clusters is None or images is None:
         return
     m = run.clusters.num_clusters
@@ -203,22 +249,22 @@ def _cluster_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]
         images.card(
             f"Cluster {cluster}",
             np.flatnonzero(images.ids_N == cluster),
-            f"route\u00a0{route_name(routes[cluster])}" if routes[cluster] else "",
+            f"route\u00a0{route_label(routes[cluster])}" if routes[cluster] else "",
         )
-        for cluster in choose_clusters(run.clusters.sizes_M, routes, _CLUSTER_CARDS)
+        for cluster in choose_clusters(run.clusters.sizes_M, routes, limit)
     ]
     text = "Images drawn at random from each cluster, with its size, its most frequent class and its route"
     text += f"; {len(cards)} of {m} clusters, the largest of each route first." if len(cards) < m else "."
     yield Section("Images by cluster", text, cards=cards)
 
 
-def _expert_gallery(run: RunFolder, images: Images | None) -> Iterator[Section]:
+def _expert_gallery(run: RunFolder, images: Images | None, limit: int) -> Iterator[Section]:
     if run.routing is None or images is None:
         return
     for position, layer in enumerate(run.routing.layers):
         expert_N = run.routing.expert_ML[images.ids_N, position]
         used_E = np.bincount(expert_N, minlength=run.routing.n_experts)
-        busiest = np.argsort(-used_E, kind="stable")[: max(1, _EXPERT_CARDS // len(run.routing.layers))]
+        busiest = np.argsort(-used_E, kind="stable")[: max(1, limit // len(run.routing.layers))]
         cards = [
             images.card(f"Expert {expert}", np.flatnonzero(expert_N == expert))
             for expert in sorted(busiest.tolist())
@@ -240,11 +286,6 @@ def _reconstruction(run: RunFolder) -> Iterator[Section]:
         "Filled patches have the true patch's mean and contrast, which the model does not predict."
     )
     yield Section("Reconstructions", exhibits=[Exhibit(shown, caption, scale)])
-
-
-def route_name(route: Sequence[int]) -> str:
-    """A route for display: `1→3` is expert 1 in the first expert layer, 3 in the second."""
-    return "→".join(str(expert) for expert in route)
 
 
 def draw(member_ids: Ints) -> list[int]:

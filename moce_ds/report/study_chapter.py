@@ -14,7 +14,7 @@ import numpy as np
 from moce_ds.common.storage.files import atomic_file, writes_to
 from moce_ds.common.text import counted
 from moce_ds.inspection.study_folder import BATCH, LAUNCH_KEYS, SEED, Point, StudyFolder, series
-from moce_ds.report import plots
+from moce_ds.report.figure import colour
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table
 from moce_ds.report.plots import Series, error_bars
 
@@ -135,7 +135,7 @@ def _line(title: str, points: Sequence[Point], name: str, index: int, x: Callabl
     found = [(x(point), both) for point in points if (both := point.mean_and_deviation(name)) is not None]
     per = measure_of(name).per
     mean_P, deviation_P = (np.array([both[part] / per for _, both in found], np.float64) for part in (0, 1))
-    return Series(title, [value for value, _ in found], mean_P, deviation_P, plots.colour(index))
+    return Series(title, [value for value, _ in found], mean_P, deviation_P, colour(index))
 
 
 def _seeds(points: Sequence[Point]) -> str:
@@ -188,12 +188,12 @@ def _scaling(study: StudyFolder, points: Sequence[Point]) -> Iterator[Chapter]:
         return
     rate, ideal, efficiency, memory, rows = [], [], [], [], []
     for index, one in enumerate(found):
-        at_P, colour = [point.world_size for point in one.points], plots.colour(index)
+        at_P, shade = [point.world_size for point in one.points], colour(index)
         mean_P, deviation_P = (np.array([both[part] for both in one.throughput_P]) for part in (0, 1))
         ideal_P = np.array(one.ideal_P)
-        rate.append(Series(one.name, at_P, mean_P, deviation_P, colour))
-        ideal.append(Series(f"ideal {one.name.split(',')[0]}", at_P, ideal_P, np.zeros_like(ideal_P), colour))
-        efficiency.append(Series(one.name, at_P, 100 * mean_P / ideal_P, 100 * deviation_P / ideal_P, colour))
+        rate.append(Series(one.name, at_P, mean_P, deviation_P, shade))
+        ideal.append(Series(f"ideal {one.name.split(',')[0]}", at_P, ideal_P, np.zeros_like(ideal_P), shade))
+        efficiency.append(Series(one.name, at_P, 100 * mean_P / ideal_P, 100 * deviation_P / ideal_P, shade))
         memory.append(_line(one.name, one.points, MEMORY, index, lambda point: point.world_size))
         rows += [_scaling_row(one, place) for place in range(len(one.points))]
     exhibits = [

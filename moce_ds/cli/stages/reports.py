@@ -1,6 +1,7 @@
 """The verbs that read what other verbs wrote: report, inspect."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -11,16 +12,17 @@ from moce_ds.common.host.program import say, show
 
 
 @click.command()
-@click.argument("folder", type=PATH)
-@click.option("--out", type=PATH, help="File of the page (default: FOLDER/report.html).")
-def report(folder: Path, out: Path | None) -> None:
-    """Write one self-contained HTML page about a run, a folder of runs, or a study.
+@click.argument("folders", type=PATH, nargs=-1, required=True, metavar="FOLDER...")
+@click.option("--out", type=PATH, help="File of the page (default: FOLDER/report.html, if there is one FOLDER).")
+@click.option("--figures", type=PATH, help="Also write every plot to this folder, as SVG and its numbers as CSV.")
+def report(folders: Sequence[Path], out: Path | None, figures: Path | None) -> None:
+    """Write one self-contained HTML page about runs, folders of runs, or a study.
 
-    The page of a folder also shows its results.json.
+    The page compares all runs of all folders, and also shows the results.json of each folder.
     """
     from moce_ds.report.build import build_report
 
-    page = build_report(folder, out)
+    page = build_report(*folders, out=out, figures=figures)
     say(str(page))
     conclude(page)
 

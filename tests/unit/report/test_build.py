@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,16 +21,20 @@ from PIL import Image
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.storage.metrics_series import Reduced
 from moce_ds.data.shards import ShardSet
 from moce_ds.report import run_chapter
 from moce_ds.report.build import build_report, read_runs
 from moce_ds.report.plots import Line, curves
 from tests.examples.moce_command import run_here
-from tests.examples.study_folder import make_study
+from tests.examples.report_page import Page
 
 SECTIONS = (
     "Results",
+    "Accuracy",
+    "Selected routes",
     "Training",
+    "Runs side by side",
     "Run mae",
     "Run moce",
     "Experts in training",
@@ -47,52 +50,17 @@ SECTIONS = (
 )
 
 
-class Page(HTMLParser):
-    """Headings, images, links and the names of all elements of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.text = path.read_text(encoding="utf-8")
-        self.elements: set[str] = set()
-        self.images: list[dict[str, str]] = []
-        self.links: list[str] = []
-        self.ids: list[str] = []
-        self.feed(self.text)
-        self.headings = [html.unescape(heading) for heading in re.findall(r"<h[23][^>]*>(.*?)</h", self.text)]
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = {key: value or "" for key, value in attrs}
-        self.elements.add(tag)
-        if tag == "img":
-            self.images.append(named)
-        if tag == "a":
-            self.links.append(named["href"])
-        if "id" in named:
-            self.ids.append(named["id"])
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study that no test changes."""
-    return make_study(tmp_path_factory.mktemp("study"))
-
-
 @pytest.fixture(scope="module")
 def page(made: Path) -> Page:
     assert build_report(made) == made / "report.html"
     return Page(made / "report.html")
 
 
-@pytest.fixture
-def study(made: Path, tmp_path: Path) -> Path:
-    """A copy of the study, to be spoilt; its shard set is the common one."""
-    return Path(shutil.copytree(made, tmp_path / "demo"))
-
-
 def test_page_holds_every_section(page: Page) -> None:
     assert set(page.headings) == set(SECTIONS)
     assert page.headings.count("Reconstructions") == 2
-    assert page.headings[:4] == ["Results", "Training", "Run mae", "Reconstructions"]
+    assert page.headings[:4] == ["Results", "Accuracy", "Selected routes", "Training"]
+    assert page.headings[4:7] == ["Runs side by side", "Run mae", "Reconstructions"]
     assert {link.removeprefix("#") for link in page.links} == set(page.ids)
 
 
@@ -125,10 +93,10 @@ def test_every_picture_can_be_drawn(page: Page) -> None:
 
 
 def test_result_table(page: Page) -> None:
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page.text, re.S)]
+    rows = page.rows
     assert ["digits", "dense", "91.2%", "90.8%", "94.8%", "94.6%", "2,000", "1,000"] in rows
     assert ["textile", "expert", "86.8%", "86.4%", "<b>91.7%</b>", "<b>91.5%</b>", "800", "400"] in rows
-    assert ["digits", "<b>1→3</b>", "0→3 7%", "3 (41%), 7 (32%), 11 (20%)", "93%", "2,000"] in rows
+    assert ["digits", "<b>1-3</b>", "0-3 7%", "3 (41%), 7 (32%), 11 (20%)", "93%", "2,000"] in rows
 
 
 def test_gallery_shows_the_clusters_own_images(page: Page, made: Path) -> None:
@@ -156,7 +124,7 @@ def test_agreement_with_domains_is_stated(page: Page) -> None:
 
 
 def test_one_run_alone(study: Path, tmp_path: Path) -> None:
-    dense = Page(build_report(study / "mae", tmp_path / "out" / "dense.html"))
+    dense = Page(build_report(study / "mae", out=tmp_path / "out" / "dense.html"))
     assert dense.headings == ["Training", "Run mae", "Reconstructions", "Settings"]
     shutil.rmtree(study / "mae" / "reconstructions")
     (study / "mae" / "metrics.jsonl").unlink()
@@ -166,10 +134,10 @@ def test_one_run_alone(study: Path, tmp_path: Path) -> None:
 def test_a_page_replaces_one_of_its_own_alone(study: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.html"
     for _ in range(2):
-        build_report(study, out)
+        build_report(study, out=out)
     out.write_text("<html>my thesis</html>")
     with pytest.raises(ArtefactError, match=f"{out} exists and is not a report of this program"):
-        build_report(study, out)
+        build_report(study, out=out)
 
 
 def test_report_outlives_its_shard_set(study: Path) -> None:
@@ -280,7 +248,9 @@ def test_an_unfinished_run_says_so(study: Path) -> None:
 
 def test_long_runs_are_thinned() -> None:
     steps_S = np.arange(200_000, dtype=float)
-    picture = curves([Line("long", steps_S, 1 / (1 + steps_S), "#000000")], "Long", "error", "log")
+    values_S = 1 / (1 + steps_S)
+    line = Line("long", Reduced(steps_S, values_S, values_S, values_S))
+    picture = curves([line], "Long", "error", "log")
     assert len(picture.uri) < 40_000
     assert "long from 1 to 5e-06" in picture.alt
 
