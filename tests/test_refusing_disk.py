@@ -110,6 +110,7 @@ VERBS: dict[str, Callable[[Inputs, Path], list[object]]] = {
     "knn": lambda i, out: measured("knn", i, out),
     "probe": lambda i, out: measured("probe", i, out),
     "evaluate": lambda i, out: ["evaluate", i.run, "--data", i.shards, "--results", out],
+    "evaluate picture": lambda i, out: ["evaluate", i.run, "--data", i.shards, "--picture", out],
     "select": lambda i, out: ["select", i.run, "--data", i.images / "digits", "--results", out],
     "pretrain": lambda i, out: ["pretrain", TINY, f"data.shards={i.shards}", f"run.out={out}"],
     "finetune": lambda i, out: [

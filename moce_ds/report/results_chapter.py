@@ -1,5 +1,6 @@
 """The report's chapter about tasks: accuracy, reconstruction of held-out images, and selected routes."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,7 +86,9 @@ def _reconstruction(records: Records) -> Iterator[Section]:
 
 
 def _gain(record: dict[str, Any], path: str) -> float | None:
-    return None if record.get("dense") is None else psnr_gain(record[path], record["dense"])
+    """In dB; None without a dense MAE, or if an error is 0."""
+    gain = math.inf if record.get("dense") is None else psnr_gain(record[path], record["dense"])
+    return gain if math.isfinite(gain) else None
 
 
 def _gains(measured: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Exhibit]:

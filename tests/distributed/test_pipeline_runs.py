@@ -38,7 +38,7 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
     path, out = tmp_path / "pipeline.yaml", tmp_path / "pipeline"
     task = str(tmp_path / "task")
     given = {"images": str(tmp_path / "images"), "tasks": {"some": task}, "heldout": f"{task}/test"}
-    stages = write_pipeline(path, **given, processes=1)
+    stages = write_pipeline(path, **given, processes=1, reconstruction=True)
     with launched(*PIPELINE, path) as pipeline:
         wait_for_step(out / "moce", 1)
         send(signal.SIGKILL, *processes_of(pipeline))
@@ -52,15 +52,17 @@ def test_a_killed_pipeline_is_finished_by_the_same_command(tmp_path: Path) -> No
     assert status == 0 and "Traceback" not in output, output
     assert all(f"{name} is done" in output for name in finished)
     ran = " ".join(re.findall(r"^\$ moce (\w+)", output, re.MULTILINE))
-    assert ran == "pretrain shards shards select knn probe knn probe evaluate report"
+    assert ran == "pretrain shards shards select knn probe knn probe evaluate evaluate report"
     assert "7 of 7 stages done" in output
     assert {name: record_of(stages[name]) for name in finished} == kept
     assert all(stage.is_done() for stage in stages.values())
     assert [len(read_metrics(out / run / "metrics.jsonl")) for run in ("mae", "moce")] == [STEPS] * 2
     found = {(r["verb"], r["task"], r.get("model")) for r in json.loads((out / "results.json").read_text())}
     measured = {(verb, "some", model) for verb in ("knn", "probe") for model in ("dense", "expert")}
-    assert found == measured | {("select", "some", None), ("evaluate", "held out", "moce")}
-    assert ">some</td>" in (out / "report.html").read_text()
+    evaluated = {("evaluate", name, "moce") for name in ("some", "held out")}
+    assert found == measured | {("select", "some", None)} | evaluated
+    page = (out / "report.html").read_text()
+    assert ">some</td>" in page and "Images of some and their reconstructions by moce" in page
 
 
 def test_a_parallel_stage_fails_with_its_reason_and_stops_as_asked(tiny_data: TinyData, tmp_path: Path) -> None:
