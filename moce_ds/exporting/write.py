@@ -86,7 +86,7 @@ def export_route(
 
 def _facts_about_experts(selected: SelectedExperts, mixture: Mixture) -> dict[str, Any]:
     """The entries of `provenance.json` about the experts, and the images for which the export is exact."""
-    clusters = {str(cluster): share for cluster, share in selected.clusters.items()}
+    clusters = {str(cluster): float(share) for cluster, share in selected.clusters.items()}
     if selected.average:
         return {
             "route": None,

@@ -174,4 +174,4 @@ def count_votes(ids_N: NDArray[np.int64], expert_ML: NDArray[np.int64]) -> Selec
         votes[route] = votes.get(route, 0) + int(count_M[cluster])
     n = len(ids_N)
     routes = [(route, count / n) for route, count in sorted(votes.items(), key=lambda item: (-item[1], item[0]))]
-    return Selection(routes[0][0], routes[0][1], routes, {c: count_M[c] / n for c in order}, n)
+    return Selection(routes[0][0], routes[0][1], routes, {c: float(count_M[c] / n) for c in order}, n)

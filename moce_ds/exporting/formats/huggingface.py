@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moce_ds import __version__
 from moce_ds.common.errors import ArtefactError
 from moce_ds.common.storage.files import save_tensors, write_json
 from moce_ds.exporting.formats.weights import DenseModel, renamed
@@ -133,41 +134,54 @@ def _preprocessor(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+_MOCE = "a masked autoencoder with cluster-conditional experts (MoCE)"
+_FACTS = {
+    "route": "experts of the route",
+    "average": "average of experts",
+    "layers": "in blocks",
+    "step": "of step",
+    "clusters": "clusters and shares",
+    "max_difference": "largest difference from the trained model, relative to its largest output",
+}
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags: [masked-autoencoder, mixture-of-experts, vision-transformer]
+license: other  # set the licence before publishing: that of the training images may bind the weights
+license_name: not-stated
+---
+# {title}
+
+A dense vision transformer, the encoder of {origin}, pre-trained by self-supervision and not fine-tuned for any task.
+
+{facts}
+
+It was trained by `moce pretrain` and written by `moce export` of moce_ds {version}; `provenance.json` records more.
+
+```python
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")
+model = {auto}.from_pretrained("THIS_FOLDER"{pooling})
+```
+
+Its biases are those of the training images.
+"""
+
+
 def _card(model: DenseModel, architecture: str) -> str:
-    pooling = ", add_pooling_layer=False" if architecture == "ViTModel" else ""
-    facts = {
-        "route": "experts of the route",
-        "layers": "in blocks",
-        "step": "of step",
-        "clusters": "clusters and shares",
-    }
-    lines = [f"- {text}: {model.provenance[key]}" for key, text in facts.items() if key in model.provenance]
+    dense = model.provenance.get("layers") is None
+    name, origin = ("a dense MAE", "a masked autoencoder") if dense else ("an expert of a MoCE", _MOCE)
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(model.spec.shape).items())
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [masked-autoencoder, mixture-of-experts, vision-transformer]",
-            "---",
-            f"# {architecture}: an expert of a MoCE",
-            "",
-            "A dense vision transformer extracted from a masked autoencoder with cluster-conditional experts (MoCE),",
-            "pre-trained by self-supervision; not fine-tuned for any task. `provenance.json` records its origin",
-            "and the difference of its output from that of the trained model.",
-            "",
-            f"- size: {sizes}",
-            *lines,
-            "",
-            "```python",
-            f"from transformers import AutoImageProcessor, {architecture}",
-            "",
-            'processor = AutoImageProcessor.from_pretrained("THIS_FOLDER")',
-            f'model = {architecture}.from_pretrained("THIS_FOLDER"{pooling})',
-            "```",
-            "",
-            "Its licence and its biases are those of the training images.",
-            "",
-        ]
+    known = [(text, model.provenance.get(key)) for key, text in _FACTS.items()]
+    return _CARD.format(
+        title=f"{architecture}: {name}",
+        origin=origin,
+        facts="\n".join(f"- {text}: {value}" for text, value in [("size", sizes), *known] if value is not None),
+        version=__version__,
+        auto="AutoModelForPreTraining" if architecture == "ViTMAEForPreTraining" else "AutoModel",
+        pooling=", add_pooling_layer=False" if architecture == "ViTModel" else "",
     )
 
 

@@ -81,6 +81,46 @@ def test_hugging_face_sees_the_same_images_and_gives_the_same_tokens(tiny_moce_r
     assert card.startswith("---\nlibrary_name: transformers") and "experts of the route: [" in card
 
 
+@pytest.mark.parametrize(
+    ("format", "part", "auto"),
+    [("hf-vit", "encoder", "AutoModel"), ("hf-vitmae", "encoder", "AutoModel"),
+     ("hf-vitmae", "full", "AutoModelForPreTraining")],
+)  # fmt: skip
+def test_a_folder_is_ready_for_the_hub(
+    tiny_moce_run: MakeRun, tmp_path: Path, format: str, part: str, auto: str
+) -> None:
+    """A card that the Hub can index, and transformers' own classes load it and save it as `push_to_hub` does."""
+    import transformers
+    from huggingface_hub import ModelCard
+
+    folder, saved = tmp_path / "out", tmp_path / "saved"
+    provenance = write(tiny_moce_run(), folder, find_format(format, part))
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-feature-extraction")
+    assert (card.data.license, card.data.license_name) == ("other", "not-stated")
+    assert (
+        f"experts of the route: {provenance['route']}" in card.text and "clusters and shares: {'0': 1.0}" in card.text
+    )
+    assert f"{auto}.from_pretrained(" in card.text and "None" not in card.text
+    model = getattr(transformers, auto).from_pretrained(folder, local_files_only=True)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    model.save_pretrained(saved)
+    processor.save_pretrained(saved)
+    again = getattr(transformers, auto).from_pretrained(saved, local_files_only=True).state_dict()
+    assert type(model).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
+    assert {name: t.sum() for name, t in again.items()} == {name: t.sum() for name, t in model.state_dict().items()}
+    kept = transformers.AutoImageProcessor.from_pretrained(saved, local_files_only=True)
+    assert kept.to_dict() == processor.to_dict() and kept.crop_size == {"height": 16, "width": 16}
+
+
+def test_the_card_of_a_dense_run_names_no_route(tiny_mae_run: Path, tmp_path: Path) -> None:
+    export_dense(find(tiny_mae_run), tmp_path / "out", find_format("hf-vit"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "# ViTModel: a dense MAE\n" in card and "route" not in card and "MoCE" not in card and "- of step: 3\n" in card
+    )
+
+
 def test_an_encoder_holds_no_decoder(tiny_moce_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_moce_run()
     for name in ("timm", "hf-vit", "hf-vitmae"):
