@@ -9,10 +9,39 @@ from typing import TYPE_CHECKING, Any
 from moce_ds import moved_modules
 
 if TYPE_CHECKING:
-    from moce_ds.api import Clusters, load_expert
+    from moce_ds.api import (
+        Clusters,
+        Run,
+        cluster,
+        evaluate,
+        export,
+        features,
+        knn,
+        load_expert,
+        open_run,
+        pretrain,
+        probe,
+        select,
+        shards,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["Clusters", "__version__", "load_expert"]
+__all__ = [
+    "Clusters",
+    "Run",
+    "__version__",
+    "cluster",
+    "evaluate",
+    "export",
+    "features",
+    "knn",
+    "load_expert",
+    "open_run",
+    "pretrain",
+    "probe",
+    "select",
+    "shards",
+]
 
 moved_modules.install()
 
@@ -36,7 +65,7 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """The Python API is imported when it is used: `import moce_ds` alone loads no torch."""
-    if name not in ("Clusters", "load_expert"):
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from moce_ds import api
 

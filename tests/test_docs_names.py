@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import moce_ds
 from moce_ds.cli.config_verbs import KINDS
 from moce_ds.common.config.settings import keys
 from moce_ds.moved_modules import new_name
@@ -52,6 +53,8 @@ def stale(text: str) -> Iterator[str]:
 
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module, or something in one, and not the former name of a module."""
+    if name.removeprefix("moce_ds.") in moce_ds.__all__:
+        return True
     if new_name(name):
         return False
     try:

@@ -1,21 +1,18 @@
-"""Shared parts of the verbs: the type of paths, the trailing settings, common options, and the name of a task.
+"""Shared parts of the verbs: the type of paths, the trailing settings, and common options.
 
 A verb imports its stage inside the function, so that `moce --help` answers at once and a verb needs only its own
 packages.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moce_ds.common.config import settings as configuration
-from moce_ds.common.config.composition import Layer
 from moce_ds.common.config.values import expanded
 from moce_ds.common.errors import ConfigError
-from moce_ds.common.host import gpus
 from moce_ds.common.host.rank import environment
 from moce_ds.common.storage.cache import FOLDER, OFF
 
@@ -57,19 +54,6 @@ class Verb(click.Command):
         formatter.write(f"\n{heading}\n{configuration.help_text(cls)}\n")
 
 
-def checked_settings(cls: type[configuration.T], layers: Sequence[Layer]) -> configuration.T:
-    """The settings of a run from their layers. If they contain `engine.device=cpu`, all GPUs are hidden first, because
-    the check of a model's size imports torch, and torch then finds the GPUs.
-
-    Raises:
-        ConfigError: a key or value is not allowed.
-    """
-    engines = [layer.tree["engine"] for layer in layers if isinstance(layer.tree.get("engine"), dict)]
-    devices = [engine["device"] for engine in engines if "device" in engine]
-    gpus.apply_choice(str(devices[-1]) if devices else "auto")
-    return configuration.from_layers(cls, layers)
-
-
 def words(required: bool = False) -> Any:
     """The trailing arguments of a verb: a YAML file and `key=value` settings."""
     return click.argument("words", nargs=-1, required=required, metavar=SETTINGS)
@@ -104,8 +88,3 @@ def no_cache_option() -> Any:
 
     what = 'Decode and encode all images, and keep nothing (docs/select.md, "The cache").'
     return click.option("--no-cache", is_flag=True, expose_value=False, callback=apply, help=what)
-
-
-def task_of(data: Path) -> str:
-    """The name of the task of a folder: digits for both `digits/train` and `digits`."""
-    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name

@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
     # `moce_ds/__init__.py` imports this module before it.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+# timm imports `tqdm.auto`, which asks for ipywidgets in a notebook; our progress bars need none.
+warnings.filterwarnings("ignore", message="IProgress not found")
+
 # The library object must outlive the operators that it defines.
 _torchvision_operators: list[torch.library.Library] = []
 
@@ -125,6 +128,19 @@ def roi_align(
         means_NCHW = means_CSW.unflatten(1, (len(mine_N), pooled_height)).transpose(0, 1)
         pooled_KCHW = pooled_KCHW.index_copy(0, mine_N, means_NCHW.to(input.dtype))
     return pooled_KCHW
+
+
+def destroy_process_group() -> None:
+    """End the process group of this process, and with it the groups that DeepSpeed has made, if it is in use.
+
+    DeepSpeed keeps its groups in its modules: after `torch.distributed.destroy_process_group` alone, the next engine in
+    this process would use those that have ended.
+    """
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
+        torch.distributed.destroy_process_group()
 
 
 def quiet_deepspeed() -> None:

@@ -142,6 +142,11 @@ class Splits:
     test: ShardSet
 
 
+def task_of(data: Path) -> str:
+    """The name of the task of a folder: digits for both `digits/train` and `digits`."""
+    return data.absolute().parent.name if data.name in ("train", "val", "test") else data.name
+
+
 @contextmanager
 def opened_task(train: Path, val: Path | None, test: Path) -> Iterator[Splits]:
     """The splits of a task, each a shard set or another source of images. Raises DataError as `opened_images`."""

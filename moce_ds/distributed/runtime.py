@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moce_ds.common.compat import destroy_process_group
 from moce_ds.common.errors import MoceError
 from moce_ds.common.host import gpus, threads
 from moce_ds.common.host.interrupts import obeyed
@@ -251,7 +252,7 @@ def _joined(place: ProcessRank, device: torch.device, peer_timeout: float) -> It
             dist.barrier()  # no process closes the store while others still read it
         dist.barrier()
     finally:
-        dist.destroy_process_group()
+        destroy_process_group()
 
 
 class StopRequest:

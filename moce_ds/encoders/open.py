@@ -1,5 +1,6 @@
 """Open an encoder, whatever holds it."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,9 +13,12 @@ from moce_ds.encoders.from_checkpoint import dense_encoder
 from moce_ds.encoders.public_mae import public_encoder
 from moce_ds.models.vit import Encoder, load_encoder
 
+_logger = logging.getLogger(__name__)
+
 
 def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> Encoder:
-    """Open an encoder folder, the run folder or a checkpoint of a dense MAE, or a file of the public MAE.
+    """Open an encoder folder, the run folder or a checkpoint of a dense MAE, or a file of the public MAE, whose size is
+    a guess that is logged.
 
     Args:
         heads: attention heads, if a file of the public MAE requires them (see `public_encoder`).
@@ -25,6 +29,7 @@ def open_encoder(path: Path, device: torch.device, heads: int | None = None) -> 
     restore(path)
     if path.is_file():
         encoder = public_encoder(path, heads)
+        _logger.info(f"{path}: read as {encoder.provenance['taken_for']}")
         encoder.model.to(device)
         return encoder
     if heads is not None:

@@ -4,20 +4,25 @@ Axes: N images of a split, D features.
 """
 
 import logging
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moce_ds.common.config.settings import to_tree
 from moce_ds.common.host.program import warn
 from moce_ds.data.shards import ShardSet
-from moce_ds.data.task_images import Splits, labels_of
+from moce_ds.data.task_images import Splits, labels_of, opened_task
 from moce_ds.distributed.runtime import Runtime
 from moce_ds.encoders.features import encode_all
+from moce_ds.encoders.open import open_encoder
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.knn import check_classes, knn_accuracy
 from moce_ds.evaluation.metrics import Metric, MultiLabelScore, Score
 from moce_ds.evaluation.probe import MAX_ITERATIONS, linear_probe
-from moce_ds.evaluation.settings import KnnSettings, ProbeSettings
+from moce_ds.evaluation.results_file import known_by
+from moce_ds.evaluation.settings import KnnSettings, ProbeSettings, decisive
 from moce_ds.models.vit import Encoder
 
 _LONG = 2**35
@@ -27,6 +32,34 @@ _logger = logging.getLogger(__name__)
 
 SETTINGS: dict[str, type[KnnSettings | ProbeSettings]] = {"knn": KnnSettings, "probe": ProbeSettings}
 """Settings class of each verb."""
+
+
+@dataclass(frozen=True)
+class TaskPaths:
+    """The splits of a task, each a shard set or another source; without `val` a part of `train` takes its place."""
+
+    train: Path
+    val: Path | None
+    test: Path
+
+
+def measure_encoder(
+    path: Path, task: TaskPaths, config: KnnSettings | ProbeSettings, runtime: Runtime, heads: int | None = None
+) -> tuple[Score | MultiLabelScore, dict[str, str]]:
+    """The score of what `open_encoder` opens, as `measure_frozen`, and what the score is known by in results.
+
+    A collective. `heads` is that of `open_encoder`.
+
+    Raises:
+        ArtefactError: there is no encoder.
+        DataError: the splits do not match, or no classifier can be evaluated on them.
+    """
+    with opened_task(task.train, task.val, task.test) as splits:
+        encoder = open_encoder(path, runtime.device, heads)
+        score = measure_frozen(encoder, splits, config, runtime)
+        images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
+    deciding = {key: value for key, value in decisive(config).items() if key not in to_tree(EncodeSettings())}
+    return score, known_by(encoder, deciding, images)
 
 
 def measure_frozen(

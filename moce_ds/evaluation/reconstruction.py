@@ -8,6 +8,7 @@ Axes: B images of a batch, N held-out images or patches, M clusters, L expert la
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from moce_ds.data.clusters import Clusters
 from moce_ds.data.loader import Batch, Loader
 from moce_ds.data.sampler import ReadList
 from moce_ds.data.shards import ShardSet
+from moce_ds.data.task_images import opened_images
 from moce_ds.data.transform import CenterCrop, ImageInput
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.evaluation.results_file import known_by, psnr_gain
@@ -36,6 +38,7 @@ from moce_ds.moe.expert_layer import ExpertLayer
 from moce_ds.moe.gate import route_table
 from moce_ds.moe.placement import default_placement
 from moce_ds.moe.routing_plan import make_plan
+from moce_ds.selection.vote import count_votes, label_images, recorded_routes
 
 _NAME = 60  # characters shown of a task's name
 _UNITS = (
@@ -140,6 +143,21 @@ class HeldOut:
             yield batch, mask_noise(_MASK_SEED, batch.ids_B, batch.epochs_B, num_patches).to(self.device)
 
 
+@contextmanager
+def routed_images(
+    checkpoint: Checkpoint, clusters: Clusters, data: Path, config: EncodeSettings, device: torch.device
+) -> Iterator[RoutedImages]:
+    """Open held-out images, a shard set or another source; they vote for the route that is deployed.
+
+    Raises:
+        ArtefactError: the encoder of the clusters is missing, damaged or another one.
+        DataError: there are no images in `data`, or one is damaged.
+    """
+    with opened_images(data) as images:
+        clusters_N, _ = label_images(checkpoint, clusters, images, config, device)
+        yield RoutedImages(images, clusters_N, count_votes(clusters_N, recorded_routes(checkpoint)).route)
+
+
 def evaluate_run(
     checkpoint: Checkpoint,
     clusters: Clusters,
@@ -187,6 +205,29 @@ def reconstruct_routed(
     routing = Routing(torch.from_numpy(clusters_B).to(images_BCHW.device), plan, None)
     reconstruction: Reconstruction = model(images_BCHW, noise_BN, routing).reconstruction
     return reconstruction
+
+
+@torch.inference_mode()
+def reconstruct(
+    checkpoint: Checkpoint,
+    clusters: Clusters | None,
+    images_BCHW: Tensor,
+    clusters_B: NDArray[np.int64] | None,
+    seed: int,
+) -> Reconstruction:
+    """Mask images and reconstruct them on the host; of a dense model, `clusters` and `clusters_B` are None.
+
+    Args:
+        clusters_B: the cluster whose route an image takes.
+        seed: of the masks.
+    """
+    model = load_whole(checkpoint, clusters)
+    ids_B = np.arange(len(images_BCHW))
+    noise_BN = mask_noise(seed, ids_B, np.zeros_like(ids_B), model.shape.num_patches)
+    if clusters_B is None:
+        return model(images_BCHW, noise_BN).reconstruction
+    assert isinstance(model, Moce)
+    return reconstruct_routed(model, run_routes(model, checkpoint), clusters_B, images_BCHW, noise_BN)
 
 
 def _dense_checkpoint(run: Path) -> Checkpoint:

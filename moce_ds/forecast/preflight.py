@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.machine import control_groups
 from moce_ds.data.shards import ShardSet
+from moce_ds.distributed.runtime import Runtime, started
 from moce_ds.forecast.step_cost import Work
 from moce_ds.models.shapes import ExpertShape
 from moce_ds.training.schedule import batch_arithmetic, make_schedule
@@ -74,6 +76,20 @@ def _placement(experts: ExpertShape, ep_size: int, world_size: int) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} K"
+
+
+@contextmanager
+def started_run(work: Work, peer_timeout: float) -> Iterator[Runtime]:
+    """Join the process group for the length of the block, unless the run does not fit into the memory; a collective.
+
+    Raises:
+        ConfigError: as `check_memory`, on every process, and as `started`.
+        LostPeerError: as `started`.
+    """
+    with started(peer_timeout) as runtime:
+        with runtime.raise_on_all_ranks():
+            check_memory(work, runtime.world_size, runtime.device)
+        yield runtime
 
 
 def check_memory(work: Work, world_size: int, device: torch.device) -> None:

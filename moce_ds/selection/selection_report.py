@@ -1,15 +1,12 @@
 """The output of `moce select`: a report for the terminal, and a picture of images of the task and of images that
 trained the chosen expert.
-
-Axes: N images of the training set, M clusters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from rich.bar import Bar
@@ -18,14 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moce_ds.checkpoint.format import Checkpoint
-from moce_ds.common.config.values import recorded_path
 from moce_ds.common.errors import ArtefactError, DataError
 from moce_ds.common.storage.files import PICTURE_TEXT, atomic_file, writes_to
 from moce_ds.common.text import in_line, route_label, shortened
-from moce_ds.data.clusters import load_ids, parts_of
 from moce_ds.data.shards import ShardSet
 from moce_ds.selection.routes import choose_selected
-from moce_ds.selection.run_clusters import clusters_folder
+from moce_ds.selection.training_images import training_images
 from moce_ds.selection.vote import Selection
 
 _CLUSTERS = 10
@@ -100,7 +95,8 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
     left = _block(f"{task}: {number} of {images.count:,} images", [images.decode(i) for i in sorted(ids.tolist())])
     title, note = f"route {route_label(selection.route)}: training images of its experts", None
     try:
-        right = _block(title, _training_images(checkpoint, choose_selected(checkpoint, selection).clusters))
+        on_route = choose_selected(checkpoint, selection).clusters
+        right = _block(title, training_images(checkpoint, on_route, _COLUMNS * _ROWS))
     except (ArtefactError, DataError) as error:
         note = f"No training images to show: {error}"
         right = _block(title, [], note)
@@ -113,44 +109,6 @@ def write_picture(path: Path, images: ShardSet, task: str, selection: Selection,
     with writes_to(path), atomic_file(path) as temporary:
         sheet.save(temporary, "PNG", pnginfo=text)
     return note
-
-
-def _training_images(checkpoint: Checkpoint, votes: Mapping[int, float]) -> list[Image.Image]:
-    """Training images of the clusters with votes. Raises ArtefactError or DataError if the run's shards are missing or
-    different, or hold no such image."""
-    shards = ShardSet.open(recorded_path(str(checkpoint.entry("config", "data", "shards"))))
-    ids_N = load_ids(clusters_folder(checkpoint), shards.fingerprint, shards.count)
-    if not (drawn := draw_by_votes(ids_N, votes)):
-        raise DataError(f"no image of {shards.path} is in a cluster with votes.")
-    return [shards.decode(image_id) for image_id in drawn]
-
-
-def draw_by_votes(ids_N: NDArray[np.int32], votes: Mapping[int, float]) -> list[int]:
-    """Distinct images of the clusters with votes, in proportion to the votes; deterministic, in order.
-
-    Takes the images with the largest `log weight + Gumbel noise`, which draws them one by one by their weights
-    (Efraimidis and Spirakis, 2006). Memory does not grow with the images.
-
-    Args:
-        ids_N: cluster of each image; may be memory-mapped.
-        votes: share of each cluster.
-    """
-    sizes_M = np.zeros(max(ids_N.max(), *votes) + 1, dtype=np.int64)
-    for part_N in parts_of(ids_N):
-        sizes_M += np.bincount(part_N, minlength=len(sizes_M))
-    weight_M = np.zeros(len(sizes_M))
-    weight_M[list(votes)] = list(votes.values())
-    weight_M /= np.maximum(sizes_M, 1)
-    random, first = np.random.default_rng(0), 0
-    drawn, keys = np.empty(0, dtype=np.int64), np.empty(0)
-    for part_N in parts_of(ids_N):
-        candidates = np.flatnonzero(weight_M[part_N])
-        noise = random.gumbel(size=len(candidates))
-        drawn = np.append(drawn, first + candidates)
-        keys = np.append(keys, np.log(weight_M[part_N[candidates]]) + noise)
-        best = np.argsort(-keys)[: _COLUMNS * _ROWS]
-        drawn, keys, first = drawn[best], keys[best], first + len(part_N)
-    return sorted(drawn.tolist())
 
 
 def _block(title: str, images: Sequence[Image.Image], note: str = "") -> Image.Image:

@@ -4,7 +4,6 @@ Only the main process writes. `read_metrics` resolves a step that two attempts h
 """
 
 import logging
-import sys
 import time
 from collections import deque
 from types import TracebackType
@@ -101,7 +100,7 @@ class MetricLogger:
             initial=first_step,
             total=steps,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=None,
             dynamic_ncols=True,
             bar_format="step {n_fmt}/{total_fmt} {desc}eta {remaining}",
         )

@@ -307,8 +307,6 @@ def finetune(config: FinetuneSettings, runtime: Runtime) -> dict[str, Any] | Non
     """
     with runtime.raise_on_all_ranks():
         encoder = open_encoder(config.data.encoder, torch.device("cpu"))
-    if config.data.encoder.is_file():
-        runtime.say(f"{config.data.encoder}: read as {encoder.provenance['taken_for']}")
     with opened_splits(config.data, config.run.seed, runtime) as splits:
         task = Classification(
             encoder, splits, config.data, config.augment, config.optim, config.engine, config.run, runtime

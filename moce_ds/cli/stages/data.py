@@ -117,8 +117,6 @@ def features(encoder: Path, shards: Path, out: Path, heads: int | None, words: S
     config = read_settings(FeatureSettings, words)
     with started() as runtime:
         opened = open_encoder(encoder, runtime.device, heads)
-        if encoder.is_file():
-            runtime.say(f"{encoder}: read as {opened.provenance['taken_for']}")
         write_features(opened, ShardSet.open(shards), out, config, runtime)
         runtime.say(f"{out}: features of width {opened.shape.width}")
     conclude(out, "cluster", out, beside(out, "clusters"), "--shards", shards)

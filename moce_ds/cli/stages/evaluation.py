@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from moce_ds.cli.next_step import beside, conclude
-from moce_ds.cli.options import PATH, Verb, heads_option, no_cache_option, task_of, words
+from moce_ds.cli.options import PATH, Verb, heads_option, no_cache_option, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, show
@@ -69,33 +69,24 @@ def _accuracy(
     heads: int | None,
     words: Sequence[str],
 ) -> None:
-    from moce_ds.common.config.settings import to_tree
-    from moce_ds.data.task_images import opened_task
+    from moce_ds.data.task_images import task_of
     from moce_ds.distributed.runtime import started
-    from moce_ds.encoders.open import open_encoder
-    from moce_ds.encoders.settings import EncodeSettings
-    from moce_ds.evaluation.frozen_features import SETTINGS, measure_frozen
+    from moce_ds.evaluation.frozen_features import SETTINGS, TaskPaths, measure_encoder
     from moce_ds.evaluation.metrics import DISPLAY_NAMES, accuracy_record
-    from moce_ds.evaluation.results_file import add_record, check_results, known_by
-    from moce_ds.evaluation.settings import decisive
+    from moce_ds.evaluation.results_file import add_record, check_results
 
     config = read_settings(SETTINGS[verb], words)
     _check_processes(verb, config)
     check_results(results)
-    with started() as runtime, opened_task(train, val, test) as splits:
-        opened = open_encoder(encoder, runtime.device, heads)
-        if encoder.is_file():
-            runtime.say(f"{encoder}: read as {opened.provenance['taken_for']}")
-        score = measure_frozen(opened, splits, config, runtime)
-        images = [part and part.fingerprint for part in (splits.train, splits.val, splits.test)]
+    with started() as runtime:
+        score, known_by = measure_encoder(encoder, TaskPaths(train, val, test), config, runtime, heads)
         is_main = runtime.is_main
     if not is_main:
         return
     name, task_name = model or encoder.name, task or task_of(test)
     scores = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
-    deciding = {key: value for key, value in decisive(config).items() if key not in to_tree(EncodeSettings())}
-    add_record(results, accuracy_record(verb, task_name, name, score) | known_by(opened, deciding, images))
+    add_record(results, accuracy_record(verb, task_name, name, score) | known_by)
     _conclude(verb, results, encoder, ["--train", train, *(["--val", val] if val else []), "--test", test])
 
 
@@ -136,25 +127,22 @@ def evaluate(
     Compares the selected route, each image's own route, and with --dense a dense MAE. `moce report FOLDER` shows the
     pictures in FOLDER/pictures.
     """
-    from moce_ds.data.task_images import opened_images
+    from moce_ds.data.task_images import task_of
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.expert_pictures import check_picture, expert_sheet
-    from moce_ds.evaluation.reconstruction import HeldOut, RoutedImages, evaluate_run
+    from moce_ds.evaluation.reconstruction import HeldOut, evaluate_run, routed_images
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.selection.run_clusters import run_clusters
-    from moce_ds.selection.vote import count_votes, label_images, recorded_routes
 
     config, device, name = read_settings(EncodeSettings, words), lone_device(), task or task_of(data)
     check_results(results)
     checkpoint, clusters = run_clusters(run)
     check_picture(picture, checkpoint)
-    with opened_images(data) as images:
-        clusters_N, _ = label_images(checkpoint, clusters, images, config, device)
-        task_images = RoutedImages(images, clusters_N, count_votes(clusters_N, recorded_routes(checkpoint)).route)
+    with routed_images(checkpoint, clusters, data, config, device) as task_images:
         errors = evaluate_run(checkpoint, clusters, task_images, dense, config, device)
         if picture:
-            held_out = HeldOut.of(checkpoint, images, config, device)
+            held_out = HeldOut.of(checkpoint, task_images.images, config, device)
             expert_sheet(checkpoint, clusters, task_images, held_out, (name, run.name)).write(picture)
             say(f"{picture}: written.")
     show(errors.table(name))

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from moce_ds.cli.next_step import beside, conclude
-from moce_ds.cli.options import PATH, Verb, checked_settings, force_option, words
+from moce_ds.cli.options import PATH, Verb, force_option, words
 from moce_ds.cli.stages.bench import Numbers
 from moce_ds.common.config.command_line import settings_layers
 from moce_ds.common.config.model_kinds import model_kind_of_settings
 from moce_ds.common.config.printing import explained
-from moce_ds.common.config.settings import to_tree
+from moce_ds.common.config.settings import checked_settings, to_tree
 from moce_ds.common.errors import STOPPED, ConfigError
 from moce_ds.common.host.program import say, show
 from moce_ds.common.host.rank import ProcessRank
@@ -37,7 +37,7 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
     config = checked_settings(PretrainSettings, layers)
     if processes and not dry_run:
         raise ConfigError("--processes: it only plans, with --dry-run; start processes with moce launch or torchrun.")
-    from moce_ds.forecast.preflight import check_memory, plan_table
+    from moce_ds.forecast.preflight import plan_table, started_run
     from moce_ds.forecast.step_cost import Work
 
     work = Work.of(config)
@@ -46,12 +46,9 @@ def pretrain(words: Sequence[str], dry_run: bool, processes: int | None) -> None
         show(plan_table(title, work, config.data.shards, world_size))
         say(*explained(PretrainSettings, to_tree(config), layers))
         return
-    from moce_ds.distributed.runtime import started
     from moce_ds.training.pretrain import pretrain as run
 
-    with started(config.run.peer_timeout) as runtime:
-        with runtime.raise_on_all_ranks():
-            check_memory(work, runtime.world_size, runtime.device)
+    with started_run(work, config.run.peer_timeout) as runtime:
         progress = run(config, runtime)
     if not progress.complete:
         sys.exit(STOPPED)

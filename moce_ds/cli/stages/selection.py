@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moce_ds.cli.next_step import beside, conclude, conclude_encoder
-from moce_ds.cli.options import PATH, Verb, no_cache_option, task_of, words
+from moce_ds.cli.options import PATH, Verb, no_cache_option, words
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.host.program import say, show
 
@@ -45,7 +45,7 @@ def select(
 
     Also reports how typical the images are of the training data.
     """
-    from moce_ds.data.task_images import opened_images
+    from moce_ds.data.task_images import opened_images, task_of
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.evaluation.results_file import add_record, known_by
@@ -136,6 +136,7 @@ def export(run: Path, out: Path, format: str, part: str, replace: bool, words: S
 
     The encoder of a dense RUN needs no choice of experts. docs/export.md describes the options and formats.
     """
+    from moce_ds.data.task_images import task_of
     from moce_ds.distributed.runtime import lone_device
     from moce_ds.encoders.settings import EncodeSettings
     from moce_ds.exporting.formats.registry import find_format

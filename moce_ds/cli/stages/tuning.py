@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from moce_ds.cli.next_step import conclude
-from moce_ds.cli.options import PATH, Verb, checked_settings, no_cache_option, words
+from moce_ds.cli.options import PATH, Verb, no_cache_option, words
 from moce_ds.common.config.command_line import settings_layers
-from moce_ds.common.config.settings import T
+from moce_ds.common.config.settings import T, checked_settings
 from moce_ds.common.config.values import is_number
 from moce_ds.common.config.yaml_text import Plain
 from moce_ds.common.errors import STOPPED
@@ -53,7 +53,7 @@ def finetune(
         named |= {"data.val_share" if is_number(val) and not Path(val).exists() else "data.val": Plain(val)}
     config = checked_settings(FinetuneSettings, settings_layers(FinetuneSettings, words, named))
     from moce_ds.checkpoint.run_folder import TUNED
-    from moce_ds.cli.options import task_of
+    from moce_ds.data.task_images import task_of
     from moce_ds.distributed.runtime import started
     from moce_ds.evaluation.results_file import add_record, check_results
     from moce_ds.tuning.classification import finetune as run

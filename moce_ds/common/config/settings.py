@@ -24,6 +24,7 @@ from moce_ds.common.config.composition import Layer, fault_message, file_layers,
 from moce_ds.common.config.values import Misread, Reading, opened, path_text, read, resolved
 from moce_ds.common.config.yaml_text import Plain, read_yaml_text
 from moce_ds.common.errors import ConfigError
+from moce_ds.common.host import gpus
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ OpenShare = Annotated[float, Field(gt=0, lt=1)]
 CropShare = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-WORDS = "the command line"
+WORDS, KEYWORDS = "the command line", "keyword arguments"
 _log = logging.getLogger(__name__)
 _HELP_WIDTH, _HELP_INDENT = 100, 41  # columns
 
@@ -73,6 +74,15 @@ def words_layer(words: Sequence[str], origin: str = WORDS) -> Layer:
     return Layer(origin, tree)
 
 
+def keywords_layer(values: Mapping[str, Any], origin: str = KEYWORDS) -> Layer:
+    """A tree of values given in Python: by group, `optim={"epochs": 3}`, by dotted key, or both. Raises ConfigError."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        part = keywords_layer(value, origin).tree if isinstance(value, Mapping) else value
+        tree = _merged(tree, nested({key: part}), origin)
+    return Layer(origin, tree)
+
+
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """A tree built from dotted keys and their values."""
     tree: dict[str, Any] = {}
@@ -101,6 +111,19 @@ def from_layers(cls: type[T], layers: Sequence[Layer]) -> T:
         return TypeAdapter(cls).validate_python(read(cls, tree, ""))
     except ValidationError as error:
         raise ConfigError(fault_message(dict(keys(cls)), error, layers)) from None
+
+
+def checked_settings(cls: type[T], layers: Sequence[Layer]) -> T:
+    """The settings of a run from their layers. If they contain `engine.device=cpu`, all GPUs are hidden first, because
+    the check of a model's size imports torch, and torch then finds the GPUs.
+
+    Raises:
+        ConfigError: a key or value is not allowed.
+    """
+    engines = [layer.tree["engine"] for layer in layers if isinstance(layer.tree.get("engine"), dict)]
+    devices = [engine["device"] for engine in engines if "device" in engine]
+    gpus.apply_choice(str(devices[-1]) if devices else "auto")
+    return from_layers(cls, layers)
 
 
 def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:

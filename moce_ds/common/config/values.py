@@ -174,7 +174,7 @@ def _read_text(value: Any) -> Any:
 
 def _read_path(value: Any) -> Any:
     if not isinstance(value, str):
-        return value
+        return Path(value) if isinstance(value, os.PathLike) else value
     try:
         return expanded(value)
     except ValueError as error:

@@ -75,13 +75,18 @@ def progress_bar(*args: Any, disable: bool | None = False, **options: Any) -> "t
 
     Args:
         args, options: as of `tqdm.tqdm`.
-        disable: hide the bar; None: hide it unless standard error is a terminal.
+        disable: hide the bar; None: hide it unless standard error is a terminal, or the output of a notebook's cell.
     """
     from tqdm import tqdm
 
-    shown = _logger.isEnabledFor(logging.INFO)
+    hidden = not _is_watched() if disable is None else disable
     make: Callable[..., tqdm[Any]] = tqdm  # its overloads accept no **options
-    return make(*args, disable=disable if shown else True, **options)
+    return make(*args, disable=hidden or not _logger.isEnabledFor(logging.INFO), **options)
+
+
+def _is_watched() -> bool:
+    """Whether a person sees standard error as it is written, and a line can replace the one before it."""
+    return sys.stderr.isatty() or type(sys.stderr).__module__ == "ipykernel.iostream"
 
 
 @contextmanager
@@ -169,6 +174,31 @@ def configure_logging() -> None:
     _logger.propagate = False  # other packages add handlers to the root logger, which would repeat each record
     if not any(isinstance(handler, _StderrHandler) for handler in _logger.handlers):
         _logger.addHandler(_StderrHandler())
+
+
+@contextmanager
+def python_call() -> Iterator[None]:
+    """The frame of a function of the Python API, as `run_main` is that of a command; use it as a decorator.
+
+    Notices and progress are shown as by a command (MOCE_LOG), unless the caller has configured the logger "moce_ds".
+    Faults of the machine, such as a full disk, become a MoceError with the message of the command.
+    """
+    by_caller, excepthook = _logger.level != logging.NOTSET or bool(_logger.handlers), sys.excepthook
+    if not by_caller:
+        configure_logging()
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        raise fault from error
+    finally:
+        sys.excepthook = excepthook  # a process group leaves one that writes its rank before each line
+        if not by_caller:
+            _logger.handlers.clear()
+            _logger.setLevel(logging.NOTSET)
+            _logger.propagate = True
 
 
 def set_log_level(level: str) -> None:

@@ -123,6 +123,16 @@ def new_records(file: BinaryIO) -> Iterator[dict[str, Any]]:
     file.seek(-len(line), os.SEEK_CUR)
 
 
+def flat_record(tree: Mapping[str, Any], separator: str = ".") -> Iterator[tuple[str, Any]]:
+    """The values of a record under joined names, such as `layers.3.load.0`; all but the step."""
+    for key, value in tree.items():
+        if isinstance(value, dict | list):
+            parts = value if isinstance(value, dict) else {str(i): item for i, item in enumerate(value)}
+            yield from ((f"{key}{separator}{name}", item) for name, item in flat_record(parts, separator))
+        elif key != "step":
+            yield key, value
+
+
 def verify_metrics(path: Path, marks: Iterable[str]) -> Findings:
     """Differences from what was written. Raises ArtefactError if the file cannot be read.
 

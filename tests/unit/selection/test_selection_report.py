@@ -15,7 +15,8 @@ from moce_ds.checkpoint.format import find
 from moce_ds.data.clusters import load_ids
 from moce_ds.data.shards import ShardSet
 from moce_ds.models.vit import load_encoder
-from moce_ds.selection.selection_report import draw_by_votes, selection_report, write_picture
+from moce_ds.selection.selection_report import selection_report, write_picture
+from moce_ds.selection.training_images import draw_by_votes
 from moce_ds.selection.vote import Selection, Typicality, count_votes
 from tests.examples.moce_command import Said, refused, run_here
 
@@ -140,12 +141,12 @@ def test_the_training_images_of_a_folder_whose_name_has_a_dollar(
 
 def test_training_images_are_drawn_by_the_votes_of_their_clusters() -> None:
     ids_N = np.arange(1000) % 5
-    drawn = draw_by_votes(ids_N, {1: 0.9, 3: 0.1})
+    drawn = draw_by_votes(ids_N, {1: 0.9, 3: 0.1}, 30)
     assert len(set(drawn)) == len(drawn) == 30 and drawn == sorted(drawn)
     clusters = ids_N[drawn].tolist()
     assert set(clusters) == {1, 3} and clusters.count(1) > 20
-    assert draw_by_votes(np.array([0, 1, 2, 1]), {1: 1.0}) == [1, 3]
-    assert draw_by_votes(np.array([0, 1]), {4: 1.0}) == []
+    assert draw_by_votes(np.array([0, 1, 2, 1]), {1: 1.0}, 30) == [1, 3]
+    assert draw_by_votes(np.array([0, 1]), {4: 1.0}, 30) == []
 
 
 def test_without_the_training_images_the_picture_says_why(

@@ -1,10 +1,10 @@
-"""The Python API: an exported expert as a module, and clusters that label images (docs/export.md).
+"""Clusters that label images.
 
 Axes: N images, B images per batch, D feature width.
 """
 
 from collections.abc import Iterable
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 
 import numpy as np
@@ -13,62 +13,57 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from moce_ds.api.given import AnyPath, as_path
 from moce_ds.checkpoint.run_folder import CLUSTERS
-from moce_ds.common.errors import ArtefactError, DataError
-from moce_ds.common.storage.encoder_folder import EXPORT
+from moce_ds.clustering.quality import ClusterReport
+from moce_ds.common.errors import DataError
 from moce_ds.data.clusters import Clusters as FeatureClusters
 from moce_ds.data.image_file import DECODER_FAULTS, Rejected, decoded, examine, fault_text, to_rgb
 from moce_ds.data.kept_encoder import ENCODER, check_encoder
+from moce_ds.data.shards import ShardSet
 from moce_ds.data.transform import CenterCrop, ImageInput
-from moce_ds.models.vit import Encoder, VisionTransformer, load_encoder
+from moce_ds.models.vit import Encoder, load_encoder
 
 _BATCH = 64
 
 AnyImage = str | PathLike[str] | Image.Image
 
 
-def load_expert(path: str | PathLike[str]) -> VisionTransformer:
-    """An exported expert: timm's VisionTransformer in evaluation mode, on the CPU, with `forward_features`.
+class Clusters(PathLike[str]):
+    """Clusters with the encoder whose features were clustered; as a path, their folder.
 
-    `timm.data.resolve_model_data_config` returns the size, crop and normalisation of its images.
+    Attributes:
+        clusters: centroids `embeddings_MD`, sizes `sizes_M` and more, as numpy arrays.
+        encoder: its `features` are what the clusters divide.
 
-    Args:
-        path: a folder that `moce export` wrote in timm's layout.
+    Example::
 
-    Raises:
-        ArtefactError: it is not such a folder, was written for another library, or is damaged.
+        clusters = moce_ds.Clusters.load("clusters")
+        labels_N = clusters.assign(["a.jpg", "b.jpg"])
+        print(clusters.clusters.num_clusters, clusters.quality("shards").classes)
     """
-    folder = Path(path)
-    if (folder / EXPORT).exists():
-        raise ArtefactError(f"{folder} was exported for another library: export it again with --format timm.")
-    encoder = load_encoder(folder)
-    input = encoder.input
-    encoder.model.pretrained_cfg = {
-        "input_size": (3, input.size, input.size),
-        "mean": input.mean,
-        "std": input.std,
-        "crop_pct": input.center_crop,
-        "crop_mode": "center",
-        "interpolation": "bicubic",
-    }
-    return encoder.model
-
-
-class Clusters:
-    """Clusters with the encoder whose features were clustered."""
 
     def __init__(self, clusters: FeatureClusters, encoder: Encoder) -> None:
         self.clusters = clusters
         self.encoder = encoder
 
+    def __fspath__(self) -> str:
+        return fspath(self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that they were read from."""
+        assert self.clusters.folder is not None, "clusters that were opened have a folder"
+        return self.clusters.folder
+
     @classmethod
-    def load(cls, path: str | PathLike[str], device: str = "cpu") -> "Clusters":
+    def load(cls, path: AnyPath, device: str = "cpu") -> "Clusters":
         """Read a clusters folder, or the copy in a run folder.
 
         Raises:
             ArtefactError: it is neither, or damaged.
         """
-        folder = Path(path)
+        folder = as_path(path)
         if FeatureClusters.recognises(folder / CLUSTERS):
             folder = folder / CLUSTERS
         clusters = FeatureClusters.open(folder)
@@ -92,6 +87,22 @@ class Clusters:
         # Features of the pre-training set are stored as float16, so these are rounded in the same way.
         return self.clusters.assign(features_ND.astype(np.float16).astype(np.float32))
 
+    def quality(self, shards: AnyPath | None = None) -> ClusterReport:
+        """The sizes and the tightness of the clusters, as `moce cluster` prints them.
+
+        Args:
+            shards: the shard set that was clustered, for the agreement of the clusters with its classes.
+
+        Raises:
+            ArtefactError, DataError: the clusters or the shard set are damaged.
+        """
+        from moce_ds.clustering.build import measured_clusters  # with what the clustering needs
+
+        if shards is None:
+            return measured_clusters(self.folder)[1]
+        images = ShardSet.open(as_path(shards))
+        return measured_clusters(self.folder, images.labels, images.classes)[1]
+
     def features(self, images: Iterable[AnyImage]) -> NDArray[np.float32]:
         """The encoder's features, [N, D]; decoded by Pillow, while `moce select` uses DALI. Raises DataError."""
         if isinstance(images, str | PathLike | Image.Image):
@@ -99,9 +110,14 @@ class Clusters:
         device, listed = next(self.encoder.model.parameters()).device, list(images)
         parts = [np.zeros((0, self.encoder.shape.width), np.float32)]
         for start in range(0, len(listed), _BATCH):
-            batch_BCHW = torch.stack([_pixels(image, self.encoder.input) for image in listed[start : start + _BATCH]])
+            batch_BCHW = pixels_of(listed[start : start + _BATCH], self.encoder.input)
             parts.append(self.encoder.features(batch_BCHW.to(device)).cpu().numpy())
         return np.concatenate(parts)
+
+
+def pixels_of(images: Iterable[AnyImage], input: ImageInput) -> Tensor:
+    """Images as a model sees them in evaluation, [B, 3, H, W] float32, normalised. Raises DataError."""
+    return torch.stack([_pixels(image, input) for image in images])
 
 
 def _pixels(image: AnyImage, input: ImageInput) -> Tensor:
