@@ -37,6 +37,7 @@ LAYERS = (
     {"tuning", "report", "api"},
     {"__init__"},  # lazily: the Python API
     {"bench"},  # measures them all
+    {"doctor"},  # tries the parts that need this machine
     {"cli.options", "cli.next_step"},
     {"cli.stages", "cli.launch", "cli.config_verbs"},
     {"cli.workflow"},
@@ -88,6 +89,7 @@ NEVER_REACH: dict[str, tuple[str, ...]] = {
     "moce_ds.exporting": ("moce_ds.training", "deepspeed"),
     "moce_ds.evaluation": ("moce_ds.training", "deepspeed"),
     "moce_ds.forecast": ("deepspeed", "nvidia", "faiss"),
+    "moce_ds.doctor": ("torch", "deepspeed", "nvidia", "faiss"),
     "moce_ds.inspection": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
     "moce_ds.report": ("moce_ds.training", "torch", "deepspeed", "nvidia", "faiss"),
     # What `moce VERB --help` imports: an answer at once needs no torch.

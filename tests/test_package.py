@@ -1,14 +1,18 @@
 """What is installed: one package with the files that its verbs need; and what a person starts from the clone."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moce_ds import __version__
 from moce_ds.cli.workflow.demo import CONFIGS, pipeline_words
 from moce_ds.cli.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.cli.workflow.transfer_tasks import TASK_FILES, read_task
@@ -43,10 +47,48 @@ def test_only_moce_ds_is_installed_with_all_of_its_data(wheel: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "moce_ds").rglob("*.py")} <= set(names)
 
 
-def test_tasks_and_demo_are_found_in_the_wheel(wheel: Path, tmp_path: Path) -> None:
-    """In a process that imports the package from the unpacked wheel, in a folder that holds nothing else."""
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    (tmp_path / "work").mkdir()
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The wheel in a new environment, which finds the dependencies of this one, but not its editable installation: a
+    .pth file names their folders, and the .pth files in these do not count.
+
+    Call it with a command of the environment: it runs in one folder outside of the repository and returns what it
+    prints on standard output.
+    """
+    root = tmp_path_factory.mktemp("installed")
+    run = subprocess.run
+    run([sys.executable, "-m", "venv", "--without-pip", root / "venv"], check=True, timeout=300)
+    python = root / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
+    run([*pip, wheel], check=True, timeout=300)
+    site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True)
+    folders = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    Path(site.stdout.strip(), "dependencies.pth").write_text("\n".join([*folders, ""]))
+    (root / "work").mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def command(name: str, *words: object) -> str:
+        line = [str(root / "venv/bin" / name), *map(str, words)]
+        done = run(line, cwd=root / "work", env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return command
+
+
+def test_the_installed_command_knows_its_versions_and_finds_no_fault(installed: Callable[..., str]) -> None:
+    lines = installed("moce", "--version").splitlines()
+    assert lines[0] == f"moce_ds {__version__}" and len(lines) == 6
+    document = json.loads(installed("moce", "doctor", "--json"))
+    assert document["faults"] == 0 and document["versions"] == lines
+    names = [one["name"] for one in document["checks"]]
+    assert len(names) == len(set(names)) and {"Python", "disk", "GPUs", "DALI", "gloo", "NCCL", "SLURM"} < set(names)
+    assert all(bool(one["cure"]) == (one["status"] != "ok") for one in document["checks"])
+    (gloo,) = (one for one in document["checks"] if one["name"] == "gloo")
+    assert gloo["text"] == "2 processes started, met and summed a number"
+
+
+def test_the_installed_package_has_demo_and_tasks(installed: Callable[..., str]) -> None:
     code = """
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.cli.workflow.demo import CONFIGS, pipeline_words
@@ -54,17 +96,26 @@ from moce_ds.cli.workflow.pipeline import PipelineSettings, stages_of
 from moce_ds.cli.workflow.transfer_tasks import known_tasks
 from pathlib import Path
 pipeline = read_settings(PipelineSettings, pipeline_words(Path("o"), short=True))
-print(CONFIGS.parent, len(known_tasks()), len(stages_of(pipeline)))
+print(CONFIGS, len(known_tasks()), len(stages_of(pipeline)))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path / "work",
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.stdout.split() == [f"{tmp_path}/site/moce_ds/cli/workflow/configs", "13", "7"], done.stderr
+    configs, *counts = installed("python", "-c", code).split()
+    assert "/venv/lib/" in configs and not configs.startswith(str(ROOT)) and counts == ["13", "7"]
+
+
+def test_the_installed_command_runs_the_first_stages_of_the_demo(
+    installed: Callable[..., str], tiny_images: Path, tmp_path: Path
+) -> None:
+    """With the demo's own settings, on few images, up to a report; what the later stages need is imported above."""
+    configs = installed("python", "-c", "from moce_ds.cli.workflow.demo import CONFIGS; print(CONFIGS)").strip()
+    shards, run = tmp_path / "shards", tmp_path / "mae"
+    installed("moce", "shards", tiny_images, shards, "workers=1")
+    shortest = ("optim.epochs=1", "optim.batch_size=60", "model.depth=1", "model.decoder_depth=1", "data.threads=1")
+    installed("moce", "pretrain", f"{configs}/mae.yaml", f"data.shards={shards}", f"run.out={run}", *shortest)
+    page = Path(installed("moce", "report", run).strip()).read_text()
+    assert page.startswith("<!doctype html>") and "<style" in page and "picture_every" in page
+    starter = tmp_path / "moce.yaml"
+    installed("moce", "config", "new", "pretrain", starter, "model.arch=moce")
+    assert "experts:" in starter.read_text()
 
 
 def test_the_demo_has_its_settings_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,36 @@
 """The `moce` command: the verbs of single stages (stages/), and those that run other verbs (workflow/)."""
 
+from typing import Any
+
 import click
 
-from moce_ds import __version__
 from moce_ds.cli.config_verbs import config
 from moce_ds.cli.stages.registry import STAGE_VERBS
 from moce_ds.cli.workflow.workflow_verbs import VERBS as WORKFLOW_VERBS
 from moce_ds.common.host import gpus, threads
-from moce_ds.common.host.program import run_command, set_log_level
+from moce_ds.common.host.program import run_command, say, set_log_level
+
+
+def _print_versions(context: click.Context, parameter: click.Parameter, wanted: Any) -> None:
+    if wanted and not context.resilient_parsing:
+        from moce_ds.doctor.packages import version_lines
+
+        say(*version_lines())
+        context.exit()
+
+
+_version_option = click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_versions,
+    help="Print the versions of moce_ds and of the libraries that it computes with, and exit.",
+)
 
 
 @click.group(context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="moce")
+@_version_option
 @click.option("-v", "--verbose", is_flag=True, help="Log debug output, with time, rank and module.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only results, warnings and errors.")
 def moce(verbose: bool, quiet: bool) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from moce_ds.cli.stages import bench, data, evaluation, pretraining, reports, selection, tuning
+from moce_ds.cli.stages import bench, data, doctor, evaluation, pretraining, reports, selection, tuning
 from moce_ds.common.config.values import arguments
 
-_MODULES = (data, pretraining, selection, evaluation, tuning, reports, bench)
+_MODULES = (data, pretraining, selection, evaluation, tuning, reports, bench, doctor)
 STAGE_VERBS: dict[str, click.Command] = {str(verb.name): verb for module in _MODULES for verb in module.VERBS}
 
 

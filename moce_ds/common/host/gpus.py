@@ -6,8 +6,8 @@ Imports no torch: GPUs can be hidden only before torch looks for them.
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
 
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.text import counted
@@ -67,32 +67,107 @@ def index_of(local_rank: int, visible: int, environment: Mapping[str, str] = os.
     )
 
 
-def check_none_unused(torch_version: str, cuda: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse to compute on the CPU of a machine with GPUs. Call it only if torch sees no GPU: it may run nvidia-smi.
+@dataclass(frozen=True)
+class Driver:
+    """What nvidia-smi says about this machine.
+
+    Attributes:
+        gpus: the GPUs that it lists, as a part of a sentence; "" if it lists none or is not installed.
+        version: of the driver; "" if unknown.
+        cuda: the newest CUDA version that the driver supports; None if unknown.
+    """
+
+    gpus: str = ""
+    version: str = ""
+    cuda: tuple[int, int] | None = None
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> "Driver":
+        """Ask nvidia-smi. It may hang with its driver: the wait is limited."""
+        from moce_ds.common.host.outside import run_for  # most processes ask nothing
+
+        program = shutil.which("nvidia-smi", path=environment.get("PATH"))
+        if program is None:
+            return cls()
+        listed = run_for(_PATIENCE, [program, "-L"])
+        if listed.status is None:
+            return cls(f"nvidia-smi does not answer within {_PATIENCE:g} s")
+        names = re.findall(r"^GPU \d+: (.*?) \(", listed.out, flags=re.MULTILINE)
+        if not names:
+            return cls()
+        gpus = f"nvidia-smi lists {counted(len(names), 'GPU')} ({', '.join(dict.fromkeys(names))})"
+        table = run_for(_PATIENCE, [program]).out
+        version = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", table)
+        return cls(gpus, version[1] if version else "", cuda_version(table))
+
+    @property
+    def extra(self) -> str:
+        """The extra of this package whose wheels fit: "cpu", "cu12" or "cu13"."""
+        usable = self.cuda is not None and self.cuda[0] >= _OLDEST_CUDA
+        return f"cu{min(self.cuda[0], _NEWEST_CUDA)}" if self.cuda and usable else "cpu"
+
+    def __str__(self) -> str:
+        """Its version and the CUDA version that it supports, as a part of a sentence; "" if unknown."""
+        supports = f"which supports CUDA up to {self.cuda[0]}.{self.cuda[1]}" if self.cuda else ""
+        return ", ".join(part for part in (self.version and f"driver {self.version}", supports) if part)
+
+
+@dataclass(frozen=True)
+class Unused:
+    """GPUs that PyTorch cannot use: what was found, and what to do."""
+
+    found: str
+    cure: str
+
+
+def unused_gpus(
+    torch_version: str, cuda: str | None, environment: Mapping[str, str] = os.environ, driver: Driver | None = None
+) -> Unused | None:
+    """The GPUs of a machine on which torch sees none; None if there are none. Call it only if torch sees no GPU.
 
     GPUs that are hidden by an empty CUDA_VISIBLE_DEVICES, as `apply_choice` does, are not missed.
 
     Args:
         torch_version: version of torch.
         cuda: the CUDA version that torch was built for, such as "13.0"; None: for the CPU only.
+        driver: the answer of nvidia-smi, if it was asked before.
+    """
+    if are_hidden(environment):
+        return None
+    driver = driver or Driver.here(environment)
+    listed = driver.gpus or _of_slurm(environment)
+    if not listed:
+        return None
+    listed = "; ".join(part for part in (listed, str(driver)) if part)
+    built = f"CUDA {cuda}" if cuda else "the CPU only"
+    found = f"PyTorch sees no GPU, but {listed}. PyTorch {torch_version} is built for {built}."
+    return Unused(found, _cure(cuda, driver, environment))
+
+
+def check_none_unused(torch_version: str, cuda: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse to compute on the CPU of a machine with GPUs. Call it only if torch sees no GPU: it may run nvidia-smi.
+
+    Args:
+        torch_version, cuda: as of `unused_gpus`.
 
     Raises:
         GpuError: nvidia-smi lists GPUs, or SLURM assigned some. The message names the driver, the CUDA version that it
             supports and that of torch, and the wheels to install.
     """
-    if environment.get(_VISIBLE, "0").strip() in _HIDDEN:
+    unused = unused_gpus(torch_version, cuda, environment)
+    if unused is None:
         return
-    listed, table = _of_nvidia_smi(environment)
-    if not listed and not (listed := _of_slurm(environment)):
-        return
-    supported = cuda_version(table)
     fault = GpuError(
-        f"PyTorch sees no GPU, but {listed}{_driver(table)}. PyTorch {torch_version} is built for "
-        f"{f'CUDA {cuda}' if cuda else 'the CPU only'}. {_cure(cuda, supported, environment)} To compute on the CPU "
-        f"instead, set {DEVICE}=cpu in the environment, or engine.device=cpu for a training run."
+        f"{unused.found} {unused.cure} To compute on the CPU instead, set {DEVICE}=cpu in the environment, or "
+        "engine.device=cpu for a training run."
     )
     fault.every_process = environment.get("LOCAL_RANK", "0") == "0"  # its peers on this machine would repeat it
     raise fault
+
+
+def are_hidden(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether all GPUs are hidden from this process."""
+    return environment.get(_VISIBLE, "0").strip() in _HIDDEN
 
 
 def cuda_version(table: str) -> tuple[int, int] | None:
@@ -104,43 +179,19 @@ def cuda_version(table: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _driver(table: str) -> str:
-    found, supported = re.search(r"(?:Driver|KMD) Version: *([\d.]+)", table), cuda_version(table)
-    driver = f"; driver {found[1]}" if found else ""
-    return driver + (f", which supports CUDA up to {supported[0]}.{supported[1]}" if supported else "")
-
-
-def _cure(cuda: str | None, supported: tuple[int, int] | None, environment: Mapping[str, str]) -> str:
+def _cure(cuda: str | None, driver: Driver, environment: Mapping[str, str]) -> str:
     """What to install, or where to look."""
-    if supported is None:
+    if driver.cuda is None:
         built = "" if cuda else f"Install PyTorch for CUDA {_NEWEST_CUDA} or {_OLDEST_CUDA} (README.md, Install). "
         return f"{built}The driver cannot be reached: a container needs an option for that (`apptainer exec --nv`)."
-    if supported[0] < _OLDEST_CUDA:
+    supported = driver.cuda[0]
+    if supported < _OLDEST_CUDA:
         return f"Install a driver that supports CUDA {_OLDEST_CUDA} or newer."
-    if cuda is None or int(cuda.split(".")[0]) > supported[0]:
-        fitting = min(supported[0], _NEWEST_CUDA)
+    if cuda is None or int(cuda.split(".")[0]) > supported:
+        fitting = min(supported, _NEWEST_CUDA)
         return f"Install torch and torchvision for CUDA {fitting}, with the extra cu{fitting} (README.md, Install)."
     visible = f"; {_VISIBLE} is {environment[_VISIBLE]!r}" if _VISIBLE in environment else ""
     return f"These versions fit. `python -c 'import torch; torch.cuda.init()'` prints the cause{visible}."
-
-
-def _of_nvidia_smi(environment: Mapping[str, str]) -> tuple[str, str]:
-    """The GPUs that nvidia-smi lists, as a part of a sentence ("" if it lists none), and the table that it prints."""
-    program = shutil.which("nvidia-smi", path=environment.get("PATH"))
-    if program is None:
-        return "", ""
-    try:
-        names = re.findall(r"^GPU \d+: (.*?) \(", _output(program, "-L"), flags=re.MULTILINE)
-        if not names:
-            return "", ""
-        kinds = ", ".join(dict.fromkeys(names))
-        return f"nvidia-smi lists {counted(len(names), 'GPU')} ({kinds})", _output(program)
-    except subprocess.TimeoutExpired:
-        return f"nvidia-smi does not answer within {_PATIENCE:g} s", ""
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE).stdout
 
 
 def _of_slurm(environment: Mapping[str, str]) -> str:

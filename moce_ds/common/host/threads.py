@@ -6,7 +6,7 @@ operation, so on a shared machine all threads together can be many times slower 
 
 import math
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from moce_ds.common.host.machine import control_groups
@@ -98,6 +98,11 @@ def cgroup_cpus(folder: Path) -> int:
     return 2**20 if quota.strip() in ("max", "-1") else max(1, math.ceil(int(quota) / int(period)))
 
 
+def chosen_by_user(environment: Mapping[str, str] = os.environ) -> str | None:
+    """OMP_NUM_THREADS, if the user set it; None if it is unset or was chosen here."""
+    return environment[_COUNT] if _by_user(environment) else None
+
+
 def _load() -> tuple[float, int]:
     """CPUs in use by others: the mean over the last minute, and now; zeros where the system does not tell."""
     try:
@@ -106,5 +111,5 @@ def _load() -> tuple[float, int]:
         return 0.0, 0
 
 
-def _by_user(environment: MutableMapping[str, str]) -> bool:
+def _by_user(environment: Mapping[str, str]) -> bool:
     return _COUNT in environment and environment[_COUNT] != environment.get(CHOSEN)
