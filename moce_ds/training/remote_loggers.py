@@ -81,7 +81,7 @@ class WeightsAndBiases(RemoteLogger):
         )
         self._run.define_metric("*", step_metric="step")
         offline = self._run.settings.sync_dir
-        place = f"wandb sync --append {offline} uploads it" if self._run.offline else self._run.url
+        place = f"wandb sync {offline} uploads it" if self._run.offline else self._run.url
         _logger.info(in_line(f"Weights & Biases: run {identity}: {place}"))
 
     @staticmethod
@@ -129,7 +129,7 @@ class MLflow(RemoteLogger):
             self._run = self._client.create_run(experiment, tags={self._TAG: identity}, run_name=run.name).info.run_id
             settings = _flat(read_yaml(run / CONFIG))
             self._client.log_batch(self._run, params=[Param(key, value) for key, value in settings.items()])
-        _logger.info(in_line(f"MLflow: run {self._run} of experiment {name}: {self._client.tracking_uri}"))
+        _logger.info(in_line(f"MLflow: run {self._run} of experiment {name}"))
 
     @staticmethod
     def failures() -> tuple[type[Exception], ...]:
