@@ -62,8 +62,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if (file := files.get_file_from_path(path)) is not None:
             title = re.search(r"^# (.*)", file.content_string, flags=re.MULTILINE) if path.endswith(".md") else None
             return f"[{title[1] if title and label.endswith('.md') else label}]({target}{anchor})"
-        beside = ROOT if path == target and page.file.src_uri == START else ROOT / "docs"
-        return label if (beside / path).exists() else link[0]  # MkDocs reports what leads nowhere
+        exists = (ROOT / "docs" / path).exists() or (page.file.src_uri == START and (ROOT / path).exists())
+        return label if exists else link[0]  # MkDocs reports what leads nowhere
 
     return _as_github_reads(_LINK.sub(mended, markdown))
 
