@@ -6,6 +6,8 @@ A name is imported from its module when it is used, so that `load_expert` does n
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moce_ds.common.host import gpus
+
 if TYPE_CHECKING:
     from moce_ds.api.clusters import Clusters
     from moce_ds.api.expert_module import load_expert
@@ -44,4 +46,5 @@ def __getattr__(name: str) -> Any:
     home = next((module for module, names in _MODULES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    gpus.apply_choice()  # before torch is imported
     return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -105,9 +105,7 @@ class Clusters(PathLike[str]):
 
     def features(self, images: Iterable[AnyImage]) -> NDArray[np.float32]:
         """The encoder's features, [N, D]; decoded by Pillow, while `moce select` uses DALI. Raises DataError."""
-        if isinstance(images, str | PathLike | Image.Image):
-            raise DataError(f"Got the single image {images!r}: expected a list of images, such as [{images!r}].")
-        device, listed = next(self.encoder.model.parameters()).device, list(images)
+        device, listed = next(self.encoder.model.parameters()).device, listed_images(images)
         parts = [np.zeros((0, self.encoder.shape.width), np.float32)]
         for start in range(0, len(listed), _BATCH):
             batch_BCHW = pixels_of(listed[start : start + _BATCH], self.encoder.input)
@@ -117,7 +115,15 @@ class Clusters(PathLike[str]):
 
 def pixels_of(images: Iterable[AnyImage], input: ImageInput) -> Tensor:
     """Images as a model sees them in evaluation, [B, 3, H, W] float32, normalised. Raises DataError."""
-    return torch.stack([_pixels(image, input) for image in images])
+    parts = [torch.zeros(0, 3, input.size, input.size), *(_pixels(image, input)[None] for image in images)]
+    return torch.cat(parts)
+
+
+def listed_images(images: Iterable[AnyImage]) -> list[AnyImage]:
+    """Several images. Raises DataError for a single one."""
+    if isinstance(images, str | PathLike | Image.Image):
+        raise DataError(f"Got the single image {images!r}: expected a list of images, such as [{images!r}].")
+    return list(images)
 
 
 def _pixels(image: AnyImage, input: ImageInput) -> Tensor:

@@ -1,12 +1,12 @@
 """What callers of the Python API give: paths, and settings as a file, as values, or as an object."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 from moce_ds.common.config.composition import Layer, file_layers
-from moce_ds.common.config.settings import checked_settings, keywords_layer, to_tree
+from moce_ds.common.config.settings import checked_settings, device_of, keywords_layer, to_tree
 from moce_ds.common.config.values import expanded
 from moce_ds.common.errors import ConfigError
 from moce_ds.training.settings import PretrainSettings  # imports no torch
@@ -36,7 +36,20 @@ def settings_of(cls: type[T], overrides: Mapping[str, Any], config: Configuratio
     Raises:
         ConfigError: the file cannot be read, or keys or values are not allowed; every fault is listed.
     """
-    return checked_settings(cls, [*_layers(cls, config), keywords_layer(overrides)])
+    layers = [*_layers(cls, config), keywords_layer(overrides)]
+    _refuse_late_choice(layers)
+    return checked_settings(cls, layers)
+
+
+def _refuse_late_choice(layers: Sequence[Layer]) -> None:
+    """Raise ConfigError for `engine.device=cpu` in a process that has found GPUs: they can no longer be hidden."""
+    from torch import cuda  # here: paths need no torch
+
+    if device_of(layers) == "cpu" and cuda.is_available():
+        raise ConfigError(
+            "engine.device=cpu: this process has found GPUs already. Set MOCE_DEVICE=cpu in the environment before "
+            "Python starts, or start `moce pretrain`."
+        )
 
 
 def _layers(cls: type, config: Configuration | None) -> list[Layer]:

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_ds.api.clusters import AnyImage, Clusters, pixels_of
+from moce_ds.api.clusters import AnyImage, Clusters, listed_images, pixels_of
 from moce_ds.api.given import AnyPath, as_path
 from moce_ds.checkpoint.format import find, steps_of
 from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import CONFIG, RECONSTRUCTIONS, RunFolder
-from moce_ds.common.errors import ArtefactError, ConfigError
+from moce_ds.common.errors import ArtefactError, ConfigError, DataError
 from moce_ds.common.host.program import python_call
 from moce_ds.common.storage.metrics_file import METRICS, flat_record, read_metrics
 from moce_ds.data.shards import ShardSet
@@ -205,7 +205,9 @@ class Run(PathLike[str]):
         """
         from moce_ds.training.pictures import reconstruction_picture  # with what training needs
 
-        checkpoint, shown = find(self.path), list(images)
+        checkpoint, shown = find(self.path), listed_images(images)
+        if not shown:
+            raise DataError("Got no images to reconstruct; expected one or more.")
         spec = ModelSpec.from_tree(checkpoint.entry("model"))
         images_BCHW, clusters, clusters_B = pixels_of(shown, spec.input), None, None
         if checkpoint.experts:

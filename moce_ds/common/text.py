@@ -117,3 +117,9 @@ def _in_ascii(character: str) -> str:
 
 
 codecs.register_error(_ON_TERMINAL, _plainer)
+
+
+def without_home(text: str) -> str:
+    """Text, such as a command or a path, without the names of home folders."""
+    home = "|".join([r"(?:/[\w.-]+)*?/(?:home|users|Users)/[^/\s'\",\]]+", r"/root(?=/|\b)"])
+    return re.sub(rf"(?<![\w.~-])(?:{home})", "~", text)

@@ -136,7 +136,7 @@ def nccl_sums(computer: Computer) -> Finding:
     """Whether two GPUs can sum a number with NCCL, or the only one alone."""
     if not computer.usable_gpus:
         return Finding("NCCL", "not needed: torch computes on no GPU")
-    cure = "NCCL_DEBUG=INFO in the environment prints the cause; often /dev/shm is too small."
+    cure = "`NCCL_DEBUG=INFO python -m moce_ds.doctor.probes all_reduce 2` prints the cause; often /dev/shm is small."
     return _summed("NCCL", min(2, computer.usable_gpus), computer.environment, cure)
 
 

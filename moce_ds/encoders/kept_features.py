@@ -80,9 +80,11 @@ class KeptFeatures:
             if self.cache is None or folder is None:
                 yield lambda _: None
                 return
-            with open(folder / _FEATURES, "wb") as file:
-                growing = _Growing(file, self.shape)
+            growing = _Growing(folder / _FEATURES, self.shape)
+            try:
                 yield growing.add
+            finally:
+                growing.close()
             if growing.is_complete:
                 self.cache.keep(self.name, folder)
 
@@ -93,10 +95,13 @@ class KeptFeatures:
 class _Growing:
     """A `.npy` file that grows until all rows are there, or writing fails once."""
 
-    def __init__(self, file: BinaryIO, shape: tuple[int, int]) -> None:
-        self._file, self._left = file, shape[0]
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self._path, self._left = path, shape[0]
+        self._file: BinaryIO | None = None
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        with self._noted():
+            self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+            np.lib.format.write_array_header_1_0(self._file, header)
 
     @property
     def is_complete(self) -> bool:
@@ -104,21 +109,34 @@ class _Growing:
         return self._left == 0
 
     def add(self, features_ND: Tensor) -> None:
-        """Write rows. A failure is logged, and no further row is written."""
-        if self._left < 0:
+        """Write rows. After a failure, which is logged, no further row is written."""
+        if self._left < 0 or self._file is None:
             return
-        try:
-            with writes_to(Path(self._file.name)):
-                self._file.write(features_ND.numpy().tobytes())
-                self._file.flush()
+        with self._noted():
+            self._file.write(features_ND.numpy().tobytes())
             self._left -= len(features_ND)
+
+    def close(self) -> None:
+        """Close the file, which writes what is left of it."""
+        if self._file is not None:
+            with self._noted():
+                self._file.close()
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            with writes_to(self._path):
+                yield
         except ArtefactError as error:
-            warn(f"{error} The features are not kept in the cache.")
+            if self._left >= 0:
+                warn(f"{error} The features are not kept in the cache.")
             self._left = -1
 
 
 def _machine(device: torch.device) -> list[object]:
     """What decides the last bits of a computation on this machine."""
+    host = [processor(), torch.get_num_threads(), torch.get_float32_matmul_precision()]
     if device.type == "cuda":
-        return [torch.cuda.get_device_name(device), torch.version.cuda, processor(), torch.get_num_threads()]
-    return [device.type, torch.backends.cpu.get_cpu_capability(), processor(), torch.get_num_threads()]
+        tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
+        return [torch.cuda.get_device_name(device), torch.version.cuda, *tf32, *host]
+    return [device.type, torch.backends.cpu.get_cpu_capability(), *host]

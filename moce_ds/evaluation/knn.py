@@ -196,7 +196,8 @@ def check_split(
 def _not_finite(features_ND: Tensor) -> int:
     """The number of rows that hold NaN or infinity."""
     # Only rows with such a norm can, which takes a fifth of the time; finite values may have an infinite norm.
-    norm_N = vector_norm(features_ND, dim=1, dtype=torch.float32)
+    wide_ND = features_ND if features_ND.dtype == torch.float64 else features_ND.float()
+    norm_N = vector_norm(wide_ND, dim=1)
     return int((~torch.isfinite(features_ND[~torch.isfinite(norm_N)])).any(dim=1).sum())
 
 

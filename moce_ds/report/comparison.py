@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moce_ds.checkpoint.run_folder import RunFolder
+from moce_ds.common.text import without_home
 from moce_ds.report import plots
 from moce_ds.report.page import Cell, Chapter, Exhibit, Section, Table
 from moce_ds.report.plots import Line, Scale
@@ -29,8 +30,8 @@ _CURVES: tuple[tuple[str, str, str, Scale, str], ...] = (
         "Share of the time spent waiting for images: near 0 means that loading keeps up.",
     ),
 )
-_OWN = ("run.out", "run.init_from", "experts.clusters")
-"""Settings that name files of one run."""
+_OWN = ("run.out", "run.init_from", "experts.clusters", "data.cache")
+"""Settings that name files of one run or machine."""
 _OF_EXPERTS = ("experts", "token_moe", "sdr")
 _MOST_SETTINGS = 40
 
@@ -65,7 +66,7 @@ def _side_by_side(runs: Runs) -> Iterator[Section]:
     ]
     caption = (
         "Error (lower is better) and throughput are means over the last tenth of the records. Below them, the settings "
-        "in which the runs differ, without names of files."
+        "in which the runs differ, without the names of their own files."
     )
     if (more := len(differing) - _MOST_SETTINGS) > 0:
         caption += f" {more} more settings differ."
@@ -100,4 +101,4 @@ def _flattened(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, 
         if isinstance(value, dict):
             yield from _flattened(value, f"{above}{key}.")
         else:
-            yield f"{above}{key}", str(value)
+            yield f"{above}{key}", without_home(str(value))

@@ -3,7 +3,6 @@
 Axes: M clusters, N images of the shard set, E experts per layer, G groups of images (domains or classes).
 """
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from moce_ds.checkpoint.records import RoutingTable
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.clustering.quality import cluster_report
 from moce_ds.common.errors import ArtefactError, DataError
-from moce_ds.common.text import route_label
+from moce_ds.common.text import route_label, without_home
 from moce_ds.data.clusters import Clusters
 from moce_ds.data.shards import ShardSet
 from moce_ds.report import plots
@@ -85,7 +84,7 @@ def run_chapter(run: RunFolder, name: str, sharing: int = 1) -> Chapter:
         *_cluster_gallery(run, images, max(_LEAST_CARDS, _CLUSTER_CARDS // sharing)),
         *_expert_gallery(run, images, max(_LEAST_CARDS, _EXPERT_CARDS // sharing)),
         *_reconstruction(run),
-        Section("Settings", listing=yaml.safe_dump(run.config, sort_keys=False)),
+        Section("Settings", listing=without_home(yaml.safe_dump(run.config, sort_keys=False))),
     ]
     return Chapter(f"Run {name}", f"run-{name}", sections)
 
@@ -111,12 +110,6 @@ def _starts(run: RunFolder) -> Iterator[Section]:
         yield Section("Starts", tables=[Table(header, rows, caption, names=len(header))])
 
 
-def without_home(text: str) -> str:
-    """A command or a path without the names of home folders."""
-    home = "|".join([r"/(?:home|Users)/[^/\s'\",\]]+", r"/root(?=/|\b)"])
-    return re.sub(rf"(?<![\w.~-])(?:{home})", "~", text)
-
-
 def _open_images(run: RunFolder) -> tuple[Images | None, str]:
     """The run's images, or the reason why they cannot be shown, such as a deleted shard set."""
     if run.clusters is None or run.shards is None:
@@ -125,7 +118,7 @@ def _open_images(run: RunFolder) -> tuple[Images | None, str]:
         shards = ShardSet.open(run.shards)
         ids_N = run.cluster_ids(shards.fingerprint, shards.count)
     except (ArtefactError, DataError) as error:
-        return None, f"Images are not shown: {error}"
+        return None, without_home(f"Images are not shown: {error}")
     return Images(shards, shards.labels.astype(np.int64), ids_N), ""
 
 

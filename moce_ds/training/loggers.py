@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ _logger = logging.getLogger(__name__)
 LAYERS, TABLE = "layers", "load"  # in a record: statistics by layer; in those: one number an expert
 LOSS_TAG = "loss/total"
 
-PATIENCE = 60  # seconds that a service may take for what is left at the end of a run
+PATIENCE = 60  # seconds that all services together may take for what is left when a run ends or stops
 STATISTICS = 4096  # parts of a run with statistics of layers, and with records in mirrors; see `Thinned`
 
 _GROUPS = {  # of the numbers of a record that are not losses; those of layers are in `_layer_scalars`
@@ -271,16 +272,19 @@ class RemoteLog:
         # A session of its own: Ctrl-C asks training to stop, and what it writes last is still sent.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    def close(self) -> None:
-        """Let the process send what is left; after a minute it is ended, with a warning."""
+    def end(self) -> None:
+        """Tell the process that nothing follows: it sends what is left."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+
+    def wait(self, deadline: float) -> None:
+        """Wait until all is sent; at the deadline, by `time.monotonic`, the process is ended with a warning."""
         try:
-            self._process.wait(PATIENCE)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             _logger.warning(
-                f"{self._run}: {self._service} has not taken the last records within {PATIENCE} s. "
+                f"{self._run}: {self._service} has not taken the last records in time. "
                 f"{METRICS} and TensorBoard have all of them."
             )

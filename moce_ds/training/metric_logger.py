@@ -18,7 +18,16 @@ from moce_ds.checkpoint.settings import RunSettings
 from moce_ds.common.host.program import progress_bar
 from moce_ds.common.storage.files import writes_to
 from moce_ds.distributed.runtime import Runtime
-from moce_ds.training.loggers import LAYERS, STATISTICS, TABLE, JsonLines, RemoteLog, TensorBoard, Thinned
+from moce_ds.training.loggers import (
+    LAYERS,
+    PATIENCE,
+    STATISTICS,
+    TABLE,
+    JsonLines,
+    RemoteLog,
+    TensorBoard,
+    Thinned,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -121,7 +130,11 @@ class MetricLogger:
             if error is None:
                 self._runtime.warn(f"{self._lease.run}: the last records cannot be written: {fault}")
         for remote in self._remote:
-            remote.close()
+            remote.end()
+        # One deadline for all: a cluster soon ends the job of a run that is asked to stop.
+        deadline = time.monotonic() + PATIENCE
+        for remote in self._remote:
+            remote.wait(deadline)
 
     @property
     def mark(self) -> str | None:

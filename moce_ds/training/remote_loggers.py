@@ -77,7 +77,15 @@ class WeightsAndBiases(RemoteLogger):
             dir=os.environ.get("WANDB_DIR", str(run)),
             config=read_yaml(run / CONFIG),
             allow_val_change=True,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                x_disable_meta=True,
+                x_disable_machine_info=True,
+                x_save_requirements=False,
+            ),  # nothing but what docs/logging.md names leaves the machine
         )
         self._run.define_metric("*", step_metric="step")
         offline = self._run.settings.sync_dir
@@ -135,8 +143,9 @@ class MLflow(RemoteLogger):
     def failures() -> tuple[type[Exception], ...]:
         """Errors of the library and of the network."""
         import mlflow
+        from sqlalchemy.exc import SQLAlchemyError
 
-        return mlflow.MlflowException, OSError
+        return mlflow.MlflowException, SQLAlchemyError, OSError
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Send the numbers of a record."""

@@ -1,6 +1,7 @@
 """The verbs about data: shards and dataset write images, features and cluster group them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -156,8 +157,10 @@ def _conclude_clusters(out: Path) -> None:
     from moce_ds.common.storage.encoder_folder import read_provenance
     from moce_ds.data.kept_encoder import ENCODER
 
-    run = Path(str(read_provenance(out / ENCODER).get("checkpoint", ""))).parent.parent
-    known = (run / CONFIG).is_file()  # else the encoder is not that of a run, or the run was moved
+    checkpoint, known = read_provenance(out / ENCODER).get("checkpoint"), False
+    run = Path(str(checkpoint)).parent.parent
+    with suppress(OSError):  # it is no longer readable
+        known = checkpoint is not None and (run / CONFIG).is_file()  # else it is not that of a run, or was moved
     settings = [word("experts.clusters", out), word("run.init_from", run if known else "ENCODER")]
     settings.append(word("run.out", beside(run if known else out, "moce")))
     conclude(out, "pretrain", run / CONFIG if known else "CONFIG.yaml", "model.arch=moce", *settings)

@@ -87,12 +87,13 @@ def _accuracy(
     scores = ", ".join(f"{DISPLAY_NAMES[metric]} {value:.4f}" for metric, value in score.figures.items())
     say(f"{verb} {in_line(task_name)} {in_line(name)}: {scores} ({score.n_train} training, {score.n_test} test images)")
     add_record(results, accuracy_record(verb, task_name, name, score) | known_by)
-    _conclude(verb, results, encoder, ["--train", train, *(["--val", val] if val else []), "--test", test])
-
-
-def _conclude(verb: str, results: Path | None, encoder: Path, images: Sequence[object]) -> None:
-    following = ("probe", encoder) if verb == "knn" else ("finetune", encoder, "--out", beside(encoder, "finetune"))
-    conclude(results, *following, *images)
+    images = ["--train", train, *(["--val", val] if val else []), "--test", test]
+    if verb == "knn":
+        conclude(results, "probe", encoder, *images, *([] if heads is None else ["--heads", heads]))
+    elif heads is None:
+        conclude(results, "finetune", encoder, "--out", beside(encoder, "finetune"), *images)
+    else:  # finetune takes no files of weights without a number of heads
+        conclude(results)
 
 
 def _check_processes(verb: str, config: Any) -> None:

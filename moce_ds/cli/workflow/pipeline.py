@@ -388,7 +388,7 @@ def _evaluate(pipeline: PipelineSettings, task: str, drawn: bool) -> Iterator[li
 def _reconstruct(pipeline: PipelineSettings, name: str, images: Path, drawn: bool) -> list[Any]:
     """Measure the reconstruction of held-out images."""
     out = pipeline.out
-    picture = ["--picture", out / PICTURES / f"{name.replace(' ', '-')}.png"] if drawn else []
+    picture = ["--picture", out / PICTURES / f"{name}.png"] if drawn else []
     named = ["--data", images, "--dense", pipeline.baseline, "--task", name, "--results", out / RESULTS, *picture]
     return ["evaluate", out / "moce", *named, *pipeline.words_of("evaluation")]
 

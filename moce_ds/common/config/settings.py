@@ -120,10 +120,15 @@ def checked_settings(cls: type[T], layers: Sequence[Layer]) -> T:
     Raises:
         ConfigError: a key or value is not allowed.
     """
+    gpus.apply_choice(device_of(layers))
+    return from_layers(cls, layers)
+
+
+def device_of(layers: Sequence[Layer]) -> str:
+    """`engine.device` in the layers, before they are checked; "auto" if none has it."""
     engines = [layer.tree["engine"] for layer in layers if isinstance(layer.tree.get("engine"), dict)]
     devices = [engine["device"] for engine in engines if "device" in engine]
-    gpus.apply_choice(str(devices[-1]) if devices else "auto")
-    return from_layers(cls, layers)
+    return str(devices[-1]) if devices else "auto"
 
 
 def partial_tree(cls: Any, layers: Sequence[Layer]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from moce_ds.common.host.program import warn
 from moce_ds.common.storage.checksums import Files, file_findings, names_below, read_checked, records_of, write_checked
 from moce_ds.common.storage.drafts import draft_of, scratch_folder
 from moce_ds.common.storage.files import atomic_folder, check_writable, copy_tree, writes_to
-from moce_ds.common.storage.locks import held
+from moce_ds.common.storage.locks import locked
 
 FOLDER, GIB = "MOCE_CACHE", "MOCE_CACHE_GIB"
 """Environment variables: the folder of the cache or `OFF`, and its bound."""
@@ -35,6 +35,8 @@ OFF = "off"
 _DEFAULT_GIB = 10.0
 _ENTRY = "entry.json"
 _LOCKS = ".locks"
+_LONGEST_USE = 30 * 24 * 3600.0  # seconds; a process of another machine uses its copies without changing them
+_PATIENCE = 600.0  # seconds to wait for the process that makes an entry
 _FORMAT = "moce cache 1"
 _NOT_USED = f"The cache is not used; {FOLDER} names another folder."
 
@@ -85,16 +87,21 @@ class Cache:
         with ExitStack() as stack:
             folder = None
             try:
-                folder = stack.enter_context(scratch_folder(self.folder))
+                folder = stack.enter_context(scratch_folder(self.folder, _LONGEST_USE))
             except ArtefactError as error:
                 _warn_once(f"{error} {_NOT_USED}")
             yield folder
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """A block that one process at a time enters for the same entry: others wait, and find it. Raises
-        ArtefactError."""
-        with held(self.folder / _LOCKS / f"{name[-2:]}.lock"):  # so there are 256 of them at most
+        """A block that one process at a time enters for the same entry: others wait, and find it.
+
+        Raises:
+            ArtefactError: the lock cannot be written, or another process holds it for too long, or has left it behind.
+        """
+        lock = self.folder / _LOCKS / f"{name[-2:]}.lock"  # so there are 256 of them at most
+        busy = f"{lock} has been held for {_PATIENCE / 60:.0f} minutes. Delete it if no other process of moce runs."
+        with locked(lock, busy, seconds=_PATIENCE):
             yield
 
     def take(self, name: str, to: Path) -> bool:
@@ -106,6 +113,7 @@ class Cache:
             copy_tree(entry, to)
         except OSError as error:
             _logger.debug(f"{entry} cannot be copied: {error}")  # another process has removed it
+            shutil.rmtree(to, ignore_errors=True)  # a part of it
             return False
         if faults := _faults(to):
             _logger.warning(f"{entry} is damaged and not used: {faults[0]}")

@@ -85,15 +85,21 @@ def clear_leftovers(folder: Path, again: bool = False) -> None:
 
 
 @contextmanager
-def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+def scratch_folder(parent: Path | None = None, quiet_seconds: float = _QUIET_SECONDS) -> Iterator[Path]:
     """A temporary folder for the length of the block, by default in the system's folder for temporary files.
 
-    Removes scratch folders of killed processes there first. Raises ArtefactError if no folder can be made.
+    Removes scratch folders of killed processes there first.
+
+    Args:
+        quiet_seconds: time without a change after which the process of another machine is taken for dead.
+
+    Raises:
+        ArtefactError: no folder can be made.
     """
     parent = parent or _temporary_place()
     for path, match in _matching(parent, _SCRATCH):
         with suppress(OSError):
-            if _is_own_folder(path) and _is_over(path, match):
+            if _is_own_folder(path) and _is_over(path, match, quiet_seconds):
                 _remove(path)
     try:
         made = tempfile.TemporaryDirectory(prefix=f"moce-{_machine()}-{os.getpid()}-", dir=parent)
@@ -125,7 +131,7 @@ def _machine() -> str:
     return hashlib.sha256(" ".join(parts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def _is_over(path: Path, match: re.Match[str]) -> bool:
+def _is_over(path: Path, match: re.Match[str], quiet_seconds: float = _QUIET_SECONDS) -> bool:
     """Whether the process that a leftover belongs to is dead."""
     if match["machine"] == _machine():
         try:
@@ -138,7 +144,7 @@ def _is_over(path: Path, match: re.Match[str]) -> bool:
     if "kind" in match.groupdict() and match["kind"] == "old":
         return time.time() - os.lstat(path).st_ctime > _BETWEEN_RENAMES_SECONDS
     within = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
-    return time.time() - max(os.lstat(one).st_mtime for one in (path, *within)) > _QUIET_SECONDS
+    return time.time() - max(os.lstat(one).st_mtime for one in (path, *within)) > quiet_seconds
 
 
 def _matching(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:

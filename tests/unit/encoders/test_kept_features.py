@@ -13,12 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from moce_ds.common.errors import DataError
+from moce_ds.common.storage.cache import Cache
 from moce_ds.data.shard_writer import ShardSettings, write_shards
 from moce_ds.data.task_images import opened_images
 from moce_ds.data.transform import ImageInput
 from moce_ds.encoders.features import encode_in_order
+from moce_ds.encoders.kept_features import KeptFeatures
 from moce_ds.encoders.settings import EncodeSettings
 from moce_ds.models.vit import ViTShape, load_encoder, save_encoder, timm_vit
+from tests.examples.disk import mounted_disk
 from tests.examples.moce_command import run_here
 from tests.unit.common.storage.test_cache import flip_bit
 from tests.unit.data.test_loader import flip_byte
@@ -168,6 +171,18 @@ def test_what_does_not_fit_is_not_kept(
         for _ in range(2):
             assert counted(encoder, source)[1:] == (written, 3)
     assert not list(cache.iterdir())
+
+
+def test_a_disk_that_fills_costs_the_entry_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "disk").mkdir()
+    with mounted_disk(tmp_path / "disk", "512k") as disk:
+        kept = KeptFeatures(Cache(disk.path, 2**20), "features-1", (100, 64), Path("task"))
+        with kept.writing() as keep:
+            disk.fill(0)
+            for _ in range(2):
+                keep(torch.ones(50, 64))
+        assert capsys.readouterr().err.count("The features are not kept in the cache.") == 1
+        assert disk.files() == set()
 
 
 def test_a_part_of_the_features_is_not_kept(encoder: Path, folder: Path, cache: Path) -> None:

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moce_ds.common.errors import DataError
 from moce_ds.evaluation import knn
 from moce_ds.evaluation.knn import knn_accuracy, nearest
 from moce_ds.evaluation.settings import KnnSettings
@@ -71,6 +72,16 @@ def test_among_equals_the_earlier_tile_wins() -> None:
     better_N1 = torch.where(torch.arange(200) == 170, 0.0, 1.0)[:, None]  # a better one drives out one of the equals
     ids_Qk = nearest(torch.cat([torch.ones(200, 3), better_N1], dim=1), torch.tensor([[1.0, 1, 1, 0]]), 20, CPU)[1]
     assert ids_Qk[0, 0] == 170 and (ids_Qk[0, 1:] < 50).all()
+
+
+def test_features_of_any_precision_are_checked() -> None:
+    labels = torch.arange(20) % 2
+    for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        features = random(20, 12).to(kind)
+        assert knn_accuracy(features, labels, features, labels).n_test == 20
+        features[3, 4] = torch.inf
+        with pytest.raises(DataError, match="1 of 20 training features"):
+            knn_accuracy(features, labels, features, labels)
 
 
 def test_half_precision_features_are_as_good() -> None:

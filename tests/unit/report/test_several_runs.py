@@ -12,10 +12,11 @@ from moce_ds import __version__
 from moce_ds.checkpoint.run_folder import RunFolder
 from moce_ds.common.errors import ArtefactError, ConfigError
 from moce_ds.common.storage.checksums import with_checksum
+from moce_ds.common.text import without_home
 from moce_ds.evaluation.expert_sheet import ExpertRow, ExpertSheet, SheetAbout
 from moce_ds.report.build import build_report, distinct_names
 from moce_ds.report.comparison import differing_settings
-from moce_ds.report.run_chapter import run_chapter, without_home
+from moce_ds.report.run_chapter import run_chapter
 from tests.examples.moce_command import run_here
 from tests.examples.report_page import Page
 
@@ -91,7 +92,8 @@ def test_a_page_says_how_its_runs_were_started(study: Path) -> None:
     [
         ("/home/ann/x", "~/x"),
         ("a=[/root/x,/home/b]", "a=[~/x,~]"),
-        ("/data/home/ann", "/data/home/ann"),
+        ("/cluster/home/ann/x", "~/x"),
+        ("/data/homes/ann", "/data/homes/ann"),
         ("/rooted/x", "/rooted/x"),
         ("'/home/ann'", "'~'"),
     ],

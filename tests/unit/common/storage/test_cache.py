@@ -9,6 +9,7 @@ import pytest
 
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.storage.cache import FOLDER, GIB, Cache, entry_name
+from tests.examples.disk import mounted_disk
 
 
 def flip_bit(path: Path) -> None:
@@ -84,6 +85,16 @@ def test_a_copy_in_use_survives_the_removal_of_its_entry(cache: Cache) -> None:
             keep(cache, name, 20_000)
         assert not (cache.folder / "a").exists()
         assert (folder / "entry/data").read_bytes() == b"a" * 20_000
+
+
+def test_a_copy_that_fails_leaves_nothing(cache: Cache, tmp_path: Path) -> None:
+    """Also where another process removes the entry meanwhile: the folder is used for what is then computed."""
+    keep(cache, "images-1", size=10_000)
+    (tmp_path / "disk").mkdir()
+    with mounted_disk(tmp_path / "disk", "512k") as disk:
+        disk.fill(4096)
+        assert not cache.take("images-1", disk.path / "copy")
+        assert not (disk.path / "copy").exists()
 
 
 def make_once(cache: Cache, made: Path) -> None:
