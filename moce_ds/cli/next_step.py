@@ -28,9 +28,14 @@ def conclude(written: Path | None, *command: object) -> None:
     if click.get_current_context().parent is None:
         return
     result = [f"Wrote {in_line(written)}."] if written is not None else []
-    following = [f"Next: {in_line(shlex.join(['moce', *arguments(command)]))}"] if command else []
+    following = [f"Next: {quoted(*command)}"] if command else []
     if parts := result + following:
         _logger.info(" ".join(parts))
+
+
+def quoted(*command: object) -> str:
+    """The command `moce` with these words, as a shell reads it, on one line."""
+    return in_line(shlex.join(["moce", *arguments(command)]))
 
 
 def conclude_encoder(encoder: Path, data: Path | None) -> None:

@@ -6,6 +6,7 @@ in the table. All rates are per GPU, in one direction, and in powers of ten.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -98,13 +99,18 @@ DEVICES: dict[str, Device] = {
     "a100": Device(bf16=312e12, fp32=19.5e12, memory=80e9, bandwidth=2.039e12, inside=300e9, across=25e9),
 }
 
+_USUAL = "h100"  # in place of a GPU that is not in the table
+
 ASSUMED = "--assume"
 THIS = "this"
 """The name of this machine, which is measured instead of looked up."""
 
 
-def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
+def find_device(name: str, assumed: Sequence[str] = (), flag: str = "--device") -> Device:
     """A device by its name in `DEVICES` or from a YAML file; `key=value` words replace parts of it.
+
+    Args:
+        flag: the option that gave the name, for messages.
 
     Raises:
         ConfigError: there is no such device or file, or a key or value is invalid.
@@ -114,13 +120,26 @@ def find_device(name: str, assumed: Sequence[str] = ()) -> Device:
     try:
         path = expanded(name)
     except ValueError as error:
-        raise ConfigError(f"--device: got {name!r}; {error}.") from None
+        raise ConfigError(f"{flag}: got {name!r}; {error}.") from None
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise ConfigError(
-            f"--device: got {name!r}; expected {', '.join(DEVICES)}, {THIS}, or a YAML file with "
+            f"{flag}: got {name!r}; expected {', '.join(DEVICES)}, {THIS}, or a YAML file with "
             f"{', '.join(key for key, _ in configuration.keys(Device))}."
         )
     return configuration.load(Device, path, assumed, origin=ASSUMED)
+
+
+def device_of_gpu(gpu: str, memory: float | None) -> tuple[str, Device]:
+    """The name and the description of a GPU: the device in the table whose name is a word of the GPU's, else an H100.
+
+    Args:
+        gpu: as the driver calls it, such as "NVIDIA A100-SXM4-40GB"; "" if unknown.
+        memory: bytes, which may differ from those in the table; None if unknown.
+    """
+    known = next((name for name in re.findall("[a-z0-9]+", gpu.lower()) if name in DEVICES), None)
+    device = DEVICES[known or _USUAL]
+    own = device if memory is None else dataclasses.replace(device, memory=memory)
+    return known or f"{_USUAL} assumed", own
 
 
 def assuming(device: Device, assumed: Sequence[str]) -> Device:

@@ -3,31 +3,44 @@
 The values come from the rule in `recipe.py`. The file is checked as `moce pipeline` checks it, before it is written.
 """
 
-import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from moce_ds.cli.next_step import quoted
 from moce_ds.cli.workflow.image_sample import ImageSample
 from moce_ds.cli.workflow.pipeline import PipelineSettings, check_batches, check_folders, stages_of
-from moce_ds.cli.workflow.pipeline_plan import SetOfImages, notes_on_plan, plan_of_pipeline_table, plan_pipeline
+from moce_ds.cli.workflow.pipeline_plan import (
+    SetOfImages,
+    notes_on_plan,
+    plan_of_pipeline_table,
+    plan_pipeline,
+    this_machine,
+)
 from moce_ds.cli.workflow.recipe import FEWEST, Chosen, Hardware, Images, Recipe
 from moce_ds.cli.workflow.stage import Stage
 from moce_ds.common.config.printing import annotated
 from moce_ds.common.config.settings import from_tree, nested
 from moce_ds.common.config.values import path_text
 from moce_ds.common.errors import ConfigError
+from moce_ds.common.host.gpus import DEVICE
 from moce_ds.common.host.program import say, show, warn
-from moce_ds.common.host.threads import allowed_cpus
 from moce_ds.common.storage.files import atomic_file, writes_to
-from moce_ds.common.text import in_line
-from moce_ds.forecast.devices import DEVICES, THIS, Device, find_device
+from moce_ds.common.text import counted, in_line
+from moce_ds.forecast.devices import THIS, Device, device_of_gpu, find_device
 from moce_ds.training.settings import PretrainSettings
 
-_logger = logging.getLogger(__name__)
-
 _USABLE = 0.9  # of a GPU's memory
+_CPUS_PER_GPU = 12  # cores of a process on a cluster, as in configs/slurm/gpu.yaml
+
+
+class Gpu(NamedTuple):
+    """A GPU of this machine: its name, and its memory in bytes."""
+
+    name: str
+    memory: float
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,8 @@ class Request:
         size: of the encoder; None: by the rule.
         tasks: name and folder of each task.
         out: the file to write.
-        device: of the estimate, as for `moce plan`; None: this machine without GPUs, else its GPU.
+        device: of the estimate, as for `moce plan`; None: this machine without GPUs, else `gpu`.
+        gpu: of this machine; None: there is none.
     """
 
     path: Path
@@ -49,6 +63,7 @@ class Request:
     tasks: Mapping[str, Path]
     out: Path
     device: str | None
+    gpu: Gpu | None = None
 
     @property
     def images(self) -> Images:
@@ -60,6 +75,21 @@ def check_new(out: Path) -> None:
     """Raise ConfigError if the file to write exists."""
     if os.path.lexists(out):
         raise ConfigError(f"--out: {in_line(out)} exists already: give another name, or replace it with --replace.")
+
+
+def check_gpus(gpus: int, visible: int, device: str | None) -> None:
+    """Raise ConfigError if a machine with GPUs is to compute without them, since `moce pipeline` would use them.
+
+    Args:
+        visible: GPUs of this machine.
+        device: as of `Request`. The file is for other machines if it is not this one.
+    """
+    if gpus == 0 and visible and device in (None, THIS):
+        raise ConfigError(
+            f"--gpus: got 0; this machine has {counted(visible, 'GPU')}, which the pipeline would use. Hide them from "
+            f"both commands: `{DEVICE}=cpu moce init ...`, then `{DEVICE}=cpu moce pipeline ...`. For other machines, "
+            "give --device too."
+        )
 
 
 def write_pipeline(request: Request) -> None:
@@ -77,13 +107,11 @@ def write_pipeline(request: Request) -> None:
     from moce_ds.forecast.step_cost import Machines
 
     recipe = Recipe(request.images, request.hardware, request.size)
-    device_name, device = _device(request, recipe)
+    device_name, device = _device(request, _checked_stages(request, recipe))
     recipe = _fitting(request, recipe, device.memory) if request.hardware.gpus else recipe
     stages = _checked_stages(request, recipe)
-    hours = None if request.images.seconds is None else request.images.seconds * request.images.count / 3600
-    images = SetOfImages(request.images.count, request.images.stored_bytes, hours and hours / allowed_cpus())
     machines = Machines(request.hardware.nodes, request.hardware.processes)
-    planned = plan_pipeline(stages, images, machines, device)
+    planned = plan_pipeline(stages, SetOfImages.of(request.images), machines, device)
     with writes_to(request.out), atomic_file(request.out) as draft:
         draft.write_text("\n".join(_lines(request, recipe)) + "\n", encoding="utf-8")
     show(plan_of_pipeline_table(f"Prediction for {request.hardware} ({device_name})", planned, device))
@@ -104,6 +132,7 @@ def _values(request: Request, recipe: Recipe) -> Iterator[Chosen]:
     if request.tasks:
         tasks = {name: path_text(folder) for name, folder in request.tasks.items()}
         yield Chosen("tasks", tasks, "each folder has train/ and test/")
+        yield Chosen("reconstruction", True, "pictures of what each expert makes of the tasks' images")
     yield Chosen("dense", True, "also train the MAE as long as the experts, to compare")
     yield Chosen("processes", request.hardware.processes, "of each machine")
     if request.hardware.nodes > 1 and request.hardware.gpus:
@@ -147,40 +176,28 @@ def _fitting(request: Request, recipe: Recipe, memory: float) -> Recipe:
         recipe = replace(recipe, accumulation=2 * recipe.accumulation)
 
 
-def _device(request: Request, recipe: Recipe) -> tuple[str, Device]:
+def _device(request: Request, stages: list[Stage]) -> tuple[str, Device]:
     """The name and the description of the device of the estimate. Measures this machine if it is the device."""
-    from moce_ds.forecast.host_work import HostWork
-    from moce_ds.forecast.step_cost import Work
-
-    name = request.device or (_name_of_gpu(DEVICES) if request.hardware.gpus else THIS)
-    if name != THIS:
-        return name, find_device(name)
-    from moce_ds.bench.calibration import calibrate
-
-    _logger.info("Measuring this machine for the estimate: some seconds.")
-    config = _runs(_checked_stages(request, recipe))["moce"]
-    with request.sample.as_shards() as shards:
-        data = replace(config.data, shards=shards)
-        work = HostWork.of(Work.of(config), data, config.experts)
-        measured = calibrate(work, config.experts, config.loss_weights, [1], request.hardware.processes, measure=False)
-    return "this machine", measured.device
-
-
-def _name_of_gpu(known: Iterable[str]) -> str:
-    """The known device that is the GPU of this machine, else the first one."""
-    import torch
-
-    name = torch.cuda.get_device_name(0).lower() if torch.cuda.is_available() else ""
-    return next((device for device in known if device in name), next(iter(known)))
+    if request.device is None and request.hardware.gpus:
+        return device_of_gpu(*(request.gpu or ("", None)))
+    name = request.device or THIS
+    if name == THIS:
+        return "this machine", this_machine(stages, request.sample, request.hardware.processes)
+    return name, find_device(name)
 
 
 def _next(request: Request) -> list[str]:
     """The commands to run next."""
-    out, nodes = in_line(request.out), request.hardware.nodes
-    if nodes == 1:
-        return [f"  moce pipeline {out}"]
-    profile = f"nodes={nodes} gpus_per_node={request.hardware.gpus}"
+    hardware, run = request.hardware, ("pipeline", request.out)
+    if hardware.nodes == 1:
+        hidden = f"{DEVICE}=cpu " if not hardware.gpus and os.environ.get(DEVICE) == "cpu" else ""
+        return [f"  {hidden}{quoted(*run)}"]
+    each = hardware.processes
+    of_node = {"gpus_per_node": hardware.gpus} if hardware.gpus else {"tasks_per_node": each}
+    profile = {"nodes": hardware.nodes, **of_node}
+    profile["cpus_per_task"] = _CPUS_PER_GPU if hardware.gpus else max(1, hardware.cores // each)
+    values = [f"{key}={value}" for key, value in profile.items()]
     return [
-        f"  moce config new slurm cluster.yaml {profile}   (then set partition and account in it)",
-        f"  moce launch slurm cluster.yaml pipeline {out}",
+        f"  {quoted('config', 'new', 'slurm', 'cluster.yaml', *values)}   # then set partition and account in it",
+        f"  {quoted('launch', 'slurm', 'cluster.yaml', *run)}",
     ]

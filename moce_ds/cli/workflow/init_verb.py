@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from moce_ds.cli.options import PATH
 from moce_ds.cli.workflow.recipe import SIZES, Hardware, Recipe
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say
+
+if TYPE_CHECKING:
+    from moce_ds.cli.workflow.init import Gpu
 
 _OUT = Path("pipeline.yaml")
 
@@ -55,7 +58,7 @@ def init(
     from the hardware (docs/own-images.md); each value has its reason beside it. Nothing is trained.
     """
     from moce_ds.cli.workflow.image_sample import ImageSample
-    from moce_ds.cli.workflow.init import Request, check_new, write_pipeline
+    from moce_ds.cli.workflow.init import Request, check_gpus, check_new, write_pipeline
     from moce_ds.common.host.threads import allowed_cpus
 
     asks = images is None
@@ -65,7 +68,9 @@ def init(
     sample = ImageSample.of(images)
     found = sample.images
     say(f"{images}: {found.count:,} images, shorter sides of {found.side} pixels (median)")
-    gpus = _answer(gpus, asks, "GPUs of each node, 0 for CPUs", _visible_gpus(), click.IntRange(0))
+    visible = _visible_gpus()
+    gpus = _answer(gpus, asks, "GPUs of each node, 0 for CPUs", visible, click.IntRange(0))
+    check_gpus(gpus, visible, device)
     nodes = _answer(nodes, asks, "Nodes", 1, click.IntRange(1))
     hardware = Hardware(nodes, gpus, allowed_cpus())
     if asks:
@@ -76,7 +81,7 @@ def init(
     out = _answer(out, asks, "File to write", _OUT, PATH)
     if not replace:
         check_new(out)
-    write_pipeline(Request(images, sample, hardware, size, dict(tasks), out, device))
+    write_pipeline(Request(images, sample, hardware, size, dict(tasks), out, device, _first_gpu(visible)))
 
 
 def _answer(given: Any, asks: bool, question: str, default: Any, kind: click.ParamType) -> Any:
@@ -114,3 +119,15 @@ def _visible_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _first_gpu(visible: int) -> "Gpu | None":
+    """The first of the visible GPUs."""
+    if not visible:
+        return None
+    import torch
+
+    from moce_ds.cli.workflow.init import Gpu
+
+    found = torch.cuda.get_device_properties(0)
+    return Gpu(found.name, float(found.total_memory))

@@ -1,19 +1,24 @@
 """What a pipeline will cost: predicted hours and memory of its runs (docs/planning.md), and the disk that it fills."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from moce_ds.cli.workflow.image_sample import ImageSample
 from moce_ds.cli.workflow.pipeline import PipelineSettings, check_batches, stages_of
+from moce_ds.cli.workflow.recipe import Images
 from moce_ds.cli.workflow.stage import Stage
 from moce_ds.common.config.command_line import read_settings
 from moce_ds.common.errors import ConfigError
 from moce_ds.common.host.program import say, show
+from moce_ds.common.host.threads import allowed_cpus
+from moce_ds.common.text import counted
 from moce_ds.data.shards import ShardSet
-from moce_ds.forecast.devices import Device, find_device
+from moce_ds.forecast.devices import THIS, Device, find_device
 from moce_ds.forecast.host_work import HostWork
 from moce_ds.forecast.prediction import Prediction, advice, predict, rounded
 from moce_ds.forecast.preflight import gibibytes
@@ -21,6 +26,9 @@ from moce_ds.forecast.step_cost import Machines, Work
 from moce_ds.training.schedule import make_schedule
 from moce_ds.training.settings import PretrainSettings
 
+_logger = logging.getLogger(__name__)
+
+_PLAN = "--plan"
 _TAR_BYTES = 1024  # header and padding of an image in a shard
 _CHECKPOINT_BYTES = 12  # of a parameter: the weight and Adam's two moments, fp32
 _FEATURE_BYTES = 2  # float16
@@ -33,6 +41,13 @@ class SetOfImages:
     count: int
     stored_bytes: float
     hours: float | None = None
+
+    @classmethod
+    def of(cls, images: Images, count: int | None = None) -> "SetOfImages":
+        """Images that were counted and examined here, or `count` such images."""
+        count = count or images.count
+        hours = None if images.seconds is None else images.seconds * count / 3600 / allowed_cpus()
+        return cls(count, images.stored_bytes, hours)
 
 
 @dataclass(frozen=True)
@@ -80,27 +95,73 @@ def show_plan(words: Sequence[str], device_name: str, nodes: int, images: int | 
     """Print the plan of `moce pipeline WORDS` on nodes of `processes` GPUs.
 
     Args:
-        images: their number; None: those of the shard set.
+        device_name: of the table, a YAML file, or THIS, which measures this machine.
+        images: their number; None: those of the shard set, or else of `images` of the pipeline.
 
     Raises:
         ConfigError: a fault in the settings of any stage, an unknown device or number of images.
+        DataError: the images cannot be read.
     """
     pipeline = read_settings(PipelineSettings, words)
-    stages, device = stages_of(pipeline), find_device(device_name)
+    stages = stages_of(pipeline)
     machines = Machines(nodes, pipeline.processes)
     check_batches(stages, machines.world_size)
-    planned = plan_pipeline(stages, _images_of(pipeline.shard_set, images, device), machines, device)
-    show(plan_of_pipeline_table(f"Prediction for {nodes} x {pipeline.processes} {device_name}", planned, device))
+    title = f"Prediction for {nodes} x {pipeline.processes} {device_name}"
+    if device_name == THIS:
+        check_here(nodes, pipeline.processes, torch.cuda.device_count())
+        title = f"Prediction for {counted(pipeline.processes, 'process', 'processes')} of this machine"
+        made = ShardSet.recognises(pipeline.shard_set)
+        sample = ImageSample.of(pipeline.shard_set if made else pipeline.images or pipeline.shard_set)
+        device, set_of_images = this_machine(stages, sample, pipeline.processes), SetOfImages.of(sample.images, images)
+    else:
+        device = find_device(device_name, flag=_PLAN)
+        set_of_images = _images_of(pipeline, images, device)
+    planned = plan_pipeline(stages, set_of_images, machines, device)
+    show(plan_of_pipeline_table(title, planned, device))
     say(*notes_on_plan(planned, device))
 
 
-def _images_of(shards: Path, count: int | None, device: Device) -> SetOfImages:
+def check_here(nodes: int, processes: int, gpus: int) -> None:
+    """Raise ConfigError if a pipeline uses more than this machine and its GPUs."""
+    if nodes > 1:
+        raise ConfigError(f"--nodes: got {nodes}; {_PLAN} {THIS} is one machine: leave it out, or name a device.")
+    if gpus and processes > gpus:
+        raise ConfigError(
+            f"{_PLAN}: got {THIS}; the pipeline has processes={processes}, and this machine {counted(gpus, 'GPU')}: "
+            f"name a device, or set processes={gpus}."
+        )
+
+
+def this_machine(stages: Sequence[Stage], sample: ImageSample, processes: int) -> Device:
+    """This machine as a device, measured in some seconds with the shapes of the run with experts.
+
+    Args:
+        sample: images to load.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes.
+        DataError: an image cannot be read.
+    """
+    from moce_ds.bench.calibration import calibrate  # imports the training code
+
+    _logger.info("Measuring this machine for the estimate: some seconds.")
+    config = next(stage.config for stage in stages if stage.name == "moce")
+    with sample.as_shards() as shards:
+        data = replace(config.data, shards=shards)
+        work = HostWork.of(Work.of(config), data, config.experts)
+        return calibrate(work, config.experts, config.loss_weights, [1], processes, measure=False).device
+
+
+def _images_of(pipeline: PipelineSettings, count: int | None, device: Device) -> SetOfImages:
+    shards = pipeline.shard_set
     if ShardSet.recognises(shards):
         opened = ShardSet.open(shards)
         return SetOfImages(count or opened.count, float(opened.samples["size"].mean()))
-    if count is None:
-        raise ConfigError(f"--images: {shards} does not exist yet: give the number of images, such as 1281167.")
-    return SetOfImages(count, device.host.image_bytes)
+    if count is not None:
+        return SetOfImages(count, device.host.image_bytes)
+    if pipeline.images is not None and pipeline.images.exists():
+        return SetOfImages.of(ImageSample.of(pipeline.images).images)
+    raise ConfigError(f"--images: {shards} does not exist yet: give the number of images, such as 1281167.")
 
 
 def plan_of_pipeline_table(title: str, planned: Sequence[PlannedStage], device: Device) -> Table:
