@@ -52,5 +52,7 @@ def mounted_disk(folder: Path, size: str) -> Iterator[Disk]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs to mount a small tmpfs: {done.stderr.strip()}")
-    yield Disk(folder)
-    subprocess.run(["umount", str(folder)], check=True)
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
