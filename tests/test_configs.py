@@ -67,7 +67,8 @@ def test_config_loads_and_comes_back(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in ALL if CONFIGS / "imagenet" not in path.parents], ids=name)
 def test_composed_settings_are_those_before_files_had_bases(path: Path) -> None:
-    """The trees were written by the last version whose files had no `base`; that of ImageNet came later."""
+    """The trees were written by the last version whose files had no `base`; that of ImageNet came later, and so did
+    the demo's `reconstruction`."""
     trees = json.loads((Path(__file__).parent / "fixtures/composed_configs.json").read_text())
     tree = trees[name(path).replace("tasks/", "transfer/")]
     assert len(trees) == len([one for one in ALL if CONFIGS / "imagenet" not in one.parents])

@@ -75,7 +75,8 @@ def test_commands_of_the_readme_run(workplace: Path) -> None:
     out = workplace / "runs/pipeline"
     records = read_json(out / "results.json", "results", "moce knn")
     compared = {(record["verb"], record["model"]) for record in records if record["verb"] != "select"}
-    assert compared == {(verb, model) for verb in ("knn", "probe") for model in ("dense", "expert")}
+    accuracies = {(verb, model) for verb in ("knn", "probe") for model in ("dense", "expert")}
+    assert compared == accuracies | {("evaluate", "moce")}
     assert (out / "experts/birds/model.safetensors").exists()
     assert "</html>" in (out / "report.html").read_text()
 

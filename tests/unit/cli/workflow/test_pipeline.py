@@ -95,7 +95,7 @@ def test_the_stages_and_their_commands(make: Make, task: Path, tiny_images: Path
         *(
             f"evaluate {out}/moce --data {images} --dense {out}/mae --task {name} --results {out}/results.json "
             f"--picture {out}/pictures/{picture}.png"
-            for images, name, picture in ((task / "test", "digits", "digits"), (tiny_images, "held out", "held-out"))
+            for images, name, picture in ((task / "test", "digits", "digits"), (tiny_images, "held out", "held out"))
         ),
         f"report {out}",
     ]
