@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 from moce_ds import moved_modules
 
 if TYPE_CHECKING:
-    from moce_ds.api import (
-        Clusters,
-        Run,
-        cluster,
-        evaluate,
-        export,
-        features,
-        knn,
-        load_expert,
-        open_run,
-        pretrain,
-        probe,
-        select,
-        shards,
-    )
+    from moce_ds.api.clusters import Clusters
+    from moce_ds.api.expert_module import load_expert
+    from moce_ds.api.experts import export, select
+    from moce_ds.api.measures import evaluate, knn, probe
+    from moce_ds.api.run import Run, open_run
+    from moce_ds.api.stages import cluster, features, pretrain, shards
 
 __version__ = "0.1.0"
 __all__ = [

@@ -4,33 +4,9 @@ A name is imported from its module when it is used, so that `load_expert` does n
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moce_ds.common.host import gpus
-
-if TYPE_CHECKING:
-    from moce_ds.api.clusters import Clusters
-    from moce_ds.api.expert_module import load_expert
-    from moce_ds.api.experts import export, select
-    from moce_ds.api.measures import evaluate, knn, probe
-    from moce_ds.api.run import Run, open_run
-    from moce_ds.api.stages import cluster, features, pretrain, shards
-
-__all__ = [
-    "Clusters",
-    "Run",
-    "cluster",
-    "evaluate",
-    "export",
-    "features",
-    "knn",
-    "load_expert",
-    "open_run",
-    "pretrain",
-    "probe",
-    "select",
-    "shards",
-]
 
 _MODULES = {
     "expert_module": ("load_expert",),
