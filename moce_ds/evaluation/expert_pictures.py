@@ -56,8 +56,8 @@ def check_picture(path: Path | None, checkpoint: Checkpoint) -> None:
     if path is None:
         return
     check_output(path, "a picture", PICTURE_MARK)
-    if checkpoint.entry("model", "experts", "k") > 1:
-        raise ConfigError("--picture: the picture exchanges the expert of an image; this run has experts.k=2.")
+    if (k := checkpoint.entry("model", "experts", "k")) > 1:
+        raise ConfigError(f"--picture: the picture exchanges the expert of an image; this run has experts.k={k}.")
 
 
 def expert_sheet(
